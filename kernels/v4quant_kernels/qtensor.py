@@ -1,0 +1,40 @@
+"""QTensor: one weight matrix in coded form, independent of any file layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from v4quant_kernels.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """Codes and scales of one matrix `[N, K]`.
+
+    codes
+        e2m1: uint8 `[N, K/2]`, low nibble = even column.
+        e4m3: float8_e4m3fn `[N, K]`.
+        int:  uint8 `[N, K*bits/8]`, a little-endian bit stream along K of `q + 2^(bits-1)`
+              (for 4 bits: low nibble = even column).
+        bf16: bfloat16 `[N, K]`.
+    scale
+        A multiplier in the scheme's own format, one per block, `[ceil(N/rows), ceil(K/columns)]`:
+        float8_e8m0fnu, float8_e4m3fn, bfloat16 or float32; None for bf16.
+        (`fp8` matrices of the Base releases hold float32 powers of two.)
+    global_scale
+        float32 scalar multiplier, or None. weight = element * scale * global_scale.
+    """
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    codes: Tensor
+    scale: Tensor | None = None
+    global_scale: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales together."""
+        parts = (self.codes, self.scale, self.global_scale)
+        return sum(p.numel() * p.element_size() for p in parts if p is not None)
