@@ -121,12 +121,12 @@ def load_model_config(folder: Path) -> ModelConfig:
     return parse_model_config(read_json_object(folder / "config.json"), str(folder / "config.json"))
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """Read a JSON file that must hold one object. Raises ConfigError with file and reason."""
     try:
         size = path.stat().st_size
-        if size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path}: {size:,} bytes is too large for a configuration file")
+        if size > limit:
+            raise ConfigError(f"{path}: {size:,} bytes is above the limit of {limit:,} for this file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: file is missing; download it beside the shards") from None

@@ -1,0 +1,255 @@
+"""Attention of one layer: sliding window, compressed entries, sink, grouped output.
+
+One latent head of `head_dim` values serves all query heads as key and as value. A query reads the
+window's recent entries and, in compressed layers, entries that stand for 4 or 128 tokens each: all
+visible ones in HCA layers, the indexer's choice in CSA layers. A block may overlap the window; its
+tokens are then seen twice, by design. Each head has a learned sink, a score that takes part in the
+softmax and carries no value; here it is a key of zeros whose score is replaced.
+
+Memory is linear in the sequence: queries go in blocks of `query_chunk`, the whole path of a block
+from low-rank query to output projection before the next, so that neither all queries nor all
+scores exist at once. Keys of a block are the slice of the window it can reach and the compressed
+entries it can see. When a CSA layer has very many of these, the chosen ones are gathered per query
+instead; both ways give the same numbers up to float rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from v4quant_calibration.model.compressor import CompressorWeights, compress, load_compressor
+from v4quant_calibration.model.indexer import (
+    IndexerWeights,
+    choose_entries,
+    index_keys,
+    load_indexer,
+)
+from v4quant_calibration.model.numerics import (
+    linear,
+    product,
+    quantized_input,
+    rms_norm,
+    round_kv_,
+)
+from v4quant_calibration.model.observer import Observer
+from v4quant_calibration.model.options import ForwardOptions
+from v4quant_calibration.model.params import Params
+from v4quant_calibration.model.rope import rotate_tail_
+from v4quant_formats.model_config import CSA_RATIO, ModelConfig
+
+# Gathering costs a copy of every chosen entry for every query, so scoring this many times more
+# entries than are chosen, densely, is still the cheaper way.
+DENSE_FACTOR = 8
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """Dense float32 weights of one layer's attention; compressor and indexer where it has them."""
+
+    wq_a: Tensor
+    q_norm: Tensor
+    wq_b: Tensor
+    wkv: Tensor
+    kv_norm: Tensor
+    wo_a: Tensor
+    wo_b: Tensor
+    sink: Tensor
+    compressor: CompressorWeights | None
+    indexer: IndexerWeights | None
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """What all sequences of one layer share: name, ratio (0, 4, 128), weights and rope table."""
+
+    name: str
+    ratio: int
+    weights: AttentionWeights
+    table: Tensor
+    config: ModelConfig
+    options: ForwardOptions
+    observer: Observer | None
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """KV of one sequence: window `[S, D]`, compressed `[S // ratio, D]`, index keys if needed."""
+
+    window: Tensor
+    compressed: Tensor
+    index_keys: Tensor | None
+
+
+def load_attention(params: Params, layer: str, ratio: int, use_indexer: bool) -> AttentionWeights:
+    """Read the attention of `layer`; the indexer only if asked for (long sequences need it)."""
+    prefix = f"{layer}.attn"
+    return AttentionWeights(
+        wq_a=params(f"{prefix}.wq_a"),
+        q_norm=params(f"{prefix}.q_norm"),
+        wq_b=params(f"{prefix}.wq_b"),
+        wkv=params(f"{prefix}.wkv"),
+        kv_norm=params(f"{prefix}.kv_norm"),
+        wo_a=params(f"{prefix}.wo_a"),
+        wo_b=params(f"{prefix}.wo_b"),
+        sink=params(f"{prefix}.attn_sink"),
+        compressor=load_compressor(params, f"{prefix}.compressor") if ratio else None,
+        indexer=load_indexer(params, f"{prefix}.indexer") if use_indexer else None,
+    )
+
+
+def indexer_matters(ratio: int, length: int, config: ModelConfig) -> bool:
+    """Whether a sequence of `length` tokens has more compressed entries than the indexer keeps."""
+    return ratio == CSA_RATIO and length // ratio > config.index_topk
+
+
+def attention(x: Tensor, layer: AttentionLayer) -> Tensor:
+    """Attention output of one sequence x, normalised, `[S, hidden]` to `[S, hidden]`; spec 4.4."""
+    weights, options, eps = layer.weights, layer.options, layer.config.rms_norm_eps
+    rounded = quantized_input(x, options)
+    window = rms_norm(linear(rounded, weights.wkv, options), weights.kv_norm, eps)
+    rotate_tail_(window, layer.table[: x.shape[0]])
+    round_kv_(window, layer.config.qk_rope_head_dim, options)
+    entries = _entries(x, window, layer)
+    output = torch.empty_like(x)
+    for first in range(0, x.shape[0], options.query_chunk):
+        rows = slice(first, min(first + options.query_chunk, x.shape[0]))
+        low_rank = rms_norm(linear(rounded[rows], weights.wq_a, options), weights.q_norm, eps)
+        output[rows] = _query_block(x[rows], low_rank, first, entries, layer)
+    return output
+
+
+def _entries(x: Tensor, window: Tensor, layer: AttentionLayer) -> _Entries:
+    """Compress a whole sequence, since an entry may be read by any later query."""
+    compressor = layer.weights.compressor
+    if compressor is None or x.shape[0] < layer.ratio:
+        return _Entries(window, window[:0], None)
+    compressed = compress(x, compressor, layer.ratio, layer.table, layer.config)
+    round_kv_(compressed, layer.config.qk_rope_head_dim, layer.options)
+    keys = None
+    if indexer_matters(layer.ratio, x.shape[0], layer.config):
+        assert layer.weights.indexer is not None
+        keys = index_keys(x, layer.weights.indexer, layer.table, layer.config, layer.options)
+    return _Entries(window, compressed, keys)
+
+
+def _query_block(
+    x: Tensor, low_rank: Tensor, first: int, entries: _Entries, layer: AttentionLayer
+) -> Tensor:
+    """Queries first .. first + q - 1 from low-rank vector to output projection: `[q, hidden]`."""
+    config, options = layer.config, layer.options
+    last = first + x.shape[0]
+    table = layer.table[first:last]
+    low_rank_input = quantized_input(low_rank, options)
+    queries = linear(low_rank_input, layer.weights.wq_b, options)
+    queries = queries.view(-1, config.num_attention_heads, config.head_dim)
+    queries = rotate_tail_(rms_norm(queries, None, config.rms_norm_eps), table)
+
+    start = max(0, first - config.sliding_window + 1)
+    keys = [entries.window[start:last]]
+    masks = [_window_mask(first, last, start, config.sliding_window, x.device)]
+    gathered = None
+    seen = last // layer.ratio if layer.ratio else 0
+    if seen:
+        picks = _picks(x, low_rank, first, seen, entries, table, layer)
+        if picks is not None and seen > DENSE_FACTOR * config.index_topk:
+            gathered = (entries.compressed[picks.clamp(min=0)], picks >= 0)
+        else:
+            keys.append(entries.compressed[:seen])
+            masks.append(_compressed_mask(first, last, seen, layer.ratio, picks, x.device))
+    output = _attend(
+        queries, torch.cat(keys), torch.cat(masks, -1), gathered, layer.weights.sink, options
+    )
+    return _project(rotate_tail_(output, table.conj()), layer)
+
+
+def _picks(
+    x: Tensor,
+    low_rank: Tensor,
+    first: int,
+    seen: int,
+    entries: _Entries,
+    table: Tensor,
+    layer: AttentionLayer,
+) -> Tensor | None:
+    """The indexer's choice for a block of queries, or None where all visible entries are read."""
+    if entries.index_keys is None or seen <= layer.config.index_topk:
+        return None
+    assert layer.weights.indexer is not None
+    picks = choose_entries(
+        x,
+        low_rank,
+        first,
+        entries.index_keys[:seen],
+        layer.weights.indexer,
+        table,
+        layer.config,
+        layer.options,
+        f"{layer.name}.attn.indexer",
+    )
+    if layer.observer is not None:
+        layer.observer.on_index(layer.name, picks)
+    return picks
+
+
+def _window_mask(first: int, last: int, start: int, window: int, device: torch.device) -> Tensor:
+    """Bool `[q, keys]`: key t is read by query s when s - window < t <= s."""
+    queries = torch.arange(first, last, device=device).unsqueeze(-1)
+    keys = torch.arange(start, last, device=device)
+    return (keys <= queries) & (keys > queries - window)
+
+
+def _compressed_mask(
+    first: int, last: int, seen: int, ratio: int, picks: Tensor | None, device: torch.device
+) -> Tensor:
+    """Bool `[q, seen]`: entry t is read by query s when its block is complete, and chosen."""
+    if picks is None:
+        queries = torch.arange(first, last, device=device).unsqueeze(-1)
+        return torch.arange(seen, device=device) < (queries + 1) // ratio
+    # Column 0 takes the marks of absent picks (-1) and is cut off.
+    mask = torch.zeros(last - first, seen + 1, dtype=torch.bool, device=device)
+    return mask.scatter_(1, picks + 1, True)[:, 1:]
+
+
+def _attend(
+    queries: Tensor,
+    keys: Tensor,
+    mask: Tensor,
+    gathered: tuple[Tensor, Tensor] | None,
+    sink: Tensor,
+    options: ForwardOptions,
+) -> Tensor:
+    """Softmax attention with sink: `[q, H, D]`.
+
+    queries `[q, H, D]`; keys `[n, D]` shared by the block under mask `[q, n]`; gathered: further
+    keys of each query `[q, m, D]` and their mask `[q, m]`. Keys are values too.
+    """
+    count, heads, dim = queries.shape
+    keys = torch.cat([torch.zeros_like(keys[:1]), keys])
+    scaled = (queries * dim**-0.5).flatten(0, 1)
+    scores = product(scaled, keys.mT, options.matmul_dtype).view(count, heads, -1)
+    scores[..., 1:].masked_fill_(~mask.unsqueeze(1), -torch.inf)
+    scores[..., 0] = sink
+    if gathered is not None:
+        entries, chosen = gathered
+        further = product(scaled.view_as(queries), entries.mT, options.matmul_dtype)
+        further.masked_fill_(~chosen.unsqueeze(1), -torch.inf)
+        scores = torch.cat([scores, further], -1)
+    shares = scores.softmax(-1)
+    shared = shares[..., : keys.shape[0]]
+    output = product(shared.flatten(0, 1), keys, options.matmul_dtype).view_as(queries)
+    if gathered is not None:
+        output += product(shares[..., keys.shape[0] :], gathered[0], options.matmul_dtype)
+    return output
+
+
+def _project(output: Tensor, layer: AttentionLayer) -> Tensor:
+    """Heads `[q, H, D]` to `[q, hidden]`: wo_a per group of heads, then wo_b over all groups."""
+    config, options = layer.config, layer.options
+    groups = config.o_groups
+    grouped = output.view(output.shape[0], groups, -1).transpose(0, 1)
+    first = layer.weights.wo_a.view(groups, config.o_lora_rank, -1)
+    low_rank = product(grouped, first.mT, options.matmul_dtype).transpose(0, 1).flatten(1)
+    return linear(quantized_input(low_rank, options), layer.weights.wo_b, options)

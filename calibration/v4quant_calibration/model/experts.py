@@ -1,0 +1,96 @@
+"""The experts: clamped SwiGLU, one expert's weights in memory at a time.
+
+Tokens of all sequences are sorted by expert, so that each active expert is decoded once per layer
+however many sequences run, multiplied with its rows, and dropped. The clamp is one-sided for the
+gate and two-sided for the other branch. The routing weight multiplies the hidden rows before w2,
+as in the release, because there it passes through w2's activation rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from v4quant_calibration.model.numerics import linear, quantized_input
+from v4quant_calibration.model.observer import Observer
+from v4quant_calibration.model.options import ForwardOptions
+from v4quant_calibration.model.params import Params
+from v4quant_calibration.model.router import Routing
+from v4quant_formats.model_config import ModelConfig
+
+# Rows of one product: bounds the hidden rows of an expert that very many tokens visit.
+ROWS = 8192
+
+
+def mixture_of_experts(
+    x: Tensor,
+    routing: Routing,
+    params: Params,
+    layer: str,
+    config: ModelConfig,
+    options: ForwardOptions,
+    observer: Observer | None,
+) -> Tensor:
+    """Shared expert plus the weighted routed experts: x normalised `[T, hidden]`, same out."""
+    x = quantized_input(x, options)
+    output = _shared_expert(x, params, f"{layer}.ffn.shared_experts", config, options)
+    top_k = routing.expert_ids.shape[1]
+    flat = routing.expert_ids.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=config.n_routed_experts).tolist()
+    start = 0
+    for expert, count in enumerate(counts):
+        slots = order[start : start + count]
+        start += count
+        if count:
+            _routed_expert(
+                x, slots // top_k, routing.weights.flatten()[slots], expert, output,
+                params, layer, config, options, observer,
+            )  # fmt: skip
+    return output
+
+
+def _routed_expert(
+    x: Tensor,
+    tokens: Tensor,
+    weights: Tensor,
+    expert: int,
+    output: Tensor,
+    params: Params,
+    layer: str,
+    config: ModelConfig,
+    options: ForwardOptions,
+    observer: Observer | None,
+) -> None:
+    """Add one expert's contribution to its tokens' rows of `output`."""
+    w1, w2, w3 = (params(f"{layer}.ffn.experts.{expert}.{w}") for w in ("w1", "w2", "w3"))
+    for rows, scale in zip(torch.split(tokens, ROWS), torch.split(weights, ROWS), strict=True):
+        inputs = x[rows]
+        hidden = _hidden(inputs, w1, w3, config.swiglu_limit, options) * scale.unsqueeze(-1)
+        hidden = quantized_input(hidden, options)
+        if observer is not None:
+            observer.on_expert_input(layer, expert, inputs)
+            observer.on_expert_hidden(layer, expert, hidden)
+        output.index_add_(0, rows, linear(hidden, w2, options))
+
+
+def _shared_expert(
+    x: Tensor, params: Params, module: str, config: ModelConfig, options: ForwardOptions
+) -> Tensor:
+    w1, w2, w3 = (params(f"{module}.{w}") for w in ("w1", "w2", "w3"))
+    limit = config.swiglu_limit if options.shared_clamp else 0.0
+    parts = []
+    for rows in torch.split(x, ROWS):
+        hidden = quantized_input(_hidden(rows, w1, w3, limit, options), options)
+        parts.append(linear(hidden, w2, options))
+    return torch.cat(parts)
+
+
+def _hidden(x: Tensor, w1: Tensor, w3: Tensor, limit: float, options: ForwardOptions) -> Tensor:
+    """silu(min(w1 x, limit)) * clamp(w3 x, +-limit); a limit of 0 means no clamp."""
+    gate, up = linear(x, w1, options), linear(x, w3, options)
+    if limit:
+        gate.clamp_(max=limit)
+        up.clamp_(-limit, limit)
+    return silu(gate, inplace=True).mul_(up)

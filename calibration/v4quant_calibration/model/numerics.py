@@ -1,0 +1,79 @@
+"""The few operations every part of the model shares.
+
+Everything between matrix products is float32. Products take their operands in
+`ForwardOptions.matmul_dtype` and give float32. Inputs of quantized linears pass through
+`quantized_input` first: the rounding belongs to the input, not to the product, so that one rounded
+input can feed several linears, as in the release's code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from v4quant_calibration.model.options import ForwardOptions
+from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.ref.activation import fake_quant_e4m3
+
+LINEAR_INPUT_BLOCK = 128
+KV_BLOCK = 64
+
+
+class NonFiniteActivation(V4QuantError):
+    """A layer computed NaN or infinity: some weight or scale it read is broken."""
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dim, times `weight` if given. Float32."""
+    scale = inverse_rms(x, eps)
+    return x * scale if weight is None else (x * scale).mul_(weight)
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dim, which is kept with length 1."""
+    # x * x, because torch's square() and pow() are several times slower on a CPU.
+    return torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+
+
+def quantized_input(x: Tensor, options: ForwardOptions) -> Tensor:
+    """The input of an FP8 or FP4 linear: E4M3 per 128 values in official mode, else unchanged."""
+    return fake_quant_e4m3(x, LINEAR_INPUT_BLOCK) if options.official else x
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrix product of operands rounded to `dtype`, result float32."""
+    if dtype == torch.float32:
+        return a @ b
+    return (a.to(dtype) @ b.to(dtype)).float()
+
+
+def linear(x: Tensor, weight: Tensor, options: ForwardOptions) -> Tensor:
+    """x `[..., in]` times weight `[out, in]` transposed, in the options' operand dtype."""
+    return product(x, weight.mT, options.matmul_dtype)
+
+
+def round_kv_(entries: Tensor, rope_dim: int, options: ForwardOptions) -> None:
+    """Round KV entries `[..., head_dim]` in place to E4M3 per 64 values, except their rope tail."""
+    if options.rounds_kv:
+        plain = entries[..., :-rope_dim]
+        plain.copy_(fake_quant_e4m3(plain.contiguous(), KV_BLOCK))
+
+
+def top_k_lowest_index(scores: Tensor, top_k: int, what: str) -> Tensor:
+    """Indices of the `top_k` largest of each row, ascending; equal scores go to lower indices.
+
+    scores `[rows, n]` with top_k <= n; int64 `[rows, top_k]`. torch.topk breaks ties as it
+    likes, which would make two runs of one model disagree. Rows may hold -inf. Raises
+    NonFiniteActivation, naming `what`, when a score is NaN.
+    """
+    threshold = scores.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above = scores > threshold
+    level = scores == threshold
+    room = top_k - above.sum(-1, keepdim=True)
+    keep = above | (level & (level.cumsum(-1) <= room))
+    found = keep.nonzero()[:, 1]
+    if found.numel() != scores.shape[0] * top_k:
+        raise NonFiniteActivation(
+            f"{what}: the scores are not numbers; a weight or scale of this layer is damaged"
+        )
+    return found.view(scores.shape[0], top_k)

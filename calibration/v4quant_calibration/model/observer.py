@@ -1,0 +1,55 @@
+"""Observer: what calibration and evaluation may watch while a layer runs.
+
+The hooks sit where a conversion leaves marks: the rows each expert matrix multiplies (second
+moments for scale search and GPTQ), the experts the router chose and the blocks the indexer chose
+(two discontinuities that turn a small error into a different computation). A hook sees tensors of
+the running computation and must not change them. Hooks for one layer may be called several times;
+rows arrive in a fixed order, so records of two models over the same tokens can be laid side by
+side.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Observer(Protocol):
+    """Receives intermediate tensors of one model; `layer` is "layers.3" or "mtp.0"."""
+
+    def on_route(self, layer: str, expert_ids: Tensor, weights: Tensor) -> None:
+        """Chosen experts, int64 `[T, top_k]`, and their float32 weights `[T, top_k]`.
+
+        T counts the tokens of all sequences, in order; one call a layer.
+        """
+
+    def on_expert_input(self, layer: str, expert: int, x: Tensor) -> None:
+        """Rows `[n, hidden_size]` that w1 and w3 of a routed expert multiply."""
+
+    def on_expert_hidden(self, layer: str, expert: int, h: Tensor) -> None:
+        """Rows `[n, moe_intermediate_size]` that w2 multiplies (routing weight included)."""
+
+    def on_index(self, layer: str, picks: Tensor) -> None:
+        """Compressed entries a CSA layer chose for consecutive queries, int64 `[q, top_k]`.
+
+        Ascending; -1 fills the places of a query that sees fewer entries. Called sequence by
+        sequence, block of queries by block, and only for blocks in which some query has more
+        entries to choose from than index_topk (before that the choice is "all of them").
+        """
+
+
+class SilentObserver:
+    """An observer that ignores everything: inherit from it and override what you want to see."""
+
+    def on_route(self, layer: str, expert_ids: Tensor, weights: Tensor) -> None:
+        """Ignore the routing."""
+
+    def on_expert_input(self, layer: str, expert: int, x: Tensor) -> None:
+        """Ignore an expert's input."""
+
+    def on_expert_hidden(self, layer: str, expert: int, h: Tensor) -> None:
+        """Ignore an expert's hidden rows."""
+
+    def on_index(self, layer: str, picks: Tensor) -> None:
+        """Ignore the indexer's choice."""

@@ -1,0 +1,52 @@
+"""ForwardOptions: which of the model's several truths to compute.
+
+The same weights have more than one "correct" output. `plain` computes the weights' meaning in
+float32 and shows the damage of a conversion alone. `official` adds the roundings of activations,
+KV entries and indexer vectors with which the release was trained and is served. The remaining
+switches exist because public engines differ there, or because a slightly different but equally
+legitimate computation is the noise floor against which a damage must be measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class ForwardOptions:
+    """How to run the forward pass.
+
+    activations: "plain" rounds nothing; "official" rounds the inputs of FP8 and FP4 linears (Q8,
+        128), KV entries (Q8, 64, without the rope part) and indexer vectors (Hadamard, Q4, 32).
+    kv_rounding: in official mode, whether KV entries are rounded (July 2026 code) or left alone
+        (the April kernels cast to BF16 and so rounded nothing).
+    shared_clamp: clamp the shared expert like the routed ones (all code but April's).
+    matmul_dtype: dtype of the operands of linears that the release runs in FP8, FP4 or BF16;
+        results are float32. bfloat16 gives a noise floor.
+    round_streams: round the residual streams to BF16 after every layer, as served models do.
+    stream_noise: relative standard deviation of noise multiplied into the streams after every
+        layer of a streamed run (2**-9 imitates BF16); `noise_seed` makes it repeatable.
+    query_chunk: queries handled at once by attention; bounds memory, does not change the meaning.
+    """
+
+    activations: Literal["plain", "official"] = "plain"
+    kv_rounding: bool = True
+    shared_clamp: bool = True
+    matmul_dtype: torch.dtype = torch.float32
+    round_streams: bool = False
+    stream_noise: float = 0.0
+    noise_seed: int = 0
+    query_chunk: int = 128
+
+    @property
+    def official(self) -> bool:
+        """Whether the release's activation rounding is on."""
+        return self.activations == "official"
+
+    @property
+    def rounds_kv(self) -> bool:
+        """Whether KV entries are rounded to E4M3."""
+        return self.official and self.kv_rounding

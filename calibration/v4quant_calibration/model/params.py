@@ -1,0 +1,26 @@
+"""Params: where the forward pass gets its weights from.
+
+The arithmetic knows tensors by the release's own names and nothing about files, formats or
+devices. A provider answers a name with a dense tensor, and that is the whole interface: the
+original checkpoint, a converted one, the original with one matrix rounded in memory, or random
+numbers are all the same to the model. Providers should decode at the moment of the call and keep
+nothing, because the caller holds one expert at a time and counts on that for its memory bound.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Params(Protocol):
+    """Answers an official tensor name, without its `.weight` suffix, with a dense tensor."""
+
+    def __call__(self, base: str, /) -> Tensor:
+        """The tensor called `base`, for example "layers.0.ffn.experts.3.w1" or "hc_head_fn".
+
+        Float32 and, for linear weights, dequantized to `[out, in]`; only "...ffn.gate.tid2eid"
+        is int64 `[vocab_size, top_k]`. The device of the answer is the device of the arithmetic.
+        """
+        ...

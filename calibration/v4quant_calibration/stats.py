@@ -1,0 +1,150 @@
+"""Stats: what calibration learned about the inputs of every routed expert, and its file.
+
+For each stage the file holds, over all experts E: how many tokens each expert saw, the second
+moment E[x_i^2] and the largest magnitude of each input channel set, for w1/w3 (they share their
+input, [E, hidden_size]) and for w2 ([E, moe_intermediate_size], routing weight included). Sums are
+kept as float64 sums and counts, so that files of several ranks can be added.
+
+An expert with fewer than `floor` tokens is *starved*: its own moments are noise, so it falls back
+to the layer's pooled moments over all experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from v4quant_formats.deepseek_v4 import parse_name
+from v4quant_kernels.errors import V4QuantError
+
+STATS_VERSION = 1
+_INPUTS = ("w13", "w2")
+
+
+class StatsError(V4QuantError):
+    """A statistics file that is damaged, of another version, or of another checkpoint."""
+
+
+@dataclass(frozen=True)
+class StageStats:
+    """Statistics of one stage's experts.
+
+    tokens: int64 [E]. sums: float64 [E, K] sums of squares, by input ("w13", "w2").
+    amax: float32 [E] largest input magnitude, by input.
+    """
+
+    tokens: Tensor
+    sums: Mapping[str, Tensor]
+    amax: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Calibration statistics of a checkpoint; `source_digest` says which."""
+
+    source_digest: str
+    floor: int
+    stages: Mapping[str, StageStats]
+
+    def importance(self, module: str) -> Tensor | None:
+        """Second moment [K] of a matrix's input channels; pooled for starved experts.
+
+        None for a module calibration did not cover (no token reached its whole layer).
+        """
+        stage, expert, source = self._locate(module)
+        if stage is None:
+            return None
+        tokens, sums = stage.tokens, stage.sums[source]
+        if int(tokens[expert]) >= self.floor:
+            return sums[expert] / tokens[expert]
+        total = int(tokens.sum())
+        return sums.sum(0) / total if total else None
+
+    def input_amax(self, module: str) -> float | None:
+        """Largest input magnitude seen, over the layer for starved experts; None if unknown."""
+        stage, expert, source = self._locate(module)
+        if stage is None:
+            return None
+        amax = stage.amax[source]
+        seen = amax[expert] if int(stage.tokens[expert]) >= self.floor else amax.max()
+        return float(seen) or None
+
+    def starved(self) -> list[tuple[str, int, int]]:
+        """(stage, expert, tokens) of every expert below the floor."""
+        return [
+            (name, expert, count)
+            for name, stage in self.stages.items()
+            for expert, count in enumerate(stage.tokens.tolist())
+            if count < self.floor
+        ]
+
+    def _locate(self, module: str) -> tuple[StageStats | None, int, str]:
+        name = parse_name(f"{module}.weight")
+        if name is None or name.expert is None:
+            return None, 0, ""
+        source = "w2" if name.projection == "w2" else "w13"
+        return self.stages.get(name.stage), name.expert, source
+
+
+def save_stats(stats: Stats) -> bytes:
+    """The statistics file (safetensors) as bytes; the same statistics give the same bytes."""
+    tensors: dict[str, Tensor] = {}
+    for name, stage in stats.stages.items():
+        tensors[f"{name}.tokens"] = stage.tokens
+        for source in _INPUTS:
+            tensors[f"{name}.{source}.sum_of_squares"] = stage.sums[source]
+            tensors[f"{name}.{source}.amax"] = stage.amax[source]
+    header = {
+        "version": STATS_VERSION,
+        "source_digest": stats.source_digest,
+        "floor": stats.floor,
+        "stages": list(stats.stages),
+    }
+    return save(tensors, metadata={"v4quant_stats": json.dumps(header)})
+
+
+def load_stats(path: Path, source_digest: str) -> Stats:
+    """Read a statistics file made for the checkpoint with `source_digest`. Raises StatsError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("v4quant_stats", "null"))
+            if not isinstance(header, dict) or header.get("version") != STATS_VERSION:
+                raise StatsError(
+                    f"{path}: not a v4quant statistics file of version {STATS_VERSION}"
+                )
+            stages = {name: _read_stage(file, name) for name in header["stages"]}
+            stats = Stats(header["source_digest"], header["floor"], stages)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise StatsError(f"{path}: cannot be read as statistics ({error})") from None
+    if stats.source_digest != source_digest:
+        raise StatsError(
+            f"{path}: was calibrated on another checkpoint (digest {stats.source_digest[:12]}, "
+            f"this one is {source_digest[:12]}); run calibrate on this checkpoint"
+        )
+    return stats
+
+
+def _read_stage(file: safe_open, name: str) -> StageStats:
+    tokens = file.get_tensor(f"{name}.tokens")
+    sums = {s: file.get_tensor(f"{name}.{s}.sum_of_squares") for s in _INPUTS}
+    amax = {s: file.get_tensor(f"{name}.{s}.amax") for s in _INPUTS}
+    experts = tokens.shape[0]
+    fits = all(v.dim() == 2 and v.shape[0] == experts for v in sums.values())
+    if tokens.dim() != 1 or not fits or any(v.shape != (experts,) for v in amax.values()):
+        raise StatsError(f"stage '{name}' holds tensors of inconsistent shapes")
+    if not all(bool(torch.isfinite(v).all()) for v in (*sums.values(), *amax.values())):
+        raise StatsError(f"stage '{name}' holds NaN or infinity; calibrate again")
+    return StageStats(tokens, sums, amax)
+
+
+def stats_digest(data: bytes) -> str:
+    """Identity of a statistics file."""
+    return hashlib.sha256(data).hexdigest()

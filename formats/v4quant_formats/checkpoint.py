@@ -1,0 +1,280 @@
+"""Checkpoint: what is on disk. Opens a folder of safetensors shards and reads slices on demand.
+
+Opening reads headers only. File names from the index are hostile until shown to be plain names
+inside the folder. Reading uses positioned reads into fresh memory rather than a memory map: a map
+would die with a signal when a file shrinks underneath, and would hide memory from any cap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v4quant_formats.errors import (
+    DuplicateTensor,
+    FormatError,
+    InvalidIndex,
+    MissingShard,
+    MissingTensor,
+    SourceChanged,
+    UnexpectedTensor,
+    UnsafePath,
+)
+from v4quant_formats.model_config import ConfigError, read_json_object
+from v4quant_formats.safetensors_header import read_header
+from v4quant_formats.spec import TORCH_DTYPES, TensorSpec
+from v4quant_kernels.errors import V4QuantError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_INDEX_BYTES = 256 * 2**20
+_DIGEST_SLICES = 64
+_DIGEST_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class FileState:
+    """Identity of an opened shard, to notice when it changes underneath."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of shards: its tensors by name, in shard order, and its raw config.json."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorSpec]
+    files: Mapping[str, FileState]
+    _handles: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[TensorSpec]:
+        return iter(self.tensors.values())
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(s.nbytes for s in self)
+
+    def spec(self, name: str) -> TensorSpec:
+        """The facts of one tensor. Raises MissingTensor."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise MissingTensor(f"{self.path}: tensor '{name}' is missing") from None
+
+    def read(self, name: str) -> Tensor:
+        """Read one whole tensor into fresh memory, in its stored dtype and shape."""
+        spec = self.spec(name)
+        return self._read_bytes(spec, spec.offset, spec.nbytes).view(_torch_dtype(spec)).reshape(
+            spec.shape
+        )
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Read rows `start:stop` of the first dimension of a tensor (at least 1-D)."""
+        spec = self.spec(name)
+        if not spec.shape or not 0 <= start <= stop <= spec.shape[0]:
+            raise IndexError(f"rows {start}:{stop} of {spec}")
+        row = spec.nbytes // max(spec.shape[0], 1)
+        data = self._read_bytes(spec, spec.offset + start * row, (stop - start) * row)
+        return data.view(_torch_dtype(spec)).reshape(stop - start, *spec.shape[1:])
+
+    def read_chunks(self, name: str, limit: int = 32 * 2**20) -> Iterator[tuple[int, Tensor]]:
+        """Read a tensor in flat pieces of at most `limit` bytes: (first byte, 1-D piece) pairs."""
+        spec = self.spec(name)
+        size = torch.empty((), dtype=_torch_dtype(spec)).element_size()
+        step = limit - limit % size
+        for start in range(0, spec.nbytes, step):
+            count = min(step, spec.nbytes - start)
+            piece = self._read_bytes(spec, spec.offset + start, count)
+            yield start, piece.view(_torch_dtype(spec))
+
+    def digest(self) -> str:
+        """SHA-256 that identifies this checkpoint without reading 160 GB.
+
+        Covers config, every tensor's name, dtype, shape and place, file sizes, and 64 evenly spaced
+        slices of 4 KiB from each file, so that a fine-tune of equal shapes differs. It says which
+        checkpoint this is, not that every byte is intact; `verify` compares bytes.
+        """
+        sha = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True).encode())
+        for spec in sorted(self, key=lambda s: s.name):
+            sha.update(f"{spec}|{spec.file}|{spec.offset}\n".encode())
+        for name in sorted(self.files):
+            size = self.files[name].size
+            sha.update(f"{name}|{size}\n".encode())
+            handle = self._handle(name)
+            for i in range(_DIGEST_SLICES):
+                sha.update(os.pread(handle, _DIGEST_BYTES, size * i // _DIGEST_SLICES))
+        return sha.hexdigest()
+
+    def close(self) -> None:
+        """Close the files; the checkpoint can still be read afterwards (they reopen)."""
+        with self._lock:
+            for handle in self._handles.values():
+                os.close(handle)
+            self._handles.clear()
+
+    def _read_bytes(self, spec: TensorSpec, offset: int, count: int) -> Tensor:
+        data = torch.empty(count, dtype=torch.uint8)
+        if count == 0:
+            return data
+        handle = self._handle(spec.file)
+        view = memoryview(data.numpy())
+        done = 0
+        while done < count:
+            try:
+                got = os.preadv(handle, [view[done:]], offset + done)
+            except OSError as error:
+                raise FormatError(
+                    f"{self.path / spec.file}: reading '{spec.name}' failed ({error.strerror})"
+                ) from None
+            if got == 0:
+                raise SourceChanged(
+                    f"{self.path / spec.file}: ends inside tensor '{spec.name}'; the file shrank "
+                    "while it was read"
+                )
+            done += got
+        return data
+
+    def _handle(self, file: str) -> int:
+        with self._lock:
+            handle = self._handles.get(file)
+            if handle is None:
+                try:
+                    handle = os.open(self.path / file, os.O_RDONLY)
+                except OSError as error:
+                    raise SourceChanged(
+                        f"{self.path / file}: vanished after it was opened ({error.strerror})"
+                    ) from None
+                self._handles[file] = handle
+        if _state(os.fstat(handle)) != self.files[file]:
+            raise SourceChanged(
+                f"{self.path / file}: changed while it was in use; start again from a stable copy"
+            )
+        return handle
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Open a checkpoint folder: config.json, the index (or one model.safetensors), all headers.
+
+    Raises ConfigError, InvalidIndex, UnsafePath, MissingShard, MissingTensor, UnexpectedTensor,
+    DuplicateTensor, or what `read_header` raises. The index and the shards must agree exactly.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: no such folder; give the folder that holds config.json")
+    config = read_json_object(folder / "config.json")
+    weight_map = _weight_map(folder)
+    tensors: dict[str, TensorSpec] = {}
+    files: dict[str, FileState] = {}
+    for name, promised in _tensors_by_file(weight_map).items():
+        _check_file_name(folder, name)
+        header = read_header(folder / name)
+        files[name] = _state((folder / name).stat())
+        for tensor in header:
+            if tensor in tensors:
+                raise DuplicateTensor(
+                    f"{folder}: tensor '{tensor}' is in {tensors[tensor].file} and in {name}"
+                )
+        if weight_map is not None:
+            _check_against_index(folder, name, header, promised)
+        tensors.update(header)
+    return Checkpoint(folder, MappingProxyType(config), MappingProxyType(tensors), files)
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    index_path = folder / INDEX_NAME
+    if not index_path.exists():
+        if (folder / SINGLE_NAME).exists():
+            return None
+        raise MissingShard(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}")
+    try:
+        index = read_json_object(index_path, limit=MAX_INDEX_BYTES)
+    except ConfigError as error:
+        raise InvalidIndex(str(error)) from None
+    weight_map = index.get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(v, str) for v in weight_map.values())
+    ):
+        raise InvalidIndex(f"{index_path}: 'weight_map' must map tensor names to file names")
+    return weight_map
+
+
+def _check_file_name(folder: Path, name: str) -> None:
+    """A shard name must be a plain file name whose target stays with the checkpoint."""
+    plain = (
+        name not in ("", ".", "..")
+        and not any(c in name for c in "/\\:\0")
+        and name.isprintable()
+        and len(name) <= 255
+    )
+    if not plain:
+        raise UnsafePath(f"{folder}: index names '{name[:200]}', which is not a plain file name")
+    if not name.endswith(".safetensors"):
+        raise UnsafePath(f"{folder}: index names '{name}', which is not a .safetensors file")
+    target = (folder / name).resolve()
+    if not target.is_relative_to(_link_root(folder)):
+        raise UnsafePath(f"{folder / name}: is a link that leaves the folder ({target})")
+
+
+def _link_root(folder: Path) -> Path:
+    """Where links may lead: the folder, or for a hub cache snapshot its repository's cache.
+
+    The hub cache keeps snapshots/<revision>/<file> as links to ../../blobs/<digest>.
+    """
+    real = folder.resolve()
+    return real.parent.parent if real.parent.name == "snapshots" else real
+
+
+def _tensors_by_file(weight_map: Mapping[str, str] | None) -> dict[str, set[str]]:
+    if weight_map is None:
+        return {SINGLE_NAME: set()}
+    promised: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        promised.setdefault(file, set()).add(tensor)
+    return dict(sorted(promised.items()))
+
+
+def _check_against_index(
+    folder: Path, file: str, header: Mapping[str, TensorSpec], promised: set[str]
+) -> None:
+    for tensor in sorted(promised - header.keys())[:1]:
+        raise MissingTensor(f"{folder / file}: lacks tensor '{tensor}' that the index promises")
+    for tensor in sorted(header.keys() - promised)[:1]:
+        raise UnexpectedTensor(f"{folder / file}: holds tensor '{tensor}' not in the index")
+
+
+def _state(stat: os.stat_result) -> FileState:
+    return FileState(stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+def _torch_dtype(spec: TensorSpec) -> torch.dtype:
+    try:
+        return TORCH_DTYPES[spec.dtype]
+    except KeyError:
+        raise V4QuantError(f"tensor {spec}: dtype {spec.dtype} cannot be read by torch") from None

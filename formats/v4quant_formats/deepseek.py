@@ -1,0 +1,70 @@
+"""Layout `deepseek`: the release's own. Experts as MXFP4 (I8 + E8M0) or as FP8 128x128 tiles.
+
+For `mxfp4` everything outside the experts is byte for byte the source. For `fp8` engines expect the
+form of the Base releases: every scale, dense ones included, is float32 and `scale_fmt` is absent;
+the values are powers of two, so widening E8M0 to float32 is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v4quant_formats.layout import DenseRule, Layout, Parts
+from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.ref import e8m0
+from v4quant_kernels.scheme import Scheme
+
+QUANTIZATION_CONFIG: dict[str, Any] = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}
+
+
+def _expert_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:
+    rows, columns = shape
+    if scheme.name == "mxfp4":
+        return {"weight": ("I8", (rows, columns // 2)), "scale": ("F8_E8M0", (rows, columns // 32))}
+    tiles = (-(-rows // 128), -(-columns // 128))
+    return {"weight": ("F8_E4M3", shape), "scale": ("F32", tiles)}
+
+
+def _expert_tensors(q: QTensor, input_amax: float) -> dict[str, Tensor]:
+    del input_amax  # activations are quantized dynamically
+    assert q.scale is not None
+    if q.scheme.name == "mxfp4":
+        return {"weight": q.codes.view(torch.int8), "scale": q.scale}
+    scale = q.scale if q.scale.dtype == torch.float32 else e8m0.decode(q.scale)
+    return {"weight": q.codes, "scale": scale}
+
+
+def _dense(scheme: Scheme) -> DenseRule:
+    return "copy" if scheme.name == "mxfp4" else "f32_scale"
+
+
+def _config(raw: Mapping[str, Any], scheme: Scheme) -> dict[str, Any]:
+    config = dict(raw)
+    quantization = dict(QUANTIZATION_CONFIG)
+    if scheme.name != "mxfp4":
+        del quantization["scale_fmt"]
+    config["quantization_config"] = quantization
+    config["expert_dtype"] = "fp4" if scheme.name == "mxfp4" else "fp8"
+    return config
+
+
+DEEPSEEK = Layout(
+    name="deepseek",
+    schemes=("mxfp4", "fp8"),
+    expert_parts=_expert_parts,
+    expert_tensors=_expert_tensors,
+    dense=_dense,
+    config=_config,
+    engines="vLLM and SGLang on sm90 and newer, transformers anywhere",
+    serve="vllm serve {path}",
+)

@@ -1,0 +1,77 @@
+"""One exception per rule a file can break, so that a caller (and a test) can tell them apart."""
+
+from __future__ import annotations
+
+from v4quant_kernels.errors import V4QuantError
+
+
+class FormatError(V4QuantError):
+    """A file breaks a rule of its format; the message starts with the file's name."""
+
+
+class NotSafetensors(FormatError):
+    """The file is something else (a pickle, a zip, an LFS pointer, an HTML page)."""
+
+
+class HeaderTooLarge(FormatError):
+    """The header length is above the limit, or beyond the end of the file."""
+
+
+class HeaderTruncated(FormatError):
+    """The file is too short to hold the header it announces."""
+
+
+class InvalidHeaderJson(FormatError):
+    """The header is not a JSON object of the required form."""
+
+
+class DuplicateTensor(FormatError):
+    """A name occurs twice in one header, or in two shards."""
+
+
+class UnknownDtype(FormatError):
+    """A dtype string that the safetensors format does not define."""
+
+
+class InvalidShape(FormatError):
+    """A shape that is not a list of non-negative integers, or overflows."""
+
+
+class InvalidOffsets(FormatError):
+    """Offsets are negative, reversed, overlapping, gapped or beyond the end of the file."""
+
+
+class SizeMismatch(FormatError):
+    """Shape times dtype differs from the bytes the offsets span."""
+
+
+class InvalidIndex(FormatError):
+    """model.safetensors.index.json is not of the required form."""
+
+
+class UnsafePath(FormatError):
+    """A file name that could lead outside the checkpoint's folder."""
+
+
+class MissingShard(FormatError):
+    """The index names a file that is not there."""
+
+
+class MissingTensor(FormatError):
+    """A tensor that the index, the model or a partner tensor requires is absent."""
+
+
+class UnexpectedTensor(FormatError):
+    """A shard holds a tensor that the index does not name, or the model does not know."""
+
+
+class WrongDtype(FormatError):
+    """A tensor's dtype or shape does not fit its partner or its role."""
+
+
+class SourceChanged(FormatError):
+    """A file changed after it was opened."""
+
+
+class OutputError(V4QuantError):
+    """The output folder cannot take the checkpoint (not empty, not writable, full, locked)."""

@@ -1,0 +1,57 @@
+"""Manifest (`v4quant.json`): what every file and tensor of a converted checkpoint is made of.
+
+Holds no clock time and no absolute path, so the same conversion gives the same bytes anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from v4quant_formats.errors import FormatError
+from v4quant_formats.model_config import read_json_object
+
+MANIFEST_NAME = "v4quant.json"
+MANIFEST_VERSION = 1
+MAX_MANIFEST_BYTES = 512 * 2**20
+
+
+class ManifestError(FormatError):
+    """v4quant.json is absent, damaged or of another version."""
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """JSON with one line per top-level list item: readable and compact at 100,000 tensors."""
+    lines = []
+    for key, item in value.items():
+        if isinstance(item, list) and item:
+            rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in item)
+            lines.append(f" {json.dumps(key)}: [\n{rows}\n ]")
+        else:
+            lines.append(f" {json.dumps(key)}: {json.dumps(item, ensure_ascii=False)}")
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check `folder/v4quant.json`. Raises ManifestError."""
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        raise ManifestError(f"{path}: missing; this checkpoint was not written by v4quant")
+    table = read_json_object(path, limit=MAX_MANIFEST_BYTES)
+    if table.get("manifest_version") != MANIFEST_VERSION:
+        raise ManifestError(f"{path}: manifest version {table.get('manifest_version')!r} unknown")
+    for key in ("files", "tensors"):
+        if not isinstance(table.get(key), list) or not all(
+            isinstance(row, dict) for row in table[key]
+        ):
+            raise ManifestError(f"{path}: '{key}' must be a list of objects")
+    return table
+
+
+def index_json(weight_map: Mapping[str, str], total_size: int) -> bytes:
+    """A compact model.safetensors.index.json; `total_size` counts tensor bytes."""
+    value = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(value, separators=(",", ":")).encode()
+

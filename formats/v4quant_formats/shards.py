@@ -1,0 +1,194 @@
+"""ShardWriter: one safetensors file being written, safe against being killed at any moment.
+
+The header is written first from the planned specs, then each tensor goes to its own place by
+positioned writes, in any order and from any thread. `close` refuses unless every planned tensor
+arrived, flushes to disk, hashes the file and renames it into place; until then the bytes live under
+a temporary name that nothing takes for a shard.
+
+Tensors lie in the order of falling element size, then name: the release's own order, which also
+keeps every tensor aligned to its element without padding (the format allows no gaps).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import struct
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from v4quant_formats.errors import OutputError
+from v4quant_formats.spec import DTYPE_BITS, DTYPE_NAMES, TensorSpec
+
+TEMPORARY_SUFFIX = ".part"
+_HASH_CHUNK = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A finished file: its name, size and SHA-256."""
+
+    name: str
+    nbytes: int
+    sha256: str
+
+
+def shard_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """Tensors in file order: falling element size, then dtype, then name."""
+    return sorted(specs, key=lambda s: (-DTYPE_BITS[s.dtype], s.dtype, s.name))
+
+
+def shard_header(specs: Iterable[TensorSpec]) -> bytes:
+    """The length-prefixed header of a shard holding `specs` in `shard_order`.
+
+    Padded with spaces to a multiple of 8, so that the data starts aligned.
+    """
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in shard_order(specs):
+        table[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+class ShardWriter:
+    """Writes one shard of planned tensors. Use `add` for each, then `close` (or `abort`)."""
+
+    def __init__(self, path: Path, specs: Iterable[TensorSpec]) -> None:
+        """Create the temporary file with its header. Raises OutputError."""
+        ordered = shard_order(specs)
+        header = shard_header(ordered)
+        self.path = path
+        self.nbytes = len(header) + sum(s.nbytes for s in ordered)
+        self._offsets: dict[str, int] = {}
+        self._specs = {s.name: s for s in ordered}
+        self._missing = {s.name: s.nbytes for s in ordered}
+        self._lock = threading.Lock()
+        position = len(header)
+        for spec in ordered:
+            self._offsets[spec.name] = position
+            position += spec.nbytes
+        self._temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+            self._handle = os.open(self._temporary, flags, 0o644)
+            _write_at(self._handle, header, 0)
+        except OSError as error:
+            raise output_error(self._temporary, error) from None
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one whole tensor at its place. Thread-safe; each planned name exactly once."""
+        spec = self._specs[name]
+        assert tuple(tensor.shape) == spec.shape, (spec, tensor.shape)
+        self.add_piece(name, 0, tensor)
+
+    def add_piece(self, name: str, first_byte: int, tensor: Tensor) -> None:
+        """Write a contiguous piece of a tensor, `first_byte` bytes into it. Thread-safe."""
+        spec = self._specs[name]
+        assert DTYPE_NAMES[tensor.dtype] == spec.dtype, (spec, tensor.dtype)
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        with self._lock:
+            self._missing[name] -= data.numel()
+            assert self._missing[name] >= 0, f"{spec} written twice"
+        try:
+            offset = self._offsets[name] + first_byte
+            _write_at(self._handle, memoryview(data.numpy()), offset)
+        except OSError as error:
+            raise output_error(self._temporary, error) from None
+
+    def close(self) -> WrittenFile:
+        """Flush, hash and rename into place; the directory entry is on disk when this returns."""
+        missing = [name for name, count in self._missing.items() if count]
+        assert not missing, f"planned but never written: {missing[:3]}"
+        try:
+            os.fsync(self._handle)
+            digest = _hash(self._handle, self.nbytes)
+            os.close(self._handle)
+            self._temporary.rename(self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise output_error(self.path, error) from None
+        return WrittenFile(self.path.name, self.nbytes, digest)
+
+    def abort(self) -> None:
+        """Give up: close and remove the temporary file."""
+        os.close(self._handle)
+        self._temporary.unlink(missing_ok=True)
+
+
+def write_file_atomically(path: Path, data: bytes) -> WrittenFile:
+    """Write a small file so that it is either absent, old or whole. Raises OutputError."""
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise output_error(path, error) from None
+    return WrittenFile(path.name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a directory entry, so that a rename survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        return _hash(handle, os.fstat(handle).st_size)
+    finally:
+        os.close(handle)
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """The one-line error for a failed write."""
+    remedies = {
+        errno.ENOSPC: "the disk is full; free space and run the same command again, it resumes",
+        errno.EROFS: "the file system is read-only; choose another output folder",
+        errno.EACCES: "permission denied; choose a folder you may write to",
+        errno.EPERM: "permission denied; choose a folder you may write to",
+    }
+    why = remedies.get(error.errno or 0, error.strerror or str(error))
+    return OutputError(f"{path}: cannot be written: {why}")
+
+
+def _write_at(handle: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        done += os.pwrite(handle, view[done:], offset + done)
+
+
+def _hash(handle: int, size: int) -> str:
+    sha = hashlib.sha256()
+    position = 0
+    while position < size:
+        chunk = os.pread(handle, _HASH_CHUNK, position)
+        if not chunk:
+            raise OSError(errno.EIO, "file shrank while it was hashed")
+        sha.update(chunk)
+        position += len(chunk)
+    return sha.hexdigest()

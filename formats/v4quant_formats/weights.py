@@ -1,0 +1,232 @@
+"""How a module's weight is stored, decided from dtypes and shapes alone, and read as a QTensor.
+
+`config.json` is not asked: published checkpoints state one format and hold another. The decision
+table is `find_weight`; add a stored format there and its reading in `read_weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.deepseek_v4 import PARTS
+from v4quant_formats.errors import MissingTensor, WrongDtype
+from v4quant_formats.spec import TensorSpec
+from v4quant_kernels.errors import NonFiniteWeight
+from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.ref.codec import dequantize
+from v4quant_kernels.scheme import SCHEMES, Scheme
+
+_FLOATS = ("BF16", "F32", "F16")
+_SCALE_PARTS = ("scale", "weight_scale", "weight_scale_inv")
+_SCALE_FORMATS = {"F8_E8M0": "e8m0", "F32": "f32", "BF16": "bf16"}
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A module as stored: its parts by suffix, and for coded matrices the scheme and shape [N, K].
+
+    `scheme` is None for a plain tensor (norms, routers, BF16 matrices, integer tables).
+    """
+
+    module: str
+    parts: dict[str, TensorSpec]
+    shape: tuple[int, ...]
+    scheme: Scheme | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(p.nbytes for p in self.parts.values())
+
+
+def find_weight(checkpoint: Checkpoint, module: str) -> StoredWeight:
+    """Decide how `module` is stored. Raises MissingTensor or WrongDtype naming the tensor."""
+    tensors = checkpoint.tensors
+    parts = {p: tensors[n] for p in PARTS if (n := f"{module}.{p}") in tensors}
+    if module in tensors:
+        return StoredWeight(module, {"": tensors[module]}, tensors[module].shape, None)
+    if not parts:
+        raise MissingTensor(f"{checkpoint.path}: module '{module}' has no tensor")
+    if "weight_packed" in parts:
+        return _packed_integers(module, parts)
+    weight = parts.get("weight")
+    if weight is None:
+        raise MissingTensor(f"{checkpoint.path}: tensor '{module}.weight' is missing")
+    if weight.dtype in _FLOATS and len(parts) == 1:
+        return StoredWeight(module, parts, weight.shape, None)
+    if weight.dtype == "F8_E4M3":
+        return _fp8(module, parts)
+    if weight.dtype in ("I8", "U8"):
+        return _fp4(module, parts)
+    raise WrongDtype(
+        f"{weight.file}: '{weight.name}' is {weight.dtype} with parts {sorted(parts)}; "
+        "no known V4 layout stores a weight so"
+    )
+
+
+def _require(module: str, parts: dict[str, TensorSpec], names: Iterable[str]) -> TensorSpec:
+    for name in names:
+        if name in parts:
+            return parts[name]
+    first = next(iter(parts.values()))
+    wanted = " or ".join(f"'{module}.{n}'" for n in names)
+    raise MissingTensor(
+        f"{first.file}: scale tensor {wanted} is missing beside '{first.name}'; "
+        "the weight cannot be decoded without it"
+    )
+
+
+def _matrix(spec: TensorSpec) -> tuple[int, int]:
+    if len(spec.shape) != 2 or 0 in spec.shape:
+        raise WrongDtype(f"{spec.file}: '{spec}' must be a non-empty matrix [out, in]")
+    return spec.shape[0], spec.shape[1]
+
+
+def _fp8(module: str, parts: dict[str, TensorSpec]) -> StoredWeight:
+    weight = parts["weight"]
+    scale = _require(module, parts, _SCALE_PARTS)
+    rows, columns = _matrix(weight)
+    form = _SCALE_FORMATS.get(scale.dtype)
+    for block in ((128, 128), (1, 32), (32, 32)):
+        fits = scale.shape == (-(-rows // block[0]), -(-columns // block[1]))
+        if fits and form in ("e8m0", "f32"):
+            if block == (1, 32):
+                scheme = SCHEMES["mxfp8"]
+            elif block == (128, 128):
+                scheme = replace(SCHEMES["fp8"], scale=form)
+            else:
+                scheme = Scheme("fp8-32x32", "e4m3", 8, block, form)
+            return StoredWeight(module, parts, (rows, columns), scheme)
+    raise WrongDtype(f"{scale.file}: scale '{scale}' does not fit its weight '{weight}'")
+
+
+def _fp4(module: str, parts: dict[str, TensorSpec]) -> StoredWeight:
+    weight = parts["weight"]
+    scale = _require(module, parts, ("scale", "weight_scale"))
+    rows, half = _matrix(weight)
+    shape = (rows, 2 * half)
+    if scale.dtype in ("F8_E8M0", "U8") and scale.shape == (rows, shape[1] // 32):
+        if shape[1] % 32 == 0:
+            return StoredWeight(module, parts, shape, SCHEMES["mxfp4"])
+    elif scale.dtype == "F8_E4M3" and scale.shape == (rows, shape[1] // 16):
+        second = _require(module, parts, ("weight_scale_2",))
+        if second.dtype == "F32" and second.numel == 1 and shape[1] % 16 == 0:
+            return StoredWeight(module, parts, shape, SCHEMES["nvfp4"])
+    raise WrongDtype(f"{scale.file}: scale '{scale}' does not fit its FP4 weight '{weight}'")
+
+
+def _packed_integers(module: str, parts: dict[str, TensorSpec]) -> StoredWeight:
+    packed = parts["weight_packed"]
+    scale = _require(module, parts, ("weight_scale",))
+    shape = _require(module, parts, ("weight_shape",))
+    rows, words = _matrix(packed)
+    srows, groups = _matrix(scale)
+    for scheme in SCHEMES.values():
+        if scheme.element != "int":
+            continue
+        columns = groups * scheme.group_size
+        fits = srows == rows and words == -(-columns * scheme.bits // 32)
+        if fits and packed.dtype == "I32" and scale.dtype == "BF16" and shape.shape == (2,):
+            return StoredWeight(module, parts, (rows, columns), scheme)
+    raise WrongDtype(f"{packed.file}: scale '{scale}' does not fit packed weight '{packed}'")
+
+
+def read_weight(
+    checkpoint: Checkpoint, stored: StoredWeight, rows: tuple[int, int] | None = None
+) -> QTensor:
+    """Read a coded matrix, or its rows `start:stop` (start a multiple of the block's height).
+
+    Raises NonFiniteWeight for NaN codes or scales, WrongDtype for a shape that contradicts itself.
+    """
+    scheme = stored.scheme
+    assert scheme is not None, stored.module
+    height, columns = stored.shape
+    start, stop = rows or (0, height)
+    assert start % scheme.block[0] == 0, (stored.module, rows)
+    by_scale = (start // scheme.block[0], -(-stop // scheme.block[0]))
+
+    def read(part: str, span: tuple[int, int]) -> Tensor:
+        name = stored.parts[part].name
+        value = checkpoint.read_rows(name, *span) if rows else checkpoint.read(name)
+        check_finite(checkpoint, stored.parts[part], value)
+        return value
+
+    scale_part = next(p for p in _SCALE_PARTS if p in stored.parts)
+    scale = read(scale_part, by_scale)
+    if scheme.scale == "e8m0":
+        scale = scale.view(torch.float8_e8m0fnu)
+        _refuse_nan_scale(checkpoint, stored.parts[scale_part], scale)
+    global_scale: Tensor | None = None
+    if "weight_packed" in stored.parts:
+        codes = read("weight_packed", (start, stop)).view(torch.uint8)
+        _check_shape_tensor(checkpoint, stored)
+    else:
+        codes = read("weight", (start, stop))
+        if scheme.element == "e2m1":
+            codes = codes.view(torch.uint8)
+        if scheme.has_global_scale:
+            second = stored.parts["weight_scale_2"]
+            global_scale = checkpoint.read(second.name).reshape(())
+            check_finite(checkpoint, second, global_scale)
+    return QTensor(scheme, (stop - start, columns), codes, scale, global_scale)
+
+
+def _check_shape_tensor(checkpoint: Checkpoint, stored: StoredWeight) -> None:
+    spec = stored.parts["weight_shape"]
+    said = checkpoint.read(spec.name).tolist()
+    if said != list(stored.shape):
+        raise WrongDtype(
+            f"{checkpoint.path / spec.file}: '{spec.name}' says {said}, but the packed weight and "
+            f"its scales are those of {list(stored.shape)}"
+        )
+
+
+def check_finite(checkpoint: Checkpoint, spec: TensorSpec, value: Tensor) -> None:
+    """Refuse NaN and infinity (and E4M3 and E8M0 NaN codes) in data read for `spec`.
+
+    Raises NonFiniteWeight. Integers pass: their bytes cannot be non-finite.
+    """
+    if spec.dtype == "F8_E8M0":
+        _refuse_nan_scale(checkpoint, spec, value)
+        return
+    if spec.dtype == "F8_E4M3":
+        # The two NaN codes of E4M3 are 0x7F and 0xFF.
+        bad = bool(((value.view(torch.uint8) & 0x7F) == 0x7F).any())
+    elif value.is_floating_point():
+        bad = not bool(torch.isfinite(value).all())
+    else:
+        bad = False
+    if bad:
+        raise NonFiniteWeight(_not_finite(checkpoint, spec))
+
+
+def _refuse_nan_scale(checkpoint: Checkpoint, spec: TensorSpec, scale: Tensor) -> None:
+    if bool((scale.view(torch.uint8) == 255).any()):
+        raise NonFiniteWeight(_not_finite(checkpoint, spec))
+
+
+def _not_finite(checkpoint: Checkpoint, spec: TensorSpec) -> str:
+    return (
+        f"{checkpoint.path / spec.file}: '{spec.name}' holds NaN or infinity; "
+        "the file is damaged or was converted wrongly, download it again"
+    )
+
+
+def read_dense(checkpoint: Checkpoint, module: str) -> Tensor:
+    """A module's values in float32 (integer tables as stored): what the forward pass computes with.
+
+    Exact for every stored format. Raises as `find_weight` and `read_weight` do.
+    """
+    stored = find_weight(checkpoint, module)
+    if stored.scheme is not None:
+        return dequantize(read_weight(checkpoint, stored))
+    value = checkpoint.read(next(iter(stored.parts.values())).name)
+    if not value.is_floating_point():
+        return value
+    check_finite(checkpoint, next(iter(stored.parts.values())), value)
+    return value.float()

@@ -1,0 +1,110 @@
+"""Which implementation runs: the only module that looks at a device.
+
+Every function here exists twice with one signature: in `ref` (torch, any device) and in `gpu`
+(Triton). "auto" takes Triton for CUDA tensors and torch for everything else; the choice follows the
+tensors, and nothing is asked of a driver when this module is imported. Triton itself is imported
+only when a kernel is called for, so the package works without it (macOS, Windows).
+
+"triton" on CPU tensors means Triton's interpreter, which must have been chosen when the process
+started (`selfcheck.run_isolated` starts such a process).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Literal
+
+from torch import Tensor
+
+from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.experts import Activations, ExpertWeights
+from v4quant_kernels.ref import indexer as ref_indexer
+from v4quant_kernels.ref import moe as ref_moe
+
+Backend = Literal["auto", "triton", "torch"]
+
+
+class BackendUnavailable(V4QuantError):
+    """The chosen implementation cannot run here."""
+
+
+def uses_triton(tensor: Tensor, backend: Backend) -> bool:
+    """Whether `backend` means Triton for this tensor's device.
+
+    Raises BackendUnavailable when Triton is asked for and cannot run on it.
+    """
+    if backend == "torch":
+        return False
+    if backend == "auto":
+        return tensor.is_cuda
+    if not tensor.is_cuda and not _kernels("interpreter").interpreting():
+        raise BackendUnavailable(
+            f"Triton kernels cannot run on {tensor.device.type} tensors in this process; "
+            "set TRITON_INTERPRET=1 before starting Python, or use backend='torch'"
+        )
+    return True
+
+
+def require_triton() -> None:
+    """Raise BackendUnavailable unless Triton can be imported."""
+    _kernels("interpreter")
+
+
+def _kernels(module: str) -> Any:
+    """A module of `gpu`, imported when first needed."""
+    try:
+        return importlib.import_module(f"v4quant_kernels.gpu.{module}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        raise BackendUnavailable(
+            "Triton is not installed, so its kernels cannot run; install the package 'triton' "
+            "(Linux), or use backend='torch'"
+        ) from error
+
+
+def moe(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    experts: ExpertWeights,
+    swiglu_limit: float,
+    expert_map: Tensor | None = None,
+    activations: Activations = "bf16",
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Mixture of the routed experts; see `ref.moe.moe` for shapes and the formula."""
+    module = _kernels("moe") if uses_triton(x, backend) else ref_moe
+    result: Tensor = module.moe(
+        x, expert_ids, expert_weights, experts, swiglu_limit, expert_map, activations
+    )
+    return result
+
+
+def indexer_logits(
+    q_codes: Tensor,
+    q_scale: Tensor,
+    k_packed: Tensor,
+    head_weights: Tensor,
+    positions: Tensor | None = None,
+    round_products: bool = False,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Scores of compressed keys; see `ref.indexer.indexer_logits` for shapes and the formula."""
+    module = _kernels("indexer") if uses_triton(q_codes, backend) else ref_indexer
+    result: Tensor = module.indexer_logits(
+        q_codes, q_scale, k_packed, head_weights, positions, round_products
+    )
+    return result
+
+
+def top_k(logits: Tensor, k: int) -> Tensor:
+    """Exact stable selection, see `ref.indexer.top_k`; torch on every device for now."""
+    return ref_indexer.top_k(logits, k)
+
+
+def quantize_index_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of indexer vectors, see `ref.indexer`; torch on every device for now."""
+    return ref_indexer.quantize_index_vectors(x)

@@ -1,0 +1,89 @@
+"""The one table from a scheme to the functions that carry it out.
+
+`quantize` is also the gate: what passes it is a finite matrix, so the formats below need not ask.
+NaN or infinity in a weight means a damaged file, and no format here could carry it on faithfully
+(E2M1 and the integers have no code for it), so it is refused, never clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from v4quant_kernels.errors import NonFiniteWeight, UnsupportedScheme
+from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.ref import fp8_block, intq, mx, nvfp4
+from v4quant_kernels.scheme import Element, ScaleFormat, Scheme
+
+
+class _Functions(NamedTuple):
+    quantize: Callable[..., QTensor]
+    dequantize: Callable[[QTensor], Tensor]
+
+
+def _quantize_bf16(x: Tensor, scheme: Scheme) -> QTensor:
+    """Round to bfloat16, to nearest; a finite weight that would round to infinity is refused."""
+    codes = x.to(torch.bfloat16)
+    _require_finite(codes, "rounded to bfloat16")
+    return QTensor(scheme, (x.shape[0], x.shape[1]), codes)
+
+
+def _dequantize_bf16(q: QTensor) -> Tensor:
+    return q.codes.float()
+
+
+_MX = _Functions(mx.quantize, mx.dequantize)
+_NVFP4 = _Functions(nvfp4.quantize, nvfp4.dequantize)
+_FP8 = _Functions(fp8_block.quantize, fp8_block.dequantize)
+_INT = _Functions(intq.quantize, intq.dequantize)
+_BF16 = _Functions(_quantize_bf16, _dequantize_bf16)
+
+_TABLE: dict[tuple[Element, ScaleFormat], _Functions] = {
+    ("e2m1", "e8m0"): _MX,
+    ("e2m1", "e4m3"): _NVFP4,
+    ("e4m3", "e8m0"): _FP8,
+    ("e4m3", "f32"): _FP8,
+    ("int", "bf16"): _INT,
+    ("bf16", "none"): _BF16,
+}
+
+
+def _functions(scheme: Scheme) -> _Functions:
+    # MXFP8 and tiled FP8 differ only in the block: one row shares a scale, or many.
+    if (scheme.element, scheme.scale) == ("e4m3", "e8m0") and scheme.block[0] == 1:
+        return _MX
+    try:
+        return _TABLE[scheme.element, scheme.scale]
+    except KeyError:
+        raise UnsupportedScheme(
+            f"scheme '{scheme.name}': no format has {scheme.element} elements with "
+            f"{scheme.scale} scales"
+        ) from None
+
+
+def _require_finite(x: Tensor, state: str) -> None:
+    if x.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(x)):
+        raise NonFiniteWeight(f"the weight {list(x.shape)} holds NaN or infinity {state}")
+
+
+def quantize(x: Tensor, scheme: Scheme, **options: Tensor | torch.dtype | None) -> QTensor:
+    """Code a matrix `[N, K]` (any floating dtype) by `scheme`.
+
+    `options` go to the format's own function: `scale` (all but bf16), `global_scale` (nvfp4),
+    `scale_dtype` (fp8). Raises NonFiniteWeight for NaN or infinity in `x` or in a given scale, and
+    UnsupportedScheme when `x` is not a matrix or its columns are not whole groups.
+    """
+    if x.ndim != 2:
+        raise UnsupportedScheme(
+            f"scheme '{scheme.name}' codes matrices, not the shape {list(x.shape)}"
+        )
+    _require_finite(x, "as it was read")
+    return _functions(scheme).quantize(x, scheme, **options)
+
+
+def dequantize(q: QTensor) -> Tensor:
+    """float32 `[N, K]` of any coded matrix."""
+    return _functions(q.scheme).dequantize(q)

@@ -1,0 +1,140 @@
+"""The lightning indexer in plain torch: which compressed keys a token attends to.
+
+Queries (64 small heads) and keys are 128 channels wide, rotated by a Hadamard matrix and rounded to
+E2M1 with one power-of-two scale per 32 channels: 64 bytes of codes and 4 of scales, so a key costs
+68 bytes. With `w` the per-head weight (the model folds 128^-0.5 * 64^-0.5 into it),
+
+    score[t, s] = sum over heads h of  w[t, h] * relu(q[t, h] . k[s])
+
+for the keys that token t may see: a key stands for four tokens and exists once they are complete,
+so s < (position(t) + 1) // 4. Everything else is -inf.
+
+Rounding of the codes is to nearest, ties to the even code, as the hardware does it; the scale is
+`2^ceil(log2(max / 6))` as in `activation`. Products are float32. The published reference rounds
+q . k to bfloat16 before the relu, faster kernels do not: `round_products` chooses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.ref import e2m1, e8m0
+from v4quant_kernels.ref.activation import fake_quant_e2m1, hadamard
+
+GROUP = 32
+TOKENS_PER_KEY = 4
+
+_TINY = 2.0**-126
+_MAX_PRODUCTS = 2**24  # q . k of one chunk of tokens, held at a time
+
+
+def quantize_index_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Hadamard, then E2M1: (codes uint8 `[..., D/2]`, scales float8_e8m0fnu `[..., D/32]`).
+
+    x: any floating dtype `[..., D]`, D a power of two and at least 32. Runs on any device. The
+    decoded vector equals `fake_quant_e2m1(hadamard(x))` bit for bit.
+    """
+    rotated = hadamard(x).float()
+    values = _by_group(fake_quant_e2m1(rotated, GROUP))
+    exponent = _scale_exponent(_by_group(rotated))
+    codes = e2m1.encode(values * e8m0.power_of_two(-exponent).unsqueeze(-1))
+    return e2m1.pack(codes.flatten(-2)), e8m0.encode_exponent(exponent)
+
+
+def _by_group(x: Tensor) -> Tensor:
+    return x.reshape(*x.shape[:-1], -1, GROUP)
+
+
+def _scale_exponent(groups: Tensor) -> Tensor:
+    """int32 ceil(log2(amax * f32(1/6))), amax not below 6 * 2^-126 (`ref.activation`)."""
+    amax = groups.abs().amax(dim=-1).clamp(min=e2m1.MAX * _TINY)
+    inverse = torch.tensor(1 / e2m1.MAX, dtype=torch.float32, device=groups.device)
+    return e8m0.ceil_exponent(amax * inverse).clamp(max=126)
+
+
+def pack_index_keys(codes: Tensor, scales: Tensor) -> Tensor:
+    """Codes and scales of `quantize_index_vectors` as cache rows: uint8 `[..., D/2 + D/32]`."""
+    return torch.cat((codes, scales.view(torch.uint8)), dim=-1)
+
+
+def visible_keys(positions: Tensor, num_keys: int) -> Tensor:
+    """int32 count of keys that tokens at `positions` (int, any shape) may see."""
+    return torch.div(positions + 1, TOKENS_PER_KEY, rounding_mode="floor").clamp(0, num_keys).int()
+
+
+def check_indexer_inputs(
+    q_codes: Tensor, q_scale: Tensor, k_packed: Tensor, head_weights: Tensor, positions: Tensor
+) -> None:
+    """Raise V4QuantError unless shapes and dtypes are those `indexer_logits` documents."""
+    tokens, heads, half = q_codes.shape if q_codes.ndim == 3 else (0, 0, 0)
+    groups = 2 * half // GROUP
+    expected = {
+        "q_codes": (q_codes, (tokens, heads, groups * GROUP // 2)),
+        "q_scale": (q_scale, (tokens, heads, groups)),
+        "k_packed": (k_packed, (k_packed.shape[0], half + groups)),
+        "head_weights": (head_weights, (tokens, heads)),
+        "positions": (positions, (tokens,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise V4QuantError(
+                f"indexer: {name} must have shape {list(shape)}, not {list(tensor.shape)}"
+            )
+    if half == 0 or half & (half - 1):
+        raise V4QuantError(f"indexer: the head dimension must be a power of two, not {2 * half}")
+    for name, tensor in (("q_codes", q_codes), ("q_scale", q_scale), ("k_packed", k_packed)):
+        if tensor.element_size() != 1:
+            raise V4QuantError(f"indexer: {name} must hold bytes, not {tensor.dtype}")
+
+
+def indexer_logits(
+    q_codes: Tensor,
+    q_scale: Tensor,
+    k_packed: Tensor,
+    head_weights: Tensor,
+    positions: Tensor | None = None,
+    round_products: bool = False,
+) -> Tensor:
+    """float32 `[T, S]` scores, -inf where a key is not yet visible.
+
+    q_codes: uint8 `[T, H, D/2]`. q_scale: uint8 or float8_e8m0fnu `[T, H, D/32]`. k_packed: uint8
+    `[S, D/2 + D/32]` (`pack_index_keys`). head_weights: float32 `[T, H]`. positions: int `[T]`,
+    each token's position in the sequence (default 0..T-1). Raises V4QuantError for other shapes.
+    """
+    if positions is None:
+        positions = torch.arange(q_codes.shape[0], device=q_codes.device)
+    check_indexer_inputs(q_codes, q_scale, k_packed, head_weights, positions)
+    half = q_codes.shape[-1]
+    query = _decode(q_codes, q_scale)
+    keys = _decode(k_packed[:, :half].contiguous(), k_packed[:, half:].contiguous())
+    rows = max(1, _MAX_PRODUCTS // max(1, query.shape[1] * keys.shape[0]))
+    chunks = zip(torch.split(query, rows), torch.split(head_weights.float(), rows), strict=True)
+    scores = torch.cat([_scores(q, keys, w, round_products) for q, w in chunks])
+    end = visible_keys(positions, keys.shape[0])
+    hidden = torch.arange(keys.shape[0], device=keys.device) >= end.unsqueeze(-1)
+    return scores.masked_fill(hidden, -torch.inf)
+
+
+def _scores(query: Tensor, keys: Tensor, head_weights: Tensor, round_products: bool) -> Tensor:
+    products = query @ keys.T
+    if round_products:
+        products = products.bfloat16().float()
+    return (head_weights.unsqueeze(-1) * products.relu_()).sum(dim=1)
+
+
+def _decode(codes: Tensor, scale: Tensor) -> Tensor:
+    groups = _by_group(e2m1.decode_packed(codes))
+    return (groups * e8m0.decode(scale).unsqueeze(-1)).flatten(-2)
+
+
+def top_k(logits: Tensor, k: int) -> Tensor:
+    """int64 `[T, k]` indices of the k largest finite scores: value descending, index ascending.
+
+    Exact and stable, so equal scores (the relu makes many zeros) give the same answer everywhere.
+    Rows with fewer than k visible keys are padded with -1.
+    """
+    values, indices = torch.sort(logits, dim=-1, descending=True, stable=True)
+    chosen = indices[:, :k].masked_fill(values[:, :k] == -torch.inf, -1)
+    return torch.nn.functional.pad(chosen, (0, k - chosen.shape[1]), value=-1)

@@ -1,0 +1,88 @@
+"""What an integer grid does to E2M1 points: the small tables behind the optimal INT scales.
+
+Measure everything in units of the largest block scale S of a group: source values are c * 2^-d with
+c one of 8 magnitudes and d >= 0 the block's depth below S, and the integer scale is t * S. As t
+grows, the rounded integers q = round(v / t) change only at *breakpoints* t = v / (m + 1/2), so a
+finite list of assignments (v -> q) covers every t of a window. For one assignment the squared error
+of a group is a parabola in t,
+
+    err(t) = E - 2 t A + t^2 B,   A = sum n v q,  B = sum n q^2,  E = sum n v^2,
+
+with n the group's (weighted) histogram over codes. Its best representable scale is the bfloat16
+nearest to A / B; the best over all assignments is the exact optimum over every bfloat16 scale in
+the window. A window of t from 1/2 to 2 * 6 / qmax holds the optimum of a single block: above it
+half the scale gives a superset of the grid, and at 1/2 all E2M1 points are multiples of t, so
+going lower only clips more. For several blocks (depths) it is the stated candidate set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from v4quant_kernels.ref import e2m1
+
+# At depth 5 the largest value is 6/32 < t/2 for every t of the window: all codes round to 0.
+DEPTHS = 6
+LOWEST_SCALE = 0.5
+
+
+@dataclass(frozen=True)
+class IntegerLattice:
+    """Tables for one integer width; n assignments, DEPTHS depths, 16 codes, 256 bytes.
+
+    breakpoints: float32 [n-1], rising; assignment i holds between breakpoints i-1 and i.
+    highest_scale: the window's upper end for t.
+    va, qq: float32 [DEPTHS*16, n]: v*q and q*q of a code at a depth, for the sums A and B.
+    energy: float32 [16]: c*c at depth 0.
+    quantized: int8 [DEPTHS, n, 16]: the integers themselves.
+    """
+
+    bits: int
+    breakpoints: Tensor
+    highest_scale: float
+    va: Tensor
+    qq: Tensor
+    energy: Tensor
+    quantized: Tensor
+
+    def byte_table(self) -> Tensor:
+        """uint8 [DEPTHS * n * 256]: two 4-bit codes (offset 8, even column low) per source byte."""
+        assert self.bits == 4
+        offset = (self.quantized + 8).to(torch.uint8)
+        byte = torch.arange(256)
+        return (offset[..., byte & 15] | (offset[..., byte >> 4] << 4)).reshape(-1)
+
+
+@cache
+def integer_lattice(bits: int) -> IntegerLattice:
+    """Build (once) the tables for symmetric `bits`-bit integers, -2^(bits-1) .. 2^(bits-1)-1."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    magnitudes = e2m1.VALUES[1:8].double().tolist()
+    highest = 2 * magnitudes[-1] / high
+    points = {
+        value / (m + 0.5)
+        for depth in range(DEPTHS)
+        for value in (c / 2**depth for c in magnitudes)
+        for m in range(-low)
+    }
+    breakpoints = sorted(t for t in points if LOWEST_SCALE < t < highest)
+    edges = [LOWEST_SCALE, *breakpoints, highest]
+    inside = torch.tensor([(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)])
+    depth_scale = 0.5 ** torch.arange(DEPTHS).double()
+    values = e2m1.VALUES.double() * depth_scale[:, None]
+    quantized = torch.round(values[:, None, :] / inside.double()[:, None]).clamp_(low, high)
+    va = (values[:, None, :] * quantized).permute(0, 2, 1).reshape(DEPTHS * 16, -1)
+    qq = (quantized * quantized).permute(0, 2, 1).reshape(DEPTHS * 16, -1)
+    return IntegerLattice(
+        bits,
+        torch.tensor(breakpoints, dtype=torch.float32),
+        highest,
+        va.float().contiguous(),
+        qq.float().contiguous(),
+        e2m1.VALUES.float() ** 2,
+        quantized.to(torch.int8),
+    )

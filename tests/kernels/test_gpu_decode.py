@@ -1,0 +1,155 @@
+"""The bit tricks inside the kernels, exhaustively, against tables written from the definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from v4quant_kernels.ref.activation import fake_quant_e4m3
+from v4quant_kernels.reference64 import e2m1_values, e4m3_table, e8m0_values
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+from v4quant_kernels.gpu import activation, decode  # noqa: E402
+from v4quant_kernels.gpu.interpreter import interpreting  # noqa: E402
+
+from tests.kernels import kernel_tools  # noqa: E402
+
+DEVICE = "cpu" if interpreting() else "cuda"
+
+
+@triton.jit
+def element_kernel(out_ptr, ELEMENT: tl.constexpr, BITS: tl.constexpr):
+    code = tl.arange(0, 1 << BITS)
+    tl.store(out_ptr + code, decode.decode_element(code, ELEMENT, BITS))
+
+
+@triton.jit
+def scale_kernel(stored_ptr, out_ptr, SCALE: tl.constexpr):
+    index = tl.arange(0, 256)
+    tl.store(out_ptr + index, decode.decode_scale(tl.load(stored_ptr + index), SCALE))
+
+
+@triton.jit
+def round_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + index)
+    tl.store(out_ptr + index, decode.round_to_bf16(x).to(tl.bfloat16))
+
+
+@triton.jit
+def codes_kernel(ptr, out_ptr, first, N, K, row_bytes, BITS: tl.constexpr, BK: tl.constexpr):
+    rows = tl.arange(0, 8)
+    codes = decode.load_codes(ptr, rows, first, N, K, row_bytes, BITS, BK)
+    tl.store(out_ptr + rows[:, None] * BK + tl.arange(0, BK)[None, :], codes)
+
+
+@triton.jit
+def dot_kernel(a_ptr, b_ptr, out_ptr):
+    i = tl.arange(0, 16)
+    square = i[:, None] * 16 + i[None, :]
+    a, b = tl.load(a_ptr + square), tl.load(b_ptr + square)
+    tl.store(out_ptr + square, tl.dot(a, b))
+
+
+def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal including signs of zero; NaN equals NaN."""
+    both_nan = actual.isnan() & expected.isnan()
+    equal = (actual == expected) & (actual.signbit() == expected.signbit())
+    return bool((both_nan | equal).all())
+
+
+@pytest.mark.parametrize(
+    ("element", "bits"),
+    [("e2m1", 4), ("e4m3", 8), ("int", 2), ("int", 3), ("int", 4), ("int", 8)],
+)
+def test_every_element_code(element: str, bits: int) -> None:
+    out = torch.full((1 << bits,), torch.nan, device=DEVICE)
+    element_kernel[(1,)](out, element, bits)
+    expected = {
+        "e2m1": e2m1_values(torch.arange(16, dtype=torch.uint8).unsqueeze(1))[:, 0],
+        "e4m3": e4m3_table(),
+        "int": torch.arange(1 << bits) - (1 << (bits - 1)),
+    }[element]
+    assert same_bits(out.cpu(), expected.float())
+
+
+@pytest.mark.parametrize("scale", ["e8m0", "e4m3"])
+def test_every_scale_byte(scale: str) -> None:
+    stored = torch.arange(256, dtype=torch.uint8)
+    out = torch.full((256,), torch.nan, device=DEVICE)
+    scale_kernel[(1,)](stored.to(DEVICE), out, scale)
+    expected = e4m3_table() if scale == "e4m3" else e8m0_values(stored)
+    assert same_bits(out.cpu(), expected.float())
+
+
+def test_every_nvfp4_product_is_exact_in_bfloat16() -> None:
+    scales = e4m3_table()
+    products = e2m1_values(torch.arange(16, dtype=torch.uint8))[::2, None] * scales
+    assert same_bits(products.bfloat16().double(), products)
+
+
+def test_bfloat16_rounding(generator: torch.Generator) -> None:
+    bits = torch.randint(-(2**31), 2**31 - 1, (4096,), generator=generator).int()
+    special = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0x7F7FFFFF, 0x7F800000, 0x7FFFFFFF])
+    ties = (torch.arange(2048) << 21 | 0x8000) - 2**31
+    bits[:8], bits[8:2056] = special.int(), ties.int()
+    x = bits.view(torch.float32)
+    out = torch.full((4096,), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    round_kernel[(1,)](x.to(DEVICE), out, 4096)
+    assert same_bits(out.cpu(), x.bfloat16())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("first", [0, 32])
+def test_codes_are_read_where_they_lie(bits: int, first: int, generator: torch.Generator) -> None:
+    """Five of eight rows exist and the last columns of the tile do not: both read as code 0."""
+    rows, columns, tile = 5, 48, 32
+    codes = torch.randint(1 << bits, (rows, columns), generator=generator)
+    stream = (codes.unsqueeze(-1) >> torch.arange(bits)) & 1
+    weights = 2 ** torch.arange(8)
+    packed = (stream.view(rows, -1, 8) * weights).sum(-1).to(torch.uint8)
+    out = torch.full((8, tile), -1, dtype=torch.int32, device=DEVICE)
+    codes_kernel[(1,)](packed.to(DEVICE), out, first, rows, columns, packed.shape[1], bits, tile)
+    expected = torch.zeros(8, tile, dtype=torch.int32)
+    inside = codes[:, first : first + tile]
+    expected[:rows, : inside.shape[1]] = inside
+    assert torch.equal(out.cpu(), expected)
+
+
+@pytest.mark.parametrize("columns", [128, 200])
+def test_activation_rounding_equals_its_twin(
+    columns: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = torch.exp2(torch.randint(-24, 20, (9, 1), generator=generator).float())
+    x = (torch.randn(9, columns, generator=generator) * size).bfloat16()
+    x[0] = 0
+    x[1, 3] = torch.nan
+    x[2, ::2] = -0.0
+    before = x.clone()
+    with kernel_tools.poisoned_allocations(monkeypatch):
+        out = activation.fake_quant_e4m3(x.to(DEVICE)).cpu()
+    expected = fake_quant_e4m3(x, 128)
+    rows = [r for r in range(9) if r != 1]  # a NaN block may take any finite scale
+    assert torch.equal(out[rows], expected[rows])
+    assert out[1, 3].isnan()
+    assert same_bits(x, before)
+
+
+@pytest.mark.skipif(not interpreting(), reason="about Triton's interpreter")
+def test_the_interpreter_still_needs_the_bfloat16_shim(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    a, b = (torch.randn(16, 16, generator=generator).bfloat16() for _ in range(2))
+    expected = a.float() @ b.float()
+    out = torch.empty(16, 16)
+    dot_kernel[(1,)](a, b, out)
+    assert not torch.allclose(out, expected, atol=1e-4), (
+        "Triton's interpreter now multiplies bfloat16: remove kernel_tools.bfloat16_dot and its "
+        "uses, and let gpu.interpreter.compute_type return bfloat16"
+    )
+    shim = kernel_tools.bfloat16_dot(InterpreterBuilder.create_dot)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", shim)
+    dot_kernel[(1,)](a, b, out)
+    assert torch.allclose(out, expected, atol=1e-4)

@@ -1,0 +1,243 @@
+"""convert: one Unit's arithmetic. Reads slices, recodes or quantizes, hands tensors to the writer.
+
+Three ways for an expert matrix, tried in this order: the codes already are what is wanted (copy);
+the target holds MXFP4's values, so they are recoded exactly (kernels.ref.cast); otherwise the best
+scales are searched (calibration.scale_search). Dense tensors are carried in bounded pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from v4quant.plan import Plan, Unit
+from v4quant.records import Disposition, TensorRecord
+from v4quant_calibration.scale_search import QuantizedMatrix, search_dense, search_mxfp4
+from v4quant_calibration.stats import Stats
+from v4quant_formats.shards import ShardWriter
+from v4quant_formats.weights import StoredWeight, check_finite, read_weight
+from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.ref import codec, e8m0
+from v4quant_kernels.ref.cast import can_cast, cast_mxfp4, top_exponent
+from v4quant_kernels.scheme import Scheme
+
+_DENSE_ROWS = 512  # rows of an FP8 matrix dequantized at a time; a multiple of every tile height
+
+
+class InexactCast(V4QuantError):
+    """A cast would change values and the recipe says to refuse."""
+
+
+class _Converter(Protocol):
+    def __call__(
+        self, plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None
+    ) -> list[TensorRecord]: ...
+
+
+def convert_unit(
+    plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None
+) -> list[TensorRecord]:
+    """Convert one unit and write its tensors. Returns one record per module.
+
+    Raises NonFiniteWeight, WrongDtype, SourceChanged, InexactCast or OutputError.
+    """
+    return _CONVERTERS[unit.action](plan, unit, writer, stats)
+
+
+def _copy(
+    plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None
+) -> list[TensorRecord]:
+    stored = unit.sources[0]
+    for spec in stored.parts.values():
+        for first_byte, piece in plan.checkpoint.read_chunks(spec.name):
+            check_finite(plan.checkpoint, spec, piece)
+            writer.add_piece(spec.name, first_byte, piece)
+    return [_record(stored, "copied", _storage(stored))]
+
+
+def _bf16(
+    plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None
+) -> list[TensorRecord]:
+    stored, name = unit.sources[0], unit.outputs[0].name
+    rows, columns = stored.shape
+    altered = 0
+    for start in range(0, rows, _DENSE_ROWS):
+        stop = min(start + _DENSE_ROWS, rows)
+        values = codec.dequantize(read_weight(plan.checkpoint, stored, (start, stop)))
+        rounded = values.bfloat16()
+        altered += int((rounded.float() != values).sum())
+        writer.add_piece(name, start * columns * 2, rounded)
+    _refuse_inexact(plan, stored, altered, "bf16")
+    return [_record(stored, "cast", "bf16", altered)]
+
+
+def _f32_scale(
+    plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None
+) -> list[TensorRecord]:
+    stored = unit.sources[0]
+    weight, scale = stored.parts["weight"], stored.parts["scale"]
+    for first_byte, piece in plan.checkpoint.read_chunks(weight.name):
+        check_finite(plan.checkpoint, weight, piece)
+        writer.add_piece(weight.name, first_byte, piece)
+    value = plan.checkpoint.read(scale.name)
+    check_finite(plan.checkpoint, scale, value)
+    writer.add(scale.name, e8m0.decode(value))
+    return [_record(stored, "cast", "fp8 with float32 scales")]
+
+
+def _experts(
+    plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None
+) -> list[TensorRecord]:
+    records = []
+    tops = _nvfp4_tops(plan, unit)
+    for stored, top in zip(unit.sources, tops, strict=True):
+        q = read_weight(plan.checkpoint, stored)
+        importance = stats.importance(stored.module) if stats else None
+        result, record = _convert_matrix(plan, stored, q, importance, top)
+        amax = _input_amax(plan, stored, stats)
+        for suffix, tensor in plan.recipe.layout.expert_tensors(result, amax).items():
+            writer.add(f"{stored.module}.{suffix}", tensor)
+        records.append(record)
+    return records
+
+
+_CONVERTERS: dict[str, _Converter] = {
+    "copy": _copy,
+    "bf16": _bf16,
+    "f32_scale": _f32_scale,
+    "experts": _experts,
+}
+
+
+@dataclass(frozen=True)
+class _Top:
+    """What w1 and w3 must agree on for NVFP4: the top exponent (MXFP4) or the largest value."""
+
+    exponent: int | None = None
+    amax: float | None = None
+
+
+def _nvfp4_tops(plan: Plan, unit: Unit) -> list[_Top]:
+    """Engines fuse w1 and w3 and keep one second-level scale, so both are built on the larger."""
+    if plan.scheme.name != "nvfp4":
+        return [_Top()] * len(unit.sources)
+    own = []
+    for stored in unit.sources:
+        q = read_weight(plan.checkpoint, stored)
+        if q.scheme.name == "mxfp4":
+            own.append(_Top(exponent=top_exponent(q)))
+        else:
+            own.append(_Top(amax=float(codec.dequantize(q).abs().max())))
+    gate, up, down = own
+    if gate.exponent is not None and up.exponent is not None:
+        shared = _Top(exponent=max(gate.exponent, up.exponent))
+    else:
+        shared = _Top(amax=max(gate.amax or 0.0, up.amax or 0.0))
+    return [shared, shared, down]
+
+
+def _convert_matrix(
+    plan: Plan, stored: StoredWeight, q: QTensor, importance: Tensor | None, top: _Top
+) -> tuple[QTensor, TensorRecord]:
+    scheme = plan.scheme
+    if q.scheme.name == scheme.name:
+        return q, _record(stored, "copied", scheme.name)
+    if q.scheme.name == "mxfp4" and can_cast(scheme):
+        cast = cast_mxfp4(q, scheme, top.exponent)
+        _refuse_inexact(plan, stored, cast.altered, scheme.name)
+        if not cast.altered:
+            return cast.tensor, _record(stored, "cast", scheme.name)
+        loss = _measure(codec.dequantize(q), cast.tensor)
+        return cast.tensor, _lossy_record(stored, scheme, loss, "cast", cast.altered)
+    if q.scheme.name == "mxfp4" and scheme.element == "int":
+        found = search_mxfp4(q, scheme, importance)
+    else:
+        found = _quantize_dense(codec.dequantize(q), scheme, importance, top)
+    return found.tensor, _lossy_record(stored, scheme, found, "quantized", 0)
+
+
+def _quantize_dense(
+    x: Tensor, scheme: Scheme, importance: Tensor | None, top: _Top
+) -> QuantizedMatrix:
+    if scheme.element == "int":
+        return search_dense(x, scheme, importance)
+    extra = {}
+    if scheme.name == "nvfp4" and top.amax is not None:
+        extra["global_scale"] = torch.tensor(max(top.amax, 2.0**-100) / (6 * 448))
+    return _measure(x, codec.quantize(x, scheme, **extra))
+
+
+def _measure(x: Tensor, q: QTensor) -> QuantizedMatrix:
+    difference = (codec.dequantize(q) - x).double()
+    squared = float(difference.square().sum())
+    return QuantizedMatrix(
+        q, squared, float(x.double().square().sum()), float(difference.abs().max())
+    )
+
+
+def _input_amax(plan: Plan, stored: StoredWeight, stats: Stats | None) -> float:
+    """Largest input magnitude an expert matrix must expect: measured, or a proven bound.
+
+    w1 and w3 see an RMS-normalised row times the norm's weight, so |x_i| <= sqrt(d) * max|w|. w2
+    sees routing weight * silu(gate) * up with gate <= limit and |up| <= limit, so
+    <= routed_scaling_factor * limit^2.
+    """
+    measured = stats.input_amax(stored.module) if stats else None
+    if measured:
+        return measured
+    config = plan.config
+    if stored.module.endswith(".w2"):
+        return config.routed_scaling_factor * config.swiglu_limit**2
+    stage = stored.module.split(".ffn.", maxsplit=1)[0]
+    norm = plan.checkpoint.read(f"{stage}.ffn_norm.weight").float().abs().max()
+    return float(norm) * config.hidden_size**0.5
+
+
+def _refuse_inexact(plan: Plan, stored: StoredWeight, altered: int, target: str) -> None:
+    if altered and plan.recipe.on_inexact == "refuse":
+        raise InexactCast(
+            f"{plan.checkpoint.path}: '{stored.module}' does not fit {target} exactly: {altered} "
+            "values would change; --on-inexact nearest takes the nearest and counts them"
+        )
+
+
+def _storage(stored: StoredWeight) -> str:
+    return stored.scheme.name if stored.scheme else next(iter(stored.parts.values())).dtype.lower()
+
+
+def _elements(stored: StoredWeight) -> int:
+    count = 1
+    for size in stored.shape:
+        count *= size
+    return count
+
+
+def _record(
+    stored: StoredWeight, disposition: Disposition, target: str, altered: int = 0
+) -> TensorRecord:
+    return TensorRecord(
+        stored.module, disposition, _storage(stored), target, _elements(stored), altered
+    )
+
+
+def _lossy_record(
+    stored: StoredWeight,
+    scheme: Scheme,
+    loss: QuantizedMatrix,
+    disposition: Disposition,
+    altered: int,
+) -> TensorRecord:
+    return TensorRecord(
+        stored.module,
+        disposition,
+        _storage(stored),
+        scheme.name,
+        _elements(stored),
+        altered,
+        relative_rms=loss.relative_rms,
+        max_error=loss.max_error,
+    )

@@ -1,0 +1,262 @@
+"""Job: a Plan being carried out, safe against kill, full disks and changing sources.
+
+Units of a shard run on worker threads (torch releases the GIL), each single-threaded, and write to
+their planned places; while a finished shard is flushed and hashed, the next one is computed. A
+shard counts once it is renamed and journaled; the index is written last and makes the folder a
+checkpoint. The same plan gives the same bytes whatever the number of workers or interruptions,
+because every unit is computed alone, in fixed pieces.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from v4quant import __version__
+from v4quant.convert import convert_unit
+from v4quant.journal import FOLDER, FinishedShard, Journal, locked_output
+from v4quant.memory import peak_rss_bytes
+from v4quant.plan import Plan, ShardPlan
+from v4quant.records import TensorRecord, record_from_dict
+from v4quant_calibration.stats import Stats
+from v4quant_formats.checkpoint import INDEX_NAME
+from v4quant_formats.deepseek_v4 import detect_release
+from v4quant_formats.errors import OutputError
+from v4quant_formats.manifest import (
+    MANIFEST_NAME,
+    MANIFEST_VERSION,
+    index_json,
+    read_manifest,
+    to_json,
+)
+from v4quant_formats.shards import ShardWriter, WrittenFile, write_file_atomically
+from v4quant_formats.sidecars import find_sidecars
+from v4quant_kernels.progress import Progress, SilentProgress
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What `quantize` reports (`--json`)."""
+
+    output: str
+    format: str
+    scheme: str
+    tensors: int
+    bytes_in: int
+    bytes_out: int
+    exact_tensors: int
+    lossy_tensors: int
+    copied_tensors: int
+    dropped_tensors: int
+    altered_elements: int
+    worst_relative_rms: float
+    mean_relative_rms: float
+    seconds: float
+    peak_rss_bytes: int
+
+
+def run_job(
+    plan: Plan,
+    out: Path,
+    stats: Stats | None = None,
+    workers: int = 2,
+    progress: Progress | None = None,
+) -> JobResult:
+    """Carry a plan out into folder `out`; the same call again resumes or confirms.
+
+    Raises OutputError (not empty, locked, full, not writable) and what `convert_unit` raises.
+    """
+    started = time.monotonic()
+    progress = progress or SilentProgress()
+    if _is_complete(plan, out):
+        records = [record_from_dict(row) for row in read_manifest(out)["tensors"]]
+        return _result(plan, out, records, started)
+    _check_folder(out)
+    with locked_output(out):
+        journal = Journal(out, plan.digest)
+        _check_space(plan, out, journal)
+        _write_shards(plan, out, stats, workers, journal, progress)
+        shards = [journal.finished[s.file] for s in plan.shards]
+        _finish(plan, out, shards)
+        journal.remove()
+    return _result(plan, out, [r for s in shards for r in s.records], started)
+
+
+def _is_complete(plan: Plan, out: Path) -> bool:
+    """Whether `out` already is this plan's result (an earlier run finished)."""
+    if not (out / INDEX_NAME).exists() or (out / FOLDER / "journal.jsonl").exists():
+        return False
+    return (out / MANIFEST_NAME).exists() and read_manifest(out).get("plan") == plan.digest
+
+
+def _check_folder(out: Path) -> None:
+    if not out.exists():
+        try:
+            out.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"{out}: cannot be created ({error.strerror})") from None
+    if not out.is_dir():
+        raise OutputError(f"{out}: is not a folder")
+    foreign = [p.name for p in out.iterdir() if p.name != FOLDER]
+    if foreign and not (out / FOLDER / "journal.jsonl").exists():
+        raise OutputError(
+            f"{out}: folder is not empty ({sorted(foreign)[0]}, ...) and holds no unfinished "
+            "conversion to resume; choose a new folder"
+        )
+
+
+def _check_space(plan: Plan, out: Path, journal: Journal) -> None:
+    needed = sum(s.nbytes for s in plan.shards if s.file not in journal.finished)
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise OutputError(
+            f"{out}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on this "
+            "disk; free space or choose another folder"
+        )
+
+
+def _write_shards(
+    plan: Plan,
+    out: Path,
+    stats: Stats | None,
+    workers: int,
+    journal: Journal,
+    progress: Progress,
+) -> None:
+    progress.start("Converting", plan.bytes_in, "B")
+    pool = ThreadPoolExecutor(workers, "convert", initializer=_one_thread)
+    finisher = ThreadPoolExecutor(1, "finish")
+    closing: tuple[Future[WrittenFile], list[TensorRecord]] | None = None
+    try:
+        for shard in plan.shards:
+            if shard.file in journal.finished:
+                progress.advance(sum(u.bytes_in for u in shard.units))
+                continue
+            writer = ShardWriter(out / shard.file, shard.outputs)
+            try:
+                records = _convert_shard(plan, shard, writer, stats, pool, progress)
+            except BaseException:
+                writer.abort()
+                raise
+            if closing is not None:
+                journal.add(FinishedShard(closing[0].result(), tuple(closing[1])))
+            closing = (finisher.submit(writer.close), records)
+        if closing is not None:
+            journal.add(FinishedShard(closing[0].result(), tuple(closing[1])))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        finisher.shutdown()
+        progress.finish()
+
+
+def _convert_shard(
+    plan: Plan,
+    shard: ShardPlan,
+    writer: ShardWriter,
+    stats: Stats | None,
+    pool: ThreadPoolExecutor,
+    progress: Progress,
+) -> list[TensorRecord]:
+    futures = [pool.submit(convert_unit, plan, u, writer, stats) for u in shard.units]
+    records: list[TensorRecord] = []
+    try:
+        for unit, future in zip(shard.units, futures, strict=True):
+            records += future.result()
+            progress.advance(unit.bytes_in)
+    except BaseException:
+        # Nothing may still write when the caller removes the file.
+        _cancel(futures)
+        raise
+    return records
+
+
+def _cancel(futures: Iterable[Future[Any]]) -> None:
+    running = [f for f in futures if not f.cancel()]
+    for future in running:
+        future.exception()
+
+
+def _one_thread() -> None:
+    # Per thread in torch: fixed partitioning keeps sums, and so bytes, the same for any workers.
+    torch.set_num_threads(1)
+
+
+def _finish(plan: Plan, out: Path, shards: list[FinishedShard]) -> None:
+    """Write sidecars, config, manifest and, last, the index."""
+    files = [s.file for s in shards]
+    for name in find_sidecars(plan.checkpoint.path):
+        data = (plan.checkpoint.path / name).read_bytes()
+        written = write_file_atomically(out / name, data)
+        files.append(WrittenFile(name, written.nbytes, written.sha256))
+    files.append(write_file_atomically(out / "config.json", to_json(plan.output_config())))
+    specs = [(spec, shard.file) for shard in plan.shards for spec in shard.outputs]
+    index = index_json({s.name: f for s, f in specs}, sum(s.nbytes for s, _ in specs))
+    manifest = to_json(_manifest(plan, files, [r for s in shards for r in s.records]))
+    write_file_atomically(out / MANIFEST_NAME, manifest)
+    write_file_atomically(out / INDEX_NAME, index)
+
+
+def _manifest(
+    plan: Plan, files: list[WrittenFile], records: list[TensorRecord]
+) -> dict[str, Any]:
+    experts = {
+        s.parts["weight"].dtype for u in plan.units if u.action == "experts" for s in u.sources
+    }
+    release = detect_release(
+        plan.checkpoint.tensors, experts, str(plan.checkpoint.config.get("model_type", ""))
+    )
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "tool": {
+            "v4quant": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "source": {
+            "name": plan.checkpoint.path.resolve().name,
+            "release": release,
+            "digest": plan.source_digest,
+            "tensors": len(plan.checkpoint.tensors),
+            "bytes": plan.checkpoint.nbytes,
+        },
+        "recipe": plan.recipe.as_dict(),
+        "stats": plan.stats_digest or None,
+        "plan": plan.digest,
+        "files": [{"name": f.name, "bytes": f.nbytes, "sha256": f.sha256} for f in files],
+        "dropped": [{"name": d.name, "reason": d.reason} for d in plan.dropped],
+        "tensors": [r.as_dict() for r in records],
+    }
+
+
+def _result(
+    plan: Plan, out: Path, records: list[TensorRecord], started: float
+) -> JobResult:
+    kinds = Counter("copied" if r.disposition == "copied" else r.exact for r in records)
+    losses = [r.relative_rms for r in records if not r.exact]
+    return JobResult(
+        output=os.fspath(out),
+        format=plan.recipe.format,
+        scheme=plan.recipe.scheme,
+        tensors=sum(len(s.outputs) for s in plan.shards),
+        bytes_in=plan.checkpoint.nbytes,
+        bytes_out=plan.bytes_out,
+        exact_tensors=kinds[True],
+        lossy_tensors=kinds[False],
+        copied_tensors=kinds["copied"],
+        dropped_tensors=len(plan.dropped),
+        altered_elements=sum(r.altered for r in records),
+        worst_relative_rms=max(losses, default=0.0),
+        mean_relative_rms=sum(losses) / len(losses) if losses else 0.0,
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=peak_rss_bytes(),
+    )

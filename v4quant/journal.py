@@ -1,0 +1,122 @@
+"""Journal: which shards of an unfinished conversion are safely on disk.
+
+Lives in `OUT/.v4quant/` until the checkpoint is whole. The first line is the plan's digest; each
+further line is one finished shard with its hash and records, appended only after the shard was
+flushed and renamed into place. A line cut short by a crash is ignored: its shard is made again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from v4quant.records import TensorRecord, record_from_dict
+from v4quant_formats.errors import OutputError
+from v4quant_formats.shards import WrittenFile, output_error, sync_folder
+
+FOLDER = ".v4quant"
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """A shard that needs no more work."""
+
+    file: WrittenFile
+    records: tuple[TensorRecord, ...]
+
+
+class Journal:
+    """Append-only record of finished shards for one plan."""
+
+    def __init__(self, out: Path, plan_digest: str) -> None:
+        """Open or begin the journal. Raises OutputError when the folder holds another plan's."""
+        self._path = out / FOLDER / "journal.jsonl"
+        self._out = out
+        self.finished: dict[str, FinishedShard] = {}
+        lines = self._read_lines()
+        if not lines:
+            self._append({"plan": plan_digest}, fresh=True)
+            return
+        if lines[0].get("plan") != plan_digest:
+            raise OutputError(
+                f"{out}: holds an unfinished conversion of another source, recipe or version; "
+                "choose another folder or delete this one"
+            )
+        for line in lines[1:]:
+            shard = FinishedShard(
+                WrittenFile(**line["file"]), tuple(map(record_from_dict, line["records"]))
+            )
+            if self._is_in_place(shard.file):
+                self.finished[shard.file.name] = shard
+
+    def add(self, shard: FinishedShard) -> None:
+        """Record a shard that is already on disk under its final name."""
+        records = [r.as_dict() for r in shard.records]
+        self._append({"file": asdict(shard.file), "records": records})
+        self.finished[shard.file.name] = shard
+
+    def remove(self) -> None:
+        """The checkpoint is whole: the journal has done its work."""
+        shutil.rmtree(self._path.parent)
+        sync_folder(self._out)
+
+    def _is_in_place(self, file: WrittenFile) -> bool:
+        path = self._out / file.name
+        return path.is_file() and path.stat().st_size == file.nbytes
+
+    def _read_lines(self) -> list[dict[str, object]] | list:  # type: ignore[type-arg]
+        if not self._path.exists():
+            return []
+        lines = []
+        text = self._path.read_bytes()
+        for raw in text.split(b"\n")[:-1]:  # what follows the last newline was cut short
+            try:
+                lines.append(json.loads(raw))
+            except ValueError:
+                break
+        return lines
+
+    def _append(self, line: dict[str, object], fresh: bool = False) -> None:
+        data = json.dumps(line).encode() + b"\n"
+        try:
+            with self._path.open("wb" if fresh else "r+b") as file:
+                if not fresh:
+                    # A torn last line must not swallow this one.
+                    whole = self._path.read_bytes().rfind(b"\n") + 1
+                    file.truncate(whole)
+                    file.seek(whole)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if fresh:
+                sync_folder(self._path.parent)
+        except OSError as error:
+            raise output_error(self._path, error) from None
+
+
+@contextmanager
+def locked_output(out: Path) -> Iterator[None]:
+    """Hold the output folder for this process. Raises OutputError when another one has it."""
+    lock = out / FOLDER / "lock"
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise output_error(lock, error) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise OutputError(
+            f"{out}: another v4quant process is writing here; wait for it or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,61 @@
+"""Memory: sizes people write (`6GB`), the peak this process reached, workers that fit a cap."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+
+from v4quant.plan import Plan
+from v4quant_kernels.errors import V4QuantError
+
+# Interpreter, torch and its libraries, measured; thread pools and buffers included.
+_BASE_BYTES = 450 * 2**20
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+class SizeError(V4QuantError):
+    """A size that cannot be read, or a cap that is too low."""
+
+
+def parse_size(text: str) -> int:
+    """`6GB` -> 6e9, `6GiB` -> 6 * 2^30, `1500M`, `123`. Raises SizeError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise SizeError(f"'{text}' is not a size; write it like 6GB, 6GiB or 1500MB")
+    unit = match[2].upper()
+    base = 1024 ** ("KMGT".index(unit) + 1) if match[3] and unit else _UNITS[unit]
+    return int(float(match[1]) * base)
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def worker_bytes(plan: Plan) -> int:
+    """Memory one worker needs for the largest unit of a plan.
+
+    A unit holds one matrix as stored, as coded and with its chunk temporaries; dense pieces and
+    search temporaries are bounded by constants.
+    """
+    largest = max(
+        (s.nbytes for u in plan.units if u.action == "experts" for s in u.sources), default=0
+    )
+    growth = {"mxfp4": 1.0}.get(plan.scheme.name, plan.scheme.bits_per_weight / 4.25)
+    return int(largest * (2 + 2 * growth)) + 200 * 2**20
+
+
+def fit_workers(plan: Plan, wanted: int, cap: int | None) -> int:
+    """The number of workers that fits `cap` bytes, at most `wanted`. Raises SizeError."""
+    if cap is None:
+        return wanted
+    fitting = (cap - _BASE_BYTES) // worker_bytes(plan)
+    if fitting < 1:
+        least = _BASE_BYTES + worker_bytes(plan)
+        raise SizeError(
+            f"--max-memory {cap / 1e9:.2f} GB is too little: one worker of this conversion needs "
+            f"{least / 1e9:.2f} GB"
+        )
+    return min(wanted, fitting)

@@ -1,0 +1,320 @@
+"""Plan: every output tensor, its shard, size and treatment, decided before a byte is read.
+
+The plan maps source shards to output shards one to one (one layer a shard, as released), groups
+tensors that must be seen together into Units (an expert's w1, w3 and w2; a weight and its scale)
+and accounts for every source tensor: it is copied, re-encoded exactly, quantized, or dropped with a
+reason. What is missing, unknown or of the wrong kind is an error here, not after hours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from v4quant import __version__
+from v4quant.recipe import Recipe
+from v4quant_formats.checkpoint import SINGLE_NAME, Checkpoint
+from v4quant_formats.deepseek_v4 import (
+    PROJECTIONS,
+    TensorName,
+    expected_modules,
+    expert_module,
+    module_shape,
+    parse_name,
+)
+from v4quant_formats.errors import MissingTensor, UnexpectedTensor, WrongDtype
+from v4quant_formats.layouts import UnsupportedPair
+from v4quant_formats.model_config import ModelConfig, parse_model_config
+from v4quant_formats.shards import shard_header
+from v4quant_formats.spec import TensorSpec
+from v4quant_formats.weights import StoredWeight, find_weight
+from v4quant_kernels.scheme import Scheme
+
+Action = Literal["copy", "bf16", "f32_scale", "experts"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors converted together, and what they become.
+
+    action: copy (byte for byte), bf16 (FP8 matrix dequantized), f32_scale (E8M0 scales widened),
+    experts (w1, w3 and w2 of one routed expert, in that order).
+    """
+
+    action: Action
+    sources: tuple[StoredWeight, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def module(self) -> str:
+        """Name for messages and records: the first module."""
+        return self.sources[0].module
+
+    @property
+    def bytes_in(self) -> int:
+        """Source bytes."""
+        return sum(s.nbytes for s in self.sources)
+
+    @property
+    def bytes_out(self) -> int:
+        """Output bytes."""
+        return sum(s.nbytes for s in self.outputs)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file and the units it is made of."""
+
+    file: str
+    units: tuple[Unit, ...]
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        """All tensors of the file."""
+        return [spec for unit in self.units for spec in unit.outputs]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Size of the file, header included."""
+        return len(shard_header(self.outputs)) + sum(u.bytes_out for u in self.units)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A source tensor that the output leaves out, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole conversion. `digest` keys the journal: same digest, same output bytes."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    recipe: Recipe
+    shards: tuple[ShardPlan, ...]
+    dropped: tuple[Dropped, ...]
+    stats_digest: str
+
+    @property
+    def scheme(self) -> Scheme:
+        """The experts' scheme."""
+        return self.recipe.expert_scheme
+
+    @property
+    def units(self) -> Iterator[Unit]:
+        """All units, in output order."""
+        return (unit for shard in self.shards for unit in shard.units)
+
+    @cached_property
+    def bytes_in(self) -> int:
+        """Bytes of tensor data that will be read."""
+        return sum(u.bytes_in for u in self.units)
+
+    @cached_property
+    def bytes_out(self) -> int:
+        """Bytes of shards that will be written."""
+        return sum(s.nbytes for s in self.shards)
+
+    @cached_property
+    def source_digest(self) -> str:
+        """Identity of the source."""
+        return self.checkpoint.digest()
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the conversion: source, recipe, statistics and tool version."""
+        parts = [self.source_digest, repr(self.recipe.as_dict()), self.stats_digest, __version__]
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+    def output_config(self) -> dict[str, Any]:
+        """The output's config.json."""
+        return self.recipe.layout.config(self.checkpoint.config, self.scheme)
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, stats_digest: str = "") -> Plan:
+    """Plan the conversion of a checkpoint; reads no tensor data.
+
+    Raises MissingTensor, UnexpectedTensor, WrongDtype, UnsupportedPair or ConfigError naming the
+    tensor and the remedy.
+    """
+    config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
+    names = _parse_names(checkpoint, recipe)
+    _check_complete(checkpoint, config, names)
+    planner = _Planner(checkpoint, config, recipe, names)
+    by_file: dict[str, list[Unit]] = {}
+    for module in planner.leading_modules():
+        unit = planner.unit(module)
+        if unit is not None:
+            file = next(iter(unit.sources[0].parts.values())).file
+            by_file.setdefault(file, []).append(unit)
+    shards = tuple(
+        ShardPlan(_output_file(file), tuple(units)) for file, units in sorted(by_file.items())
+    )
+    return Plan(checkpoint, config, recipe, shards, tuple(planner.dropped), stats_digest)
+
+
+def _output_file(file: str) -> str:
+    # Always with an index, so that only the index, written last, makes the folder a checkpoint.
+    return "model-00001-of-00001.safetensors" if file == SINGLE_NAME else file
+
+
+def _parse_names(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, TensorName | None]:
+    names = {spec.name: parse_name(spec.name) for spec in checkpoint}
+    for name, parsed in names.items():
+        if parsed is None and recipe.unknown == "refuse":
+            raise UnexpectedTensor(
+                f"{checkpoint.path / checkpoint.tensors[name].file}: tensor '{name}' belongs to no "
+                "V4 release v4quant knows; --unknown copy carries such tensors byte for byte"
+            )
+    return names
+
+
+def _check_complete(
+    checkpoint: Checkpoint, config: ModelConfig, names: dict[str, TensorName | None]
+) -> None:
+    present = {n.module for n in names.values() if n}
+    for module in expected_modules(config, names):
+        if module not in present:
+            raise MissingTensor(
+                f"{checkpoint.path}: '{module}' is missing, which config.json requires; "
+                "the download is incomplete or config.json belongs to another model"
+            )
+
+
+class _Planner:
+    """Turns modules into units for one recipe, collecting what is dropped."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        recipe: Recipe,
+        names: dict[str, TensorName | None],
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self.recipe = recipe
+        self.layout = recipe.layout
+        self.scheme = recipe.expert_scheme
+        self.names = names
+        self.dropped: list[Dropped] = []
+        self.by_module = {n.module: n for n in names.values() if n}
+        self.unknown = [n for n, parsed in names.items() if parsed is None]
+
+    def leading_modules(self) -> Iterator[str]:
+        """One module per unit: w1 leads its expert; every other module leads itself."""
+        for module, name in self.by_module.items():
+            if name.expert is None or name.projection == PROJECTIONS[0]:
+                yield module
+        yield from self.unknown
+
+    def unit(self, module: str) -> Unit | None:
+        """The unit a module leads, or None when it is dropped."""
+        name = self.by_module.get(module)
+        if name is None:
+            spec = self.checkpoint.spec(module)
+            return _copy(StoredWeight(module, {"": spec}, spec.shape, None))
+        if name.is_draft and self.recipe.draft == "drop":
+            self._drop(module, name)
+            return None
+        if name.expert is not None:
+            return self._expert(name.stage, name.expert)
+        return self._dense(name, self._find(module))
+
+    def _find(self, module: str) -> StoredWeight:
+        """How a module is stored, refused when its shape is not what config.json implies."""
+        stored = find_weight(self.checkpoint, module)
+        wanted = module_shape(self.config, module)
+        first = next(iter(stored.parts.values()))
+        if wanted is not None and stored.shape != wanted:
+            raise WrongDtype(
+                f"{self.checkpoint.path / first.file}: '{module}' has shape {list(stored.shape)}, "
+                f"but config.json implies {list(wanted)}; the files belong to different models"
+            )
+        integer = module.endswith(".tid2eid")
+        if stored.scheme is None and (first.dtype in ("I64", "I32")) != integer:
+            raise WrongDtype(
+                f"{self.checkpoint.path / first.file}: '{first.name}' is {first.dtype}, expected "
+                f"{'I64' if integer else 'a float dtype'}; the file was written wrongly"
+            )
+        return stored
+
+    def _drop(self, module: str, name: TensorName) -> None:
+        modules = [module]
+        if name.expert is not None:
+            modules = [expert_module(name.stage, name.expert, p) for p in PROJECTIONS]
+        reason = "draft stages are dropped by the recipe"
+        for m in modules:
+            parts = find_weight(self.checkpoint, m).parts.values()
+            self.dropped += [Dropped(p.name, reason) for p in parts]
+
+    def _expert(self, stage: str, expert: int) -> Unit:
+        sources = tuple(
+            self._find(expert_module(stage, expert, p)) for p in PROJECTIONS
+        )
+        outputs: list[TensorSpec] = []
+        for stored in sources:
+            if stored.scheme is None or stored.scheme.name not in ("mxfp4", "fp8"):
+                kind = stored.scheme.name if stored.scheme else "unquantized"
+                raise WrongDtype(
+                    f"{self.checkpoint.path}: expert '{stored.module}' is {kind}; conversion "
+                    "starts from a release's MXFP4 or FP8 experts"
+                )
+            rows, columns = stored.shape
+            if columns % self.scheme.group_size and self.scheme.block[0] == 1:
+                raise UnsupportedPair(
+                    f"'{stored.module}' has {columns} input channels, no multiple of "
+                    f"{self.scheme.name}'s group_size {self.scheme.group_size}; "
+                    "choose a smaller group"
+                )
+            parts = self.layout.expert_parts(self.scheme, (rows, columns))
+            outputs += [
+                TensorSpec(f"{stored.module}.{suffix}", dtype, shape)
+                for suffix, (dtype, shape) in parts.items()
+            ]
+        return Unit("experts", sources, tuple(outputs))
+
+    def _dense(self, name: TensorName, stored: StoredWeight) -> Unit:
+        if not name.is_linear:
+            return _copy(stored)
+        rule = self.layout.dense(self.scheme)
+        if stored.scheme is None:
+            if rule == "bf16":
+                return _copy(stored)
+            raise UnsupportedPair(
+                f"{self.checkpoint.path}: '{stored.module}' is not FP8, but format "
+                f"'{self.layout.name}' declares dense matrices FP8; use compressed-tensors"
+            )
+        weight, scale = stored.parts["weight"], stored.parts.get("scale")
+        if stored.scheme.element != "e4m3" or scale is None:
+            raise WrongDtype(
+                f"{self.checkpoint.path}: dense '{stored.module}' is {stored.scheme.name}; "
+                "conversion starts from a release's FP8 matrices"
+            )
+        if rule == "bf16":
+            return Unit("bf16", (stored,), (TensorSpec(weight.name, "BF16", weight.shape),))
+        if stored.scheme.block != (128, 128) and rule == "f32_scale":
+            raise UnsupportedPair(f"'{stored.module}' has {stored.scheme.block} tiles, not 128x128")
+        if rule == "f32_scale" and scale.dtype == "F8_E8M0":
+            outputs = (
+                TensorSpec(weight.name, weight.dtype, weight.shape),
+                TensorSpec(scale.name, "F32", scale.shape),
+            )
+            return Unit("f32_scale", (stored,), outputs)
+        if rule == "copy" and scale.dtype != "F8_E8M0":
+            raise UnsupportedPair(
+                f"'{stored.module}' has {scale.dtype} scales, but scheme '{self.scheme.name}' in "
+                f"format '{self.layout.name}' declares ue8m0; use fp8 or compressed-tensors"
+            )
+        return _copy(stored)
+
+
+def _copy(stored: StoredWeight) -> Unit:
+    outputs = tuple(TensorSpec(s.name, s.dtype, s.shape) for s in stored.parts.values())
+    return Unit("copy", (stored,), outputs)

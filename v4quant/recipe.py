@@ -1,0 +1,91 @@
+"""Recipe: which tensor gets which scheme, and what to do when exactness or knowledge runs out.
+
+A recipe is a small TOML file or the command line's options; both end up in the same frozen
+`Recipe`. Unknown keys are errors: a misspelt option must not quietly do nothing.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from v4quant_formats.layout import Layout
+from v4quant_formats.layouts import choose_layout
+from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.scheme import Scheme, get_scheme
+
+_CHOICES = {
+    "draft": ("convert", "drop"),
+    "on_inexact": ("nearest", "refuse"),
+    "unknown": ("refuse", "copy"),
+}
+
+
+class RecipeError(V4QuantError):
+    """A recipe file or option that cannot be understood."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `quantize` shall do.
+
+    scheme: how routed experts (draft stages included) are coded.
+    format: the container; "" means the scheme's default.
+    draft: convert MTP/DSpark stages like the trunk, or drop them.
+    on_inexact: a cast that cannot hold every value takes the nearest and counts what changed, or
+        refuses.
+    unknown: tensors no V4 release has are refused, or copied byte for byte.
+    """
+
+    scheme: str
+    format: str = ""
+    draft: str = "convert"
+    on_inexact: str = "nearest"
+    unknown: str = "refuse"
+
+    def __post_init__(self) -> None:
+        """Check every choice. Raises RecipeError, UnsupportedScheme or UnsupportedPair."""
+        for key, allowed in _CHOICES.items():
+            if getattr(self, key) not in allowed:
+                raise RecipeError(
+                    f"recipe: {key} = '{getattr(self, key)}' is not one of {', '.join(allowed)}"
+                )
+        object.__setattr__(self, "format", self.layout.name)
+
+    @property
+    def expert_scheme(self) -> Scheme:
+        """The scheme of the routed experts."""
+        return get_scheme(self.scheme)
+
+    @property
+    def layout(self) -> Layout:
+        """The container layout."""
+        return choose_layout(self.expert_scheme, self.format or None)
+
+    def as_dict(self) -> dict[str, str]:
+        """All fields, resolved, for the manifest."""
+        return asdict(self)
+
+
+def recipe_from_table(table: Mapping[str, Any], where: str) -> Recipe:
+    """Build a recipe from a TOML table. Raises RecipeError naming the key."""
+    known = {f.name for f in fields(Recipe)}
+    for key, value in table.items():
+        if key not in known:
+            raise RecipeError(f"{where}: unknown key '{key}'; known are {', '.join(sorted(known))}")
+        if not isinstance(value, str):
+            raise RecipeError(f"{where}: '{key}' must be a string")
+    if "scheme" not in table:
+        raise RecipeError(f"{where}: 'scheme' is missing")
+    return Recipe(**table)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file. Raises RecipeError with file and reason."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as TOML ({error})") from None

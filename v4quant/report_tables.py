@@ -1,0 +1,275 @@
+"""The tables of an evaluation report, before anybody decides whether they become HTML or Markdown.
+
+A table is text in rows and columns. A value the evaluation did not measure is an empty cell; rows
+and columns that would be empty throughout are dropped, and a table without rows does not exist.
+The summary comes first and puts every measure beside the same measure of the noise floor (the
+reference compared with itself under rounding-sized noise): a divergence means nothing until one
+knows how much of it the arithmetic produces on its own.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from v4quant.report_text import (
+    change,
+    count,
+    number,
+    numbers,
+    percent,
+    plain,
+    records,
+    section,
+    size,
+    text,
+    visible,
+    with_error,
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Unescaped text. The first `text_columns` columns are names, the others numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    text_columns: int = 1
+
+
+SUMMARY_METRICS = (
+    ("Perplexity", "perplexity", "reference_perplexity"),
+    ("Mean negative log-likelihood (nats)", "nll", ""),
+    ("KL from the reference, mean (nats)", "kl_mean", ""),
+    ("KL, 99th percentile (nats)", "kl_p99", ""),
+    ("Same top-1 token", "top1_agreement", ""),
+)
+
+DISTRIBUTION = (
+    ("median", "kl_median"),
+    ("90th percentile", "kl_p90"),
+    ("99th percentile", "kl_p99"),
+    ("99.9th percentile", "kl_p999"),
+    ("maximum", "kl_max"),
+)
+
+LAYER_KINDS = {"swa": "sliding window", "csa": "CSA", "hca": "HCA", "mtp": "MTP"}
+
+
+def metric(values: Mapping[str, Any], key: str) -> str:
+    """One measure as text, with its standard error when the mapping has `<key>_stderr`."""
+    value = number(values, key)
+    if key.endswith("agreement"):
+        return percent(value)
+    stderr = number(values, f"{key}_stderr")
+    return (
+        plain(value, 3) if stderr is None and key.startswith("kl_") else with_error(value, stderr)
+    )
+
+
+def checkpoint_table(result: Mapping[str, Any]) -> Table | None:
+    """What the two checkpoints are and what they weigh."""
+    return _table("Checkpoints", ("", *_named(result), "Change"), _size_rows(result))
+
+
+def summary_table(result: Mapping[str, Any]) -> Table | None:
+    """Size, bits, perplexity, divergence and agreement, beside the noise floor."""
+    floor = section(result, "noise_floor")
+    rows: list[tuple[str, ...]] = [(*row, "") for row in _size_rows(result)]
+    for label, key, reference_key in SUMMARY_METRICS:
+        before = metric(result, reference_key) if reference_key else ""
+        row = (label, before, metric(result, key), _delta(result, key), metric(floor, key))
+        if any(row[1:]):
+            rows.append(row)
+    notes = []
+    if floor:
+        described = text(floor, "description")
+        notes.append(f"Noise floor: {described}" if described else "")
+    return _table(
+        "Summary", ("", *_named(result), "Change", "Noise floor"), rows, tuple(filter(None, notes))
+    )
+
+
+def distribution_table(result: Mapping[str, Any]) -> Table | None:
+    """Quantiles of the per-token KL divergence and the top-5 agreement."""
+    floor = section(result, "noise_floor")
+    rows = [
+        (f"KL, {label} (nats)", metric(result, key), metric(floor, key))
+        for label, key in DISTRIBUTION
+    ]
+    rows.append(
+        (
+            "Reference's top-1 token among the candidate's top 5",
+            metric(result, "top5_agreement"),
+            metric(floor, "top5_agreement"),
+        )
+    )
+    rows = [row for row in rows if any(row[1:])]
+    return _table("Divergence quantiles", ("", "Candidate", "Noise floor"), rows)
+
+
+def layer_table(result: Mapping[str, Any]) -> Table | None:
+    """One row a layer: kind, errors, router agreement, and what its experts were fed."""
+    fed = {text(r, "name"): numbers(r, "tokens_per_expert") for r in _coverage_layers(result)}
+    rows = []
+    for layer in records(result, "layers"):
+        name, kind = text(layer, "name"), text(layer, "kind")
+        tokens = fed.get(name, [])
+        rows.append(
+            (
+                name,
+                LAYER_KINDS.get(kind, kind),
+                percent(number(layer, "router_agreement")),
+                plain(number(layer, "local_relative_error"), 3),
+                plain(number(layer, "stream_relative_error"), 3),
+                plain(number(layer, "weight_relative_rms"), 3),
+                count(min(tokens)) if tokens else "",
+                count(statistics.median_low(tokens)) if tokens else "",
+            )
+        )
+    columns = (
+        "Layer",
+        "Attention",
+        "Router agreement",
+        "Local relative error",
+        "Stream relative error",
+        "Weight relative RMS error",
+        "Fewest tokens an expert saw",
+        "Median tokens per expert",
+    )
+    return _table("Layers", columns, rows, text_columns=2)
+
+
+def corpus_table(result: Mapping[str, Any]) -> Table | None:
+    """One row a part of the evaluation text."""
+    rows = [
+        (
+            text(part, "name"),
+            count(number(part, "tokens")),
+            plain(number(part, "reference_perplexity")),
+            plain(number(part, "perplexity")),
+            change(number(part, "reference_perplexity"), number(part, "perplexity")),
+            plain(number(part, "kl_mean"), 3),
+            percent(number(part, "top1_agreement")),
+        )
+        for part in records(result, "corpora")
+    ]
+    columns = (
+        "Text",
+        "Tokens",
+        "Reference perplexity",
+        "Perplexity",
+        "Change",
+        "KL mean (nats)",
+        "Same top-1 token",
+    )
+    return _table("Parts of the evaluation text", columns, rows)
+
+
+def starved_table(result: Mapping[str, Any]) -> Table | None:
+    """Experts that saw fewer tokens than the coverage floor, one row a layer."""
+    coverage = section(result, "coverage")
+    by_layer: dict[str, list[str]] = {}
+    for entry in records(coverage, "starved"):
+        tokens = count(number(entry, "tokens"))
+        shown = f"{text(entry, 'expert')} ({tokens})" if tokens else text(entry, "expert")
+        by_layer.setdefault(text(entry, "layer"), []).append(shown)
+    rows = [(layer, ", ".join(found), f"{len(found):,}") for layer, found in by_layer.items()]
+    floor = count(number(coverage, "floor"))
+    note = f"Experts that saw fewer than {floor} tokens; their error is not measured well."
+    return _table(
+        "Starved experts",
+        ("Layer", "Expert (tokens it saw)", "Starved"),
+        rows,
+        (note,) if floor else (),
+        text_columns=2,
+    )
+
+
+def run_table(result: Mapping[str, Any]) -> Table | None:
+    """What was measured with which versions, so that somebody else can repeat it."""
+    tool = section(result, "tool")
+    rows = []
+    for label, key in (("Reference", "reference"), ("Candidate", "candidate")):
+        checkpoint = section(result, key)
+        rows.append((f"{label} path", text(checkpoint, "path")))
+        rows.append((f"{label} bytes", count(number(checkpoint, "bytes"))))
+    rows += [
+        ("Tokens scored", count(number(result, "tokens"))),
+        ("Sequences", count(number(result, "sequences"))),
+        ("Sequence length (tokens)", count(number(result, "seq_len"))),
+        ("Activations", text(result, "activations")),
+        ("v4quant", text(tool, "version")),
+        ("torch", text(tool, "torch")),
+        ("Python", text(tool, "python")),
+    ]
+    rows = [row for row in rows if row[1]]
+    return _table("How this was measured", ("", ""), rows, text_columns=2)
+
+
+def command_line(result: Mapping[str, Any]) -> str:
+    """The exact command, quoted for a shell when it was recorded as a list; empty when absent."""
+    command = section(result, "tool").get("command")
+    if command is None:
+        return ""
+    words = [str(word) for word in command] if isinstance(command, list | tuple) else None
+    return visible(shlex.join(words) if words is not None else str(command))
+
+
+def _named(result: Mapping[str, Any]) -> tuple[str, str]:
+    return ("Reference", "Candidate") if result.get("reference") else ("", "Checkpoint")
+
+
+def _coverage_layers(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return records(section(result, "coverage"), "layers")
+
+
+def _size_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    reference, candidate = section(result, "reference"), section(result, "candidate")
+    before, after = number(reference, "bytes"), number(candidate, "bytes")
+    bits_before = number(reference, "expert_bits_per_weight")
+    bits_after = number(candidate, "expert_bits_per_weight")
+    bits_change = change(bits_before, bits_after)
+    rows = [
+        ("Scheme", text(reference, "scheme"), text(candidate, "scheme"), ""),
+        ("Size", size(before), size(after), change(before, after)),
+        ("Bits per expert weight", plain(bits_before), plain(bits_after), bits_change),
+    ]
+    return [row for row in rows if any(row[1:])]
+
+
+def _delta(result: Mapping[str, Any], key: str) -> str:
+    """Perplexity: against the reference. Divergence: as a multiple of the noise floor."""
+    if key == "perplexity":
+        return change(number(result, "reference_perplexity"), number(result, key))
+    if not key.startswith("kl_"):
+        return ""
+    value, floor = number(result, key), number(section(result, "noise_floor"), key)
+    if value is None or floor is None or floor <= 0 or not math.isfinite(value / floor):
+        return ""
+    return f"{plain(value / floor, 2)} × floor"
+
+
+def _table(
+    title: str,
+    columns: tuple[str, ...],
+    rows: list[tuple[str, ...]],
+    notes: tuple[str, ...] = (),
+    text_columns: int = 1,
+) -> Table | None:
+    """Drop columns that are empty throughout; None when nothing is left."""
+    kept = [c for c in range(len(columns)) if any(row[c] for row in rows)]
+    if not rows or not kept:
+        return None
+    table = Table(title, columns, tuple(rows), notes, sum(c < text_columns for c in kept))
+    return replace(
+        table,
+        columns=tuple(columns[c] for c in kept),
+        rows=tuple(tuple(row[c] for c in kept) for row in rows),
+    )

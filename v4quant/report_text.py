@@ -1,0 +1,166 @@
+"""Turning untrusted values into text: what a report prints, and how it escapes it.
+
+A report is made of two kinds of things that must not be trusted: names (paths, tensor names and
+corpus names come from files others wrote) and numbers (a broken checkpoint yields NaN, a lossless
+one yields exact zeros). Names are made visible first, so that control characters and
+direction marks cannot disguise them, and escaped last, where the target language is known.
+Numbers that are missing stay missing (`None`, printed as nothing); numbers that are not finite are
+printed as such, because they are the most important finding a report can carry.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from v4quant_kernels.errors import V4QuantError
+
+_INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]!|~:@$]|(?<=www)\.)", re.IGNORECASE)
+
+
+class ReportError(V4QuantError):
+    """The evaluation result has a field of the wrong kind."""
+
+
+def section(result: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The mapping under `key`, empty when absent or None. Raises ReportError for other kinds."""
+    value = result.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ReportError(f"result field '{key}' is {_kind(value)}, expected an object")
+    return value
+
+
+def items(result: Mapping[str, Any], key: str) -> list[Any]:
+    """The list under `key`, empty when absent or None. Raises ReportError for other kinds."""
+    value = result.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise ReportError(f"result field '{key}' is {_kind(value)}, expected a list")
+    return list(value)
+
+
+def records(result: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """The list of mappings under `key`. Raises ReportError when an entry is something else."""
+    found = items(result, key)
+    for index, entry in enumerate(found):
+        if not isinstance(entry, Mapping):
+            raise ReportError(
+                f"result field '{key}[{index}]' is {_kind(entry)}, expected an object"
+            )
+    return found
+
+
+def number(result: Mapping[str, Any], key: str) -> float | None:
+    """The number under `key`, or None when absent. Raises ReportError for other kinds."""
+    value = result.get(key)
+    return None if value is None else as_number(value, key)
+
+
+def numbers(result: Mapping[str, Any], key: str) -> list[float]:
+    """The list of numbers under `key`, empty when absent. Raises ReportError for other kinds."""
+    return [as_number(value, f"{key}[{index}]") for index, value in enumerate(items(result, key))]
+
+
+def as_number(value: Any, name: str) -> float:
+    """`value` as a float. Raises ReportError naming the field when it is not a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ReportError(f"result field '{name}' is {_kind(value)}, expected a number")
+    return float(value)
+
+
+def text(result: Mapping[str, Any], key: str) -> str:
+    """The value under `key` as visible text, empty when absent."""
+    value = result.get(key)
+    return "" if value is None else visible(str(value))
+
+
+def visible(value: str) -> str:
+    r"""Replace characters that do not show (controls, direction marks, surrogates) by `\uXXXX`."""
+    return "".join(
+        f"\\u{ord(c):04x}" if unicodedata.category(c) in _INVISIBLE else c for c in value
+    )
+
+
+def escape_html(value: str) -> str:
+    """Text for an HTML element or a quoted attribute."""
+    return html.escape(visible(value), quote=True)
+
+
+def escape_markdown(value: str) -> str:
+    """Text for a Markdown table cell: no markup, no HTML, no automatic links, no line breaks."""
+    return html.escape(_MARKDOWN.sub(r"\\\1", visible(value)), quote=False)
+
+
+def plain(value: float | None, digits: int = 4) -> str:
+    """A number with `digits` significant digits, without an exponent between 1e-4 and 1e7."""
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("infinite" if value > 0 else "-infinite")
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if -4 <= exponent < 7:
+        return f"{value:,.{max(0, digits - 1 - exponent)}f}"
+    mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+    return f"{mantissa}e{int(power)}"
+
+
+def with_error(value: float | None, stderr: float | None) -> str:
+    """`value ± stderr`, both to the second significant digit of the error."""
+    if value is None:
+        return ""
+    if stderr is None or not math.isfinite(stderr) or not math.isfinite(value) or stderr <= 0:
+        return plain(value) if stderr is None else f"{plain(value)} ± {plain(stderr, 2)}"
+    decimals = 1 - math.floor(math.log10(stderr))
+    if -4 <= decimals <= 6:
+        shown = max(0, decimals)
+        return f"{value:,.{shown}f} ± {stderr:,.{shown}f}"
+    power = math.floor(math.log10(max(abs(value), stderr)))
+    decimals = max(0, decimals + power)
+    unit = 10.0**power
+    return f"({value / unit:.{decimals}f} ± {stderr / unit:.{decimals}f})e{power}"
+
+
+def count(value: float | None) -> str:
+    """A whole number with thousands separators."""
+    if value is None:
+        return ""
+    return f"{int(value):,}" if math.isfinite(value) else plain(value)
+
+
+def percent(share: float | None) -> str:
+    """A share between 0 and 1 as a percentage with two decimals."""
+    if share is None:
+        return ""
+    return f"{100 * share:.2f} %" if math.isfinite(share) else plain(share)
+
+
+def change(before: float | None, after: float | None) -> str:
+    """Relative change from `before` to `after` as a signed percentage; empty when undefined."""
+    if before is None or after is None or before == 0:
+        return ""
+    ratio = after / before - 1
+    return f"{100 * ratio:+.2f} %" if math.isfinite(ratio) else ""
+
+
+def size(value: float | None) -> str:
+    """Bytes in decimal units."""
+    if value is None or not math.isfinite(value):
+        return plain(value)
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.2f} {unit}"
+    return f"{int(value):,} bytes"
+
+
+def _kind(value: Any) -> str:
+    return f"of type {type(value).__name__}"
