@@ -49,6 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="initial weights and order of text (default 0)")
     add("--threads", type=int, default=1, help="CPU threads (default 1)")
     add("--text", type=Path, action="append", default=[], help="further text file or folder")
+    add("--only-given-text", action="store_true", help="learn from --text alone")
     add("--heldout", type=Path, action="append", help="text to keep out and to measure on")
     add("--config", type=Path, default=DATA / "tiny-v4" / "config.json", help="dimensions")
     add("--tokenizer", type=Path, default=DATA / "tiny-v4", help="folder of the tokenizer")
@@ -62,6 +63,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     chosen = parser.parse_args(arguments)
     if chosen.minutes is None and chosen.steps is None:
         parser.error("say how long to train: --minutes, --steps or both")
+    if chosen.only_given_text and not chosen.text:
+        parser.error("--only-given-text needs --text")
     if chosen.out.exists() and (not chosen.out.is_dir() or any(chosen.out.iterdir())):
         parser.error(f"{chosen.out} is not an empty folder; choose another --out")
     return chosen
@@ -76,9 +79,10 @@ def read_text(args: argparse.Namespace) -> tuple[list[text.Source], list[text.Do
     """Training sources without held-out text, and the held-out documents."""
     held = args.heldout or sorted((DATA / "text").glob("heldout-*.txt"))
     secret = [d for p in held for d in text.from_path(p).documents]
-    sources = [text.standard_library()]
-    sources += [text.from_path(p) for p in sorted((DATA / "text").glob("calibration-*.txt"))]
-    sources += [text.from_path(p) for p in args.text]
+    sources = [text.from_path(p) for p in args.text]
+    if not args.only_given_text:
+        sources.append(text.standard_library())
+        sources += [text.from_path(p) for p in sorted((DATA / "text").glob("calibration-*.txt"))]
     kept, dropped = text.without_heldout(sources, secret)
     for source in kept:
         size = sum(len(d.text) for d in source.documents)

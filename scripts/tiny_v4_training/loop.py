@@ -42,7 +42,6 @@ class Settings:
     long: int  # tokens a window, last part
     tokens_per_step: int
     save_minutes: float
-    compute_dtype: torch.dtype = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -134,11 +133,11 @@ def train(
     """Run a phase to the end of its budget, saving every `save_minutes` and at the end."""
     phase.model.train()
     average, saved, reported = 0.0, phase.seconds, -REPORT_SECONDS
+    first = phase.step
     while (progress := budget.progress(phase.step, phase.seconds)) < 1:
         began = time.monotonic()
         loss, side, crowding = _one_step(phase, progress, settings, streams)
-        share = 1 / min(50, phase.step + 1)
-        average += share * (loss - average)
+        average += (loss - average) / min(50, phase.step - first + 1)
         phase.step += 1
         phase.seconds += time.monotonic() - began
         if phase.seconds - reported >= REPORT_SECONDS:
@@ -183,7 +182,7 @@ def _one_step(
     rows = max(1, settings.tokens_per_step // length)
     seed = settings.seed * 2**32 + phase.step * 2 + (phase.name == "mtp")
     windows = draw_windows(streams, rows, length + 2, settings.bos, seed)
-    with torch.autocast("cpu", settings.compute_dtype):
+    with torch.autocast("cpu", torch.bfloat16):
         loss, side = phase.loss(windows, progress)
     (loss + side).backward()
     factor = rate(phase.step, progress)

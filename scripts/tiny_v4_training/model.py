@@ -12,6 +12,7 @@ were given fewer tokens than the average. And the hash layers' token table, whic
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +44,8 @@ def library_config(raw: Mapping[str, Any], extra_layers: int = 0) -> DeepseekV4C
 
     Weights are trained in float32; the quantization section describes only the written files.
     """
-    kept = {k: v for k, v in raw.items() if k not in _NOT_FOR_TRAINING}
+    # A deep copy: transformers rewrites nested sections in place.
+    kept = copy.deepcopy({k: v for k, v in raw.items() if k not in _NOT_FOR_TRAINING})
     layers = raw["num_hidden_layers"]
     kept["compress_ratios"] = [*raw["compress_ratios"][:layers], *[0] * extra_layers]
     kept["num_hidden_layers"] = layers + extra_layers

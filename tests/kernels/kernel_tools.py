@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
 from v4quant_kernels.experts import ExpertQTensors, ExpertWeights, stack_experts
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import SCHEMES

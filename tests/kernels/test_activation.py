@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from v4quant_kernels.ref import activation
+from v4quant_kernels.ref import activation, e8m0
 
 KINDS = {
     "e4m3": (activation.fake_quant_e4m3, 448, np.float32(1e-4), ml_dtypes.float8_e4m3fn),
@@ -63,10 +63,8 @@ def test_by_definition(
 
 
 @EACH
-def test_the_rounded_reciprocal_is_part_of_the_definition(
-    kind: str, generator: torch.Generator
-) -> None:
-    """Maxima within a few units in the last place of maximum * 2^k, where the product decides."""
+def test_scale_turns_exactly_after_the_maximum(kind: str, generator: torch.Generator) -> None:
+    """Maxima within a few units in the last place of maximum * 2^k."""
     maximum = np.float32(KINDS[kind][1])
     for k in range(-6, 7):
         edge = maximum * np.exp2(np.float32(k))
@@ -76,6 +74,16 @@ def test_the_rounded_reciprocal_is_part_of_the_definition(
         got = KINDS[kind][0](x, 32)
         expected = np.stack([by_definition(row, kind, 32) for row in x.numpy()])
         assert torch.equal(got.double(), torch.from_numpy(expected))
+
+
+@EACH
+def test_rounded_reciprocal_and_exact_quotient_choose_the_same_scale(kind: str) -> None:
+    """Every mantissa of one binade; the others differ only in the exponent."""
+    maximum = float(KINDS[kind][1])
+    amax = torch.arange(0x3F800000, 0x40000000, dtype=torch.int32).view(torch.float32)
+    inverse = torch.tensor(1 / maximum, dtype=torch.float32)
+    exact = e8m0.ceil_exponent(amax, maximum)
+    assert torch.equal(e8m0.ceil_exponent(amax * inverse), exact)
 
 
 @EACH

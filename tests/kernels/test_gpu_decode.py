@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from v4quant_kernels.ref.activation import fake_quant_e4m3
 from v4quant_kernels.reference64 import e2m1_values, e4m3_table, e8m0_values
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-from v4quant_kernels.gpu import activation, decode  # noqa: E402
-from v4quant_kernels.gpu.interpreter import interpreting  # noqa: E402
 
 from tests.kernels import kernel_tools  # noqa: E402
+from v4quant_kernels.gpu import activation, decode  # noqa: E402
+from v4quant_kernels.gpu.interpreter import interpreting  # noqa: E402
 
 DEVICE = "cpu" if interpreting() else "cuda"
 
@@ -30,10 +31,17 @@ def scale_kernel(stored_ptr, out_ptr, SCALE: tl.constexpr):
 
 
 @triton.jit
-def round_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
+def round_kernel(x_ptr, out_ptr, wide_ptr, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)
     x = tl.load(x_ptr + index)
-    tl.store(out_ptr + index, decode.round_to_bf16(x).to(tl.bfloat16))
+    tl.store(out_ptr + index, decode.cast_to_bf16(x))
+    tl.store(wide_ptr + index, decode.round_to_bf16(x))
+
+
+@triton.jit
+def widen_kernel(x_ptr, out_ptr):
+    index = tl.arange(0, 65536)
+    tl.store(out_ptr + index, decode.load_bf16(x_ptr + index, index < 65536, tl.float32))
 
 
 @triton.jit
@@ -95,8 +103,17 @@ def test_bfloat16_rounding(generator: torch.Generator) -> None:
     bits[:8], bits[8:2056] = special.int(), ties.int()
     x = bits.view(torch.float32)
     out = torch.full((4096,), torch.nan, dtype=torch.bfloat16, device=DEVICE)
-    round_kernel[(1,)](x.to(DEVICE), out, 4096)
+    wide = torch.full((4096,), torch.nan, device=DEVICE)
+    round_kernel[(1,)](x.to(DEVICE), out, wide, 4096)
     assert same_bits(out.cpu(), x.bfloat16())
+    assert same_bits(wide.cpu(), x.bfloat16().float())
+
+
+def test_every_bfloat16_widens_exactly() -> None:
+    x = torch.arange(-32768, 32768, dtype=torch.int32).short().view(torch.bfloat16)
+    out = torch.full((65536,), torch.nan, device=DEVICE)
+    widen_kernel[(1,)](x.to(DEVICE), out)
+    assert same_bits(out.cpu(), x.float())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

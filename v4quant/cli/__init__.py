@@ -1,0 +1,86 @@
+"""The command line: one file a verb, each a thin face of one public function.
+
+`main` is the outermost frame: it turns a V4QuantError into one line and exit code 1 (tracebacks
+only with V4QUANT_DEBUG=1), wrong usage into 2, and SIGINT / SIGTERM into 130 / 143 after workers
+have stopped and temporary files are gone. A verification that found a difference exits with 3.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from v4quant import __version__
+from v4quant.cli import _output
+from v4quant.cli.calibrate import calibrate
+from v4quant.cli.evaluate import evaluate
+from v4quant.cli.inspect import inspect
+from v4quant.cli.quantize import quantize
+from v4quant.cli.run import run
+from v4quant.cli.verify import verify
+from v4quant_kernels.errors import V4QuantError
+
+EXIT_FAILED = 1
+EXIT_DIFFERENT = 3
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "V4QUANT"},
+    epilog="Start with `v4quant run demo`; every command's --help has an example.",
+)
+@click.version_option(__version__, prog_name="v4quant")
+def cli() -> None:
+    """Convert DeepSeek-V4 checkpoints to what your GPUs serve, with proof of what it cost."""
+
+
+for _command in (inspect, calibrate, quantize, verify, evaluate, run):
+    cli.add_command(_command)
+
+
+def main() -> NoReturn:
+    """Entry point of the `v4quant` command."""
+    signal.signal(signal.SIGTERM, _on_terminate)
+    # numpy is optional to torch and absent CUDA is normal here: neither concerns the user.
+    warnings.filterwarnings("ignore", module=r"torch\..*")
+    try:
+        code = cli.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Abort:
+        _leave("Interrupted; the same command resumes.", 130)
+    except KeyboardInterrupt:
+        _leave("Interrupted; the same command resumes.", 130)
+    except _Terminated:
+        _leave("Terminated; the same command resumes.", 143)
+    except click.ClickException as error:
+        error.show(file=sys.stderr)
+        sys.exit(error.exit_code)
+    except V4QuantError as error:
+        _fail(error)
+    except (OSError, MemoryError) as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    if os.environ.get("V4QUANT_DEBUG") == "1":
+        raise error
+    text = " ".join(str(error).split()) or type(error).__name__
+    _leave(f"Error: {text}", EXIT_FAILED)
+
+
+def _leave(text: str, code: int) -> NoReturn:
+    _output.note(text)
+    sys.exit(code)
+
+
+def _on_terminate(signum: int, frame: FrameType | None) -> None:
+    raise _Terminated

@@ -106,7 +106,7 @@ def indexer_matters(ratio: int, length: int, config: ModelConfig) -> bool:
 
 
 def attention(x: Tensor, layer: AttentionLayer) -> Tensor:
-    """Attention output of one sequence x, normalised, `[S, hidden]` to `[S, hidden]`; spec 4.4."""
+    """Attention output of one sequence x, normalised, `[S, hidden]` to `[S, hidden]`."""
     weights, options, eps = layer.weights, layer.options, layer.config.rms_norm_eps
     rounded = quantized_input(x, options)
     window = rms_norm(linear(rounded, weights.wkv, options), weights.kv_norm, eps)

@@ -45,7 +45,7 @@ def compress(
     """Compressed entries of one sequence, normalised and roped, before any rounding.
 
     x: float32 `[S, hidden]`, a whole sequence from position 0. table: rope table of at least S
-    rows. Returns float32 `[S // ratio, D]`; v4-spec 4.5.
+    rows. Returns float32 `[S // ratio, D]`.
     """
     blocks = x.shape[0] // ratio
     whole = x[: blocks * ratio]

@@ -48,7 +48,7 @@ def load_hyper(params: Params, prefix: str) -> HyperWeights:
 
 
 def mixing_weights(streams: Tensor, weights: HyperWeights, config: ModelConfig) -> Mixing:
-    """Weights of one sublayer from streams `[T, hc, hidden]`; v4-spec 4.2, mHC paper."""
+    """Weights of one sublayer from streams `[T, hc, hidden]` (see the module text)."""
     hc, eps = config.hc_mult, config.hc_eps
     raw = _project(streams, weights, config)
     base = weights.base.unsqueeze(-1)

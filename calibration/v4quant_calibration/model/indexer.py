@@ -70,7 +70,7 @@ def choose_entries(
     options: ForwardOptions,
     what: str,
 ) -> Tensor:
-    """Entries chosen for queries first .. first + q - 1; v4-spec 4.6.
+    """Entries chosen for queries first .. first + q - 1.
 
     x `[q, hidden]`, low_rank `[q, q_lora_rank]` and table `[q, rope_dim / 2]` belong to the
     queries; keys `[n, index_head_dim]` are the entries the last query sees, more than

@@ -42,7 +42,7 @@ def mtp_forward(
     """Streams after the stage, from the trunk's final streams `[T_i, hc_mult, hidden]`.
 
     next_ids: int64 `[T_i]`, the token after each position (`next_tokens` for scored text); they
-    are also the ids the stage's layer is given. v4-spec 4.8.
+    are also the ids the stage's layer is given.
     """
     eps = config.rms_norm_eps
     embedding = params("embed")

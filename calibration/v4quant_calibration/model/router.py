@@ -30,7 +30,7 @@ class Routing:
 def route(
     x: Tensor, token_ids: Tensor, params: Params, layer: str, hashed: bool, config: ModelConfig
 ) -> Routing:
-    """Route T tokens: x normalised `[T, hidden]`, token_ids int64 `[T]`; v4-spec 4.7.
+    """Route T tokens: x normalised `[T, hidden]`, token_ids int64 `[T]`.
 
     `hashed` says whether the layer has a table instead of a bias. Raises NonFiniteActivation
     when scores are NaN.

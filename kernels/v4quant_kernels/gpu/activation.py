@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from v4quant_kernels.gpu.decode import is_nan
+from v4quant_kernels.gpu.decode import cast_to_bf16, is_nan, load_bf16
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def fake_quant_e4m3_kernel(x_ptr, out_ptr, columns, BLOCK: tl.constexpr):
     """One program rounds one block of one row. Grid: (rows, blocks)."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     offset = tl.program_id(0).to(tl.int64) * columns + column
-    x = tl.load(x_ptr + offset, mask=column < columns, other=0.0).to(tl.float32)
+    x = load_bf16(x_ptr + offset, column < columns, tl.float32)
     amax = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-4)
     bits = (amax * 0.002232142857142857).to(tl.int32, bitcast=True)  # times f32(1/448)
     exponent = tl.minimum(((bits + 0x7FFFFF) >> 23) - 127, 126)
@@ -41,7 +41,7 @@ def fake_quant_e4m3_kernel(x_ptr, out_ptr, columns, BLOCK: tl.constexpr):
     inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
     scaled = tl.minimum(tl.maximum(x * inverse, -448.0), 448.0)
     rounded = tl.where(is_nan(x), x, round_to_e4m3(scaled) * scale)
-    tl.store(out_ptr + offset, rounded.to(tl.bfloat16), mask=column < columns)
+    tl.store(out_ptr + offset, cast_to_bf16(rounded), mask=column < columns)
 
 
 def fake_quant_e4m3(x: Tensor, block: int = 128) -> Tensor:

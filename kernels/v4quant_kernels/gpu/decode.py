@@ -11,8 +11,8 @@ operands; the compile test asserts that no flushing variant appears.)
 * E8M0 `b`: bits 30..23, except b = 0 (2^-127, a subnormal) and b = 255 (NaN).
 * integers are stored with an offset of 2^(bits-1).
 
-Rounding to bfloat16 is done on bits as well. On a GPU the cast alone would do; Triton's interpreter
-truncates in that cast, and a result that is already on bfloat16's grid is right in both.
+Casts between bfloat16 and float32 are done on bits as well. On a GPU the plain casts would do;
+Triton's interpreter truncates instead of rounding and mistakes bfloat16's subnormals.
 """
 
 from __future__ import annotations
@@ -75,14 +75,33 @@ def is_nan(x):
 
 
 @triton.jit
-def round_to_bf16(x):
-    """float32 `x` rounded to the nearest bfloat16, ties to even, still as float32; NaN stays."""
+def _bf16_bits(x):
+    """int32 pattern of the bfloat16 nearest to float32 `x`, ties to even; NaN stays NaN."""
     bits = x.to(tl.int32, bitcast=True)
     odd = (bits >> 16) & 1
-    low = bits & 0xFFFF
-    up = (low + 0x7FFF + odd) >> 16
-    rounded = ((bits >> 16) + up) << 16
-    return tl.where(is_nan(x), x, rounded.to(tl.float32, bitcast=True))
+    rounded = (bits >> 16) + (((bits & 0xFFFF) + 0x7FFF + odd) >> 16)
+    return tl.where(is_nan(x), (bits >> 16) | 0x40, rounded)
+
+
+@triton.jit
+def round_to_bf16(x):
+    """float32 `x` rounded to bfloat16's grid, still float32."""
+    return (_bf16_bits(x) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def cast_to_bf16(x):
+    """float32 `x` as bfloat16, rounded to nearest, ties to even."""
+    return _bf16_bits(x).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def load_bf16(ptr, mask, COMPUTE: tl.constexpr):
+    """bfloat16 values at `ptr` (0 where masked) as COMPUTE, which holds them exactly."""
+    x = tl.load(ptr, mask=mask, other=0.0)
+    if tl.float32 == COMPUTE:
+        x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit

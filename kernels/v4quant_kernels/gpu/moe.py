@@ -38,7 +38,13 @@ from v4quant_kernels.experts import (
     local_expert_ids,
 )
 from v4quant_kernels.gpu.activation import fake_quant_e4m3
-from v4quant_kernels.gpu.decode import decode_element, decode_scale, load_codes, round_to_bf16
+from v4quant_kernels.gpu.decode import (
+    cast_to_bf16,
+    decode_element,
+    decode_scale,
+    load_bf16,
+    load_codes,
+)
 from v4quant_kernels.gpu.interpreter import compute_type
 from v4quant_kernels.gpu.routing import RoutingPlan, sort_slots
 
@@ -88,7 +94,7 @@ def multiply_step(
     if ELEMENT == "bf16":
         column = first + tl.arange(0, BK)[None, :]
         within = (rows < N)[:, None] & (column < K)
-        w = tl.load(codes_ptr + rows[:, None] * K + column, mask=within, other=0.0)
+        w = load_bf16(codes_ptr + rows[:, None] * K + column, within, COMPUTE)
     else:
         codes = load_codes(codes_ptr, rows, first, N, K, row_bytes, BITS, BK)
         w = decode_element(codes, ELEMENT, BITS)
@@ -150,8 +156,7 @@ def gate_up_kernel(
     up = tl.zeros((BM, BN), dtype=tl.float32)
     for first in range(0, K, BK):
         column = first + tl.arange(0, BK)
-        x = tl.load(x_line + column[None, :], mask=real[:, None] & (column < K)[None, :], other=0.0)
-        x = x.to(COMPUTE)
+        x = load_bf16(x_line + column[None, :], real[:, None] & (column < K)[None, :], COMPUTE)
         gate = multiply_step(
             gate, x, w1_ptr + codes, s1_ptr + scales, rows, first, N, K, row_bytes,
             scale_row_length, ELEMENT, BITS, SCALE, FOLD, GROUP_ROWS, GROUP, BK, COMPUTE,
@@ -168,7 +173,7 @@ def gate_up_kernel(
     h = routing[:, None] * (gate / (1.0 + tl.exp(-gate))) * up
     h_line = h_ptr + slots.to(tl.int64)[:, None] * N
     inside = real[:, None] & (rows < N)[None, :]
-    tl.store(h_line + rows[None, :], round_to_bf16(h).to(tl.bfloat16), mask=inside)
+    tl.store(h_line + rows[None, :], cast_to_bf16(h), mask=inside)
 
 
 @triton.jit
@@ -210,9 +215,9 @@ def down_kernel(
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for first in range(0, K, BK):
         column = first + tl.arange(0, BK)
-        h = tl.load(h_line + column[None, :], mask=real[:, None] & (column < K)[None, :], other=0.0)
+        h = load_bf16(h_line + column[None, :], real[:, None] & (column < K)[None, :], COMPUTE)
         acc = multiply_step(
-            acc, h.to(COMPUTE), w2_ptr + codes, s2_ptr + scales, rows, first, N, K, row_bytes,
+            acc, h, w2_ptr + codes, s2_ptr + scales, rows, first, N, K, row_bytes,
             scale_row_length, ELEMENT, BITS, SCALE, FOLD, GROUP_ROWS, GROUP, BK, COMPUTE,
         )  # fmt: skip
     y_line = y_ptr + slots.to(tl.int64)[:, None] * N
@@ -230,8 +235,7 @@ def combine_kernel(y_ptr, expert_ids_ptr, out_ptr, hidden, top_k, BLOCK: tl.cons
         slot = token * top_k + choice
         width = tl.where(tl.load(expert_ids_ptr + slot) >= 0, hidden, 0)  # 0: y was not written
         total += tl.load(y_ptr + slot * hidden + column, mask=column < width, other=0.0)
-    rounded = round_to_bf16(total).to(tl.bfloat16)
-    tl.store(out_ptr + token * hidden + column, rounded, mask=column < hidden)
+    tl.store(out_ptr + token * hidden + column, cast_to_bf16(total), mask=column < hidden)
 
 
 @dataclass(frozen=True)

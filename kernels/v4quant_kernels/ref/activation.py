@@ -11,11 +11,11 @@ faithful reference pass must do the same.
   over all channels, then go through E2M1 in blocks of 32: `amax` not less than `6 * 2^-126`;
   `s = 2^ceil(log2(amax * f32(1/6)))`; `RNE(clamp(x / s, +-6)) * s`, ties to the even code.
 
-The product with the *rounded* reciprocal is part of the definition, as the release computes it: it
-may fall on a power of two when the exact quotient lies a hair above, and the largest element is
-then clamped. (Weight scales, in `mx` and `fp8_block`, use the exact quotient instead.) Scaling by a
-power of two rounds nothing, so the only rounding is the one to eight or four bits, and for bfloat16
-input the result is exact in bfloat16.
+The release multiplies by the rounded reciprocal; the weight formats (`mx`, `fp8_block`) compare
+exactly. For 6 and for 448 both rules choose the same scale for every normal float32 amax: rounding
+the product never reaches across a power of two. We compute what the release computes and test
+that it is so. Scaling by a power of two rounds nothing, so the only rounding is the one to eight or
+four bits, and for bfloat16 input the result is exact in bfloat16.
 """
 
 from __future__ import annotations

@@ -51,9 +51,10 @@ def encode(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.numel() <= _SLICE:
         return _encode(x)
     codes = torch.empty(x.shape, dtype=torch.uint8)
-    slices = zip(x.reshape(-1).split(_SLICE), codes.view(-1).split(_SLICE), strict=True)
-    for part, part_codes in slices:
-        part_codes.copy_(_encode(part))
+    flat, flat_codes = x.reshape(-1), codes.view(-1)
+    for start in range(0, x.numel(), _SLICE):
+        place = slice(start, start + _SLICE)
+        flat_codes[place] = _encode(flat[place])
     return codes
 
 

@@ -44,7 +44,7 @@ def quantize_index_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_group(x: Tensor) -> Tensor:
-    return x.reshape(*x.shape[:-1], -1, GROUP)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
 
 
 def _scale_exponent(groups: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def moe(
         up = (rows @ w3.T).clamp(-swiglu_limit, swiglu_limit)
         h = (routing[slots, None] * torch.nn.functional.silu(gate) * up).bfloat16()
         outputs[slots] = _round_activations(h, activations).float() @ w2.T
-    return outputs.view(tokens, top_k, -1).sum(dim=1).bfloat16()
+    return outputs.view(tokens, top_k, experts.hidden_size).sum(dim=1).bfloat16()
 
 
 def _round_activations(x: Tensor, activations: Activations) -> Tensor:

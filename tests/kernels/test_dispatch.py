@@ -1,0 +1,51 @@
+"""Importing without Triton or a GPU, and the errors a user sees when a kernel cannot run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+import sys
+import torch
+from v4quant_kernels import dispatch, experts, qtensor, scheme, selfcheck
+assert not [m for m in sys.modules if m.split(".")[0] == "triton"], "importing must not need Triton"
+assert not torch.cuda.is_initialized()
+
+matrix = qtensor.QTensor(scheme.SCHEMES["bf16"], (8, 8), torch.eye(8).bfloat16())
+one = experts.stack_experts([(matrix, matrix, matrix)])
+call = (torch.ones(1, 8).bfloat16(), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), one, 10.0)
+out = dispatch.moe(*call)
+assert abs(float(out[0, 0]) - 0.7310586) < 0.004, out
+assert "triton" not in sys.modules, "the torch twin must not need Triton"
+
+def message(function, *arguments, **options):
+    try:
+        function(*arguments, **options)
+    except dispatch.BackendUnavailable as error:
+        return str(error)
+    raise AssertionError("not refused")
+
+hidden = sys.argv[1] == "hidden"
+expected = "Triton is not installed" if hidden else "set TRITON_INTERPRET=1 before starting Python"
+if hidden:
+    sys.modules["triton"] = None
+    assert expected in message(selfcheck.run_isolated, one, 0)
+assert expected in message(dispatch.moe, *call, backend="triton")
+"""
+
+
+def run(case: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "error", "-c", SCRIPT, case]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_triton() -> None:
+    run("hidden")
+
+
+def test_without_the_interpreter() -> None:
+    run("present")

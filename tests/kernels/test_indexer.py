@@ -1,0 +1,184 @@
+"""Indexer: quantization of its vectors, scores (kernel and twin), and the selection of keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels import kernel_tools
+from tests.kernels.kernel_tools import poisoned_allocations
+from v4quant_kernels import dispatch
+from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.ref import indexer
+from v4quant_kernels.ref.activation import fake_quant_e2m1, hadamard
+from v4quant_kernels.reference64 import e2m1_values, e8m0_values, indexer64
+
+Vectors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture
+def gpu() -> Any:
+    pytest.importorskip("triton")
+    from v4quant_kernels.gpu import indexer
+
+    return indexer
+
+
+@pytest.fixture
+def device(gpu: Any) -> str:
+    from v4quant_kernels.gpu.interpreter import interpreting
+
+    return "cpu" if interpreting() else "cuda"
+
+
+def vectors(tokens: int, heads: int, keys: int, rng: torch.Generator, dim: int = 128) -> Vectors:
+    """Random codes, scale bytes from 1 to 253 within reach of float32 products, any positions."""
+
+    def scales(*shape: int) -> Tensor:
+        middle = torch.randint(2, (*shape[:-1], 1), generator=rng) * 80 + 87
+        spread = torch.randint(-3, 4, shape, generator=rng)
+        return (middle + spread).to(torch.uint8)
+
+    q_codes = torch.randint(256, (tokens, heads, dim // 2), generator=rng, dtype=torch.uint8)
+    k_codes = torch.randint(256, (keys, dim // 2), generator=rng, dtype=torch.uint8)
+    k_packed = torch.cat((k_codes, scales(keys, dim // 32)), dim=1)
+    weights = torch.randn(tokens, heads, generator=rng)
+    positions = torch.randint(4 * keys + 12, (tokens,), generator=rng)
+    return q_codes, scales(tokens, heads, dim // 32), k_packed, weights, positions
+
+
+def assert_within(actual: Tensor, value: Tensor, bound: Tensor) -> None:
+    actual = actual.cpu().double()
+    assert torch.equal(actual == -torch.inf, value == -torch.inf)
+    error = (actual - value).abs().masked_fill(value == -torch.inf, 0.0)
+    assert (error <= bound).all(), f"worst error / bound: {(error / bound).max():.3g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_quantized_vectors(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Bit-equal to the activation rounding, near the rotation by an explicit Hadamard matrix."""
+    x = torch.randn(40, 3, 128, generator=generator)
+    x *= torch.exp2(torch.randint(-20, 20, (40, 3, 1), generator=generator).float())
+    x[0] = 0
+    x = x.to(dtype)
+    codes, scales = indexer.quantize_index_vectors(x)
+    assert codes.dtype == torch.uint8 and codes.shape == (40, 3, 64)
+    assert scales.dtype == torch.float8_e8m0fnu and scales.shape == (40, 3, 4)
+    values = e2m1_values(codes) * e8m0_values(scales).repeat_interleave(32, -1)
+    assert torch.equal(values.float(), fake_quant_e2m1(hadamard(x).float(), 32))
+    index = torch.arange(128)
+    bits = (index[:, None] & index).unsqueeze(-1) >> torch.arange(7) & 1
+    rotated = x.double() @ ((-1.0) ** bits.sum(-1)).double() * 128**-0.5
+    step = e8m0_values(scales).repeat_interleave(32, -1)  # E2M1 numbers are at most 2 apart
+    assert ((values - rotated).abs() <= step + rotated.abs() * 2**-7).all()
+
+
+@pytest.mark.parametrize("heads", [3, 16, 20])
+def test_twin_keeps_the_bound(heads: int, generator: torch.Generator) -> None:
+    arguments = vectors(19, heads, 37, generator)
+    assert_within(indexer.indexer_logits(*arguments), *indexer64(*arguments))
+
+
+@pytest.mark.parametrize(("tokens", "heads", "keys", "dim"), [(5, 3, 37, 128), (3, 20, 16, 32)])
+def test_kernel_keeps_the_bound(
+    tokens: int,
+    heads: int,
+    keys: int,
+    dim: int,
+    gpu: Any,
+    device: str,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = vectors(tokens, heads, keys, generator, dim)
+    before = [t.clone() for t in arguments]
+    on_device = [t.to(device) for t in arguments]
+    with poisoned_allocations(monkeypatch):
+        out = gpu.indexer_logits(*on_device, keys_per_tile=16, tokens_per_tile=2)
+    assert_within(out, *indexer64(*arguments))
+    assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
+
+
+def test_kernel_multiplying_in_bfloat16(
+    gpu: Any, device: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton.language as tl
+
+    if device == "cpu":
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        shim = kernel_tools.bfloat16_dot(InterpreterBuilder.create_dot)
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", shim)
+    arguments = vectors(3, 16, 37, generator)
+    out = gpu.indexer_logits(*(t.to(device) for t in arguments), compute=tl.bfloat16)
+    assert_within(out, *indexer64(*arguments))
+
+
+@pytest.mark.parametrize("round_products", [False, True])
+def test_kernel_equals_twin_where_arithmetic_is_exact(
+    round_products: bool, gpu: Any, device: str, generator: torch.Generator
+) -> None:
+    """Scales of one and small integer weights leave nothing to round but the products."""
+    q_codes, q_scale, k_packed, _, positions = vectors(4, 5, 29, generator)
+    q_scale.fill_(127)
+    k_packed[:, 64:] = 127
+    weights = torch.randint(-4, 5, (4, 5), generator=generator).float()
+    positions[0] = 1000
+    arguments = q_codes, q_scale, k_packed, weights, positions
+    on_device = [t.to(device) for t in arguments]
+    out = gpu.indexer_logits(*on_device, round_products, keys_per_tile=16).cpu()
+    twin = indexer.indexer_logits(*arguments, round_products)
+    assert torch.equal(out, twin)
+    rounded = indexer.indexer_logits(*arguments, not round_products)
+    assert not torch.equal(out, rounded), "the switch must matter for these products"
+
+
+def test_nan_scale_stays_visible(gpu: Any, device: str, generator: torch.Generator) -> None:
+    arguments = vectors(2, 3, 8, generator)
+    arguments[2][3, 64] = 255
+    arguments[4][:] = 100
+    for out in (
+        indexer.indexer_logits(*arguments),
+        gpu.indexer_logits(*(t.to(device) for t in arguments)).cpu(),
+    ):
+        assert out[:, 3].isnan().all() and not out[:, :3].isnan().any()
+
+
+def test_default_positions_and_no_keys(generator: torch.Generator) -> None:
+    q_codes, q_scale, k_packed, weights, _ = vectors(9, 2, 2, generator)
+    out = indexer.indexer_logits(q_codes, q_scale, k_packed, weights)
+    visible = (out != -torch.inf).sum(1)
+    assert visible.tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2]
+    for backend in ("torch", "triton"):
+        none = dispatch.indexer_logits(q_codes, q_scale, k_packed[:0], weights, backend=backend)
+        assert none.shape == (9, 0)
+
+
+def test_wrong_shapes_are_refused(generator: torch.Generator) -> None:
+    q_codes, q_scale, k_packed, weights, positions = vectors(2, 3, 4, generator)
+    for wrong, message in (
+        ((q_codes[..., :48], q_scale, k_packed, weights, positions), "q_scale must have shape"),
+        ((q_codes, q_scale, k_packed[:, :66], weights, positions), "k_packed must have shape"),
+        ((q_codes, q_scale, k_packed, weights[:1], positions), "head_weights"),
+        ((q_codes, q_scale, k_packed, weights, positions[:1]), "positions"),
+        ((q_codes.int(), q_scale, k_packed, weights, positions), "must hold bytes"),
+    ):
+        with pytest.raises(V4QuantError, match=message):
+            indexer.indexer_logits(*wrong)
+
+
+def test_top_k_is_exact_and_stable(generator: torch.Generator) -> None:
+    logits = torch.randint(-3, 4, (30, 50), generator=generator).float() / 2  # many ties
+    logits[torch.rand(30, 50, generator=generator) < 0.3] = -torch.inf
+    logits[0] = -torch.inf
+    logits[1, :3] = torch.tensor([0.0, -0.0, 0.0])
+    for k in (1, 7, 50, 60):
+        expected = []
+        for row in logits.tolist():
+            order = sorted((-v, i) for i, v in enumerate(row) if v != float("-inf"))
+            chosen = [i for _, i in order][:k]
+            expected.append(chosen + [-1] * (k - len(chosen)))
+        assert indexer.top_k(logits, k).tolist() == expected

@@ -1,0 +1,139 @@
+"""`v4quant quantize`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from v4quant.cli import _output
+from v4quant.job import JobResult, run_job
+from v4quant.memory import fit_workers, parse_size
+from v4quant.plan import Plan, make_plan
+from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
+from v4quant_calibration.stats import Stats, load_stats, stats_digest
+from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.layouts import LAYOUTS
+from v4quant_kernels.scheme import SCHEMES
+
+
+@click.command(
+    epilog="Example: v4quant quantize DeepSeek-V4-Flash out --scheme int4-g32 --stats stats.v4q"
+)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--scheme", help=f"How experts are coded: {', '.join(SCHEMES)}.")
+@click.option("--format", "format_", help=f"Container: {', '.join(LAYOUTS)} (default by scheme).")
+@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="Recipe TOML file.")
+@click.option("--stats", "stats_file", type=click.Path(path_type=Path), help="From calibrate.")
+@click.option("--draft", type=click.Choice(["convert", "drop"]), help="MTP / DSpark stages.")
+@click.option(
+    "--on-inexact",
+    type=click.Choice(["nearest", "refuse"]),
+    help="When a cast cannot hold every value: count and report the changes, or stop.",
+)
+@click.option(
+    "--unknown", type=click.Choice(["refuse", "copy"]), help="Tensors no V4 release has."
+)
+@click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
+@click.option("--max-memory", help="Cap on memory, like 6GB; fewer workers are used to fit it.")
+@click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def quantize(
+    source: Path,
+    out: Path,
+    scheme: str | None,
+    format_: str | None,
+    recipe_file: Path | None,
+    stats_file: Path | None,
+    draft: str | None,
+    on_inexact: str | None,
+    unknown: str | None,
+    workers: int | None,
+    max_memory: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Convert checkpoint SOURCE into folder OUT. The same command again resumes."""
+    chosen = {
+        "scheme": scheme,
+        "format": format_,
+        "draft": draft,
+        "on_inexact": on_inexact,
+        "unknown": unknown,
+    }
+    recipe = _recipe(recipe_file, {k: v for k, v in chosen.items() if v is not None})
+    cap = parse_size(max_memory) if max_memory else None
+    with open_checkpoint(source) as checkpoint:
+        stats, digest = _stats(checkpoint, stats_file)
+        plan = make_plan(checkpoint, recipe, digest)
+        threads = fit_workers(plan, workers or os.cpu_count() or 1, cap)
+        if dry_run:
+            _show_plan(plan, out, threads, as_json)
+            return
+        result = run_job(plan, out, stats, threads, _output.TerminalProgress())
+    if as_json:
+        _output.emit(result)
+    else:
+        _output.data(summary(result))
+
+
+def _recipe(file: Path | None, options: dict[str, str]) -> Recipe:
+    table = {**(read_toml(file) if file else {}), **options}
+    if "scheme" not in table:
+        raise RecipeError("no scheme given; use --scheme (for example int4-g32) or --recipe")
+    return recipe_from_table(table, str(file or "options"))
+
+
+def _stats(checkpoint: Checkpoint, file: Path | None) -> tuple[Stats | None, str]:
+    if file is None:
+        return None, ""
+    stats = load_stats(file, checkpoint.digest())
+    return stats, stats_digest(file.read_bytes())
+
+
+def _show_plan(plan: Plan, out: Path, workers: int, as_json: bool) -> None:
+    facts = {
+        "source": str(plan.checkpoint.path),
+        "output": str(out),
+        "scheme": plan.recipe.scheme,
+        "format": plan.recipe.format,
+        "engines": plan.recipe.layout.engines,
+        "shards": len(plan.shards),
+        "units": sum(len(s.units) for s in plan.shards),
+        "tensors": sum(len(s.outputs) for s in plan.shards),
+        "dropped": len(plan.dropped),
+        "bytes_in": plan.bytes_in,
+        "bytes_out": plan.bytes_out,
+        "workers": workers,
+    }
+    if as_json:
+        _output.emit(facts)
+        return
+    shown = {
+        **facts,
+        "bytes_in": _output.human_bytes(plan.bytes_in),
+        "bytes_out": _output.human_bytes(plan.bytes_out),
+    }
+    _output.data(_output.table([(k.replace("_", " "), str(v)) for k, v in shown.items()]))
+
+
+def summary(result: JobResult) -> str:
+    """What a person wants to know after a conversion."""
+    rows = [
+        ("output", result.output),
+        ("scheme", f"{result.scheme} ({result.format})"),
+        ("bytes", f"{_output.human_bytes(result.bytes_in)} -> "
+                  f"{_output.human_bytes(result.bytes_out)}"),
+        ("modules", f"{result.copied_tensors} copied, {result.exact_tensors} re-encoded exactly, "
+                    f"{result.lossy_tensors} lossy, {result.dropped_tensors} tensors dropped"),
+        ("took", f"{result.seconds:.1f} s, peak memory "
+                 f"{_output.human_bytes(result.peak_rss_bytes)}"),
+    ]  # fmt: skip
+    if result.lossy_tensors:
+        loss = f"relative RMS {result.mean_relative_rms:.4f}, worst {result.worst_relative_rms:.4f}"
+        rows.insert(4, ("weight error", loss))
+    if result.altered_elements:
+        rows.insert(4, ("not exact", f"{result.altered_elements:,} values changed in casts"))
+    return _output.table(rows)

@@ -1,0 +1,109 @@
+"""A second decoder, for proof: numpy tables from the format definitions, no code shared with the
+converter.
+
+What the converter calls exact is only worth saying when something else agrees. This decoder is
+written from the definitions (OCP MX v1.0 for E2M1/E8M0, IEEE-like E4M3 of arXiv 2209.05433, the
+bit stream of compressed-tensors' pack-quantized), works in float64, and looks at raw bytes only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.spec import TensorSpec
+
+Array = npt.NDArray[np.float64]
+Bytes = npt.NDArray[np.uint8]
+
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def _e4m3_table() -> Array:
+    table = np.empty(256)
+    for code in range(256):
+        sign = -1.0 if code & 128 else 1.0
+        exponent, mantissa = (code >> 3) & 15, code & 7
+        if exponent == 15 and mantissa == 7:
+            table[code] = np.nan
+        elif exponent == 0:
+            table[code] = sign * mantissa * 2.0**-9
+        else:
+            table[code] = sign * (8 + mantissa) * 2.0 ** (exponent - 10)
+    return table
+
+
+_E4M3 = _e4m3_table()
+
+
+def decode_rows(
+    checkpoint: Checkpoint, parts: dict[str, TensorSpec], start: int, stop: int
+) -> Array:
+    """Rows `start:stop` of a stored matrix in float64. `start` is a multiple of 128."""
+    weight = parts.get("weight_packed") or parts.get("weight")
+    assert weight is not None
+    raw = _rows(checkpoint, weight, start, stop)
+    scale_spec = parts.get("weight_scale") or parts.get("scale")
+    if scale_spec is None:
+        return _floats(raw, weight.dtype)
+    count = stop - start
+    per_row = scale_spec.shape[0] == weight.shape[0]
+    height = 1 if per_row else -(-weight.shape[0] // scale_spec.shape[0])
+    height = 128 if height > 32 else height
+    span = (start, stop) if per_row else (start // height, -(-stop // height))
+    scales = _floats(_rows(checkpoint, scale_spec, *span), scale_spec.dtype)
+    if "weight_packed" in parts:
+        columns = int(checkpoint.read(parts["weight_shape"].name)[1])
+        values = _packed_integers(raw, columns)
+    else:
+        values = _elements(raw, weight)
+    width = _block_width(values.shape[1], scales.shape[1], per_row)
+    wide = np.repeat(np.repeat(scales, height, axis=0)[:count], width, axis=1)
+    values = values * wide[:, : values.shape[1]]
+    if "weight_scale_2" in parts:
+        second = checkpoint.read(parts["weight_scale_2"].name)
+        values *= float(second)
+    return values
+
+
+def _block_width(columns: int, blocks: int, per_row: bool) -> int:
+    if per_row:
+        return columns // blocks
+    return 128 if -(-columns // 128) == blocks else 32
+
+
+def _elements(raw: Bytes, weight: TensorSpec) -> Array:
+    if weight.dtype == "F8_E4M3":
+        return _E4M3[raw]
+    pairs = np.stack((raw & 15, raw >> 4), axis=-1).reshape(raw.shape[0], -1)
+    return _E2M1[pairs]
+
+
+def _packed_integers(raw: Bytes, columns: int) -> Array:
+    """A little-endian bit stream along the row, padded to whole 32-bit words."""
+    bits = raw.shape[1] * 8 // columns
+    stream = np.unpackbits(raw, axis=1, bitorder="little")[:, : columns * bits]
+    stream = stream.reshape(raw.shape[0], columns, bits)
+    values = (stream * (1 << np.arange(bits))).sum(-1, dtype=np.int64)
+    decoded: Array = (values - (1 << (bits - 1))).astype(np.float64)
+    return decoded
+
+
+def _rows(checkpoint: Checkpoint, spec: TensorSpec, start: int, stop: int) -> Bytes:
+    data = checkpoint.read_rows(spec.name, start, stop).contiguous()
+    raw: Bytes = data.view(torch.uint8).numpy().reshape(stop - start, -1)
+    return raw
+
+
+def _floats(raw: Bytes, dtype: str) -> Array:
+    if dtype in ("F8_E8M0", "U8"):
+        return np.ldexp(1.0, raw.astype(np.int64) - 127)
+    if dtype == "F8_E4M3":
+        return _E4M3[raw]
+    if dtype == "BF16":
+        wide = np.ascontiguousarray(raw).view("<u2").astype(np.uint32) << 16
+        return wide.view(np.float32).astype(np.float64)
+    kind = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}[dtype]
+    return np.ascontiguousarray(raw).view(kind).astype(np.float64)
