@@ -8,9 +8,9 @@ rounding. The bundled tiny model exists because of that, and this script makes a
 
 Text. Without `--text` the model learns from the modules of the running Python's standard library
 and from the bundled calibration texts. The bundled model also saw the rest of Jane Austen's novels
-except Persuasion (Debian package r-cran-janeaustenr: the texts lie in the R data file
-`janeaustenr/R/`) and the Rust documentation (Debian package rust-doc, HTML reduced to text); give
-such text by `--text FILE-or-FOLDER`. Held-out text (`--heldout`, by default the bundled two) is
+except Persuasion (as packaged in Debian's r-cran-janeaustenr; its Rdata.rdb holds them as zlib
+streams) and the Rust documentation (Debian's rust-doc, its HTML reduced to text); give such text by
+`--text FILE-or-FOLDER`. Held-out text (`--heldout`, by default the bundled two) is
 kept out by content: a document that repeats a stretch of it is dropped and named.
 
 The run can be stopped at any time; the same command goes on from the last saved state, which lies

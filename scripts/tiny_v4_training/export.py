@@ -124,11 +124,10 @@ def official_layer(stage: str, state: Mapping[str, Tensor]) -> Iterator[tuple[st
     """
     for name, tensor in state.items():
         if name == "mlp.experts.gate_up_proj":
-            for expert, (gate, up) in enumerate(
-                tensor.chunk(2, dim=1) for tensor in tensor.split(1)
-            ):
-                yield f"{expert_module(stage, expert, 'w1')}.weight", gate[0]
-                yield f"{expert_module(stage, expert, 'w3')}.weight", up[0]
+            for expert, both in enumerate(tensor):
+                gate, up = both.chunk(2)
+                yield f"{expert_module(stage, expert, 'w1')}.weight", gate
+                yield f"{expert_module(stage, expert, 'w3')}.weight", up
         elif name == "mlp.experts.down_proj":
             for expert, down in enumerate(tensor):
                 yield f"{expert_module(stage, expert, 'w2')}.weight", down

@@ -184,7 +184,7 @@ def _one_step(
     windows = draw_windows(streams, rows, length + 2, settings.bos, seed)
     with torch.autocast("cpu", torch.bfloat16):
         loss, side = phase.loss(windows, progress)
-    (loss + side).backward()
+    torch.autograd.backward(loss + side)
     factor = rate(phase.step, progress)
     for optimiser in phase.optimisers:
         for group in optimiser.param_groups:

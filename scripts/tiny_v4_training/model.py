@@ -26,6 +26,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4Attention,
     DeepseekV4CSACompressor,
     DeepseekV4HashRouter,
+    DeepseekV4Indexer,
     DeepseekV4TopKRouter,
 )
 
@@ -111,7 +112,7 @@ class IndexerDistillation:
     def __init__(self, model: nn.Module) -> None:
         self._losses: list[Tensor] = []
         self._scores: dict[nn.Module, Tensor] = {}
-        self._indexers: list[nn.Module] = []
+        self._indexers: list[DeepseekV4Indexer] = []
         for attention in model.modules():
             if not isinstance(attention, DeepseekV4Attention):
                 continue

@@ -66,7 +66,8 @@ class MtpStage(nn.Module):
             position_ids=positions,
             attention_mask=window_mask(length, self.window),
         )
-        return trunk.lm_head(self.norm(self.hc_head(x)))
+        logits: Tensor = trunk.lm_head(self.norm(self.hc_head(x)))
+        return logits
 
 
 def window_mask(length: int, window: int) -> Tensor:

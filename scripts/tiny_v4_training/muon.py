@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """`U V^T` of each matrix `[..., m, n]`, roughly: singular values end between 0.7 and 1.2."""
     a, b, c = _COEFFICIENTS
-    x = matrices.bfloat16()
+    x: Tensor = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -79,7 +79,9 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 def make_optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of `model`, AdamW for the rest of its trainable parameters."""
-    matrices, fused, others = [], [], []
+    matrices: list[Tensor] = []
+    fused: list[Tensor] = []
+    others: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -87,7 +89,7 @@ def make_optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
             others.append(parameter)
         else:
             (fused if "gate_up_proj" in name else matrices).append(parameter)
-    groups = [{"params": matrices}, {"params": fused, "parts": 2}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": fused, "parts": 2}]
     return [
         Muon([g for g in groups if g["params"]], MUON_RATE),
         torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0),

@@ -1,0 +1,91 @@
+"""calibrate: run tokens through the streamed forward and record what each expert's inputs look like.
+
+The second moment of an input channel is the weight its squared weight error deserves: with inputs
+of covariance C, the expected output error of a row error e is e C e^T, of which the scale search
+uses the diagonal. Hash-routed layers and the MTP stage are covered like the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from v4quant_calibration.model.mtp import STAGE
+from v4quant_calibration.model.observer import SilentObserver
+from v4quant_calibration.model.options import ForwardOptions
+from v4quant_calibration.provider import CheckpointParams
+from v4quant_calibration.stats import StageStats, Stats
+from v4quant_calibration.stream import StreamModel, stream_forward, stream_mtp
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.deepseek_v4 import draft_stages, trunk_stages
+from v4quant_formats.model_config import ModelConfig
+from v4quant_kernels.progress import Progress
+
+DEFAULT_FLOOR = 32
+
+
+class MomentObserver(SilentObserver):
+    """Accumulates float64 sums of squares, magnitudes and token counts of every expert's inputs."""
+
+    def __init__(self, config: ModelConfig, stages: Sequence[str]) -> None:
+        """Empty statistics for `stages`."""
+        experts = config.n_routed_experts
+        widths = {"w13": config.hidden_size, "w2": config.moe_intermediate_size}
+        self.stages = {
+            stage: StageStats(
+                torch.zeros(experts, dtype=torch.int64),
+                {k: torch.zeros(experts, w, dtype=torch.float64) for k, w in widths.items()},
+                {k: torch.zeros(experts) for k in widths},
+            )
+            for stage in stages
+        }
+
+    def on_expert_input(self, layer: str, expert: int, x: Tensor) -> None:
+        """Rows that w1 and w3 multiply; they also count the expert's tokens."""
+        self.stages[layer].tokens[expert] += x.shape[0]
+        self._add(layer, "w13", expert, x)
+
+    def on_expert_hidden(self, layer: str, expert: int, h: Tensor) -> None:
+        """Rows that w2 multiplies."""
+        self._add(layer, "w2", expert, h)
+
+    def _add(self, layer: str, source: str, expert: int, rows: Tensor) -> None:
+        stage = self.stages[layer]
+        stage.sums[source][expert] += rows.double().square().sum(0).cpu()
+        if rows.numel():
+            largest = rows.abs().amax().float().cpu()
+            stage.amax[source][expert] = torch.maximum(stage.amax[source][expert], largest)
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    windows: Sequence[Tensor],
+    options: ForwardOptions,
+    floor: int,
+    progress: Progress,
+) -> Stats:
+    """Statistics of every routed expert over the given windows (int64 ids).
+
+    floor: experts with fewer tokens count as starved. Only the first draft stage is run, and only
+    when it is a classic MTP stage; others keep no statistics of their own.
+    """
+    drafts = draft_stages(checkpoint.tensors)[:1] if _has_mtp(checkpoint) else []
+    observer = MomentObserver(config, [*trunk_stages(config), *drafts])
+    model = StreamModel(CheckpointParams(checkpoint), options, observer)
+    progress.start("Calibrating", config.num_hidden_layers + len(drafts), "layer")
+    streams = stream_forward(
+        [model], config, windows, progress=lambda *_: progress.advance(1)
+    )
+    if drafts:
+        stream_mtp([model], config, windows, streams)
+        progress.advance(1)
+    progress.finish()
+    return Stats(checkpoint.digest(), floor, observer.stages)
+
+
+def _has_mtp(checkpoint: Checkpoint) -> bool:
+    """Whether stage mtp.0 is a classic MTP stage rather than a DSpark one."""
+    return f"{STAGE}.e_proj.weight" in checkpoint

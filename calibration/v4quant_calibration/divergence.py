@@ -1,0 +1,143 @@
+"""Divergence: how far the candidate's next-token distribution is from the reference's.
+
+Per scored token: both negative log-likelihoods, KL(reference || candidate) over the whole
+vocabulary, and agreement of the best and the five best tokens. Log-softmax runs in float32 as the
+logits do; sums in float64. Errors of means are taken over blocks of consecutive tokens, because
+neighbouring tokens are correlated and a per-token error would be too small by up to a factor of 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v4quant_kernels.errors import V4QuantError
+
+BLOCK_TOKENS = 512
+QUANTILES = {"kl_median": 0.5, "kl_p90": 0.9, "kl_p99": 0.99, "kl_p999": 0.999}
+
+
+class DivergenceError(V4QuantError):
+    """Logits that cannot be compared or summarised."""
+
+
+@dataclass(frozen=True)
+class TokenRecords:
+    """One value per scored token, in order; `block` says which block of tokens it belongs to.
+
+    nll: float64 of the scored model; nll_reference, kl: float64, top1: bool, top5: float64 share
+    of the reference's five best tokens among the candidate's five best.
+    """
+
+    nll: Tensor
+    block: Tensor
+    part: Tensor
+    nll_reference: Tensor | None = None
+    kl: Tensor | None = None
+    top1: Tensor | None = None
+    top5: Tensor | None = None
+
+    def select(self, mask: Tensor) -> TokenRecords:
+        """The records where `mask` (bool) holds."""
+        return TokenRecords(
+            **{k: None if v is None else v[mask] for k, v in vars(self).items()}
+        )
+
+
+def score_tokens(logits: Tensor, targets: Tensor, reference: Tensor | None) -> dict[str, Tensor]:
+    """Columns of TokenRecords for rows of logits `[n, vocab]` predicting `targets` `[n]`."""
+    log_q = torch.log_softmax(logits.float(), -1)
+    columns = {"nll": -log_q.gather(1, targets[:, None]).squeeze(1).double()}
+    if reference is None:
+        return columns
+    log_p = torch.log_softmax(reference.float(), -1)
+    p = log_p.double().exp()
+    best_p, best_q = log_p.topk(5, -1).indices, log_q.topk(5, -1).indices
+    shared = (best_p.unsqueeze(2) == best_q.unsqueeze(1)).any(2)
+    columns["nll_reference"] = -log_p.gather(1, targets[:, None]).squeeze(1).double()
+    columns["kl"] = (p * (log_p.double() - log_q.double())).sum(-1).clamp_min_(0)
+    columns["top1"] = best_p[:, 0] == best_q[:, 0]
+    columns["top5"] = shared.double().mean(1)
+    return columns
+
+
+def summarise(records: TokenRecords) -> dict[str, Any]:
+    """Metrics by name, the keys of `evaluate --json`.
+
+    Raises DivergenceError when there are fewer than two blocks, so that no error bar exists.
+    """
+    blocks = records.block.unique().numel()
+    if blocks < 2:
+        raise DivergenceError(
+            f"{records.nll.numel()} scored tokens make {blocks} block; an error bar needs at least "
+            "two windows: give more --tokens or a shorter --seq-len"
+        )
+    nll, error = block_mean(records.nll, records.block)
+    metrics: dict[str, Any] = {
+        "tokens": records.nll.numel(),
+        "nll": nll,
+        "perplexity": _exp(nll),
+        "perplexity_stderr": _exp(nll) * error,
+    }
+    if records.nll_reference is None or records.kl is None:
+        return metrics
+    assert records.top1 is not None and records.top5 is not None
+    base, base_error = block_mean(records.nll_reference, records.block)
+    difference, difference_error = block_mean(records.nll - records.nll_reference, records.block)
+    kl, kl_error = block_mean(records.kl, records.block)
+    quantiles = torch.quantile(records.kl, torch.tensor(list(QUANTILES.values())).double())
+    metrics |= {
+        "reference_perplexity": _exp(base),
+        "reference_perplexity_stderr": _exp(base) * base_error,
+        "perplexity_ratio": _exp(difference),
+        "perplexity_ratio_stderr": _exp(difference) * difference_error,
+        "kl_mean": kl,
+        "kl_mean_stderr": kl_error,
+        **dict(zip(QUANTILES, quantiles.tolist(), strict=True)),
+        "kl_max": float(records.kl.max()),
+        "top1_agreement": float(records.top1.double().mean()),
+        "top5_agreement": float(records.top5.mean()),
+    }
+    return metrics
+
+
+def block_mean(values: Tensor, block: Tensor) -> tuple[float, float]:
+    """Mean over all tokens and its standard error over blocks (ratio estimator).
+
+    With B blocks of sizes n_b and sums s_b, the mean is m = sum s_b / sum n_b and its error
+    sqrt(B / (B-1) * sum (s_b - m n_b)^2) / sum n_b.
+    """
+    _, index = block.unique(return_inverse=True)
+    count = int(index.max()) + 1
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, index, values.double())
+    sizes = torch.zeros(count, dtype=torch.float64).index_add_(
+        0, index, torch.ones_like(values, dtype=torch.float64)
+    )
+    total = sizes.sum()
+    mean = sums.sum() / total
+    residual = (sums - mean * sizes).square().sum() * count / max(count - 1, 1)
+    return float(mean), float(residual.sqrt() / total)
+
+
+def kl_histogram(kl: Tensor, floor: Tensor | None) -> dict[str, Any]:
+    """Counts of tokens in bins of log10 KL, the candidate's and the noise floor's."""
+    low, high, bins = -9.0, 2.0, 44
+    edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
+
+    def counts(values: Tensor) -> list[int]:
+        place = values.clamp_min(1e-300).log10().clamp(low, high - 1e-9)
+        index = ((place - low) / (high - low) * bins).long()
+        return torch.bincount(index, minlength=bins).tolist()
+
+    return {
+        "log10_edges": edges.tolist(),
+        "counts": counts(kl),
+        "floor_counts": None if floor is None else counts(floor),
+    }
+
+
+def _exp(nll: float) -> float:
+    return float(torch.tensor(nll, dtype=torch.float64).exp())

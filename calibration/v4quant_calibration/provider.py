@@ -1,0 +1,25 @@
+"""CheckpointParams: the forward pass's weights, decoded from a checkpoint at the moment of use.
+
+Works for every layout v4quant reads, because how a module is stored is decided per tensor. Nothing
+is kept, so memory is one matrix at a time; the same object may serve several runs.
+"""
+
+from __future__ import annotations
+
+
+from torch import Tensor
+
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.weights import read_dense
+
+
+class CheckpointParams:
+    """Answers module names with dense float32 tensors of a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """`checkpoint` stays the caller's to close."""
+        self.checkpoint = checkpoint
+
+    def __call__(self, base: str, /) -> Tensor:
+        """The tensor called `base`; raises what `read_dense` raises."""
+        return read_dense(self.checkpoint, base)
