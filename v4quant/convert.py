@@ -7,6 +7,7 @@ scales are searched (calibration.scale_search). Dense tensors are carried in bou
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from v4quant_calibration.scale_search import QuantizedMatrix, search_dense, sear
 from v4quant_calibration.stats import Stats
 from v4quant_formats.shards import ShardWriter
 from v4quant_formats.weights import StoredWeight, check_finite, read_weight
-from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.errors import NonFiniteWeight, V4QuantError
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import codec, e8m0
 from v4quant_kernels.ref.cast import can_cast, cast_mxfp4, top_exponent
@@ -30,6 +31,10 @@ _DENSE_ROWS = 512  # rows of an FP8 matrix dequantized at a time; a multiple of 
 
 class InexactCast(V4QuantError):
     """A cast would change values and the recipe says to refuse."""
+
+
+class ScaleNotPowerOfTwo(V4QuantError):
+    """A float32 scale that E8M0 cannot hold."""
 
 
 class _Converter(Protocol):
@@ -43,7 +48,8 @@ def convert_unit(
 ) -> list[TensorRecord]:
     """Convert one unit and write its tensors. Returns one record per module.
 
-    Raises NonFiniteWeight, WrongDtype, SourceChanged, InexactCast or OutputError.
+    Raises NonFiniteWeight, WrongDtype, SourceChanged, InexactCast, ScaleNotPowerOfTwo or
+    OutputError.
     """
     return _CONVERTERS[unit.action](plan, unit, writer, stats)
 
@@ -68,6 +74,7 @@ def _bf16(
     for start in range(0, rows, _DENSE_ROWS):
         stop = min(start + _DENSE_ROWS, rows)
         values = codec.dequantize(read_weight(plan.checkpoint, stored, (start, stop)))
+        _refuse_overflow(plan, stored, values)
         rounded = values.bfloat16()
         altered += int((rounded.float() != values).sum())
         writer.add_piece(name, start * columns * 2, rounded)
@@ -79,14 +86,36 @@ def _f32_scale(
     plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None
 ) -> list[TensorRecord]:
     stored = unit.sources[0]
+    scale = _copy_codes(plan, stored, writer)
+    writer.add(stored.parts["scale"].name, e8m0.decode(scale))
+    return [_record(stored, "cast", "fp8 with float32 scales")]
+
+
+def _e8m0_scale(
+    plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None
+) -> list[TensorRecord]:
+    stored = unit.sources[0]
+    scale, spec = _copy_codes(plan, stored, writer), stored.parts["scale"]
+    narrow = scale.to(torch.float8_e8m0fnu)
+    if not torch.equal(e8m0.decode(narrow), scale):
+        raise ScaleNotPowerOfTwo(
+            f"{plan.checkpoint.path / spec.file}: '{spec.name}' holds scales that are no powers of "
+            f"two, which '{plan.scheme.name}' in format '{plan.recipe.format}' needs; use fp8 or a "
+            "compressed-tensors scheme"
+        )
+    writer.add(spec.name, narrow)
+    return [_record(stored, "cast", "fp8")]
+
+
+def _copy_codes(plan: Plan, stored: StoredWeight, writer: ShardWriter) -> Tensor:
+    """Copy an FP8 matrix's elements as they are; its scale, read and checked, for the caller."""
     weight, scale = stored.parts["weight"], stored.parts["scale"]
     for first_byte, piece in plan.checkpoint.read_chunks(weight.name):
         check_finite(plan.checkpoint, weight, piece)
         writer.add_piece(weight.name, first_byte, piece)
     value = plan.checkpoint.read(scale.name)
     check_finite(plan.checkpoint, scale, value)
-    writer.add(scale.name, e8m0.decode(value))
-    return [_record(stored, "cast", "fp8 with float32 scales")]
+    return value
 
 
 def _experts(
@@ -109,6 +138,7 @@ _CONVERTERS: dict[str, _Converter] = {
     "copy": _copy,
     "bf16": _bf16,
     "f32_scale": _f32_scale,
+    "e8m0_scale": _e8m0_scale,
     "experts": _experts,
 }
 
@@ -156,7 +186,9 @@ def _convert_matrix(
     if q.scheme.name == "mxfp4" and scheme.element == "int":
         found = search_mxfp4(q, scheme, importance)
     else:
-        found = _quantize_dense(codec.dequantize(q), scheme, importance, top)
+        values = codec.dequantize(q)
+        _refuse_overflow(plan, stored, values)
+        found = _quantize_dense(values, scheme, importance, top)
     return found.tensor, _lossy_record(stored, scheme, found, "quantized", 0)
 
 
@@ -194,7 +226,7 @@ def _input_amax(plan: Plan, stored: StoredWeight, stats: Stats | None) -> float:
         return config.routed_scaling_factor * config.swiglu_limit**2
     stage = stored.module.split(".ffn.", maxsplit=1)[0]
     norm = plan.checkpoint.read(f"{stage}.ffn_norm.weight").float().abs().max()
-    return float(norm) * config.hidden_size**0.5
+    return float(norm) * math.sqrt(config.hidden_size)
 
 
 def _refuse_inexact(plan: Plan, stored: StoredWeight, altered: int, target: str) -> None:
@@ -202,6 +234,15 @@ def _refuse_inexact(plan: Plan, stored: StoredWeight, altered: int, target: str)
         raise InexactCast(
             f"{plan.checkpoint.path}: '{stored.module}' does not fit {target} exactly: {altered} "
             "values would change; --on-inexact nearest takes the nearest and counts them"
+        )
+
+
+def _refuse_overflow(plan: Plan, stored: StoredWeight, values: Tensor) -> None:
+    """Finite codes and finite scales may still multiply beyond float32."""
+    if not bool(torch.isfinite(values).all()):
+        raise NonFiniteWeight(
+            f"{plan.checkpoint.path}: '{stored.module}' holds values beyond float32's range; "
+            "the file is damaged or was converted wrongly, download it again"
         )
 
 

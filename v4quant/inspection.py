@@ -22,7 +22,7 @@ from v4quant_formats.deepseek_v4 import (
     parse_name,
 )
 from v4quant_formats.errors import FormatError
-from v4quant_formats.model_config import ConfigError, ModelConfig, parse_model_config
+from v4quant_formats.model_config import ConfigError, Dimensions, parse_dimensions
 from v4quant_formats.weights import StoredWeight, check_finite, find_weight, read_weight
 from v4quant_kernels.errors import NonFiniteWeight
 from v4quant_kernels.progress import Progress
@@ -122,9 +122,9 @@ def inspect_checkpoint(
     )
 
 
-def _config(checkpoint: Checkpoint, defects: list[str]) -> ModelConfig | None:
+def _config(checkpoint: Checkpoint, defects: list[str]) -> Dimensions | None:
     try:
-        return parse_model_config(dict(checkpoint.config))
+        return parse_dimensions(dict(checkpoint.config))
     except ConfigError as error:
         defects.append(str(error))
         return None
@@ -143,7 +143,7 @@ def _find_all(
 
 
 def _check_model(
-    config: ModelConfig,
+    config: Dimensions,
     names: dict[str, TensorName | None],
     stored: dict[str, StoredWeight],
     defects: list[str],

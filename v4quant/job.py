@@ -9,6 +9,7 @@ because every unit is computed alone, in fixed pieces.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -80,6 +81,8 @@ def run_job(
     progress = progress or SilentProgress()
     if _is_complete(plan, out):
         records = [record_from_dict(row) for row in read_manifest(out)["tensors"]]
+        # Left when the run that finished was killed between its last two steps.
+        shutil.rmtree(out / FOLDER, ignore_errors=True)
         return _result(plan, out, records, started)
     _check_folder(out)
     with locked_output(out):
@@ -201,6 +204,7 @@ def _finish(plan: Plan, out: Path, shards: list[FinishedShard]) -> None:
     files.append(write_file_atomically(out / "config.json", to_json(plan.output_config())))
     specs = [(spec, shard.file) for shard in plan.shards for spec in shard.outputs]
     index = index_json({s.name: f for s, f in specs}, sum(s.nbytes for s, _ in specs))
+    files.append(WrittenFile(INDEX_NAME, len(index), hashlib.sha256(index).hexdigest()))
     manifest = to_json(_manifest(plan, files, [r for s in shards for r in s.records]))
     write_file_atomically(out / MANIFEST_NAME, manifest)
     write_file_atomically(out / INDEX_NAME, index)

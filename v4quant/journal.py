@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from v4quant.records import TensorRecord, record_from_dict
 from v4quant_formats.errors import OutputError
+from v4quant_formats.manifest import ManifestError
 from v4quant_formats.shards import WrittenFile, output_error, sync_folder
 
 FOLDER = ".v4quant"
@@ -49,9 +51,14 @@ class Journal:
                 "choose another folder or delete this one"
             )
         for line in lines[1:]:
-            shard = FinishedShard(
-                WrittenFile(**line["file"]), tuple(map(record_from_dict, line["records"]))
-            )
+            try:
+                shard = FinishedShard(
+                    WrittenFile(**line["file"]), tuple(map(record_from_dict, line["records"]))
+                )
+            except (KeyError, TypeError, ManifestError):
+                raise OutputError(
+                    f"{self._path}: damaged; delete the folder {out} and start again"
+                ) from None
             if self._is_in_place(shard.file):
                 self.finished[shard.file.name] = shard
 
@@ -70,16 +77,17 @@ class Journal:
         path = self._out / file.name
         return path.is_file() and path.stat().st_size == file.nbytes
 
-    def _read_lines(self) -> list[dict[str, object]] | list:  # type: ignore[type-arg]
+    def _read_lines(self) -> list[dict[str, Any]]:
         if not self._path.exists():
             return []
         lines = []
         text = self._path.read_bytes()
         for raw in text.split(b"\n")[:-1]:  # what follows the last newline was cut short
             try:
-                lines.append(json.loads(raw))
+                line = json.loads(raw)
             except ValueError:
                 break
+            lines.append(line if isinstance(line, dict) else {})
         return lines
 
     def _append(self, line: dict[str, object], fresh: bool = False) -> None:

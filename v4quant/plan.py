@@ -9,7 +9,8 @@ reason. What is missing, unknown or of the wrong kind is an error here, not afte
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -27,13 +28,13 @@ from v4quant_formats.deepseek_v4 import (
 )
 from v4quant_formats.errors import MissingTensor, UnexpectedTensor, WrongDtype
 from v4quant_formats.layouts import UnsupportedPair
-from v4quant_formats.model_config import ModelConfig, parse_model_config
+from v4quant_formats.model_config import Dimensions, parse_dimensions
 from v4quant_formats.shards import shard_header
-from v4quant_formats.spec import TensorSpec
+from v4quant_formats.spec import TORCH_DTYPES, TensorSpec
 from v4quant_formats.weights import StoredWeight, find_weight
 from v4quant_kernels.scheme import Scheme
 
-Action = Literal["copy", "bf16", "f32_scale", "experts"]
+Action = Literal["copy", "bf16", "f32_scale", "e8m0_scale", "experts"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Unit:
     """Tensors converted together, and what they become.
 
     action: copy (byte for byte), bf16 (FP8 matrix dequantized), f32_scale (E8M0 scales widened),
-    experts (w1, w3 and w2 of one routed expert, in that order).
+    e8m0_scale (float32 powers of two narrowed), experts (w1, w3 and w2 of one routed expert, in
+    that order).
     """
 
     action: Action
@@ -95,7 +97,7 @@ class Plan:
     """The whole conversion. `digest` keys the journal: same digest, same output bytes."""
 
     checkpoint: Checkpoint
-    config: ModelConfig
+    config: Dimensions
     recipe: Recipe
     shards: tuple[ShardPlan, ...]
     dropped: tuple[Dropped, ...]
@@ -143,7 +145,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, stats_digest: str = "") ->
     Raises MissingTensor, UnexpectedTensor, WrongDtype, UnsupportedPair or ConfigError naming the
     tensor and the remedy.
     """
-    config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
+    config = parse_dimensions(dict(checkpoint.config), str(checkpoint.path / "config.json"))
     names = _parse_names(checkpoint, recipe)
     _check_complete(checkpoint, config, names)
     planner = _Planner(checkpoint, config, recipe, names)
@@ -156,6 +158,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, stats_digest: str = "") ->
     shards = tuple(
         ShardPlan(_output_file(file), tuple(units)) for file, units in sorted(by_file.items())
     )
+    _check_accounted(checkpoint, shards, planner.dropped)
     return Plan(checkpoint, config, recipe, shards, tuple(planner.dropped), stats_digest)
 
 
@@ -176,8 +179,15 @@ def _parse_names(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, TensorName
 
 
 def _check_complete(
-    checkpoint: Checkpoint, config: ModelConfig, names: dict[str, TensorName | None]
+    checkpoint: Checkpoint, config: Dimensions, names: dict[str, TensorName | None]
 ) -> None:
+    for name, n in names.items():
+        layer = int(n.stage.rpartition(".")[2]) if n and n.stage.startswith("layers.") else 0
+        if layer >= config.num_hidden_layers:
+            raise UnexpectedTensor(
+                f"{checkpoint.path / checkpoint.tensors[name].file}: tensor '{name}' is beyond the "
+                f"{config.num_hidden_layers} layers of config.json; it belongs to another model"
+            )
     present = {n.module for n in names.values() if n}
     for module in expected_modules(config, names):
         if module not in present:
@@ -187,13 +197,33 @@ def _check_complete(
             )
 
 
+def _check_accounted(
+    checkpoint: Checkpoint, shards: Iterable[ShardPlan], dropped: list[Dropped]
+) -> None:
+    """Every source tensor is used by exactly one unit, or dropped with a reason."""
+    used = Counter(
+        part.name
+        for shard in shards
+        for unit in shard.units
+        for stored in unit.sources
+        for part in stored.parts.values()
+    )
+    used.update(d.name for d in dropped)
+    for name in checkpoint.tensors:
+        if used[name] != 1:
+            raise UnexpectedTensor(
+                f"{checkpoint.path / checkpoint.tensors[name].file}: tensor '{name}' does not fit "
+                "the model config.json describes; the files belong to different models"
+            )
+
+
 class _Planner:
     """Turns modules into units for one recipe, collecting what is dropped."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        config: ModelConfig,
+        config: Dimensions,
         recipe: Recipe,
         names: dict[str, TensorName | None],
     ) -> None:
@@ -219,6 +249,11 @@ class _Planner:
         name = self.by_module.get(module)
         if name is None:
             spec = self.checkpoint.spec(module)
+            if spec.dtype not in TORCH_DTYPES:
+                raise WrongDtype(
+                    f"{self.checkpoint.path / spec.file}: unknown tensor '{spec}' has a dtype that "
+                    "cannot be copied; remove it from the source"
+                )
             return _copy(StoredWeight(module, {"": spec}, spec.shape, None))
         if name.is_draft and self.recipe.draft == "drop":
             self._drop(module, name)
@@ -238,7 +273,8 @@ class _Planner:
                 f"but config.json implies {list(wanted)}; the files belong to different models"
             )
         integer = module.endswith(".tid2eid")
-        if stored.scheme is None and (first.dtype in ("I64", "I32")) != integer:
+        kinds = ("I64", "I32") if integer else ("F32", "BF16", "F16")
+        if stored.scheme is None and first.dtype not in kinds:
             raise WrongDtype(
                 f"{self.checkpoint.path / first.file}: '{first.name}' is {first.dtype}, expected "
                 f"{'I64' if integer else 'a float dtype'}; the file was written wrongly"
@@ -300,19 +336,21 @@ class _Planner:
         if rule == "bf16":
             return Unit("bf16", (stored,), (TensorSpec(weight.name, "BF16", weight.shape),))
         if stored.scheme.block != (128, 128) and rule == "f32_scale":
-            raise UnsupportedPair(f"'{stored.module}' has {stored.scheme.block} tiles, not 128x128")
-        if rule == "f32_scale" and scale.dtype == "F8_E8M0":
-            outputs = (
-                TensorSpec(weight.name, weight.dtype, weight.shape),
-                TensorSpec(scale.name, "F32", scale.shape),
-            )
-            return Unit("f32_scale", (stored,), outputs)
-        if rule == "copy" and scale.dtype != "F8_E8M0":
+            tile = "x".join(map(str, stored.scheme.block))
             raise UnsupportedPair(
-                f"'{stored.module}' has {scale.dtype} scales, but scheme '{self.scheme.name}' in "
-                f"format '{self.layout.name}' declares ue8m0; use fp8 or compressed-tensors"
+                f"{self.checkpoint.path}: '{stored.module}' has {tile} tiles, but scheme "
+                f"'{self.scheme.name}' in format '{self.layout.name}' declares 128x128; use mxfp4, "
+                "nvfp4 or a compressed-tensors scheme, which carry it exactly"
             )
-        return _copy(stored)
+        action: Action = "f32_scale" if rule == "f32_scale" else "e8m0_scale"
+        wanted = "F32" if rule == "f32_scale" else "F8_E8M0"
+        if scale.dtype == wanted:
+            return _copy(stored)
+        outputs = (
+            TensorSpec(weight.name, weight.dtype, weight.shape),
+            TensorSpec(scale.name, wanted, scale.shape),
+        )
+        return Unit(action, (stored,), outputs)
 
 
 def _copy(stored: StoredWeight) -> Unit:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from v4quant_formats.manifest import MANIFEST_NAME, ManifestError
+
 Disposition = Literal["copied", "cast", "quantized", "dropped"]
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("module", "disposition", "source", "target", "reason"), (str,)),
+    **dict.fromkeys(("elements", "altered"), (int,)),
+    **dict.fromkeys(("relative_rms", "max_error"), (int, float)),
+}
 
 
 @dataclass(frozen=True)
@@ -40,5 +47,12 @@ class TensorRecord:
 
 
 def record_from_dict(table: dict[str, Any]) -> TensorRecord:
-    """Inverse of `as_dict`."""
-    return TensorRecord(**{"elements": 0, **{k: v for k, v in table.items() if k != "exact"}})
+    """Inverse of `as_dict`. Raises ManifestError for a table of another form."""
+    values = {"elements": 0, **{k: v for k, v in table.items() if k != "exact"}}
+    for key, value in values.items():
+        kinds = _KINDS.get(key)
+        if kinds is None or isinstance(value, bool) or not isinstance(value, kinds):
+            raise ManifestError(f"{MANIFEST_NAME}: {str(key)[:80]!r} in a record is not as written")
+    if not {"module", "disposition", "source", "target"} <= values.keys():
+        raise ManifestError(f"{MANIFEST_NAME}: a record lacks module, disposition, source or target")
+    return TensorRecord(**values)

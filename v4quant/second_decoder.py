@@ -18,6 +18,7 @@ from v4quant_formats.spec import TensorSpec
 Array = npt.NDArray[np.float64]
 Bytes = npt.NDArray[np.uint8]
 
+_SCALE_PARTS = ("weight_scale", "scale", "weight_scale_inv")
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
@@ -45,13 +46,12 @@ def decode_rows(
     weight = parts.get("weight_packed") or parts.get("weight")
     assert weight is not None
     raw = _rows(checkpoint, weight, start, stop)
-    scale_spec = parts.get("weight_scale") or parts.get("scale")
+    scale_spec = next((parts[p] for p in _SCALE_PARTS if p in parts), None)
     if scale_spec is None:
         return _floats(raw, weight.dtype)
     count = stop - start
     per_row = scale_spec.shape[0] == weight.shape[0]
-    height = 1 if per_row else -(-weight.shape[0] // scale_spec.shape[0])
-    height = 128 if height > 32 else height
+    height = 1 if per_row else _block_height(weight.shape[0], scale_spec.shape[0])
     span = (start, stop) if per_row else (start // height, -(-stop // height))
     scales = _floats(_rows(checkpoint, scale_spec, *span), scale_spec.dtype)
     if "weight_packed" in parts:
@@ -66,6 +66,10 @@ def decode_rows(
         second = checkpoint.read(parts["weight_scale_2"].name)
         values *= float(second)
     return values
+
+
+def _block_height(rows: int, blocks: int) -> int:
+    return 128 if -(-rows // 128) == blocks else 32
 
 
 def _block_width(columns: int, blocks: int, per_row: bool) -> int:

@@ -21,7 +21,7 @@ from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
 from v4quant_formats.deepseek_v4 import expected_modules, split_part
 from v4quant_formats.errors import FormatError
 from v4quant_formats.manifest import read_manifest
-from v4quant_formats.model_config import parse_model_config
+from v4quant_formats.model_config import parse_dimensions
 from v4quant_formats.shards import hash_file
 from v4quant_formats.weights import find_weight
 from v4quant_kernels.progress import Progress
@@ -80,7 +80,7 @@ def _check_files(out: Path, manifest: dict[str, Any], progress: Progress) -> Ite
 
 
 def _check_structure(output: Checkpoint, records: dict[str, TensorRecord]) -> Iterator[Finding]:
-    config = parse_model_config(dict(output.config), str(output.path / "config.json"))
+    config = parse_dimensions(dict(output.config), str(output.path / "config.json"))
     modules = {split_part(spec.name)[0] for spec in output}
     for module in expected_modules(config, output.tensors):
         if module not in modules:

@@ -13,7 +13,7 @@ streams it comes from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,15 +51,15 @@ class StreamModel:
 class LayerResult:
     """One layer's streams; the first model is the reference.
 
-    before, after: each model's streams around the layer. local: for each model but the first, its
-    layer's output on `before[0]`; empty when not asked for. What the reference's layer added is
-    `after[0] - before[0]`, the yardstick for `local[i] - after[0]`.
+    before, after: each model's streams around the layer. local: by model index, the model's layer
+    applied to `before[0]`. What the reference's layer added is `after[0] - before[0]`, the
+    yardstick for `local[i] - after[0]`.
     """
 
     layer: str
     before: list[Streams]
     after: list[Streams]
-    local: list[Streams]
+    local: dict[int, Streams]
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ def stream_forward(
     config: ModelConfig,
     sequences: Sequence[Tensor],
     *,
-    local: bool = False,
+    local: Collection[int] = (),
     on_layer: OnLayer | None = None,
     progress: Progress | None = None,
 ) -> list[Streams]:
     """Push sequences through the trunk of every model; returns each model's final streams.
 
-    sequences: int64 token ids `[T_i]`, T_i >= 1. local: also run each later model's layer on the
-    first model's input (on_layer receives the result). Raises NonFiniteActivation naming a layer,
+    sequences: int64 token ids `[T_i]`, T_i >= 1. local: models whose layers also run on the first
+    model's input (on_layer receives the result). Raises NonFiniteActivation naming a layer,
     and whatever the parameter providers raise.
     """
     streams = [_embed(model.params, config, sequences) for model in models]
@@ -101,10 +101,10 @@ def stream_forward(
             for model, before in zip(models, streams, strict=True)
         ]
         if on_layer is not None:
-            beside = [
-                _layer(model, config, layer, streams[0], sequences, model.local_observer)
-                for model in (models[1:] if local else ())
-            ]
+            beside = {
+                i: _layer(models[i], config, layer, streams[0], sequences, models[i].local_observer)
+                for i in local
+            }
             on_layer(LayerResult(layer, streams, after, beside))
             del beside
         streams = after

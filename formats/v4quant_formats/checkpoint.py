@@ -28,12 +28,12 @@ from v4quant_formats.errors import (
     MissingTensor,
     SourceChanged,
     UnexpectedTensor,
+    UnknownDtype,
     UnsafePath,
 )
 from v4quant_formats.model_config import ConfigError, read_json_object
 from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.spec import TORCH_DTYPES, TensorSpec
-from v4quant_kernels.errors import V4QuantError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -142,7 +142,8 @@ class Checkpoint:
         if count == 0:
             return data
         handle = self._handle(spec.file)
-        view = memoryview(data.numpy())
+        buffer: Any = data.numpy()
+        view = memoryview(buffer)
         done = 0
         while done < count:
             try:
@@ -234,7 +235,7 @@ def _check_file_name(folder: Path, name: str) -> None:
         and len(name) <= 255
     )
     if not plain:
-        raise UnsafePath(f"{folder}: index names '{name[:200]}', which is not a plain file name")
+        raise UnsafePath(f"{folder}: index names {name[:200]!r}, which is not a plain file name")
     if not name.endswith(".safetensors"):
         raise UnsafePath(f"{folder}: index names '{name}', which is not a .safetensors file")
     target = (folder / name).resolve()
@@ -277,4 +278,6 @@ def _torch_dtype(spec: TensorSpec) -> torch.dtype:
     try:
         return TORCH_DTYPES[spec.dtype]
     except KeyError:
-        raise V4QuantError(f"tensor {spec}: dtype {spec.dtype} cannot be read by torch") from None
+        raise UnknownDtype(
+            f"{spec.file}: tensor '{spec}' has a dtype torch cannot hold; convert it first"
+        ) from None

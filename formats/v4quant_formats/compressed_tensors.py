@@ -25,6 +25,8 @@ IGNORE = [
     r"re:.*\.gate$",
     "re:.*(e_proj|h_proj|main_proj)$",
     "re:.*(markov_head|confidence_head).*",
+    "re:.*engram.*",
+    r"re:.*(vision|aligner)\..*",
     "lm_head",
     "head",
     "embed",

@@ -48,13 +48,23 @@ def _dense(scheme: Scheme) -> DenseRule:
     return "copy" if scheme.name == "mxfp4" else "f32_scale"
 
 
-def _config(raw: Mapping[str, Any], scheme: Scheme) -> dict[str, Any]:
-    config = dict(raw)
+def native_config(raw: Mapping[str, Any], expert_dtype: str) -> dict[str, Any]:
+    """config.json of a release with native FP8 dense matrices and experts of `expert_dtype`.
+
+    V4.1 (nested `text_config`) keeps its own declaration, 32x32 tiles and all, and states the
+    experts' dtype inside it; V4 states it beside it.
+    """
+    own = raw.get("quantization_config")
+    if isinstance(raw.get("text_config"), dict) and isinstance(own, dict):
+        return {**raw, "quantization_config": {**own, "expert_dtype": expert_dtype}}
     quantization = dict(QUANTIZATION_CONFIG)
+    return {**raw, "quantization_config": quantization, "expert_dtype": expert_dtype}
+
+
+def _config(raw: Mapping[str, Any], scheme: Scheme) -> dict[str, Any]:
+    config = native_config(raw, "fp4" if scheme.name == "mxfp4" else "fp8")
     if scheme.name != "mxfp4":
-        del quantization["scale_fmt"]
-    config["quantization_config"] = quantization
-    config["expert_dtype"] = "fp4" if scheme.name == "mxfp4" else "fp8"
+        config["quantization_config"].pop("scale_fmt", None)
     return config
 
 

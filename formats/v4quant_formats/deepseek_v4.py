@@ -10,11 +10,12 @@ and its mark to `detect_release`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
-from v4quant_formats.model_config import CSA_RATIO, HCA_RATIO, ModelConfig
+from v4quant_formats.model_config import CSA_RATIO, HCA_RATIO, Dimensions
 
 Role = Literal[
     "routed experts",
@@ -48,6 +49,7 @@ PROJECTIONS = ("w1", "w3", "w2")
 
 _LINEAR = "linear"
 _PLAIN = "plain"
+_HC = ("fn", "base", "scale")
 
 # Modules of a stage: pattern below `layers.N.` / `mtp.N.` -> (role, linear or plain).
 _STAGE_MODULES: list[tuple[str, Role, str]] = [
@@ -57,18 +59,22 @@ _STAGE_MODULES: list[tuple[str, Role, str]] = [
     (r"attn\.compressor\.(ape|wkv|wgate|norm)", "compressor", _PLAIN),
     (r"attn\.indexer\.wq_b", "indexer", _LINEAR),
     (r"attn\.indexer\.(weights_proj|compressor\.(ape|wkv|wgate|norm))", "indexer", _PLAIN),
+    (r"attn\.indexer\.(wk|k_norm)", "indexer", _PLAIN),
     (r"ffn\.gate(\.tid2eid|\.bias|\.bias_vl)?", "router", _PLAIN),
-    (r"ffn\.experts\.\d+\.w[123]", "routed experts", _LINEAR),
+    (r"ffn\.experts\.(0|[1-9][0-9]{0,4})\.w[123]", "routed experts", _LINEAR),
     (r"ffn\.shared_experts\.w[123]", "shared experts", _LINEAR),
     (r"(attn_norm|ffn_norm)", "norm", _PLAIN),
     (r"hc_(attn|ffn)_(fn|base|scale)", "hyper-connection", _PLAIN),
+    # V4.1: the tables are looked up, not multiplied, so no layout ever re-encodes them.
+    (r"engram\.wkv", "engram", _LINEAR),
+    (r"engram\.(embed|q_weight|k_weight)", "engram", _PLAIN),
 ]
 # Further modules only draft stages have (classic MTP, DSpark, Base copies of embedding and head).
 _DRAFT_MODULES: list[tuple[str, Role, str]] = [
     (r"(e_proj|h_proj|main_proj)", "draft", _LINEAR),
     (r"(enorm|hnorm|norm|main_norm)", "draft", _PLAIN),
     (r"hc_head_(fn|base|scale)", "draft", _PLAIN),
-    (r"markov_head\.markov_w[12]", "draft", _PLAIN),
+    (r"markov_head\.(markov_w[12]|embed|head)", "draft", _PLAIN),
     (r"confidence_head\.proj", "draft", _PLAIN),
     (r"(emb\.tok_emb|head)", "draft", _PLAIN),
 ]
@@ -77,11 +83,11 @@ _TOP_MODULES: list[tuple[str, Role, str]] = [
     (r"norm", "norm", _PLAIN),
     (r"hc_head_(fn|base|scale)", "hyper-connection", _PLAIN),
     (r"(vision|aligner)\..+", "vision", _PLAIN),
-    (r"image_\w+", "vision", _PLAIN),
+    (r"image_(start|end|newline|pad)", "vision", _PLAIN),
 ]
 
-_STAGE = re.compile(r"(layers|mtp)\.(\d{1,4})\.(.+)")
-_EXPERT = re.compile(r"(.+\.ffn\.experts)\.(\d{1,5})\.(w[123])")
+_STAGE = re.compile(r"(layers|mtp)\.(0|[1-9][0-9]{0,3})\.(.+)")
+_EXPERT = re.compile(r"(.+\.ffn\.experts)\.(0|[1-9][0-9]{0,4})\.(w[123])")
 _STAGE_TABLE = [(re.compile(p), r, k) for p, r, k in _STAGE_MODULES]
 _DRAFT_TABLE = [(re.compile(p), r, k) for p, r, k in _DRAFT_MODULES]
 _TOP_TABLE = [(re.compile(p), r, k) for p, r, k in _TOP_MODULES]
@@ -116,7 +122,7 @@ def parse_name(name: str) -> TensorName | None:
     module, part = split_part(name)
     stage, tables, below = "", (_TOP_TABLE,), module
     if match := _STAGE.fullmatch(module):
-        stage, below = f"{match[1]}.{int(match[2])}", match[3]
+        stage, below = f"{match[1]}.{match[2]}", match[3]
         tables = (_STAGE_TABLE, _DRAFT_TABLE) if match[1] == "mtp" else (_STAGE_TABLE,)
     for table in tables:
         for pattern, role, kind in table:
@@ -139,7 +145,7 @@ def expert_module(stage: str, expert: int, projection: str) -> str:
     return f"{stage}.ffn.experts.{expert}.{projection}"
 
 
-def trunk_stages(config: ModelConfig) -> list[str]:
+def trunk_stages(config: Dimensions) -> list[str]:
     """Stage names of the trunk's layers."""
     return [f"layers.{i}" for i in range(config.num_hidden_layers)]
 
@@ -150,35 +156,99 @@ def draft_stages(names: Iterable[str]) -> list[str]:
     return [f"mtp.{i}" for i in sorted(found)]
 
 
-def stage_modules(config: ModelConfig, stage: str) -> Iterator[str]:
-    """Modules every trunk layer (and the common part of every draft stage) must have."""
+def stage_modules(config: Dimensions, stage: str, vision: bool = False) -> Iterator[str]:
+    """Modules a trunk layer (or the part draft stages share with one) must have.
+
+    `vision`: the release also routes image tokens, by `gate.bias_vl` in every layer.
+    """
     attention = ["wq_a", "wq_b", "wkv", "wo_a", "wo_b", "attn_sink", "q_norm", "kv_norm"]
-    compressor = ["ape", "wkv", "wgate", "norm"]
     draft = stage.startswith("mtp.")
     layer = int(stage.rpartition(".")[2])
-    ratio = 0 if draft else config.compress_ratios[layer]
     yield from (f"{stage}.attn.{m}" for m in attention)
-    if ratio in (CSA_RATIO, HCA_RATIO):
-        yield from (f"{stage}.attn.compressor.{m}" for m in compressor)
-    if ratio == CSA_RATIO:
-        yield f"{stage}.attn.indexer.wq_b"
-        yield f"{stage}.attn.indexer.weights_proj"
-        yield from (f"{stage}.attn.indexer.compressor.{m}" for m in compressor)
-    yield f"{stage}.ffn.gate"
+    if not draft:
+        long_range = _v41_modules if config.v41 else _v4_modules
+        yield from (f"{stage}.{m}" for m in long_range(config, layer))
     hashed = not draft and layer < config.num_hash_layers
-    yield f"{stage}.ffn.gate.{'tid2eid' if hashed else 'bias'}"
-    for expert in range(config.n_routed_experts):
+    yield f"{stage}.ffn.gate"
+    if hashed:
+        yield f"{stage}.ffn.gate.tid2eid"
+    if vision or not hashed:
+        yield f"{stage}.ffn.gate.bias"
+    if vision:
+        yield f"{stage}.ffn.gate.bias_vl"
+    for expert in range(_experts(config, draft)):
         yield from (expert_module(stage, expert, p) for p in PROJECTIONS)
     yield from (f"{stage}.ffn.shared_experts.{p}" for p in PROJECTIONS)
     yield from (f"{stage}.{m}" for m in ("attn_norm", "ffn_norm"))
-    yield from (f"{stage}.hc_{s}_{p}" for s in ("attn", "ffn") for p in ("fn", "base", "scale"))
+    yield from (f"{stage}.hc_{s}_{p}" for s in ("attn", "ffn") for p in _HC)
 
 
-def expected_modules(config: ModelConfig, names: Iterable[str]) -> Iterator[str]:
+def _v4_modules(config: Dimensions, layer: int) -> Iterator[str]:
+    """Compressor and indexer of a V4 layer, by its compression ratio."""
+    compressor = ["ape", "wkv", "wgate", "norm"]
+    ratio = config.compress_ratios[layer]
+    if ratio in (CSA_RATIO, HCA_RATIO):
+        yield from (f"attn.compressor.{m}" for m in compressor)
+    if ratio == CSA_RATIO:
+        yield from ("attn.indexer.wq_b", "attn.indexer.weights_proj")
+        yield from (f"attn.indexer.compressor.{m}" for m in compressor)
+
+
+def _v41_modules(config: Dimensions, layer: int) -> Iterator[str]:
+    """Compressor, indexer and Engram of a V4.1 layer: only in the layers the config names."""
+    v41 = config.v41
+    assert v41 is not None
+    if layer in v41.kv_source_layer_ids:
+        yield from ("attn.compressor.wkv", "attn.compressor.norm")
+        # At ratio 1 there is nothing to pool, and so no gate.
+        if config.compress_ratios[layer] > 1:
+            yield "attn.compressor.wgate"
+        yield from ("attn.indexer.wk", "attn.indexer.k_norm")
+    if layer in v41.index_source_layer_ids:
+        yield from ("attn.indexer.wq_b", "attn.indexer.weights_proj")
+    if layer in v41.engram_layer_ids:
+        yield from (f"engram.{m}" for m in ("embed", "wkv", "q_weight", "k_weight"))
+
+
+def _experts(config: Dimensions, draft: bool) -> int:
+    return config.dspark.n_routed_experts if draft and config.dspark else config.n_routed_experts
+
+
+def draft_modules(config: Dimensions, stages: list[str], dspark: bool) -> Iterator[str]:
+    """Modules of draft stages beyond a layer's: one classic MTP stage, or DSpark's chain.
+
+    DSpark reads the trunk in its first stage and predicts in its last.
+    """
+    if not stages:
+        return
+    first, last = stages[0], stages[-1]
+    if dspark:
+        markov = ("embed", "head") if config.v41 else ("markov_w1", "markov_w2")
+        yield from (f"{first}.{m}" for m in ("main_proj", "main_norm"))
+        yield from (f"{last}.markov_head.{m}" for m in markov)
+        yield f"{last}.confidence_head.proj"
+    else:
+        yield from (f"{first}.{m}" for m in ("e_proj", "h_proj", "enorm", "hnorm"))
+    yield f"{last}.norm"
+    if not config.v41:
+        yield from (f"{last}.hc_head_{p}" for p in _HC)
+
+
+def expected_modules(config: Dimensions, names: Collection[str]) -> Iterator[str]:
     """Modules a checkpoint of this configuration must hold, for the draft stages it holds."""
-    yield from ("embed", "head", "norm", "hc_head_fn", "hc_head_base", "hc_head_scale")
-    for stage in [*trunk_stages(config), *draft_stages(names)]:
-        yield from stage_modules(config, stage)
+    yield from ("embed", "head", "norm")
+    if not config.v41:
+        yield from (f"hc_head_{p}" for p in _HC)
+    vision = any(n.startswith("vision.") for n in names)
+    if vision:
+        yield from ("vision.patch_embed.proj", "vision.norm", "aligner.w1", "aligner.w2")
+        yield from ("image_start", "image_end", "image_newline")
+    drafts = draft_stages(names)
+    for stage in [*trunk_stages(config), *drafts]:
+        yield from stage_modules(config, stage, vision)
+    # Released DSpark configs say so; a config that lost the keys is told by the tensors.
+    dspark = config.dspark is not None or any(f"{s}.main_norm.weight" in names for s in drafts)
+    yield from draft_modules(config, drafts, dspark)
 
 
 def detect_release(names: Iterable[str], expert_dtypes: set[str], model_type: str) -> str:
@@ -193,6 +263,8 @@ def detect_release(names: Iterable[str], expert_dtypes: set[str], model_type: st
         return "V4 Vision-Exp"
     if any(".main_proj." in n for n in names):
         return "V4 with DSpark"
+    if "mtp.0.emb.tok_emb.weight" in names:
+        return "V4 Base"
     if expert_dtypes == {"F8_E4M3"}:
         return "V4 with FP8 experts (Base or converted)"
     if expert_dtypes == {"I8"}:
@@ -200,18 +272,25 @@ def detect_release(names: Iterable[str], expert_dtypes: set[str], model_type: st
     return "V4, converted"
 
 
-def module_shape(config: ModelConfig, module: str) -> tuple[int, ...] | None:
-    """Logical shape of a known trunk or MTP module ([out, in] for matrices); None if not tabled."""
+def module_shape(config: Dimensions, module: str) -> tuple[int, ...] | None:
+    """Logical shape of a known module ([out, in] for matrices); None if not tabled."""
     match = _STAGE.fullmatch(module)
     if match is None:
-        return _top_shape(config, module)
-    below = match[3]
+        return _top_shapes(config).get(module)
+    draft, layer, below = match[1] == "mtp", int(match[2]), match[3]
     if expert := _EXPERT.fullmatch(module):
         below = f"ffn.shared_experts.{expert[3]}"
-    if ".compressor." in below:
-        return _compressor_shape(config, below, int(match[2]))
-    c, streams = config, config.hc_mult * config.hidden_size
-    mixes = config.hc_mult * (2 + config.hc_mult)
+    if config.v41 is None and ".compressor." in below:
+        return None if draft else _compressor_shape(config, below, layer)
+    if below == "engram.embed":
+        return _engram_shape(config, layer)
+    return _stage_shapes(config, draft).get(below)
+
+
+@lru_cache(maxsize=8)
+def _stage_shapes(c: Dimensions, draft: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of a stage's modules that do not depend on the layer."""
+    streams, mixes = c.hc_mult * c.hidden_size, c.hc_mult * (2 + c.hc_mult)
     d, heads, inner = c.hidden_size, c.num_attention_heads * c.head_dim, c.moe_intermediate_size
     table: dict[str, tuple[int, ...]] = {
         "attn.wq_a": (c.q_lora_rank, d),
@@ -224,17 +303,13 @@ def module_shape(config: ModelConfig, module: str) -> tuple[int, ...] | None:
         "attn.kv_norm": (c.head_dim,),
         "attn.indexer.wq_b": (c.index_n_heads * c.index_head_dim, c.q_lora_rank),
         "attn.indexer.weights_proj": (c.index_n_heads, d),
-        "ffn.gate": (c.n_routed_experts, d),
-        "ffn.gate.bias": (c.n_routed_experts,),
+        "ffn.gate": (_experts(c, draft), d),
+        "ffn.gate.bias": (_experts(c, draft),),
+        "ffn.gate.bias_vl": (_experts(c, draft),),
         "ffn.gate.tid2eid": (c.vocab_size, c.num_experts_per_tok),
         "ffn.shared_experts.w1": (inner, d),
         "ffn.shared_experts.w3": (inner, d),
         "ffn.shared_experts.w2": (d, inner),
-        "e_proj": (d, d),
-        "h_proj": (d, d),
-        "hc_head_fn": (c.hc_mult, streams),
-        "hc_head_base": (c.hc_mult,),
-        "hc_head_scale": (1,),
     }
     for sub in ("attn", "ffn"):
         table |= {
@@ -243,11 +318,42 @@ def module_shape(config: ModelConfig, module: str) -> tuple[int, ...] | None:
             f"hc_{sub}_base": (mixes,),
             f"hc_{sub}_scale": (3,),
         }
+    return table | _v41_shapes(c) | (_draft_shapes(c) if draft else {})
+
+
+def _v41_shapes(c: Dimensions) -> dict[str, tuple[int, ...]]:
+    if c.v41 is None:
+        return {}
+    d, gates = c.hidden_size, (c.hc_mult, c.hidden_size)
+    return {
+        "attn.compressor.wkv": (c.head_dim, d),
+        "attn.compressor.wgate": (c.head_dim, d),
+        "attn.compressor.norm": (c.head_dim,),
+        "attn.indexer.wk": (c.index_head_dim, c.head_dim),
+        "attn.indexer.k_norm": (c.index_head_dim,),
+        "engram.wkv": ((c.hc_mult + 1) * d, c.v41.engram_columns * c.v41.engram_head_dim),
+        "engram.q_weight": gates,
+        "engram.k_weight": gates,
+    }
+
+
+def _draft_shapes(c: Dimensions) -> dict[str, tuple[int, ...]]:
+    d, embedding = c.hidden_size, (c.vocab_size, c.hidden_size)
+    table: dict[str, tuple[int, ...]] = {"e_proj": (d, d), "h_proj": (d, d)}
+    table |= {"emb.tok_emb": embedding, "head": embedding}
     table |= dict.fromkeys(("enorm", "hnorm", "norm", "main_norm"), (d,))
-    return table.get(below)
+    table |= {k: v for k, v in _top_shapes(c).items() if k.startswith("hc_head_")}
+    if c.dspark is not None:
+        rank = c.dspark.markov_rank
+        table["main_proj"] = (d, len(c.dspark.target_layer_ids) * d)
+        table["confidence_head.proj"] = (1, d + rank)
+        markov = ("markov_w1", "markov_w2", "embed", "head")
+        table |= dict.fromkeys((f"markov_head.{m}" for m in markov), (c.vocab_size, rank))
+    return table
 
 
-def _top_shape(c: ModelConfig, module: str) -> tuple[int, ...] | None:
+@lru_cache(maxsize=8)
+def _top_shapes(c: Dimensions) -> dict[str, tuple[int, ...]]:
     return {
         "embed": (c.vocab_size, c.hidden_size),
         "head": (c.vocab_size, c.hidden_size),
@@ -255,10 +361,18 @@ def _top_shape(c: ModelConfig, module: str) -> tuple[int, ...] | None:
         "hc_head_fn": (c.hc_mult, c.hc_mult * c.hidden_size),
         "hc_head_base": (c.hc_mult,),
         "hc_head_scale": (1,),
-    }.get(module)
+        **dict.fromkeys(("image_start", "image_end", "image_newline", "image_pad"), (c.hidden_size,)),
+    }
 
 
-def _compressor_shape(c: ModelConfig, below: str, layer: int) -> tuple[int, ...] | None:
+def _engram_shape(c: Dimensions, layer: int) -> tuple[int, ...] | None:
+    if c.v41 is None or layer not in c.v41.engram_layer_ids:
+        return None
+    rows = c.v41.engram_num_embeddings[c.v41.engram_layer_ids.index(layer)]
+    return (rows, c.v41.engram_head_dim)
+
+
+def _compressor_shape(c: Dimensions, below: str, layer: int) -> tuple[int, ...] | None:
     width = c.index_head_dim if below.startswith("attn.indexer.") else c.head_dim
     ratio = c.compress_ratios[layer] if layer < c.num_hidden_layers else 0
     channels = 2 * width if ratio == CSA_RATIO else width

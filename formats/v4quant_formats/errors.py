@@ -14,7 +14,7 @@ class NotSafetensors(FormatError):
 
 
 class HeaderTooLarge(FormatError):
-    """The header length is above the limit, or beyond the end of the file."""
+    """The header length is above the limit."""
 
 
 class HeaderTruncated(FormatError):
@@ -30,7 +30,7 @@ class DuplicateTensor(FormatError):
 
 
 class UnknownDtype(FormatError):
-    """A dtype string that the safetensors format does not define."""
+    """A dtype that the safetensors format does not define, or that torch cannot hold."""
 
 
 class InvalidShape(FormatError):

@@ -20,8 +20,9 @@ from v4quant_kernels.scheme import Scheme
 # Suffix -> (safetensors dtype, shape).
 Parts = dict[str, tuple[str, tuple[int, ...]]]
 
-# copy: byte for byte. bf16: dequantized FP8, exact (4 significant bits fit in 8). f32_scale: codes
-# byte for byte, E8M0 scales widened to float32 powers of two, exact.
+# copy: byte for byte (a Base release's float32 powers of two become the same numbers in E8M0).
+# bf16: dequantized FP8, exact (4 significant bits fit in 8). f32_scale: codes byte for byte, E8M0
+# scales widened to float32 powers of two, exact.
 DenseRule = Literal["copy", "bf16", "f32_scale"]
 
 

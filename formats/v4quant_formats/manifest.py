@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from v4quant_formats.errors import FormatError
-from v4quant_formats.model_config import read_json_object
+from v4quant_formats.model_config import ConfigError, read_json_object
 
 MANIFEST_NAME = "v4quant.json"
 MANIFEST_VERSION = 1
@@ -31,7 +31,8 @@ def to_json(value: Mapping[str, Any]) -> bytes:
             lines.append(f" {json.dumps(key)}: [\n{rows}\n ]")
         else:
             lines.append(f" {json.dumps(key)}: {json.dumps(item, ensure_ascii=False)}")
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+    # Half a surrogate pair has no UTF-8 form; as its escape it comes back as it was.
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode(errors="backslashreplace")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -39,7 +40,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_NAME
     if not path.exists():
         raise ManifestError(f"{path}: missing; this checkpoint was not written by v4quant")
-    table = read_json_object(path, limit=MAX_MANIFEST_BYTES)
+    try:
+        table = read_json_object(path, limit=MAX_MANIFEST_BYTES)
+    except ConfigError as error:
+        raise ManifestError(str(error)) from None
     if table.get("manifest_version") != MANIFEST_VERSION:
         raise ManifestError(f"{path}: manifest version {table.get('manifest_version')!r} unknown")
     for key in ("files", "tensors"):
@@ -47,6 +51,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             isinstance(row, dict) for row in table[key]
         ):
             raise ManifestError(f"{path}: '{key}' must be a list of objects")
+    for row in table["files"]:
+        kinds = [type(row.get(k)) for k in ("name", "bytes", "sha256")]
+        if kinds != [str, int, str] or row["bytes"] < 0:
+            raise ManifestError(f"{path}: an entry of 'files' lacks name, bytes or sha256")
     return table
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from v4quant_formats.deepseek import QUANTIZATION_CONFIG
+from v4quant_formats.deepseek import native_config
 from v4quant_formats.layout import DenseRule, Layout, Parts
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import Scheme
@@ -49,10 +49,8 @@ def _dense(scheme: Scheme) -> DenseRule:
 
 
 def _config(raw: Mapping[str, Any], scheme: Scheme) -> dict[str, Any]:
-    config = dict(raw)
-    config["expert_dtype"] = "fp4"
-    config["quantization_config"] = {
-        **QUANTIZATION_CONFIG,
+    config = native_config(raw, "fp4")
+    config["quantization_config"] |= {
         "quant_algo": "MIXED_PRECISION",
         "moe_quant_algo": "NVFP4",
         "group_size": scheme.group_size,

@@ -10,6 +10,7 @@ the data without gap or overlap. Each broken rule has its own exception (errors.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,8 +51,10 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     FormatError subclass of the first rule broken; never reads tensor data.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise FormatError(f"{path}: is not a regular file; a shard must be one")
         with path.open("rb") as file:
-            size = path.stat().st_size
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(16)
             length = _header_length(path, prefix, size)
             file.seek(8)
@@ -66,11 +69,10 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
 
 
 def _header_length(path: Path, prefix: bytes, size: int) -> int:
-    for magic, what in _FOREIGN_MAGIC.items():
-        if prefix.startswith(magic):
-            raise NotSafetensors(f"{path}: not a safetensors file but {what}")
-    if prefix[:1] == b"\x80" and len(prefix) > 1 and prefix[1] in range(2, 6):
-        raise NotSafetensors(f"{path}: not a safetensors file but a Python pickle; refused")
+    # A header's length may begin like another format (640 bytes is 80 02, as pickles begin), but
+    # only a safetensors file has its brace here.
+    if prefix[8:9] != b"{":
+        _refuse_foreign(path, prefix)
     if len(prefix) < 8:
         raise HeaderTruncated(f"{path}: {size} bytes is too short for a safetensors file")
     length: int = struct.unpack("<Q", prefix[:8])[0]
@@ -87,6 +89,14 @@ def _header_length(path: Path, prefix: bytes, size: int) -> int:
     return length
 
 
+def _refuse_foreign(path: Path, prefix: bytes) -> None:
+    for magic, what in _FOREIGN_MAGIC.items():
+        if prefix.startswith(magic):
+            raise NotSafetensors(f"{path}: not a safetensors file but {what}")
+    if prefix[:1] == b"\x80" and len(prefix) > 1 and prefix[1] in range(2, 6):
+        raise NotSafetensors(f"{path}: not a safetensors file but a Python pickle; refused")
+
+
 def _parse(path: Path, text: bytes, data_start: int, file_size: int) -> dict[str, TensorSpec]:
     if not text.startswith(b"{"):
         raise InvalidHeaderJson(f"{path}: header does not start with '{{'")
@@ -96,7 +106,7 @@ def _parse(path: Path, text: bytes, data_start: int, file_size: int) -> dict[str
         if len(table) != len(pairs):
             seen: set[str] = set()
             twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise DuplicateTensor(f"{path}: name '{twice}' occurs twice in the header")
+            raise DuplicateTensor(f"{path}: name {twice[:200]!r} occurs twice in the header")
         return table
 
     try:
@@ -119,7 +129,7 @@ def _check_metadata(path: Path, metadata: Any) -> None:
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorSpec:
     def fail(kind: type[FormatError], text: str) -> NoReturn:
-        raise kind(f"{path}: tensor '{name[:200]}': {text}")
+        raise kind(f"{path}: tensor {name[:200]!r}: {text}")
 
     if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
         fail(InvalidHeaderJson, "name is empty, too long or not printable")
@@ -127,22 +137,32 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorSpec:
         fail(InvalidHeaderJson, "entry must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        fail(UnknownDtype, f"dtype {dtype!r} is not one the format defines")
+        fail(UnknownDtype, f"dtype {_short(dtype)} is not one the format defines")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
-        fail(InvalidShape, f"shape {str(shape)[:80]} is not a list of non-negative integers")
+        fail(InvalidShape, f"shape {_short(shape)} is not a list of non-negative integers")
     elements = 1
     for size in shape:
         elements *= size
         if elements > MAX_ELEMENTS:
-            fail(InvalidShape, f"shape {str(shape)[:80]} has too many elements")
+            fail(InvalidShape, f"shape {_short(shape)} has too many elements")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        fail(InvalidOffsets, f"data_offsets {str(offsets)[:80]} are not two non-negative integers")
+        fail(InvalidOffsets, f"data_offsets {_short(offsets)} are not two non-negative integers")
     begin, end = offsets
     if end < begin:
         fail(InvalidOffsets, f"data_offsets end ({end}) before they begin ({begin})")
     if elements * DTYPE_BITS[dtype] != (end - begin) * 8:
         fail(SizeMismatch, f"{dtype} {shape} does not fill the {end - begin:,} bytes it spans")
     return TensorSpec(name, dtype, tuple(shape), path.name, data_start + begin)
+
+
+def _short(value: Any) -> str:
+    """A value for a message: short whatever it is, and never a walk down a deep nesting."""
+    if isinstance(value, list):
+        items = [x if isinstance(x, int | float | None) else type(x).__name__ for x in value[:8]]
+        return f"{items}"[:80] + (" ..." if len(value) > 8 else "")
+    if isinstance(value, dict):
+        return "an object"
+    return repr(value[:40] if isinstance(value, str) else value)[:80]
 
 
 def _is_size(value: Any) -> bool:

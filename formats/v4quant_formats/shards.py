@@ -20,6 +20,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ from v4quant_formats.errors import OutputError
 from v4quant_formats.spec import DTYPE_BITS, DTYPE_NAMES, TensorSpec
 
 TEMPORARY_SUFFIX = ".part"
+# Among dtypes of equal size, the order the release's shards have; others follow by name.
+_RELEASE_ORDER = ["I64", "F32", "BF16", "F8_E8M0", "F8_E4M3", "I8"]
+_DTYPE_ORDER = _RELEASE_ORDER + sorted(DTYPE_BITS.keys() - set(_RELEASE_ORDER))
 _HASH_CHUNK = 8 * 2**20
 
 
@@ -41,8 +45,8 @@ class WrittenFile:
 
 
 def shard_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
-    """Tensors in file order: falling element size, then dtype, then name."""
-    return sorted(specs, key=lambda s: (-DTYPE_BITS[s.dtype], s.dtype, s.name))
+    """Tensors in file order: falling element size, then dtype as released, then name."""
+    return sorted(specs, key=lambda s: (-DTYPE_BITS[s.dtype], _DTYPE_ORDER.index(s.dtype), s.name))
 
 
 def shard_header(specs: Iterable[TensorSpec]) -> bytes:
@@ -85,8 +89,12 @@ class ShardWriter:
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
             self._handle = os.open(self._temporary, flags, 0o644)
+        except OSError as error:
+            raise output_error(self._temporary, error) from None
+        try:
             _write_at(self._handle, header, 0)
         except OSError as error:
+            self.abort()
             raise output_error(self._temporary, error) from None
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -105,7 +113,7 @@ class ShardWriter:
             assert self._missing[name] >= 0, f"{spec} written twice"
         try:
             offset = self._offsets[name] + first_byte
-            _write_at(self._handle, memoryview(data.numpy()), offset)
+            _write_at(self._handle, data.numpy(), offset)
         except OSError as error:
             raise output_error(self._temporary, error) from None
 
@@ -175,7 +183,8 @@ def output_error(path: Path, error: OSError) -> OutputError:
     return OutputError(f"{path}: cannot be written: {why}")
 
 
-def _write_at(handle: int, data: bytes | memoryview, offset: int) -> None:
+def _write_at(handle: int, data: Any, offset: int) -> None:
+    """Write an object with the buffer interface (bytes, a numpy array) whole."""
     view = memoryview(data)
     done = 0
     while done < len(view):

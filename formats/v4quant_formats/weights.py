@@ -19,11 +19,17 @@ from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.errors import NonFiniteWeight
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref.codec import dequantize
-from v4quant_kernels.scheme import SCHEMES, Scheme
+from v4quant_kernels.scheme import SCHEMES, ScaleFormat, Scheme
 
 _FLOATS = ("BF16", "F32", "F16")
 _SCALE_PARTS = ("scale", "weight_scale", "weight_scale_inv")
-_SCALE_FORMATS = {"F8_E8M0": "e8m0", "F32": "f32", "BF16": "bf16"}
+_FP8_SCALES: dict[str, ScaleFormat] = {"F8_E8M0": "e8m0", "F32": "f32"}
+# Parts each stored form may have; an activation scale (`input_scale`) says nothing of the weight.
+_FORMS = (
+    *({"weight", scale, "input_scale"} for scale in _SCALE_PARTS),
+    {"weight", "weight_scale", "weight_scale_2", "input_scale"},
+    {"weight_packed", "weight_scale", "weight_shape"},
+)
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,16 @@ def find_weight(checkpoint: Checkpoint, module: str) -> StoredWeight:
     """Decide how `module` is stored. Raises MissingTensor or WrongDtype naming the tensor."""
     tensors = checkpoint.tensors
     parts = {p: tensors[n] for p in PARTS if (n := f"{module}.{p}") in tensors}
-    if module in tensors:
+    if module in tensors and not parts:
         return StoredWeight(module, {"": tensors[module]}, tensors[module].shape, None)
     if not parts:
         raise MissingTensor(f"{checkpoint.path}: module '{module}' has no tensor")
+    if module in tensors or not any(parts.keys() <= form for form in _FORMS):
+        first = next(iter(parts.values()))
+        raise WrongDtype(
+            f"{first.file}: '{module}' is stored as {sorted(parts)} together; no known V4 layout "
+            "stores a weight so"
+        )
     if "weight_packed" in parts:
         return _packed_integers(checkpoint, module, parts)
     weight = parts.get("weight")
@@ -91,17 +103,19 @@ def _fp8(module: str, parts: dict[str, TensorSpec]) -> StoredWeight:
     weight = parts["weight"]
     scale = _require(module, parts, _SCALE_PARTS)
     rows, columns = _matrix(weight)
-    form = _SCALE_FORMATS.get(scale.dtype)
+    form = _FP8_SCALES.get(scale.dtype)
     for block in ((128, 128), (1, 32), (32, 32)):
-        fits = scale.shape == (-(-rows // block[0]), -(-columns // block[1]))
-        if fits and form in ("e8m0", "f32"):
-            if block == (1, 32):
-                scheme = SCHEMES["mxfp8"]
-            elif block == (128, 128):
-                scheme = replace(SCHEMES["fp8"], scale=form)
-            else:
-                scheme = Scheme("fp8-32x32", "e4m3", 8, block, form)
-            return StoredWeight(module, parts, (rows, columns), scheme)
+        if form is None or scale.shape != (-(-rows // block[0]), -(-columns // block[1])):
+            continue
+        if block == (128, 128):
+            scheme = replace(SCHEMES["fp8"], scale=form)
+        elif block == (32, 32):
+            scheme = Scheme("fp8-32x32", "e4m3", 8, block, form)
+        elif form == "e8m0" and columns % 32 == 0:
+            scheme = SCHEMES["mxfp8"]
+        else:
+            continue
+        return StoredWeight(module, parts, (rows, columns), scheme)
     raise WrongDtype(f"{scale.file}: scale '{scale}' does not fit its weight '{weight}'")
 
 

@@ -1,4 +1,4 @@
-"""Float64 references with rigorous error bounds, to judge kernels by.
+"""Float64 references with error bounds, to judge kernels by.
 
 Nothing here shares code with what it judges: number formats are tables written from their
 definitions, roundings work on the exponents that `frexp` returns. Slow and plain on purpose.
@@ -6,16 +6,21 @@ definitions, roundings work on the exponents that `frexp` returns. Slow and plai
 A reference returns `(value, bound)`. `bound` is how far a correct float32 computation may be from
 `value`, element by element:
 
-* a sum of K products may err by `2 K 2^-24 sum |a| |b|` (any order, rounded or truncated);
+* a sum of K products may err by `(8 sqrt(K) + K/8 + 16) 2^-24 sum |a| |b|`. The first term is the
+  probabilistic bound of Higham and Mary (2019, theorem 2.4) with lambda = 8, which rounding errors
+  exceed once in 10^13; the second allows for tensor cores, which truncate where they add the 16
+  products of one instruction to the sum;
 * where an intermediate is rounded (h to bfloat16, then perhaps to E4M3), a correct kernel may land
   on the neighbouring number if the exact value lies within its error of a rounding boundary. Those
-  elements, and only those, contribute their possible step;
+  elements, and only those, contribute their possible step, summed like the errors above;
 * the final rounding to bfloat16 adds half a unit in the last place.
 
 So a single wrong weight, scale or slot stands out, while legitimate differences in order do not.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -26,6 +31,7 @@ from v4quant_kernels.qtensor import QTensor
 F32_UNIT = 2.0**-24
 _E2M1 = torch.tensor((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), dtype=torch.float64)
 _E4M3_MAX = 448.0
+_LAMBDA = 8.0  # standard deviations that independent errors of random sign are granted
 
 
 def e4m3_table() -> Tensor:
@@ -105,9 +111,14 @@ def round_e4m3(value: Tensor, scale: Tensor) -> Tensor:
     return _round_to_step((value / scale).clamp(-_E4M3_MAX, _E4M3_MAX), 3, -6)[0] * scale
 
 
+def _sum_error(terms: int) -> float:
+    """Error of a float32 sum of products, relative to the sum of their magnitudes."""
+    return (_LAMBDA * math.sqrt(terms) + terms / 8 + 16) * F32_UNIT
+
+
 def _product(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """x @ weight.T and what float32 accumulation may add to it."""
-    unit = (2 * x.shape[-1] + 8) * F32_UNIT
+    unit = _sum_error(x.shape[-1])
     return x @ weight.T, unit * (x.abs() @ weight.abs().T)
 
 
@@ -123,6 +134,13 @@ def _rounded_h(h: Tensor, error: Tensor, activations: Activations) -> tuple[Tens
     scales = e4m3_scale(small), e4m3_scale(large)
     every = torch.stack([round_e4m3(v, s) for v in (low, high) for s in scales])
     return round_e4m3(middle, e4m3_scale(middle)), every.amax(0) - every.amin(0)
+
+
+def _sum_of_steps(step: Tensor, weight: Tensor) -> Tensor:
+    """How far steps of either sign in h carry through `weight`: the sum, or 8 times its deviation."""
+    worst = step @ weight.abs().T
+    likely = _LAMBDA * (step.square() @ weight.square().T).sqrt()
+    return torch.minimum(worst, likely) * (1 + 2**-10)
 
 
 def moe64(
@@ -155,7 +173,7 @@ def moe64(
         h, step = _rounded_h(h, h_error, activations)
         y, y_error = _product(w2, h)
         value[token, choice] = y
-        error[token, choice] = y_error + (step @ w2.abs().T) * (1 + 2**-10)
+        error[token, choice] = y_error + _sum_of_steps(step, w2)
     total = value.sum(1)
     bound = error.sum(1) + (top_k + 2) * F32_UNIT * value.abs().sum(1)
     return total, bound + _round_to_step(total.abs() + bound, 7, -126)[1] / 2
@@ -172,6 +190,6 @@ def indexer64(
     weights = head_weights.double().unsqueeze(-1)
     value = (weights * (query @ keys.T).clamp(min=0)).sum(1)
     size = (weights.abs() * (query.abs() @ keys.abs().T)).sum(1)
-    bound = 2 * (2 * half + q_codes.shape[1] + 8) * F32_UNIT * size
+    bound = (_sum_error(2 * half) + _sum_error(q_codes.shape[1])) * size
     hidden = torch.arange(keys.shape[0]) >= ((positions + 1) // 4).unsqueeze(-1)
     return value.masked_fill(hidden, -torch.inf), bound.masked_fill(hidden, 0.0)

@@ -63,7 +63,7 @@ def test_equal_models_stay_equal_and_damage_is_local(sequences: list[Tensor]) ->
         models,
         CONFIG,
         sequences,
-        local=True,
+        local=(1, 2),
         on_layer=results.append,
         progress=lambda *step: steps.append(step),
     )
@@ -71,8 +71,8 @@ def test_equal_models_stay_equal_and_damage_is_local(sequences: list[Tensor]) ->
     for result in results:
         for i in range(len(sequences)):
             assert torch.equal(result.after[0][i], result.after[1][i])
-            assert torch.equal(result.local[0][i], result.after[0][i])
-        same = torch.equal(result.local[1][0], result.after[0][0])
+            assert torch.equal(result.local[1][i], result.after[0][i])
+        same = torch.equal(result.local[2][0], result.after[0][0])
         assert same == (result.layer != "layers.1")
     assert not torch.equal(final[2][0], final[0][0])
     assert torch.equal(results[-1].after[2][1], final[2][1])
@@ -93,7 +93,7 @@ def test_observer_sees_what_the_experts_multiply(sequences: list[Tensor], activa
     watched, local = Recorder(), Recorder()
     options = ForwardOptions(activations=activations)  # type: ignore[arg-type]
     models = [StreamModel(ORACLE, options), StreamModel(ORACLE, options, watched, local)]
-    stream_forward(models, CONFIG, sequences, local=True, on_layer=lambda _: None)
+    stream_forward(models, CONFIG, sequences, local=(1,), on_layer=lambda _: None)
     count = sum(map(len, sequences))
     assert sorted(watched.routes) == [f"layers.{i}" for i in range(4)]
     for layer, (ids, weights) in watched.routes.items():

@@ -38,7 +38,7 @@ TYPES = {
     **dict.fromkeys(("expert_ids_ptr", "end_ptr"), "*i32"),
     "swiglu_limit": "fp32",
 }
-ALIGNED = ("N", "K", "row_bytes", "hidden", "columns")  # multiples of 16 in every release
+ALIGNED = ("N", "row_bytes", "hidden", "columns")  # multiples of 16 in every release
 
 Job = tuple[str, str, int, dict[str, Any]]
 
@@ -48,7 +48,7 @@ def gemm(scheme: str, slots_per_expert: int) -> dict[str, Any]:
     dtype = torch.bfloat16 if SCHEMES[scheme].scale == "bf16" else torch.uint8
     codes = torch.empty(1, 1, 1, dtype=torch.uint8)
     scale = torch.empty(1, 1, 1, dtype=dtype)
-    matrix = StackedMatrix(SCHEMES[scheme], (1, 1), codes, scale, torch.ones(1))
+    matrix = StackedMatrix(SCHEMES[scheme], (2048, 4096), codes, scale, torch.ones(1))
     tile = moe.choose_tile(slots_per_expert, matrix)
     return moe._constants(matrix, tile, tl.bfloat16)
 
@@ -58,15 +58,15 @@ def jobs() -> Iterator[Job]:
     few, many = [("mxfp4", 1), ("int4-g128", 1)], [("mxfp4", 64), ("int4-g128", 128)]
     for arch in ARCHITECTURES:
         for scheme, slots in {80: few + many, 89: few[:1], 90: few + many}.get(arch, many):
-            yield "gate_up_kernel", f"{scheme} {slots}", arch, gemm(scheme, slots)
+            yield "gate_up_kernel", f"{scheme} {slots}", arch, {"TOP_K": 6, **gemm(scheme, slots)}
         yield "down_kernel", "mxfp4 128", arch, gemm("mxfp4", 128)
         yield "indexer_kernel", "", arch, {**score, "COMPUTE": tl.bfloat16}
     for scheme in ("nvfp4", "fp8", "mxfp8", "int8-g32", "int3-g64", "bf16"):
-        yield "gate_up_kernel", f"{scheme} 128", 90, gemm(scheme, 128)
+        yield "gate_up_kernel", f"{scheme} 128", 90, {"TOP_K": 6, **gemm(scheme, 128)}
     for arch in (80, 120):
         yield "count_kernel", "", arch, {"BLOCK": 1024}
         yield "place_kernel", "", arch, {"BM": 16, "EXPERTS": 512, "BLOCK": 1024}
-        yield "combine_kernel", "", arch, {"BLOCK": 512}
+        yield "combine_kernel", "", arch, {"TOP_K": 6, "BLOCK": 512}
         yield "fake_quant_e4m3_kernel", "", arch, {"BLOCK": 128}
 
 

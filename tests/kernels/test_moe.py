@@ -1,4 +1,4 @@
-"""The expert kernel and its torch twin against a float64 reference with a rigorous bound."""
+"""The expert kernel and its torch twin against a float64 reference and its error bound."""
 
 from __future__ import annotations
 

@@ -77,9 +77,9 @@ def multiply_step(
     rows,
     first,
     N,
-    K,
     row_bytes,
     scale_row_length,
+    K: tl.constexpr,
     ELEMENT: tl.constexpr,
     BITS: tl.constexpr,
     SCALE: tl.constexpr,
@@ -124,12 +124,12 @@ def gate_up_kernel(
     g1_ptr,
     g3_ptr,
     N,
-    K,
     row_bytes,
     scale_rows,
     scale_row_length,
-    top_k,
     swiglu_limit,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
     ELEMENT: tl.constexpr,
     BITS: tl.constexpr,
     SCALE: tl.constexpr,
@@ -147,7 +147,7 @@ def gate_up_kernel(
         return
     slots = tl.load(sorted_slots_ptr + tl.program_id(0) * BM + tl.arange(0, BM))
     real = slots >= 0
-    x_line = x_ptr + (tl.maximum(slots, 0) // top_k).to(tl.int64)[:, None] * K
+    x_line = x_ptr + (tl.maximum(slots, 0) // TOP_K).to(tl.int64)[:, None] * K
     rows = tl.program_id(1) * BN + tl.arange(0, BN)
     codes = expert * N * row_bytes
     scales = expert * scale_rows * scale_row_length
@@ -158,12 +158,12 @@ def gate_up_kernel(
         column = first + tl.arange(0, BK)
         x = load_bf16(x_line + column[None, :], real[:, None] & (column < K)[None, :], COMPUTE)
         gate = multiply_step(
-            gate, x, w1_ptr + codes, s1_ptr + scales, rows, first, N, K, row_bytes,
-            scale_row_length, ELEMENT, BITS, SCALE, FOLD, GROUP_ROWS, GROUP, BK, COMPUTE,
+            gate, x, w1_ptr + codes, s1_ptr + scales, rows, first, N, row_bytes,
+            scale_row_length, K, ELEMENT, BITS, SCALE, FOLD, GROUP_ROWS, GROUP, BK, COMPUTE,
         )  # fmt: skip
         up = multiply_step(
-            up, x, w3_ptr + codes, s3_ptr + scales, rows, first, N, K, row_bytes,
-            scale_row_length, ELEMENT, BITS, SCALE, FOLD, GROUP_ROWS, GROUP, BK, COMPUTE,
+            up, x, w3_ptr + codes, s3_ptr + scales, rows, first, N, row_bytes,
+            scale_row_length, K, ELEMENT, BITS, SCALE, FOLD, GROUP_ROWS, GROUP, BK, COMPUTE,
         )  # fmt: skip
 
     gate = tl.minimum(gate * tl.load(g1_ptr + expert), swiglu_limit)
@@ -186,10 +186,10 @@ def down_kernel(
     s2_ptr,
     g2_ptr,
     N,
-    K,
     row_bytes,
     scale_rows,
     scale_row_length,
+    K: tl.constexpr,
     ELEMENT: tl.constexpr,
     BITS: tl.constexpr,
     SCALE: tl.constexpr,
@@ -217,8 +217,8 @@ def down_kernel(
         column = first + tl.arange(0, BK)
         h = load_bf16(h_line + column[None, :], real[:, None] & (column < K)[None, :], COMPUTE)
         acc = multiply_step(
-            acc, h, w2_ptr + codes, s2_ptr + scales, rows, first, N, K, row_bytes,
-            scale_row_length, ELEMENT, BITS, SCALE, FOLD, GROUP_ROWS, GROUP, BK, COMPUTE,
+            acc, h, w2_ptr + codes, s2_ptr + scales, rows, first, N, row_bytes,
+            scale_row_length, K, ELEMENT, BITS, SCALE, FOLD, GROUP_ROWS, GROUP, BK, COMPUTE,
         )  # fmt: skip
     y_line = y_ptr + slots.to(tl.int64)[:, None] * N
     inside = real[:, None] & (rows < N)[None, :]
@@ -226,13 +226,15 @@ def down_kernel(
 
 
 @triton.jit
-def combine_kernel(y_ptr, expert_ids_ptr, out_ptr, hidden, top_k, BLOCK: tl.constexpr):
+def combine_kernel(
+    y_ptr, expert_ids_ptr, out_ptr, hidden, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+):
     """out[t] = bf16(sum of y over t's slots that were computed). Grid: (T, column blocks)."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for choice in range(top_k):
-        slot = token * top_k + choice
+    for choice in range(TOP_K):
+        slot = token * TOP_K + choice
         width = tl.where(tl.load(expert_ids_ptr + slot) >= 0, hidden, 0)  # 0: y was not written
         total += tl.load(y_ptr + slot * hidden + column, mask=column < width, other=0.0)
     tl.store(out_ptr + token * hidden + column, cast_to_bf16(total), mask=column < hidden)
@@ -324,7 +326,7 @@ def _gate_up(
     gate_up_kernel[_grid(plan, w1, tile)](
         x, h, routing, plan.sorted_slots, plan.tile_expert,
         w1.codes, w3.codes, w1.scale, w3.scale, w1.global_scale, w3.global_scale,
-        *_layout(w1), routing.shape[1], swiglu_limit, **_constants(w1, tile, compute),
+        *_layout(w1), swiglu_limit, TOP_K=routing.shape[1], **_constants(w1, tile, compute),
     )  # fmt: skip
     return h
 
@@ -343,15 +345,20 @@ def _grid(plan: RoutingPlan, matrix: StackedMatrix, tile: Tile) -> tuple[int, in
     return plan.tile_expert.numel(), triton.cdiv(matrix.shape[0], tile.columns)
 
 
-def _layout(matrix: StackedMatrix) -> tuple[int, int, int, int, int]:
-    """N, K, bytes of a row of codes, rows and columns of the scales."""
-    return (*matrix.shape, matrix.codes.shape[-1], *matrix.scale.shape[1:])
+def _layout(matrix: StackedMatrix) -> tuple[int, int, int, int]:
+    """N, bytes of a row of codes, rows and columns of the scales."""
+    return matrix.shape[0], matrix.codes.shape[-1], *matrix.scale.shape[1:]
 
 
 def _constants(matrix: StackedMatrix, tile: Tile, compute: tl.dtype) -> dict[str, object]:
-    """The compile-time arguments both GEMM kernels take, and Triton's launch options."""
+    """The compile-time arguments both GEMM kernels take, and Triton's launch options.
+
+    K is one of them (a model has two), because Triton 3.6's interpreter cannot loop to a number
+    that is only known when the kernel runs.
+    """
     rows, columns = matrix.scheme.block
     return {
+        "K": matrix.shape[1],
         "ELEMENT": matrix.scheme.element,
         "BITS": matrix.scheme.bits,
         "SCALE": matrix.scale_format,

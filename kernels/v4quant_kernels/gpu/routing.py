@@ -38,10 +38,12 @@ def count_kernel(expert_ids_ptr, counts_ptr, num_slots, BLOCK: tl.constexpr):
     """counts[e] = number of slots routed to expert e. Grid: experts."""
     expert = tl.program_id(0)
     total = tl.zeros((BLOCK,), dtype=tl.int32)
-    for start in range(0, num_slots, BLOCK):
+    start = 0
+    while start < num_slots:
         slot = start + tl.arange(0, BLOCK)
         ids = tl.load(expert_ids_ptr + slot, mask=slot < num_slots, other=-1)
         total += (ids == expert).to(tl.int32)
+        start += BLOCK
     tl.store(counts_ptr + expert, tl.sum(total, axis=0))
 
 
@@ -64,16 +66,20 @@ def place_kernel(
     tiles = (counts + BM - 1) // BM
     first_tile = tl.sum(tl.where(every < expert, tiles, 0), axis=0)
     my_tiles = tl.sum(tl.where(every == expert, tiles, 0), axis=0)
-    for tile in range(my_tiles):
+    tile = 0
+    while tile < my_tiles:
         tl.store(tile_expert_ptr + first_tile + tile, expert)
+        tile += 1
     base = first_tile * BM
-    for start in range(0, num_slots, BLOCK):
+    start = 0
+    while start < num_slots:
         slot = start + tl.arange(0, BLOCK)
         ids = tl.load(expert_ids_ptr + slot, mask=slot < num_slots, other=-1)
         mine = (ids == expert).to(tl.int32)
         place = base + tl.cumsum(mine, axis=0) - 1
         tl.store(sorted_slots_ptr + place, slot, mask=mine == 1)
         base += tl.sum(mine, axis=0)
+        start += BLOCK
 
 
 def max_tiles(num_slots: int, num_experts: int, rows_per_tile: int) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def integer_lattice(bits: int) -> IntegerLattice:
     }
     breakpoints = sorted(t for t in points if LOWEST_SCALE < t < highest)
     edges = [LOWEST_SCALE, *breakpoints, highest]
-    inside = torch.tensor([(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)])
+    inside = torch.tensor([(a + b) / 2 for a, b in pairwise(edges)])
     depth_scale = 0.5 ** torch.arange(DEPTHS).double()
     values = e2m1.VALUES.double() * depth_scale[:, None]
     quantized = torch.round(values[:, None, :] / inside.double()[:, None]).clamp_(low, high)

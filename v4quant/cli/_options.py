@@ -1,0 +1,85 @@
+"""Options that several verbs share: corpora and how the forward pass is run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+
+from v4quant.builtin import resolve_corpus
+from v4quant_calibration.corpus import Corpus, CorpusRequest, load_corpus
+from v4quant_calibration.model.options import ForwardOptions
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.model_config import ModelConfig
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def corpus_options(default: str) -> Callable[[Command], Command]:
+    """`--corpus`, `--tokens`, `--seq-len`, `--activations`."""
+
+    def decorate(command: Command) -> Command:
+        for option in (
+            click.option(
+                "--activations",
+                type=click.Choice(["plain", "official"]),
+                default="plain",
+                show_default=True,
+                help="plain: weights alone; official: with the release's activation rounding.",
+            ),
+            click.option("--seq-len", type=int, help="Window length (default 512; ids: as given)."),
+            click.option("--tokens", type=int, help="Tokens to use in all (default: everything)."),
+            click.option(
+                "--corpus",
+                multiple=True,
+                default=[default],
+                show_default=True,
+                help="Text, JSONL, .npy or .safetensors ids; may be repeated.",
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def read_corpus(
+    names: Sequence[str],
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    seq_len: int | None,
+    tokens: int | None,
+) -> Corpus:
+    """Load the corpus the options name, with the checkpoint's tokenizer."""
+    request = CorpusRequest(seq_len, tokens, config.bos_token_id, config.vocab_size)
+    return load_corpus(resolve_corpus(list(names)), checkpoint.path / "tokenizer.json", request)
+
+
+def forward_options(activations: str) -> ForwardOptions:
+    """Options of the forward pass."""
+    return ForwardOptions(activations="official" if activations == "official" else "plain")
+
+
+def tool_facts() -> dict[str, str]:
+    """Versions and the command, for reports."""
+    import platform
+
+    from v4quant import __version__
+
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "command": shlex.join(["v4quant", *sys.argv[1:]]),
+    }
+
+
+def to_json_text(value: object) -> str:
+    """The one JSON form of results on disk."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,98 @@
+"""`v4quant evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from v4quant.builtin import HELDOUT
+from v4quant.cli import _output
+from v4quant.cli._options import (
+    corpus_options,
+    forward_options,
+    read_corpus,
+    to_json_text,
+    tool_facts,
+)
+from v4quant.evaluation import evaluate_checkpoint
+from v4quant.report import render_html, render_markdown
+from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_formats.model_config import parse_model_config
+from v4quant_formats.shards import write_file_atomically
+
+
+@click.command(epilog="Example: v4quant evaluate out --reference DeepSeek-V4-Flash --report r.html")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--reference", type=click.Path(path_type=Path), help="Compare with this checkpoint.")
+@corpus_options(HELDOUT)
+@click.option("--save-logits", type=click.Path(path_type=Path), help="Write SOURCE's logits.")
+@click.option("--report", type=click.Path(path_type=Path), help="Write an HTML (.html) page, "
+              "a Markdown (.md) table or the JSON (.json).")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(
+    source: Path,
+    reference: Path | None,
+    corpus: tuple[str, ...],
+    tokens: int | None,
+    seq_len: int | None,
+    activations: str,
+    save_logits: Path | None,
+    report: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure perplexity of SOURCE; with --reference also KL, top-1 and the noise floor."""
+    with open_checkpoint(source) as checkpoint:
+        base = open_checkpoint(reference) if reference is not None else None
+        config = parse_model_config(dict(checkpoint.config), str(source / "config.json"))
+        text = read_corpus(corpus, checkpoint, config, seq_len, tokens)
+        result = evaluate_checkpoint(
+            checkpoint,
+            base,
+            text,
+            forward_options(activations),
+            _output.TerminalProgress(),
+            save_logits,
+        )
+        if base is not None:
+            base.close()
+    result = {"tool": tool_facts(), **result}
+    if report is not None:
+        write_report(result, report)
+    if as_json:
+        _output.emit(result)
+    else:
+        _output.data(_output.table(summary_rows(result)))
+        if report is not None:
+            _output.data(f"report in {report}")
+
+
+def write_report(result: dict[str, Any], path: Path) -> None:
+    """Write the result as HTML, Markdown or JSON, by suffix."""
+    renderers = {".md": render_markdown, ".json": to_json_text}
+    text = renderers.get(path.suffix, render_html)(result)
+    write_file_atomically(path, text.encode())
+
+
+def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures a person looks at first."""
+    rows = [
+        ("tokens scored", f"{result['tokens']:,} in {result['sequences']} windows"),
+        ("perplexity", f"{result['perplexity']:.3f} +- {result['perplexity_stderr']:.3f}"),
+    ]
+    floor = result.get("noise_floor")
+    if floor is None:
+        return rows
+    rows += [
+        ("reference perplexity", f"{result['reference_perplexity']:.3f} +- "
+                                 f"{result['reference_perplexity_stderr']:.3f}"),
+        ("perplexity ratio", f"{result['perplexity_ratio']:.5f} +- "
+                             f"{result['perplexity_ratio_stderr']:.5f}"),
+        ("mean KL", f"{result['kl_mean']:.3e} nats (noise floor {floor['kl_mean']:.3e})"),
+        ("99th percentile KL", f"{result['kl_p99']:.3e} (floor {floor['kl_p99']:.3e})"),
+        ("top-1 agreement", f"{100 * result['top1_agreement']:.2f} % "
+                            f"(floor {100 * floor['top1_agreement']:.2f} %)"),
+        ("verdict", result["verdict"]["text"]),
+    ]  # fmt: skip
+    return rows

@@ -1,0 +1,177 @@
+"""`v4quant run`: the whole pipeline, each step through the same function as its own command."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from v4quant.builtin import resolve_source
+from v4quant.cli import _output
+from v4quant.cli._options import forward_options, read_corpus, tool_facts
+from v4quant.cli.calibrate import coverage, coverage_text
+from v4quant.cli.evaluate import write_report
+from v4quant.cli.quantize import summary
+from v4quant.evaluation import evaluate_checkpoint
+from v4quant.job import JobResult, run_job
+from v4quant.kernel_check import check_kernels
+from v4quant.memory import fit_workers, parse_size
+from v4quant.pipeline import CorpusStep, Pipeline, VerifyStep, load_pipeline
+from v4quant.plan import make_plan
+from v4quant.verify import verify as verify_checkpoint
+from v4quant_calibration.calibrate import calibrate as calibrate_checkpoint
+from v4quant_calibration.stats import Stats, StatsError, load_stats, save_stats, stats_digest
+from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.model_config import parse_model_config
+from v4quant_formats.shards import write_file_atomically
+
+EXIT_DIFFERENT = 3
+
+
+@click.command(epilog="Example: v4quant run demo    (or: v4quant run my-run.toml --out converted)")
+@click.argument("recipe")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for all results.")
+@click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
+@click.option("--max-memory", help="Cap on the conversion's memory, like 6GB.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def run(
+    ctx: click.Context,
+    recipe: str,
+    out: Path | None,
+    workers: int | None,
+    max_memory: str | None,
+    as_json: bool,
+) -> None:
+    """Calibrate, quantize, verify and evaluate as RECIPE (a TOML file, or `demo`) says.
+
+    Results go to --out: the checkpoint in `checkpoint/`, statistics, evaluation and report beside
+    it. Running the same command again resumes, and repeats nothing that is done.
+    """
+    pipeline = load_pipeline(recipe)
+    folder = out or Path(f"v4quant-{Path(recipe).stem}")
+    started = time.monotonic()
+    cap = parse_size(max_memory) if max_memory else None
+    with open_checkpoint(resolve_source(pipeline.source)) as source:
+        stats, digest = _calibrate(pipeline.calibrate, source, folder)
+        plan = make_plan(source, pipeline.recipe, digest)
+        _output.heading(f"Quantize to {pipeline.recipe.scheme} ({pipeline.recipe.format})")
+        threads = fit_workers(plan, workers or os.cpu_count() or 1, cap)
+        target = folder / "checkpoint"
+        job = run_job(plan, target, stats, threads, _output.TerminalProgress())
+        _output.note(summary(job))
+        failed = _verify(pipeline.verify, source, target)
+        result = _evaluate(pipeline, source, target, stats, folder)
+    seconds = time.monotonic() - started
+    if as_json:
+        _output.emit({"conversion": vars(job), "evaluation": result, "seconds": seconds})
+    else:
+        _output.data("")
+        _output.data(_closing_table(pipeline, job, result, folder, seconds))
+    if failed:
+        ctx.exit(EXIT_DIFFERENT)
+
+
+def _calibrate(
+    step: CorpusStep | None, source: Checkpoint, folder: Path
+) -> tuple[Stats | None, str]:
+    if step is None:
+        return None, ""
+    _output.heading("Calibrate: what every expert's inputs look like")
+    file = folder / "stats.v4q"
+    if file.exists():
+        try:
+            stats = load_stats(file, source.digest())
+            _output.note(f"{file} is of this checkpoint: reused")
+            return stats, stats_digest(file.read_bytes())
+        except StatsError as error:
+            _output.note(f"{error}; calibrating anew")
+    config = parse_model_config(dict(source.config))
+    corpus = read_corpus(step.corpus, source, config, step.seq_len, step.tokens)
+    _output.note(f"{corpus.tokens:,} tokens in {len(corpus.windows)} windows")
+    progress = _output.TerminalProgress()
+    options = forward_options(step.activations)
+    stats = calibrate_checkpoint(source, config, corpus.windows, options, step.floor, progress)
+    data = save_stats(stats)
+    write_file_atomically(file, data)
+    _output.note(coverage_text(stats))
+    return stats, stats_digest(data)
+
+
+def _verify(step: VerifyStep | None, source: Checkpoint, target: Path) -> bool:
+    """Verify; True when something differs."""
+    if step is None:
+        return False
+    _output.heading("Verify: hashes, every value against the source, kernels on real tensors")
+    progress = _output.TerminalProgress()
+    result = verify_checkpoint(target, source.path if step.source else None, progress)
+    for finding in result.findings:
+        _output.note(f"{finding.where}: {finding.problem}")
+    if not result.findings:
+        _output.note(
+            f"{result.files} files and {result.modules} modules are as the manifest says; "
+            f"{result.exact} hold exactly the source's values"
+        )
+    checks = check_kernels(target, progress) if step.kernels else []
+    for check in checks:
+        verdict = "ok" if check.ok else "DIFFERS"
+        _output.note(
+            f"kernel {check.name} on {check.scheme}: error {check.max_abs_error:.2e} within "
+            f"{check.bound:.2e}: {verdict}"
+        )
+    return bool(result.findings) or not all(c.ok for c in checks)
+
+
+def _evaluate(
+    pipeline: Pipeline, source: Checkpoint, target: Path, stats: Stats | None, folder: Path
+) -> dict[str, Any] | None:
+    step = pipeline.evaluate
+    if step is None:
+        return None
+    _output.heading("Evaluate: perplexity and KL against the source, with a noise floor")
+    config = parse_model_config(dict(source.config))
+    corpus = read_corpus(step.corpus, source, config, step.seq_len, step.tokens)
+    options = forward_options(step.activations)
+    progress = _output.TerminalProgress()
+    with open_checkpoint(target) as candidate:
+        figures = evaluate_checkpoint(candidate, source, corpus, options, progress)
+    result = {"tool": tool_facts(), **figures}
+    if stats is not None:
+        result["coverage"] = coverage(stats)
+    for name in ("evaluation.json", "report.html", "report.md"):
+        write_report(result, folder / name)
+    return result
+
+
+def _closing_table(
+    pipeline: Pipeline,
+    job: JobResult,
+    result: dict[str, Any] | None,
+    folder: Path,
+    seconds: float,
+) -> str:
+    rows = [("", "before", "after")]
+    size = (_output.human_bytes(job.bytes_in), _output.human_bytes(job.bytes_out))
+    rows.append(("size", *size))
+    if result is not None:
+        before, after, floor = result["reference"], result["candidate"], result["noise_floor"]
+        bits = [f"{x['expert_bits_per_weight']:.3f}" for x in (before, after)]
+        rows += [
+            ("expert weights", before["scheme"], after["scheme"]),
+            ("bits per expert weight", *bits),
+            ("perplexity", f"{result['reference_perplexity']:.3f}", f"{result['perplexity']:.3f}"),
+            ("mean KL, nats", f"floor {floor['kl_mean']:.1e}", f"{result['kl_mean']:.1e}"),
+            ("top-1 agreement", f"floor {100 * floor['top1_agreement']:.2f} %",
+             f"{100 * result['top1_agreement']:.2f} %"),
+        ]  # fmt: skip
+    lines = [_output.table(rows[1:], rows[0]), ""]
+    if result is not None:
+        lines.append(result["verdict"]["text"])
+        lines.append(f"report:      {folder / 'report.html'}")
+    lines.append(f"checkpoint:  {folder / 'checkpoint'}")
+    lines.append(f"serve with:  {pipeline.recipe.layout.serve.format(path=folder / 'checkpoint')}")
+    lines.append(f"took {seconds:.0f} s")
+    return "\n".join(lines)
