@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def inspect_checkpoint(
     if config is not None:
         _check_model(config, names, stored, defects)
     defects += [f"'{n}': belongs to no V4 release v4quant knows" for n, p in names.items() if not p]
-    scales = _read_all(checkpoint, names, stored, progress, defects) if deep else None
+    scales = _read_all(checkpoint, config, names, stored, progress, defects) if deep else None
     expert_dtypes = {
         w.parts["weight"].dtype
         for w in stored.values()
@@ -148,9 +149,9 @@ def _check_model(
     stored: dict[str, StoredWeight],
     defects: list[str],
 ) -> None:
-    for module in expected_modules(config, names):
-        if module not in stored:
-            defects.append(f"'{module}': missing, but config.json requires it")
+    # A hostile config may require billions of modules.
+    absent = (m for m in expected_modules(config, names) if m not in stored)
+    defects += [f"'{m}': missing, but config.json requires it" for m in islice(absent, MAX_DEFECTS)]
     for module, weight in stored.items():
         wanted = module_shape(config, module)
         if wanted is not None and weight.shape != wanted:
@@ -192,6 +193,7 @@ def _role(parsed: TensorName | None) -> str:
 
 def _read_all(
     checkpoint: Checkpoint,
+    config: Dimensions | None,
     names: dict[str, TensorName | None],
     stored: dict[str, StoredWeight],
     progress: Progress,
@@ -199,16 +201,17 @@ def _read_all(
 ) -> ScaleStatistics | None:
     """Read every module: NaN anywhere, E8M0 spreads, routing tables in range."""
     progress.start("Reading", checkpoint.nbytes, "B")
-    experts = {n.module for n in names.values() if n and n.expert is not None}
+    experts = config.n_routed_experts if config else 0
+    routed = {n.module for n in names.values() if n and n.expert is not None}
     spans: list[tuple[int, int, int]] = []
     for module, weight in stored.items():
         try:
             if weight.scheme is not None:
                 q = read_weight(checkpoint, weight)
-                if module in experts and weight.scheme.name == "mxfp4":
+                if module in routed and weight.scheme.name == "mxfp4":
                     spans.append(_spans(nonzero_exponents(q)))
             else:
-                _check_plain(checkpoint, weight, defects)
+                _check_plain(checkpoint, weight, experts, defects)
         except (FormatError, NonFiniteWeight) as error:
             defects.append(str(error))
         progress.advance(weight.nbytes)
@@ -216,14 +219,15 @@ def _read_all(
     return _summarise(spans)
 
 
-def _check_plain(checkpoint: Checkpoint, weight: StoredWeight, defects: list[str]) -> None:
+def _check_plain(
+    checkpoint: Checkpoint, weight: StoredWeight, experts: int, defects: list[str]
+) -> None:
     spec = next(iter(weight.parts.values()))
     largest, smallest = 0, 0
     for _, piece in checkpoint.read_chunks(spec.name):
         check_finite(checkpoint, spec, piece)
         if weight.module.endswith(".tid2eid") and piece.numel():
             largest, smallest = max(largest, int(piece.max())), min(smallest, int(piece.min()))
-    experts = int(checkpoint.config.get("n_routed_experts", 0) or 0)
     if weight.module.endswith(".tid2eid") and (largest >= experts or smallest < 0):
         defects.append(f"'{weight.module}': expert ids run {smallest}..{largest} of {experts}")
 

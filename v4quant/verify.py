@@ -1,4 +1,4 @@
-"""verify: does a converted checkpoint hold what its manifest says, byte for byte and value for value?
+"""verify: does a converted checkpoint hold what its manifest says, in every byte and value?
 
 Without a source: structure, completeness for its config, and every file's SHA-256. With one: every
 module is decoded from both sides by the second decoder and compared; exactness claims must hold in
@@ -7,8 +7,10 @@ every element, and the error of quantized matrices must be what the manifest say
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,14 @@ from v4quant.records import TensorRecord, record_from_dict
 from v4quant.second_decoder import decode_rows
 from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
 from v4quant_formats.deepseek_v4 import expected_modules, split_part
-from v4quant_formats.errors import FormatError
-from v4quant_formats.manifest import read_manifest
+from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
 from v4quant_formats.model_config import parse_dimensions
 from v4quant_formats.shards import hash_file
 from v4quant_formats.weights import find_weight
+from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress
 
+MAX_FINDINGS = 1000
 _ROWS = 512  # compared at a time; a multiple of every tile height
 
 
@@ -49,13 +52,22 @@ class VerifyResult:
 
 
 def verify(out: Path, source: Path | None, progress: Progress) -> VerifyResult:
-    """Check a folder written by `quantize`. Raises FormatError when it cannot even be opened."""
+    """Check a folder written by `quantize`, against its source too when that is given.
+
+    Raises ManifestError without a readable v4quant.json, and V4QuantError for a bad source.
+    """
     manifest = read_manifest(out)
     findings = list(_check_files(out, manifest, progress))
-    records = {r["module"]: record_from_dict(r) for r in manifest["tensors"]}
-    with open_checkpoint(out) as output:
+    records = {r.module: r for r in map(record_from_dict, manifest["tensors"])}
+    findings += _check_claims(manifest, records)
+    compared = exact = 0
+    try:
+        output = open_checkpoint(out)
+    except V4QuantError as error:
+        findings.append(Finding(str(out), str(error)))
+        return VerifyResult(len(manifest["files"]), len(records), 0, 0, tuple(findings))
+    with output:
         findings += _check_structure(output, records)
-        compared = exact = 0
         if source is not None:
             with open_checkpoint(source) as original:
                 findings += _check_identity(original, manifest)
@@ -64,34 +76,51 @@ def verify(out: Path, source: Path | None, progress: Progress) -> VerifyResult:
     return VerifyResult(len(manifest["files"]), len(records), compared, exact, tuple(findings))
 
 
+def _check_claims(
+    manifest: dict[str, Any], records: dict[str, TensorRecord]
+) -> Iterator[Finding]:
+    """What the manifest says twice must agree."""
+    if len(records) != len(manifest["tensors"]):
+        yield Finding(MANIFEST_NAME, "names a module twice")
+    for row in manifest["tensors"]:
+        if row.get("exact") != records[row["module"]].as_dict().get("exact"):
+            yield Finding(row["module"], "its 'exact' contradicts the rest of its record")
+
+
 def _check_files(out: Path, manifest: dict[str, Any], progress: Progress) -> Iterator[Finding]:
-    progress.start("Hashing", sum(int(f.get("bytes", 0)) for f in manifest["files"]), "B")
+    progress.start("Hashing", sum(f["bytes"] for f in manifest["files"]), "B")
     for entry in manifest["files"]:
-        name = str(entry.get("name"))
+        name = entry["name"]
         path = out / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             yield Finding(name, "manifest names a file outside the folder")
         elif not path.is_file():
             yield Finding(name, "file is missing")
-        elif path.stat().st_size != entry.get("bytes") or hash_file(path) != entry.get("sha256"):
+        elif path.stat().st_size != entry["bytes"] or hash_file(path) != entry["sha256"]:
             yield Finding(name, "bytes differ from the manifest (size or SHA-256)")
-        progress.advance(int(entry.get("bytes", 0)))
+        progress.advance(entry["bytes"])
     progress.finish()
 
 
 def _check_structure(output: Checkpoint, records: dict[str, TensorRecord]) -> Iterator[Finding]:
     config = parse_dimensions(dict(output.config), str(output.path / "config.json"))
     modules = {split_part(spec.name)[0] for spec in output}
-    for module in expected_modules(config, output.tensors):
-        if module not in modules:
-            yield Finding(module, "missing, but config.json requires it")
+    absent = (m for m in expected_modules(config, output.tensors) if m not in modules)
+    for module in islice(absent, MAX_FINDINGS):
+        yield Finding(module, "missing, but config.json requires it")
     for module in sorted(modules ^ records.keys()):
         yield Finding(module, "in the shards or in the manifest, but not in both")
 
 
 def _check_identity(original: Checkpoint, manifest: dict[str, Any]) -> Iterator[Finding]:
-    said = manifest.get("source", {}).get("digest")
-    if said != original.digest():
+    said = manifest.get("source")
+    if not isinstance(said, dict):
+        yield Finding(MANIFEST_NAME, "does not name its source")
+        return
+    facts = (len(original.tensors), original.nbytes)
+    if (said.get("tensors"), said.get("bytes")) != facts:
+        yield Finding(MANIFEST_NAME, f"the source has {facts[0]} tensors of {facts[1]:,} bytes")
+    if said.get("digest") != original.digest():
         yield Finding(str(original.path), "is not the checkpoint the manifest names as its source")
 
 
@@ -118,7 +147,7 @@ def _compare_all(
             continue
         try:
             problem = _compare(original, output, record)
-        except FormatError as error:
+        except V4QuantError as error:
             problem = str(error)
         if problem:
             findings.append(Finding(module, problem))
@@ -132,6 +161,8 @@ def _compare_all(
 def _compare(original: Checkpoint, output: Checkpoint, record: TensorRecord) -> str | None:
     """Compare one module; the problem in words, or None."""
     a, b = find_weight(original, record.module), find_weight(output, record.module)
+    if math.prod(a.shape) != record.elements:
+        return f"has {math.prod(a.shape)} elements, the manifest says {record.elements}"
     if a.scheme is None and b.scheme is None:
         return _compare_bytes(original, output, a.parts, b.parts)
     if a.shape != b.shape:
@@ -155,6 +186,8 @@ def _compare(original: Checkpoint, output: Checkpoint, record: TensorRecord) -> 
         rms = (squared / norm) ** 0.5 if norm else 0.0
         if abs(rms - record.relative_rms) > 1e-4 * rms + 1e-12:
             return f"relative RMS error is {rms:.6g}, the manifest says {record.relative_rms:.6g}"
+        if abs(largest - record.max_error) > 1e-6 * largest:
+            return f"largest error is {largest:.6g}, the manifest says {record.max_error:.6g}"
         if record.disposition == "cast" and altered != record.altered:
             return f"{altered} elements differ, the manifest says {record.altered}"
     return None

@@ -30,7 +30,8 @@ from v4quant_kernels.scheme import Scheme
 # Blocks of 32 handled at a time: the temporaries (about 200 floats a block) stay near the cache.
 _BLOCKS = 1 << 14
 # Scales tried per group for sources that are not MXFP4, between amax/(2 qmax) and amax/(0.5 qmax).
-_GRID = 96
+# Odd, so that the middle one is the usual amax/qmax and the search never does worse.
+_GRID = 97
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def search_mxfp4(q: QTensor, scheme: Scheme, importance: Tensor | None = None) -
     for start in range(0, rows, step):
         part = slice(start, start + step)
         search = _Search(lattice, scheme, q.codes[part], exponents[part])
-        chosen = search.best_scale(weights)
+        chosen = search.stored(search.best_scale(weights))
         codes[part] = search.encode(chosen, byte_table)
         scale[part] = search.bf16_scale(chosen)
         sums = search.errors(chosen)
@@ -147,6 +148,11 @@ class _Search:
         unit = e8m0.power_of_two_f64(self.top.view(-1))
         return (t.double() * unit).bfloat16().view(self.rows, -1)
 
+    def stored(self, t: Tensor) -> Tensor:
+        """The t that `bf16_scale` really stores: the same, but for bfloat16 subnormals."""
+        unit = e8m0.power_of_two_f64(self.top.view(-1))
+        return (self.bf16_scale(t).view(-1).double() / unit).float()
+
     def errors(self, t: Tensor) -> tuple[float, float, float]:
         """Unweighted sums of squared error and squared value, and the largest error."""
         assignment = self._assignment(t).repeat_interleave(self.blocks).long()
@@ -212,7 +218,7 @@ def _channel_weights(importance: Tensor, group_size: int) -> Tensor:
 def search_dense(x: Tensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedMatrix:
     """Quantize float32 values [N, K] to integer groups, each scale the best of a grid.
 
-    The grid holds 96 bfloat16-rounded scales in geometric steps between amax/(2 qmax) and
+    The grid holds 97 bfloat16-rounded scales in geometric steps between amax/(2 qmax) and
     amax/(qmax/2). Raises UnsupportedScheme when K is no multiple of the group.
     """
     rows, columns = x.shape

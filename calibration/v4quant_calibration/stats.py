@@ -16,6 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -91,7 +92,13 @@ class Stats:
         if name is None or name.expert is None:
             return None, 0, ""
         source = "w2" if name.projection == "w2" else "w13"
-        return self.stages.get(name.stage), name.expert, source
+        stage = self.stages.get(name.stage)
+        if stage is not None and name.expert >= stage.tokens.shape[0]:
+            raise StatsError(
+                f"statistics of '{name.stage}' cover {stage.tokens.shape[0]} experts, not "
+                f"'{module}'; calibrate again"
+            )
+        return stage, name.expert, source
 
 
 def save_stats(stats: Stats) -> bytes:
@@ -120,8 +127,11 @@ def load_stats(path: Path, source_digest: str) -> Stats:
                 raise StatsError(
                     f"{path}: not a v4quant statistics file of version {STATS_VERSION}"
                 )
-            stages = {name: _read_stage(file, name) for name in header["stages"]}
-            stats = Stats(header["source_digest"], header["floor"], stages)
+            digest, floor = str(header["source_digest"]), header["floor"]
+            if type(floor) is not int or floor < 1:
+                raise StatsError(f"{path}: floor {floor!r} is not a positive number of tokens")
+            stages = {name: _read_stage(path, file, name) for name in header["stages"]}
+            stats = Stats(digest, floor, stages)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise StatsError(f"{path}: cannot be read as statistics ({error})") from None
     if stats.source_digest != source_digest:
@@ -132,16 +142,20 @@ def load_stats(path: Path, source_digest: str) -> Stats:
     return stats
 
 
-def _read_stage(file: safe_open, name: str) -> StageStats:
+def _read_stage(path: Path, file: Any, name: str) -> StageStats:
     tokens = file.get_tensor(f"{name}.tokens")
     sums = {s: file.get_tensor(f"{name}.{s}.sum_of_squares") for s in _INPUTS}
     amax = {s: file.get_tensor(f"{name}.{s}.amax") for s in _INPUTS}
+    where = f"{path}: stage '{name}'"
+    if tokens.dim() != 1 or tokens.dtype != torch.int64 or bool((tokens < 0).any()):
+        raise StatsError(f"{where} holds no list of token counts")
     experts = tokens.shape[0]
     fits = all(v.dim() == 2 and v.shape[0] == experts for v in sums.values())
-    if tokens.dim() != 1 or not fits or any(v.shape != (experts,) for v in amax.values()):
-        raise StatsError(f"stage '{name}' holds tensors of inconsistent shapes")
-    if not all(bool(torch.isfinite(v).all()) for v in (*sums.values(), *amax.values())):
-        raise StatsError(f"stage '{name}' holds NaN or infinity; calibrate again")
+    if not fits or any(v.shape != (experts,) for v in amax.values()):
+        raise StatsError(f"{where} holds tensors of inconsistent shapes")
+    for value in (*sums.values(), *amax.values()):
+        if not value.is_floating_point() or not bool((torch.isfinite(value) & (value >= 0)).all()):
+            raise StatsError(f"{where} holds NaN, infinity or negative moments; calibrate again")
     return StageStats(tokens, sums, amax)
 
 

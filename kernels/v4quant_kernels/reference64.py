@@ -137,7 +137,7 @@ def _rounded_h(h: Tensor, error: Tensor, activations: Activations) -> tuple[Tens
 
 
 def _sum_of_steps(step: Tensor, weight: Tensor) -> Tensor:
-    """How far steps of either sign in h carry through `weight`: the sum, or 8 times its deviation."""
+    """How far steps of h, of either sign, carry through `weight`."""
     worst = step @ weight.abs().T
     likely = _LAMBDA * (step.square() @ weight.square().T).sqrt()
     return torch.minimum(worst, likely) * (1 + 2**-10)

@@ -151,10 +151,10 @@ def crop(matrix: QTensor, rows: int, columns: int) -> QTensor:
 def run_isolated(experts: ExpertWeights, seed: int, timeout: float = 600.0) -> list[KernelCheck]:
     """Check the Triton kernels on these experts (both activation modes) and the indexer.
 
-    On a GPU when there is one, otherwise in a new process under Triton's interpreter. Experts cut to
-    about 512 x 1024 (`crop`) are checked best: each takes some seconds in the interpreter, and the
-    bound, which grows with the size, still notices a single wrong scale. Raises BackendUnavailable when Triton
-    cannot be imported, V4QuantError when the process fails.
+    On a GPU when there is one, otherwise in a new process under Triton's interpreter. Cut experts
+    to about 512 x 1024 first (`crop`): the interpreter then takes some seconds for each, and the
+    bound, which grows with the size, is about 3 % of the output's spread. Raises
+    BackendUnavailable when Triton cannot be imported, V4QuantError when the process fails.
     """
     dispatch.require_triton()
     if torch.cuda.is_available():

@@ -36,7 +36,7 @@ class IntegerLattice:
     """Tables for one integer width; n assignments, DEPTHS depths, 16 codes, 256 bytes.
 
     breakpoints: float32 [n-1], rising; assignment i holds between breakpoints i-1 and i.
-    highest_scale: the window's upper end for t.
+    highest_scale: the largest bfloat16 t of the window.
     va, qq: float32 [DEPTHS*16, n]: v*q and q*q of a code at a depth, for the sums A and B.
     energy: float32 [16]: c*c at depth 0.
     quantized: int8 [DEPTHS, n, 16]: the integers themselves.
@@ -56,6 +56,11 @@ class IntegerLattice:
         offset = (self.quantized + 8).to(torch.uint8)
         byte = torch.arange(256)
         return (offset[..., byte & 15] | (offset[..., byte >> 4] << 4)).reshape(-1)
+
+
+def _bfloat16_below(x: float) -> float:
+    bits = torch.tensor(x, dtype=torch.float32).view(torch.int32) & -0x10000
+    return float(bits.view(torch.float32))
 
 
 @cache
@@ -81,7 +86,7 @@ def integer_lattice(bits: int) -> IntegerLattice:
     return IntegerLattice(
         bits,
         torch.tensor(breakpoints, dtype=torch.float32),
-        highest,
+        _bfloat16_below(highest),
         va.float().contiguous(),
         qq.float().contiguous(),
         e2m1.VALUES.float() ** 2,
