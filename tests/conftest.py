@@ -9,5 +9,35 @@ interpreter; `kernels/test_compile.py` starts one.)
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """Fresh randomness for every run, repeatable from the seed a failing test shows."""
+    generator = torch.Generator()
+    sys.stdout.write(f"torch seed: {generator.seed()}\n")
+    return generator
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of the tiny checkpoint converted to a scheme; made once, not to be changed."""
+    from tests.support.conversion import TINY, convert
+
+    made: dict[str, Path] = {}
+
+    def get(scheme: str) -> Path:
+        if scheme not in made:
+            made[scheme] = tmp_path_factory.mktemp("converted") / scheme
+            convert(TINY, made[scheme], scheme)
+        return made[scheme]
+
+    return get

@@ -54,9 +54,7 @@ def convert_unit(
     return _CONVERTERS[unit.action](plan, unit, writer, stats)
 
 
-def _copy(
-    plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None
-) -> list[TensorRecord]:
+def _copy(plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None) -> list[TensorRecord]:
     stored = unit.sources[0]
     for spec in stored.parts.values():
         for first_byte, piece in plan.checkpoint.read_chunks(spec.name):
@@ -65,9 +63,7 @@ def _copy(
     return [_record(stored, "copied", _storage(stored))]
 
 
-def _bf16(
-    plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None
-) -> list[TensorRecord]:
+def _bf16(plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None) -> list[TensorRecord]:
     stored, name = unit.sources[0], unit.outputs[0].name
     rows, columns = stored.shape
     altered = 0
@@ -122,9 +118,9 @@ def _experts(
     plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None
 ) -> list[TensorRecord]:
     records = []
-    tops = _nvfp4_tops(plan, unit)
-    for stored, top in zip(unit.sources, tops, strict=True):
-        q = read_weight(plan.checkpoint, stored)
+    matrices = [read_weight(plan.checkpoint, stored) for stored in unit.sources]
+    tops = _nvfp4_tops(plan, matrices)
+    for stored, q, top in zip(unit.sources, matrices, tops, strict=True):
         importance = stats.importance(stored.module) if stats else None
         result, record = _convert_matrix(plan, stored, q, importance, top)
         amax = _input_amax(plan, stored, stats)
@@ -151,13 +147,12 @@ class _Top:
     amax: float | None = None
 
 
-def _nvfp4_tops(plan: Plan, unit: Unit) -> list[_Top]:
+def _nvfp4_tops(plan: Plan, matrices: list[QTensor]) -> list[_Top]:
     """Engines fuse w1 and w3 and keep one second-level scale, so both are built on the larger."""
     if plan.scheme.name != "nvfp4":
-        return [_Top()] * len(unit.sources)
+        return [_Top()] * len(matrices)
     own = []
-    for stored in unit.sources:
-        q = read_weight(plan.checkpoint, stored)
+    for q in matrices:
         if q.scheme.name == "mxfp4":
             own.append(_Top(exponent=top_exponent(q)))
         else:

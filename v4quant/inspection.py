@@ -100,9 +100,11 @@ def inspect_checkpoint(
         for w in stored.values()
         if (n := parse_name(f"{w.module}.weight")) and n.expert is not None and "weight" in w.parts
     }
-    kinds = Counter(
-        config.layer_kind(i) for i in range(config.num_hidden_layers)
-    ) if config else Counter()
+    kinds = (
+        Counter(config.layer_kind(i) for i in range(config.num_hidden_layers))
+        if config
+        else Counter()
+    )
     return Inspection(
         path=str(checkpoint.path),
         release=detect_release(

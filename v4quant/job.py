@@ -210,9 +210,7 @@ def _finish(plan: Plan, out: Path, shards: list[FinishedShard]) -> None:
     write_file_atomically(out / INDEX_NAME, index)
 
 
-def _manifest(
-    plan: Plan, files: list[WrittenFile], records: list[TensorRecord]
-) -> dict[str, Any]:
+def _manifest(plan: Plan, files: list[WrittenFile], records: list[TensorRecord]) -> dict[str, Any]:
     experts = {
         s.parts["weight"].dtype for u in plan.units if u.action == "experts" for s in u.sources
     }
@@ -242,9 +240,7 @@ def _manifest(
     }
 
 
-def _result(
-    plan: Plan, out: Path, records: list[TensorRecord], started: float
-) -> JobResult:
+def _result(plan: Plan, out: Path, records: list[TensorRecord], started: float) -> JobResult:
     kinds = Counter("copied" if r.disposition == "copied" else r.exact for r in records)
     losses = [r.relative_rms for r in records if not r.exact]
     return JobResult(

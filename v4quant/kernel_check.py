@@ -53,9 +53,7 @@ def _sample(checkpoint: Checkpoint, stage: str) -> ExpertWeights:
             f"{expert_module(stage, expert, 'w1')}.weight_packed" not in checkpoint
         ):
             break
-        gate, up, down = (
-            _crop(checkpoint, expert_module(stage, expert, p)) for p in PROJECTIONS
-        )
+        gate, up, down = (_crop(checkpoint, expert_module(stage, expert, p)) for p in PROJECTIONS)
         experts.append((gate, up, down))
     return stack_experts(experts)
 

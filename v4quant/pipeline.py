@@ -69,6 +69,7 @@ def load_pipeline(name: str) -> Pipeline:
 
 Step = TypeVar("Step", CorpusStep, VerifyStep)
 
+_ACTIVATIONS = ("plain", "official")
 _TYPES: dict[str, tuple[type, ...]] = {
     "tokens": (int,),
     "seq_len": (int,),
@@ -99,6 +100,12 @@ def _step(kind: type[Step], table: Mapping[str, Any], name: str, path: Path) -> 
             isinstance(value, bool) and bool not in _TYPES[key]
         ):
             raise RecipeError(f"{where}: '{key}' is {value!r}, expected {_TYPES[key][0].__name__}")
+        elif type(value) is int and value < 1:
+            raise RecipeError(f"{where}: '{key}' is {value}, expected a positive number")
+        elif key == "activations" and value not in _ACTIVATIONS:
+            raise RecipeError(
+                f"{where}: '{key}' is '{value}', expected one of {', '.join(_ACTIVATIONS)}"
+            )
         else:
             checked[key] = value
     if kind is CorpusStep and not checked.get("corpus"):

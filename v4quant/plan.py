@@ -291,9 +291,7 @@ class _Planner:
             self.dropped += [Dropped(p.name, reason) for p in parts]
 
     def _expert(self, stage: str, expert: int) -> Unit:
-        sources = tuple(
-            self._find(expert_module(stage, expert, p)) for p in PROJECTIONS
-        )
+        sources = tuple(self._find(expert_module(stage, expert, p)) for p in PROJECTIONS)
         outputs: list[TensorSpec] = []
         for stored in sources:
             if stored.scheme is None or stored.scheme.name not in ("mxfp4", "fp8"):

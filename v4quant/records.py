@@ -53,6 +53,7 @@ def record_from_dict(table: dict[str, Any]) -> TensorRecord:
         kinds = _KINDS.get(key)
         if kinds is None or isinstance(value, bool) or not isinstance(value, kinds):
             raise ManifestError(f"{MANIFEST_NAME}: {str(key)[:80]!r} in a record is not as written")
-    if not {"module", "disposition", "source", "target"} <= values.keys():
-        raise ManifestError(f"{MANIFEST_NAME}: a record lacks module, disposition, source or target")
+    for key in ("module", "disposition", "source", "target"):
+        if key not in values:
+            raise ManifestError(f"{MANIFEST_NAME}: a record lacks '{key}'")
     return TensorRecord(**values)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import shlex
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,7 +105,7 @@ def distribution_table(result: Mapping[str, Any]) -> Table | None:
     ]
     rows.append(
         (
-            "Reference's top-1 token among the candidate's top 5",
+            "Share of the reference's top 5 in the candidate's top 5",
             metric(result, "top5_agreement"),
             metric(floor, "top5_agreement"),
         )
@@ -259,7 +259,7 @@ def _delta(result: Mapping[str, Any], key: str) -> str:
 def _table(
     title: str,
     columns: tuple[str, ...],
-    rows: list[tuple[str, ...]],
+    rows: Sequence[tuple[str, ...]],
     notes: tuple[str, ...] = (),
     text_columns: int = 1,
 ) -> Table | None:

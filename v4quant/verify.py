@@ -76,9 +76,7 @@ def verify(out: Path, source: Path | None, progress: Progress) -> VerifyResult:
     return VerifyResult(len(manifest["files"]), len(records), compared, exact, tuple(findings))
 
 
-def _check_claims(
-    manifest: dict[str, Any], records: dict[str, TensorRecord]
-) -> Iterator[Finding]:
+def _check_claims(manifest: dict[str, Any], records: dict[str, TensorRecord]) -> Iterator[Finding]:
     """What the manifest says twice must agree."""
     if len(records) != len(manifest["tensors"]):
         yield Finding(MANIFEST_NAME, "names a module twice")
@@ -200,9 +198,7 @@ def _compare_bytes(
         other = b.get(part)
         if other is None or (other.dtype, other.shape) != (spec.dtype, spec.shape):
             return f"'{spec.name}' was to be copied, but dtype or shape differ"
-        pieces = zip(
-            original.read_chunks(spec.name), output.read_chunks(other.name), strict=True
-        )
+        pieces = zip(original.read_chunks(spec.name), output.read_chunks(other.name), strict=True)
         for (at, x), (_, y) in pieces:
             if not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
                 return f"'{spec.name}' was to be copied, but bytes differ after byte {at}"

@@ -1,4 +1,4 @@
-"""calibrate: run tokens through the streamed forward and record what each expert's inputs look like.
+"""calibrate: stream tokens through the model and record what each expert's inputs look like.
 
 The second moment of an input channel is the weight its squared weight error deserves: with inputs
 of covariance C, the expected output error of a row error e is e C e^T, of which the scale search
@@ -76,9 +76,7 @@ def calibrate(
     observer = MomentObserver(config, [*trunk_stages(config), *drafts])
     model = StreamModel(CheckpointParams(checkpoint), options, observer)
     progress.start("Calibrating", config.num_hidden_layers + len(drafts), "layer")
-    streams = stream_forward(
-        [model], config, windows, progress=lambda *_: progress.advance(1)
-    )
+    streams = stream_forward([model], config, windows, progress=lambda *_: progress.advance(1))
     if drafts:
         stream_mtp([model], config, windows, streams)
         progress.advance(1)

@@ -90,6 +90,8 @@ def load_corpus(files: Sequence[Path], tokenizer: Path, request: CorpusRequest) 
         raise CorpusError("no corpus given; use --corpus FILE")
     if request.seq_len is not None and request.seq_len < 2:
         raise CorpusError(f"--seq-len {request.seq_len} leaves nothing to predict; use at least 2")
+    if request.tokens is not None and request.tokens < 2:
+        raise CorpusError(f"--tokens {request.tokens} leaves nothing to predict; use at least 2")
     encoder = _Encoder(tokenizer)
     share = None if request.tokens is None else -(-request.tokens // len(files))
     parts = []
@@ -126,6 +128,8 @@ class _Encoder:
                 self._tokenizer = Tokenizer.from_file(str(self._path))
             except Exception as error:  # noqa: BLE001  (tokenizers raises bare Exception)
                 raise CorpusError(f"{self._path}: is no usable tokenizer ({error})") from None
+        # Half a surrogate pair, which JSON can spell, has no UTF-8 form for the tokenizer.
+        text = text.encode(errors="replace").decode()
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return _Document(torch.tensor(ids, dtype=torch.int64), is_text=True)
 
@@ -143,7 +147,7 @@ def _read_documents(file: Path, encode: _Encoder) -> list[_Document]:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CorpusError(f"{file}: no such corpus file") from None
-    except (OSError, UnicodeDecodeError, ValueError, SafetensorError) as error:
+    except (OSError, EOFError, TypeError, ValueError, SafetensorError) as error:
         raise CorpusError(f"{file}: cannot be read as a corpus ({error})") from None
     if file.suffix in JSONL_SUFFIXES:
         return [encode(t) for t in _jsonl_texts(file, text)]
@@ -151,19 +155,21 @@ def _read_documents(file: Path, encode: _Encoder) -> list[_Document]:
 
 
 def _rows(file: Path, ids: Tensor) -> list[_Document]:
-    if ids.dim() not in (1, 2) or ids.is_floating_point():
+    integral = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if ids.dim() not in (1, 2) or not integral:
         raise CorpusError(f"{file}: token ids must be integers of shape [sequences, length]")
-    return [_Document(row, is_text=False) for row in ids.long().reshape(-1, ids.shape[-1])]
+    return [_Document(row, is_text=False) for row in torch.atleast_2d(ids.long())]
 
 
 def _jsonl_texts(file: Path, content: str) -> list[str]:
     texts = []
-    for number, line in enumerate(content.splitlines(), 1):
+    # Not splitlines: JSON strings may hold U+2028 and other characters it would break lines at.
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise CorpusError(f"{file}: line {number} is not JSON") from None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise CorpusError(f'{file}: line {number} has no "text" string')
@@ -200,4 +206,13 @@ def _choose(file: Path, windows: list[Tensor], share: int | None) -> list[Tensor
             "asked of it; give more text or fewer --tokens"
         )
     count = min(len(windows), -(-share * len(windows) // available))
+    chosen = _spread(windows, count)
+    # Windows of unequal length: those chosen may hold less than their number promises.
+    while (held := sum(map(len, chosen))) < share:
+        count = min(len(windows), count * share // held + 1)
+        chosen = _spread(windows, count)
+    return chosen
+
+
+def _spread(windows: list[Tensor], count: int) -> list[Tensor]:
     return [windows[i * len(windows) // count] for i in range(count)]

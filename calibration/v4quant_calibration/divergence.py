@@ -42,9 +42,10 @@ class TokenRecords:
 
     def select(self, mask: Tensor) -> TokenRecords:
         """The records where `mask` (bool) holds."""
-        return TokenRecords(
-            **{k: None if v is None else v[mask] for k, v in vars(self).items()}
-        )
+        columns: dict[str, Any] = {
+            name: None if column is None else column[mask] for name, column in vars(self).items()
+        }
+        return TokenRecords(**columns)
 
 
 def score_tokens(logits: Tensor, targets: Tensor, reference: Tensor | None) -> dict[str, Tensor]:

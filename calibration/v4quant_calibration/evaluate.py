@@ -96,7 +96,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score `checkpoint` (against `reference`) on a corpus; returns the JSON object.
 
-    sink receives every slice of logits (the scored checkpoint's are the last of each slice).
+    sink receives every slice of logits: of the reference, the checkpoint and the noise floor, in
+    this order, or of the checkpoint alone.
     Raises DivergenceError for models of different shape, NaN logits or too few tokens.
     """
     config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))

@@ -6,7 +6,6 @@ is kept, so memory is one matrix at a time; the same object may serve several ru
 
 from __future__ import annotations
 
-
 from torch import Tensor
 
 from v4quant_formats.checkpoint import Checkpoint

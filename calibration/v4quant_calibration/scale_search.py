@@ -22,8 +22,8 @@ from torch import Tensor
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e2m1, e8m0
-from v4quant_kernels.ref.cast import GROUP, nonzero_exponents
-from v4quant_kernels.ref.lattice import DEPTHS, LOWEST_SCALE, IntegerLattice, integer_lattice
+from v4quant_kernels.ref.cast import GROUP
+from v4quant_kernels.ref.lattice import DEPTHS, IntegerLattice, integer_lattice
 from v4quant_kernels.ref.pack import pack_bits
 from v4quant_kernels.scheme import Scheme
 
@@ -65,21 +65,21 @@ def search_mxfp4(q: QTensor, scheme: Scheme, importance: Tensor | None = None) -
         raise UnsupportedScheme(
             f"{columns} columns are no multiple of group_size {scheme.group_size}"
         )
-    lattice = integer_lattice(scheme.bits)
+    lattice = integer_lattice(scheme.bits, scheme.group_size // GROUP)
     byte_table = lattice.byte_table()
-    exponents = nonzero_exponents(q)
     codes = torch.empty((rows, columns // 2), dtype=torch.uint8)
     scale = torch.empty((rows, columns // scheme.group_size), dtype=torch.bfloat16)
     weights = None if importance is None else _channel_weights(importance, scheme.group_size)
+    exponents = e8m0.exponents(q.scale)
     error = norm = largest = 0.0
     step = max(1, _BLOCKS // (columns // GROUP))
     for start in range(0, rows, step):
         part = slice(start, start + step)
         search = _Search(lattice, scheme, q.codes[part], exponents[part])
-        chosen = search.stored(search.best_scale(weights))
+        chosen = search.best_scale(weights)
         codes[part] = search.encode(chosen, byte_table)
         scale[part] = search.bf16_scale(chosen)
-        sums = search.errors(chosen)
+        sums = search.errors(chosen, largest)
         error, norm, largest = error + sums[0], norm + sums[1], max(largest, sums[2])
     return QuantizedMatrix(QTensor(scheme, q.shape, codes, scale), error, norm, largest)
 
@@ -91,31 +91,32 @@ class _Search:
         self, lattice: IntegerLattice, scheme: Scheme, codes: Tensor, exponents: Tensor
     ) -> None:
         self.lattice = lattice
+        codes, exponents, self.histogram = _canonical(codes, exponents)
         self.codes = codes  # uint8 [n, K/2]
         self.rows = codes.shape[0]
         self.blocks = scheme.group_size // GROUP
-        grouped = exponents.view(self.rows, -1, self.blocks)
-        self.top = grouped.amax(-1)  # int32 [n, K/G], exponent of S
-        depth = self.top.unsqueeze(-1) - grouped
-        self.depth = depth.view(-1)  # int32 per block
-        self.histogram = _histogram(codes)  # float32 [blocks, 16]
+        self.index = codes.int()  # lookups want int32
+        self.histogram = _histogram(self.index)  # float32 [blocks, 16]
+        # Blocks of zeros are exact under any scale and must not push the others out.
+        empty = self.histogram[:, 0] + self.histogram[:, 8] == GROUP
+        exponents = exponents.reshape(-1).masked_fill(empty, e8m0.MIN_EXPONENT)
+        grouped = exponents.view(-1, self.blocks)
+        self.top = grouped.amax(1)  # int32 per group, exponent of S
+        self.depth = (self.top.unsqueeze(1) - grouped).view(-1)  # int32 per block
+        self.clipped = self.depth.clamp(max=DEPTHS - 1)
+        self.sums = self._sums(self.histogram)
 
     def best_scale(self, weights: Tensor | None) -> Tensor:
         """The optimal t of every group, float32 [groups], exactly representable in bfloat16."""
-        histogram = self.histogram
+        a, b = self.sums
         if weights is not None:
-            histogram = _weighted_histogram(self.codes, weights)
-        a, b = self._sums(histogram)
-        best = torch.full((a.shape[1],), LOWEST_SCALE)
-        lowest = torch.zeros_like(best)  # err - E, which is <= 0 at any optimum
-        for i in range(a.shape[0]):
-            t = (a[i] / b[i]).nan_to_num_(LOWEST_SCALE)
-            t = t.clamp_(LOWEST_SCALE, self.lattice.highest_scale).bfloat16().float()
-            gain = t * (t * b[i] - 2 * a[i])
-            better = gain < lowest
-            lowest = torch.where(better, gain, lowest)
-            best = torch.where(better, t, best)
-        return best
+            a, b = self._sums(_weighted_histogram(self.codes, weights))
+        low, high = self.lattice.lowest_scale, self.lattice.highest_scale
+        t = torch.div(a, b).nan_to_num_(low).clamp_(low, high).bfloat16().float()
+        gain = torch.mul(t, b).sub_(a, alpha=2).mul_(t)  # err - E, <= 0 at any optimum
+        # A minimum with index is slow across rows; comparing with the minimum finds t as well.
+        best = gain.amin(0)
+        return t.mul_(gain == best).amax(0)
 
     def _sums(self, histogram: Tensor) -> tuple[Tensor, Tensor]:
         """A and B of every assignment and group: float32 [n, groups] each."""
@@ -123,13 +124,13 @@ class _Search:
             features, depths = histogram, 1
         else:
             depths = DEPTHS
-            clipped = self.depth.clamp(max=DEPTHS - 1).long()
-            spread = torch.zeros(histogram.shape[0], DEPTHS, 16, dtype=histogram.dtype)
-            spread[torch.arange(len(clipped)), clipped] = histogram
             # The deepest row also takes blocks below it: all their codes round to 0 alike.
-            features = spread.view(-1, self.blocks, DEPTHS * 16).sum(1)
-        a = self.lattice.va[: depths * 16].T.to(features.dtype) @ features.T
-        b = self.lattice.qq[: depths * 16].T.to(features.dtype) @ features.T
+            features = torch.zeros(len(self.top) * DEPTHS, 16, dtype=histogram.dtype)
+            group = torch.arange(len(self.top), dtype=torch.int32).repeat_interleave(self.blocks)
+            features.index_add_(0, group * DEPTHS + self.clipped, histogram)
+            features = features.view(-1, DEPTHS * 16)
+        a = self.lattice.va[: depths * 16].T @ features.T
+        b = self.lattice.qq[: depths * 16].T @ features.T
         return a, b
 
     def _assignment(self, t: Tensor) -> Tensor:
@@ -138,51 +139,82 @@ class _Search:
     def encode(self, t: Tensor, byte_table: Tensor) -> Tensor:
         """Packed 4-bit codes [n, K/2]: nearest integers at scale t, one lookup per source byte."""
         assignments = len(self.lattice.breakpoints) + 1
-        row = self._assignment(t).repeat_interleave(self.blocks)
-        row = (self.depth.clamp(max=DEPTHS - 1) * assignments + row).mul_(256)
-        index = self.codes.int().view(-1, GROUP // 2) + row.unsqueeze(-1)
+        row = self._assignment(t)
+        if self.blocks > 1:
+            row = row.repeat_interleave(self.blocks) + self.clipped * assignments
+        index = self.index.view(-1, GROUP // 2).add_(row.mul_(256).unsqueeze(1))
         return torch.index_select(byte_table, 0, index.view(-1)).view(self.codes.shape)
 
     def bf16_scale(self, t: Tensor) -> Tensor:
         """t * 2^top as bfloat16 [n, K/G]; exact but for bfloat16 subnormals (below 2^-126)."""
-        unit = e8m0.power_of_two_f64(self.top.view(-1))
+        unit = e8m0.power_of_two_f64(self.top)
         return (t.double() * unit).bfloat16().view(self.rows, -1)
 
-    def stored(self, t: Tensor) -> Tensor:
-        """The t that `bf16_scale` really stores: the same, but for bfloat16 subnormals."""
-        unit = e8m0.power_of_two_f64(self.top.view(-1))
-        return (self.bf16_scale(t).view(-1).double() / unit).float()
+    def errors(self, t: Tensor, largest: float) -> tuple[float, float, float]:
+        """Unweighted sums of squared error and squared value, and the largest error (or `largest`).
 
-    def errors(self, t: Tensor) -> tuple[float, float, float]:
-        """Unweighted sums of squared error and squared value, and the largest error."""
-        assignment = self._assignment(t).repeat_interleave(self.blocks).long()
-        depth = self.depth.clamp(max=DEPTHS - 1).long()
-        value = e2m1.VALUES * e8m0.power_of_two_f64(-self.depth).float().unsqueeze(-1)
-        rounded = self.lattice.quantized[depth, assignment].float()
-        per_code = (value - rounded * t.repeat_interleave(self.blocks).unsqueeze(-1)).abs_()
-        unit = e8m0.power_of_two_f64(self.top.view(-1).repeat_interleave(self.blocks))
-        error = ((per_code * per_code * self.histogram).sum(1).double() * unit * unit).sum()
-        norm = ((value * value * self.histogram).sum(1).double() * unit * unit).sum()
-        present = per_code.masked_fill_(self.histogram == 0, 0).amax(1).double()
-        return float(error), float(norm), float((present * unit).max())
+        The sums are the parabola E - 2tA + t^2 B of the assignment that holds at t, in float64.
+        """
+        row = self._assignment(t).long().unsqueeze(0)
+        a, b = (x.gather(0, row).squeeze(0).double() for x in self.sums)
+        unit = e8m0.power_of_two_f64(self.top)
+        depth = e8m0.power_of_two_f64(-2 * self.depth)
+        energy = (self.histogram @ self.lattice.energy).double() * depth
+        energy = energy.view(-1, self.blocks).sum(1)
+        wide = t.double()
+        error = (energy + wide * (wide * b - 2 * a)).clamp_min_(0) * unit.square()
+        norm = energy * unit.square()
+        return float(error.sum()), float(norm.sum()), self._largest_error(t, unit, largest)
+
+    def _largest_error(self, t: Tensor, unit: Tensor, largest: float) -> float:
+        """Exact largest |v - t q| of the chunk, looking only at blocks that could exceed `largest`.
+
+        A block's error is at most t/2, or what clipping its largest magnitude to qmax * t leaves.
+        """
+        high = 2 ** (self.lattice.bits - 1) - 1
+        magnitude = torch.where(self.histogram[:, [7, 15]].sum(1) > 0, 6.0, 4.0)
+        magnitude *= e8m0.power_of_two_f64(-self.depth).float()
+        per_block = t.repeat_interleave(self.blocks)
+        units = unit.repeat_interleave(self.blocks)
+        bound = torch.maximum(per_block / 2, magnitude - high * per_block).double() * units
+        start = bound.topk(min(64, len(bound))).indices
+        largest = max(largest, self._exact_largest(start, per_block, units))
+        rest = (bound > largest).nonzero().squeeze(1)
+        return max(largest, self._exact_largest(rest, per_block, units))
+
+    def _exact_largest(self, blocks: Tensor, t: Tensor, units: Tensor) -> float:
+        """Largest error over the codes present in the given blocks."""
+        if not len(blocks):
+            return 0.0
+        t, depth = t[blocks], self.depth[blocks]
+        assignment = self._assignment(t).long()
+        value = e2m1.VALUES.double() * e8m0.power_of_two_f64(-depth).unsqueeze(1)
+        rounded = self.lattice.quantized[self.clipped[blocks].long(), assignment].double()
+        error = (value - rounded * t.double().unsqueeze(1)).abs_()
+        present = error.masked_fill_(self.histogram[blocks] == 0, 0).amax(1)
+        return float((present * units[blocks]).max())
 
 
-def _histogram(codes: Tensor) -> Tensor:
-    """Count the 16 codes in every block: float32 [blocks, 16] from uint8 [n, K/2].
+def _histogram(index: Tensor) -> Tensor:
+    """Count the 16 codes in every block: float32 [blocks, 16] from int32 bytes [n, K/2].
 
-    Each byte looks up 16 one-byte counters packed in two 64-bit words; adding words adds all
-    counters at once (a block has 32 elements, so no counter overflows).
+    Each byte looks up 8 one-byte counters packed in a 64-bit word, once for codes 0-7 and once for
+    8-15; adding words adds all counters at once (a block has 32 elements, so none overflows).
     """
-    words = torch.index_select(_COUNTERS, 0, codes.int().view(-1))
-    return words.view(-1, GROUP // 2, 2).sum(1).view(torch.uint8).float()
+    halves = [
+        torch.index_select(counters, 0, index.view(-1)).view(-1, GROUP // 2).sum(1)
+        for counters in _COUNTERS
+    ]
+    return torch.stack(halves, 1).view(torch.uint8).float()
 
 
-def _make_counters() -> Tensor:
+def _make_counters() -> tuple[Tensor, Tensor]:
     byte = torch.arange(256)
     counters = torch.zeros(256, 16, dtype=torch.uint8)
     counters[byte, byte & 15] += 1
     counters[byte, byte >> 4] += 1
-    return counters.view(torch.int64)
+    words = counters.view(torch.int64)
+    return words[:, 0].contiguous(), words[:, 1].contiguous()
 
 
 _COUNTERS = _make_counters()

@@ -89,8 +89,10 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """Read one whole tensor into fresh memory, in its stored dtype and shape."""
         spec = self.spec(name)
-        return self._read_bytes(spec, spec.offset, spec.nbytes).view(_torch_dtype(spec)).reshape(
-            spec.shape
+        return (
+            self._read_bytes(spec, spec.offset, spec.nbytes)
+            .view(_torch_dtype(spec))
+            .reshape(spec.shape)
         )
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:

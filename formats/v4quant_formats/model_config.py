@@ -186,7 +186,7 @@ def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any
     try:
         size = path.stat().st_size
         if size > limit:
-            raise ConfigError(f"{path}: {size:,} bytes is above the limit of {limit:,} for this file")
+            raise ConfigError(f"{path}: {size:,} bytes is above this file's limit of {limit:,}")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: file is missing; download it beside the shards") from None
@@ -213,6 +213,10 @@ def _is_deeper(value: Any, limit: int) -> bool:
             return False
         level = below
     return True
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]
 
 
 def _is_v41(raw: dict[str, Any]) -> bool:
@@ -281,14 +285,14 @@ def _integer(
 ) -> int:
     value = raw.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum or value > 2**40:
-        raise ConfigError(f"{where}: '{key}' is {repr(value)[:80]}, expected an integer >= {minimum}")
+        raise ConfigError(f"{where}: '{key}' is {_short(value)}, expected an integer >= {minimum}")
     return value
 
 
 def _number(raw: dict[str, Any], key: str, where: str) -> float:
     value = raw.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e30:
-        raise ConfigError(f"{where}: '{key}' is {repr(value)[:80]}, expected a number >= 0")
+        raise ConfigError(f"{where}: '{key}' is {_short(value)}, expected a number >= 0")
     return float(value)
 
 
@@ -301,7 +305,7 @@ def _ratios(
     for layer, ratio in enumerate(value):
         if ratio not in allowed:
             raise ConfigError(
-                f"{where}: compress_ratios[{layer}] is {repr(ratio)[:80]}; this release's layers have "
+                f"{where}: compress_ratios[{layer}] is {_short(ratio)}; this release's layers have "
                 f"{', '.join(map(str, allowed))}, so it is one v4quant does not know"
             )
     return tuple(value)
@@ -311,10 +315,10 @@ def _yarn(value: Any, where: str) -> Yarn | None:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise ConfigError(f"{where}: 'rope_scaling' is {repr(value)[:80]}, expected an object or null")
+        raise ConfigError(f"{where}: 'rope_scaling' is {_short(value)}, expected an object or null")
     kind = value.get("type", value.get("rope_type"))
     if kind != "yarn":
-        raise ConfigError(f"{where}: rope_scaling type {repr(kind)[:80]} is not supported (yarn is)")
+        raise ConfigError(f"{where}: rope_scaling type {_short(kind)} is not supported (yarn is)")
     return Yarn(
         factor=_number(value, "factor", where),
         beta_fast=_number(value, "beta_fast", where),

@@ -27,7 +27,7 @@ MAX_SIDECAR_BYTES = 256 * 2**20
 
 
 def find_sidecars(folder: Path) -> list[str]:
-    """Relative names (with /) of the sidecars in a checkpoint folder, sorted; links out excluded."""
+    """Relative names (with /) of a checkpoint folder's sidecars, sorted; links out excluded."""
     found = [n for n in ALLOWED_FILES if _is_sidecar(folder, folder / n)]
     for name, suffixes in ALLOWED_FOLDERS.items():
         if (folder / name).is_dir() and not (folder / name).is_symlink():

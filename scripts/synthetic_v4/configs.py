@@ -16,6 +16,11 @@ V4_RELEASES = (
 )
 RELEASES = (*V4_RELEASES, "v41")
 
+
+class RequestError(ValueError):
+    """A request that no checkpoint fits."""
+
+
 _COMMON: dict[str, Any] = {
     "architectures": ["DeepseekV4ForCausalLM"],
     "attention_bias": False,
@@ -228,6 +233,7 @@ def make_config(
     """config.json of a release. `overrides` are integer fields (of `text_config` in V4.1).
 
     Lists that follow from the number of layers are made to fit it, keeping the first layers' kinds.
+    Raises RequestError for a field this release does not have.
     """
     if release == "v41":
         return _v41(tiny, overrides, engram_rows)
@@ -247,13 +253,20 @@ def make_config(
         config |= _VISION | (_TINY_VISION if tiny else {})
     if release.endswith("-base"):
         config["expert_dtype"] = "fp8"
-    config |= (_TINY if tiny else {}) | dict(overrides)
+    config |= (_TINY if tiny else {}) | _known(overrides, config)
     layers = config["num_hidden_layers"]
     config["num_hash_layers"] = min(config["num_hash_layers"], layers)
     config["compress_ratios"] = _ratios(release, layers) + [0] * drafts
     if drafts == 3:
         config["dspark_target_layer_ids"] = list(range(max(0, layers - 3), layers))
     return config
+
+
+def _known(overrides: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, int]:
+    for key in overrides:
+        if not isinstance(config.get(key), int):
+            raise RequestError(f"config.json of this release has no whole number '{key}'")
+    return dict(overrides)
 
 
 def _ratios(release: str, layers: int) -> list[int]:
@@ -263,7 +276,7 @@ def _ratios(release: str, layers: int) -> list[int]:
 
 
 def _v41(tiny: bool, overrides: Mapping[str, int], engram_rows: int | None) -> dict[str, Any]:
-    text = {**_V41_TEXT, **(_TINY | _TINY_V41 if tiny else {}), **overrides}
+    text = {**_V41_TEXT, **(_TINY | _TINY_V41 if tiny else {}), **_known(overrides, _V41_TEXT)}
     layers = text["num_hidden_layers"]
     if layers != 40:
         text |= _v41_schedule(layers)

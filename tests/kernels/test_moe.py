@@ -233,6 +233,23 @@ def test_extreme_scales(backend: Any, device: str, generator: torch.Generator) -
     assert_within(out, value, bound)
 
 
+@pytest.mark.parametrize("activations", ["bf16", "e4m3"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_nan_stays_with_its_token(
+    backend: Any, activations: Any, device: str, generator: torch.Generator
+) -> None:
+    experts = random_experts("mxfp4", 1, 64, 32, generator)
+    x, ids, routing = inputs(experts, 5, 1, generator)
+    x[2, 9] = torch.nan
+    experts.w1.codes[0, :, 4], experts.w3.codes[0, :, 4] = 0x22, 0x22  # column 9 is not all zeros
+    on_device = [t.to(device) for t in (x, ids, routing)]
+    out = dispatch.moe(
+        *on_device, to_device(experts, device), LIMIT, activations=activations, backend=backend
+    )
+    assert torch.equal(out.isnan().all(1).cpu(), torch.arange(5) == 2)
+    assert not out[[0, 1, 3, 4]].isnan().any()
+
+
 def test_same_input_same_bits(gpu: Any, device: str, generator: torch.Generator) -> None:
     experts = to_device(random_experts("int4-g32", 3, 96, 64, generator), device)
     arguments = [t.to(device) for t in inputs(experts, 9, 3, generator)]

@@ -33,9 +33,7 @@ from v4quant_kernels.scheme import SCHEMES
     type=click.Choice(["nearest", "refuse"]),
     help="When a cast cannot hold every value: count and report the changes, or stop.",
 )
-@click.option(
-    "--unknown", type=click.Choice(["refuse", "copy"]), help="Tensors no V4 release has."
-)
+@click.option("--unknown", type=click.Choice(["refuse", "copy"]), help="Tensors no V4 release has.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
 @click.option("--max-memory", help="Cap on memory, like 6GB; fewer workers are used to fit it.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")

@@ -154,14 +154,13 @@ def _closing_table(
     seconds: float,
 ) -> str:
     rows = [("", "before", "after")]
-    size = (_output.human_bytes(job.bytes_in), _output.human_bytes(job.bytes_out))
-    rows.append(("size", *size))
+    rows.append(("size", _output.human_bytes(job.bytes_in), _output.human_bytes(job.bytes_out)))
     if result is not None:
         before, after, floor = result["reference"], result["candidate"], result["noise_floor"]
-        bits = [f"{x['expert_bits_per_weight']:.3f}" for x in (before, after)]
+        bits = tuple(f"{x['expert_bits_per_weight']:.3f}" for x in (before, after))
         rows += [
             ("expert weights", before["scheme"], after["scheme"]),
-            ("bits per expert weight", *bits),
+            ("bits per expert weight", bits[0], bits[1]),
             ("perplexity", f"{result['reference_perplexity']:.3f}", f"{result['perplexity']:.3f}"),
             ("mean KL, nats", f"floor {floor['kl_mean']:.1e}", f"{result['kl_mean']:.1e}"),
             ("top-1 agreement", f"floor {100 * floor['top1_agreement']:.2f} %",

@@ -166,9 +166,12 @@ def gate_up_kernel(
             scale_row_length, K, ELEMENT, BITS, SCALE, FOLD, GROUP_ROWS, GROUP, BK, COMPUTE,
         )  # fmt: skip
 
-    gate = tl.minimum(gate * tl.load(g1_ptr + expert), swiglu_limit)
-    up = up * tl.load(g3_ptr + expert)
-    up = tl.minimum(tl.maximum(up, -swiglu_limit), swiglu_limit)
+    # Clamped by comparison: minimum and maximum would turn a NaN into a number.
+    gate *= tl.load(g1_ptr + expert)
+    gate = tl.where(gate > swiglu_limit, swiglu_limit, gate)
+    up *= tl.load(g3_ptr + expert)
+    up = tl.where(up > swiglu_limit, swiglu_limit, up)
+    up = tl.where(up < -swiglu_limit, -swiglu_limit, up)
     routing = tl.load(routing_ptr + slots, mask=real, other=0.0)
     h = routing[:, None] * (gate / (1.0 + tl.exp(-gate))) * up
     h_line = h_ptr + slots.to(tl.int64)[:, None] * N
@@ -298,6 +301,7 @@ def moe(
     per_expert = ids.numel() / experts.num_experts
     first = tile or choose_tile(per_expert, experts.w1)
     second = tile or choose_tile(per_expert, experts.w2)
+    assert first.rows == second.rows, "both GEMMs walk over one plan"
     plan = sort_slots(ids.view(-1), experts.num_experts, first.rows)
     x = x.contiguous()
     if activations == "e4m3":

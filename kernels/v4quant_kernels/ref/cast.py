@@ -32,7 +32,7 @@ from v4quant_kernels.ref import e2m1, e4m3, e8m0
 from v4quant_kernels.scheme import Scheme
 
 GROUP = 32
-_ROW_BYTES = 1 << 22  # bytes of codes recoded at a time, to stay within the cache
+_ROW_BYTES = 1 << 18  # bytes of codes recoded at a time, to stay within the cache
 # Shifts at which the finest nonzero result has long become zero; deeper groups read the last row.
 _DEEPEST = 24
 _E4M3_TOP_SHIFT = 6
@@ -111,7 +111,7 @@ def _to_nvfp4(q: QTensor, scheme: Scheme, top: int | None) -> CastResult:
 
 
 def _to_fp8(q: QTensor, scheme: Scheme) -> CastResult:
-    rows, columns = q.shape
+    rows = q.shape[0]
     height, width = scheme.block[0], scheme.block[1] // GROUP
     exponents = nonzero_exponents(q)
     groups = exponents.shape[1]

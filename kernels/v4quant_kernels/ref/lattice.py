@@ -10,9 +10,11 @@ of a group is a parabola in t,
 
 with n the group's (weighted) histogram over codes. Its best representable scale is the bfloat16
 nearest to A / B; the best over all assignments is the exact optimum over every bfloat16 scale in
-the window. A window of t from 1/2 to 2 * 6 / qmax holds the optimum of a single block: above it
-half the scale gives a superset of the grid, and at 1/2 all E2M1 points are multiples of t, so
-going lower only clips more. For several blocks (depths) it is the stated candidate set.
+the window. Above 2 * 6 / qmax nothing is lost: half the scale gives a superset of the grid. For a
+single block the window begins at 1/2, where all E2M1 points are multiples of t, so that going lower
+only clips more. Several blocks may gain below, where the grid meets the points of the deeper ones
+(a group whose largest element is 3 S rounds to absmax at 3/7); their window begins at 1/4, where
+the same holds of two depths. For four trained blocks this lowers the error energy by 7 %.
 """
 
 from __future__ import annotations
@@ -26,9 +28,8 @@ from torch import Tensor
 
 from v4quant_kernels.ref import e2m1
 
-# At depth 5 the largest value is 6/32 < t/2 for every t of the window: all codes round to 0.
-DEPTHS = 6
-LOWEST_SCALE = 0.5
+# At depth 6 the largest value is 6/64 < t/2 for every t of a window: all codes round to 0.
+DEPTHS = 7
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class IntegerLattice:
     """Tables for one integer width; n assignments, DEPTHS depths, 16 codes, 256 bytes.
 
     breakpoints: float32 [n-1], rising; assignment i holds between breakpoints i-1 and i.
+    lowest_scale: the window's lower end for t.
     highest_scale: the largest bfloat16 t of the window.
     va, qq: float32 [DEPTHS*16, n]: v*q and q*q of a code at a depth, for the sums A and B.
     energy: float32 [16]: c*c at depth 0.
@@ -44,6 +46,7 @@ class IntegerLattice:
 
     bits: int
     breakpoints: Tensor
+    lowest_scale: float
     highest_scale: float
     va: Tensor
     qq: Tensor
@@ -64,8 +67,12 @@ def _bfloat16_below(x: float) -> float:
 
 
 @cache
-def integer_lattice(bits: int) -> IntegerLattice:
-    """Build (once) the tables for symmetric `bits`-bit integers, -2^(bits-1) .. 2^(bits-1)-1."""
+def integer_lattice(bits: int, blocks: int) -> IntegerLattice:
+    """Build (once) the tables for symmetric `bits`-bit integers, -2^(bits-1) .. 2^(bits-1)-1.
+
+    `blocks` is the number of source blocks that share one scale; it decides the window.
+    """
+    lowest = 0.5 if blocks == 1 else 0.25
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     magnitudes = e2m1.VALUES[1:8].double().tolist()
     highest = 2 * magnitudes[-1] / high
@@ -75,8 +82,8 @@ def integer_lattice(bits: int) -> IntegerLattice:
         for value in (c / 2**depth for c in magnitudes)
         for m in range(-low)
     }
-    breakpoints = sorted(t for t in points if LOWEST_SCALE < t < highest)
-    edges = [LOWEST_SCALE, *breakpoints, highest]
+    breakpoints = sorted(t for t in points if lowest < t < highest)
+    edges = [lowest, *breakpoints, highest]
     inside = torch.tensor([(a + b) / 2 for a, b in pairwise(edges)])
     depth_scale = 0.5 ** torch.arange(DEPTHS).double()
     values = e2m1.VALUES.double() * depth_scale[:, None]
@@ -86,6 +93,7 @@ def integer_lattice(bits: int) -> IntegerLattice:
     return IntegerLattice(
         bits,
         torch.tensor(breakpoints, dtype=torch.float32),
+        lowest,
         _bfloat16_below(highest),
         va.float().contiguous(),
         qq.float().contiguous(),
