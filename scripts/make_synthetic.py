@@ -101,7 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(asdict(written)))
         return
     kinds = ", ".join(f"{n:,} {dtype}" for dtype, n in sorted(written.dtypes.items()))
-    print(f"{args.out}: {written.files} files, {written.tensors:,} tensors, {written.bytes:,} bytes")
+    counts = f"{written.files} files, {written.tensors:,} tensors, {written.bytes:,} bytes"
+    print(f"{args.out}: {counts}")
     print(f"of which {kinds}")
 
 

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ import torch
 
 from v4quant import __version__
 from v4quant.convert import convert_unit
-from v4quant.journal import FOLDER, FinishedShard, Journal, locked_output
+from v4quant.journal import FOLDER, FinishedShard, Journal, journal_files, locked_output
 from v4quant.memory import peak_rss_bytes
 from v4quant.plan import Plan, ShardPlan
+from v4quant.ranks import Ranks
 from v4quant.records import TensorRecord, record_from_dict
 from v4quant_calibration.stats import Stats
 from v4quant_formats.checkpoint import INDEX_NAME
@@ -72,10 +74,11 @@ def run_job(
     stats: Stats | None = None,
     workers: int = 2,
     progress: Progress | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
 ) -> JobResult:
     """Carry a plan out into folder `out`; the same call again resumes or confirms.
 
-    Raises OutputError (not empty, locked, full, not writable) and what `convert_unit` raises.
+    With several ranks each calls this with the same plan and folder, and writes its share. Raises OutputError (not empty, locked, full, not writable) and what `convert_unit` raises.
     """
     started = time.monotonic()
     progress = progress or SilentProgress()
@@ -84,20 +87,30 @@ def run_job(
         # Left when the run that finished was killed between its last two steps.
         shutil.rmtree(out / FOLDER, ignore_errors=True)
         return _result(plan, out, records, started)
-    _check_folder(out)
-    with locked_output(out):
-        journal = Journal(out, plan.digest)
-        _check_space(plan, out, journal)
-        _write_shards(plan, out, stats, workers, journal, progress)
+    with ExitStack() as stack:
+        if ranks.is_first:
+            _check_folder(out)
+            stack.enter_context(locked_output(out))
+        ranks.barrier()
+        journal = Journal(out, plan.digest, ranks.rank)
+        todo = [s for s in plan.shards if s.file not in journal.finished]
+        _check_space(out, sum(s.nbytes for s in todo))
+        # Every rank divides the same list: nobody may finish a shard before all have read it.
+        ranks.barrier()
+        _write_shards(plan, ranks.share(todo), out, stats, workers, journal, progress)
+        ranks.barrier()
+        journal.refresh()
         shards = [journal.finished[s.file] for s in plan.shards]
-        _finish(plan, out, shards)
-        journal.remove()
+        if ranks.is_first:
+            _finish(plan, out, shards)
+            journal.remove()
+        ranks.barrier()
     return _result(plan, out, [r for s in shards for r in s.records], started)
 
 
 def _is_complete(plan: Plan, out: Path) -> bool:
     """Whether `out` already is this plan's result (an earlier run finished)."""
-    if not (out / INDEX_NAME).exists() or (out / FOLDER / "journal.jsonl").exists():
+    if not (out / INDEX_NAME).exists() or journal_files(out):
         return False
     return (out / MANIFEST_NAME).exists() and read_manifest(out).get("plan") == plan.digest
 
@@ -111,15 +124,14 @@ def _check_folder(out: Path) -> None:
     if not out.is_dir():
         raise OutputError(f"{out}: is not a folder")
     foreign = [p.name for p in out.iterdir() if p.name != FOLDER]
-    if foreign and not (out / FOLDER / "journal.jsonl").exists():
+    if foreign and not journal_files(out):
         raise OutputError(
             f"{out}: folder is not empty ({sorted(foreign)[0]}, ...) and holds no unfinished "
             "conversion to resume; choose a new folder"
         )
 
 
-def _check_space(plan: Plan, out: Path, journal: Journal) -> None:
-    needed = sum(s.nbytes for s in plan.shards if s.file not in journal.finished)
+def _check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out).free
     if needed > free:
         raise OutputError(
@@ -130,21 +142,19 @@ def _check_space(plan: Plan, out: Path, journal: Journal) -> None:
 
 def _write_shards(
     plan: Plan,
+    shards: list[ShardPlan],
     out: Path,
     stats: Stats | None,
     workers: int,
     journal: Journal,
     progress: Progress,
 ) -> None:
-    progress.start("Converting", plan.bytes_in, "B")
+    progress.start("Converting", sum(u.bytes_in for s in shards for u in s.units), "B")
     pool = ThreadPoolExecutor(workers, "convert", initializer=_one_thread)
     finisher = ThreadPoolExecutor(1, "finish")
     closing: tuple[Future[WrittenFile], list[TensorRecord]] | None = None
     try:
-        for shard in plan.shards:
-            if shard.file in journal.finished:
-                progress.advance(sum(u.bytes_in for u in shard.units))
-                continue
+        for shard in shards:
             writer = ShardWriter(out / shard.file, shard.outputs)
             try:
                 records = _convert_shard(plan, shard, writer, stats, pool, progress)

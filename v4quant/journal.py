@@ -1,6 +1,6 @@
 """Journal: which shards of an unfinished conversion are safely on disk.
 
-Lives in `OUT/.v4quant/` until the checkpoint is whole. The first line is the plan's digest; each
+Lives in `OUT/.v4quant/` until the checkpoint is whole, one file per rank. The first line is the plan's digest; each
 further line is one finished shard with its hash and records, appended only after the shard was
 flushed and renamed into place. A line cut short by a crash is ignored: its shard is made again.
 """
@@ -33,21 +33,40 @@ class FinishedShard:
     records: tuple[TensorRecord, ...]
 
 
+def journal_files(out: Path) -> list[Path]:
+    """The journals of an unfinished conversion, one per rank that ever worked on it."""
+    return sorted((out / FOLDER).glob("journal-*.jsonl"))
+
+
 class Journal:
     """Append-only record of finished shards for one plan."""
 
-    def __init__(self, out: Path, plan_digest: str) -> None:
-        """Open or begin the journal. Raises OutputError when the folder holds another plan's."""
-        self._path = out / FOLDER / "journal.jsonl"
+    def __init__(self, out: Path, plan_digest: str, rank: int = 0) -> None:
+        """Open or begin rank `rank`'s journal and read everybody's.
+
+        Raises OutputError when the folder holds another plan's, or a damaged one.
+        """
+        self._path = out / FOLDER / f"journal-{rank}.jsonl"
         self._out = out
+        self._plan_digest = plan_digest
         self.finished: dict[str, FinishedShard] = {}
-        lines = self._read_lines()
-        if not lines:
+        self.refresh()
+        if not self._read_lines(self._path):
             self._append({"plan": plan_digest}, fresh=True)
+
+    def refresh(self) -> None:
+        """Read what all ranks have finished so far."""
+        for path in journal_files(self._out):
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        lines = self._read_lines(path)
+        if not lines:
             return
-        if lines[0].get("plan") != plan_digest:
+        if lines[0].get("plan") != self._plan_digest:
             raise OutputError(
-                f"{out}: holds an unfinished conversion of another source, recipe or version; "
+                f"{self._out}: holds an unfinished conversion of another source, recipe or "
+                "version; "
                 "choose another folder or delete this one"
             )
         for line in lines[1:]:
@@ -57,7 +76,7 @@ class Journal:
                 )
             except (KeyError, TypeError, ManifestError):
                 raise OutputError(
-                    f"{self._path}: damaged; delete the folder {out} and start again"
+                    f"{path}: damaged; delete the folder {self._out} and start again"
                 ) from None
             if self._is_in_place(shard.file):
                 self.finished[shard.file.name] = shard
@@ -77,11 +96,12 @@ class Journal:
         path = self._out / file.name
         return path.is_file() and path.stat().st_size == file.nbytes
 
-    def _read_lines(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
+    @staticmethod
+    def _read_lines(path: Path) -> list[dict[str, Any]]:
+        if not path.exists():
             return []
         lines = []
-        text = self._path.read_bytes()
+        text = path.read_bytes()
         for raw in text.split(b"\n")[:-1]:  # what follows the last newline was cut short
             try:
                 line = json.loads(raw)

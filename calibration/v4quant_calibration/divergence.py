@@ -89,7 +89,8 @@ def summarise(records: TokenRecords) -> dict[str, Any]:
     base, base_error = block_mean(records.nll_reference, records.block)
     difference, difference_error = block_mean(records.nll - records.nll_reference, records.block)
     kl, kl_error = block_mean(records.kl, records.block)
-    quantiles = torch.quantile(records.kl, torch.tensor(list(QUANTILES.values())).double())
+    shares = torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
+    quantiles = torch.quantile(records.kl, shares)
     metrics |= {
         "reference_perplexity": _exp(base),
         "reference_perplexity_stderr": _exp(base) * base_error,

@@ -76,7 +76,7 @@ def search_mxfp4(q: QTensor, scheme: Scheme, importance: Tensor | None = None) -
     for start in range(0, rows, step):
         part = slice(start, start + step)
         search = _Search(lattice, scheme, q.codes[part], exponents[part])
-        chosen = search.best_scale(weights)
+        chosen = search.stored(search.best_scale(weights))
         codes[part] = search.encode(chosen, byte_table)
         scale[part] = search.bf16_scale(chosen)
         sums = search.errors(chosen, largest)
@@ -91,7 +91,6 @@ class _Search:
         self, lattice: IntegerLattice, scheme: Scheme, codes: Tensor, exponents: Tensor
     ) -> None:
         self.lattice = lattice
-        codes, exponents, self.histogram = _canonical(codes, exponents)
         self.codes = codes  # uint8 [n, K/2]
         self.rows = codes.shape[0]
         self.blocks = scheme.group_size // GROUP
@@ -100,11 +99,31 @@ class _Search:
         # Blocks of zeros are exact under any scale and must not push the others out.
         empty = self.histogram[:, 0] + self.histogram[:, 8] == GROUP
         exponents = exponents.reshape(-1).masked_fill(empty, e8m0.MIN_EXPONENT)
+        exponents = self._double_small_blocks(exponents, empty)
         grouped = exponents.view(-1, self.blocks)
         self.top = grouped.amax(1)  # int32 per group, exponent of S
         self.depth = (self.top.unsqueeze(1) - grouped).view(-1)  # int32 per block
         self.clipped = self.depth.clamp(max=DEPTHS - 1)
         self.sums = self._sums(self.histogram)
+
+    def _double_small_blocks(self, exponents: Tensor, empty: Tensor) -> Tensor:
+        """The same values with a code of 2 or more in every block; returns the new exponents.
+
+        The window counts from the largest block scale, so a block that uses only codes up to 1.5
+        would put it too high. Quantizers leave no such block, but a file may: its codes are doubled
+        and its exponent lowered, at most twice.
+        """
+        for _ in range(2):
+            small = ~empty & (self.histogram[:, [4, 5, 6, 7, 12, 13, 14, 15]].sum(1) == 0)
+            if not bool(small.any()):
+                break
+            blocks = self.codes.clone().view(-1, GROUP // 2)
+            blocks[small] = _DOUBLED[blocks[small].int()]
+            self.codes = blocks.view(self.codes.shape)
+            self.index = self.codes.int()
+            self.histogram = _histogram(self.index)
+            exponents = exponents - small.int()
+        return exponents
 
     def best_scale(self, weights: Tensor | None) -> Tensor:
         """The optimal t of every group, float32 [groups], exactly representable in bfloat16."""
@@ -150,6 +169,11 @@ class _Search:
         unit = e8m0.power_of_two_f64(self.top)
         return (t.double() * unit).bfloat16().view(self.rows, -1)
 
+    def stored(self, t: Tensor) -> Tensor:
+        """The t that `bf16_scale` really stores: the same, but for bfloat16 subnormals."""
+        unit = e8m0.power_of_two_f64(self.top)
+        return (self.bf16_scale(t).view(-1).double() / unit).float()
+
     def errors(self, t: Tensor, largest: float) -> tuple[float, float, float]:
         """Unweighted sums of squared error and squared value, and the largest error (or `largest`).
 
@@ -193,6 +217,17 @@ class _Search:
         error = (value - rounded * t.double().unsqueeze(1)).abs_()
         present = error.masked_fill_(self.histogram[blocks] == 0, 0).amax(1)
         return float((present * units[blocks]).max())
+
+
+def _make_doubled() -> Tensor:
+    """uint8 [256]: both codes of a byte doubled, for magnitudes up to 1.5 (0 elsewhere)."""
+    code = torch.arange(16)
+    double = torch.tensor([0, 2, 4, 5, 0, 0, 0, 0])[code & 7] | (code & 8)
+    byte = torch.arange(256)
+    return (double[byte & 15] | (double[byte >> 4] << 4)).to(torch.uint8)
+
+
+_DOUBLED = _make_doubled()
 
 
 def _histogram(index: Tensor) -> Tensor:

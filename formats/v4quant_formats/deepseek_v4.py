@@ -52,7 +52,9 @@ _PLAIN = "plain"
 _HC = ("fn", "base", "scale")
 
 # Modules of a stage: pattern below `layers.N.` / `mtp.N.` -> (role, linear or plain).
+# Experts lead because nearly all names are theirs and the first match ends the search.
 _STAGE_MODULES: list[tuple[str, Role, str]] = [
+    (r"ffn\.experts\.(0|[1-9][0-9]{0,4})\.w[123]", "routed experts", _LINEAR),
     (r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b)", "attention", _LINEAR),
     (r"attn\.attn_sink", "attention", _PLAIN),
     (r"attn\.(q_norm|kv_norm)", "norm", _PLAIN),
@@ -61,7 +63,6 @@ _STAGE_MODULES: list[tuple[str, Role, str]] = [
     (r"attn\.indexer\.(weights_proj|compressor\.(ape|wkv|wgate|norm))", "indexer", _PLAIN),
     (r"attn\.indexer\.(wk|k_norm)", "indexer", _PLAIN),
     (r"ffn\.gate(\.tid2eid|\.bias|\.bias_vl)?", "router", _PLAIN),
-    (r"ffn\.experts\.(0|[1-9][0-9]{0,4})\.w[123]", "routed experts", _LINEAR),
     (r"ffn\.shared_experts\.w[123]", "shared experts", _LINEAR),
     (r"(attn_norm|ffn_norm)", "norm", _PLAIN),
     (r"hc_(attn|ffn)_(fn|base|scale)", "hyper-connection", _PLAIN),
@@ -120,10 +121,10 @@ def split_part(name: str) -> tuple[str, str]:
 def parse_name(name: str) -> TensorName | None:
     """Take an official tensor name apart; None when no V4 release has such a tensor."""
     module, part = split_part(name)
-    stage, tables, below = "", (_TOP_TABLE,), module
+    stage, tables, below = "", [_TOP_TABLE], module
     if match := _STAGE.fullmatch(module):
         stage, below = f"{match[1]}.{match[2]}", match[3]
-        tables = (_STAGE_TABLE, _DRAFT_TABLE) if match[1] == "mtp" else (_STAGE_TABLE,)
+        tables = [_STAGE_TABLE, _DRAFT_TABLE] if match[1] == "mtp" else [_STAGE_TABLE]
     for table in tables:
         for pattern, role, kind in table:
             if pattern.fullmatch(below):
@@ -354,6 +355,7 @@ def _draft_shapes(c: Dimensions) -> dict[str, tuple[int, ...]]:
 
 @lru_cache(maxsize=8)
 def _top_shapes(c: Dimensions) -> dict[str, tuple[int, ...]]:
+    images = ("image_start", "image_end", "image_newline", "image_pad")
     return {
         "embed": (c.vocab_size, c.hidden_size),
         "head": (c.vocab_size, c.hidden_size),
@@ -361,7 +363,7 @@ def _top_shapes(c: Dimensions) -> dict[str, tuple[int, ...]]:
         "hc_head_fn": (c.hc_mult, c.hc_mult * c.hidden_size),
         "hc_head_base": (c.hc_mult,),
         "hc_head_scale": (1,),
-        **dict.fromkeys(("image_start", "image_end", "image_newline", "image_pad"), (c.hidden_size,)),
+        **dict.fromkeys(images, (c.hidden_size,)),
     }
 
 

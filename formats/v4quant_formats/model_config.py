@@ -1,8 +1,8 @@
 """The numbers of config.json, read and checked once, in two depths.
 
-`Dimensions` is what decides names, shapes and experts: enough to inspect and to convert any release,
-V4.1 with its nested `text_config` included. `ModelConfig` adds the constants of the forward pass,
-which only V4 has here.
+`Dimensions` is what decides names, shapes and experts: enough to inspect and to convert any
+release, V4.1 with its nested `text_config` included. `ModelConfig` adds the constants of the
+forward pass, which only V4 has here.
 
 Field names are the release's own. A missing key is an error rather than a default: the official
 code's defaults (rope factor 40, compress theta 40000, no clamp) are wrong for every release, so
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from v4quant_kernels.errors import V4QuantError
 
@@ -136,13 +136,24 @@ _KINDS: dict[int, LayerKind] = {0: "swa", CSA_RATIO: "csa", HCA_RATIO: "hca"}
 _V41_RATIOS = (0, 1, 2)
 
 _INTS = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim q_lora_rank o_groups "
-    "o_lora_rank moe_intermediate_size n_routed_experts num_experts_per_tok index_n_heads "
-    "index_head_dim hc_mult"
-).split()
-_FLOATS = ["routed_scaling_factor", "swiglu_limit"]
-_FORWARD_INTS = "qk_rope_head_dim sliding_window index_topk hc_sinkhorn_iters".split()
-_FORWARD_FLOATS = "hc_eps rms_norm_eps rope_theta compress_rope_theta".split()
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "q_lora_rank",
+    "o_groups",
+    "o_lora_rank",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "index_n_heads",
+    "index_head_dim",
+    "hc_mult",
+)
+_FLOATS = ("routed_scaling_factor", "swiglu_limit")
+_FORWARD_INTS = ("qk_rope_head_dim", "sliding_window", "index_topk", "hc_sinkhorn_iters")
+_FORWARD_FLOATS = ("hc_eps", "rms_norm_eps", "rope_theta", "compress_rope_theta")
 
 
 def parse_dimensions(raw: dict[str, Any], where: str = "config.json") -> Dimensions:
@@ -254,8 +265,8 @@ def _dspark(text: dict[str, Any], values: dict[str, Any], where: str) -> DSpark 
 def _v41(text: dict[str, Any], layers: int, where: str) -> V41:
     engram = _layer_ids(text, "engram_layer_ids", layers, where)
     rows = text.get("engram_num_embeddings")
-    if not _is_integers(rows) or len(rows) != len(engram):
-        raise ConfigError(f"{where}: 'engram_num_embeddings' must give a size for each Engram layer")
+    if not _is_integers(rows) or len(rows) != len(engram) or min(rows, default=1) < 1:
+        raise ConfigError(f"{where}: 'engram_num_embeddings' must size each Engram layer's table")
     grams = _integer(text, "engram_max_ngram_size", where, minimum=2)
     return V41(
         _layer_ids(text, "kv_source_layer_ids", layers, where),
@@ -274,7 +285,7 @@ def _layer_ids(raw: dict[str, Any], key: str, layers: int, where: str) -> tuple[
     return tuple(value)
 
 
-def _is_integers(value: Any) -> bool:
+def _is_integers(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(i, int) and not isinstance(i, bool) for i in value
     )
@@ -323,9 +334,7 @@ def _yarn(value: Any, where: str) -> Yarn | None:
         factor=_number(value, "factor", where),
         beta_fast=_number(value, "beta_fast", where),
         beta_slow=_number(value, "beta_slow", where),
-        original_max_position_embeddings=_integer(
-            value, "original_max_position_embeddings", where
-        ),
+        original_max_position_embeddings=_integer(value, "original_max_position_embeddings", where),
     )
 
 

@@ -15,6 +15,22 @@ from v4quant_formats.spec import TensorSpec
 
 Specs = Iterator[TensorSpec]
 
+_VISION_SIZES = ("layers", "width", "inner", "patch", "ratio")
+_VISION_KEYS = {
+    "layers": "vision_n_layers",
+    "width": "vision_dim",
+    "inner": "vision_inter_dim",
+    "patch": "vision_patch_size",
+    "ratio": "vision_downsample_ratio",
+}
+_V41_VISION_KEYS = {
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "inner": "intermediate_size",
+    "patch": "patch_size",
+    "ratio": "downsample_ratio",
+}
+
 
 @dataclass(frozen=True)
 class Coding:
@@ -190,8 +206,12 @@ def dspark_stage(c: dict[str, Any], number: int, coding: Coding, vision: bool, v
         yield bf16(f"{p}.confidence_head.proj.weight", 1, d + rank)
 
 
-def vision_tower(layers: int, v: int, inner: int, patch: int, ratio: int, d: int) -> Specs:
-    """Vision transformer, aligner and the learned image delimiters that all releases have."""
+def vision_tower(config: dict[str, Any], names: dict[str, str], d: int) -> Specs:
+    """Vision transformer, aligner and the learned image delimiters that all releases have.
+
+    names: under which keys `config` holds layers, width, inner, patch and ratio.
+    """
+    layers, v, inner, patch, ratio = (int(config[names[k]]) for k in _VISION_SIZES)
     yield bf16("vision.patch_embed.proj.weight", v, 3 * patch * patch)
     yield bf16("vision.patch_embed.proj.bias", v)
     yield bf16("vision.norm.weight", v)
@@ -223,8 +243,7 @@ def _v4_shards(release: str, c: dict[str, Any]) -> list[list[TensorSpec]]:
     final = [bf16("norm.weight", d), bf16("head.weight", vocab, d)]
     final += hyper_connection("hc_head", c["hc_mult"], 1, c)
     if vision:
-        sizes = [c[f"vision_{k}"] for k in ("n_layers", "dim", "inter_dim", "patch_size")]
-        final += [*vision_tower(*sizes, c["vision_downsample_ratio"], d), bf16("image_pad", d)]
+        final += [*vision_tower(c, _VISION_KEYS, d), bf16("image_pad", d)]
     shards = [[bf16("embed.weight", vocab, d)]]
     shards += [list(v4_layer(c, i, coding, vision)) for i in range(c["num_hidden_layers"])]
     shards.append(final)
@@ -238,11 +257,10 @@ def _v4_shards(release: str, c: dict[str, Any]) -> list[list[TensorSpec]]:
 def _v41_shards(config: dict[str, Any]) -> list[list[TensorSpec]]:
     c, v, coding = config["text_config"], config["vision_config"], coding_of("v41")
     vocab, d = c["vocab_size"], c["hidden_size"]
-    keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "patch_size")
     shards = [[bf16("embed.weight", vocab, d)]]
     shards += [list(v41_layer(c, i, coding)) for i in range(c["num_hidden_layers"])]
     shards.append([bf16("norm.weight", d), bf16("head.weight", vocab, d)])
     shards += [list(dspark_stage(c, i, coding, vision=True, v41=True)) for i in range(3)]
-    shards.append(list(vision_tower(*(v[k] for k in keys), v["downsample_ratio"], d)))
+    shards.append(list(vision_tower(v, _V41_VISION_KEYS, d)))
     shards += [list(engram(c, i, coding)) for i in range(len(c["engram_layer_ids"]))]
     return shards

@@ -131,7 +131,9 @@ def _table(spec: TensorSpec, rng: np.random.Generator, experts: int) -> Iterator
 @cache
 def _quantiles(count: int, deviation: float) -> Tensor:
     """float64 quantiles of a normal distribution at the middles of `count` equal parts."""
-    return torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count) * deviation
+    middles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    quantiles: Tensor = torch.special.ndtri(middles) * deviation
+    return quantiles
 
 
 @cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Request:
     engram_rows: int | None = None
     seed: int = 0
     headers_only: bool = False
-    faults: Faults = Faults()
+    faults: Faults = field(default_factory=Faults)
 
 
 @dataclass(frozen=True)

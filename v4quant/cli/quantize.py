@@ -11,10 +11,12 @@ from v4quant.cli import _output
 from v4quant.job import JobResult, run_job
 from v4quant.memory import fit_workers, parse_size
 from v4quant.plan import Plan, make_plan
+from v4quant.ranks import current_ranks
 from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
 from v4quant_calibration.stats import Stats, load_stats, stats_digest
 from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
 from v4quant_formats.layouts import LAYOUTS
+from v4quant_kernels.progress import SilentProgress
 from v4quant_kernels.scheme import SCHEMES
 
 
@@ -53,7 +55,11 @@ def quantize(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Convert checkpoint SOURCE into folder OUT. The same command again resumes."""
+    """Convert checkpoint SOURCE into folder OUT. The same command again resumes.
+
+    Several processes, also on several machines with a shared disk, share the work when started by
+    `torchrun --nproc-per-node N -m v4quant quantize ...`; the bytes are the same.
+    """
     chosen = {
         "scheme": scheme,
         "format": format_,
@@ -63,14 +69,18 @@ def quantize(
     }
     recipe = _recipe(recipe_file, {k: v for k, v in chosen.items() if v is not None})
     cap = parse_size(max_memory) if max_memory else None
-    with open_checkpoint(source) as checkpoint:
+    with open_checkpoint(source) as checkpoint, current_ranks() as ranks:
         stats, digest = _stats(checkpoint, stats_file)
         plan = make_plan(checkpoint, recipe, digest)
         threads = fit_workers(plan, workers or os.cpu_count() or 1, cap)
         if dry_run:
-            _show_plan(plan, out, threads, as_json)
+            if ranks.is_first:
+                _show_plan(plan, out, threads, as_json)
             return
-        result = run_job(plan, out, stats, threads, _output.TerminalProgress())
+        progress = _output.TerminalProgress() if ranks.is_first else SilentProgress()
+        result = run_job(plan, out, stats, threads, progress, ranks)
+        if not ranks.is_first:
+            return
     if as_json:
         _output.emit(result)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import click
 
-from v4quant.builtin import resolve_source
+from v4quant.builtin import resolve_corpus, resolve_source
 from v4quant.cli import _output
 from v4quant.cli._options import forward_options, read_corpus, tool_facts
 from v4quant.cli.calibrate import coverage, coverage_text
@@ -21,9 +22,10 @@ from v4quant.kernel_check import check_kernels
 from v4quant.memory import fit_workers, parse_size
 from v4quant.pipeline import CorpusStep, Pipeline, VerifyStep, load_pipeline
 from v4quant.plan import make_plan
+from v4quant.steps import FinishedSteps, step_key
 from v4quant.verify import verify as verify_checkpoint
 from v4quant_calibration.calibrate import calibrate as calibrate_checkpoint
-from v4quant_calibration.stats import Stats, StatsError, load_stats, save_stats, stats_digest
+from v4quant_calibration.stats import Stats, load_stats, save_stats, stats_digest
 from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
 from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.shards import write_file_atomically
@@ -49,13 +51,15 @@ def run(
     """Calibrate, quantize, verify and evaluate as RECIPE (a TOML file, or `demo`) says.
 
     Results go to --out: the checkpoint in `checkpoint/`, statistics, evaluation and report beside
-    it. Running the same command again resumes, and repeats nothing that is done.
+    it. Running the same command again resumes, and repeats nothing that is done but verification.
     """
     pipeline = load_pipeline(recipe)
     folder = out or Path(f"v4quant-{Path(recipe).stem}")
     started = time.monotonic()
     cap = parse_size(max_memory) if max_memory else None
     with open_checkpoint(resolve_source(pipeline.source)) as source:
+        # What no plan can be made for should not be calibrated first.
+        make_plan(source, pipeline.recipe)
         stats, digest = _calibrate(pipeline.calibrate, source, folder)
         plan = make_plan(source, pipeline.recipe, digest)
         _output.heading(f"Quantize to {pipeline.recipe.scheme} ({pipeline.recipe.format})")
@@ -81,14 +85,11 @@ def _calibrate(
     if step is None:
         return None, ""
     _output.heading("Calibrate: what every expert's inputs look like")
-    file = folder / "stats.v4q"
-    if file.exists():
-        try:
-            stats = load_stats(file, source.digest())
-            _output.note(f"{file} is of this checkpoint: reused")
-            return stats, stats_digest(file.read_bytes())
-        except StatsError as error:
-            _output.note(f"{error}; calibrating anew")
+    file, done = folder / "stats.v4q", FinishedSteps(folder)
+    key = _step_key(step, source)
+    if done.has(key, file):
+        _output.note(f"{file} is of this checkpoint, corpus and settings: reused")
+        return load_stats(file, source.digest()), stats_digest(file.read_bytes())
     config = parse_model_config(dict(source.config))
     corpus = read_corpus(step.corpus, source, config, step.seq_len, step.tokens)
     _output.note(f"{corpus.tokens:,} tokens in {len(corpus.windows)} windows")
@@ -97,6 +98,7 @@ def _calibrate(
     stats = calibrate_checkpoint(source, config, corpus.windows, options, step.floor, progress)
     data = save_stats(stats)
     write_file_atomically(file, data)
+    done.add(key, file)
     _output.note(coverage_text(stats))
     return stats, stats_digest(data)
 
@@ -132,18 +134,29 @@ def _evaluate(
     if step is None:
         return None
     _output.heading("Evaluate: perplexity and KL against the source, with a noise floor")
-    config = parse_model_config(dict(source.config))
-    corpus = read_corpus(step.corpus, source, config, step.seq_len, step.tokens)
-    options = forward_options(step.activations)
-    progress = _output.TerminalProgress()
+    file, done = folder / "evaluation.json", FinishedSteps(folder)
     with open_checkpoint(target) as candidate:
+        key = _step_key(step, source, candidate.digest())
+        if done.has(key, file):
+            _output.note(f"{file} is of these checkpoints, corpus and settings: reused")
+            result: dict[str, Any] = json.loads(file.read_bytes())
+            return result
+        config = parse_model_config(dict(source.config))
+        corpus = read_corpus(step.corpus, source, config, step.seq_len, step.tokens)
+        options, progress = forward_options(step.activations), _output.TerminalProgress()
         figures = evaluate_checkpoint(candidate, source, corpus, options, progress)
     result = {"tool": tool_facts(), **figures}
     if stats is not None:
         result["coverage"] = coverage(stats)
-    for name in ("evaluation.json", "report.html", "report.md"):
+    for name in ("report.html", "report.md", file.name):
         write_report(result, folder / name)
+    done.add(key, file)
     return result
+
+
+def _step_key(step: CorpusStep, source: Checkpoint, *digests: str) -> str:
+    files = [*resolve_corpus(list(step.corpus)), source.path / "tokenizer.json"]
+    return step_key(step, files, source.digest(), *digests)
 
 
 def _closing_table(

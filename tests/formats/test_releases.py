@@ -1,0 +1,270 @@
+"""Every release: recognised, inspected, converted by every scheme, and nothing lost on the way.
+
+The synthetic checkpoints list their tensors themselves, from the published layouts, so names and
+shapes known here are checked against a second account of them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import secrets
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.conversion import convert
+from tests.support.synthetic import RELEASES, make_small
+from v4quant.convert import ScaleNotPowerOfTwo
+from v4quant.inspection import inspect_checkpoint
+from v4quant.recipe import Recipe
+from v4quant.verify import verify
+from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.deepseek_v4 import expected_modules, module_shape, parse_name
+from v4quant_formats.layouts import LAYOUTS, UnsupportedPair
+from v4quant_formats.manifest import read_manifest
+from v4quant_formats.model_config import ConfigError, parse_dimensions, parse_model_config
+from v4quant_formats.weights import find_weight
+from v4quant_kernels.progress import SilentProgress
+
+Make = Callable[[str], Path]
+
+NAMES = {
+    "flash": "V4",
+    "pro": "V4",
+    "flash-base": "V4 Base",
+    "pro-base": "V4 Base",
+    "flash-dspark": "V4 with DSpark",
+    "pro-dspark": "V4 with DSpark",
+    "vision": "V4 Vision-Exp",
+    "v41": "V4.1",
+}
+KINDS = {
+    "flash": {"swa": 2, "csa": 1, "hca": 1},
+    "pro": {"hca": 3, "csa": 1},
+    "v41": {"swa": 2, "csa2/2": 1, "csa2/1": 1},
+}
+PAIRS = [(x.name, scheme) for x in LAYOUTS.values() for scheme in x.schemes]
+# Pro differs from Flash in sizes only, so it is converted by one scheme of each kind.
+CASES = [
+    (release, layout, scheme)
+    for release in RELEASES
+    for layout, scheme in PAIRS
+    if not release.startswith("pro") or scheme in ("fp8", "int4-g32")
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Folder of a small checkpoint of a release; made once, not to be changed."""
+    folders: dict[str, Path] = {}
+
+    def get(release: str) -> Path:
+        if release not in folders:
+            seed = secrets.randbits(31)
+            sys.stdout.write(f"{release} seed {seed}\n")
+            folder = tmp_path_factory.mktemp("synthetic") / release
+            folders[release] = make_small(folder, release, seed=seed)
+        return folders[release]
+
+    return get
+
+
+def modules_of(checkpoint: Checkpoint) -> set[str]:
+    return {n.module for spec in checkpoint if (n := parse_name(spec.name))}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_inspect_names_the_release_and_finds_no_defect(release: str, made: Make) -> None:
+    with open_checkpoint(made(release)) as checkpoint:
+        found = inspect_checkpoint(checkpoint, SilentProgress(), deep=True)
+        assert found.defects == []
+        assert found.release == NAMES[release]
+        assert found.tensors == len(checkpoint.tensors)
+        assert sum(c.nbytes for c in found.classes) == found.nbytes == checkpoint.nbytes
+    assert "unknown" not in {c.role for c in found.classes}
+    family = "v41" if release == "v41" else release.split("-", maxsplit=1)[0]
+    assert found.layer_kinds == KINDS.get(family, KINDS["flash"])
+    drafts = 1 if release in ("flash", "pro") or release.endswith("-base") else 3
+    assert found.draft_stages == [f"mtp.{i}" for i in range(drafts)]
+    assert (found.experts, found.experts_per_token) == (2, 2)
+    assert found.hash_layers == (0 if release == "v41" else 3)
+    assert (found.kv_bytes_per_token is None) == (release == "v41")
+    if release.endswith("-base"):
+        assert found.scales is None
+    else:
+        assert found.scales is not None
+        assert found.scales.span_fp8 <= 3
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_tensor_has_a_role_a_shape_and_is_required(release: str, made: Make) -> None:
+    with open_checkpoint(made(release)) as checkpoint:
+        config = parse_dimensions(dict(checkpoint.config))
+        for spec in checkpoint:
+            name = parse_name(spec.name)
+            assert name is not None, spec.name
+            if name.role != "vision":
+                stored = find_weight(checkpoint, name.module)
+                assert module_shape(config, name.module) == stored.shape, name.module
+        present = modules_of(checkpoint)
+        required = list(expected_modules(config, checkpoint.tensors))
+    assert len(required) == len(set(required))
+    assert set(required) <= present
+    # What is not required: copies only Base has, and the inside of the vision tower.
+    extra = {m for m in present - set(required) if parse_name(f"{m}.weight") is not None}
+    extra = {m for m in extra if not m.startswith(("vision.", "aligner.")) and m != "image_pad"}
+    copies = {"mtp.0.emb.tok_emb", "mtp.0.head"} if release.endswith("-base") else set()
+    assert extra == copies
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_missing_module_is_still_expected(release: str, made: Make) -> None:
+    """What is expected must not be read off what is there, beyond which stages there are."""
+    seed = secrets.randbits(31)
+    sys.stdout.write(f"seed {seed}\n")
+    with open_checkpoint(made(release)) as checkpoint:
+        config = parse_dimensions(dict(checkpoint.config))
+        names = set(checkpoint.tensors)
+        required = set(expected_modules(config, names))
+        for module in random.Random(seed).sample(sorted(required), 25):
+            left = {n for n in names if (p := parse_name(n)) and p.module != module}
+            assert module in set(expected_modules(config, left)), module
+
+
+@pytest.mark.parametrize(("release", "layout", "scheme"), CASES)
+def test_every_scheme_converts_every_release(
+    release: str, layout: str, scheme: str, made: Make, tmp_path: Path
+) -> None:
+    source, out = made(release), tmp_path / "out"
+    recipe = Recipe(scheme=scheme, format=layout)
+    if (release, scheme) == ("v41", "fp8"):
+        with pytest.raises(UnsupportedPair, match=r"'layers\.\d.*32x32 tiles.*use mxfp4"):
+            convert(source, out, recipe)
+        return
+    result = convert(source, out, recipe, workers=1)
+    checked = verify(out, source, SilentProgress())
+    assert checked.findings == ()
+    with open_checkpoint(source) as checkpoint, open_checkpoint(out) as output:
+        modules = modules_of(checkpoint)
+        experts = {m for m in modules if (n := parse_name(m)) and n.expert is not None}
+        assert modules == modules_of(output) == {r["module"] for r in read_manifest(out)["tensors"]}
+        found = inspect_checkpoint(output, SilentProgress())
+        assert found.defects == []
+    assert checked.compared == len(modules)
+    base = release.endswith("-base")
+    exact = {"mxfp4": not base, "fp8": True, "nvfp4": not base}
+    exact |= {"int8-g32": not base, "int8-g128": not base}
+    if not exact.get(scheme, False):
+        assert result.lossy_tensors == len(experts)
+        assert 0.001 < result.worst_relative_rms < 0.2
+        assert result.dropped_tensors == 0
+    else:
+        assert result.lossy_tensors == 0
+    if (scheme, base) in (("mxfp4", False), ("fp8", True)):
+        assert result.copied_tensors == len(modules)
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4"])
+def test_v41_outside_the_experts_is_copied_byte_for_byte(
+    scheme: str, made: Make, tmp_path: Path
+) -> None:
+    source, out = made("v41"), tmp_path / "out"
+    convert(source, out, scheme)
+    with open_checkpoint(source) as a, open_checkpoint(out) as b:
+        for spec in a:
+            if ".ffn.experts." not in spec.name:
+                same = torch.equal(
+                    a.read(spec.name).view(torch.uint8), b.read(spec.name).view(torch.uint8)
+                )
+                assert same, spec.name
+    written = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert written["weight_block_size"] == [32, 32]
+    assert written["expert_dtype"] == "fp4"
+
+
+def test_v41_tiles_are_32_by_32_when_decoded(made: Make, tmp_path: Path) -> None:
+    """BF16 outputs against a decoding that walks the tiles one by one in float64."""
+    source, out = made("v41"), tmp_path / "out"
+    convert(source, out, "int4-g32")
+    with open_checkpoint(source) as a, open_checkpoint(out) as b:
+        tables = [s.name for s in a if ".engram.embed." in s.name]
+        assert len(tables) == 2
+        for name in tables:
+            assert torch.equal(a.read(name).view(torch.uint8), b.read(name).view(torch.uint8))
+        for module in ("layers.0.attn.wq_b", "layers.1.engram.wkv", "mtp.0.main_proj"):
+            codes = a.read(f"{module}.weight").double().numpy()
+            powers = a.read(f"{module}.scale").view(torch.uint8).numpy().astype(np.int64) - 127
+            for row, column in np.ndindex(*powers.shape):
+                tile = (slice(32 * row, 32 * row + 32), slice(32 * column, 32 * column + 32))
+                codes[tile] = np.ldexp(codes[tile], powers[row, column])
+            assert b.spec(f"{module}.weight").dtype == "BF16"
+            assert f"{module}.scale" not in b
+            np.testing.assert_array_equal(b.read(f"{module}.weight").double().numpy(), codes)
+
+
+@pytest.mark.parametrize("release", ["flash", "flash-base", "vision", "v41"])
+def test_draft_stages_can_be_dropped(release: str, made: Make, tmp_path: Path) -> None:
+    source, out = made(release), tmp_path / "out"
+    result = convert(source, out, Recipe("mxfp4", draft="drop"))
+    assert verify(out, source, SilentProgress()).findings == ()
+    with open_checkpoint(source) as a, open_checkpoint(out) as b:
+        drafts = {n for n in a.tensors if n.startswith("mtp.")}
+        assert set(a.tensors) - set(b.tensors) == drafts
+    assert result.dropped_tensors == len(drafts) > 0
+
+
+def test_base_scales_become_e8m0_only_if_powers_of_two(tmp_path: Path) -> None:
+    source = make_small(tmp_path / "base", "flash-base", layers=1)
+    name = "layers.0.attn.wkv.scale"
+    convert(source, tmp_path / "good", "mxfp4")
+    with open_checkpoint(source) as a, open_checkpoint(tmp_path / "good") as b:
+        spec, was, now = a.spec(name), a.read(name), b.read(name)
+        assert now.dtype == torch.float8_e8m0fnu
+        assert torch.equal(now.float(), was)
+    with (source / spec.file).open("r+b") as file:
+        file.seek(spec.offset)
+        file.write(struct.pack("<f", 0.75 * float(was.flatten()[0])))
+    with pytest.raises(ScaleNotPowerOfTwo, match=rf"'{name}' holds scales.*use fp8"):
+        convert(source, tmp_path / "refused", "mxfp4")
+    convert(source, tmp_path / "kept", "fp8")
+    assert verify(tmp_path / "kept", source, SilentProgress()).findings == ()
+
+
+def test_the_forward_pass_refuses_v41_and_reads_every_other_release(made: Make) -> None:
+    for release in RELEASES:
+        raw = json.loads((made(release) / "config.json").read_text())
+        if release == "v41":
+            with pytest.raises(ConfigError, match=r"this is V4\.1.*quantize"):
+                parse_model_config(raw)
+        else:
+            assert parse_model_config(raw).rms_norm_eps == (1e-20 if release == "vision" else 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_config": None}, "'text_config' is missing"),
+        ({"compress_ratios": [0, 4, 2, 1]}, r"compress_ratios\[1\] is 4"),
+        ({"kv_source_layer_ids": [2, 4]}, "'kv_source_layer_ids' must list layers between 0 and 3"),
+        ({"engram_num_embeddings": [5, 5]}, "'engram_num_embeddings' must size"),
+        ({"engram_num_embeddings": [0]}, "'engram_num_embeddings' must size"),
+        ({"engram_max_ngram_size": 1}, "'engram_max_ngram_size' is 1"),
+        ({"dspark_target_layer_ids": [True]}, "'dspark_target_layer_ids'"),
+        ({"dspark_markov_rank": "16"}, "'dspark_markov_rank' is '16'"),
+    ],
+)
+def test_a_wrong_v41_config_is_named(change: dict[str, Any], message: str, made: Make) -> None:
+    raw = json.loads((made("v41") / "config.json").read_text())
+    if "text_config" in change:
+        raw |= change
+    else:
+        raw["text_config"] |= change
+    with pytest.raises(ConfigError, match=message):
+        parse_dimensions(raw)

@@ -1,0 +1,76 @@
+"""`v4quant bench`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import click
+
+from v4quant.bench_convert import ConvertBench, bench_convert
+from v4quant.cli import _output
+from v4quant.synthetic_layer import DIMENSIONS
+
+SCHEMES = ("mxfp4", "nvfp4", "fp8", "int8-g32", "int4-g32", "int4-g128")
+
+
+@click.group(epilog="Example: v4quant bench convert --experts 64")
+def bench() -> None:
+    """Measure speed against the floor of the same machine in the same run."""
+
+
+@bench.command(epilog="Example: v4quant bench convert --dir /fast-disk --json")
+@click.option("--dir", "folder", type=click.Path(path_type=Path, file_okay=False),
+              help="Where to work (default: a temporary folder); needs about 4 times the layer.")  # fmt: skip
+@click.option("--width", type=click.Choice(list(DIMENSIONS)), default="flash", show_default=True)
+@click.option("--experts", type=click.IntRange(1, 4096), help="Fewer experts: a quicker run.")
+@click.option("--scheme", "schemes", multiple=True, help="Only these schemes (repeatable).")
+@click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def convert(
+    folder: Path | None,
+    width: str,
+    experts: int | None,
+    schemes: tuple[str, ...],
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Convert a synthetic full-width layer to each scheme and compare with a plain file copy."""
+    chosen = schemes or SCHEMES
+    with tempfile.TemporaryDirectory(dir=folder, prefix="v4quant-bench-") as work:
+        result = bench_convert(
+            Path(work),
+            width,
+            experts,
+            chosen,
+            workers or os.cpu_count() or 1,
+            _output.TerminalProgress(),
+        )
+    if as_json:
+        _output.emit(result)
+    else:
+        _output.data(_as_text(result))
+
+
+def _as_text(result: ConvertBench) -> str:
+    rows = [
+        (
+            t.scheme,
+            f"{t.seconds:.1f}",
+            f"{t.bytes_in_per_second / 1e6:.0f}",
+            f"{t.ratio_in:.2f}",
+            f"{t.ratio_moved:.2f}",
+            _output.human_bytes(t.peak_rss_bytes),
+            f"{t.release_minutes:.0f}",
+        )
+        for t in result.timings
+    ]
+    header = ("scheme", "s", "MB/s in", "of copy, in", "of copy, moved", "peak memory",
+              f"{result.width} min")  # fmt: skip
+    copy = (
+        f"copy of {_output.human_bytes(result.bytes)} ({result.experts} experts): "
+        f"{result.copy_seconds:.1f} s, {result.copy_bytes_per_second / 1e6:.0f} MB/s; "
+        f"{result.workers} workers"
+    )
+    return copy + "\n\n" + _output.table(rows, header)
