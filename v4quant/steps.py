@@ -46,9 +46,7 @@ class FinishedSteps:
 
     def has(self, key: str, file: Path) -> bool:
         """Whether `file` is the result of the step with this key."""
-        if self._entries.get(file.name, [None])[0] != key or not file.is_file():
-            return False
-        return self._entries[file.name] == [key, hash_file(file)]
+        return file.is_file() and self._entries.get(file.name) == [key, hash_file(file)]
 
     def add(self, key: str, file: Path) -> None:
         """Record `file`, which is written, as the result of the step. Raises OutputError."""

@@ -114,7 +114,7 @@ class _Search:
         and its exponent lowered, at most twice.
         """
         for _ in range(2):
-            small = ~empty & (self.histogram[:, [4, 5, 6, 7, 12, 13, 14, 15]].sum(1) == 0)
+            small = (self.histogram @ _TWO_OR_MORE == 0) & ~empty
             if not bool(small.any()):
                 break
             blocks = self.codes.clone().view(-1, GROUP // 2)
@@ -153,7 +153,10 @@ class _Search:
         return a, b
 
     def _assignment(self, t: Tensor) -> Tensor:
-        return torch.searchsorted(self.lattice.breakpoints, t, out_int32=True)
+        """Index of the assignment that holds at each t, int32: a lookup by t's bfloat16 bits."""
+        table, first = self.lattice.assignment_table()
+        bits = t.view(torch.int32).bitwise_right_shift(16).sub_(first)
+        return torch.index_select(table, 0, bits.clamp_(0, len(table) - 1))
 
     def encode(self, t: Tensor, byte_table: Tensor) -> Tensor:
         """Packed 4-bit codes [n, K/2]: nearest integers at scale t, one lookup per source byte."""
@@ -196,7 +199,8 @@ class _Search:
         A block's error is at most t/2, or what clipping its largest magnitude to qmax * t leaves.
         """
         high = 2 ** (self.lattice.bits - 1) - 1
-        magnitude = torch.where(self.histogram[:, [7, 15]].sum(1) > 0, 6.0, 4.0)
+        sixes = self.histogram[:, 7] + self.histogram[:, 15]
+        magnitude = torch.where(sixes > 0, 6.0, 4.0)
         magnitude *= e8m0.power_of_two_f64(-self.depth).float()
         per_block = t.repeat_interleave(self.blocks)
         units = unit.repeat_interleave(self.blocks)
@@ -228,6 +232,7 @@ def _make_doubled() -> Tensor:
 
 
 _DOUBLED = _make_doubled()
+_TWO_OR_MORE = (e2m1.VALUES.abs() >= 2).float()
 
 
 def _histogram(index: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """ShardWriter: one safetensors file being written, safe against being killed at any moment.
 
 The header is written first from the planned specs, then each tensor goes to its own place by
-positioned writes, in any order and from any thread. `close` refuses unless every planned tensor
-arrived, flushes to disk, hashes the file and renames it into place; until then the bytes live under
-a temporary name that nothing takes for a shard.
+positioned writes, in any order and from any thread. A thread of its own hashes the file from the
+front as far as it is complete, so that the hash is ready shortly after the last byte. `close`
+refuses unless every planned tensor arrived, flushes to disk and renames the file into place; until
+then the bytes live under a temporary name that nothing takes for a shard.
 
-Tensors lie in the order of falling element size, then name: the release's own order, which also
-keeps every tensor aligned to its element without padding (the format allows no gaps).
+Tensors lie in the order they are planned (an expert's matrices and scales together), so writing and
+hashing run front to back. The format allows no gaps and readers want every tensor aligned to its
+element, so tensors that are not a multiple of 8 bytes come last, by falling element size.
 """
 
 from __future__ import annotations
@@ -29,9 +31,6 @@ from v4quant_formats.errors import OutputError
 from v4quant_formats.spec import DTYPE_BITS, DTYPE_NAMES, TensorSpec
 
 TEMPORARY_SUFFIX = ".part"
-# Among dtypes of equal size, the order the release's shards have; others follow by name.
-_RELEASE_ORDER = ["I64", "F32", "BF16", "F8_E8M0", "F8_E4M3", "I8"]
-_DTYPE_ORDER = _RELEASE_ORDER + sorted(DTYPE_BITS.keys() - set(_RELEASE_ORDER))
 _HASH_CHUNK = 8 * 2**20
 
 
@@ -45,8 +44,11 @@ class WrittenFile:
 
 
 def shard_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
-    """Tensors in file order: falling element size, then dtype as released, then name."""
-    return sorted(specs, key=lambda s: (-DTYPE_BITS[s.dtype], _DTYPE_ORDER.index(s.dtype), s.name))
+    """Tensors in file order: as given, but odd sizes last, by falling element size."""
+    specs = list(specs)
+    even = [s for s in specs if s.nbytes % 8 == 0]
+    odd = [s for s in specs if s.nbytes % 8]
+    return even + sorted(odd, key=lambda s: -DTYPE_BITS[s.dtype])
 
 
 def shard_header(specs: Iterable[TensorSpec]) -> bytes:
@@ -77,9 +79,11 @@ class ShardWriter:
         header = shard_header(ordered)
         self.path = path
         self.nbytes = len(header) + sum(s.nbytes for s in ordered)
+        self._ordered = ordered
         self._offsets: dict[str, int] = {}
         self._specs = {s.name: s for s in ordered}
         self._missing = {s.name: s.nbytes for s in ordered}
+        self._complete = 0  # tensors complete from the front
         self._lock = threading.Lock()
         position = len(header)
         for spec in ordered:
@@ -91,11 +95,14 @@ class ShardWriter:
             self._handle = os.open(self._temporary, flags, 0o644)
         except OSError as error:
             raise output_error(self._temporary, error) from None
+        self._hash = _FollowingHash(self._handle, self.nbytes)
         try:
             _write_at(self._handle, header, 0)
         except OSError as error:
             self.abort()
             raise output_error(self._temporary, error) from None
+        with self._lock:
+            self._follow()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one whole tensor at its place. Thread-safe; each planned name exactly once."""
@@ -108,14 +115,23 @@ class ShardWriter:
         spec = self._specs[name]
         assert DTYPE_NAMES[tensor.dtype] == spec.dtype, (spec, tensor.dtype)
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        with self._lock:
-            self._missing[name] -= data.numel()
-            assert self._missing[name] >= 0, f"{spec} written twice"
         try:
             offset = self._offsets[name] + first_byte
             _write_at(self._handle, data.numpy(), offset)
         except OSError as error:
             raise output_error(self._temporary, error) from None
+        with self._lock:
+            self._missing[name] -= data.numel()
+            assert self._missing[name] >= 0, f"{spec} written twice"
+            self._follow()
+
+    def _follow(self) -> None:
+        """Let the hash run up to the first tensor that is not complete. Holds the lock."""
+        ordered = self._ordered
+        while self._complete < len(ordered) and not self._missing[ordered[self._complete].name]:
+            self._complete += 1
+        whole = self._complete == len(ordered)
+        self._hash.allow(self.nbytes if whole else self._offsets[ordered[self._complete].name])
 
     def close(self) -> WrittenFile:
         """Flush, hash and rename into place; the directory entry is on disk when this returns."""
@@ -123,7 +139,7 @@ class ShardWriter:
         assert not missing, f"planned but never written: {missing[:3]}"
         try:
             os.fsync(self._handle)
-            digest = _hash(self._handle, self.nbytes)
+            digest = self._hash.digest()
             os.close(self._handle)
             self._temporary.rename(self.path)
             sync_folder(self.path.parent)
@@ -133,8 +149,58 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Give up: close and remove the temporary file."""
+        self._hash.stop()
         os.close(self._handle)
         self._temporary.unlink(missing_ok=True)
+
+
+class _FollowingHash(threading.Thread):
+    """Hashes a file from the front while it is written, never beyond what `allow` said."""
+
+    def __init__(self, handle: int, size: int) -> None:
+        super().__init__(name="hash", daemon=True)
+        self._handle, self._size = handle, size
+        self._allowed, self._stopped = 0, False
+        self._changed = threading.Condition()
+        self._sha = hashlib.sha256()
+        self._error: OSError | None = None
+        self.start()
+
+    def allow(self, position: int) -> None:
+        """Bytes before `position` will not change any more."""
+        with self._changed:
+            self._allowed = position
+            self._changed.notify()
+
+    def digest(self) -> str:
+        """Wait for the end of the file; its SHA-256. Raises OSError when reading failed."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._sha.hexdigest()
+
+    def stop(self) -> None:
+        """Give up."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self.join()
+
+    def run(self) -> None:
+        """The thread's work."""
+        position = 0
+        while position < self._size:
+            with self._changed:
+                self._changed.wait_for(lambda at=position: self._stopped or self._allowed > at)  # type: ignore[misc]
+                if self._stopped:
+                    return
+                count = min(self._allowed - position, _HASH_CHUNK)
+            try:
+                _hash_range(self._sha, self._handle, position, count)
+            except OSError as error:
+                self._error = error
+                return
+            position += count
 
 
 def write_file_atomically(path: Path, data: bytes) -> WrittenFile:
@@ -193,11 +259,16 @@ def _write_at(handle: int, data: Any, offset: int) -> None:
 
 def _hash(handle: int, size: int) -> str:
     sha = hashlib.sha256()
-    position = 0
-    while position < size:
-        chunk = os.pread(handle, _HASH_CHUNK, position)
+    for position in range(0, size, _HASH_CHUNK):
+        _hash_range(sha, handle, position, min(_HASH_CHUNK, size - position))
+    return sha.hexdigest()
+
+
+def _hash_range(sha: hashlib._Hash, handle: int, position: int, count: int) -> None:
+    end = position + count
+    while position < end:
+        chunk = os.pread(handle, end - position, position)
         if not chunk:
             raise OSError(errno.EIO, "file shrank while it was hashed")
         sha.update(chunk)
         position += len(chunk)
-    return sha.hexdigest()

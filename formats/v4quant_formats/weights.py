@@ -68,7 +68,10 @@ def find_weight(checkpoint: Checkpoint, module: str) -> StoredWeight:
         return _packed_integers(checkpoint, module, parts)
     weight = parts.get("weight")
     if weight is None:
-        raise MissingTensor(f"{checkpoint.path}: tensor '{module}.weight' is missing")
+        first = next(iter(parts.values()))
+        raise MissingTensor(
+            f"{first.file}: tensor '{module}.weight' is missing beside '{first.name}'"
+        )
     if weight.dtype in _FLOATS and len(parts) == 1:
         return StoredWeight(module, parts, weight.shape, None)
     if weight.dtype == "F8_E4M3":

@@ -79,9 +79,7 @@ def keep(windows: list[Tensor], options: ForwardOptions) -> Keeper:
 
 
 @pytest.mark.parametrize("activations", ["plain", "official"])
-def test_every_row_counts_once(
-    generator: torch.Generator, ids: Tensor, activations: Any
-) -> None:
+def test_every_row_counts_once(generator: torch.Generator, ids: Tensor, activations: Any) -> None:
     cuts = torch.randint(1, len(ids) - 1, (2,), generator=generator).sort().values.tolist()
     print("cuts", cuts)
     windows = [w for w in torch.tensor_split(ids, cuts) if len(w)]
@@ -226,6 +224,8 @@ def test_a_lost_row_would_be_seen(ids: Tensor, stats: Stats) -> None:
 
     observer = Forgetful(CONFIG, STAGES)
     with open_checkpoint(TINY) as checkpoint:
-        stream_forward([StreamModel(CheckpointParams(checkpoint), observer=observer)], CONFIG, [ids])
+        stream_forward(
+            [StreamModel(CheckpointParams(checkpoint), observer=observer)], CONFIG, [ids]
+        )
     found, whole = observer.stages["layers.2"].sums["w2"], stats.stages["layers.2"].sums["w2"]
     assert float(((found - whole).abs() / whole.max()).max()) > 1e-3

@@ -1,6 +1,6 @@
 """Corpora: what becomes of text, JSONL and token ids, and what is refused by name.
 
-The tokenizer here knows one word per id ("w17" is 17), so every expected window can be written down.
+The tokenizer here knows one word per id ("w17" is 17), so expected windows can be written down.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def some_ids(draw: random.Random, count: int) -> list[int]:
     return [draw.randrange(VOCABULARY - 1) for _ in range(count)]
 
 
-def test_text_windows_start_with_bos(
-    tmp_path: Path, tokenizer: Path, draw: random.Random
-) -> None:
+def test_text_windows_start_with_bos(tmp_path: Path, tokenizer: Path, draw: random.Random) -> None:
     ids = some_ids(draw, 23)
     file = tmp_path / "prose.txt"
     file.write_text(words(ids))
@@ -79,9 +77,7 @@ def test_short_text_is_one_window(tmp_path: Path, tokenizer: Path, draw: random.
     assert lists(load_corpus([file], tokenizer, request()).windows) == [[BOS, *ids]]
 
 
-def test_default_window_is_512_tokens(
-    tmp_path: Path, tokenizer: Path, draw: random.Random
-) -> None:
+def test_default_window_is_512_tokens(tmp_path: Path, tokenizer: Path, draw: random.Random) -> None:
     file = tmp_path / "long.txt"
     file.write_text(words(some_ids(draw, 1100)))
     assert [len(w) for w in load_corpus([file], tokenizer, request()).windows] == [512, 512]

@@ -39,9 +39,7 @@ def corpus(reference: dict[str, Tensor]) -> Corpus:
     return Corpus([CorpusPart("one", windows[:2]), CorpusPart("two", windows[2:])])
 
 
-def compare(
-    candidate: Path, reference: Path | None, corpus: Corpus, **more: Any
-) -> dict[str, Any]:
+def compare(candidate: Path, reference: Path | None, corpus: Corpus, **more: Any) -> dict[str, Any]:
     with open_checkpoint(candidate) as mine:
         base = None if reference is None else open_checkpoint(reference)
         try:
@@ -74,7 +72,7 @@ def test_a_checkpoint_against_itself(itself: dict[str, Any], corpus: Corpus) -> 
 
 def test_the_floor_is_a_small_positive_number(itself: dict[str, Any]) -> None:
     floor = itself["noise_floor"]
-    assert FLOOR_KEYS <= floor.keys()
+    assert floor.keys() >= FLOOR_KEYS
     assert 0 < floor["kl_mean"] < 0.05
     assert 0.8 < floor["top1_agreement"] <= 1
 
@@ -114,9 +112,7 @@ def test_exact_casts_cost_nothing(
     assert {row["weight_relative_rms"] for row in found["layers"]} <= {0.0}
 
 
-def test_a_lossy_conversion_is_measurable(
-    converted: Callable[[str], Path], corpus: Corpus
-) -> None:
+def test_a_lossy_conversion_is_measurable(converted: Callable[[str], Path], corpus: Corpus) -> None:
     found = compare(converted("int4-g128"), TINY, corpus)
     assert found["kl_mean"] > 0 and found["top1_agreement"] < 1
     for row in found["layers"]:
@@ -152,9 +148,7 @@ def test_damage_stands_out_where_it_is(tmp_path: Path, corpus: Corpus, layer: in
     assert "measurable" in found["verdict"]["text"]
 
 
-def test_saved_logits_are_the_stored_ones(
-    tmp_path: Path, reference: dict[str, Tensor]
-) -> None:
+def test_saved_logits_are_the_stored_ones(tmp_path: Path, reference: dict[str, Tensor]) -> None:
     """--save-logits on ids from a safetensors file: the oracle's logits, twice."""
     ids = reference["input_ids"][:1].repeat(2, 1)
     save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
@@ -248,9 +242,7 @@ def test_official_activations_change_the_answer(corpus: Corpus, itself: dict[str
 def test_a_sink_sees_reference_candidate_and_floor(corpus: Corpus) -> None:
     slices = []
     with open_checkpoint(TINY) as checkpoint:
-        evaluate(
-            checkpoint, checkpoint, corpus, ForwardOptions(), SilentProgress(), slices.append
-        )
+        evaluate(checkpoint, checkpoint, corpus, ForwardOptions(), SilentProgress(), slices.append)
     assert all(len(piece.logits) == 3 for piece in slices)
     assert all(torch.equal(piece.logits[0], piece.logits[1]) for piece in slices)
     assert not torch.equal(slices[0].logits[0], slices[0].logits[2])

@@ -1,4 +1,4 @@
-"""Converted checkpoints in a real client: transformers, with compressed-tensors for the INT schemes.
+"""Converted checkpoints in a real client: transformers, with compressed-tensors for INT.
 
 What is claimed: the client finds every tensor it wants and no other, holds exactly our values, and
 computes what our forward pass computes.

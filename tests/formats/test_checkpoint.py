@@ -85,7 +85,9 @@ def test_digest_says_which_checkpoint_it_is(copy: Path, tmp_path: Path) -> None:
     first = digest(TINY)
     assert digest(copy) == first == digest(TINY), "neither place nor time matters"
     content = (copy / FILE).read_bytes()
-    (copy / FILE).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    tuned = bytearray(content)
+    tuned[content.index(b"}}") + 10 :: 2000] = bytes(len(tuned[content.index(b"}}") + 10 :: 2000]))
+    (copy / FILE).write_bytes(tuned)
     seen = {first, digest(copy)}
     edited = EditableCheckpoint.read(TINY)
     edited.config["bos_token_id"] = 7

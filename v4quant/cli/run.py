@@ -136,21 +136,23 @@ def _evaluate(
     _output.heading("Evaluate: perplexity and KL against the source, with a noise floor")
     file, done = folder / "evaluation.json", FinishedSteps(folder)
     with open_checkpoint(target) as candidate:
-        key = _step_key(step, source, candidate.digest())
+        moments = stats_digest(save_stats(stats)) if stats is not None else ""
+        key = _step_key(step, source, candidate.digest(), moments)
         if done.has(key, file):
             _output.note(f"{file} is of these checkpoints, corpus and settings: reused")
             result: dict[str, Any] = json.loads(file.read_bytes())
-            return result
-        config = parse_model_config(dict(source.config))
-        corpus = read_corpus(step.corpus, source, config, step.seq_len, step.tokens)
-        options, progress = forward_options(step.activations), _output.TerminalProgress()
-        figures = evaluate_checkpoint(candidate, source, corpus, options, progress)
-    result = {"tool": tool_facts(), **figures}
-    if stats is not None:
-        result["coverage"] = coverage(stats)
-    for name in ("report.html", "report.md", file.name):
+        else:
+            config = parse_model_config(dict(source.config))
+            corpus = read_corpus(step.corpus, source, config, step.seq_len, step.tokens)
+            options, progress = forward_options(step.activations), _output.TerminalProgress()
+            figures = evaluate_checkpoint(candidate, source, corpus, options, progress)
+            result = {"tool": tool_facts(), **figures}
+            if stats is not None:
+                result["coverage"] = coverage(stats)
+            write_report(result, file)
+            done.add(key, file)
+    for name in ("report.html", "report.md"):
         write_report(result, folder / name)
-    done.add(key, file)
     return result
 
 

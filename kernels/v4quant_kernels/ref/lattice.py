@@ -60,6 +60,22 @@ class IntegerLattice:
         byte = torch.arange(256)
         return (offset[..., byte & 15] | (offset[..., byte >> 4] << 4)).reshape(-1)
 
+    def assignment_table(self) -> tuple[Tensor, int]:
+        """int32 table of the assignment that holds at each bfloat16 t of the window, by bits.
+
+        Entry i belongs to the bfloat16 with bits `first + i`; returns (table, first).
+        """
+        return _assignment_table(self.bits, self.lowest_scale == 0.5)
+
+
+@cache
+def _assignment_table(bits: int, single: bool) -> tuple[Tensor, int]:
+    lattice = integer_lattice(bits, 1 if single else 2)
+    ends = torch.tensor([lattice.lowest_scale, lattice.highest_scale])
+    first, last = (ends.view(torch.int32) >> 16).tolist()
+    t = (torch.arange(first, last + 1, dtype=torch.int32) << 16).view(torch.float32)
+    return torch.searchsorted(lattice.breakpoints, t, out_int32=True), first
+
 
 def _bfloat16_below(x: float) -> float:
     bits = torch.tensor(x, dtype=torch.float32).view(torch.int32) & -0x10000
