@@ -22,10 +22,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from synthetic_v4.configs import RELEASES, RequestError
-from synthetic_v4.values import DEFAULT_MODULE, Faults
-from synthetic_v4.writing import Request, write_checkpoint
-
+from v4quant.synthetic.configs import RELEASES, RequestError
+from v4quant.synthetic.values import DEFAULT_MODULE, Faults
+from v4quant.synthetic.writing import Request, write_checkpoint
 from v4quant_kernels.errors import V4QuantError
 
 _FIELDS = {

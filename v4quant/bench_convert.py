@@ -17,11 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from v4quant.synthetic_layer import DIMENSIONS, write_layer
+from v4quant.synthetic.writing import Request, write_checkpoint
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress
 
+WIDTHS = ("flash", "pro")
 _CHUNK = 16 * 2**20
+# One layer without draft; the vocabulary cut, so that experts make up the bytes as released.
+_ONE_LAYER = {"num_hidden_layers": 1, "num_nextn_predict_layers": 0, "vocab_size": 1024}
 # Bytes of experts in the whole release, to extrapolate (tensor data of trunk and draft).
 RELEASE_BYTES = {"flash": 159_609_485_896, "pro": 864_704_792_696}
 
@@ -55,7 +58,7 @@ class ConvertBench:
     """The whole bench: the copy and every scheme."""
 
     width: str
-    experts: int
+    experts: int | None
     bytes: int
     copy_seconds: float
     copy_bytes_per_second: float
@@ -78,7 +81,12 @@ def bench_convert(
     source = folder / "bench-source"
     progress.start("Bench", len(schemes) + 3, "step")
     try:
-        total = write_layer(source, width, experts)
+        sizes = dict(_ONE_LAYER)
+        if experts is not None:
+            sizes["n_routed_experts"] = experts
+        written = write_checkpoint(
+            source, Request(width, tiny=False, overrides=tuple(sizes.items()))
+        )
         progress.advance(1)
         copies = [_copy(source, folder / "bench-copy")]
         measured = []
@@ -97,10 +105,10 @@ def bench_convert(
     copy = sorted(copies)[len(copies) // 2]
     return ConvertBench(
         width,
-        experts or int(DIMENSIONS[width]["n_routed_experts"]),
-        total,
+        experts,
+        written.bytes,
         copy,
-        total / copy,
+        written.bytes / copy,
         workers,
         [_timing(m, copy, RELEASE_BYTES[width]) for m in measured],
     )
@@ -133,9 +141,7 @@ def _convert(source: Path, out: Path, scheme: str, workers: int) -> dict[str, fl
     return result
 
 
-def _timing(
-    result: dict[str, float | int | str], copy: float, release: int
-) -> ConvertTiming:
+def _timing(result: dict[str, float | int | str], copy: float, release: int) -> ConvertTiming:
     seconds = float(result["seconds"])
     bytes_in, bytes_out = int(result["bytes_in"]), int(result["bytes_out"])
     return ConvertTiming(

@@ -78,7 +78,8 @@ def run_job(
 ) -> JobResult:
     """Carry a plan out into folder `out`; the same call again resumes or confirms.
 
-    With several ranks each calls this with the same plan and folder, and writes its share. Raises OutputError (not empty, locked, full, not writable) and what `convert_unit` raises.
+    With several ranks each calls this with the same plan and folder, and writes its share. Raises
+    OutputError (not empty, locked, full, not writable) and what `convert_unit` raises.
     """
     started = time.monotonic()
     progress = progress or SilentProgress()

@@ -1,8 +1,9 @@
 """Journal: which shards of an unfinished conversion are safely on disk.
 
-Lives in `OUT/.v4quant/` until the checkpoint is whole, one file per rank. The first line is the plan's digest; each
-further line is one finished shard with its hash and records, appended only after the shard was
-flushed and renamed into place. A line cut short by a crash is ignored: its shard is made again.
+Lives in `OUT/.v4quant/` until the checkpoint is whole, one file per rank. The first line is the
+plan's digest; each further line is one finished shard with its hash and records, appended only
+after the shard was flushed and renamed into place. A line cut short by a crash is ignored: its
+shard is made again.
 """
 
 from __future__ import annotations

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-if str(SCRIPTS) not in sys.path:
-    sys.path.insert(0, str(SCRIPTS))
+from v4quant.synthetic.configs import RELEASES, RequestError, make_config
+from v4quant.synthetic.inventory import shards_of
+from v4quant.synthetic.values import Faults, pieces
+from v4quant.synthetic.writing import Request, Written, write_checkpoint
 
-from synthetic_v4.configs import RELEASES, RequestError, make_config  # noqa: E402
-from synthetic_v4.inventory import shards_of  # noqa: E402
-from synthetic_v4.values import Faults, pieces  # noqa: E402
-from synthetic_v4.writing import Request, Written, write_checkpoint  # noqa: E402
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 __all__ = [
     "RELEASES",

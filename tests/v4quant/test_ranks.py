@@ -1,4 +1,4 @@
-"""Several ranks: a fair, complete division; the same bytes as one process; dead ranks made up for."""
+"""Several ranks: a complete and fair division, the same bytes, and dead ranks made up for."""
 
 from __future__ import annotations
 

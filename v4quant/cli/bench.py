@@ -8,9 +8,8 @@ from pathlib import Path
 
 import click
 
-from v4quant.bench_convert import ConvertBench, bench_convert
+from v4quant.bench_convert import WIDTHS, ConvertBench, bench_convert
 from v4quant.cli import _output
-from v4quant.synthetic_layer import DIMENSIONS
 
 SCHEMES = ("mxfp4", "nvfp4", "fp8", "int8-g32", "int4-g32", "int4-g128")
 
@@ -21,9 +20,13 @@ def bench() -> None:
 
 
 @bench.command(epilog="Example: v4quant bench convert --dir /fast-disk --json")
-@click.option("--dir", "folder", type=click.Path(path_type=Path, file_okay=False),
-              help="Where to work (default: a temporary folder); needs about 4 times the layer.")  # fmt: skip
-@click.option("--width", type=click.Choice(list(DIMENSIONS)), default="flash", show_default=True)
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where to work (default: a temporary folder); needs about 4 times the layer.",
+)
+@click.option("--width", type=click.Choice(WIDTHS), default="flash", show_default=True)
 @click.option("--experts", type=click.IntRange(1, 4096), help="Fewer experts: a quicker run.")
 @click.option("--scheme", "schemes", multiple=True, help="Only these schemes (repeatable).")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
@@ -69,7 +72,7 @@ def _as_text(result: ConvertBench) -> str:
     header = ("scheme", "s", "MB/s in", "of copy, in", "of copy, moved", "peak memory",
               f"{result.width} min")  # fmt: skip
     copy = (
-        f"copy of {_output.human_bytes(result.bytes)} ({result.experts} experts): "
+        f"copy of {_output.human_bytes(result.bytes)} ({result.experts or 'all'} experts): "
         f"{result.copy_seconds:.1f} s, {result.copy_bytes_per_second / 1e6:.0f} MB/s; "
         f"{result.workers} workers"
     )

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from synthetic_v4.configs import RequestError, make_config
-from synthetic_v4.inventory import shards_of
-from synthetic_v4.values import Faults, pieces
+from v4quant.synthetic.configs import RequestError, make_config
+from v4quant.synthetic.inventory import shards_of
+from v4quant.synthetic.values import Faults, pieces
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.manifest import index_json
 from v4quant_formats.shards import ShardWriter, shard_header, write_file_atomically

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from v4quant_kernels.errors import V4QuantError
+
 V4_RELEASES = (
     "flash",
     "pro",
@@ -17,7 +19,7 @@ V4_RELEASES = (
 RELEASES = (*V4_RELEASES, "v41")
 
 
-class RequestError(ValueError):
+class RequestError(V4QuantError):
     """A request that no checkpoint fits."""
 
 

@@ -249,7 +249,7 @@ def _v4_shards(release: str, c: dict[str, Any]) -> list[list[TensorSpec]]:
     shards.append(final)
     if "dspark_block_size" in c:
         shards += [list(dspark_stage(c, i, coding, vision, v41=False)) for i in range(3)]
-    else:
+    elif c["num_nextn_predict_layers"]:
         shards.append(list(mtp_stage(c, coding)))
     return shards
 
