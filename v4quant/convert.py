@@ -8,7 +8,7 @@ scales are searched (calibration.scale_search). Dense tensors are carried in bou
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -66,16 +66,25 @@ def _copy(plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None) -> l
 def _bf16(plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None) -> list[TensorRecord]:
     stored, name = unit.sources[0], unit.outputs[0].name
     rows, columns = stored.shape
-    altered = 0
+    altered, squared, largest = 0, 0.0, 0.0
     for start in range(0, rows, _DENSE_ROWS):
         stop = min(start + _DENSE_ROWS, rows)
         values = codec.dequantize(read_weight(plan.checkpoint, stored, (start, stop)))
         _refuse_overflow(plan, stored, values)
         rounded = values.bfloat16()
-        altered += int((rounded.float() != values).sum())
+        error = rounded.float().sub_(values)
+        # Only scales near 2^-127 reach bfloat16's subnormals; all else is exact.
+        if changed := int(error.count_nonzero()):
+            altered, squared = altered + changed, squared + float(error.double().square().sum())
+            largest = max(largest, float(error.abs().max()))
         writer.add_piece(name, start * columns * 2, rounded)
     _refuse_inexact(plan, stored, altered, "bf16")
-    return [_record(stored, "cast", "bf16", altered)]
+    record = _record(stored, "cast", "bf16", altered)
+    if altered:
+        whole = codec.dequantize(read_weight(plan.checkpoint, stored)).double()
+        rms = math.sqrt(squared / float(whole.square().sum()))
+        record = replace(record, relative_rms=rms, max_error=largest)
+    return [record]
 
 
 def _f32_scale(

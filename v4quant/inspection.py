@@ -203,7 +203,7 @@ def _read_all(
 ) -> ScaleStatistics | None:
     """Read every module: NaN anywhere, E8M0 spreads, routing tables in range."""
     progress.start("Reading", checkpoint.nbytes, "B")
-    experts = config.n_routed_experts if config else 0
+    experts = config.n_routed_experts if config else None
     routed = {n.module for n in names.values() if n and n.expert is not None}
     spans: list[tuple[int, int, int]] = []
     for module, weight in stored.items():
@@ -222,7 +222,7 @@ def _read_all(
 
 
 def _check_plain(
-    checkpoint: Checkpoint, weight: StoredWeight, experts: int, defects: list[str]
+    checkpoint: Checkpoint, weight: StoredWeight, experts: int | None, defects: list[str]
 ) -> None:
     spec = next(iter(weight.parts.values()))
     largest, smallest = 0, 0
@@ -230,7 +230,7 @@ def _check_plain(
         check_finite(checkpoint, spec, piece)
         if weight.module.endswith(".tid2eid") and piece.numel():
             largest, smallest = max(largest, int(piece.max())), min(smallest, int(piece.min()))
-    if weight.module.endswith(".tid2eid") and (largest >= experts or smallest < 0):
+    if smallest < 0 or (experts is not None and largest >= experts):
         defects.append(f"'{weight.module}': expert ids run {smallest}..{largest} of {experts}")
 
 

@@ -195,10 +195,14 @@ def load_model_config(folder: Path) -> ModelConfig:
 def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """Read a JSON file that must hold one object. Raises ConfigError with file and reason."""
     try:
-        size = path.stat().st_size
-        if size > limit:
-            raise ConfigError(f"{path}: {size:,} bytes is above this file's limit of {limit:,}")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        # A size proves nothing for a device or a pipe, so what is read is bounded too.
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: is not a regular file")
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise ConfigError(f"{path}: is above this file's limit of {limit:,} bytes")
+        value = json.loads(data.decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: file is missing; download it beside the shards") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -98,9 +98,11 @@ class ShardWriter:
         self._hash = _FollowingHash(self._handle, self.nbytes)
         try:
             _write_at(self._handle, header, 0)
-        except OSError as error:
+        except BaseException as error:
             self.abort()
-            raise output_error(self._temporary, error) from None
+            if isinstance(error, OSError):
+                raise output_error(self._temporary, error) from None
+            raise
         with self._lock:
             self._follow()
 

@@ -79,12 +79,17 @@ def keep(windows: list[Tensor], options: ForwardOptions) -> Keeper:
 
 
 @pytest.mark.parametrize("activations", ["plain", "official"])
-def test_every_row_counts_once(generator: torch.Generator, ids: Tensor, activations: Any) -> None:
+def test_every_row_counts_once(
+    generator: torch.Generator, ids: Tensor, activations: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Small products, so that one expert's rows arrive in several calls.
+    monkeypatch.setattr("v4quant_calibration.model.experts.ROWS", 32)
     cuts = torch.randint(1, len(ids) - 1, (2,), generator=generator).sort().values.tolist()
     print("cuts", cuts)
     windows = [w for w in torch.tensor_split(ids, cuts) if len(w)]
     options = ForwardOptions(activations=activations)
     found, keeper = run(windows, options), keep(windows, options)
+    assert max(len(calls) for calls in keeper.inputs.values()) > 1
     assert list(found.stages) == STAGES
     for name, stage in found.stages.items():
         routed = torch.bincount(keeper.routes[name].flatten(), minlength=4)

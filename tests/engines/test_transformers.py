@@ -14,6 +14,7 @@ exchanged by mistake give a median of 2e-1.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from v4quant_formats.weights import find_weight, read_dense
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-pytest.importorskip("compressed_tensors")
+match_name = pytest.importorskip("compressed_tensors.utils.match").match_name
 
 ROOT = Path(__file__).parent.parent.parent
 TINY_A = ROOT / "tests" / "data" / "tiny-a"
@@ -210,6 +211,26 @@ def test_exact_targets_need_no_rounding(loaded: Callable[[str], Loaded], case: s
         for base in coded:
             value = read_dense(checkpoint, base)
             assert torch.equal(value.bfloat16().float(), value), base
+
+
+@pytest.mark.parametrize("case", ["int8-g32", "int4-g128"])
+def test_targets_select_the_routed_experts(converted: Callable[[str], Path], case: str) -> None:
+    """The library's own matcher, because transformers loads V4 without asking the targets."""
+    folder = converted(case)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    (group,) = config["config_groups"].values()
+
+    def matches(module: str, patterns: list[str]) -> bool:
+        return any(match_name(module, pattern) for pattern in patterns)
+
+    with open_checkpoint(folder) as checkpoint:
+        packed = {n.removesuffix("_packed") for n in checkpoint.tensors if n.endswith("_packed")}
+        linear = {n for n, s in checkpoint.tensors.items() if n.endswith("weight") and s.shape[1:]}
+    assert len(packed) == 60 and len(linear) > 30
+    for weight in packed | linear:
+        module = weight.removesuffix(".weight")
+        assert matches(module, group["targets"]) == (weight in packed), module
+        assert matches(module, config["ignore"]) == (weight in linear), module
 
 
 def plain_logits(folder: Path, ids: Tensor) -> Tensor:

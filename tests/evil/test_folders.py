@@ -137,7 +137,8 @@ def test_sparse_giant_json_is_not_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{", b"\xff", b'"x"', b"1" * 100_000, b'{"a":' * 5000 + b"1" + b"}" * 5000]
+    "content",
+    [b"", b"[]", b"{", b"\xff", b'"x"', b"1" * 100_000, b'{"a":' * 5000 + b"1" + b"}" * 5000],
 )
 def test_config_of_the_wrong_form(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)

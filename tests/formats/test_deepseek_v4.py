@@ -41,9 +41,7 @@ from v4quant_formats.weights import find_weight
         ("mtp.0.attn.wo_b.weight", "mtp.0.attn.wo_b", "weight", "mtp.0", "attention", True),
     ],
 )  # fmt: skip
-def test_parse_name(
-    name: str, module: str, part: str, stage: str, role: str, linear: bool
-) -> None:
+def test_parse_name(name: str, module: str, part: str, stage: str, role: str, linear: bool) -> None:
     parsed = parse_name(name)
     assert parsed is not None
     got = (parsed.module, parsed.part, parsed.stage, parsed.role, parsed.is_linear)

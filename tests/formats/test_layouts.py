@@ -80,10 +80,10 @@ def test_targets_hit_experts_and_ignores_hit_the_rest(name: str, converted: Conv
     theirs = coded | {m.replace("w1", "gate_proj").replace("w3", "up_proj") for m in coded}
     assert all(re.match(target, f"model.{m}") for m in theirs)
     for module in sorted(linear - coded):
-        if "compressor" in module or module.endswith(("proj", "wq_a", "wq_b", "wkv", "wo_a", "wo_b")):
-            assert any(
-                re.match(i.removeprefix("re:"), module) for i in parsed.ignore or []
-            ), module
+        if "compressor" in module or module.endswith(
+            ("proj", "wq_a", "wq_b", "wkv", "wo_a", "wo_b")
+        ):
+            assert any(re.match(i.removeprefix("re:"), module) for i in parsed.ignore or []), module
 
 
 def test_dense_matrices_become_exact_bfloat16(converted: Converted) -> None:

@@ -87,9 +87,7 @@ def test_every_code_at_every_depth(scheme: str) -> None:
     check(codes, bytes_, scheme)
 
 
-@pytest.mark.parametrize(
-    ("scheme", "octaves"), [("nvfp4", 17), ("fp8", 14)], ids=["nvfp4", "fp8"]
-)
+@pytest.mark.parametrize(("scheme", "octaves"), [("nvfp4", 17), ("fp8", 14)], ids=["nvfp4", "fp8"])
 def test_limit_of_exactness(scheme: str, octaves: int) -> None:
     for depth in range(octaves + 4):
         result = check(*two_groups(150 - depth, 150), scheme)

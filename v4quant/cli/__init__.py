@@ -36,7 +36,7 @@ class _Terminated(BaseException):
 
 
 @click.group(
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "V4QUANT"},
+    context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with `v4quant run demo`; every command's --help has an example.",
 )
 @click.version_option(__version__, prog_name="v4quant")
@@ -46,6 +46,24 @@ def cli() -> None:
 
 for _command in (inspect, calibrate, quantize, verify, evaluate, run, bench):
     cli.add_command(_command)
+
+
+def _read_environment(command: click.Command, prefix: str) -> None:
+    """Let `--some-option` of `v4quant verb` default to V4QUANT_VERB_SOME_OPTION.
+
+    Click's own prefix would use the parameters' Python names, which users never see.
+    """
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            flag = next(f for f in parameter.opts if f.startswith("--"))
+            parameter.envvar = f"{prefix}{flag}".replace("--", "_").replace("-", "_").upper()
+    if isinstance(command, click.Group):
+        for name, child in command.commands.items():
+            _read_environment(child, f"{prefix}_{name}")
+
+
+for _command in cli.commands.values():
+    _read_environment(_command, f"v4quant_{_command.name}")
 
 
 def main() -> NoReturn:

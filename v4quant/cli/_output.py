@@ -36,7 +36,7 @@ def note(text: str) -> None:
 
 def heading(text: str) -> None:
     """A step of a longer run, on stderr."""
-    color = "NO_COLOR" not in os.environ and sys.stderr.isatty()
+    color = not os.environ.get("NO_COLOR") and sys.stderr.isatty()
     click.echo(click.style(f"\n== {text}", bold=True) if color else f"\n== {text}", err=True)
 
 

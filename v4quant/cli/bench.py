@@ -26,7 +26,13 @@ def bench() -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Where to work (default: a temporary folder); needs about 4 times the layer.",
 )
-@click.option("--width", type=click.Choice(WIDTHS), default="flash", show_default=True)
+@click.option(
+    "--width",
+    type=click.Choice(WIDTHS),
+    default="flash",
+    show_default=True,
+    help="Whose layer widths.",
+)
 @click.option("--experts", type=click.IntRange(1, 4096), help="Fewer experts: a quicker run.")
 @click.option("--scheme", "schemes", multiple=True, help="Only these schemes (repeatable).")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")

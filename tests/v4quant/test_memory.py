@@ -1,0 +1,56 @@
+"""Sizes as people write them, and workers that fit a cap."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.support.conversion import SCHEMES, TINY
+from v4quant.memory import SizeError, fit_workers, parse_size, peak_rss_bytes, worker_bytes
+from v4quant.plan import make_plan
+from v4quant.recipe import Recipe
+from v4quant_formats.checkpoint import open_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("123", 123), ("123B", 123), ("1K", 1000), ("1KB", 1000), ("1KiB", 1024), ("6GB", 6 * 10**9),
+        ("6gb", 6 * 10**9), ("6GiB", 6 * 2**30), ("1.5G", 1_500_000_000), ("1500 MB", 1_500_000_000),
+        (" 2T ", 2 * 10**12), ("0.5TiB", 2**39), ("0", 0),
+    ],
+)  # fmt: skip
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1GB", "1e9", "six", "6 G B", "6PB", "6GBs", "1.2.3", "nan"]
+)
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(SizeError, match="write it like 6GB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_workers_fit_the_cap(scheme: str) -> None:
+    with open_checkpoint(TINY) as checkpoint:
+        plan = make_plan(checkpoint, Recipe(scheme))
+    assert fit_workers(plan, 7, None) == 7
+    assert fit_workers(plan, 3, 10**15) == 3
+    with pytest.raises(SizeError, match="too little") as caught:
+        fit_workers(plan, 4, 10**6)
+    needed = re.search(r"needs ([\d.]+) GB", str(caught.value))
+    assert needed is not None
+    least = int((float(needed[1]) + 0.01) * 1e9)
+    assert fit_workers(plan, 4, least) == 1, "the size named in the message is enough"
+    assert fit_workers(plan, 4, least + worker_bytes(plan)) == 2
+
+
+def test_peak_only_rises() -> None:
+    before = peak_rss_bytes()
+    assert 2**22 < before < 2**40
+    block = bytearray(64 * 2**20)
+    block[::4096] = b"x" * len(block[::4096])
+    assert peak_rss_bytes() >= before
