@@ -82,7 +82,7 @@ HEADERS: list[tuple[str, bytes, Kind, bytes]] = [
      errors.InvalidHeaderJson, GOOD),
     ("endless name", raw_shard({"n" * 2000: OK}, b"data"), errors.InvalidHeaderJson,
      raw_shard({"n" * 1000: OK}, b"data")),
-    ("same name twice", text('{"t":%s,"t":%s}' % (json.dumps(OK), json.dumps(NEXT)), b"datadata"),
+    ("same name twice", text(f'{{"t":{json.dumps(OK)},"t":{json.dumps(NEXT)}}}', b"datadata"),
      errors.DuplicateTensor, raw_shard({"t": OK, "u": NEXT}, b"datadata")),
     ("same field twice", text('{"t":{"dtype":"U8","dtype":"I8"' + TAIL), errors.DuplicateTensor,
      text('{"t":{"dtype":"U8"' + TAIL)),

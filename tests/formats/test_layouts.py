@@ -193,5 +193,5 @@ def test_choice_of_layout() -> None:
     for scheme, name in (("int4-g32", "deepseek"), ("mxfp4", "modelopt"), ("int2-g64", None)):
         with pytest.raises(UnsupportedPair, match="the pairs that work are deepseek: mxfp4"):
             choose_layout(TABLE[scheme], name)
-    with pytest.raises(UnsupportedPair, match="unknown format 'tar'.*compressed-tensors"):
+    with pytest.raises(UnsupportedPair, match=r"unknown format 'tar'.*compressed-tensors"):
         choose_layout(TABLE["mxfp4"], "tar")

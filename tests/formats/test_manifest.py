@@ -25,9 +25,14 @@ GOOD = {
 
 @pytest.mark.parametrize(
     "value",
-    [{}, GOOD, {"a": [], "b": [1, {"c": "\u00e9"}], "d": {"e": [1]}}, {"lone": "\ud800", "x": ["\udc80"]}],
-    ids=str,
-)  # fmt: skip
+    [
+        {},
+        GOOD,
+        {"a": [], "b": [1, {"c": "\u00e9"}], "d": {"e": [1]}},
+        {"lone": "\ud800", "x": ["\udc80"]},
+    ],
+    ids=ascii,
+)
 def test_json_round_trip(value: dict[str, object]) -> None:
     data = to_json(value)
     assert json.loads(data) == value

@@ -158,9 +158,9 @@ def test_nan_codes_are_refused_at_read(name: str, at: int, byte: int, tmp_path: 
     data = bytearray(edited[name].data)
     data[at] = byte
     edited[name].data = bytes(data)
-    with open_checkpoint(edited.write(tmp_path)) as checkpoint:
-        with pytest.raises(NonFiniteWeight) as caught:
-            read_dense(checkpoint, split_part(name)[0])
+    checkpoint = open_checkpoint(edited.write(tmp_path))
+    with checkpoint, pytest.raises(NonFiniteWeight) as caught:
+        read_dense(checkpoint, split_part(name)[0])
     assert name in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
@@ -171,9 +171,9 @@ def test_nan_floats_are_refused_at_read(name: str, value: float, tmp_path: Path)
     dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[edited[name].dtype]
     bad = torch.tensor([value]).to(dtype).view(torch.uint8).numpy().tobytes()
     edited[name].data = edited[name].data[: -len(bad)] + bad
-    with open_checkpoint(edited.write(tmp_path)) as checkpoint:
-        with pytest.raises(NonFiniteWeight, match=name):
-            read_dense(checkpoint, split_part(name)[0])
+    checkpoint = open_checkpoint(edited.write(tmp_path))
+    with checkpoint, pytest.raises(NonFiniteWeight, match=name):
+        read_dense(checkpoint, split_part(name)[0])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -76,10 +76,22 @@ def test_another_plan_is_refused(out: Path) -> None:
         Journal(out, "other")
 
 
-@pytest.mark.parametrize("line", [{}, [], 1, {"file": 3, "records": []}, {"file": {}, "records": []},
-                                  {"file": {"name": "a", "nbytes": 1, "sha256": ""}, "records": 3},
-                                  {"file": {"name": "a", "nbytes": 1, "sha256": ""},
-                                   "records": [{"module": 3}]}], ids=str)  # fmt: skip
+FILE = {"name": "a", "nbytes": 1, "sha256": ""}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {},
+        [],
+        1,
+        {"file": 3, "records": []},
+        {"file": {}, "records": []},
+        {"file": FILE, "records": 3},
+        {"file": FILE, "records": [{"module": 3}]},
+    ],
+    ids=str,
+)
 def test_a_damaged_line_is_an_error(line: object, out: Path) -> None:
     Journal(out, "plan")
     path = journal_file(out)
@@ -89,9 +101,12 @@ def test_a_damaged_line_is_an_error(line: object, out: Path) -> None:
 
 
 def test_lock(tmp_path: Path) -> None:
-    with locked_output(tmp_path):
-        with pytest.raises(OutputError, match="another v4quant process"), locked_output(tmp_path):
-            pass
+    with (
+        locked_output(tmp_path),
+        pytest.raises(OutputError, match="another v4quant process"),
+        locked_output(tmp_path),
+    ):
+        pass
     with locked_output(tmp_path):
         pass
     (tmp_path / "file").write_text("")

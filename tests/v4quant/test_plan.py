@@ -1,4 +1,4 @@
-"""Plans: everything accounted for, sizes true, and every defect of a source found before writing."""
+"""Plans: everything accounted for, sizes true, every defect of a source found before writing."""
 
 from __future__ import annotations
 

@@ -231,7 +231,7 @@ def test_extra_and_lost_tensors(copy: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize("scheme", ["source", *SCHEMES])
 def test_second_decoder_agrees_with_the_oracle(scheme: str, converted: Converted) -> None:
-    """Whole and from a later row; for lossless forms against values from the safetensors library."""
+    """Whole and from a later row; lossless forms against values of the safetensors library."""
     folder = TINY if scheme == "source" else converted(scheme)
     oracle = OracleParams(TINY)
     with open_checkpoint(folder) as checkpoint:
