@@ -55,12 +55,12 @@ def convert_unit(
 
 
 def _copy(plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None) -> list[TensorRecord]:
-    stored = unit.sources[0]
-    for spec in stored.parts.values():
-        for first_byte, piece in plan.checkpoint.read_chunks(spec.name):
-            check_finite(plan.checkpoint, spec, piece)
-            writer.add_piece(spec.name, first_byte, piece)
-    return [_record(stored, "copied", _storage(stored))]
+    for stored in unit.sources:
+        for spec in stored.parts.values():
+            for first_byte, piece in plan.checkpoint.read_chunks(spec.name):
+                check_finite(plan.checkpoint, spec, piece)
+                writer.add_piece(spec.name, first_byte, piece)
+    return [_record(stored, "copied", _storage(stored)) for stored in unit.sources]
 
 
 def _bf16(plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None) -> list[TensorRecord]:

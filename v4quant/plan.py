@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from v4quant import __version__
+from v4quant.exactness import inexact_stages
 from v4quant.recipe import Recipe
 from v4quant_formats.checkpoint import SINGLE_NAME, Checkpoint
 from v4quant_formats.deepseek_v4 import (
@@ -94,7 +95,10 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole conversion. `digest` keys the journal: same digest, same output bytes."""
+    """The whole conversion. `digest` keys the journal: same digest, same output bytes.
+
+    kept: stages whose experts stay in the source format because a cast would change them.
+    """
 
     checkpoint: Checkpoint
     config: Dimensions
@@ -102,6 +106,7 @@ class Plan:
     shards: tuple[ShardPlan, ...]
     dropped: tuple[Dropped, ...]
     stats_digest: str
+    kept: tuple[str, ...] = ()
 
     @property
     def scheme(self) -> Scheme:
@@ -136,19 +141,25 @@ class Plan:
 
     def output_config(self) -> dict[str, Any]:
         """The output's config.json."""
-        return self.recipe.layout.config(self.checkpoint.config, self.scheme)
+        config = self.recipe.layout.config(self.checkpoint.config, self.scheme, self.kept)
+        return without_drafts(config) if self.recipe.draft == "drop" else config
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, stats_digest: str = "") -> Plan:
     """Plan the conversion of a checkpoint; reads no tensor data.
 
+    (With `on_inexact = "keep"` it reads the experts' scales, to know which stages stay.)
     Raises MissingTensor, UnexpectedTensor, WrongDtype, UnsupportedPair or ConfigError naming the
     tensor and the remedy.
     """
     config = parse_dimensions(dict(checkpoint.config), str(checkpoint.path / "config.json"))
     names = _parse_names(checkpoint, recipe)
     _check_complete(checkpoint, config, names)
-    planner = _Planner(checkpoint, config, recipe, names)
+    kept: tuple[str, ...] = ()
+    if recipe.on_inexact == "keep":
+        experts = {(n.stage, n.expert) for n in names.values() if n and n.expert is not None}
+        kept = inexact_stages(checkpoint, recipe.expert_scheme, sorted(experts))
+    planner = _Planner(checkpoint, config, recipe, names, kept)
     by_file: dict[str, list[Unit]] = {}
     for module in planner.leading_modules():
         unit = planner.unit(module)
@@ -159,7 +170,17 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, stats_digest: str = "") ->
         ShardPlan(_output_file(file), tuple(units)) for file, units in sorted(by_file.items())
     )
     _check_accounted(checkpoint, shards, planner.dropped)
-    return Plan(checkpoint, config, recipe, shards, tuple(planner.dropped), stats_digest)
+    return Plan(checkpoint, config, recipe, shards, tuple(planner.dropped), stats_digest, kept)
+
+
+def without_drafts(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that promises no draft stages, so that no engine looks for them."""
+    kept = {k: v for k, v in config.items() if not k.startswith("dspark_")}
+    if "num_nextn_predict_layers" in kept:
+        kept["num_nextn_predict_layers"] = 0
+    if isinstance(kept.get("text_config"), dict):
+        kept["text_config"] = without_drafts(kept["text_config"])
+    return kept
 
 
 def _output_file(file: str) -> str:
@@ -226,7 +247,9 @@ class _Planner:
         config: Dimensions,
         recipe: Recipe,
         names: dict[str, TensorName | None],
+        kept: tuple[str, ...],
     ) -> None:
+        self.kept = kept
         self.checkpoint = checkpoint
         self.config = config
         self.recipe = recipe
@@ -292,6 +315,8 @@ class _Planner:
 
     def _expert(self, stage: str, expert: int) -> Unit:
         sources = tuple(self._find(expert_module(stage, expert, p)) for p in PROJECTIONS)
+        if stage in self.kept:
+            return _copy(*sources)
         outputs: list[TensorSpec] = []
         for stored in sources:
             if stored.scheme is None or stored.scheme.name not in ("mxfp4", "fp8"):
@@ -351,6 +376,6 @@ class _Planner:
         return Unit(action, (stored,), outputs)
 
 
-def _copy(stored: StoredWeight) -> Unit:
-    outputs = tuple(TensorSpec(s.name, s.dtype, s.shape) for s in stored.parts.values())
-    return Unit("copy", (stored,), outputs)
+def _copy(*sources: StoredWeight) -> Unit:
+    parts = [part for stored in sources for part in stored.parts.values()]
+    return Unit("copy", sources, tuple(TensorSpec(s.name, s.dtype, s.shape) for s in parts))

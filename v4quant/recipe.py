@@ -19,7 +19,7 @@ from v4quant_kernels.scheme import Scheme, get_scheme
 
 _CHOICES = {
     "draft": ("convert", "drop"),
-    "on_inexact": ("nearest", "refuse"),
+    "on_inexact": ("nearest", "keep", "refuse"),
     "unknown": ("refuse", "copy"),
 }
 
@@ -35,8 +35,8 @@ class Recipe:
     scheme: how routed experts (draft stages included) are coded.
     format: the container; "" means the scheme's default.
     draft: convert MTP/DSpark stages like the trunk, or drop them.
-    on_inexact: a cast that cannot hold every value takes the nearest and counts what changed, or
-        refuses.
+    on_inexact: a cast that cannot hold every value takes the nearest and counts what changed, keeps
+        the stage's experts in the source format, or refuses.
     unknown: tensors no V4 release has are refused, or copied byte for byte.
     """
 
@@ -54,6 +54,11 @@ class Recipe:
                     f"recipe: {key} = '{getattr(self, key)}' is not one of {', '.join(allowed)}"
                 )
         object.__setattr__(self, "format", self.layout.name)
+        if self.on_inexact == "keep" and not self.layout.can_keep:
+            raise RecipeError(
+                f"on_inexact = 'keep' does not work with {self.scheme} in {self.format}: that "
+                "format declares one scheme for all experts; use nearest or refuse"
+            )
 
     @property
     def expert_scheme(self) -> Scheme:

@@ -8,7 +8,7 @@ SGLang would otherwise refuse as unmatched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,8 @@ def _dense(scheme: Scheme) -> DenseRule:
     return "bf16"
 
 
-def _config(raw: Mapping[str, Any], scheme: Scheme) -> dict[str, Any]:
+def _config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
+    assert not kept, "this format declares one scheme for all experts"
     config = {k: v for k, v in raw.items() if k != "expert_dtype"}
     weights = {
         "num_bits": scheme.bits,

@@ -7,7 +7,7 @@ the values are powers of two, so widening E8M0 to float32 is exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,8 @@ def native_config(raw: Mapping[str, Any], expert_dtype: str) -> dict[str, Any]:
     return {**raw, "quantization_config": quantization, "expert_dtype": expert_dtype}
 
 
-def _config(raw: Mapping[str, Any], scheme: Scheme) -> dict[str, Any]:
+def _config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
+    assert not kept, "this format declares one scheme for all experts"
     config = native_config(raw, "fp4" if scheme.name == "mxfp4" else "fp8")
     if scheme.name != "mxfp4":
         config["quantization_config"].pop("scale_fmt", None)

@@ -8,7 +8,7 @@ layouts.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,7 +34,9 @@ class Layout:
     expert_tensors(q, input_amax) -> suffix -> data for those suffixes; `input_amax` is the largest
         input magnitude the matrix must expect, for layouts that store an activation scale.
     dense(scheme) -> what happens to FP8 matrices outside the routed experts.
-    config(raw, scheme) -> the output's config.json object, from the source's.
+    config(raw, scheme, kept) -> the output's config.json object, from the source's; `kept` are
+        stages whose experts stay in the source format.
+    can_keep: whether the format can say that some stages' experts are in the source format.
     engines: what loads it, for people.
     """
 
@@ -43,6 +45,7 @@ class Layout:
     expert_parts: Callable[[Scheme, tuple[int, int]], Parts]
     expert_tensors: Callable[[QTensor, float], dict[str, Tensor]]
     dense: Callable[[Scheme], DenseRule]
-    config: Callable[[Mapping[str, Any], Scheme], dict[str, Any]]
+    config: Callable[[Mapping[str, Any], Scheme, Sequence[str]], dict[str, Any]]
     engines: str
     serve: str
+    can_keep: bool = False

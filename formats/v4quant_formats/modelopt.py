@@ -9,7 +9,7 @@ range, so a safe upper bound serves as well as a calibrated value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,13 +48,14 @@ def _dense(scheme: Scheme) -> DenseRule:
     return "copy"
 
 
-def _config(raw: Mapping[str, Any], scheme: Scheme) -> dict[str, Any]:
+def _config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
     config = native_config(raw, "fp4")
     config["quantization_config"] |= {
         "quant_algo": "MIXED_PRECISION",
         "moe_quant_algo": "NVFP4",
         "group_size": scheme.group_size,
-        "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head"],
+        "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head"]
+        + [f"*{stage}.ffn.experts*" for stage in kept],
     }
     return config
 
@@ -68,4 +69,5 @@ MODELOPT = Layout(
     config=_config,
     engines="vLLM and SGLang: W4A4 on sm100 and newer, weight-only below",
     serve="vllm serve {path}",
+    can_keep=True,
 )

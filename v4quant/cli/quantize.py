@@ -32,8 +32,9 @@ from v4quant_kernels.scheme import SCHEMES
 @click.option("--draft", type=click.Choice(["convert", "drop"]), help="MTP / DSpark stages.")
 @click.option(
     "--on-inexact",
-    type=click.Choice(["nearest", "refuse"]),
-    help="When a cast cannot hold every value: count and report the changes, or stop.",
+    type=click.Choice(["nearest", "keep", "refuse"]),
+    help="When a cast cannot hold every value: take the nearest and count, keep the stage as it "
+    "is, or stop.",
 )
 @click.option("--unknown", type=click.Choice(["refuse", "copy"]), help="Tensors no V4 release has.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")

@@ -39,6 +39,8 @@ _E4M3_TOP_SHIFT = 6
 _INT8_TOP_SHIFT = 4
 _NVFP4_TOP = 8  # 2^8 is the largest power of two in E4M3
 _NVFP4_BOTTOM = -9
+NVFP4_SPAN = _NVFP4_TOP - _NVFP4_BOTTOM
+"""Octaves between the largest and the smallest group scale that NVFP4 holds exactly."""
 _SMALLEST_F32_EXPONENT = -126  # engines may flush float32 subnormals
 
 
