@@ -42,7 +42,12 @@ from v4quant_formats.manifest import (
     read_manifest,
     to_json,
 )
-from v4quant_formats.shards import ShardWriter, WrittenFile, write_file_atomically
+from v4quant_formats.shards import (
+    ShardWriter,
+    WrittenFile,
+    temporary_path,
+    write_file_atomically,
+)
 from v4quant_formats.sidecars import find_sidecars
 from v4quant_kernels.progress import Progress, SilentProgress
 
@@ -90,7 +95,7 @@ def run_job(
         return _result(plan, out, records, started)
     with ExitStack() as stack:
         if ranks.is_first:
-            _check_folder(out)
+            check_folder(out)
             stack.enter_context(locked_output(out))
         ranks.barrier()
         journal = Journal(out, plan.digest, ranks.rank)
@@ -116,7 +121,11 @@ def _is_complete(plan: Plan, out: Path) -> bool:
     return (out / MANIFEST_NAME).exists() and read_manifest(out).get("plan") == plan.digest
 
 
-def _check_folder(out: Path) -> None:
+def check_folder(out: Path) -> None:
+    """Create the output folder, or see that it is empty or has work to resume.
+
+    Raises OutputError.
+    """
     if not out.exists():
         try:
             out.mkdir(parents=True)
@@ -167,8 +176,15 @@ def _write_shards(
             closing = (finisher.submit(writer.close), records)
         if closing is not None:
             journal.add(FinishedShard(closing[0].result(), tuple(closing[1])))
-    finally:
+    except BaseException:
         pool.shutdown(cancel_futures=True)
+        finisher.shutdown()
+        # An interrupt may fall between a file's creation and the writer that would remove it.
+        for shard in shards:
+            temporary_path(out / shard.file).unlink(missing_ok=True)
+        raise
+    finally:
+        pool.shutdown()
         finisher.shutdown()
         progress.finish()
 

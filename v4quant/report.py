@@ -18,10 +18,12 @@ from typing import Any
 from v4quant.report_plots import coverage_plot, kl_histogram_plot, layer_error_plot
 from v4quant.report_style import STYLE
 from v4quant.report_tables import (
+    SHARES,
     SUMMARY_METRICS,
     Table,
     checkpoint_table,
     command_line,
+    confidence_table,
     corpus_table,
     distribution_table,
     layer_table,
@@ -42,7 +44,7 @@ from v4quant.report_text import (
     text,
 )
 
-DETAIL_TABLES = (layer_table, corpus_table, starved_table, run_table)
+DETAIL_TABLES = (confidence_table, layer_table, corpus_table, starved_table, run_table)
 PLOTS = (
     (
         "Error per layer",
@@ -70,6 +72,9 @@ MARKDOWN_METRICS = (
     ("kl_p999", ""),
     ("kl_max", ""),
     ("top5_agreement", ""),
+    ("flips_weighted", ""),
+    ("flips_confident", ""),
+    ("delta_p_rms", ""),
 )
 
 
@@ -197,7 +202,8 @@ def _metrics_markdown(result: Mapping[str, Any]) -> str:
         if value is None:
             continue
         agreement = key.endswith("agreement")
-        shown = percent(value) if agreement else plain(value, 3 if key.startswith("kl_") else 4)
+        digits = 3 if key.startswith("kl_") else 4
+        shown = percent(value) if key.startswith(SHARES) else plain(value, digits)
         stderr = plain(number(result, f"{key}_stderr"), 2)
         sign = "±" if stderr else ""
         before = metric(result, reference_key) if reference_key else ""

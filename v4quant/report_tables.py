@@ -59,13 +59,27 @@ DISTRIBUTION = (
     ("maximum", "kl_max"),
 )
 
+INTERVALS = (
+    ("KL, mean: 95 % interval (nats)", "kl_mean_ci95"),
+    ("Perplexity over the reference's: 95 % interval", "perplexity_ratio_ci95"),
+)
+# Metrics that are shares or differences of probabilities, told in percent.
+SHARES = ("top1_", "top5_", "flips_", "delta_p_")
+# Below this many blocks a bootstrap interval comes out too narrow.
+FEW_BLOCKS = 10
+FLIPS = (
+    ("Changed top-1 tokens, weighted by the reference's probability", "flips_weighted"),
+    ("Changed top-1 tokens where the reference was above 50 %", "flips_confident"),
+    ("Change of the true token's probability, root mean square", "delta_p_rms"),
+)
+
 LAYER_KINDS = {"swa": "sliding window", "csa": "CSA", "hca": "HCA", "mtp": "MTP"}
 
 
 def metric(values: Mapping[str, Any], key: str) -> str:
     """One measure as text, with its standard error when the mapping has `<key>_stderr`."""
     value = number(values, key)
-    if key.endswith("agreement"):
+    if key.startswith(SHARES):
         return percent(value)
     stderr = number(values, f"{key}_stderr")
     return (
@@ -97,21 +111,54 @@ def summary_table(result: Mapping[str, Any]) -> Table | None:
 
 
 def distribution_table(result: Mapping[str, Any]) -> Table | None:
-    """Quantiles of the per-token KL divergence and the top-5 agreement."""
+    """Intervals and quantiles of the per-token KL, top-5 agreement and flips."""
     floor = section(result, "noise_floor")
-    rows = [
-        (f"KL, {label} (nats)", metric(result, key), metric(floor, key))
+    sides = (result, floor)
+    rows = [(label, *(_interval(side, key) for side in sides)) for label, key in INTERVALS]
+    rows += [
+        (f"KL, {label} (nats)", *(metric(side, key) for side in sides))
         for label, key in DISTRIBUTION
     ]
-    rows.append(
-        (
-            "Share of the reference's top 5 in the candidate's top 5",
-            metric(result, "top5_agreement"),
-            metric(floor, "top5_agreement"),
-        )
-    )
+    label = "Share of the reference's top 5 in the candidate's top 5"
+    rows.append((label, *(metric(side, "top5_agreement") for side in sides)))
+    rows += [(label, *(metric(side, key) for side in sides)) for label, key in FLIPS]
     rows = [row for row in rows if any(row[1:])]
-    return _table("Divergence quantiles", ("", "Candidate", "Noise floor"), rows)
+    blocks = number(result, "blocks")
+    notes = (
+        (
+            f"The intervals come from only {count(blocks)} blocks of text and are too narrow; "
+            "evaluate more tokens.",
+        )
+        if blocks is not None and blocks < FEW_BLOCKS
+        else ()
+    )
+    return _table("Divergence in detail", ("", "Candidate", "Noise floor"), rows, notes)
+
+
+def confidence_table(result: Mapping[str, Any]) -> Table | None:
+    """KL and agreement by how sure the reference was of its best token."""
+    floor = {
+        number(r, "low"): number(r, "kl_mean")
+        for r in records(section(result, "noise_floor"), "kl_by_confidence")
+    }
+    rows = [
+        (
+            f"{plain(number(band, 'low'), 3)} to {plain(number(band, 'high'), 3)}",
+            count(number(band, "tokens")),
+            plain(number(band, "kl_mean"), 3),
+            plain(floor.get(number(band, "low")), 3),
+            percent(number(band, "top1_agreement")),
+        )
+        for band in records(result, "kl_by_confidence")
+    ]
+    columns = (
+        "Reference's top probability",
+        "Tokens",
+        "KL mean (nats)",
+        "Noise floor's KL mean",
+        "Same top-1 token",
+    )
+    return _table("Divergence by the reference's confidence", columns, rows)
 
 
 def layer_table(result: Mapping[str, Any]) -> Table | None:
@@ -224,6 +271,11 @@ def command_line(result: Mapping[str, Any]) -> str:
 
 def _named(result: Mapping[str, Any]) -> tuple[str, str]:
     return ("Reference", "Candidate") if result.get("reference") else ("", "Checkpoint")
+
+
+def _interval(values: Mapping[str, Any], key: str) -> str:
+    ends = numbers(values, key)
+    return f"{plain(ends[0])} to {plain(ends[1])}" if len(ends) == 2 else ""
 
 
 def _coverage_layers(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:

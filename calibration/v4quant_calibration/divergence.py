@@ -1,23 +1,34 @@
 """Divergence: how far the candidate's next-token distribution is from the reference's.
 
 Per scored token: both negative log-likelihoods, KL(reference || candidate) over the whole
-vocabulary, and agreement of the best and the five best tokens. Log-softmax runs in float32 as the
-logits do; sums in float64. Errors of means are taken over blocks of consecutive tokens, because
-neighbouring tokens are correlated and a per-token error would be too small by up to a factor of 3.
+vocabulary, agreement of the best and the five best tokens, how sure the reference was, and what
+became of the probability of the token that follows. Log-softmax runs in float32 as the logits do;
+sums in float64. Errors of means are taken over blocks of consecutive tokens, because neighbouring
+tokens are correlated and a per-token error would be too small by up to a factor of 3.
+
+A *flip* is a token whose most probable successor is another one in the candidate. Most flips are
+near-ties that rounding alone would turn; those the reference was sure of are the ones that change
+an answer (arXiv 2407.09141 counts answers that changed). So flips are also weighted by the
+reference's top probability, and counted among the tokens where it is above one half.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from v4quant_calibration.bootstrap import block_sums, mean_interval
 from v4quant_kernels.errors import V4QuantError
 
 BLOCK_TOKENS = 512
 QUANTILES = {"kl_median": 0.5, "kl_p90": 0.9, "kl_p99": 0.99, "kl_p999": 0.999}
+CONFIDENCE_EDGES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
+CONFIDENT = 0.5
 
 
 class DivergenceError(V4QuantError):
@@ -29,7 +40,9 @@ class TokenRecords:
     """One value per scored token, in order; `block` says which block of tokens it belongs to.
 
     nll: float64 of the scored model; nll_reference, kl: float64, top1: bool, top5: float64 share
-    of the reference's five best tokens among the candidate's five best.
+    of the reference's five best tokens among the candidate's five best. top_p: float64 probability
+    of the reference's best token; delta_p: float64, by how much the probability of the token that
+    follows is higher in the candidate.
     """
 
     nll: Tensor
@@ -39,6 +52,8 @@ class TokenRecords:
     kl: Tensor | None = None
     top1: Tensor | None = None
     top5: Tensor | None = None
+    top_p: Tensor | None = None
+    delta_p: Tensor | None = None
 
     def select(self, mask: Tensor) -> TokenRecords:
         """The records where `mask` (bool) holds."""
@@ -62,6 +77,8 @@ def score_tokens(logits: Tensor, targets: Tensor, reference: Tensor | None) -> d
     columns["kl"] = (p * (log_p.double() - log_q.double())).sum(-1).clamp_min_(0)
     columns["top1"] = best_p[:, 0] == best_q[:, 0]
     columns["top5"] = shared.double().mean(1)
+    columns["top_p"] = p.amax(-1).clamp_max_(1)
+    columns["delta_p"] = (-columns["nll"]).exp() - (-columns["nll_reference"]).exp()
     return columns
 
 
@@ -83,27 +100,75 @@ def summarise(records: TokenRecords) -> dict[str, Any]:
         "perplexity": _exp(nll),
         "perplexity_stderr": _exp(nll) * error,
     }
-    if records.nll_reference is None or records.kl is None:
-        return metrics
+    if records.kl is not None:
+        metrics |= _compared(records)
+    return metrics
+
+
+def _compared(records: TokenRecords) -> dict[str, Any]:
+    """Metrics of a model beside its reference."""
+    assert records.nll_reference is not None and records.kl is not None
     assert records.top1 is not None and records.top5 is not None
     base, base_error = block_mean(records.nll_reference, records.block)
-    difference, difference_error = block_mean(records.nll - records.nll_reference, records.block)
+    difference = records.nll - records.nll_reference
+    ratio, ratio_error = block_mean(difference, records.block)
     kl, kl_error = block_mean(records.kl, records.block)
-    shares = torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
-    quantiles = torch.quantile(records.kl, shares)
-    metrics |= {
+    return {
         "reference_perplexity": _exp(base),
         "reference_perplexity_stderr": _exp(base) * base_error,
-        "perplexity_ratio": _exp(difference),
-        "perplexity_ratio_stderr": _exp(difference) * difference_error,
+        "perplexity_ratio": _exp(ratio),
+        "perplexity_ratio_stderr": _exp(ratio) * ratio_error,
+        "perplexity_ratio_ci95": [_exp(x) for x in mean_interval(difference, records.block)],
         "kl_mean": kl,
         "kl_mean_stderr": kl_error,
-        **dict(zip(QUANTILES, quantiles.tolist(), strict=True)),
+        "kl_mean_ci95": list(mean_interval(records.kl, records.block)),
+        **kl_quantiles(records.kl),
         "kl_max": float(records.kl.max()),
         "top1_agreement": float(records.top1.double().mean()),
         "top5_agreement": float(records.top5.mean()),
+        "blocks": records.block.unique().numel(),
+        **_flips(records),
+        "kl_by_confidence": _by_confidence(records),
     }
-    return metrics
+
+
+def kl_quantiles(kl: Tensor) -> dict[str, float]:
+    """The QUANTILES of `kl` `[n]` by name, interpolated linearly."""
+    # Not torch.quantile, which refuses more than 2^24 values.
+    found = np.quantile(kl.numpy(), list(QUANTILES.values()))
+    return dict(zip(QUANTILES, found.tolist(), strict=True))
+
+
+def _flips(records: TokenRecords) -> dict[str, Any]:
+    """Flips by how much they matter, and what happened to the token that follows."""
+    assert records.top1 is not None and records.top_p is not None and records.delta_p is not None
+    flipped, sure = ~records.top1, records.top_p > CONFIDENT
+    return {
+        "flips_weighted": float(records.top_p[flipped].sum() / records.top_p.sum()),
+        "flips_confident": float(flipped[sure].double().mean()) if bool(sure.any()) else None,
+        "confident_tokens": int(sure.sum()),
+        "delta_p_mean": float(records.delta_p.mean()),
+        "delta_p_rms": float(records.delta_p.square().mean().sqrt()),
+    }
+
+
+def _by_confidence(records: TokenRecords) -> list[dict[str, Any]]:
+    """KL and agreement of the tokens in each band (low, high] of the reference's probability."""
+    assert records.kl is not None and records.top1 is not None and records.top_p is not None
+    rows = []
+    for low, high in pairwise(CONFIDENCE_EDGES):
+        inside = (records.top_p > low) & (records.top_p <= high)
+        if bool(inside.any()):
+            rows.append(
+                {
+                    "low": low,
+                    "high": high,
+                    "tokens": int(inside.sum()),
+                    "kl_mean": float(records.kl[inside].mean()),
+                    "top1_agreement": float(records.top1[inside].double().mean()),
+                }
+            )
+    return rows
 
 
 def block_mean(values: Tensor, block: Tensor) -> tuple[float, float]:
@@ -112,16 +177,11 @@ def block_mean(values: Tensor, block: Tensor) -> tuple[float, float]:
     With B blocks of sizes n_b and sums s_b, the mean is m = sum s_b / sum n_b and its error
     sqrt(B / (B-1) * sum (s_b - m n_b)^2) / sum n_b.
     """
-    _, index = block.unique(return_inverse=True)
-    count = int(index.max()) + 1
-    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, index, values.double())
-    sizes = torch.zeros(count, dtype=torch.float64).index_add_(
-        0, index, torch.ones_like(values, dtype=torch.float64)
-    )
-    total = sizes.sum()
+    sums, sizes = block_sums(values, block)
+    count, total = len(sizes), sizes.sum()
     mean = sums.sum() / total
-    residual = (sums - mean * sizes).square().sum() * count / max(count - 1, 1)
-    return float(mean), float(residual.sqrt() / total)
+    residual = np.square(sums - mean * sizes).sum() * count / max(count - 1, 1)
+    return float(mean), float(np.sqrt(residual) / total)
 
 
 def kl_histogram(kl: Tensor, floor: Tensor | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ class NotSafetensors(FormatError):
 
 
 class HeaderTooLarge(FormatError):
-    """The header length is above the limit."""
+    """The header, or the number of values in it, is above the limit."""
 
 
 class HeaderTruncated(FormatError):

@@ -16,12 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
+from v4quant_formats.json_limits import (
+    MAX_JSON_DEPTH,
+    MAX_JSON_VALUES,
+    has_too_many_values,
+    is_too_deep,
+)
 from v4quant_kernels.errors import V4QuantError
 
 LayerKind = Literal["swa", "csa", "hca"]
 
 MAX_CONFIG_BYTES = 16 * 2**20
-MAX_JSON_DEPTH = 64
 
 
 class ConfigError(V4QuantError):
@@ -199,9 +204,11 @@ def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any
         if path.exists() and not path.is_file():
             raise ConfigError(f"{path}: is not a regular file")
         with path.open("rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise ConfigError(f"{path}: is above this file's limit of {limit:,} bytes")
+            data = b"" if path.stat().st_size > limit else file.read(limit + 1)
+        if not data or len(data) > limit:
+            raise ConfigError(f"{path}: is empty or above this file's limit of {limit:,} bytes")
+        if has_too_many_values(data):
+            raise ConfigError(f"{path}: holds more than {MAX_JSON_VALUES:,} values; not our file")
         value = json.loads(data.decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: file is missing; download it beside the shards") from None
@@ -209,25 +216,9 @@ def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any
         raise ConfigError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: holds {type(value).__name__}, expected a JSON object")
-    if _is_deeper(value, MAX_JSON_DEPTH):
+    if is_too_deep(value):
         raise ConfigError(f"{path}: is nested deeper than {MAX_JSON_DEPTH} levels")
     return value
-
-
-def _is_deeper(value: Any, limit: int) -> bool:
-    """Whether a JSON value nests deeper than `limit`; writing it again would exhaust the stack."""
-    level = [value]
-    for _ in range(limit):
-        below: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                below += item.values()
-            elif isinstance(item, list):
-                below += item
-        if not below:
-            return False
-        level = below
-    return True
 
 
 def _short(value: Any) -> str:

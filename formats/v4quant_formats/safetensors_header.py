@@ -28,6 +28,7 @@ from v4quant_formats.errors import (
     SizeMismatch,
     UnknownDtype,
 )
+from v4quant_formats.json_limits import MAX_JSON_VALUES, has_too_many_values
 from v4quant_formats.spec import DTYPE_BITS, TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
@@ -98,6 +99,10 @@ def _refuse_foreign(path: Path, prefix: bytes) -> None:
 
 
 def _parse(path: Path, text: bytes, data_start: int, file_size: int) -> dict[str, TensorSpec]:
+    if has_too_many_values(text):
+        raise HeaderTooLarge(
+            f"{path}: header of {len(text):,} bytes holds more than {MAX_JSON_VALUES:,} values"
+        )
     if not text.startswith(b"{"):
         raise InvalidHeaderJson(f"{path}: header does not start with '{{'")
 

@@ -43,6 +43,11 @@ class WrittenFile:
     sha256: str
 
 
+def temporary_path(path: Path) -> Path:
+    """Where a file lives while it is being written."""
+    return path.with_name(path.name + TEMPORARY_SUFFIX)
+
+
 def shard_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     """Tensors in file order: as given, but odd sizes last, by falling element size."""
     specs = list(specs)
@@ -89,7 +94,7 @@ class ShardWriter:
         for spec in ordered:
             self._offsets[spec.name] = position
             position += spec.nbytes
-        self._temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+        self._temporary = temporary_path(path)
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
             self._handle = os.open(self._temporary, flags, 0o644)
@@ -207,7 +212,7 @@ class _FollowingHash(threading.Thread):
 
 def write_file_atomically(path: Path, data: bytes) -> WrittenFile:
     """Write a small file so that it is either absent, old or whole. Raises OutputError."""
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

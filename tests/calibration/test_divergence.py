@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from v4quant_calibration.bootstrap import RESAMPLES, mean_interval
 from v4quant_calibration.divergence import (
+    CONFIDENCE_EDGES,
     QUANTILES,
     DivergenceError,
     TokenRecords,
     block_mean,
     kl_histogram,
+    kl_quantiles,
     score_tokens,
     summarise,
 )
@@ -62,6 +65,9 @@ def test_score_against_float64(generator: torch.Generator) -> None:
         best = [set(np.argsort(-x)[:5]) for x in (*p, *q)]
         shared = [len(best[i] & best[64 + i]) / 5 for i in range(64)]
         np.testing.assert_allclose(found["top5"], shared)
+        np.testing.assert_allclose(found["top_p"], np.exp(p).max(-1), rtol=1e-6)
+        moved = np.exp(q[rows, targets]) - np.exp(p[rows, targets])
+        np.testing.assert_allclose(found["delta_p"], moved, atol=1e-6)
 
 
 def test_identical_logits_give_exactly_zero(generator: torch.Generator) -> None:
@@ -71,6 +77,7 @@ def test_identical_logits_give_exactly_zero(generator: torch.Generator) -> None:
     assert torch.equal(found["kl"], torch.zeros(50, dtype=torch.float64))
     assert torch.equal(found["nll"], found["nll_reference"])
     assert bool(found["top1"].all()) and bool((found["top5"] == 1).all())
+    assert bool((found["delta_p"] == 0).all()) and bool((found["top_p"] <= 1).all())
 
 
 def test_kl_sees_a_known_distance() -> None:
@@ -87,7 +94,8 @@ def test_kl_sees_a_known_distance() -> None:
 
 def test_without_reference_only_likelihoods(generator: torch.Generator) -> None:
     records = some_records(generator, [7, 9])
-    alone = replace(records, nll_reference=None, kl=None, top1=None, top5=None)
+    absent = ("nll_reference", "kl", "top1", "top5", "top_p", "delta_p")
+    alone = replace(records, **dict.fromkeys(absent))
     assert summarise(alone).keys() == {"tokens", "nll", "perplexity", "perplexity_stderr"}
 
 
@@ -157,7 +165,86 @@ def test_summary_by_definition(generator: torch.Generator) -> None:
     }
     for name, share in QUANTILES.items():
         expected[name] = float(np.quantile(records.kl.numpy(), share))
+    assert records.top_p is not None and records.delta_p is not None
+    flipped, top_p = ~records.top1.numpy(), records.top_p.numpy()
+    expected |= {
+        "blocks": 4,
+        "flips_weighted": top_p[flipped].sum() / top_p.sum(),
+        "flips_confident": np.mean(flipped[top_p > 0.5]),
+        "confident_tokens": np.count_nonzero(top_p > 0.5),
+        "delta_p_mean": records.delta_p.numpy().mean(),
+        "delta_p_rms": math.sqrt(np.mean(records.delta_p.numpy() ** 2)),
+    }
+    beside = ("kl_mean_ci95", "perplexity_ratio_ci95", "kl_by_confidence")
+    others = {key: found.pop(key) for key in beside}
     assert found == pytest.approx(expected, rel=1e-10)
+    assert others["kl_mean_ci95"] == list(mean_interval(records.kl, records.block))
+    log_ratio = mean_interval(records.nll - records.nll_reference, records.block)
+    assert others["perplexity_ratio_ci95"] == pytest.approx([math.exp(x) for x in log_ratio])
+    check_bands(others["kl_by_confidence"], records)
+
+
+def check_bands(bands: list[dict[str, float]], records: TokenRecords) -> None:
+    """Every token is in one band, and the bands' means make up the mean."""
+    assert records.kl is not None and records.top_p is not None
+    assert sum(b["tokens"] for b in bands) == len(records.kl)
+    place = np.digitize(records.top_p.numpy(), CONFIDENCE_EDGES[1:-1], right=True)
+    assert [b["low"] for b in bands] == [CONFIDENCE_EDGES[i] for i in np.unique(place)]
+    for band in bands:
+        mine = place == CONFIDENCE_EDGES.index(band["low"])
+        assert band["tokens"] == np.count_nonzero(mine)
+        assert band["kl_mean"] == pytest.approx(records.kl.numpy()[mine].mean())
+        assert records.top1 is not None
+        assert band["top1_agreement"] == pytest.approx(records.top1.numpy()[mine].mean())
+
+
+def test_flips_weigh_what_the_reference_was_sure_of() -> None:
+    """Two flips of three: one near-tie, one certainty; no token above one half is no share."""
+    reference = torch.tensor([[0.9, 0.1, 0, 0, 0], [0.4, 0.35, 0.25, 0, 0], [0.6, 0.4, 0, 0, 0]])
+    candidate = torch.tensor([[0.3, 0.7, 0, 0, 0], [0.35, 0.4, 0.25, 0, 0], [0.6, 0.4, 0, 0, 0]])
+    logits = [(x + 1e-9).log() for x in (candidate, reference)]
+    columns = score_tokens(logits[0], torch.tensor([0, 1, 2]), logits[1])
+    records = TokenRecords(block=torch.arange(3), part=torch.zeros(3), **columns)
+    found = summarise(records)
+    assert found["flips_weighted"] == pytest.approx((0.9 + 0.4) / (0.9 + 0.4 + 0.6), rel=1e-6)
+    assert found["flips_confident"] == 0.5 and found["confident_tokens"] == 2
+    assert found["delta_p_rms"] == pytest.approx(math.sqrt((0.6**2 + 0.05**2) / 3), rel=1e-6)
+    unsure = summarise(replace(records, top_p=torch.full((3,), 0.4)))
+    assert unsure["flips_confident"] is None and unsure["confident_tokens"] == 0
+
+
+def test_more_tokens_than_torch_can_sort_into_quantiles() -> None:
+    kl = torch.arange(2**24 + 3, dtype=torch.float64)
+    assert kl_quantiles(kl)["kl_median"] == 2**23 + 1
+
+
+def test_interval_covers_the_truth_about_19_times_in_20(generator: torch.Generator) -> None:
+    """300 samples of 40 correlated, skewed blocks; binomial with p 0.95 strays below 0.88 never."""
+    hits = 0
+    block = torch.arange(40).repeat_interleave(16)
+    for _ in range(300):
+        common = torch.rand(40, generator=generator, dtype=torch.float64)
+        own = torch.rand(len(block), generator=generator, dtype=torch.float64)
+        values = -(1 - common).log()[block] * own * 2
+        low, high = mean_interval(values, block)
+        assert low < float(values.mean()) < high
+        hits += low < 1 < high
+    print("covered", hits)
+    assert 264 <= hits <= 298
+
+
+def test_interval_is_repeatable_and_narrow_for_equal_blocks(generator: torch.Generator) -> None:
+    values = torch.rand(70, generator=generator, dtype=torch.float64)
+    block = torch.arange(70) // 10
+    assert mean_interval(values, block) == mean_interval(values.clone(), block + 5)
+    equal = torch.full((70,), 0.25, dtype=torch.float64)
+    assert mean_interval(equal, block) == (0.25, 0.25)
+    # The normal approximation agrees where it holds.
+    many = torch.randn(5000, generator=generator, dtype=torch.float64)
+    _, error = block_mean(many, torch.arange(5000) // 10)
+    low, high = mean_interval(many, torch.arange(5000) // 10)
+    assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.1)
+    assert RESAMPLES >= 1000
 
 
 def test_too_few_blocks_are_refused(generator: torch.Generator) -> None:

@@ -111,9 +111,9 @@ def test_reported_errors_are_true(kind: str, group: int, generator: torch.Genera
     found = search_mxfp4(q, SCHEMES[f"int4-g{group}"], importance)
     values = grouped_values(q, group)
     error = dequantize(found.tensor).double().numpy().reshape(-1, group) - values
-    assert found.squared_error == pytest.approx((error**2).sum(), rel=1e-5)
-    assert found.squared_norm == pytest.approx((values**2).sum(), rel=1e-5)
-    assert found.max_error == pytest.approx(np.abs(error).max(), rel=1e-6)
+    assert found.squared_error == pytest.approx((error**2).sum(), rel=1e-5, abs=0)
+    assert found.squared_norm == pytest.approx((values**2).sum(), rel=1e-5, abs=0)
+    assert found.max_error == pytest.approx(np.abs(error).max(), rel=1e-6, abs=0)
     assert found.relative_rms == pytest.approx(
         ((error**2).sum() / max((values**2).sum(), 1e-300)) ** 0.5, rel=1e-5
     )
@@ -166,8 +166,8 @@ def test_ends_of_the_scale_range(byte: int, generator: torch.Generator) -> None:
         found = search_mxfp4(q, SCHEMES[f"int4-g{group}"])
         error = dequantize(found.tensor).double() - dequantize(q).double()
         assert bool(error.isfinite().all())
-        assert found.squared_error == pytest.approx(float(error.square().sum()), rel=1e-5)
-        assert found.max_error == pytest.approx(float(error.abs().max()), rel=1e-6)
+        assert found.squared_error == pytest.approx(float(error.square().sum()), rel=1e-5, abs=0)
+        assert found.max_error == pytest.approx(float(error.abs().max()), rel=1e-6, abs=0)
         assert found.relative_rms < 0.2
 
 
@@ -201,9 +201,11 @@ def test_dense_search_is_never_worse_than_absmax(name: str, generator: torch.Gen
         ]
         assert bool((by_group[0] <= by_group[1] * (1 + 1e-5)).all())
         error = dequantize(found.tensor).double() - x.double()
-        assert found.squared_error == pytest.approx(float(error.square().sum()), rel=1e-6)
-        assert found.squared_norm == pytest.approx(float(x.double().square().sum()), rel=1e-6)
-        assert found.max_error == pytest.approx(float(error.abs().max()), rel=1e-6)
+        assert found.squared_error == pytest.approx(float(error.square().sum()), rel=1e-6, abs=0)
+        assert found.squared_norm == pytest.approx(
+            float(x.double().square().sum()), rel=1e-6, abs=0
+        )
+        assert found.max_error == pytest.approx(float(error.abs().max()), rel=1e-6, abs=0)
 
 
 def test_columns_must_be_whole_groups() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.conversion import TINY
 from tests.support.shard_bytes import INDEX, StoredTensor, honest_shard
+from v4quant.memory import peak_rss_bytes
 from v4quant_formats import errors
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import ConfigError
@@ -155,6 +156,16 @@ def test_folder_without_what_it_needs(folder: Path, tmp_path: Path) -> None:
 
 def change(key: str, value: object) -> Callable[[dict[str, Any]], None]:
     return lambda config: config.__setitem__(key, value)
+
+
+def test_json_that_would_grow_in_memory(folder: Path) -> None:
+    started, memory = time.perf_counter(), peak_rss_bytes()
+    for name, kind in (("config.json", ConfigError), (INDEX, errors.InvalidIndex)):
+        kept = (folder / name).read_bytes()
+        (folder / name).write_bytes(b'{"a":[' + b"[]," * 5_000_000 + b"1]}")
+        refuse(folder, kind, name, "more than 4,000,000 values")
+        (folder / name).write_bytes(kept)
+    assert time.perf_counter() - started < 2 and peak_rss_bytes() - memory < 2**26
 
 
 @pytest.mark.parametrize("key", ["n_routed_experts", "num_hidden_layers", "vocab_size"])

@@ -190,6 +190,25 @@ def test_announced_header_is_not_allocated(tmp_path: Path) -> None:
     assert peak_rss_bytes() - memory < 2**24
 
 
+@pytest.mark.parametrize("filler", [b"[],", b"{},", b"1,", b'"a",', b"[[]],"])
+def test_header_that_would_grow_in_memory(filler: bytes, tmp_path: Path) -> None:
+    """Thirty megabytes of empty lists would be a gigabyte of Python objects."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw_shard(b'{"a":[' + filler * (30_000_000 // len(filler)) + b"1]}"))
+    started, memory = time.perf_counter(), peak_rss_bytes()
+    with pytest.raises(errors.HeaderTooLarge, match="more than 4,000,000 values"):
+        read_header(path)
+    assert time.perf_counter() - started < 1 and peak_rss_bytes() - memory < 2**26
+
+
+def test_header_of_many_tensors(tmp_path: Path) -> None:
+    """Twenty thousand tensors, more than any release has in a shard, take a moment."""
+    path = tmp_path / "model.safetensors"
+    table = {f"layers.{i}.weight": entry("U8", [1, 1], i, i + 1) for i in range(20_000)}
+    path.write_bytes(raw_shard(table, bytes(20_000)))
+    assert len(read_header(path)) == 20_000
+
+
 @pytest.mark.parametrize("length", [640, 896, 1152, 1408, 0x04034B50 & 0xFFFF])
 def test_lengths_that_look_like_other_formats(length: int, tmp_path: Path) -> None:
     """640 is 80 02, the first bytes of a pickle; such a file is perfectly good."""

@@ -17,7 +17,7 @@ from v4quant.cli.calibrate import coverage, coverage_text
 from v4quant.cli.evaluate import write_report
 from v4quant.cli.quantize import summary
 from v4quant.evaluation import evaluate_checkpoint
-from v4quant.job import JobResult, run_job
+from v4quant.job import JobResult, check_folder, run_job
 from v4quant.kernel_check import check_kernels
 from v4quant.memory import fit_workers, parse_size
 from v4quant.pipeline import CorpusStep, Pipeline, VerifyStep, load_pipeline
@@ -26,7 +26,7 @@ from v4quant.steps import FinishedSteps, step_key
 from v4quant.verify import verify as verify_checkpoint
 from v4quant_calibration.calibrate import calibrate as calibrate_checkpoint
 from v4quant_calibration.stats import Stats, load_stats, save_stats, stats_digest
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
 from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.shards import write_file_atomically
 
@@ -58,13 +58,15 @@ def run(
     started = time.monotonic()
     cap = parse_size(max_memory) if max_memory else None
     with open_checkpoint(resolve_source(pipeline.source)) as source:
-        # What no plan can be made for should not be calibrated first.
+        # What cannot be planned or written should not be calibrated first.
         make_plan(source, pipeline.recipe)
+        target = folder / "checkpoint"
+        if not (target / INDEX_NAME).exists():
+            check_folder(target)
         stats, digest = _calibrate(pipeline.calibrate, source, folder)
         plan = make_plan(source, pipeline.recipe, digest)
         _output.heading(f"Quantize to {pipeline.recipe.scheme} ({pipeline.recipe.format})")
         threads = fit_workers(plan, workers or os.cpu_count() or 1, cap)
-        target = folder / "checkpoint"
         job = run_job(plan, target, stats, threads, _output.TerminalProgress())
         _output.note(summary(job))
         failed = _verify(pipeline.verify, source, target)

@@ -31,8 +31,9 @@ def verify(
     if as_json:
         _output.emit({**asdict(result), "kernels": [asdict(c) for c in checks], "ok": not failed})
     else:
-        _output.data(f"{result.files} files match their SHA-256" if not result.findings else "")
-        if source is not None:
+        if not result.findings:
+            _output.data(f"{result.files} files match their SHA-256")
+        if source is not None and not result.findings:
             _output.data(
                 f"{result.compared} modules compared with the source; {result.exact} hold exactly "
                 "its values, the others the error the manifest states"

@@ -1,0 +1,119 @@
+"""Weight defects: what a wrong matrix looks like, asked of the few that are wrong.
+
+Converters fail in a handful of ways, and each leaves a signature that one comparison confirms: the
+matrix is another one of the file (w1 for w3, a neighbouring expert), the two codes of every byte
+are exchanged, everything carries a constant factor (a scale that is off by a power of two), or only
+some rows are bad. A hypothesis is accepted when it takes away at least three quarters of the error.
+Two unrelated matrices of equal norm have a relative error of sqrt(2), so an error near 1.4 that no
+hypothesis explains means "something else altogether".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.deepseek_v4 import TensorName
+from v4quant_formats.weights import find_weight, read_dense
+
+_ROWS = 512
+# A hypothesis must leave at most this share of the error.
+_EXPLAINED = 0.25
+# How many other wrong matrices of the same layer a matrix is tried on.
+_MOST_OTHERS = 8
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """Frobenius norm of a - b over that of b, in float64; 0 for two zeros, inf against a zero.
+
+    a, b: `[N, K]` float32. Temporaries are some rows at a time.
+    """
+    error = norm = 0.0
+    for first in range(0, a.shape[0], _ROWS):
+        x, y = (m[first : first + _ROWS].double() for m in (a, b))
+        error += float((x - y).square().sum())
+        norm += float(y.square().sum())
+    if norm == 0:
+        return 0.0 if error == 0 else float("inf")
+    return (error / norm) ** 0.5
+
+
+def explain(
+    reference: Checkpoint,
+    candidate: Checkpoint,
+    name: TensorName,
+    error: float,
+    others: Sequence[str],
+) -> str:
+    """What the candidate's matrix `name` looks like, in words; empty when nothing known fits.
+
+    error: its relative error. others: further wrong matrices of the layer, as suspects for an
+    exchange.
+    """
+    mine = read_dense(candidate, name.module)
+    right = read_dense(reference, name.module)
+    limit = _EXPLAINED * error
+    if not bool(mine.any()):
+        return "its values are all zero"
+    for test in (_other_matrix(reference, name, others), _nibbles, _factor):
+        told = test(mine, right, limit)
+        if told:
+            return told
+    return _rows(mine, right, error)
+
+
+def _other_matrix(
+    reference: Checkpoint, name: TensorName, others: Sequence[str]
+) -> Callable[[Tensor, Tensor, float], str]:
+    """Whether the values are those of w1 / w3 beside it, or of another wrong matrix."""
+    partner = {"w1": "w3", "w3": "w1"}.get(name.module.rpartition(".")[2])
+    tried = [] if partner is None else [f"{name.module[:-2]}{partner}"]
+    tried += [module for module in others[:_MOST_OTHERS] if module not in tried]
+
+    def test(mine: Tensor, right: Tensor, limit: float) -> str:
+        for module in tried:
+            if module in _modules(reference, module) and find_weight(reference, module).shape == (
+                right.shape[0],
+                right.shape[1],
+            ):
+                if relative_error(mine, read_dense(reference, module)) <= limit:
+                    beside = partner is not None and module == tried[0]
+                    return f"looks swapped with {partner if beside else module}"
+        return ""
+
+    return test
+
+
+def _nibbles(mine: Tensor, right: Tensor, limit: float) -> str:
+    """Even and odd columns exchanged: the high nibble was read as the low one."""
+    if mine.shape[1] % 2:
+        return ""
+    exchanged = mine.view(mine.shape[0], -1, 2).flip(-1).view(mine.shape)
+    fits = relative_error(exchanged, right) <= limit
+    return "its nibbles look swapped (even and odd columns are exchanged)" if fits else ""
+
+
+def _factor(mine: Tensor, right: Tensor, limit: float) -> str:
+    """One factor on everything: the least-squares gain <right, mine> / <right, right>."""
+    inner = norm = 0.0
+    for x, y in zip(mine.split(_ROWS), right.split(_ROWS), strict=True):
+        inner += float((x.double() * y.double()).sum())
+        norm += float(y.double().square().sum())
+    gain = inner / norm if norm else 0.0
+    if not gain or relative_error(mine / gain, right) > limit:
+        return ""
+    return f"its values look multiplied by {gain:.3g}; check its scales"
+
+
+def _rows(mine: Tensor, right: Tensor, error: float) -> str:
+    """Whether few rows hold nearly all of the error."""
+    squared = (mine - right).double().square().sum(1)
+    largest, order = squared.sort(descending=True)
+    needed = int((largest.cumsum(0) < 0.99 * largest.sum()).sum()) + 1
+    if 4 * needed > len(order):
+        return ""
+    first = int(order[:needed].min())
+    return f"the error sits in {needed} of its {len(order)} rows (the first is row {first})"

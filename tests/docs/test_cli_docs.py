@@ -1,0 +1,52 @@
+"""docs/cli.md is the commands' own help, and every command's help shows how it is used."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import click
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def load_generator() -> ModuleType:
+    path = ROOT / "scripts" / "gen_cli_docs.py"
+    spec = importlib.util.spec_from_file_location("gen_cli_docs", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GENERATOR = load_generator()
+COMMANDS: dict[str, click.Context] = dict(GENERATOR.commands())
+
+
+def test_page_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    # By words, because another version of click may break lines elsewhere.
+    written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8").split()
+    assert written == GENERATOR.page().split(), "run: python scripts/gen_cli_docs.py"
+
+
+def test_page_does_not_depend_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = GENERATOR.page()
+    monkeypatch.setenv("COLUMNS", "40")
+    assert GENERATOR.page() == before
+    assert all(len(line) <= 110 for line in before.splitlines())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example(name: str) -> None:
+    told = " ".join(COMMANDS[name].get_help().split())
+    used = name if name != "v4quant" else "v4quant run demo"
+    assert used in told.split("Options:")[1], told
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_says_what_it_does(name: str) -> None:
+    for option in COMMANDS[name].command.params:
+        if isinstance(option, click.Option):
+            assert option.help, option.opts
