@@ -17,6 +17,7 @@ from v4quant_calibration.corpus import Corpus
 from v4quant_calibration.evaluate import evaluate
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.stream import LogitSlice
+from v4quant_calibration.weight_error import WeightComparison, compare_weights
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
 from v4quant_formats.shards import ShardWriter
@@ -72,8 +73,13 @@ def evaluate_checkpoint(
     options: ForwardOptions,
     progress: Progress,
     save_logits: Path | None = None,
+    weights: bool = True,
 ) -> dict[str, Any]:
-    """The full evaluation object (the schema of `evaluate --json` and of reports)."""
+    """The full evaluation object (the schema of `evaluate --json` and of reports).
+
+    weights: with a reference, also compare every matrix with its source and list what does not
+    fit as `findings`. Raises what `evaluate` and `compare_weights` raise, and LogitsError.
+    """
     sink = None
     if save_logits is not None:
         sink = LogitsFile(save_logits, corpus, int(checkpoint.config["vocab_size"]))
@@ -93,10 +99,30 @@ def evaluate_checkpoint(
         "seq_len": max(lengths),
         "activations": options.activations,
     }
-    weight_errors = _weight_errors(checkpoint)
-    for row in figures.get("layers", []):
-        row["weight_relative_rms"] = weight_errors.get(row["name"])
+    if reference is not None:
+        compared = compare_weights(reference, checkpoint, progress) if weights else None
+        _add_weights(figures, compared, checkpoint)
     return {**facts, **figures}
+
+
+def _add_weights(
+    figures: dict[str, Any], compared: WeightComparison | None, checkpoint: Checkpoint
+) -> None:
+    """Weight errors by group, their mean and worst by layer, and the findings."""
+    if compared is None:
+        means = _manifest_errors(checkpoint)
+        for row in figures["layers"]:
+            row["weight_relative_rms"] = means.get(row["name"])
+        return
+    figures["findings"] = [vars(finding) for finding in compared.findings]
+    figures["weights"] = [vars(group) for group in compared.groups]
+    for row in figures["layers"]:
+        experts = [g for g in compared.groups if g.stage == row["name"] and "*" in g.where]
+        matrices = sum(g.matrices for g in experts)
+        worst = max(experts, key=lambda g: g.largest)
+        row["weight_relative_rms"] = sum(g.mean * g.matrices for g in experts) / matrices
+        row["weight_largest"] = worst.largest
+        row["weight_worst"] = worst.worst.rpartition(".ffn.experts.")[2]
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -107,12 +133,12 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "path": str(checkpoint.path),
         "scheme": ", ".join(sorted(schemes)),
-        "bytes": checkpoint.nbytes,
+        "bytes": checkpoint.file_bytes,
         "expert_bits_per_weight": 8 * nbytes / weights if weights else None,
     }
 
 
-def _weight_errors(checkpoint: Checkpoint) -> dict[str, float]:
+def _manifest_errors(checkpoint: Checkpoint) -> dict[str, float]:
     """Mean relative RMS of the expert matrices of each stage, from the manifest if there is one."""
     if not (checkpoint.path / MANIFEST_NAME).exists():
         return {}

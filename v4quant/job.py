@@ -48,7 +48,7 @@ from v4quant_formats.shards import (
     temporary_path,
     write_file_atomically,
 )
-from v4quant_formats.sidecars import find_sidecars
+from v4quant_formats.sidecars import find_sidecars, read_sidecar
 from v4quant_kernels.progress import Progress, SilentProgress
 
 
@@ -225,7 +225,7 @@ def _finish(plan: Plan, out: Path, shards: list[FinishedShard]) -> None:
     """Write sidecars, config, manifest and, last, the index."""
     files = [s.file for s in shards]
     for name in find_sidecars(plan.checkpoint.path):
-        data = (plan.checkpoint.path / name).read_bytes()
+        data = read_sidecar(plan.checkpoint.path, name)
         written = write_file_atomically(out / name, data)
         files.append(WrittenFile(name, written.nbytes, written.sha256))
     files.append(write_file_atomically(out / "config.json", to_json(plan.output_config())))
@@ -275,7 +275,7 @@ def _result(plan: Plan, out: Path, records: list[TensorRecord], started: float) 
         format=plan.recipe.format,
         scheme=plan.recipe.scheme,
         tensors=sum(len(s.outputs) for s in plan.shards),
-        bytes_in=plan.checkpoint.nbytes,
+        bytes_in=plan.checkpoint.file_bytes,
         bytes_out=plan.bytes_out,
         exact_tensors=kinds[True],
         lossy_tensors=kinds[False],

@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
+from v4quant_calibration.encoding import DEFAULT_MODE, MODES
 
 PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass(frozen=True)
 class CorpusStep:
-    """Which text a step reads, and how much of it."""
+    """Which text a step reads, how much of it, and how chats without a mode are encoded."""
 
     corpus: tuple[str, ...]
     tokens: int | None = None
     seq_len: int | None = None
     activations: str = "plain"
     floor: int = 32
+    mode: str = DEFAULT_MODE
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,13 @@ def load_pipeline(name: str) -> Pipeline:
 
 Step = TypeVar("Step", CorpusStep, VerifyStep)
 
-_ACTIVATIONS = ("plain", "official")
+_CHOICES = {"activations": ("plain", "official"), "mode": MODES}
 _TYPES: dict[str, tuple[type, ...]] = {
     "tokens": (int,),
     "seq_len": (int,),
     "floor": (int,),
     "activations": (str,),
+    "mode": (str,),
     "source": (bool,),
     "kernels": (bool,),
 }
@@ -102,9 +105,9 @@ def _step(kind: type[Step], table: Mapping[str, Any], name: str, path: Path) -> 
             raise RecipeError(f"{where}: '{key}' is {value!r}, expected {_TYPES[key][0].__name__}")
         elif type(value) is int and value < 1:
             raise RecipeError(f"{where}: '{key}' is {value}, expected a positive number")
-        elif key == "activations" and value not in _ACTIVATIONS:
+        elif key in _CHOICES and value not in _CHOICES[key]:
             raise RecipeError(
-                f"{where}: '{key}' is '{value}', expected one of {', '.join(_ACTIVATIONS)}"
+                f"{where}: '{key}' is '{value}', expected one of {', '.join(_CHOICES[key])}"
             )
         else:
             checked[key] = value

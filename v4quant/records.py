@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from v4quant_formats.manifest import MANIFEST_NAME, ManifestError
 
-Disposition = Literal["copied", "cast", "quantized", "dropped"]
+Disposition = Literal["copied", "cast", "quantized"]
 _KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("module", "disposition", "source", "target", "reason"), (str,)),
+    **dict.fromkeys(("module", "disposition", "source", "target"), (str,)),
     **dict.fromkeys(("elements", "altered"), (int,)),
     **dict.fromkeys(("relative_rms", "max_error"), (int, float)),
 }
@@ -31,7 +31,6 @@ class TensorRecord:
     altered: int = 0
     relative_rms: float = 0.0
     max_error: float = 0.0
-    reason: str = ""
 
     @property
     def exact(self) -> bool:
@@ -41,9 +40,7 @@ class TensorRecord:
     def as_dict(self) -> dict[str, Any]:
         """JSON form: fields that say nothing are left out."""
         plain = {k: v for k, v in asdict(self).items() if v not in (0, 0.0, "")}
-        if self.disposition != "dropped":
-            plain["exact"] = self.exact
-        return plain
+        return {**plain, "exact": self.exact}
 
 
 def record_from_dict(table: dict[str, Any]) -> TensorRecord:

@@ -1,10 +1,13 @@
 """Corpora: text, JSONL or token ids, cut into windows a model is scored or calibrated on.
 
-A corpus file becomes one *part* with a name, so that results can be broken down. Text is tokenized
+A corpus file becomes a *part* with a name, so that results can be broken down. Text is tokenized
 in one pass per document with the checkpoint's own tokenizer.json and cut into windows of
-`seq_len` tokens that start with BOS, which the release's tokenizer does not add by itself. Token
-ids (.npy, or safetensors with `input_ids`) are taken as they are, a row a window, nothing added.
-When fewer tokens are wanted than a file holds, windows are taken evenly from its whole length.
+`seq_len` tokens that start with BOS, which the release's tokenizer does not add by itself. A chat
+(a JSONL row with `messages`) becomes text by the release's encoding; the BOS that brings along is
+the first window's, not a second one. Chats of one file and mode are a part named after both.
+Token ids (.npy, or safetensors with `input_ids`) are taken as they are, a row a window, nothing
+added. When fewer tokens are wanted than a file holds, windows are taken evenly from its whole
+length.
 """
 
 from __future__ import annotations
@@ -13,13 +16,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 from torch import Tensor
 
+from v4quant_calibration.encoding import BOS, DEFAULT_MODE, EncodingError, encode_messages
+from v4quant_calibration.text_tokenizer import TextTokenizer
 from v4quant_kernels.errors import V4QuantError
 
 MAX_CORPUS_BYTES = 4 * 2**30
@@ -33,7 +38,7 @@ class CorpusError(V4QuantError):
 
 @dataclass(frozen=True)
 class CorpusPart:
-    """One file's windows: int64 token ids [length], BOS included."""
+    """Windows of one file, and of one mode if they are chats: int64 ids [length] with BOS."""
 
     name: str
     windows: list[Tensor]
@@ -71,13 +76,15 @@ class CorpusRequest:
     """What to cut: window length (None: 512 for text, whole rows for ids), and how many tokens in
     all (None: everything).
 
-    `bos_token_id` is prepended to every window of text; `vocab_size` bounds the ids.
+    `bos_token_id` is prepended to every window of text; `vocab_size` bounds the ids. `mode` is how
+    chats are encoded whose row names none: non-think, think-high or think-max.
     """
 
     seq_len: int | None
     tokens: int | None
     bos_token_id: int
     vocab_size: int
+    mode: str = DEFAULT_MODE
 
 
 def load_corpus(files: Sequence[Path], tokenizer: Path, request: CorpusRequest) -> Corpus:
@@ -92,49 +99,42 @@ def load_corpus(files: Sequence[Path], tokenizer: Path, request: CorpusRequest) 
         raise CorpusError(f"--seq-len {request.seq_len} leaves nothing to predict; use at least 2")
     if request.tokens is not None and request.tokens < 2:
         raise CorpusError(f"--tokens {request.tokens} leaves nothing to predict; use at least 2")
-    encoder = _Encoder(tokenizer)
+    encode = TextTokenizer(tokenizer)
     share = None if request.tokens is None else -(-request.tokens // len(files))
-    parts = []
+    parts: list[CorpusPart] = []
     for file in files:
-        documents = _read_documents(file, encoder)
-        windows = [w for d in documents for w in _cut(file, d, request) if len(w) >= 2]
-        parts.append(CorpusPart(file.stem, _choose(file, windows, share)))
+        documents = _read_documents(file, encode, request)
+        windows = [w for d in documents for w in _cut(file, d, request) if len(w.ids) >= 2]
+        parts += _by_part(_choose(file, windows, share))
     return Corpus(parts)
 
 
 @dataclass(frozen=True)
 class _Document:
-    """Token ids of one document; `is_text` ones still need BOS."""
+    """Token ids of one document without BOS, or as a file of ids gives them (`as_is`)."""
 
+    part: str
     ids: Tensor
-    is_text: bool
+    as_is: bool = False
 
 
-class _Encoder:
-    """The checkpoint's tokenizer, loaded when the first text needs it."""
+@dataclass(frozen=True)
+class _Window:
+    """One window, and the name of the part it belongs to."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._tokenizer: Tokenizer | None = None
-
-    def __call__(self, text: str) -> _Document:
-        if self._tokenizer is None:
-            if not self._path.is_file():
-                raise CorpusError(
-                    f"{self._path}: missing; a text corpus needs the checkpoint's tokenizer.json "
-                    "(or give token ids as .npy)"
-                )
-            try:
-                self._tokenizer = Tokenizer.from_file(str(self._path))
-            except Exception as error:  # noqa: BLE001  (tokenizers raises bare Exception)
-                raise CorpusError(f"{self._path}: is no usable tokenizer ({error})") from None
-        # Half a surrogate pair, which JSON can spell, has no UTF-8 form for the tokenizer.
-        text = text.encode(errors="replace").decode()
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return _Document(torch.tensor(ids, dtype=torch.int64), is_text=True)
+    part: str
+    ids: Tensor
 
 
-def _read_documents(file: Path, encode: _Encoder) -> list[_Document]:
+def _by_part(windows: list[_Window]) -> list[CorpusPart]:
+    """Windows grouped by part, in the order in which parts first occur."""
+    grouped: dict[str, list[Tensor]] = {}
+    for window in windows:
+        grouped.setdefault(window.part, []).append(window.ids)
+    return [CorpusPart(name, ids) for name, ids in grouped.items()]
+
+
+def _read_documents(file: Path, encode: TextTokenizer, request: CorpusRequest) -> list[_Document]:
     """The documents of a file, tokenized."""
     try:
         if file.stat().st_size > MAX_CORPUS_BYTES:
@@ -150,56 +150,80 @@ def _read_documents(file: Path, encode: _Encoder) -> list[_Document]:
     except (OSError, EOFError, TypeError, ValueError, SafetensorError) as error:
         raise CorpusError(f"{file}: cannot be read as a corpus ({error})") from None
     if file.suffix in JSONL_SUFFIXES:
-        return [encode(t) for t in _jsonl_texts(file, text)]
-    return [encode(text)]
+        return _jsonl_documents(file, text, encode, request)
+    return [_Document(file.stem, encode(text))]
 
 
 def _rows(file: Path, ids: Tensor) -> list[_Document]:
     integral = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     if ids.dim() not in (1, 2) or not integral:
         raise CorpusError(f"{file}: token ids must be integers of shape [sequences, length]")
-    return [_Document(row, is_text=False) for row in torch.atleast_2d(ids.long())]
+    return [_Document(file.stem, row, as_is=True) for row in torch.atleast_2d(ids.long())]
 
 
-def _jsonl_texts(file: Path, content: str) -> list[str]:
-    texts = []
+def _jsonl_documents(
+    file: Path, content: str, encode: TextTokenizer, request: CorpusRequest
+) -> list[_Document]:
+    documents = []
     # Not splitlines: JSON strings may hold U+2028 and other characters it would break lines at.
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
+        where = f"{file}: line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            raise CorpusError(f"{file}: line {number} is not JSON") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise CorpusError(f'{file}: line {number} has no "text" string')
-        texts.append(row["text"])
-    return texts
+            raise CorpusError(f"{where} is not JSON") from None
+        if not isinstance(row, dict) or ("messages" in row) == isinstance(row.get("text"), str):
+            raise CorpusError(f'{where} has no "text" string, nor "messages" instead')
+        if "messages" in row:
+            documents.append(_chat(where, file.stem, row, encode, request))
+        else:
+            documents.append(_Document(file.stem, encode(row["text"])))
+    return documents
 
 
-def _cut(file: Path, document: _Document, request: CorpusRequest) -> list[Tensor]:
+def _chat(
+    where: str, name: str, row: dict[str, Any], encode: TextTokenizer, request: CorpusRequest
+) -> _Document:
+    """A chat's prompt, tokenized in one pass; BOS is checked and taken off for the windows."""
+    mode = request.mode if row.get("mode") is None else row["mode"]
+    try:
+        prompt = encode_messages(row["messages"], mode, tools=row.get("tools"))
+    except EncodingError as error:
+        raise CorpusError(f"{where}: {error}") from None
+    ids = encode(prompt)
+    if ids[:1].tolist() != [request.bos_token_id]:
+        raise CorpusError(
+            f"{where}: the tokenizer does not make {BOS} the model's BOS, token "
+            f"{request.bos_token_id}; chats need the tokenizer.json of a DeepSeek-V4"
+        )
+    return _Document(f"{name} ({mode})", ids[1:])
+
+
+def _cut(file: Path, document: _Document, request: CorpusRequest) -> list[_Window]:
     """Windows of one document. A shorter last piece is kept only when it is the only one."""
-    ids = document.ids
+    ids, part = document.ids, document.part
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < request.vocab_size:
         raise CorpusError(
             f"{file}: holds token ids {int(ids.min())} to {int(ids.max())}, but the model's "
             f"vocabulary has {request.vocab_size}; corpus and model do not belong together"
         )
-    if not document.is_text:
-        return list(ids.split(request.seq_len or max(len(ids), 1)))
+    if document.as_is:
+        return [_Window(part, p) for p in ids.split(request.seq_len or max(len(ids), 1))]
     body = (request.seq_len or DEFAULT_SEQ_LEN) - 1
     bos = torch.tensor([request.bos_token_id])
-    pieces = ids.split(body)
-    return [torch.cat((bos, p)) for i, p in enumerate(pieces) if len(p) == body or i == 0]
+    kept = [p for i, p in enumerate(ids.split(body)) if len(p) == body or i == 0]
+    return [_Window(part, torch.cat((bos, p))) for p in kept]
 
 
-def _choose(file: Path, windows: list[Tensor], share: int | None) -> list[Tensor]:
+def _choose(file: Path, windows: list[_Window], share: int | None) -> list[_Window]:
     """Windows spread evenly over the file until they hold `share` tokens."""
     if not windows:
         raise CorpusError(f"{file}: is too short: it gives no window of at least 2 tokens")
     if share is None:
         return windows
-    available = sum(len(w) for w in windows)
+    available = _tokens(windows)
     if available < share:
         raise CorpusError(
             f"{file}: is too short: its windows hold {available:,} tokens, but {share:,} were "
@@ -208,11 +232,15 @@ def _choose(file: Path, windows: list[Tensor], share: int | None) -> list[Tensor
     count = min(len(windows), -(-share * len(windows) // available))
     chosen = _spread(windows, count)
     # Windows of unequal length: those chosen may hold less than their number promises.
-    while (held := sum(map(len, chosen))) < share:
+    while (held := _tokens(chosen)) < share:
         count = min(len(windows), count * share // held + 1)
         chosen = _spread(windows, count)
     return chosen
 
 
-def _spread(windows: list[Tensor], count: int) -> list[Tensor]:
+def _spread(windows: list[_Window], count: int) -> list[_Window]:
     return [windows[i * len(windows) // count] for i in range(count)]
+
+
+def _tokens(windows: list[_Window]) -> int:
+    return sum(len(w.ids) for w in windows)

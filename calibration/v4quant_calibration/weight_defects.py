@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.deepseek_v4 import TensorName
-from v4quant_formats.weights import find_weight, read_dense
+from v4quant_formats.deepseek_v4 import PARTS, TensorName
+from v4quant_formats.weights import read_dense
 
 _ROWS = 512
 # A hypothesis must leave at most this share of the error.
@@ -62,7 +62,7 @@ def explain(
         told = test(mine, right, limit)
         if told:
             return told
-    return _rows(mine, right, error)
+    return _rows(mine, right)
 
 
 def _other_matrix(
@@ -70,18 +70,16 @@ def _other_matrix(
 ) -> Callable[[Tensor, Tensor, float], str]:
     """Whether the values are those of w1 / w3 beside it, or of another wrong matrix."""
     partner = {"w1": "w3", "w3": "w1"}.get(name.module.rpartition(".")[2])
-    tried = [] if partner is None else [f"{name.module[:-2]}{partner}"]
-    tried += [module for module in others[:_MOST_OTHERS] if module not in tried]
+    beside = f"{name.module[:-2]}{partner}"
+    there = any(f"{beside}.{part}" in reference for part in PARTS)
+    tried = [beside] if partner is not None and there else []
+    tried += [module for module in others[:_MOST_OTHERS] if module != beside]
 
     def test(mine: Tensor, right: Tensor, limit: float) -> str:
         for module in tried:
-            if module in _modules(reference, module) and find_weight(reference, module).shape == (
-                right.shape[0],
-                right.shape[1],
-            ):
-                if relative_error(mine, read_dense(reference, module)) <= limit:
-                    beside = partner is not None and module == tried[0]
-                    return f"looks swapped with {partner if beside else module}"
+            other = read_dense(reference, module)
+            if other.shape == right.shape and relative_error(mine, other) <= limit:
+                return f"looks swapped with {partner if module == beside else module}"
         return ""
 
     return test
@@ -97,20 +95,29 @@ def _nibbles(mine: Tensor, right: Tensor, limit: float) -> str:
 
 
 def _factor(mine: Tensor, right: Tensor, limit: float) -> str:
-    """One factor on everything: the least-squares gain <right, mine> / <right, right>."""
+    """One factor on everything: the gain <mine, mine> / <mine, right>.
+
+    Rounding to the best scale leaves an error orthogonal to its result, so that <m, m> = <m, r>
+    for healthy m and the gain of a multiple of m is the multiple.
+    """
     inner = norm = 0.0
     for x, y in zip(mine.split(_ROWS), right.split(_ROWS), strict=True):
         inner += float((x.double() * y.double()).sum())
-        norm += float(y.double().square().sum())
-    gain = inner / norm if norm else 0.0
+        norm += float(x.double().square().sum())
+    gain = norm / inner if inner else 0.0
     if not gain or relative_error(mine / gain, right) > limit:
         return ""
     return f"its values look multiplied by {gain:.3g}; check its scales"
 
 
-def _rows(mine: Tensor, right: Tensor, error: float) -> str:
+def _rows(mine: Tensor, right: Tensor) -> str:
     """Whether few rows hold nearly all of the error."""
-    squared = (mine - right).double().square().sum(1)
+    squared = torch.cat(
+        [
+            (x.double() - y.double()).square().sum(1)
+            for x, y in zip(mine.split(_ROWS), right.split(_ROWS), strict=True)
+        ]
+    )
     largest, order = squared.sort(descending=True)
     needed = int((largest.cumsum(0) < 0.99 * largest.sum()).sum()) + 1
     if 4 * needed > len(order):

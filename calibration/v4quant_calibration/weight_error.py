@@ -18,14 +18,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from v4quant_calibration.weight_defects import explain, relative_error
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import TensorName, expert_module, parse_name
 from v4quant_formats.spec import TORCH_DTYPES
 from v4quant_formats.weights import StoredWeight, find_weight, read_dense, read_weight
-from v4quant_kernels.errors import UnsupportedScheme
+from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.ref import codec
 from v4quant_kernels.ref.cast import can_cast, cast_mxfp4, top_exponent
@@ -40,6 +38,10 @@ _ABOVE_GROUP = 2.0
 # Errors of siblings differ by some percent without any defect, however small their MAD comes out.
 _NATURAL_SPREAD = 0.05
 _MAD_TO_SIGMA = 1.4826
+
+
+class WeightShapeError(V4QuantError):
+    """Two checkpoints whose matrices of one name differ in shape."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,7 @@ def compare_weights(
     progress.start("Weights", len(names), "matrix")
     siblings: defaultdict[str, list[MatrixError]] = defaultdict(list)
     for name in names:
-        error = relative_error(
-            read_dense(candidate, name.module), read_dense(reference, name.module)
-        )
-        stored = find_weight(candidate, name.module)
-        siblings[_group(name)].append(MatrixError(name, _coding(stored), error))
+        siblings[_group(name)].append(_measure(reference, candidate, name))
         progress.advance(1)
     progress.finish()
     groups, findings = [], []
@@ -156,6 +154,17 @@ def _matrices(reference: Checkpoint, candidate: Checkpoint) -> list[TensorName]:
     return list(modules.values())
 
 
+def _measure(reference: Checkpoint, candidate: Checkpoint, name: TensorName) -> MatrixError:
+    before, after = find_weight(reference, name.module), find_weight(candidate, name.module)
+    if before.shape != after.shape:
+        raise WeightShapeError(
+            f"{candidate.path}: '{name.module}' is {list(after.shape)}, the reference's is "
+            f"{list(before.shape)}; these are no conversions of one model"
+        )
+    error = relative_error(read_dense(candidate, name.module), read_dense(reference, name.module))
+    return MatrixError(name, _coding(after), error)
+
+
 def _group(name: TensorName) -> str:
     if name.expert is None:
         return name.module
@@ -202,11 +211,13 @@ def _judge(
 def _confirm(
     group: SiblingErrors, suspects: list[MatrixError], reference: Checkpoint, candidate: Checkpoint
 ) -> list[Finding]:
-    """Suspects whose error their own reference does not explain; one finding if nearly all are."""
+    """Suspects whose error their own reference does not explain; one finding if most are."""
+    # A search beats plain rounding by the same share in all siblings, so it is asked of each.
+    share = min(1.0, group.median / group.expected) if group.expected else 1.0
     confirmed: list[tuple[MatrixError, float | None]] = []
     for suspect in suspects:
         own = _expected(reference, candidate, suspect)
-        if own is None or suspect.relative_error > _ABOVE_OWN * own + NEGLIGIBLE:
+        if own is None or suspect.relative_error > _ABOVE_OWN * share * own + NEGLIGIBLE:
             confirmed.append((suspect, own))
     everywhere = len(confirmed) > 1 and 2 * len(confirmed) > group.matrices
     findings = []
@@ -225,16 +236,14 @@ def _problem(group: SiblingErrors, suspect: MatrixError, own: float | None, coun
     if count:
         told = f"in {count} of {group.matrices} experts, {told}"
     if own is not None:
-        limit = f"about {own:.2g}" if own > NEGLIGIBLE else "none"
-        told += f", {suspect.scheme} should cost {limit}"
+        limit = f"about {own:.2g}" if own > NEGLIGIBLE else "nothing"
+        told += f", plain rounding to {suspect.scheme} costs {limit}"
     if group.matrices > 1 and not count:
         told += f" (median of its {group.matrices} siblings: {group.median:.2g})"
     return told
 
 
-def _expected(
-    reference: Checkpoint, candidate: Checkpoint, member: MatrixError
-) -> float | None:
+def _expected(reference: Checkpoint, candidate: Checkpoint, member: MatrixError) -> float | None:
     module = member.name.module
     return expected_error(reference, module, find_weight(candidate, module))
 

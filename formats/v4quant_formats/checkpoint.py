@@ -79,6 +79,11 @@ class Checkpoint:
         """Bytes of tensor data."""
         return sum(s.nbytes for s in self)
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all shards, headers included: what the checkpoint takes on a disk."""
+        return sum(f.size for f in self.files.values())
+
     def spec(self, name: str) -> TensorSpec:
         """The facts of one tensor. Raises MissingTensor."""
         try:
@@ -189,6 +194,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     folder = Path(path)
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder; give the folder that holds config.json")
+    _check_link(folder, "config.json")
+    _check_link(folder, INDEX_NAME)
     config = read_json_object(folder / "config.json")
     weight_map = _weight_map(folder)
     tensors: dict[str, TensorSpec] = {}
@@ -240,6 +247,10 @@ def _check_file_name(folder: Path, name: str) -> None:
         raise UnsafePath(f"{folder}: index names {name[:200]!r}, which is not a plain file name")
     if not name.endswith(".safetensors"):
         raise UnsafePath(f"{folder}: index names '{name}', which is not a .safetensors file")
+    _check_link(folder, name)
+
+
+def _check_link(folder: Path, name: str) -> None:
     target = (folder / name).resolve()
     if not target.is_relative_to(_link_root(folder)):
         raise UnsafePath(f"{folder / name}: is a link that leaves the folder ({target})")

@@ -67,7 +67,7 @@ MODELOPT = Layout(
     expert_tensors=_expert_tensors,
     dense=_dense,
     config=_config,
-    engines="vLLM and SGLang: W4A4 on sm100 and newer, weight-only below",
+    engines="vLLM and (with --draft drop) SGLang: W4A4 on sm100 and newer, weight-only below",
     serve="vllm serve {path}",
     can_keep=True,
 )

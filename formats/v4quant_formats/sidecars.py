@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from v4quant_formats.errors import FormatError
+
 ALLOWED_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -37,6 +39,14 @@ def find_sidecars(folder: Path) -> list[str]:
                 if p.suffix in suffixes and _is_sidecar(folder, p)
             ]
     return sorted(found)
+
+
+def read_sidecar(folder: Path, name: str) -> bytes:
+    """The bytes of a sidecar. Raises FormatError when it cannot be read."""
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise FormatError(f"{folder / name}: cannot be read ({error.strerror})") from None
 
 
 def _is_sidecar(folder: Path, path: Path) -> bool:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from v4quant_calibration.corpus import CorpusError, CorpusRequest, load_corpus
+from v4quant_calibration.text_tokenizer import TokenizerError
 
 VOCABULARY = 100
 BOS = 99
@@ -285,10 +286,10 @@ def test_absent_things(tmp_path: Path, tokenizer: Path) -> None:
     with pytest.raises(CorpusError, match="--corpus"):
         load_corpus([], tokenizer, request())
     file.write_text("w1 w2")
-    with pytest.raises(CorpusError, match=r"tokenizer\.json: missing"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: missing"):
         load_corpus([file], tmp_path / "tokenizer.json", request())
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CorpusError, match=r"tokenizer\.json: is no usable tokenizer"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: is no usable tokenizer"):
         load_corpus([file], tmp_path / "tokenizer.json", request())
 
 

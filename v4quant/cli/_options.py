@@ -13,6 +13,7 @@ import torch
 
 from v4quant.builtin import resolve_corpus
 from v4quant_calibration.corpus import Corpus, CorpusRequest, load_corpus
+from v4quant_calibration.encoding import DEFAULT_MODE, MODES
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import ModelConfig
@@ -21,7 +22,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def corpus_options(default: str) -> Callable[[Command], Command]:
-    """`--corpus`, `--tokens`, `--seq-len`, `--activations`."""
+    """`--corpus`, `--mode`, `--tokens`, `--seq-len`, `--activations`."""
 
     def decorate(command: Command) -> Command:
         for option in (
@@ -35,11 +36,18 @@ def corpus_options(default: str) -> Callable[[Command], Command]:
             click.option("--seq-len", type=int, help="Window length (default 512; ids: as given)."),
             click.option("--tokens", type=int, help="Tokens to use in all (default: everything)."),
             click.option(
+                "--mode",
+                type=click.Choice(MODES),
+                default=DEFAULT_MODE,
+                show_default=True,
+                help="How chats are encoded whose JSONL row names no mode.",
+            ),
+            click.option(
                 "--corpus",
                 multiple=True,
                 default=[default],
                 show_default=True,
-                help="Text, JSONL, .npy or .safetensors ids; may be repeated.",
+                help="Text, JSONL (text or chats), .npy or .safetensors ids; may be repeated.",
             ),
         ):
             command = option(command)
@@ -54,9 +62,10 @@ def read_corpus(
     config: ModelConfig,
     seq_len: int | None,
     tokens: int | None,
+    mode: str,
 ) -> Corpus:
     """Load the corpus the options name, with the checkpoint's tokenizer."""
-    request = CorpusRequest(seq_len, tokens, config.bos_token_id, config.vocab_size)
+    request = CorpusRequest(seq_len, tokens, config.bos_token_id, config.vocab_size, mode)
     return load_corpus(resolve_corpus(list(names)), checkpoint.path / "tokenizer.json", request)
 
 

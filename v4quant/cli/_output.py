@@ -29,6 +29,11 @@ def data(text: str) -> None:
     click.echo(text)
 
 
+def exact(text: str) -> None:
+    """Print text whose every byte counts: UTF-8 whatever the locale, nothing after it."""
+    click.echo(text.encode(), nl=False)
+
+
 def note(text: str) -> None:
     """Tell the user something, on stderr."""
     click.echo(text, err=True)

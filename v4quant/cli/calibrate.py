@@ -9,6 +9,7 @@ import click
 from v4quant.builtin import CALIBRATION
 from v4quant.cli import _output
 from v4quant.cli._options import corpus_options, forward_options, read_corpus
+from v4quant.cli._source import SOURCE
 from v4quant_calibration.calibrate import DEFAULT_FLOOR
 from v4quant_calibration.calibrate import calibrate as calibrate_checkpoint
 from v4quant_calibration.stats import Stats, save_stats
@@ -20,7 +21,7 @@ from v4quant_formats.shards import write_file_atomically
 @click.command(
     epilog="Example: v4quant calibrate DeepSeek-V4-Flash --out stats.v4q --corpus chat.jsonl"
 )
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=SOURCE)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Statistics file.")
 @corpus_options(CALIBRATION)
 @click.option(
@@ -37,6 +38,7 @@ def calibrate(
     corpus: tuple[str, ...],
     tokens: int | None,
     seq_len: int | None,
+    mode: str,
     activations: str,
     floor: int,
     as_json: bool,
@@ -44,7 +46,7 @@ def calibrate(
     """Run a corpus through checkpoint SOURCE and record what every expert's inputs look like."""
     with open_checkpoint(source) as checkpoint:
         config = parse_model_config(dict(checkpoint.config), str(source / "config.json"))
-        windows = read_corpus(corpus, checkpoint, config, seq_len, tokens).windows
+        windows = read_corpus(corpus, checkpoint, config, seq_len, tokens, mode).windows
         stats = calibrate_checkpoint(
             checkpoint,
             config,

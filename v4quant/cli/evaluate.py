@@ -16,6 +16,7 @@ from v4quant.cli._options import (
     to_json_text,
     tool_facts,
 )
+from v4quant.cli._source import SOURCE
 from v4quant.evaluation import evaluate_checkpoint
 from v4quant.report import render_html, render_markdown
 from v4quant_formats.checkpoint import open_checkpoint
@@ -24,12 +25,14 @@ from v4quant_formats.shards import write_file_atomically
 
 
 @click.command(epilog="Example: v4quant evaluate out --reference DeepSeek-V4-Flash --report r.html")
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("--reference", type=click.Path(path_type=Path), help="Compare with this checkpoint.")
+@click.argument("source", type=SOURCE)
+@click.option("--reference", type=SOURCE, help="Compare with this checkpoint.")
 @corpus_options(HELDOUT)
 @click.option("--save-logits", type=click.Path(path_type=Path), help="Write SOURCE's logits.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write an HTML (.html) page, "
               "a Markdown (.md) table or the JSON (.json).")  # fmt: skip
+@click.option("--weights/--no-weights", default=True, show_default=True, help="Compare every "
+              "matrix with the reference's and look for defects.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     source: Path,
@@ -37,16 +40,18 @@ def evaluate(
     corpus: tuple[str, ...],
     tokens: int | None,
     seq_len: int | None,
+    mode: str,
     activations: str,
     save_logits: Path | None,
     report: Path | None,
+    weights: bool,
     as_json: bool,
 ) -> None:
     """Measure perplexity of SOURCE; with --reference also KL, top-1 and the noise floor."""
     with open_checkpoint(source) as checkpoint:
         base = open_checkpoint(reference) if reference is not None else None
         config = parse_model_config(dict(checkpoint.config), str(source / "config.json"))
-        text = read_corpus(corpus, checkpoint, config, seq_len, tokens)
+        text = read_corpus(corpus, checkpoint, config, seq_len, tokens, mode)
         result = evaluate_checkpoint(
             checkpoint,
             base,
@@ -54,6 +59,7 @@ def evaluate(
             forward_options(activations),
             _output.TerminalProgress(),
             save_logits,
+            weights,
         )
         if base is not None:
             base.close()
@@ -63,6 +69,8 @@ def evaluate(
     if as_json:
         _output.emit(result)
     else:
+        for finding in result.get("findings", []):
+            _output.data(f"FOUND {finding['where']}: {finding['problem']}")
         _output.data(_output.table(summary_rows(result)))
         if report is not None:
             _output.data(f"report in {report}")
@@ -95,4 +103,7 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
                             f"(floor {100 * floor['top1_agreement']:.2f} %)"),
         ("verdict", result["verdict"]["text"]),
     ]  # fmt: skip
+    if "findings" in result:
+        count = len(result["findings"])
+        rows.append(("suspected defects", f"{count} (above)" if count else "none"))
     return rows

@@ -8,12 +8,13 @@ from pathlib import Path
 import click
 
 from v4quant.cli import _output
+from v4quant.cli._source import SOURCE
 from v4quant.inspection import ByteClass, Inspection, inspect_checkpoint
 from v4quant_formats.checkpoint import open_checkpoint
 
 
 @click.command(epilog="Example: v4quant inspect DeepSeek-V4-Flash --deep")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=SOURCE)
 @click.option("--deep", is_flag=True, help="Also read all data: NaN, scale spreads, tables.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(source: Path, deep: bool, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from v4quant.cli import _output
+from v4quant.cli._source import SOURCE
 from v4quant.job import JobResult, run_job
 from v4quant.memory import fit_workers, parse_size
 from v4quant.plan import Plan, make_plan
@@ -19,13 +20,15 @@ from v4quant_formats.layouts import LAYOUTS
 from v4quant_kernels.progress import SilentProgress
 from v4quant_kernels.scheme import SCHEMES
 
+_SCHEMES = [s for s in SCHEMES if any(s in layout.schemes for layout in LAYOUTS.values())]
+
 
 @click.command(
     epilog="Example: v4quant quantize DeepSeek-V4-Flash out --scheme int4-g32 --stats stats.v4q"
 )
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=SOURCE)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--scheme", help=f"How experts are coded: {', '.join(SCHEMES)}.")
+@click.option("--scheme", help=f"How experts are coded: {', '.join(_SCHEMES)}.")
 @click.option("--format", "format_", help=f"Container: {', '.join(LAYOUTS)} (default by scheme).")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="Recipe TOML file.")
 @click.option("--stats", "stats_file", type=click.Path(path_type=Path), help="From calibrate.")

@@ -25,9 +25,10 @@ from v4quant.plan import make_plan
 from v4quant.steps import FinishedSteps, step_key
 from v4quant.verify import verify as verify_checkpoint
 from v4quant_calibration.calibrate import calibrate as calibrate_checkpoint
+from v4quant_calibration.corpus import Corpus
 from v4quant_calibration.stats import Stats, load_stats, save_stats, stats_digest
 from v4quant_formats.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
-from v4quant_formats.model_config import parse_model_config
+from v4quant_formats.model_config import ModelConfig, parse_model_config
 from v4quant_formats.shards import write_file_atomically
 
 EXIT_DIFFERENT = 3
@@ -93,7 +94,7 @@ def _calibrate(
         _output.note(f"{file} is of this checkpoint, corpus and settings: reused")
         return load_stats(file, source.digest()), stats_digest(file.read_bytes())
     config = parse_model_config(dict(source.config))
-    corpus = read_corpus(step.corpus, source, config, step.seq_len, step.tokens)
+    corpus = _corpus(step, source, config)
     _output.note(f"{corpus.tokens:,} tokens in {len(corpus.windows)} windows")
     progress = _output.TerminalProgress()
     options = forward_options(step.activations)
@@ -145,7 +146,7 @@ def _evaluate(
             result: dict[str, Any] = json.loads(file.read_bytes())
         else:
             config = parse_model_config(dict(source.config))
-            corpus = read_corpus(step.corpus, source, config, step.seq_len, step.tokens)
+            corpus = _corpus(step, source, config)
             options, progress = forward_options(step.activations), _output.TerminalProgress()
             figures = evaluate_checkpoint(candidate, source, corpus, options, progress)
             result = {"tool": tool_facts(), **figures}
@@ -156,6 +157,10 @@ def _evaluate(
     for name in ("report.html", "report.md"):
         write_report(result, folder / name)
     return result
+
+
+def _corpus(step: CorpusStep, source: Checkpoint, config: ModelConfig) -> Corpus:
+    return read_corpus(step.corpus, source, config, step.seq_len, step.tokens, step.mode)
 
 
 def _step_key(step: CorpusStep, source: Checkpoint, *digests: str) -> str:

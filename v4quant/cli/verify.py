@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from v4quant.cli import _output
+from v4quant.cli._source import SOURCE
 from v4quant.kernel_check import check_kernels
 from v4quant.verify import verify as verify_checkpoint
 
@@ -16,7 +17,7 @@ EXIT_DIFFERENT = 3
 
 @click.command(epilog="Example: v4quant verify out --source DeepSeek-V4-Flash --kernels")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--source", type=click.Path(path_type=Path), help="Compare every value with this.")
+@click.option("--source", type=SOURCE, help="Compare every value with this.")
 @click.option("--kernels", is_flag=True, help="Run the Triton kernels on sampled tensors of OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context

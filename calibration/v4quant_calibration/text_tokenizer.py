@@ -1,0 +1,45 @@
+"""A checkpoint's tokenizer.json, read when the first text needs it.
+
+Special tokens are never added: BOS is put by whoever cuts windows, or stands in an encoded chat.
+Those written in a text are recognised, as the release's own programs do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from v4quant_kernels.errors import V4QuantError
+
+
+class TokenizerError(V4QuantError):
+    """A tokenizer.json that is missing or cannot be used."""
+
+
+class TextTokenizer:
+    """Text to ids."""
+
+    def __init__(self, path: Path) -> None:
+        """`path`: a tokenizer.json; it need not exist if no text is tokenized."""
+        self._path = path
+        self._tokenizer: Tokenizer | None = None
+
+    def __call__(self, text: str) -> Tensor:
+        """Ids, int64 [length]. Raises TokenizerError."""
+        if self._tokenizer is None:
+            if not self._path.is_file():
+                raise TokenizerError(
+                    f"{self._path}: missing; text needs the checkpoint's tokenizer.json "
+                    "(a corpus can also be token ids, as .npy)"
+                )
+            try:
+                self._tokenizer = Tokenizer.from_file(str(self._path))
+            except Exception as error:  # noqa: BLE001  (tokenizers raises bare Exception)
+                raise TokenizerError(f"{self._path}: is no usable tokenizer ({error})") from None
+        # Half a surrogate pair, which JSON can spell, has no UTF-8 form for the tokenizer.
+        text = text.encode(errors="replace").decode()
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return torch.tensor(ids, dtype=torch.int64)

@@ -1,0 +1,81 @@
+"""`v4quant encode`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from v4quant.cli import _output
+from v4quant_calibration.encoding import MODES, RELEASES, EncodingError, encode_messages
+from v4quant_calibration.text_tokenizer import TextTokenizer
+
+MAX_MESSAGES_BYTES = 2**28
+
+
+@click.command(
+    epilog="Example: v4quant encode chat.json --mode think-high --ids --tokenizer DeepSeek-V4-Flash"
+)
+@click.argument("messages", metavar="MESSAGES.json")
+@click.option("--mode", type=click.Choice(MODES), required=True, help="How the model shall think.")
+@click.option("--ids", is_flag=True, help="Print token ids instead of text; needs --tokenizer.")
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="A checkpoint's folder, or a tokenizer.json.",
+)
+@click.option(
+    "--release",
+    type=click.Choice(RELEASES),
+    default=RELEASES[0],
+    show_default=True,
+    help="preview: April's prompts; 0731: its high is the preview's max.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def encode(
+    messages: str, mode: str, ids: bool, tokenizer: Path | None, release: str, as_json: bool
+) -> None:
+    """Print the exact prompt of a chat, BOS included and nothing after it.
+
+    MESSAGES.json holds a list of messages, or an object with `messages` and `tools`; `-` reads
+    stdin. With a user's message last, the prompt ends where the model's reply begins.
+    """
+    if ids and tokenizer is None:
+        raise click.UsageError("--ids needs --tokenizer, a checkpoint's folder or tokenizer.json")
+    chat, tools = _read_chat(messages)
+    prompt = encode_messages(chat, mode, tools=tools, release=release)
+    found: dict[str, Any] = {"mode": mode, "release": release, "prompt": prompt}
+    if ids and tokenizer is not None:
+        file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
+        found["ids"] = TextTokenizer(file)(prompt).tolist()
+    if as_json:
+        _output.emit(found)
+    elif ids:
+        _output.data(" ".join(map(str, found["ids"])))
+    else:
+        _output.exact(prompt)
+
+
+def _read_chat(name: str) -> tuple[Any, Any]:
+    """Messages and tools as the file has them; encoding checks what they are."""
+    try:
+        if name == "-":
+            data = sys.stdin.buffer.read(MAX_MESSAGES_BYTES + 1)
+        else:
+            with Path(name).open("rb") as file:
+                data = file.read(MAX_MESSAGES_BYTES + 1)
+        if len(data) > MAX_MESSAGES_BYTES:
+            raise EncodingError(f"{name}: larger than {MAX_MESSAGES_BYTES >> 20} MiB, no one chat")
+        value = json.loads(data)
+    except OSError as error:
+        raise EncodingError(f"{name}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise EncodingError(f"{name}: is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        return value, None
+    if "messages" not in value or not set(value) <= {"messages", "tools"}:
+        raise EncodingError(f"{name}: must be a list, or an object with 'messages' and 'tools'")
+    return value["messages"], value.get("tools")
