@@ -26,6 +26,7 @@ from v4quant.report_tables import (
     confidence_table,
     corpus_table,
     distribution_table,
+    findings_table,
     layer_table,
     metric,
     run_table,
@@ -40,6 +41,7 @@ from v4quant.report_text import (
     number,
     percent,
     plain,
+    records,
     section,
     text,
 )
@@ -91,6 +93,7 @@ def render_html(result: Mapping[str, Any]) -> str:
     parts = [f"<h1>Evaluation of <code>{escape_html(subject)}</code></h1>"]
     parts.append(_identity(result))
     parts.append(_verdict(result))
+    parts.append(_findings_html(result))
     summary = summary_table(result)
     if summary is not None:
         parts.append(_table_html(summary))
@@ -130,6 +133,9 @@ def render_markdown(result: Mapping[str, Any]) -> str:
     verdict = text(section(result, "verdict"), "text")
     if verdict:
         parts.append(f"**{escape_markdown(verdict)}**")
+    findings = findings_table(result)
+    if findings is not None:
+        parts.append(_table_markdown(findings))
     parts.append(_metrics_markdown(result))
     for build in (checkpoint_table, *DETAIL_TABLES):
         table = build(result)
@@ -170,6 +176,17 @@ def _verdict(result: Mapping[str, Any]) -> str:
         sign = "Above the noise floor." if above else "Within the noise floor."
     strong = f"<strong>{sign}</strong> " if sign else ""
     return f'<p class="verdict {css}">{strong}{escape_html(told)}</p>'
+
+
+def _findings_html(result: Mapping[str, Any]) -> str:
+    """Suspected defects, or that every weight was looked at and none was found."""
+    table = findings_table(result)
+    if table is not None:
+        return f'<div class="findings">\n{_table_html(table)}\n</div>'
+    if result.get("findings") is None:
+        return ""
+    matrices = sum(number(group, "matrices") or 0 for group in records(result, "weights"))
+    return f'<p class="clean">No defect found in the weights of {count(matrices)} matrices.</p>'
 
 
 def _table_html(table: Table) -> str:

@@ -34,6 +34,10 @@ code,pre{font-family:ui-monospace,"Cascadia Mono",Menlo,Consolas,monospace;font-
 margin:16px 0;font-size:17px;max-width:none;overflow-wrap:anywhere}
 .verdict.same{border-color:var(--same)}.verdict.same strong{color:var(--same)}
 .verdict.differs{border-color:var(--differs)}.verdict.differs strong{color:var(--differs)}
+.findings{border-left:5px solid var(--alarm);background:var(--panel);padding:1px 16px 8px;
+margin:16px 0}
+.findings h2{color:var(--alarm);margin:10px 0 6px}.findings td:last-child{white-space:normal}
+.clean{color:var(--same)}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:5px 10px;border-bottom:1px solid var(--rule);vertical-align:top}

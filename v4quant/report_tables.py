@@ -161,6 +161,13 @@ def confidence_table(result: Mapping[str, Any]) -> Table | None:
     return _table("Divergence by the reference's confidence", columns, rows)
 
 
+def findings_table(result: Mapping[str, Any]) -> Table | None:
+    """Suspected defects of the candidate's weights."""
+    rows = [(text(f, "where"), text(f, "problem")) for f in records(result, "findings")]
+    title = f"Suspected defects ({len(rows):,})"
+    return _table(title, ("Module", "Problem"), rows, text_columns=2)
+
+
 def layer_table(result: Mapping[str, Any]) -> Table | None:
     """One row a layer: kind, errors, router agreement, and what its experts were fed."""
     fed = {text(r, "name"): numbers(r, "tokens_per_expert") for r in _coverage_layers(result)}
@@ -173,9 +180,13 @@ def layer_table(result: Mapping[str, Any]) -> Table | None:
                 name,
                 LAYER_KINDS.get(kind, kind),
                 percent(number(layer, "router_agreement")),
+                percent(number(layer, "index_agreement")),
                 plain(number(layer, "local_relative_error"), 3),
                 plain(number(layer, "stream_relative_error"), 3),
                 plain(number(layer, "weight_relative_rms"), 3),
+                _worst(layer, "weight_largest", "weight_worst"),
+                plain(number(layer, "expert_output_median"), 3),
+                _worst(layer, "expert_output_largest", "expert_output_worst"),
                 count(min(tokens)) if tokens else "",
                 count(statistics.median_low(tokens)) if tokens else "",
             )
@@ -184,9 +195,13 @@ def layer_table(result: Mapping[str, Any]) -> Table | None:
         "Layer",
         "Attention",
         "Router agreement",
+        "Indexer agreement",
         "Local relative error",
         "Stream relative error",
         "Weight relative RMS error",
+        "Largest (matrix)",
+        "Expert output error, median",
+        "Largest (expert)",
         "Fewest tokens an expert saw",
         "Median tokens per expert",
     )
@@ -276,6 +291,11 @@ def _named(result: Mapping[str, Any]) -> tuple[str, str]:
 def _interval(values: Mapping[str, Any], key: str) -> str:
     ends = numbers(values, key)
     return f"{plain(ends[0])} to {plain(ends[1])}" if len(ends) == 2 else ""
+
+
+def _worst(layer: Mapping[str, Any], key: str, which: str) -> str:
+    largest = number(layer, key)
+    return f"{plain(largest, 3)} ({text(layer, which)})" if largest else ""
 
 
 def _coverage_layers(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:

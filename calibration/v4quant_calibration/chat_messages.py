@@ -123,7 +123,7 @@ def read_conversation(
     if rest and rest[0].role == "system":
         first = rest.pop(0)
         system = first.text()
-        schemas = _one_set(schemas, read_tools(first.values.get("tools"), str(first)), first)
+        schemas = _one_set(schemas, read_tools(first.values.get("tools"), f"{first}: tools"), first)
     elif schemas:
         raise EncodingError(
             "tools are given, but the first message is no system message, which would list them; "
@@ -162,8 +162,8 @@ def read_tools(tools: object, where: str) -> tuple[str, ...]:
     if tools is None:
         return ()
     schemas = []
-    for number, tool in enumerate(_objects(tools, f"{where}: tools"), 1):
-        name = f"{where}: tool {number}"
+    for number, tool in enumerate(_objects(tools, where), 1):
+        name = f"{where}: number {number}"
         if set(tool) != {"type", "function"} or tool["type"] != "function":
             raise EncodingError(
                 f'{name} must be {{"type": "function", "function": {{...}}}} and nothing else'
@@ -232,7 +232,7 @@ def _ask(rest: list[_Message], previous: Reply | None) -> Ask:
     task = message.text("task") if "task" in message.values else None
     if task is not None and task not in TASKS:
         raise EncodingError(f"{message}: task {task!r} is not known; known is {', '.join(TASKS)}")
-    tools = read_tools(message.values.get("tools"), str(message))
+    tools = read_tools(message.values.get("tools"), f"{message}: tools")
     return Ask(message.role, message.number, ordered, message.text(), tools, task)
 
 
@@ -260,7 +260,9 @@ def _in_order(number: int, results: list[_Message], calls: tuple[ToolCall, ...])
 def _reply(message: _Message) -> Reply:
     calls = tuple(
         _call(c, f"{message}: tool call {i}")
-        for i, c in enumerate(_objects(message.values.get("tool_calls", []), str(message)), 1)
+        for i, c in enumerate(
+            _objects(message.values.get("tool_calls", []), f"{message}: tool_calls"), 1
+        )
     )
     # Who only calls tools need not say anything.
     content = message.text() if "content" in message.values or not calls else ""

@@ -23,7 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from v4quant_calibration.encoding import BOS, DEFAULT_MODE, EncodingError, encode_messages
+from v4quant_calibration.chat_messages import BOS, EncodingError
+from v4quant_calibration.encoding import DEFAULT_MODE, encode_messages
 from v4quant_calibration.text_tokenizer import TextTokenizer
 from v4quant_kernels.errors import V4QuantError
 

@@ -8,8 +8,9 @@ of the same weights. A difference that is not above theirs is no damage.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from v4quant_calibration.divergence import (
     score_tokens,
     summarise,
 )
-from v4quant_calibration.model.observer import SilentObserver
+from v4quant_calibration.model.observer import Observer
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.provider import CheckpointParams
 from v4quant_calibration.stream import (
@@ -34,6 +35,12 @@ from v4quant_calibration.stream import (
     Streams,
     stream_forward,
     stream_logits,
+)
+from v4quant_calibration.watch import (
+    LayerWatch,
+    expert_errors,
+    index_agreement,
+    router_agreement,
 )
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import ModelConfig, parse_model_config
@@ -53,6 +60,10 @@ class LayerRow:
     local: the candidate's layer on the reference's input, relative to what the layer adds.
     stream: the candidate's streams after the layer, relative to the reference's.
     router_agreement: share of the reference's chosen experts the candidate chose too.
+    index_agreement: the same for the entries the indexer chose; None where it had no choice.
+    expert_output_median, expert_output_largest, expert_output_worst: relative errors of the
+    experts' outputs on the reference's input, on a sample of tokens, and the expert with the
+    largest; None when no token was common.
     """
 
     name: str
@@ -60,30 +71,10 @@ class LayerRow:
     stream_relative_error: float
     local_relative_error: float
     router_agreement: float
-
-
-@dataclass
-class _Routing(SilentObserver):
-    """Keeps the expert ids of the layer that ran last, and counts tokens per expert."""
-
-    experts: int
-    ids: dict[str, Tensor] = field(default_factory=dict)
-
-    def on_route(self, layer: str, expert_ids: Tensor, weights: Tensor) -> None:
-        """Remember the choice."""
-        self.ids[layer] = expert_ids
-
-    def counts(self) -> list[dict[str, Any]]:
-        """Tokens each expert was given, by layer."""
-        return [
-            {
-                "name": layer,
-                "tokens_per_expert": torch.bincount(
-                    ids.reshape(-1), minlength=self.experts
-                ).tolist(),
-            }
-            for layer, ids in self.ids.items()
-        ]
+    index_agreement: float | None
+    expert_output_median: float | None
+    expert_output_largest: float | None
+    expert_output_worst: int | None
 
 
 def evaluate(
@@ -102,13 +93,17 @@ def evaluate(
     """
     config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
     candidate = StreamModel(
-        CheckpointParams(checkpoint), options, _Routing(config.n_routed_experts)
+        CheckpointParams(checkpoint),
+        options,
+        LayerWatch(config.n_routed_experts, keep_outputs=False),
+        LayerWatch(config.n_routed_experts, keep_outputs=True),
     )
     if reference is None:
         return _alone(candidate, config, corpus, progress, sink)
     base = parse_model_config(dict(reference.config), str(reference.path / "config.json"))
     _check_same_model(config, base, checkpoint, reference)
-    original = StreamModel(CheckpointParams(reference), options, _Routing(base.n_routed_experts))
+    watch = LayerWatch(base.n_routed_experts, keep_outputs=True)
+    original = StreamModel(CheckpointParams(reference), options, watch)
     floor = replace(original, options=replace(options, round_streams=True), observer=None)
     rows: list[LayerRow] = []
     models = [original, candidate, floor]
@@ -172,17 +167,29 @@ def _layer_row(
     added = _norm(a - b for a, b in zip(reference, before, strict=True))
     local = _norm(a - b for a, b in zip(result.local[1], reference, strict=True))
     drift = _norm(a - b for a, b in zip(mine, reference, strict=True))
-    assert isinstance(original.observer, _Routing) and isinstance(candidate.observer, _Routing)
-    mine_ids = candidate.observer.ids[result.layer]
-    base_ids = original.observer.ids[result.layer]
-    stays = (base_ids.unsqueeze(2) == mine_ids.unsqueeze(1)).any(2)
-    return LayerRow(
+    watches = (original.observer, candidate.observer, candidate.local_observer)
+    base, own, beside = (_watch(w) for w in watches)
+    errors = expert_errors(base, beside)
+    worst = max(errors, key=errors.__getitem__, default=None)
+    row = LayerRow(
         name=result.layer,
         kind=config.layer_kind(int(result.layer.rpartition(".")[2])),
         stream_relative_error=drift / max(_norm(reference), 1e-30),
         local_relative_error=local / max(added, 1e-30),
-        router_agreement=float(stays.double().mean()),
+        router_agreement=router_agreement(base, own),
+        index_agreement=index_agreement(base, own),
+        expert_output_median=statistics.median_low(errors.values()) if errors else None,
+        expert_output_largest=None if worst is None else errors[worst],
+        expert_output_worst=worst,
     )
+    for watch in (base, own, beside):
+        watch.forget()
+    return row
+
+
+def _watch(observer: Observer | None) -> LayerWatch:
+    assert isinstance(observer, LayerWatch)
+    return observer
 
 
 def _norm(parts: Any) -> float:
@@ -256,14 +263,13 @@ def _compare(
     assert floor is not None and records.kl is not None and floor.kl is not None
     result = summarise(records)
     noise = summarise(floor)
-    assert isinstance(original.observer, _Routing)
     return {
         **result,
         "noise_floor": {**noise, "description": FLOOR_DESCRIPTION},
         "verdict": _verdict(result, noise),
         "layers": [vars(row) for row in rows],
         "kl_histogram": kl_histogram(records.kl, floor.kl),
-        "coverage": {"measured_on": "evaluation", "layers": original.observer.counts()},
+        "coverage": {"measured_on": "evaluation", "layers": _watch(original.observer).counts()},
         "corpora": _by_part(records, corpus),
     }
 

@@ -28,7 +28,9 @@ from v4quant_kernels.ref.pack import pack_bits
 from v4quant_kernels.scheme import Scheme
 
 # Blocks of 32 handled at a time: the temporaries (about 200 floats a block) stay near the cache.
-_BLOCKS = 1 << 14
+_BLOCKS = 1 << 13
+# Blocks whose error is looked at before the rest is ruled out by it.
+_FEW_BLOCKS = 64
 # Scales tried per group for sources that are not MXFP4, between amax/(2 qmax) and amax/(0.5 qmax).
 # Odd, so that the middle one is the usual amax/qmax and the search never does worse.
 _GRID = 97
@@ -131,7 +133,7 @@ class _Search:
         if weights is not None:
             a, b = self._sums(_weighted_histogram(self.codes, weights))
         low, high = self.lattice.lowest_scale, self.lattice.highest_scale
-        t = torch.div(a, b).nan_to_num_(low).clamp_(low, high).bfloat16().float()
+        t = torch.div(a, b).clamp_(low, high).bfloat16().float()
         gain = torch.mul(t, b).sub_(a, alpha=2).mul_(t)  # err - E, <= 0 at any optimum
         # A minimum with index is slow across rows; comparing with the minimum finds t as well.
         best = gain.amin(0)
@@ -205,9 +207,11 @@ class _Search:
         per_block = t.repeat_interleave(self.blocks)
         units = unit.repeat_interleave(self.blocks)
         bound = torch.maximum(per_block / 2, magnitude - high * per_block).double() * units
-        start = bound.topk(min(64, len(bound))).indices
-        largest = max(largest, self._exact_largest(start, per_block, units))
         rest = (bound > largest).nonzero().squeeze(1)
+        if len(rest) > _FEW_BLOCKS:
+            first = bound.topk(_FEW_BLOCKS).indices
+            largest = max(largest, self._exact_largest(first, per_block, units))
+            rest = rest[bound[rest] > largest]
         return max(largest, self._exact_largest(rest, per_block, units))
 
     def _exact_largest(self, blocks: Tensor, t: Tensor, units: Tensor) -> float:

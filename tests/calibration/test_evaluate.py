@@ -117,7 +117,8 @@ def test_a_lossy_conversion_is_measurable(converted: Callable[[str], Path], corp
     assert found["kl_mean"] > 0 and found["top1_agreement"] < 1
     for row in found["layers"]:
         assert 0 < row["local_relative_error"] < 0.3
-        assert 0.02 < row["weight_relative_rms"] < 0.2
+        assert 0.02 < row["weight_relative_rms"] <= row["weight_largest"] < 0.2
+    assert found["findings"] == []
     assert found["candidate"]["expert_bits_per_weight"] == pytest.approx(4.125, abs=0.02)
     assert found["reference"]["expert_bits_per_weight"] == pytest.approx(4.25)
     assert [part["name"] for part in found["corpora"]] == ["one", "two"]
@@ -144,8 +145,24 @@ def test_damage_stands_out_where_it_is(tmp_path: Path, corpus: Corpus, layer: in
     stream = [row["stream_relative_error"] for row in found["layers"]]
     assert all(error == 0 for error in stream[:layer])
     assert all(error > 0 for error in stream[layer:])
+    assert [f["where"] for f in found["findings"]] == [f"layers.{layer}.ffn.experts.1.w2"]
+    assert found["layers"][layer]["weight_worst"] == "1.w2"
     assert found["verdict"]["above_floor"] is True
     assert "measurable" in found["verdict"]["text"]
+
+
+def test_without_weights_the_manifest_answers(
+    converted: Callable[[str], Path], corpus: Corpus
+) -> None:
+    few = Corpus([CorpusPart("a", [w[:40] for w in corpus.windows[:2]])])
+    measured = compare(converted("int4-g128"), TINY, few)
+    stated = compare(converted("int4-g128"), TINY, few, weights=False)
+    assert "findings" not in stated and "weights" not in stated
+    for one, other in zip(measured["layers"], stated["layers"], strict=True):
+        assert one["weight_relative_rms"] == pytest.approx(other["weight_relative_rms"], rel=1e-6)
+    assert {
+        row["weight_relative_rms"] for row in compare(TINY, TINY, few, weights=False)["layers"]
+    } == {None}
 
 
 def test_saved_logits_are_the_stored_ones(tmp_path: Path, reference: dict[str, Tensor]) -> None:

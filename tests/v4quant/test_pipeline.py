@@ -38,6 +38,7 @@ kernels = false
 [evaluate]
 corpus = ["b.jsonl"]
 activations = "official"
+mode = "think-max"
 """
 SHORT = 'source = "here"\n[quantize]\nscheme = "fp8"\n'
 
@@ -55,7 +56,7 @@ def test_every_key_arrives(tmp_path: Path) -> None:
     assert (found.recipe.scheme, found.recipe.format) == ("int8-g32", "compressed-tensors")
     assert found.recipe.draft == "drop"
     assert found.verify == VerifyStep(source=True, kernels=False)
-    assert found.evaluate == CorpusStep(("b.jsonl",), activations="official")
+    assert found.evaluate == CorpusStep(("b.jsonl",), activations="official", mode="think-max")
 
 
 def test_absent_steps_are_left_out(tmp_path: Path) -> None:
@@ -107,6 +108,7 @@ def test_absent_run_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
         (SHORT + "[evaluate]\ncorpus = ['a']\ntokens = 0", "'tokens' is 0, expected a positive"),
         (SHORT + "[calibrate]\ncorpus = ['a']\nfloor = -1", "'floor' is -1, expected a positive"),
         (SHORT + "[evaluate]\ncorpus = ['a']\nactivations = 'offical'", "one of plain, official"),
+        (SHORT + "[evaluate]\ncorpus = ['a']\nmode = 'think'", "one of non-think, think-high"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -129,13 +131,14 @@ def test_step_keys_know_settings_files_and_digests(tmp_path: Path) -> None:
     assert step_key(step, [text], "d") == first
     others = {
         step_key(CorpusStep(("a.txt",), floor=9), [text], "d"),
+        step_key(CorpusStep(("a.txt",), mode="think-high"), [text], "d"),
         step_key(step, [], "d"),
         step_key(step, [text], "e"),
         step_key(step, [tmp_path / "absent"], "d"),
     }
     text.write_text("two")
     others.add(step_key(step, [text], "d"))
-    assert len(others | {first}) == 6
+    assert len(others | {first}) == 7
 
 
 @pytest.mark.parametrize(

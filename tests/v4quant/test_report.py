@@ -78,7 +78,18 @@ def measures(draw: random.Random, scale: float) -> dict[str, Any]:
         "kl_max": scale * draw.uniform(5, 9),
         "top1_agreement": draw.uniform(0.8, 1),
         "top5_agreement": draw.uniform(0.9, 1),
-    }
+        "kl_mean_ci95": [scale * draw.uniform(0.1, 0.4), scale * draw.uniform(0.5, 0.9)],
+        "perplexity_ratio_ci95": [draw.uniform(0.9, 1), draw.uniform(1, 1.1)],
+        "flips_weighted": draw.uniform(0, 0.1),
+        "flips_confident": draw.uniform(0, 0.1),
+        "delta_p_rms": draw.uniform(0, 0.1),
+        "kl_by_confidence": [
+            {"low": 0.0, "high": 0.5, "tokens": 4321, "kl_mean": scale * draw.uniform(1, 9),
+             "top1_agreement": draw.uniform(0.5, 1)},
+            {"low": 0.5, "high": 1.0, "tokens": 5432, "kl_mean": scale * draw.uniform(1, 9),
+             "top1_agreement": draw.uniform(0.5, 1)},
+        ],
+    }  # fmt: skip
 
 
 def layer(draw: random.Random, name: str, kind: str) -> dict[str, Any]:
@@ -89,6 +100,8 @@ def layer(draw: random.Random, name: str, kind: str) -> dict[str, Any]:
         "local_relative_error": draw.uniform(0.001, 0.2),
         "router_agreement": draw.uniform(0.5, 1),
         "weight_relative_rms": draw.uniform(0.01, 0.2),
+        "weight_largest": draw.uniform(0.2, 0.4),
+        "weight_worst": f"{draw.randrange(16)}.w2",
     }
 
 
@@ -138,6 +151,12 @@ def sample(draw: random.Random, layers: int = 6, experts: int = 16) -> dict[str,
             ],
             "starved": starved,
         },
+        "blocks": 7,
+        "findings": [
+            {"where": "layers.3.ffn.experts.*.w1", "problem": "error 1.4; looks swapped with w3"},
+            {"where": "layers.4.ffn.experts.2.w2", "problem": "multiplied by 2"},
+        ],
+        "weights": [{"where": "layers.3.ffn.experts.*.w1", "matrices": 16}],
         "corpora": [
             {
                 "name": "heldout-prose",
@@ -200,16 +219,38 @@ def test_every_number_appears() -> None:
         expected += [plain(one["local_relative_error"], 3), plain(one["weight_relative_rms"], 3)]
         expected += [plain(one["stream_relative_error"], 3), one["name"]]
         expected.append(f"{100 * one['router_agreement']:.2f} %")
+        expected.append(f"{plain(one['weight_largest'], 3)} ({one['weight_worst']})")
     expected += [f"{one['expert']} ({one['tokens']})" for one in result["coverage"]["starved"]]
     expected += ["heldout-prose", "8,765", plain(corpus["perplexity"]), plain(corpus["kl_mean"], 3)]
     expected += ["9.8.7", "2.77", "3.99", "v4quant x y", "Clearly worse than the floor."]
     for value in expected:
         assert value in page, value
         assert value in markdown, value
+    for band in (*result["kl_by_confidence"], *floor["kl_by_confidence"]):
+        assert plain(band["kl_mean"], 3) in page
+    for part in (result, floor):
+        shares = [part[k] for k in ("flips_weighted", "flips_confident", "delta_p_rms")]
+        assert all(f"{100 * share:.2f} %" in page for share in shares)
+        for key in ("kl_mean_ci95", "perplexity_ratio_ci95"):
+            assert f"{plain(part[key][0])} to {plain(part[key][1])}" in page
+    assert "only 7 blocks" in page
     before = with_error(result["reference_perplexity"], result["reference_perplexity_stderr"])
     assert before in page and before in markdown
     counts = result["kl_histogram"]["counts"]
     assert all(f"{c:,} tokens" in page for c in counts)
+
+
+def test_defects_stand_at_the_top() -> None:
+    result = sample(seeded())
+    page, markdown = render_html(result), render_markdown(result)
+    for finding in result["findings"]:
+        assert page.index(finding["problem"]) < page.index("Summary")
+        assert markdown.index(finding["problem"]) < markdown.index("kl\\_mean")
+    assert "Suspected defects (2)" in page and "Suspected defects (2)" in markdown
+    clean = render_html({**result, "findings": []})
+    assert "No defect found in the weights of 16 matrices" in clean
+    assert "Suspected" not in clean and "Suspected" not in render_markdown({"findings": []})
+    assert "No defect" not in render_html(_without(result, "findings"))
 
 
 def test_hostile_strings_stay_text() -> None:
@@ -239,7 +280,7 @@ def test_hostile_strings_stay_text() -> None:
         assert "<" not in row
         assert not re.search(r"(?<!\\)[`*_\[]", row)
     width = {len(re.findall(r"(?<!\\)\|", row)) for row in tables if "layers" in row}
-    assert len(width) <= 2  # the layer table and the starved table
+    assert len(width) <= 3  # findings, layers, starved experts
 
 
 def test_command_cannot_leave_its_fence() -> None:

@@ -10,7 +10,6 @@ and whether it routes by table.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +29,7 @@ from v4quant_calibration.model.hyper_connection import (
     read_streams,
     write_streams,
 )
-from v4quant_calibration.model.numerics import NonFiniteActivation, rms_norm
+from v4quant_calibration.model.numerics import require_finite, rms_norm
 from v4quant_calibration.model.observer import Observer
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.params import Params
@@ -52,25 +51,17 @@ def layer_forward(
 
     layer: "layers.N" or "mtp.0" (a window layer routed by bias). streams: float32
     `[T_i, hc_mult, hidden]` of each sequence, left unchanged. token_ids: int64 `[T_i]`, for the
-    hash-routed layers. Returns new streams of the same shapes. Raises NonFiniteActivation when
-    the result is not finite.
+    hash-routed layers. Returns new streams of the same shapes. Raises NonFiniteActivation naming
+    the attention, the expert or else the layer whose result is not finite.
     """
     ratio, hashed = _layer_facts(layer, config)
     after = _attention_sublayer(params, config, layer, ratio, streams, options, observer)
     _expert_sublayer(params, config, layer, hashed, after, token_ids, options, observer)
     if options.round_streams:
         after = [part.bfloat16().float() for part in after]
-    if not all(_finite(part) for part in after):
-        raise NonFiniteActivation(
-            f"{layer}: the output holds NaN or infinity; a weight or scale of it is damaged"
-        )
+    for part in after:
+        require_finite(part, layer)
     return after
-
-
-def _finite(streams: Tensor) -> bool:
-    # Both extremes of a tensor with a NaN are NaN; far cheaper than isfinite of every element.
-    low, high = streams.aminmax()
-    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def _layer_facts(layer: str, config: ModelConfig) -> tuple[int, bool]:
@@ -101,7 +92,9 @@ def _attention_sublayer(
     for part in streams:
         mixing = mixing_weights(part, hyper, config)
         x = rms_norm(read_streams(part, mixing.pre), norm, config.rms_norm_eps)
-        after.append(write_streams(part, attention(x, shared), mixing))
+        output = attention(x, shared)
+        require_finite(output, shared.name + ".attn")
+        after.append(write_streams(part, output, mixing))
     return after
 
 

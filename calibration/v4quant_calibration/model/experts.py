@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from v4quant_calibration.model.numerics import linear, quantized_input
+from v4quant_calibration.model.numerics import linear, quantized_input, require_finite
 from v4quant_calibration.model.observer import Observer
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.params import Params
@@ -33,8 +33,10 @@ def mixture_of_experts(
     observer: Observer | None,
 ) -> Tensor:
     """Shared expert plus the weighted routed experts: x normalised `[T, hidden]`, same out."""
+    module = f"{layer}.ffn.shared_experts"
     x = quantized_input(x, options)
-    output = _shared_expert(x, params, f"{layer}.ffn.shared_experts", config, options)
+    output = _shared_expert(x, params, module, config, options)
+    require_finite(output, module)
     top_k = routing.expert_ids.shape[1]
     flat = routing.expert_ids.flatten()
     order = flat.argsort(stable=True)
@@ -72,7 +74,11 @@ def _routed_expert(
         if observer is not None:
             observer.on_expert_input(layer, expert, inputs)
             observer.on_expert_hidden(layer, expert, hidden)
-        output.index_add_(0, rows, linear(hidden, w2, options))
+        added = linear(hidden, w2, options)
+        require_finite(added, f"{layer}.ffn.experts.{expert}")
+        if observer is not None:
+            observer.on_expert_output(layer, expert, rows, added)
+        output.index_add_(0, rows, added)
 
 
 def _shared_expert(

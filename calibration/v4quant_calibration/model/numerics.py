@@ -8,6 +8,8 @@ input can feed several linears, as in the release's code.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,16 @@ KV_BLOCK = 64
 
 class NonFiniteActivation(V4QuantError):
     """A layer computed NaN or infinity: some weight or scale it read is broken."""
+
+
+def require_finite(x: Tensor, module: str) -> None:
+    """Raise NonFiniteActivation naming `module` when its output `x` holds NaN or infinity."""
+    # Both extremes of a tensor with a NaN are NaN; far cheaper than isfinite of every element.
+    low, high = x.aminmax()
+    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+        raise NonFiniteActivation(
+            f"{module}: the output holds NaN or infinity; a weight or scale of it is damaged"
+        )
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -30,6 +30,12 @@ class Observer(Protocol):
     def on_expert_hidden(self, layer: str, expert: int, h: Tensor) -> None:
         """Rows `[n, moe_intermediate_size]` that w2 multiplies (routing weight included)."""
 
+    def on_expert_output(self, layer: str, expert: int, tokens: Tensor, y: Tensor) -> None:
+        """Rows y `[n, hidden_size]` an expert adds to `tokens`, int64 `[n]`, ascending.
+
+        Tokens are counted over all sequences, in order; the routing weight is included.
+        """
+
     def on_index(self, layer: str, picks: Tensor) -> None:
         """Compressed entries a CSA layer chose for consecutive queries, int64 `[q, top_k]`.
 
@@ -50,6 +56,9 @@ class SilentObserver:
 
     def on_expert_hidden(self, layer: str, expert: int, h: Tensor) -> None:
         """Ignore an expert's hidden rows."""
+
+    def on_expert_output(self, layer: str, expert: int, tokens: Tensor, y: Tensor) -> None:
+        """Ignore an expert's output."""
 
     def on_index(self, layer: str, picks: Tensor) -> None:
         """Ignore the indexer's choice."""

@@ -1,0 +1,102 @@
+"""Watching two models in one layer: do they choose the same, and does each expert answer the same?
+
+Routers and indexers are the model's two discontinuities: a small error either leaves their choice
+alone or changes it altogether, so agreement is a measure of its own. Experts are compared on the
+reference's input (the local run), where each one's error is its own. Keeping all outputs would
+take more memory than the model, so a few rows of each expert speak for it.
+
+A watch holds one layer; `forget` it before the next. Only token counts live on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v4quant_calibration.model.observer import SilentObserver
+
+SAMPLE_ROWS = 32
+
+
+class LayerWatch(SilentObserver):
+    """Choices of one model in the layer that ran last, and a sample of its experts' outputs.
+
+    expert_ids: int64 `[T, top_k]`. picks: int32 `[q, top_k]` blocks. outputs: by expert, tokens
+    `[n]` and rows `[n, hidden]` of the first SAMPLE_ROWS tokens; empty unless asked for.
+    """
+
+    def __init__(self, experts: int, keep_outputs: bool) -> None:
+        """`experts`: routed experts of a layer."""
+        self._experts = experts
+        self._keep = keep_outputs
+        self._counts: dict[str, list[int]] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the layer."""
+        self.expert_ids = torch.empty(0, 0, dtype=torch.int64)
+        self.picks: list[Tensor] = []
+        self.outputs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def on_route(self, layer: str, expert_ids: Tensor, weights: Tensor) -> None:
+        """Remember the choice and count it."""
+        self.expert_ids = expert_ids
+        chosen = torch.bincount(expert_ids.reshape(-1), minlength=self._experts)
+        self._counts[layer] = chosen.tolist()
+
+    def on_index(self, layer: str, picks: Tensor) -> None:
+        """Remember the choice."""
+        self.picks.append(picks.int())
+
+    def on_expert_output(self, layer: str, expert: int, tokens: Tensor, y: Tensor) -> None:
+        """Remember the first rows."""
+        if self._keep and expert not in self.outputs:
+            self.outputs[expert] = (tokens[:SAMPLE_ROWS].clone(), y[:SAMPLE_ROWS].clone())
+
+    def counts(self) -> list[dict[str, Any]]:
+        """Tokens each expert was given, by layer."""
+        return [
+            {"name": layer, "tokens_per_expert": counts} for layer, counts in self._counts.items()
+        ]
+
+
+def router_agreement(reference: LayerWatch, other: LayerWatch) -> float:
+    """Share of the reference's chosen experts that the other chose too."""
+    stays = (reference.expert_ids.unsqueeze(2) == other.expert_ids.unsqueeze(1)).any(2)
+    return float(stays.double().mean())
+
+
+def index_agreement(reference: LayerWatch, other: LayerWatch) -> float | None:
+    """Share of the entries the reference's indexer chose that the other's chose too.
+
+    None where no query had more entries than it may read.
+    """
+    kept = chosen = 0
+    for mine, theirs in zip(reference.picks, other.picks, strict=True):
+        width = int(torch.maximum(mine.max(), theirs.max())) + 2
+        marks = torch.zeros(mine.shape[0], width, dtype=torch.bool, device=mine.device)
+        # Column 0 takes the marks of absent picks (-1) and is cleared.
+        marks.scatter_(1, theirs.long() + 1, True)[:, 0] = False
+        kept += int(marks.gather(1, mine.long() + 1).sum())
+        chosen += int((mine >= 0).sum())
+    return kept / chosen if chosen else None
+
+
+def expert_errors(reference: LayerWatch, other: LayerWatch) -> dict[int, float]:
+    """Relative error of each expert's sampled output, over tokens that both sent to it.
+
+    ||other - reference|| / ||reference|| by expert; experts without a common token are absent.
+    """
+    errors = {}
+    for expert, (tokens, y) in reference.outputs.items():
+        found = other.outputs.get(expert)
+        if found is None:
+            continue
+        rows, columns = (tokens.unsqueeze(1) == found[0]).nonzero(as_tuple=True)
+        right = y[rows].double()
+        norm = float(right.norm())
+        if norm > 0:
+            errors[expert] = float((found[1][columns].double() - right).norm()) / norm
+    return errors
