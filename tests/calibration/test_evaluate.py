@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from v4quant.evaluation import LogitsError, evaluate_checkpoint
 from v4quant_calibration.corpus import Corpus, CorpusPart, CorpusRequest, load_corpus
 from v4quant_calibration.divergence import DivergenceError
 from v4quant_calibration.evaluate import evaluate
+from v4quant_calibration.model.numerics import NonFiniteActivation
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_kernels.errors import V4QuantError
@@ -64,6 +66,8 @@ def test_a_checkpoint_against_itself(itself: dict[str, Any], corpus: Corpus) -> 
     for row in itself["layers"]:
         assert row["stream_relative_error"] == row["local_relative_error"] == 0
         assert row["router_agreement"] == 1
+        assert row["index_agreement"] == (1 if row["kind"] == "csa" else None)
+        assert row["expert_output_largest"] == row["expert_output_median"] == 0
     # A window's last token is predicted but nothing is predicted from it.
     assert itself["tokens"] == corpus.tokens - len(corpus.windows)
     histogram = itself["kl_histogram"]
@@ -147,8 +151,25 @@ def test_damage_stands_out_where_it_is(tmp_path: Path, corpus: Corpus, layer: in
     assert all(error > 0 for error in stream[layer:])
     assert [f["where"] for f in found["findings"]] == [f"layers.{layer}.ffn.experts.1.w2"]
     assert found["layers"][layer]["weight_worst"] == "1.w2"
+    # Twice the last matrix is twice the output, of this expert alone.
+    for i, row in enumerate(found["layers"]):
+        assert row["expert_output_largest"] == pytest.approx(float(i == layer), abs=1e-5)
+        assert row["expert_output_median"] == 0
+    assert found["layers"][layer]["expert_output_worst"] == 1
     assert found["verdict"]["above_floor"] is True
     assert "measurable" in found["verdict"]["text"]
+
+
+def test_a_damaged_indexer_chooses_otherwise(tmp_path: Path, corpus: Corpus) -> None:
+    edited = EditableCheckpoint.read(TINY)
+    weight = edited["layers.1.attn.indexer.wq_b.weight"]
+    weight.data = weight.data[::-1]
+    found = compare(edited.write(tmp_path / "x"), TINY, corpus, weights=False)
+    agreement = [row["index_agreement"] for row in found["layers"]]
+    print("index agreement", agreement)
+    assert agreement[0] is agreement[2] is None
+    assert 0 < agreement[1] < 0.9
+    assert agreement[1] < agreement[3] < 1
 
 
 def test_without_weights_the_manifest_answers(
@@ -231,13 +252,19 @@ def test_nan_in_a_weight_is_named(tmp_path: Path, corpus: Corpus) -> None:
         compare(folder, TINY, corpus)
 
 
-def test_overflow_in_the_computation_is_named(tmp_path: Path, corpus: Corpus) -> None:
-    """Finite weights whose product is not: the layer is named."""
+@pytest.mark.parametrize(
+    ("module", "part"),
+    [("ffn.shared_experts", "w2"), ("ffn.experts.2", "w2"), ("attn", "wo_b")],
+)
+def test_overflow_in_the_computation_is_named(
+    tmp_path: Path, corpus: Corpus, module: str, part: str
+) -> None:
+    """Finite weights whose product is not: the attention or the expert is named."""
     edited = EditableCheckpoint.read(TINY)
-    tensor = edited["layers.1.ffn.shared_experts.w2.scale"]
+    tensor = edited[f"layers.1.{module}.{part}.scale"]
     tensor.data = bytes(254 for _ in tensor.data)
     folder = edited.write(tmp_path / "huge")
-    with pytest.raises(V4QuantError, match=r"layers\.1"):
+    with pytest.raises(NonFiniteActivation, match=rf"^layers\.1\.{re.escape(module)}: "):
         compare(folder, None, corpus)
 
 

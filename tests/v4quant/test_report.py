@@ -102,6 +102,10 @@ def layer(draw: random.Random, name: str, kind: str) -> dict[str, Any]:
         "weight_relative_rms": draw.uniform(0.01, 0.2),
         "weight_largest": draw.uniform(0.2, 0.4),
         "weight_worst": f"{draw.randrange(16)}.w2",
+        "index_agreement": draw.uniform(0.5, 1) if kind == "csa" else None,
+        "expert_output_median": draw.uniform(0.01, 0.2),
+        "expert_output_largest": draw.uniform(0.2, 0.4),
+        "expert_output_worst": draw.randrange(16),
     }
 
 
@@ -219,7 +223,10 @@ def test_every_number_appears() -> None:
         expected += [plain(one["local_relative_error"], 3), plain(one["weight_relative_rms"], 3)]
         expected += [plain(one["stream_relative_error"], 3), one["name"]]
         expected.append(f"{100 * one['router_agreement']:.2f} %")
-        expected.append(f"{plain(one['weight_largest'], 3)} ({one['weight_worst']})")
+        if one["index_agreement"] is not None:
+            expected.append(f"{100 * one['index_agreement']:.2f} %")
+        for kind in ("weight", "expert_output"):
+            expected.append(f"{plain(one[f'{kind}_largest'], 3)} ({one[f'{kind}_worst']})")
     expected += [f"{one['expert']} ({one['tokens']})" for one in result["coverage"]["starved"]]
     expected += ["heldout-prose", "8,765", plain(corpus["perplexity"]), plain(corpus["kl_mean"], 3)]
     expected += ["9.8.7", "2.77", "3.99", "v4quant x y", "Clearly worse than the floor."]
