@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import resource
 import sys
+from pathlib import Path
 
 from v4quant.plan import Plan
 from v4quant_kernels.errors import V4QuantError
 
 # Interpreter, torch and its libraries, measured; thread pools and buffers included.
 _BASE_BYTES = 450 * 2**20
+_THREAD_BYTES = 100 * 2**20
+_TEMPORARY_BYTES = 200 * 2**20
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -34,26 +37,45 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def current_rss_bytes() -> int:
+    """Resident set of this process now (its peak where the system does not tell)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return peak_rss_bytes()
+    return pages * resource.getpagesize()
+
+
 def worker_bytes(plan: Plan) -> int:
     """Memory one worker needs for the largest unit of a plan.
 
-    A unit holds one matrix as stored, as coded and with its chunk temporaries; dense pieces and
-    search temporaries are bounded by constants.
+    A worker holds the three matrices of an expert as stored, one of them as coded and as written,
+    and chunk temporaries; those and dense pieces are bounded by a constant.
     """
+    growth = plan.scheme.bits_per_weight / 4.25
     largest = max(
-        (s.nbytes for u in plan.units if u.action == "experts" for s in u.sources), default=0
+        (
+            u.bytes_in + 2 * growth * max(s.nbytes for s in u.sources)
+            for u in plan.units
+            if u.action == "experts"
+        ),
+        default=0,
     )
-    growth = {"mxfp4": 1.0}.get(plan.scheme.name, plan.scheme.bits_per_weight / 4.25)
-    return int(largest * (2 + 2 * growth)) + 200 * 2**20
+    return int(largest) + _TEMPORARY_BYTES
 
 
 def fit_workers(plan: Plan, wanted: int, cap: int | None) -> int:
-    """The number of workers that fits `cap` bytes, at most `wanted`. Raises SizeError."""
+    """The number of workers that fits `cap` bytes, at most `wanted`. Raises SizeError.
+
+    What the process already holds is counted as it is: a plan of Pro's 145,116 tensors alone takes
+    200 MB.
+    """
     if cap is None:
         return wanted
-    fitting = (cap - _BASE_BYTES) // worker_bytes(plan)
+    base = max(_BASE_BYTES, current_rss_bytes() + _THREAD_BYTES)
+    fitting = (cap - base) // worker_bytes(plan)
     if fitting < 1:
-        least = _BASE_BYTES + worker_bytes(plan)
+        least = base + worker_bytes(plan)
         raise SizeError(
             f"--max-memory {cap / 1e9:.2f} GB is too little: one worker of this conversion needs "
             f"{least / 1e9:.2f} GB"
