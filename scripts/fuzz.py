@@ -1,10 +1,10 @@
-"""Mutate real checkpoint files for as long as told; every outcome must be success or a V4QuantError.
+"""Mutate real checkpoint files for as long as told; every outcome is success or a V4QuantError.
 
     python scripts/fuzz.py --seconds 60
     python scripts/fuzz.py --seed 1234 --rounds 1     # repeat one round
 
-Each round copies a small checkpoint, damages one to three of its files (bytes flipped, cut, grown or
-swapped; header and index entries rewritten with plausible lies; files removed, renamed or linked)
+Each round copies a small checkpoint, damages one to three of its files (bytes flipped, cut, grown,
+or swapped; header and index entries rewritten with plausible lies; files removed or linked)
 and then opens, inspects, plans, converts and verifies it. A crash of any other kind, a round that
 takes longer than --round-seconds or memory beyond --max-memory ends the run with the seed that
 repeats it.
