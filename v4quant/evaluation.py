@@ -7,6 +7,7 @@ manifest's weight errors) so that JSON, HTML and Markdown come from one object.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from v4quant.inspection import inspect_checkpoint
 from v4quant_calibration.corpus import Corpus
-from v4quant_calibration.evaluate import evaluate
+from v4quant_calibration.evaluate import Measures, evaluate, evaluate_all
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.stream import LogitSlice
 from v4quant_calibration.weight_error import WeightComparison, compare_weights
@@ -28,6 +29,15 @@ from v4quant_kernels.progress import Progress, SilentProgress
 
 class LogitsError(V4QuantError):
     """Logits that cannot be saved in the requested form."""
+
+
+class EvaluationError(V4QuantError):
+    """A combination of requests that makes no sense."""
+
+
+SCORES_ONLY = Measures()
+# What all candidates of a run have in common is told once.
+SHARED = ("noise_floor", "coverage")
 
 
 class LogitsFile:
@@ -74,17 +84,31 @@ def evaluate_checkpoint(
     progress: Progress,
     save_logits: Path | None = None,
     weights: bool = True,
+    measures: Measures = SCORES_ONLY,
+    others: Sequence[Checkpoint] = (),
 ) -> dict[str, Any]:
     """The full evaluation object (the schema of `evaluate --json` and of reports).
 
     weights: with a reference, also compare every matrix with its source and list what does not
-    fit as `findings`. Raises what `evaluate` and `compare_weights` raise, and LogitsError.
+    fit as `findings`. others: further conversions of the reference, evaluated in the same run;
+    their figures are the entries of `others`. Raises what `evaluate` and `compare_weights`
+    raise, and LogitsError.
     """
+    if others and (reference is None or save_logits is not None):
+        raise EvaluationError(
+            "several candidates need a --reference, and --save-logits only one candidate"
+        )
     sink = None
     if save_logits is not None:
         sink = LogitsFile(save_logits, corpus, int(checkpoint.config["vocab_size"]))
+    candidates = [checkpoint, *others]
     try:
-        figures = evaluate(checkpoint, reference, corpus, options, progress, sink)
+        if reference is None:
+            all_figures = [evaluate(checkpoint, None, corpus, options, progress, sink, measures)]
+        else:
+            all_figures = evaluate_all(
+                candidates, reference, corpus, options, progress, sink, measures
+            )
     except BaseException:
         if sink is not None:
             sink.abort()
@@ -92,17 +116,24 @@ def evaluate_checkpoint(
     if sink is not None:
         sink.close()
     lengths = [len(w) for w in corpus.windows]
-    facts = {
+    if reference is not None:
+        compared = compare_weights(reference, candidates, progress) if weights else None
+        for index, (figures, candidate) in enumerate(zip(all_figures, candidates, strict=True)):
+            _add_weights(figures, None if compared is None else compared[index], candidate)
+    result = {
         "reference": _facts(reference) if reference is not None else None,
         "candidate": _facts(checkpoint),
         "sequences": len(lengths),
         "seq_len": max(lengths),
         "activations": options.activations,
+        **all_figures[0],
     }
-    if reference is not None:
-        compared = compare_weights(reference, checkpoint, progress) if weights else None
-        _add_weights(figures, compared, checkpoint)
-    return {**facts, **figures}
+    if others:
+        result["others"] = [
+            {"candidate": _facts(c)} | {k: v for k, v in f.items() if k not in SHARED}
+            for c, f in zip(others, all_figures[1:], strict=True)
+        ]
+    return result
 
 
 def _add_weights(

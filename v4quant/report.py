@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from v4quant.report_candidates import candidates_table, size_quality_plot
+from v4quant.report_layers import expert_table, layer_table, starved_table
 from v4quant.report_plots import coverage_plot, kl_histogram_plot, layer_error_plot
 from v4quant.report_style import STYLE
 from v4quant.report_tables import (
@@ -26,11 +28,11 @@ from v4quant.report_tables import (
     confidence_table,
     corpus_table,
     distribution_table,
+    draft_table,
     findings_table,
-    layer_table,
+    floors_table,
     metric,
     run_table,
-    starved_table,
     summary_table,
 )
 from v4quant.report_text import (
@@ -46,8 +48,23 @@ from v4quant.report_text import (
     text,
 )
 
-DETAIL_TABLES = (confidence_table, layer_table, corpus_table, starved_table, run_table)
+DETAIL_TABLES = (
+    confidence_table,
+    floors_table,
+    draft_table,
+    layer_table,
+    expert_table,
+    corpus_table,
+    starved_table,
+    run_table,
+)
 PLOTS = (
+    (
+        "Size and quality",
+        size_quality_plot,
+        "Every candidate of this run. Lower left is better; a candidate with another one below it "
+        "and to its left is no bargain. Everything else on this page is about the first.",
+    ),
     (
         "Error per layer",
         layer_error_plot,
@@ -97,6 +114,9 @@ def render_html(result: Mapping[str, Any]) -> str:
     summary = summary_table(result)
     if summary is not None:
         parts.append(_table_html(summary))
+    several = candidates_table(result)
+    if several is not None:
+        parts.append(_table_html(several))
     for title, plot, caption in PLOTS:
         drawing = plot(result)
         if drawing:
@@ -137,7 +157,7 @@ def render_markdown(result: Mapping[str, Any]) -> str:
     if findings is not None:
         parts.append(_table_markdown(findings))
     parts.append(_metrics_markdown(result))
-    for build in (checkpoint_table, *DETAIL_TABLES):
+    for build in (checkpoint_table, candidates_table, *DETAIL_TABLES):
         table = build(result)
         if table is not None:
             parts.append(_table_markdown(table))
@@ -185,7 +205,9 @@ def _findings_html(result: Mapping[str, Any]) -> str:
         return f'<div class="findings">\n{_table_html(table)}\n</div>'
     if result.get("findings") is None:
         return ""
-    matrices = sum(number(group, "matrices") or 0 for group in records(result, "weights"))
+    parts = (result, *records(result, "others"))
+    groups = [group for part in parts for group in records(part, "weights")]
+    matrices = sum(number(group, "matrices") or 0 for group in groups)
     return f'<p class="clean">No defect found in the weights of {count(matrices)} matrices.</p>'
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,7 +72,10 @@ FLIPS = (
     ("Change of the true token's probability, root mean square", "delta_p_rms"),
 )
 
-LAYER_KINDS = {"swa": "sliding window", "csa": "CSA", "hca": "HCA", "mtp": "MTP"}
+DRAFT = (
+    ("Guess is what the model itself chooses next", "target_agreement"),
+    ("Guess is the next token but one of the text", "text_agreement"),
+)
 
 
 def metric(values: Mapping[str, Any], key: str) -> str:
@@ -89,7 +91,7 @@ def metric(values: Mapping[str, Any], key: str) -> str:
 
 def checkpoint_table(result: Mapping[str, Any]) -> Table | None:
     """What the two checkpoints are and what they weigh."""
-    return _table("Checkpoints", ("", *_named(result), "Change"), _size_rows(result))
+    return build_table("Checkpoints", ("", *_named(result), "Change"), _size_rows(result))
 
 
 def summary_table(result: Mapping[str, Any]) -> Table | None:
@@ -105,7 +107,7 @@ def summary_table(result: Mapping[str, Any]) -> Table | None:
     if floor:
         described = text(floor, "description")
         notes.append(f"Noise floor: {described}" if described else "")
-    return _table(
+    return build_table(
         "Summary", ("", *_named(result), "Change", "Noise floor"), rows, tuple(filter(None, notes))
     )
 
@@ -114,7 +116,7 @@ def distribution_table(result: Mapping[str, Any]) -> Table | None:
     """Intervals and quantiles of the per-token KL, top-5 agreement and flips."""
     floor = section(result, "noise_floor")
     sides = (result, floor)
-    rows = [(label, *(_interval(side, key) for side in sides)) for label, key in INTERVALS]
+    rows = [(label, *(interval(side, key) for side in sides)) for label, key in INTERVALS]
     rows += [
         (f"KL, {label} (nats)", *(metric(side, key) for side in sides))
         for label, key in DISTRIBUTION
@@ -132,7 +134,7 @@ def distribution_table(result: Mapping[str, Any]) -> Table | None:
         if blocks is not None and blocks < FEW_BLOCKS
         else ()
     )
-    return _table("Divergence in detail", ("", "Candidate", "Noise floor"), rows, notes)
+    return build_table("Divergence in detail", ("", "Candidate", "Noise floor"), rows, notes)
 
 
 def confidence_table(result: Mapping[str, Any]) -> Table | None:
@@ -158,54 +160,49 @@ def confidence_table(result: Mapping[str, Any]) -> Table | None:
         "Noise floor's KL mean",
         "Same top-1 token",
     )
-    return _table("Divergence by the reference's confidence", columns, rows)
+    return build_table("Divergence by the reference's confidence", columns, rows)
 
 
 def findings_table(result: Mapping[str, Any]) -> Table | None:
-    """Suspected defects of the candidate's weights."""
-    rows = [(text(f, "where"), text(f, "problem")) for f in records(result, "findings")]
-    title = f"Suspected defects ({len(rows):,})"
-    return _table(title, ("Module", "Problem"), rows, text_columns=2)
-
-
-def layer_table(result: Mapping[str, Any]) -> Table | None:
-    """One row a layer: kind, errors, router agreement, and what its experts were fed."""
-    fed = {text(r, "name"): numbers(r, "tokens_per_expert") for r in _coverage_layers(result)}
+    """Suspected defects in the weights of every candidate."""
+    others = records(result, "others")
     rows = []
-    for layer in records(result, "layers"):
-        name, kind = text(layer, "name"), text(layer, "kind")
-        tokens = fed.get(name, [])
-        rows.append(
-            (
-                name,
-                LAYER_KINDS.get(kind, kind),
-                percent(number(layer, "router_agreement")),
-                percent(number(layer, "index_agreement")),
-                plain(number(layer, "local_relative_error"), 3),
-                plain(number(layer, "stream_relative_error"), 3),
-                plain(number(layer, "weight_relative_rms"), 3),
-                _worst(layer, "weight_largest", "weight_worst"),
-                plain(number(layer, "expert_output_median"), 3),
-                _worst(layer, "expert_output_largest", "expert_output_worst"),
-                count(min(tokens)) if tokens else "",
-                count(statistics.median_low(tokens)) if tokens else "",
-            )
-        )
-    columns = (
-        "Layer",
-        "Attention",
-        "Router agreement",
-        "Indexer agreement",
-        "Local relative error",
-        "Stream relative error",
-        "Weight relative RMS error",
-        "Largest (matrix)",
-        "Expert output error, median",
-        "Largest (expert)",
-        "Fewest tokens an expert saw",
-        "Median tokens per expert",
-    )
-    return _table("Layers", columns, rows, text_columns=2)
+    for part in (result, *others):
+        path = text(section(part, "candidate"), "path") if others else ""
+        rows += [(path, text(f, "where"), text(f, "problem")) for f in records(part, "findings")]
+    title = f"Suspected defects ({len(rows):,})"
+    return build_table(title, ("Candidate", "Module", "Problem"), rows, text_columns=3)
+
+
+def floors_table(result: Mapping[str, Any]) -> Table | None:
+    """The noise floors, when several ran; the largest is the one used."""
+    runs = records(section(result, "noise_floor"), "runs")
+    rows = [
+        (text(run, "description"), *(metric(run, k) for k in ("kl_mean", "kl_p99", "kl_max")),
+         metric(run, "top1_agreement"))
+        for run in runs
+    ]  # fmt: skip
+    columns = ("Run", "KL mean (nats)", "99th percentile", "Maximum", "Same top-1 token")
+    return build_table("Noise floors", columns, rows if len(rows) > 1 else [])
+
+
+def draft_table(result: Mapping[str, Any]) -> Table | None:
+    """How often the draft stage guesses right, before and after."""
+    draft = section(result, "draft")
+    sides = (section(draft, "reference"), section(draft, "candidate"))
+    rows = []
+    for label, key in DRAFT:
+        shares = [_share(side, key) for side in sides]
+        moved, error = number(draft, "change"), number(draft, "change_stderr")
+        told = ""
+        if key == "target_agreement" and moved is not None and error is not None:
+            told = f"{100 * moved:+.2f} ± {100 * error:.2f}"
+        rows.append((label, *shares, told))
+    rows = [row for row in rows if any(row[1:])]
+    if text(draft, "note"):
+        rows.append((text(draft, "note"), "", "", ""))
+    columns = ("", *_named(result), "Change (percentage points)")
+    return build_table("Draft stage (MTP)", columns, rows)
 
 
 def corpus_table(result: Mapping[str, Any]) -> Table | None:
@@ -231,27 +228,7 @@ def corpus_table(result: Mapping[str, Any]) -> Table | None:
         "KL mean (nats)",
         "Same top-1 token",
     )
-    return _table("Parts of the evaluation text", columns, rows)
-
-
-def starved_table(result: Mapping[str, Any]) -> Table | None:
-    """Experts that saw fewer tokens than the coverage floor, one row a layer."""
-    coverage = section(result, "coverage")
-    by_layer: dict[str, list[str]] = {}
-    for entry in records(coverage, "starved"):
-        tokens = count(number(entry, "tokens"))
-        shown = f"{text(entry, 'expert')} ({tokens})" if tokens else text(entry, "expert")
-        by_layer.setdefault(text(entry, "layer"), []).append(shown)
-    rows = [(layer, ", ".join(found), f"{len(found):,}") for layer, found in by_layer.items()]
-    floor = count(number(coverage, "floor"))
-    note = f"Experts that saw fewer than {floor} tokens; their error is not measured well."
-    return _table(
-        "Starved experts",
-        ("Layer", "Expert (tokens it saw)", "Starved"),
-        rows,
-        (note,) if floor else (),
-        text_columns=2,
-    )
+    return build_table("Parts of the evaluation text", columns, rows)
 
 
 def run_table(result: Mapping[str, Any]) -> Table | None:
@@ -272,7 +249,7 @@ def run_table(result: Mapping[str, Any]) -> Table | None:
         ("Python", text(tool, "python")),
     ]
     rows = [row for row in rows if row[1]]
-    return _table("How this was measured", ("", ""), rows, text_columns=2)
+    return build_table("How this was measured", ("", ""), rows, text_columns=2)
 
 
 def command_line(result: Mapping[str, Any]) -> str:
@@ -288,18 +265,17 @@ def _named(result: Mapping[str, Any]) -> tuple[str, str]:
     return ("Reference", "Candidate") if result.get("reference") else ("", "Checkpoint")
 
 
-def _interval(values: Mapping[str, Any], key: str) -> str:
+def interval(values: Mapping[str, Any], key: str) -> str:
+    """`low to high` of a pair, empty when absent."""
     ends = numbers(values, key)
     return f"{plain(ends[0])} to {plain(ends[1])}" if len(ends) == 2 else ""
 
 
-def _worst(layer: Mapping[str, Any], key: str, which: str) -> str:
-    largest = number(layer, key)
-    return f"{plain(largest, 3)} ({text(layer, which)})" if largest else ""
-
-
-def _coverage_layers(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return records(section(result, "coverage"), "layers")
+def _share(side: Mapping[str, Any], key: str) -> str:
+    value, error = number(side, key), number(side, f"{key}_stderr")
+    if value is None or error is None:
+        return percent(value)
+    return f"{100 * value:.2f} ± {100 * error:.2f} %"
 
 
 def _size_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -322,13 +298,18 @@ def _delta(result: Mapping[str, Any], key: str) -> str:
         return change(number(result, "reference_perplexity"), number(result, key))
     if not key.startswith("kl_"):
         return ""
-    value, floor = number(result, key), number(section(result, "noise_floor"), key)
-    if value is None or floor is None or floor <= 0 or not math.isfinite(value / floor):
+    return multiple_of_floor(result, section(result, "noise_floor"), key)
+
+
+def multiple_of_floor(values: Mapping[str, Any], floor: Mapping[str, Any], key: str) -> str:
+    """`3.1 × floor`, empty when either is absent or the floor is zero."""
+    value, base = number(values, key), number(floor, key)
+    if value is None or base is None or base <= 0 or not math.isfinite(value / base):
         return ""
-    return f"{plain(value / floor, 2)} × floor"
+    return f"{plain(value / base, 2)} × floor"
 
 
-def _table(
+def build_table(
     title: str,
     columns: tuple[str, ...],
     rows: Sequence[tuple[str, ...]],

@@ -1,9 +1,9 @@
 """evaluate: perplexity of a checkpoint, and with a reference what the conversion cost.
 
-Reference, candidate and noise floor go through the streamed forward side by side, so all see the
-same tokens and every weight is read once. The floor is the reference again, with its residual
-streams rounded to BF16 after every layer as served models carry them: two legitimate computations
-of the same weights. A difference that is not above theirs is no damage.
+Reference, candidates and noise floors go through the streamed forward side by side, so all see the
+same tokens, and the reference is read once however many candidates there are. A floor is the
+reference again under another rounding (`noise_floor.py`): two legitimate computations of the same
+weights. A difference that is not above theirs is no damage.
 """
 
 from __future__ import annotations
@@ -13,28 +13,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from v4quant_calibration.corpus import Corpus
 from v4quant_calibration.divergence import (
-    BLOCK_TOKENS,
     DivergenceError,
     TokenRecords,
     kl_histogram,
-    score_tokens,
     summarise,
+)
+from v4quant_calibration.draft import (
+    NO_DRAFT,
+    DraftHits,
+    draft_hits,
+    draft_metrics,
+    has_classic_draft,
 )
 from v4quant_calibration.model.observer import Observer
 from v4quant_calibration.model.options import ForwardOptions
+from v4quant_calibration.noise_floor import floor_options
 from v4quant_calibration.provider import CheckpointParams
+from v4quant_calibration.scoring import LogitSink, score
 from v4quant_calibration.stream import (
     LayerResult,
-    LogitSlice,
     StreamModel,
     Streams,
     stream_forward,
-    stream_logits,
 )
 from v4quant_calibration.watch import (
     LayerWatch,
@@ -46,11 +50,16 @@ from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import ModelConfig, parse_model_config
 from v4quant_kernels.progress import Progress
 
-FLOOR_DESCRIPTION = "the reference again, residual streams rounded to BF16 after every layer"
 # A mean KL within this many standard errors above the floor's mean is not above the floor.
 _ERRORS_ABOVE = 2.0
 
-LogitSink = Callable[[LogitSlice], None]
+
+@dataclass(frozen=True)
+class Measures:
+    """What to measure beyond scores. floors: noise floors to run, 1 or 2; draft: the MTP stage."""
+
+    floors: int = 1
+    draft: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,14 @@ class LayerRow:
     expert_output_worst: int | None
 
 
+@dataclass(frozen=True)
+class _Floor:
+    """`noise_floor` of the result, and the KL of every token."""
+
+    metrics: dict[str, Any]
+    kl: Tensor
+
+
 def evaluate(
     checkpoint: Checkpoint,
     reference: Checkpoint | None,
@@ -84,36 +101,78 @@ def evaluate(
     options: ForwardOptions,
     progress: Progress,
     sink: LogitSink | None = None,
+    measures: Measures = Measures(),
 ) -> dict[str, Any]:
     """Score `checkpoint` (against `reference`) on a corpus; returns the JSON object.
 
-    sink receives every slice of logits: of the reference, the checkpoint and the noise floor, in
+    sink receives every slice of logits: of the reference, the checkpoint and the noise floors, in
     this order, or of the checkpoint alone.
     Raises DivergenceError for models of different shape, NaN logits or too few tokens.
     """
-    config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
-    candidate = StreamModel(
-        CheckpointParams(checkpoint),
-        options,
-        LayerWatch(config.n_routed_experts, keep_outputs=False),
-        LayerWatch(config.n_routed_experts, keep_outputs=True),
-    )
     if reference is None:
-        return _alone(candidate, config, corpus, progress, sink)
-    base = parse_model_config(dict(reference.config), str(reference.path / "config.json"))
-    _check_same_model(config, base, checkpoint, reference)
-    watch = LayerWatch(base.n_routed_experts, keep_outputs=True)
-    original = StreamModel(CheckpointParams(reference), options, watch)
-    floor = replace(original, options=replace(options, round_streams=True), observer=None)
-    rows: list[LayerRow] = []
-    models = [original, candidate, floor]
+        return _alone(checkpoint, corpus, options, progress, sink, measures)
+    return evaluate_all([checkpoint], reference, corpus, options, progress, sink, measures)[0]
+
+
+def evaluate_all(
+    checkpoints: Sequence[Checkpoint],
+    reference: Checkpoint,
+    corpus: Corpus,
+    options: ForwardOptions,
+    progress: Progress,
+    sink: LogitSink | None = None,
+    measures: Measures = Measures(),
+) -> list[dict[str, Any]]:
+    """Score several conversions of one reference in one run; one JSON object each, in order.
+
+    Their noise floor and coverage are the same. Raises as `evaluate` does.
+    """
+    config = _config(reference)
+    for checkpoint in checkpoints:
+        _check_same_model(_config(checkpoint), config, checkpoint, reference)
+    experts = config.n_routed_experts
+    original = StreamModel(
+        CheckpointParams(reference), options, LayerWatch(experts, keep_outputs=True)
+    )
+    candidates = [_candidate(c, options, experts) for c in checkpoints]
+    variants = floor_options(options, measures.floors)
+    floors = [replace(original, options=o, observer=None) for _, o in variants]
+    rows: list[list[LayerRow]] = [[] for _ in candidates]
 
     def on_layer(result: LayerResult) -> None:
-        rows.append(_layer_row(result, config, original, candidate))
+        for index, candidate in enumerate(candidates, 1):
+            rows[index - 1].append(_layer_row(result, config, original, index, candidate))
+        _watch(original.observer).forget()
 
-    streams = _run(models, config, corpus, progress, local=(1,), on_layer=on_layer)
-    scored, floor_records = _score(models, config, corpus, streams, progress, sink)
-    return _compare(scored, floor_records, rows, corpus, original)
+    models, local = [original, *candidates, *floors], range(1, len(candidates) + 1)
+    streams = _run(models, config, corpus, progress, local, on_layer)
+    scores = score(models, config, corpus, streams, progress, sink)
+    floor = _noise_floor([d for d, _ in variants], scores.records[len(candidates) :])
+    results = [
+        _compare(records, floor, layers, corpus, original)
+        for records, layers in zip(scores.records, rows, strict=False)
+    ]
+    if measures.draft:
+        members = list(
+            zip([reference, *checkpoints], models, streams, scores.choices, strict=False)
+        )
+        drafts = _drafts(members, config, corpus, progress)
+        for result, draft in zip(results, drafts, strict=True):
+            result["draft"] = draft
+    return results
+
+
+def _config(checkpoint: Checkpoint) -> ModelConfig:
+    return parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
+
+
+def _candidate(checkpoint: Checkpoint, options: ForwardOptions, experts: int) -> StreamModel:
+    return StreamModel(
+        CheckpointParams(checkpoint),
+        options,
+        LayerWatch(experts, keep_outputs=False),
+        LayerWatch(experts, keep_outputs=True),
+    )
 
 
 def _check_same_model(
@@ -128,15 +187,57 @@ def _check_same_model(
 
 
 def _alone(
-    model: StreamModel,
+    checkpoint: Checkpoint,
+    corpus: Corpus,
+    options: ForwardOptions,
+    progress: Progress,
+    sink: LogitSink | None,
+    measures: Measures,
+) -> dict[str, Any]:
+    config = _config(checkpoint)
+    model = StreamModel(CheckpointParams(checkpoint), options)
+    streams = _run([model], config, corpus, progress)
+    scores = score([model], config, corpus, streams, progress, sink)
+    (records,) = scores.records
+    result = {**summarise(records), "corpora": _by_part(records, corpus)}
+    if measures.draft:
+        members = [(checkpoint, model, streams[0], scores.choices[0])]
+        (result["draft"],) = _drafts(members, config, corpus, progress)
+    return result
+
+
+def _drafts(
+    members: Sequence[tuple[Checkpoint, StreamModel, Streams, list[Tensor]]],
     config: ModelConfig,
     corpus: Corpus,
     progress: Progress,
-    sink: LogitSink | None,
-) -> dict[str, Any]:
-    streams = _run([model], config, corpus, progress)
-    records, _ = _score([model], config, corpus, streams, progress, sink)
-    return {**summarise(records), "corpora": _by_part(records, corpus)}
+) -> list[dict[str, Any]]:
+    """Draft figures of each candidate: the members after the first, or the only one."""
+    progress.start("Draft", len(members), "model")
+    hits: list[DraftHits | None] = []
+    for checkpoint, model, streams, choices in members:
+        there = has_classic_draft(checkpoint)
+        hits.append(draft_hits(model, config, corpus, streams, choices) if there else None)
+        progress.advance(1)
+    progress.finish()
+    reference = hits[0] if len(members) > 1 else None
+    drafts: list[dict[str, Any]] = []
+    for (checkpoint, *_), own in list(zip(members, hits, strict=True))[len(members) > 1 :]:
+        missing = checkpoint if own is None else members[0][0]
+        if own is None or hits[0] is None:
+            drafts.append({"note": NO_DRAFT.format(path=missing.path)})
+        else:
+            drafts.append(draft_metrics(own, reference))
+    return drafts
+
+
+def _noise_floor(descriptions: list[str], records: list[TokenRecords]) -> _Floor:
+    """The run with the larger mean KL, with all runs listed."""
+    runs = [{"description": d, **summarise(r)} for d, r in zip(descriptions, records, strict=True)]
+    top = max(range(len(runs)), key=lambda i: runs[i]["kl_mean"])
+    kl = records[top].kl
+    assert kl is not None
+    return _Floor({**runs[top], "runs": runs}, kl)
 
 
 def _run(
@@ -161,11 +262,16 @@ def _run(
 
 
 def _layer_row(
-    result: LayerResult, config: ModelConfig, original: StreamModel, candidate: StreamModel
+    result: LayerResult,
+    config: ModelConfig,
+    original: StreamModel,
+    index: int,
+    candidate: StreamModel,
 ) -> LayerRow:
-    reference, mine, before = result.after[0], result.after[1], result.before[0]
+    """One layer of the candidate that is model `index` of the run."""
+    reference, mine, before = result.after[0], result.after[index], result.before[0]
     added = _norm(a - b for a, b in zip(reference, before, strict=True))
-    local = _norm(a - b for a, b in zip(result.local[1], reference, strict=True))
+    local = _norm(a - b for a, b in zip(result.local[index], reference, strict=True))
     drift = _norm(a - b for a, b in zip(mine, reference, strict=True))
     watches = (original.observer, candidate.observer, candidate.local_observer)
     base, own, beside = (_watch(w) for w in watches)
@@ -182,7 +288,7 @@ def _layer_row(
         expert_output_largest=None if worst is None else errors[worst],
         expert_output_worst=worst,
     )
-    for watch in (base, own, beside):
+    for watch in (own, beside):
         watch.forget()
     return row
 
@@ -197,79 +303,25 @@ def _norm(parts: Any) -> float:
     return float(total**0.5)
 
 
-def _score(
-    models: Sequence[StreamModel],
-    config: ModelConfig,
-    corpus: Corpus,
-    streams: Sequence[Streams],
-    progress: Progress,
-    sink: LogitSink | None,
-) -> tuple[TokenRecords, TokenRecords | None]:
-    """Records of the scored model and, with three models, of the noise floor."""
-    windows, part_of = corpus.windows, corpus.part_of
-    columns: list[dict[str, list[Tensor]]] = [{}, {}]
-    progress.start("Scoring", corpus.tokens, "tok")
-    block = 0
-    for piece in stream_logits(models, config, streams):
-        ids = windows[piece.sequence]
-        if sink is not None:
-            sink(piece)
-        # The last position of a window predicts nothing that is known.
-        stop = min(piece.stop, len(ids) - 1)
-        rows = slice(0, stop - piece.start)
-        targets = ids[piece.start + 1 : stop + 1]
-        logits = [x[rows] for x in piece.logits]
-        _check_finite(logits, piece, config)
-        reference = logits[0] if len(models) > 1 else None
-        block += int(piece.start % BLOCK_TOKENS == 0)
-        place = {
-            "block": torch.full((len(targets),), block),
-            "part": torch.full((len(targets),), part_of[piece.sequence]),
-        }
-        scored = logits[1] if reference is not None else logits[0]
-        _append(columns[0], score_tokens(scored, targets, reference) | place)
-        if len(models) > 2:
-            _append(columns[1], score_tokens(logits[2], targets, reference) | place)
-        progress.advance(piece.stop - piece.start)
-    progress.finish()
-    first, second = (
-        TokenRecords(**{k: torch.cat(v) for k, v in c.items()}) if c else None for c in columns
-    )
-    assert first is not None
-    return first, second
-
-
-def _append(columns: dict[str, list[Tensor]], new: dict[str, Tensor]) -> None:
-    for key, value in new.items():
-        columns.setdefault(key, []).append(value)
-
-
-def _check_finite(logits: Sequence[Tensor], piece: LogitSlice, config: ModelConfig) -> None:
-    for model, values in enumerate(logits):
-        if not bool(torch.isfinite(values).all()):
-            raise DivergenceError(
-                f"logits of model {model} hold NaN or infinity in window {piece.sequence} although "
-                f"all {config.num_hidden_layers} layers were finite; check head, norm and hc_head"
-            )
-
-
 def _compare(
     records: TokenRecords,
-    floor: TokenRecords | None,
+    floor: _Floor,
     rows: list[LayerRow],
     corpus: Corpus,
     original: StreamModel,
 ) -> dict[str, Any]:
-    assert floor is not None and records.kl is not None and floor.kl is not None
+    assert records.kl is not None
     result = summarise(records)
-    noise = summarise(floor)
     return {
         **result,
-        "noise_floor": {**noise, "description": FLOOR_DESCRIPTION},
-        "verdict": _verdict(result, noise),
+        "noise_floor": floor.metrics,
+        "verdict": _verdict(result, floor.metrics),
         "layers": [vars(row) for row in rows],
         "kl_histogram": kl_histogram(records.kl, floor.kl),
-        "coverage": {"measured_on": "evaluation", "layers": _watch(original.observer).counts()},
+        "coverage": {
+            "measured_on": "evaluation",
+            "layers": _watch(original.observer).counts(),
+        },
         "corpora": _by_part(records, corpus),
     }
 

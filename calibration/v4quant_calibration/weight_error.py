@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from v4quant_calibration.weight_defects import explain, relative_error
 from v4quant_formats.checkpoint import Checkpoint
@@ -38,6 +40,8 @@ _ABOVE_GROUP = 2.0
 # Errors of siblings differ by some percent without any defect, however small their MAD comes out.
 _NATURAL_SPREAD = 0.05
 _MAD_TO_SIGMA = 1.4826
+# Suspects of one group that are examined: a file that is wrong throughout needs no more.
+_MOST_CHECKED = 8
 
 
 class WeightShapeError(V4QuantError):
@@ -90,25 +94,29 @@ class WeightComparison:
 
 
 def compare_weights(
-    reference: Checkpoint, candidate: Checkpoint, progress: Progress
-) -> WeightComparison:
-    """Compare every linear matrix that both checkpoints hold, trunk and drafts.
+    reference: Checkpoint, candidates: Sequence[Checkpoint], progress: Progress
+) -> list[WeightComparison]:
+    """Compare every linear matrix of the reference with each candidate's, trunk and drafts.
 
-    Memory: one matrix of each, in float32. Raises what reading a damaged weight raises.
+    Modules a candidate lacks (dropped drafts) are passed over. Each reference matrix is decoded
+    once for the measurement. Memory: one matrix of the reference and one candidate, in float32.
+    Raises WeightShapeError and what reading a damaged weight raises.
     """
-    names = _matrices(reference, candidate)
+    names = _matrices(reference)
+    held = [{n.module for spec in c if (n := parse_name(spec.name))} for c in candidates]
+    siblings: list[defaultdict[str, list[MatrixError]]] = [defaultdict(list) for _ in candidates]
     progress.start("Weights", len(names), "matrix")
-    siblings: defaultdict[str, list[MatrixError]] = defaultdict(list)
     for name in names:
-        siblings[_group(name)].append(_measure(reference, candidate, name))
+        dense = read_dense(reference, name.module)
+        for candidate, modules, groups in zip(candidates, held, siblings, strict=True):
+            if name.module in modules:
+                groups[_group(name)].append(_measure(dense, candidate, name))
         progress.advance(1)
     progress.finish()
-    groups, findings = [], []
-    for where, members in siblings.items():
-        group, found = _judge(where, members, reference, candidate)
-        groups.append(group)
-        findings += found
-    return WeightComparison(tuple(groups), tuple(findings))
+    return [
+        _judge_all(groups, reference, candidate)
+        for groups, candidate in zip(siblings, candidates, strict=True)
+    ]
 
 
 def expected_error(reference: Checkpoint, module: str, target: StoredWeight) -> float | None:
@@ -143,26 +151,36 @@ def robust_z(errors: Sequence[float]) -> list[float]:
     return [(e - median) / sigma for e in errors]
 
 
-def _matrices(reference: Checkpoint, candidate: Checkpoint) -> list[TensorName]:
-    """Linear modules of both, in the reference's order."""
+def _matrices(reference: Checkpoint) -> list[TensorName]:
+    """Linear modules in the order of the files."""
     modules: dict[str, TensorName] = {}
-    present = {n.module for spec in candidate if (n := parse_name(spec.name))}
     for spec in reference:
         name = parse_name(spec.name)
-        if name is not None and name.is_linear and name.module in present:
+        if name is not None and name.is_linear:
             modules.setdefault(name.module, name)
     return list(modules.values())
 
 
-def _measure(reference: Checkpoint, candidate: Checkpoint, name: TensorName) -> MatrixError:
-    before, after = find_weight(reference, name.module), find_weight(candidate, name.module)
-    if before.shape != after.shape:
+def _measure(dense: Tensor, candidate: Checkpoint, name: TensorName) -> MatrixError:
+    stored = find_weight(candidate, name.module)
+    if tuple(dense.shape) != stored.shape:
         raise WeightShapeError(
-            f"{candidate.path}: '{name.module}' is {list(after.shape)}, the reference's is "
-            f"{list(before.shape)}; these are no conversions of one model"
+            f"{candidate.path}: '{name.module}' is {list(stored.shape)}, the reference's is "
+            f"{list(dense.shape)}; these are no conversions of one model"
         )
-    error = relative_error(read_dense(candidate, name.module), read_dense(reference, name.module))
-    return MatrixError(name, _coding(after), error)
+    error = relative_error(read_dense(candidate, name.module), dense)
+    return MatrixError(name, _coding(stored), error)
+
+
+def _judge_all(
+    siblings: Mapping[str, list[MatrixError]], reference: Checkpoint, candidate: Checkpoint
+) -> WeightComparison:
+    groups, findings = [], []
+    for where, members in siblings.items():
+        group, found = _judge(where, members, reference, candidate)
+        groups.append(group)
+        findings += found
+    return WeightComparison(tuple(groups), tuple(findings))
 
 
 def _group(name: TensorName) -> str:
@@ -214,19 +232,23 @@ def _confirm(
     """Suspects whose error their own reference does not explain; one finding if most are."""
     # A search beats plain rounding by the same share in all siblings, so it is asked of each.
     share = min(1.0, group.median / group.expected) if group.expected else 1.0
+    suspects = sorted(suspects, key=lambda m: -m.relative_error)
+    checked = suspects[:_MOST_CHECKED]
     confirmed: list[tuple[MatrixError, float | None]] = []
-    for suspect in suspects:
+    for suspect in checked:
         own = _expected(reference, candidate, suspect)
         if own is None or suspect.relative_error > _ABOVE_OWN * share * own + NEGLIGIBLE:
             confirmed.append((suspect, own))
-    everywhere = len(confirmed) > 1 and 2 * len(confirmed) > group.matrices
+    # The worst speak for the rest.
+    count = len(suspects) if len(confirmed) == len(checked) else len(confirmed)
+    together = count > 1 and (2 * count > group.matrices or count > _MOST_CHECKED)
     findings = []
-    for suspect, own in confirmed[:1] if everywhere else confirmed:
+    for suspect, own in confirmed[:1] if together else confirmed:
         module = suspect.name.module
         others = [m.name.module for m, _ in confirmed if m.name.module != module]
         like = explain(reference, candidate, suspect.name, suspect.relative_error, others)
-        where = group.where if everywhere else module
-        told = _problem(group, suspect, own, len(confirmed) if everywhere else 0)
+        told = _problem(group, suspect, own, count if together else 0)
+        where = group.where if together else module
         findings.append(Finding(where, "; ".join(filter(None, (told, like)))))
     return findings
 
@@ -234,7 +256,7 @@ def _confirm(
 def _problem(group: SiblingErrors, suspect: MatrixError, own: float | None, count: int) -> str:
     told = f"relative weight error {suspect.relative_error:.3g}"
     if count:
-        told = f"in {count} of {group.matrices} experts, {told}"
+        told = f"in {count} of {group.matrices} experts, {told} at worst"
     if own is not None:
         limit = f"about {own:.2g}" if own > NEGLIGIBLE else "nothing"
         told += f", plain rounding to {suspect.scheme} costs {limit}"

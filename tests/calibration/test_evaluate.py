@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.shard_bytes import EditableCheckpoint
-from v4quant.evaluation import LogitsError, evaluate_checkpoint
+from v4quant.evaluation import EvaluationError, LogitsError, evaluate_checkpoint
 from v4quant_calibration.corpus import Corpus, CorpusPart, CorpusRequest, load_corpus
-from v4quant_calibration.divergence import DivergenceError
-from v4quant_calibration.evaluate import evaluate
+from v4quant_calibration.divergence import BLOCK_TOKENS, DivergenceError
+from v4quant_calibration.evaluate import Measures, evaluate
 from v4quant_calibration.model.numerics import NonFiniteActivation
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_calibration.noise_floor import PRODUCTS, STREAMS
+from v4quant_calibration.scoring import token_blocks
+from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import SilentProgress
 
@@ -81,18 +83,81 @@ def test_the_floor_is_a_small_positive_number(itself: dict[str, Any]) -> None:
     assert 0.8 < floor["top1_agreement"] <= 1
 
 
+def test_the_larger_of_two_floors_counts(itself: dict[str, Any], corpus: Corpus) -> None:
+    found = compare(TINY, TINY, corpus, measures=Measures(floors=2), weights=False)
+    floor = found["noise_floor"]
+    assert [run["description"] for run in floor["runs"]] == [STREAMS, PRODUCTS]
+    values = [run["kl_mean"] for run in floor["runs"]]
+    print("floors", values)
+    assert 0 < min(values) < max(values) < 0.1
+    assert floor["kl_mean"] == max(values)
+    chosen = floor["runs"][values.index(max(values))]
+    assert {k: v for k, v in floor.items() if k != "runs"} == chosen
+    (only,) = itself["noise_floor"]["runs"]
+    assert only == floor["runs"][0]
+
+
+def test_several_candidates_are_scored_as_alone(
+    converted: Callable[[str], Path], corpus: Corpus
+) -> None:
+    schemes = ("int4-g128", "int8-g32", "int4-g32")
+    folders = [converted(scheme) for scheme in schemes]
+    others = [open_checkpoint(folder) for folder in folders[1:]]
+    together = compare(folders[0], TINY, corpus, others=others)
+    for other in others:
+        other.close()
+    shared = {"noise_floor", "coverage"}
+    for folder, part in zip(folders, (together, *together["others"]), strict=True):
+        alone = compare(folder, TINY, corpus)
+        for key in alone.keys() & part.keys() - shared:
+            assert part[key] == alone[key], key
+        assert together["noise_floor"] == alone["noise_floor"]
+        assert together["coverage"] == alone["coverage"]
+    assert not any(shared & part.keys() for part in together["others"])
+    assert [p["candidate"]["scheme"] for p in together["others"]] == list(schemes[1:])
+
+
+def test_several_candidates_read_the_reference_as_often_as_one(
+    converted: Callable[[str], Path], corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = Corpus([CorpusPart("a", [w[:20] for w in corpus.windows[:2]])])
+    reads: list[Path] = []
+    plain_read = Checkpoint.read
+
+    def counting(self: Checkpoint, name: str) -> Tensor:
+        reads.append(self.path)
+        return plain_read(self, name)
+
+    first, second = converted("int8-g32"), converted("fp8")
+    monkeypatch.setattr(Checkpoint, "read", counting)
+    compare(first, TINY, few)
+    once = reads.count(TINY)
+    with open_checkpoint(second) as other:
+        compare(first, TINY, few, others=[other])
+    assert reads.count(TINY) == 2 * once
+    assert reads.count(second) > 100
+
+
+def test_candidates_need_a_reference(corpus: Corpus, tmp_path: Path) -> None:
+    with open_checkpoint(TINY) as other:
+        with pytest.raises(EvaluationError, match="--reference"):
+            compare(TINY, None, corpus, others=[other])
+        with pytest.raises(EvaluationError, match="--save-logits"):
+            compare(TINY, TINY, corpus, others=[other], save_logits=tmp_path / "x")
+
+
 def test_perplexity_by_definition(
     itself: dict[str, Any], corpus: Corpus, reference: dict[str, Tensor]
 ) -> None:
     """From the stored logits of the first window, which begins like the stored sequence."""
-    first = Corpus([CorpusPart("a", [corpus.windows[0]] * 2)])
+    first = Corpus([CorpusPart("a", [corpus.windows[0]] * 8)])
     found = compare(TINY, None, first)
     ids = corpus.windows[0]
     logs = reference["logits_plain"].reshape(-1, 384)[: len(ids) - 1].double().log_softmax(-1)
     nll = -logs[torch.arange(len(ids) - 1), ids[1:]].mean()
     assert found["nll"] == pytest.approx(float(nll), rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(float(nll)), rel=1e-4)
-    # Two equal blocks: no spread at all.
+    # Eight equal blocks: no spread at all.
     assert found["perplexity_stderr"] == pytest.approx(0, abs=1e-9)
     assert "kl_mean" not in found and "noise_floor" not in found and found["reference"] is None
 
@@ -222,14 +287,29 @@ def test_logits_need_equal_windows(tmp_path: Path, corpus: Corpus) -> None:
 
 
 def test_failure_leaves_no_logits_behind(tmp_path: Path, corpus: Corpus) -> None:
-    one = Corpus([CorpusPart("a", corpus.windows[:1])])
+    one = Corpus([CorpusPart("a", [corpus.windows[0][:12]])])
     with pytest.raises(DivergenceError, match="1 block"):
         compare(TINY, None, one, save_logits=tmp_path / "logits.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
+def test_blocks_never_span_windows() -> None:
+    """Long windows are cut into 512s, short texts finer; a block belongs to one window."""
+    lengths = [1000, 10, 600] * 4
+    long = Corpus([CorpusPart("a", [torch.arange(n) for n in lengths])])
+    blocks = token_blocks(long)
+    assert [len(b) for b in blocks] == lengths
+    assert [len(b.unique()) for b in blocks] == [2, 1, 2] * 4
+    assert len(torch.cat(blocks).unique()) == 20
+    assert int(torch.bincount(torch.cat(blocks)).max()) == BLOCK_TOKENS
+    (short,) = token_blocks(Corpus([CorpusPart("a", [torch.arange(200)])]))
+    assert len(short.unique()) == 8
+    (tiny,) = token_blocks(Corpus([CorpusPart("a", [torch.arange(16)])]))
+    assert len(tiny.unique()) == 1
+
+
 def test_long_windows_have_several_blocks(corpus: Corpus) -> None:
-    """A window of 600 tokens makes blocks of 512 and 87 scored tokens."""
+    """A single window of 600 tokens still has an error bar."""
     ids = torch.cat(corpus.windows).repeat(3)[:600]
     found = compare(TINY, None, Corpus([CorpusPart("a", [ids])]))
     assert found["tokens"] == 599 and found["perplexity_stderr"] > 0

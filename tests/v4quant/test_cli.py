@@ -223,6 +223,43 @@ def test_evaluate_json(
         assert "noise floor" in ran.out
 
 
+def test_evaluate_several_candidates(
+    v4quant: Command, tmp_path: Path, ids: Path, converted: Callable[[str], Path]
+) -> None:
+    damaged = tmp_path / "damaged"
+    edited = EditableCheckpoint.read(converted("int4-g128"))
+    scale = edited["layers.2.ffn.experts.1.w2.weight_scale"]
+    scale.data = bytes(len(scale.data))
+    edited.write(damaged)
+    arguments = ["evaluate", converted("int4-g128"), "--reference", TINY, "--corpus", ids]
+    arguments += ["--candidate", damaged, "--floors", 2, "--draft"]
+    ran = v4quant(*arguments, "--json", "--report", tmp_path / "r.html")
+    found = one_json(ran)
+    assert ran.code == 0 and found["findings"] == []
+    (other,) = found["others"]
+    assert [f["where"] for f in other["findings"]] == ["layers.2.ffn.experts.1.w2"]
+    assert "all zero" in other["findings"][0]["problem"]
+    assert len(found["noise_floor"]["runs"]) == 2 and 0 <= found["draft"]["change"] + 1 <= 2
+    told = v4quant(*arguments)
+    assert "FOUND in damaged: layers.2.ffn.experts.1.w2" in told.out
+    assert "draft accepted" in told.out and "ppl ratio" in told.out
+    assert "Suspected defects (1)" in (tmp_path / "r.html").read_text()
+    quick = one_json(v4quant(*arguments[:6], "--no-weights", "--json"))
+    assert "findings" not in quick and "draft" not in quick
+
+
+def test_candidates_are_refused_where_they_make_no_sense(
+    v4quant: Command, tmp_path: Path, ids: Path
+) -> None:
+    alone = v4quant("evaluate", TINY, "--candidate", TINY, "--corpus", ids)
+    assert alone.code == 2 and "give --reference" in alone.err
+    arguments = ["evaluate", TINY, "--candidate", TINY, "--reference", TINY, "--corpus", ids]
+    saving = v4quant(*arguments, "--save-logits", tmp_path / "x")
+    assert saving.code == 2 and "--save-logits" in saving.err
+    draft = v4quant("evaluate", TINY, "--corpus", ids, "--draft")
+    assert draft.code == 0 and "draft accepted" in draft.out
+
+
 def test_verify_exits_with_3_on_a_difference(
     v4quant: Command, tmp_path: Path, converted: Callable[[str], Path]
 ) -> None:
@@ -391,9 +428,10 @@ def test_corpus_too_short(v4quant: Command, tmp_path: Path, ids: Path) -> None:
         ran = v4quant(*command, "--corpus", ids, "--tokens", 161)
         assert ran.code == 1
         assert f"{ids}: is too short" in ran.error and "fewer --tokens" in ran.error
-    short = v4quant("evaluate", TINY, "--corpus", ids, "--tokens", 80)
-    assert short.code == 1 and "at least two windows" in short.err
     assert list(tmp_path.iterdir()) == []
+    np.save(tmp_path / "few.npy", np.arange(3, 15).reshape(1, 12))
+    short = v4quant("evaluate", TINY, "--corpus", tmp_path / "few.npy")
+    assert short.code == 1 and "at least two windows" in short.err
 
 
 def test_corpus_without_tokenizer(v4quant: Command, tmp_path: Path) -> None:

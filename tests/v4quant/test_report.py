@@ -260,10 +260,86 @@ def test_defects_stand_at_the_top() -> None:
     assert "No defect" not in render_html(_without(result, "findings"))
 
 
+def several(draw: random.Random, count: int = 3) -> dict[str, Any]:
+    """A run of `count` candidates with two floors and a draft."""
+    result = sample(draw)
+    floors = [{"description": f"run {i}", **measures(draw, 1e-5)} for i in range(2)]
+    result["noise_floor"]["runs"] = floors
+    shares = ("target_agreement", "text_agreement")
+    sides = {
+        side: {k: draw.random() for key in shares for k in (key, f"{key}_stderr")}
+        for side in ("reference", "candidate")
+    }
+    result["draft"] = {"tokens": 99, "change": -0.0123, "change_stderr": 0.0045, **sides}
+    result["others"] = []
+    for i in range(1, count):
+        other = sample(draw)
+        other["candidate"]["path"] = f"models/other-{i}"
+        del other["noise_floor"], other["coverage"], other["reference"], other["tool"]
+        result["others"].append(other)
+    return result
+
+
+def test_every_candidate_appears() -> None:
+    result = several(seeded())
+    html, markdown = render_html(result), render_markdown(result)
+    page = Page(html).text
+    for part in (result, *result["others"]):
+        name = part["candidate"]["path"].removeprefix("models/")
+        for text in (page, markdown):
+            assert name in text and size(part["candidate"]["bytes"]) in text
+            assert with_error(part["kl_mean"], part["kl_mean_stderr"]) in text
+        ratio = part["kl_mean"] / result["noise_floor"]["kl_mean"]
+        assert f"{plain(ratio, 2)} × floor" in page
+    assert "Suspected defects (6)" in page and page.count("models/other-2") == 2
+    for run in result["noise_floor"]["runs"]:
+        assert run["description"] in page and plain(run["kl_p99"], 3) in page
+    assert "-1.23 ± 0.45" in page and "Draft stage" in page and "Draft stage" in markdown
+    share = result["draft"]["reference"]
+    both = f"{100 * share['text_agreement']:.2f} ± {100 * share['text_agreement_stderr']:.2f} %"
+    assert both in page
+    assert "no classic" in Page(render_html({"draft": {"note": "no classic stage"}})).text
+
+
+def test_points_lie_where_size_and_kl_say() -> None:
+    draw = seeded()
+    for count in (2, 3, 9):
+        result = several(draw, count)
+        parts = [result, *result["others"]]
+        if count == 9:
+            parts[3]["kl_mean"] = 0.0
+            parts[4]["kl_mean"] = math.nan
+            parts[5]["candidate"]["bytes"] = parts[6]["candidate"]["bytes"]
+            parts[5]["kl_mean"] = parts[6]["kl_mean"]
+        svg = drawings(render_html(result))[0]
+        check_drawing(svg)
+        found = {
+            e[0].text.split(":")[0]: (float(e.attrib["cx"]), float(e.attrib["cy"]))
+            for e in svg.iter("circle")
+        }
+        assert len(found) == count
+        for one in parts:
+            for other in parts:
+                a, b = (found[p["candidate"]["path"].removeprefix("models/")] for p in (one, other))
+                if one["candidate"]["bytes"] > other["candidate"]["bytes"]:
+                    assert a[0] >= b[0]
+                if one["kl_mean"] > other["kl_mean"]:
+                    assert a[1] <= b[1]
+        labels = [
+            (float(e.attrib["x"]), float(e.attrib["y"]))
+            for e in svg.iter("text")
+            if (e.text or "").startswith(("other-", "converted"))
+        ]
+        assert len(set(labels)) == count
+    equal = several(draw, 2)
+    equal["others"][0]["candidate"]["bytes"] = equal["candidate"]["bytes"] = 0
+    check_drawing(drawings(render_html(equal))[0])
+
+
 def test_hostile_strings_stay_text() -> None:
     """Every string of the result is hostile, and only the report's own elements come out."""
     draw = seeded()
-    clean = sample(draw)
+    clean = several(draw)
 
     def poison(value: Any) -> Any:
         if isinstance(value, dict):
@@ -287,7 +363,7 @@ def test_hostile_strings_stay_text() -> None:
         assert "<" not in row
         assert not re.search(r"(?<!\\)[`*_\[]", row)
     width = {len(re.findall(r"(?<!\\)\|", row)) for row in tables if "layers" in row}
-    assert len(width) <= 3  # findings, layers, starved experts
+    assert len(width) <= 4  # findings, layers, their experts, starved experts
 
 
 def test_command_cannot_leave_its_fence() -> None:
@@ -399,6 +475,11 @@ def test_histogram_heights_are_shares() -> None:
         ("kl_histogram", {"log10_edges": [-math.inf, 0, 1], "counts": [1, 2]}),
         ("kl_histogram", {"log10_edges": [-1, 0, 1], "counts": [1, math.nan]}),
         ("coverage", {"layers": [{"name": "n", "tokens_per_expert": [-1]}]}),
+        ("others", [{"candidate": 3}]),
+        ("others", "x"),
+        ("findings", [3]),
+        ("draft", []),
+        ("noise_floor", {"runs": [1]}),
     ],
 )
 def test_wrong_kinds_are_refused_by_name(field: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from v4quant.cli._options import (
 from v4quant.cli._source import SOURCE
 from v4quant.evaluation import evaluate_checkpoint
 from v4quant.report import render_html, render_markdown
+from v4quant_calibration.evaluate import Measures
+from v4quant_calibration.noise_floor import MOST_FLOORS
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.shards import write_file_atomically
@@ -27,16 +30,22 @@ from v4quant_formats.shards import write_file_atomically
 @click.command(epilog="Example: v4quant evaluate out --reference DeepSeek-V4-Flash --report r.html")
 @click.argument("source", type=SOURCE)
 @click.option("--reference", type=SOURCE, help="Compare with this checkpoint.")
+@click.option("--candidate", "others", type=SOURCE, multiple=True, help="Another conversion to "
+              "score in the same run; may be repeated.")  # fmt: skip
 @corpus_options(HELDOUT)
 @click.option("--save-logits", type=click.Path(path_type=Path), help="Write SOURCE's logits.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write an HTML (.html) page, "
               "a Markdown (.md) table or the JSON (.json).")  # fmt: skip
 @click.option("--weights/--no-weights", default=True, show_default=True, help="Compare every "
               "matrix with the reference's and look for defects.")  # fmt: skip
+@click.option("--floors", type=click.IntRange(1, MOST_FLOORS), default=1, show_default=True,
+              help="Noise floors to run: rounded streams, rounded products too.")  # fmt: skip
+@click.option("--draft", is_flag=True, help="Also run the MTP stage: are its guesses accepted?")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     source: Path,
     reference: Path | None,
+    others: tuple[Path, ...],
     corpus: tuple[str, ...],
     tokens: int | None,
     seq_len: int | None,
@@ -45,11 +54,18 @@ def evaluate(
     save_logits: Path | None,
     report: Path | None,
     weights: bool,
+    floors: int,
+    draft: bool,
     as_json: bool,
 ) -> None:
     """Measure perplexity of SOURCE; with --reference also KL, top-1 and the noise floor."""
-    with open_checkpoint(source) as checkpoint:
-        base = open_checkpoint(reference) if reference is not None else None
+    if others and reference is None:
+        raise click.UsageError("--candidate compares conversions of one source: give --reference")
+    if others and save_logits is not None:
+        raise click.UsageError("--save-logits writes one checkpoint's: leave --candidate out")
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(open_checkpoint(source))
+        base = opened.enter_context(open_checkpoint(reference)) if reference is not None else None
         config = parse_model_config(dict(checkpoint.config), str(source / "config.json"))
         text = read_corpus(corpus, checkpoint, config, seq_len, tokens, mode)
         result = evaluate_checkpoint(
@@ -60,18 +76,22 @@ def evaluate(
             _output.TerminalProgress(),
             save_logits,
             weights,
+            Measures(floors, draft),
+            [opened.enter_context(open_checkpoint(other)) for other in others],
         )
-        if base is not None:
-            base.close()
     result = {"tool": tool_facts(), **result}
     if report is not None:
         write_report(result, report)
     if as_json:
         _output.emit(result)
     else:
-        for finding in result.get("findings", []):
-            _output.data(f"FOUND {finding['where']}: {finding['problem']}")
+        for part in (result, *result.get("others", [])):
+            for line in finding_lines(part):
+                _output.data(line)
         _output.data(_output.table(summary_rows(result)))
+        if others:
+            _output.data("")
+            _output.data(_output.table(*candidate_rows(result)))
         if report is not None:
             _output.data(f"report in {report}")
 
@@ -91,7 +111,7 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     floor = result.get("noise_floor")
     if floor is None:
-        return rows
+        return rows + draft_rows(result)
     rows += [
         ("reference perplexity", f"{result['reference_perplexity']:.3f} +- "
                                  f"{result['reference_perplexity_stderr']:.3f}"),
@@ -106,4 +126,46 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     if "findings" in result:
         count = len(result["findings"])
         rows.append(("suspected defects", f"{count} (above)" if count else "none"))
-    return rows
+    return rows + draft_rows(result)
+
+
+def draft_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """How often the draft stage guesses what the model itself chooses; empty when not asked."""
+    draft = result.get("draft")
+    if draft is None:
+        return []
+    if "note" in draft:
+        return [("draft", draft["note"])]
+    shares = [draft[k]["target_agreement"] for k in ("reference", "candidate") if k in draft]
+    told = " -> ".join(f"{100 * share:.2f} %" for share in shares)
+    if "change" in draft:
+        told += f" (change {100 * draft['change']:+.2f} +- {100 * draft['change_stderr']:.2f})"
+    return [("draft accepted", told)]
+
+
+def finding_lines(result: dict[str, Any]) -> list[str]:
+    """One line for every suspected defect of one candidate."""
+    where = Path(result["candidate"]["path"]).name
+    return [
+        f"FOUND in {where}: {finding['where']}: {finding['problem']}"
+        for finding in result.get("findings", [])
+    ]
+
+
+def candidate_rows(result: dict[str, Any]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """One row a candidate, smallest first, and the header."""
+    parts = sorted((result, *result["others"]), key=lambda p: p["candidate"]["bytes"])
+    rows: list[tuple[str, ...]] = [
+        (
+            Path(part["candidate"]["path"]).name,
+            part["candidate"]["scheme"],
+            _output.human_bytes(part["candidate"]["bytes"]),
+            f"{part['kl_mean']:.3e}",
+            f"{part['perplexity_ratio']:.5f}",
+            f"{100 * part['top1_agreement']:.2f} %",
+            str(len(part["findings"])) if "findings" in part else "-",
+        )
+        for part in parts
+    ]
+    header = ("candidate", "scheme", "size", "mean KL", "ppl ratio", "top-1", "defects")
+    return rows, header

@@ -14,7 +14,7 @@ from v4quant.builtin import resolve_corpus, resolve_source
 from v4quant.cli import _output
 from v4quant.cli._options import forward_options, read_corpus, tool_facts
 from v4quant.cli.calibrate import coverage, coverage_text
-from v4quant.cli.evaluate import write_report
+from v4quant.cli.evaluate import finding_lines, write_report
 from v4quant.cli.quantize import summary
 from v4quant.evaluation import evaluate_checkpoint
 from v4quant.job import JobResult, check_folder, run_job
@@ -191,6 +191,7 @@ def _closing_table(
     lines = [_output.table(rows[1:], rows[0]), ""]
     if result is not None:
         lines.append(result["verdict"]["text"])
+        lines += finding_lines(result)
         lines.append(f"report:      {folder / 'report.html'}")
     lines.append(f"checkpoint:  {folder / 'checkpoint'}")
     lines.append(f"serve with:  {pipeline.recipe.layout.serve.format(path=folder / 'checkpoint')}")
