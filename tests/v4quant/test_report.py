@@ -15,7 +15,8 @@ from xml.etree import ElementTree
 import pytest
 
 from v4quant.report import render_html, render_markdown
-from v4quant.report_text import (
+from v4quant.report.svg import even_ticks, log_axis
+from v4quant.report.text import (
     ReportError,
     escape_markdown,
     plain,
@@ -23,7 +24,6 @@ from v4quant.report_text import (
     visible,
     with_error,
 )
-from v4quant.svg import even_ticks, log_axis
 
 HOSTILE = "</pre><script>alert('x')</script>\"'&<img src=http://evil/ onerror=x>\u202e|`*_\n\x00"
 VOID = {"meta", "br", "img", "input", "hr", "link"}

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from v4quant.report_text import escape_html, plain
+from v4quant.report.text import escape_html, plain
 
 CHARACTER_WIDTH = 6.6  # of the 12-unit label font, on the wide side
 

@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from v4quant.report_candidates import candidates_table, size_quality_plot
-from v4quant.report_layers import expert_table, layer_table, starved_table
-from v4quant.report_plots import coverage_plot, kl_histogram_plot, layer_error_plot
-from v4quant.report_style import STYLE
-from v4quant.report_tables import (
+from v4quant.report.candidates import candidates_table, size_quality_plot
+from v4quant.report.layers import expert_table, layer_table, starved_table
+from v4quant.report.plots import coverage_plot, kl_histogram_plot, layer_error_plot
+from v4quant.report.style import STYLE
+from v4quant.report.tables import (
     SHARES,
     SUMMARY_METRICS,
     Table,
@@ -35,7 +35,7 @@ from v4quant.report_tables import (
     run_table,
     summary_table,
 )
-from v4quant.report_text import (
+from v4quant.report.text import (
     ReportError,
     count,
     escape_html,

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from v4quant.report_text import (
+from v4quant.report.text import (
     change,
     count,
     number,

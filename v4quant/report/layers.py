@@ -10,8 +10,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from v4quant.report_tables import Table, build_table
-from v4quant.report_text import count, number, numbers, percent, plain, records, section, text
+from v4quant.report.tables import Table, build_table
+from v4quant.report.text import count, number, numbers, percent, plain, records, section, text
 
 LAYER_KINDS = {"swa": "sliding window", "csa": "CSA", "hca": "HCA", "mtp": "MTP"}
 

@@ -18,8 +18,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from v4quant import svg
-from v4quant.report_text import (
+from v4quant.report import svg
+from v4quant.report.text import (
     ReportError,
     count,
     number,

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from v4quant import svg
-from v4quant.report_tables import Table, build_table, metric, multiple_of_floor
-from v4quant.report_text import change, count, number, plain, records, section, size, text
+from v4quant.report import svg
+from v4quant.report.tables import Table, build_table, metric, multiple_of_floor
+from v4quant.report.text import change, count, number, plain, records, section, size, text
 
 WIDTH, LEFT, RIGHT = 960.0, 76.0, 944.0
 TOP, BOTTOM = 44.0, 330.0
