@@ -29,6 +29,8 @@ from v4quant_kernels.scheme import Scheme
 
 # Blocks of 32 handled at a time: the temporaries (about 200 floats a block) stay near the cache.
 _BLOCKS = 1 << 13
+# Added to B, far below its rounding, so that A / B of a group of zeros is 0.
+_NEVER_ZERO = 1e-30
 # Blocks whose error is looked at before the rest is ruled out by it.
 _FEW_BLOCKS = 64
 # Scales tried per group for sources that are not MXFP4, between amax/(2 qmax) and amax/(0.5 qmax).
@@ -152,7 +154,7 @@ class _Search:
             features = features.view(-1, DEPTHS * 16)
         a = self.lattice.va[: depths * 16].T @ features.T
         b = self.lattice.qq[: depths * 16].T @ features.T
-        return a, b
+        return a, b.add_(_NEVER_ZERO)
 
     def _assignment(self, t: Tensor) -> Tensor:
         """Index of the assignment that holds at each t, int32: a lookup by t's bfloat16 bits."""

@@ -30,8 +30,6 @@ from v4quant_kernels.ref import e2m1
 
 # At depth 6 the largest value is 6/64 < t/2 for every t of a window: all codes round to 0.
 DEPTHS = 7
-# Added to every q*q so that B is never 0 (A / B of a group of zeros is then 0); far below rounding.
-_NEVER_ZERO = 1e-30
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def integer_lattice(bits: int, blocks: int) -> IntegerLattice:
         lowest,
         _bfloat16_below(highest),
         va.float().contiguous(),
-        (qq.float() + _NEVER_ZERO).contiguous(),
+        qq.float().contiguous(),
         e2m1.VALUES.float() ** 2,
         quantized.to(torch.int8),
     )
