@@ -28,7 +28,7 @@ from v4quant_kernels.ref.pack import pack_bits
 from v4quant_kernels.scheme import Scheme
 
 # Blocks of 32 handled at a time: the temporaries (about 200 floats a block) stay near the cache.
-_BLOCKS = 1 << 13
+_BLOCKS = 1 << 15
 # Added to B, far below its rounding, so that A / B of a group of zeros is 0.
 _NEVER_ZERO = 1e-30
 # Blocks whose error is looked at before the rest is ruled out by it.

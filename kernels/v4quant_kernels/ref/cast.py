@@ -35,6 +35,7 @@ GROUP = 32
 _ROW_BYTES = 1 << 18  # bytes of codes recoded at a time, to stay within the cache
 # Shifts at which the finest nonzero result has long become zero; deeper groups read the last row.
 _DEEPEST = 24
+_MAGNITUDES = 0x7777777777777777  # the magnitude bits of 16 packed codes
 _E4M3_TOP_SHIFT = 6
 _INT8_TOP_SHIFT = 4
 _NVFP4_TOP = 8  # 2^8 is the largest power of two in E4M3
@@ -86,13 +87,22 @@ def cast_mxfp4(q: QTensor, scheme: Scheme, nvfp4_top: int | None = None) -> Cast
 def nonzero_exponents(q: QTensor) -> Tensor:
     """int32 [N, K/32] group exponents; groups without a nonzero code get the lowest value."""
     assert q.scale is not None
-    words = q.codes.view(torch.int64) & 0x7777777777777777
+    words = q.codes.view(torch.int64) & _MAGNITUDES
     nonzero = (words != 0).view(*q.scale.shape, GROUP // 16).any(-1)
     return e8m0.exponents(q.scale).masked_fill_(~nonzero, e8m0.MIN_EXPONENT)
 
 
 def top_exponent(q: QTensor) -> int:
-    """The largest exponent of a group that holds a nonzero code."""
+    """The largest exponent of a group that holds a nonzero code.
+
+    Looks at the codes of the groups with the largest scale only, unless they are all zeros.
+    """
+    assert q.scale is not None
+    exponents = e8m0.exponents(q.scale).view(-1)
+    largest = (exponents == exponents.max()).nonzero().squeeze(1)
+    codes = q.codes.view(torch.int64).view(-1, GROUP // 16)
+    if bool((codes[largest] & _MAGNITUDES).any()):
+        return int(exponents[largest[0]])
     return int(nonzero_exponents(q).max())
 
 
@@ -153,7 +163,7 @@ def _recode(codes: Tensor, shift: Tensor, target: str) -> tuple[Tensor, int]:
     table, changed = _tables(target)
     top = {"e4m3": _E4M3_TOP_SHIFT, "e2m1": 0, "int8": 0}[target]
     row_index = (top - shift).clamp_(0, _DEEPEST).mul_(256)
-    lossy = bool(changed.any(1)[row_index.view(-1) // 256].any())
+    lossy = bool(changed[: int(row_index.max()) // 256 + 1].any())
     rows, half = codes.shape
     out = torch.empty((rows, half), dtype=table.dtype)
     altered = 0
