@@ -129,11 +129,12 @@ def _experts(
     records = []
     matrices = [read_weight(plan.checkpoint, stored) for stored in unit.sources]
     tops = _nvfp4_tops(plan, matrices)
+    layout = plan.recipe.layout
     for stored, q, top in zip(unit.sources, matrices, tops, strict=True):
         importance = stats.importance(stored.module) if stats else None
         result, record = _convert_matrix(plan, stored, q, importance, top)
-        amax = _input_amax(plan, stored, stats)
-        for suffix, tensor in plan.recipe.layout.expert_tensors(result, amax).items():
+        amax = _input_amax(plan, stored, stats) if layout.stores_input_scale else 0.0
+        for suffix, tensor in layout.expert_tensors(result, amax).items():
             writer.add(f"{stored.module}.{suffix}", tensor)
         records.append(record)
     return records
@@ -254,18 +255,11 @@ def _storage(stored: StoredWeight) -> str:
     return stored.scheme.name if stored.scheme else next(iter(stored.parts.values())).dtype.lower()
 
 
-def _elements(stored: StoredWeight) -> int:
-    count = 1
-    for size in stored.shape:
-        count *= size
-    return count
-
-
 def _record(
     stored: StoredWeight, disposition: Disposition, target: str, altered: int = 0
 ) -> TensorRecord:
     return TensorRecord(
-        stored.module, disposition, _storage(stored), target, _elements(stored), altered
+        stored.module, disposition, _storage(stored), target, math.prod(stored.shape), altered
     )
 
 
@@ -281,7 +275,7 @@ def _lossy_record(
         disposition,
         _storage(stored),
         scheme.name,
-        _elements(stored),
+        math.prod(stored.shape),
         altered,
         relative_rms=loss.relative_rms,
         max_error=loss.max_error,

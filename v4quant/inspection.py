@@ -5,6 +5,7 @@ Unlike the converter, inspection does not stop at the first defect: it lists all
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -176,9 +177,7 @@ def _classes(
         entry = classes.setdefault(roles[module], ByteClass(roles[module]))
         entry.tensors += counts[module]
         entry.nbytes += weight.nbytes
-        elements = 1
-        for size in weight.shape:
-            elements *= size
+        elements = math.prod(weight.shape)
         entry.weights += elements
         kind = weight.scheme.name if weight.scheme else next(iter(weight.parts.values())).dtype
         entry.formats[kind] += elements

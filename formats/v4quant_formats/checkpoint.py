@@ -252,11 +252,11 @@ def _check_file_name(folder: Path, name: str) -> None:
 
 def _check_link(folder: Path, name: str) -> None:
     target = (folder / name).resolve()
-    if not target.is_relative_to(_link_root(folder)):
+    if not target.is_relative_to(link_root(folder)):
         raise UnsafePath(f"{folder / name}: is a link that leaves the folder ({target})")
 
 
-def _link_root(folder: Path) -> Path:
+def link_root(folder: Path) -> Path:
     """Where links may lead: the folder, or for a hub cache snapshot its repository's cache.
 
     The hub cache keeps snapshots/<revision>/<file> as links to ../../blobs/<digest>.

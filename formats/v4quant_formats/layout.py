@@ -36,6 +36,7 @@ class Layout:
     dense(scheme) -> what happens to FP8 matrices outside the routed experts.
     config(raw, scheme, kept) -> the output's config.json object, from the source's; `kept` are
         stages whose experts stay in the source format.
+    stores_input_scale: whether `expert_tensors` uses `input_amax` (0 is passed otherwise).
     can_keep: whether the format can say that some stages' experts are in the source format.
     engines: what loads it, for people.
     """
@@ -49,3 +50,4 @@ class Layout:
     engines: str
     serve: str
     can_keep: bool = False
+    stores_input_scale: bool = False

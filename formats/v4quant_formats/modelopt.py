@@ -70,4 +70,5 @@ MODELOPT = Layout(
     engines="vLLM and (with --draft drop) SGLang: W4A4 on sm100 and newer, weight-only below",
     serve="vllm serve {path}",
     can_keep=True,
+    stores_input_scale=True,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from v4quant_formats.checkpoint import link_root
 from v4quant_formats.errors import FormatError
 
 ALLOWED_FILES = (
@@ -52,6 +53,4 @@ def read_sidecar(folder: Path, name: str) -> bytes:
 def _is_sidecar(folder: Path, path: Path) -> bool:
     if not path.is_file() or path.stat().st_size > MAX_SIDECAR_BYTES:
         return False
-    real = folder.resolve()
-    root = real.parent.parent if real.parent.name == "snapshots" else real
-    return path.resolve().is_relative_to(root)
+    return path.resolve().is_relative_to(link_root(folder))

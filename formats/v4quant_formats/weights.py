@@ -187,8 +187,9 @@ def read_weight(
     scale_part = next(p for p in _SCALE_PARTS if p in stored.parts)
     scale = read(scale_part, by_scale)
     if scheme.scale == "e8m0":
+        if scale.dtype == torch.uint8:  # stored as plain bytes, which `check_finite` lets pass
+            _refuse_nan_scale(checkpoint, stored.parts[scale_part], scale)
         scale = scale.view(torch.float8_e8m0fnu)
-        _refuse_nan_scale(checkpoint, stored.parts[scale_part], scale)
     global_scale: Tensor | None = None
     if "weight_packed" in stored.parts:
         codes = read("weight_packed", (start, stop)).view(torch.uint8)

@@ -17,7 +17,7 @@ from typing import NoReturn
 import click
 
 from v4quant import __version__
-from v4quant.cli import _output
+from v4quant.cli import _exit, _output
 from v4quant.cli.bench import bench
 from v4quant.cli.calibrate import calibrate
 from v4quant.cli.encode import encode
@@ -27,9 +27,6 @@ from v4quant.cli.quantize import quantize
 from v4quant.cli.run import run
 from v4quant.cli.verify import verify
 from v4quant_kernels.errors import V4QuantError
-
-EXIT_FAILED = 1
-EXIT_DIFFERENT = 3
 
 
 class _Terminated(BaseException):
@@ -76,11 +73,11 @@ def main() -> NoReturn:
         code = cli.main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Abort:
-        _leave("Interrupted; the same command resumes.", 130)
+        _leave("Interrupted; the same command resumes.", _exit.INTERRUPTED)
     except KeyboardInterrupt:
-        _leave("Interrupted; the same command resumes.", 130)
+        _leave("Interrupted; the same command resumes.", _exit.INTERRUPTED)
     except _Terminated:
-        _leave("Terminated; the same command resumes.", 143)
+        _leave("Terminated; the same command resumes.", _exit.TERMINATED)
     except click.ClickException as error:
         error.show(file=sys.stderr)
         sys.exit(error.exit_code)
@@ -94,7 +91,7 @@ def _fail(error: Exception) -> NoReturn:
     if os.environ.get("V4QUANT_DEBUG") == "1":
         raise error
     text = " ".join(str(error).split()) or type(error).__name__
-    _leave(f"Error: {text}", EXIT_FAILED)
+    _leave(f"Error: {text}", _exit.FAILED)
 
 
 def _leave(text: str, code: int) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import click
 import torch
 
+from v4quant import __version__
 from v4quant.builtin import resolve_corpus
 from v4quant_calibration.corpus import Corpus, CorpusRequest, load_corpus
 from v4quant_calibration.encoding import DEFAULT_MODE, MODES
@@ -76,10 +78,6 @@ def forward_options(activations: str) -> ForwardOptions:
 
 def tool_facts() -> dict[str, str]:
     """Versions and the command, for reports."""
-    import platform
-
-    from v4quant import __version__
-
     return {
         "version": __version__,
         "torch": torch.__version__,

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from v4quant.builtin import resolve_corpus, resolve_source
-from v4quant.cli import _output
+from v4quant.cli import _exit, _output
 from v4quant.cli._options import forward_options, read_corpus, tool_facts
 from v4quant.cli.calibrate import coverage, coverage_text
 from v4quant.cli.evaluate import finding_lines, write_report
@@ -30,8 +30,6 @@ from v4quant_calibration.stats import Stats, load_stats, save_stats, stats_diges
 from v4quant_formats.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
 from v4quant_formats.model_config import ModelConfig, parse_model_config
 from v4quant_formats.shards import write_file_atomically
-
-EXIT_DIFFERENT = 3
 
 
 @click.command(epilog="Example: v4quant run demo    (or: v4quant run my-run.toml --out converted)")
@@ -71,7 +69,7 @@ def run(
         job = run_job(plan, target, stats, threads, _output.TerminalProgress())
         _output.note(summary(job))
         failed = _verify(pipeline.verify, source, target)
-        result = _evaluate(pipeline, source, target, stats, folder)
+        result = _evaluate(pipeline, source, target, stats, digest, folder)
     seconds = time.monotonic() - started
     if as_json:
         _output.emit({"conversion": vars(job), "evaluation": result, "seconds": seconds})
@@ -79,7 +77,7 @@ def run(
         _output.data("")
         _output.data(_closing_table(pipeline, job, result, folder, seconds))
     if failed:
-        ctx.exit(EXIT_DIFFERENT)
+        ctx.exit(_exit.DIFFERENT)
 
 
 def _calibrate(
@@ -131,7 +129,12 @@ def _verify(step: VerifyStep | None, source: Checkpoint, target: Path) -> bool:
 
 
 def _evaluate(
-    pipeline: Pipeline, source: Checkpoint, target: Path, stats: Stats | None, folder: Path
+    pipeline: Pipeline,
+    source: Checkpoint,
+    target: Path,
+    stats: Stats | None,
+    moments: str,
+    folder: Path,
 ) -> dict[str, Any] | None:
     step = pipeline.evaluate
     if step is None:
@@ -139,7 +142,6 @@ def _evaluate(
     _output.heading("Evaluate: perplexity and KL against the source, with a noise floor")
     file, done = folder / "evaluation.json", FinishedSteps(folder)
     with open_checkpoint(target) as candidate:
-        moments = stats_digest(save_stats(stats)) if stats is not None else ""
         key = _step_key(step, source, candidate.digest(), moments)
         if done.has(key, file):
             _output.note(f"{file} is of these checkpoints, corpus and settings: reused")

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import click
 
-from v4quant.cli import _output
+from v4quant.cli import _exit, _output
 from v4quant.cli._source import SOURCE
 from v4quant.kernel_check import check_kernels
 from v4quant.verify import verify as verify_checkpoint
-
-EXIT_DIFFERENT = 3
 
 
 @click.command(epilog="Example: v4quant verify out --source DeepSeek-V4-Flash --kernels")
@@ -49,4 +47,4 @@ def verify(
             _output.data(f"{finding.where}: {finding.problem}")
         _output.data("FAILED" if failed else "All checks passed.")
     if failed:
-        ctx.exit(EXIT_DIFFERENT)
+        ctx.exit(_exit.DIFFERENT)
