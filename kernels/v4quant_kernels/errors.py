@@ -15,3 +15,7 @@ class UnsupportedScheme(V4QuantError):
 
 class NonFiniteWeight(V4QuantError):
     """A weight or scale holds NaN or infinity, which no conversion can carry faithfully."""
+
+
+class WeightOutOfRange(V4QuantError):
+    """A weight is too large for the number format chosen, whose scales are half precision."""

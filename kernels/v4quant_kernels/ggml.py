@@ -1,0 +1,242 @@
+"""The tensor types of GGUF files: names, sizes, and numbers into bytes and back.
+
+llama.cpp stores a matrix as rows of blocks (`ref/ggml_blocks.py` has the layouts). Which blocks a
+row may use depends on its length: K-types need multiples of 256, the others of 32; `fallback` names
+the type llama.cpp takes instead when a row does not fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from v4quant_kernels.errors import NonFiniteWeight, UnsupportedScheme, WeightOutOfRange
+from v4quant_kernels.ref import e2m1, ggml_plain, mx
+from v4quant_kernels.ref.ggml_blocks import SHAPES, BlockShape, put_together, take_apart
+from v4quant_kernels.scheme import SCHEMES
+
+
+@dataclass(frozen=True)
+class GgmlType:
+    """A tensor type of GGUF: `block` elements of a row in `block_bytes` bytes.
+
+    `fallback` is the type used for rows that are no multiple of `block`.
+    """
+
+    name: str
+    type_id: int
+    block: int
+    block_bytes: int
+    fallback: str | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a weight, scales included."""
+        return 8 * self.block_bytes / self.block
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row. Raises UnsupportedScheme unless whole blocks fill it."""
+        if columns % self.block:
+            raise UnsupportedScheme(
+                f"GGUF type '{self.name}' stores blocks of {self.block} columns and cannot hold "
+                f"rows of {columns}; {self._advice()}"
+            )
+        return columns // self.block * self.block_bytes
+
+    def _advice(self) -> str:
+        return f"use '{self.fallback}'" if self.fallback else "use 'bf16'"
+
+
+GGML_TYPES: dict[str, GgmlType] = {
+    t.name: t
+    for t in (
+        GgmlType("f32", 0, 1, 4),
+        GgmlType("f16", 1, 1, 2),
+        GgmlType("bf16", 30, 1, 2),
+        GgmlType("mxfp4", 39, 32, 17),
+        GgmlType("q4_0", 2, 32, 18, "bf16"),
+        GgmlType("q5_0", 6, 32, 22, "bf16"),
+        GgmlType("q5_1", 7, 32, 24, "bf16"),
+        GgmlType("q8_0", 8, 32, 34, "bf16"),
+        GgmlType("q2_k", 10, 256, 84, "q4_0"),
+        GgmlType("q3_k", 11, 256, 110, "q4_0"),
+        GgmlType("q4_k", 12, 256, 144, "q5_0"),
+        GgmlType("q5_k", 13, 256, 176, "q5_1"),
+        GgmlType("q6_k", 14, 256, 210, "q8_0"),
+    )
+}
+
+_FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def get_type(name: str) -> GgmlType:
+    """Look a type up by its lower-case name. Raises UnsupportedScheme naming those that exist."""
+    try:
+        return GGML_TYPES[name]
+    except KeyError:
+        known = ", ".join(GGML_TYPES)
+        raise UnsupportedScheme(f"unknown GGUF type '{name}'; choose one of: {known}") from None
+
+
+def encode(x: Tensor, type_name: str, importance: Tensor | None = None) -> Tensor:
+    """uint8 `[rows, bytes]` from a float32 matrix `[rows, K]`.
+
+    `importance`, float32 `[K]`, weighs the squared error of each column (None: all alike).
+
+    Raises UnsupportedScheme when K is no multiple of the block, NonFiniteWeight for NaN or infinity
+    in either argument (and for negative importance), WeightOutOfRange where a half-precision number
+    would overflow.
+    """
+    kind = get_type(type_name)
+    x = x.float().contiguous()
+    rows, columns = x.shape
+    row_bytes = kind.row_bytes(columns)
+    if not bool(x.isfinite().all()):
+        raise NonFiniteWeight(f"a weight to be stored as '{type_name}' is NaN or infinite")
+    _check_importance(importance, columns)
+    if type_name in _FLOATS:
+        stored = x.to(_FLOATS[type_name])
+        if not bool(stored.isfinite().all()):
+            raise WeightOutOfRange(_too_large(x, type_name))
+        return stored.view(torch.uint8).view(rows, row_bytes)
+    if type_name == "mxfp4":
+        q = mx.quantize(x, SCHEMES["mxfp4"])
+        assert q.scale is not None
+        return repack_mxfp4(q.codes, q.scale)
+    blocks = ggml_plain.round_blocks(x.view(-1, kind.block), type_name)
+    scales_finite = blocks.d.isfinite().all()
+    if blocks.dmin is not None:
+        scales_finite &= blocks.dmin.isfinite().all()
+    if not bool(scales_finite):
+        raise WeightOutOfRange(_too_large(x, type_name))
+    return put_together(blocks, type_name).view(rows, row_bytes)
+
+
+def decode(data: Tensor, type_name: str) -> Tensor:
+    """float32 `[rows, K]` from uint8 `[rows, bytes]`, bit for bit what llama.cpp computes.
+
+    Raises UnsupportedScheme when a row is no whole number of blocks. Damaged scales decode to what
+    they say, NaN and infinity included.
+    """
+    kind = get_type(type_name)
+    if data.ndim != 2 or data.dtype != torch.uint8 or data.shape[1] % kind.block_bytes:
+        raise UnsupportedScheme(
+            f"GGUF type '{type_name}' is stored in blocks of {kind.block_bytes} bytes, which do "
+            f"not fill a {data.dtype} array of shape {list(data.shape)}"
+        )
+    columns = data.shape[1] // kind.block_bytes * kind.block
+    if type_name in _FLOATS:
+        return data.contiguous().view(_FLOATS[type_name]).float()
+    stored = data.reshape(-1, kind.block_bytes)
+    if type_name == "mxfp4":
+        values = _mxfp4_values(stored)
+    else:
+        values = take_apart(stored, type_name).values()
+    return values.view(data.shape[0], columns)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values each weight of a coded matrix may take: scale * q + offset, low <= q <= high.
+
+    scale, offset: float32 `[rows, K]`; a scale may be zero (all q alike) or negative.
+    """
+
+    scale: Tensor
+    offset: Tensor
+    low: int
+    high: int
+
+
+def grid(data: Tensor, type_name: str) -> Grid:
+    """The grid of coded rows, uint8 `[rows, bytes]`, for a solver that rounds onto it.
+
+    Raises UnsupportedScheme for types whose values are not evenly spaced (floats, mxfp4).
+    """
+    shape = _grid_shape(type_name)
+    blocks = take_apart(data.reshape(-1, get_type(type_name).block_bytes), type_name)
+    step, offset = blocks.step(), blocks.offset()
+    offset = torch.zeros_like(step) if offset is None else offset
+    rows = data.shape[0]
+    scale, offset = (t.repeat_interleave(shape.sub, 1).view(rows, -1) for t in (step, offset))
+    return Grid(scale, offset, *shape.q)
+
+
+def reencode(codes: Tensor, data: Tensor, type_name: str) -> Tensor:
+    """Coded rows `data`, uint8 `[rows, bytes]`, with other integers `codes`, int8 `[rows, K]`.
+
+    The scales stay; `codes` must lie in the range that `grid` names.
+    """
+    low, high = _grid_shape(type_name).q
+    assert bool(((codes >= low) & (codes <= high)).all()), f"codes outside {low}..{high}"
+    stored = data.reshape(-1, get_type(type_name).block_bytes)
+    old = take_apart(stored, type_name)
+    q = codes.to(torch.int8).reshape(old.q.shape)
+    return put_together(replace(old, q=q), type_name).view(data.shape)
+
+
+def repack_mxfp4(codes: Tensor, scale: Tensor) -> Tensor:
+    """uint8 `[rows, K/32*17]` from E2M1 pairs uint8 `[rows, K/2]` and E8M0 `[rows, K/32]`.
+
+    No number changes: GGUF puts the scale byte first and element j + 16 above element j. Raises
+    NonFiniteWeight for the scale byte 255, NaN in the source but a number in llama.cpp.
+    """
+    rows, groups = scale.shape
+    scale_bytes = scale.view(torch.uint8)
+    if bool((scale_bytes == 255).any()):
+        raise NonFiniteWeight("an MXFP4 scale byte is 255 (NaN), which GGUF cannot express")
+    elements = e2m1.unpack(codes).view(rows, groups, 2, 16)
+    packed = elements[:, :, 0] | (elements[:, :, 1] << 4)
+    return torch.cat([scale_bytes[..., None], packed], -1).view(rows, groups * 17)
+
+
+def unpack_mxfp4(data: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `repack_mxfp4`.
+
+    Returns codes uint8 `[rows, K/2]` and scale float8_e8m0fnu `[rows, K/32]`. Raises
+    UnsupportedScheme when a row is no whole number of blocks.
+    """
+    rows, row_bytes = data.shape
+    if row_bytes % 17:
+        raise UnsupportedScheme(f"rows of {row_bytes} bytes hold no whole MXFP4 blocks of 17")
+    stored = data.reshape(rows, row_bytes // 17, 17)
+    packed = stored[..., 1:]
+    elements = torch.stack([packed & 15, packed >> 4], dim=2).view(rows, -1)
+    scale = stored[..., 0].contiguous().view(torch.float8_e8m0fnu)
+    return e2m1.pack(elements), scale
+
+
+def _grid_shape(type_name: str) -> BlockShape:
+    get_type(type_name)
+    if type_name not in SHAPES:
+        known = ", ".join(SHAPES)
+        raise UnsupportedScheme(
+            f"GGUF type '{type_name}' has no evenly spaced values; choose one of: {known}"
+        )
+    return SHAPES[type_name]
+
+
+def _mxfp4_values(stored: Tensor) -> Tensor:
+    """float32 `[B, 32]`: doubled E2M1 integers (no -0) times half the scale; byte 255 is 2^127."""
+    byte = stored[:, :1].to(torch.int32)
+    half = torch.where(byte < 2, 0x00200000 << byte, (byte - 1) << 23).view(torch.float32)
+    packed = stored[:, 1:]
+    elements = torch.cat([packed & 15, packed >> 4], 1)
+    return (e2m1.decode(elements) * 2 + 0.0) * half
+
+
+def _check_importance(importance: Tensor | None, columns: int) -> None:
+    if importance is None:
+        return
+    assert importance.shape == (columns,), (importance.shape, columns)
+    if not bool((importance.isfinite() & (importance >= 0)).all()):
+        raise NonFiniteWeight("an importance weight is NaN, infinite or negative")
+
+
+def _too_large(x: Tensor, type_name: str) -> str:
+    return (
+        f"a weight of magnitude {float(x.abs().amax()):.4g} is too large for GGUF type "
+        f"'{type_name}', whose numbers are half precision; use 'bf16' or 'mxfp4'"
+    )
