@@ -9,13 +9,15 @@ from torch import Tensor
 
 from tests.kernels.test_lattice import bfloat16_between
 from v4quant_calibration.scale_search import QuantizedMatrix, search_dense, search_mxfp4
+from v4quant_kernels import native
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import intq, mx
 from v4quant_kernels.ref.codec import dequantize
-from v4quant_kernels.scheme import SCHEMES
+from v4quant_kernels.scheme import SCHEMES, Scheme
 
 GROUPS = [32, 64, 128]
+NAMES = ["int4-g32", "int4-g64", "int4-g128", "int3-g64", "int3-g128", "int2-g64", "int2-g128"]
 ROWS, COLUMNS = 12, 256
 
 
@@ -65,14 +67,15 @@ def group_units(q: QTensor, group: int) -> np.ndarray:
     return np.where(largest > 0, scale, 0.0).reshape(-1, group // 32).max(1)
 
 
-def brute_force(q: QTensor, group: int, weights: np.ndarray) -> np.ndarray:
+def brute_force(q: QTensor, scheme: Scheme, weights: np.ndarray) -> np.ndarray:
     """Smallest weighted squared error of each group over all bfloat16 scales of the window."""
+    group, low, high = scheme.group_size, -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
     values, unit = grouped_values(q, group), group_units(q, group)
-    window = bfloat16_between(0.5 if group == 32 else 0.25, 12 / 7)
+    window = bfloat16_between(0.5 if group == 32 else 0.25, 12 / high)
     best = (values * values * weights).sum(1)  # what a group of zeros has: nothing
-    for t in window:
+    for t in (*window, *(-window)):
         scale = np.where(unit > 0, t * unit, 1.0)[:, None]
-        error = np.clip(np.rint(values / scale), -8, 7) * scale - values
+        error = np.clip(np.rint(values / scale), low, high) * scale - values
         best = np.minimum(best, (error * error * weights).sum(1))
     return best
 
@@ -83,32 +86,63 @@ def achieved(q: QTensor, found: QuantizedMatrix, weights: np.ndarray) -> np.ndar
     return (error * error * weights).sum(1)
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.fixture(params=["compiled", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to search: the compiled loop, and torch as on CUDA."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "available", lambda: False)
+    elif not native.available():
+        pytest.skip("Numba is not installed")
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_search_is_the_optimum_over_all_bfloat16_scales(
-    kind: str, group: int, generator: torch.Generator
+    kind: str, name: str, generator: torch.Generator
 ) -> None:
-    q = make(kind, generator)
+    q, scheme = make(kind, generator), SCHEMES[name]
+    group = scheme.group_size
     for weighted in (False, True):
         weights = np.ones((ROWS * COLUMNS // group, group))
         importance = None
         if weighted:
             importance = torch.rand(COLUMNS, generator=generator, dtype=torch.float64) ** 4 + 0.01
             weights = np.tile(importance.numpy(), ROWS).reshape(-1, group)
-        found = search_mxfp4(q, SCHEMES[f"int4-g{group}"], importance)
-        best, got = brute_force(q, group, weights), achieved(q, found, weights)
+        found = search_mxfp4(q, scheme, importance)
+        best, got = brute_force(q, scheme, weights), achieved(q, found, weights)
         energy = (grouped_values(q, group) ** 2 * weights).sum(1)
         # float32 sums decide between scales whose errors agree to a few parts in 10^7.
         assert (got <= best + 3e-6 * energy).all(), (weighted, (got - best).max())
         assert (got >= best - 1e-12 * energy).all(), "brute force missed something"
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_reported_errors_are_true(kind: str, group: int, generator: torch.Generator) -> None:
-    q = make(kind, generator)
+def test_both_ways_find_the_same_bits(
+    kind: str, name: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native.available():
+        pytest.skip("Numba is not installed")
+    q, scheme = make(kind, generator), SCHEMES[name]
+    for importance in (None, torch.rand(COLUMNS, generator=generator) ** 4):
+        compiled = search_mxfp4(q, scheme, importance)
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "available", lambda: False)
+            torch_way = search_mxfp4(q, scheme, importance)
+        assert compiled.tensor.scale is not None and torch_way.tensor.scale is not None
+        assert torch.equal(compiled.tensor.codes, torch_way.tensor.codes)
+        assert torch.equal(compiled.tensor.scale, torch_way.tensor.scale)
+        assert compiled.squared_error == pytest.approx(torch_way.squared_error, rel=1e-12)
+        assert compiled.max_error == torch_way.max_error
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_reported_errors_are_true(kind: str, name: str, generator: torch.Generator) -> None:
+    q, group = make(kind, generator), SCHEMES[name].group_size
     importance = torch.rand(COLUMNS, generator=generator)
-    found = search_mxfp4(q, SCHEMES[f"int4-g{group}"], importance)
+    found = search_mxfp4(q, SCHEMES[name], importance)
     values = grouped_values(q, group)
     error = dequantize(found.tensor).double().numpy().reshape(-1, group) - values
     assert found.squared_error == pytest.approx((error**2).sum(), rel=1e-5, abs=0)

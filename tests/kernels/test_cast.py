@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from v4quant_kernels import native
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import cast, codec
@@ -110,6 +111,25 @@ def test_always_exact(scheme: str, generator: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("scheme", CASTS)
+def test_compiled_and_torch_recoding_agree(
+    scheme: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native.available():
+        pytest.skip("Numba is not installed")
+    q = mxfp4(
+        torch.randint(16, (8, 512), generator=generator),
+        torch.randint(100, 130, (8, 16), generator=generator),
+    )
+    compiled = cast.cast_mxfp4(q, SCHEMES[scheme])
+    monkeypatch.setattr(native, "available", lambda: False)
+    torch_way = cast.cast_mxfp4(q, SCHEMES[scheme])
+    assert compiled.altered == torch_way.altered
+    assert torch.equal(
+        compiled.tensor.codes.view(torch.uint8), torch_way.tensor.codes.view(torch.uint8)
+    )
+
+
+@pytest.mark.parametrize("scheme", CASTS)
 def test_random_spreads(scheme: str, generator: torch.Generator) -> None:
     """Ragged tiles, zero groups and deep groups together; the count is exact whatever happens."""
     for rows, columns in ((1, 128), (129, 128), (200, 384), (128, 640)):
@@ -203,6 +223,7 @@ def test_large_matrices_are_recoded_in_pieces(
     bytes_ = torch.randint(100, 125, (70, 8), generator=generator)
     whole = cast.cast_mxfp4(mxfp4(codes, bytes_), SCHEMES["fp8"])
     monkeypatch.setattr(cast, "_ROW_BYTES", 1000)
+    monkeypatch.setattr(native, "available", lambda: False)
     pieces = cast.cast_mxfp4(mxfp4(codes, bytes_), SCHEMES["fp8"])
     assert pieces.altered == whole.altered
     assert torch.equal(pieces.tensor.codes.view(torch.uint8), whole.tensor.codes.view(torch.uint8))

@@ -26,6 +26,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from v4quant_kernels import native
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e2m1, e4m3, e8m0
@@ -162,21 +163,29 @@ def _recode(codes: Tensor, shift: Tensor, target: str) -> tuple[Tensor, int]:
     """
     table, changed = _tables(target)
     top = {"e4m3": _E4M3_TOP_SHIFT, "e2m1": 0, "int8": 0}[target]
-    row_index = (top - shift).clamp_(0, _DEEPEST).mul_(256)
-    lossy = bool(changed[: int(row_index.max()) // 256 + 1].any())
-    rows, half = codes.shape
-    out = torch.empty((rows, half), dtype=table.dtype)
-    altered = 0
-    step = max(1, _ROW_BYTES // max(half, 1))
-    for start in range(0, rows, step):
-        part = codes[start : start + step]
-        index = part.int().view(part.shape[0], -1, GROUP // 2)
-        index = (index + row_index[start : start + step].unsqueeze(-1)).view(-1)
-        torch.index_select(table, 0, index, out=out[start : start + step].view(-1))
-        if lossy:
-            altered += int(changed.view(-1)[index].sum())
+    row = (top - shift).clamp_(0, _DEEPEST)
+    out = torch.empty(codes.shape, dtype=table.dtype, device=codes.device)
+    if codes.is_cpu and native.available():
+        from v4quant_kernels.native.recode import recode
+
+        source, rows = codes.contiguous().numpy(), row.contiguous().numpy()
+        altered = recode(source, rows, table.numpy(), changed.view(-1).numpy(), out.numpy())
+    else:
+        altered = _recode_torch(codes, row, table.to(codes.device), changed.to(codes.device), out)
     result = out.view(torch.uint8)
     return (result.view(torch.float8_e4m3fn) if target == "e4m3" else result), altered
+
+
+def _recode_torch(codes: Tensor, row: Tensor, table: Tensor, changed: Tensor, out: Tensor) -> int:
+    """The meaning of `native.recode.recode`."""
+    altered, step = 0, max(1, _ROW_BYTES // max(codes.shape[1], 1))
+    for start in range(0, codes.shape[0], step):
+        part = codes[start : start + step]
+        index = part.int().view(part.shape[0], -1, GROUP // 2)
+        index = (index + row[start : start + step].unsqueeze(-1) * 256).view(-1)
+        out[start : start + step] = table[index].view(part.shape)
+        altered += int(changed.view(-1)[index].sum())
+    return altered
 
 
 @cache

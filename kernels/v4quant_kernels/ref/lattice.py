@@ -15,6 +15,9 @@ single block the window begins at 1/2, where all E2M1 points are multiples of t,
 only clips more. Several blocks may gain below, where the grid meets the points of the deeper ones
 (a group whose largest element is 3 S rounds to absmax at 3/7); their window begins at 1/4, where
 the same holds of two depths. For four trained blocks this lowers the error energy by 7 %.
+
+The grid reaches one step further below zero than above, so a scale may be negative as well: that is
+the same search over the negated codes, and as often the better one.
 """
 
 from __future__ import annotations
@@ -30,6 +33,19 @@ from v4quant_kernels.ref import e2m1
 
 # At depth 6 the largest value is 6/64 < t/2 for every t of a window: all codes round to 0.
 DEPTHS = 7
+# Added to B, far below its rounding, so that A / B of a group of zeros is 0.
+NEVER_ZERO = 1e-30
+
+
+def _make_doubled() -> Tensor:
+    code = torch.arange(16)
+    double = torch.tensor([0, 2, 4, 5, 0, 0, 0, 0])[code & 7] | (code & 8)
+    byte = torch.arange(256)
+    return (double[byte & 15] | (double[byte >> 4] << 4)).to(torch.uint8)
+
+
+DOUBLED = _make_doubled()
+"""uint8 [256]: both codes of a byte doubled, for magnitudes up to 1.5 (0 elsewhere)."""
 
 
 @dataclass(frozen=True)
