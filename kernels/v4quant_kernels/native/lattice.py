@@ -27,9 +27,10 @@ _CODES = 16
 _MIN_EXPONENT = -127
 _ZERO = 512
 _POWER = np.ldexp(1.0, np.arange(-_ZERO, _ZERO))  # _POWER[_ZERO + e] = 2^e
-_TWICE_MAGNITUDE = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.int32)
+_TWICE_MAGNITUDE = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.int16)
 _NEGATED = np.arange(_CODES) ^ 8
 _TWICE_VALUE = np.concatenate([_TWICE_MAGNITUDE, -_TWICE_MAGNITUDE])
+_SQUARE = _TWICE_VALUE * _TWICE_VALUE
 
 
 class Tables(NamedTuple):
@@ -56,8 +57,8 @@ class Tables(NamedTuple):
     change_a: NDArray[np.float64]
     change_b: NDArray[np.float64]
     asymmetric: int
-    v_q: NDArray[np.int32]
-    q_q: NDArray[np.int32]
+    v_q: NDArray[np.int16]
+    q_q: NDArray[np.int16]
     quantized: NDArray[np.uint8]
     assignment: NDArray[np.int32]
     first_bits: int
@@ -121,7 +122,7 @@ def tables(bits: int, blocks: int) -> Tables:
         change_b += b[changed].tolist()
         start.append(len(feature))
     assignment, first_bits = lattice.assignment_table()
-    q = lattice.quantized.numpy().astype(np.int32)
+    q = lattice.quantized.numpy().astype(np.int16)
     both = np.stack([q, q[:, :, _NEGATED]])
     asymmetric = np.nonzero((both[0] != -both[1]).any((0, 2)))[0]
     return Tables(
@@ -338,12 +339,14 @@ def _loss(table, s, groups, blocks, largest):  # type: ignore[no-untyped-def]
         for i in range(g * blocks, (g + 1) * blocks):
             below = s.top[g] - s.exponent[i]
             depth = min(below, DEPTHS - 1)
-            v_v = sum_a = sum_b = np.int32(0)
-            for c in range(_CODES):
-                count = np.int32(counts[i, c])
-                sum_a += count * v_q[sign, depth, assignment, c]
-                sum_b += count * q_q[sign, depth, assignment, c]
-                v_v += count * _TWICE_VALUE[c] * _TWICE_VALUE[c]
+            # 16 bits hold these sums over 32 elements. A length known only when running keeps the
+            # compiler from unrolling the loop instead of using vectors.
+            v_v = sum_a = sum_b = np.int16(0)
+            for c in range(counts.shape[1]):
+                count = np.int16(counts[i, c])
+                sum_a = np.int16(sum_a + np.int16(count * v_q[sign, depth, assignment, c]))
+                sum_b = np.int16(sum_b + np.int16(count * q_q[sign, depth, assignment, c]))
+                v_v = np.int16(v_v + np.int16(count * _SQUARE[c]))
             shrink = _POWER[_ZERO - below]
             a += sum_a * (0.5 * shrink)
             b += sum_b
