@@ -19,6 +19,12 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` say why they did not run."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     """Fresh randomness for every run, repeatable from the seed a failing test shows."""

@@ -33,9 +33,10 @@ from v4quant_kernels.scheme import Scheme
 
 # Blocks of 32 the torch search handles at a time; the temporaries are about 300 floats a block.
 _BLOCKS = 1 << 15
-# Scales tried per group for sources that are not MXFP4, between amax/(2 qmax) and amax/(0.5 qmax).
-# Odd, so that the middle one is the usual amax/qmax and the search never does worse.
-_GRID = 97
+# Scales an octave tried for sources that are not MXFP4, from amax/(2 qmax) to amax/(qmax/2); below
+# 4 bits from amax/(4 qmax), where clipping more pays. The usual amax/qmax is among them, so the
+# search never does worse.
+_PER_OCTAVE = 48
 
 
 @dataclass(frozen=True)
@@ -138,27 +139,29 @@ def channel_weights(importance: Tensor, group_size: int) -> Tensor:
 def search_dense(x: Tensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedMatrix:
     """Quantize float32 values [N, K] to integer groups, each scale the best of a grid.
 
-    The grid holds 97 bfloat16-rounded scales in geometric steps between amax/(2 qmax) and
-    amax/(qmax/2). Raises UnsupportedScheme when K is no multiple of the group.
+    The grid holds bfloat16-rounded scales in geometric steps, 48 an octave, between amax/(2 qmax)
+    (below 4 bits amax/(4 qmax)) and amax/(qmax/2), and their negatives. (Devices sum in different
+    orders and may choose differently among scales whose errors agree to float32 rounding.) Raises
+    UnsupportedScheme when K is no multiple of the group.
     """
     rows, columns = x.shape
     group = scheme.group_size
     _check_columns(columns, scheme)
     low, high = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
-    grouped = x.view(-1, group)
-    weights = (
-        torch.ones(columns) if importance is None else channel_weights(importance, group).float()
-    )
-    weights = weights.view(-1, group).repeat(rows, 1)
-    amax = grouped.abs().amax(1).clamp_min(2.0**-100)
-    best = torch.full_like(amax, float("inf"))
-    scale = amax.clone()
-    for ratio in torch.logspace(-1, 1, _GRID, base=2.0):
-        candidate = (amax * (ratio / high)).bfloat16().float()
-        rounded = torch.round(grouped / candidate.unsqueeze(1)).clamp_(low, high)
-        error = rounded.mul_(candidate.unsqueeze(1)).sub_(grouped).square_().mul_(weights).sum(1)
-        better = error < best
-        best, scale = torch.where(better, error, best), torch.where(better, candidate, scale)
+    grouped = x.contiguous().view(-1, group)
+    weights = torch.ones(columns)
+    if importance is not None:
+        weights = channel_weights(importance, group).float()
+    weights = weights.view(-1, group)
+    first = -1 if scheme.bits >= 4 else -2
+    ratios = torch.logspace(first, 1, (1 - first) * _PER_OCTAVE + 1, base=2.0) / high
+    if x.is_cpu and native.available():
+        from v4quant_kernels.native.grid import best_scales
+
+        found = best_scales(grouped.numpy(), weights.numpy(), ratios.numpy(), scheme.bits)
+        scale = torch.from_numpy(found)
+    else:
+        scale = _grid_scales(grouped, weights.to(x.device).repeat(rows, 1), ratios, low, high)
     integers = torch.round(grouped / scale.unsqueeze(1)).clamp_(low, high)
     difference = (integers * scale.unsqueeze(1) - grouped).double()
     packed = pack_bits(integers.to(torch.int8).view(rows, columns), scheme.bits)
@@ -169,3 +172,17 @@ def search_dense(x: Tensor, scheme: Scheme, importance: Tensor | None = None) ->
         float(x.double().square().sum()),
         float(difference.abs().max()),
     )
+
+
+def _grid_scales(grouped: Tensor, weights: Tensor, ratios: Tensor, low: int, high: int) -> Tensor:
+    """The meaning of `native.grid.best_scales`."""
+    amax = grouped.abs().amax(1).clamp_min(2.0**-100)
+    best = torch.full_like(amax, float("inf"))
+    scale = amax.clone()
+    for ratio in (*ratios.tolist(), *(-ratios).tolist()):
+        candidate = (amax * ratio).bfloat16().float()
+        rounded = torch.round(grouped / candidate.unsqueeze(1)).clamp_(low, high)
+        error = rounded.mul_(candidate.unsqueeze(1)).sub_(grouped).square_().mul_(weights).sum(1)
+        better = error < best
+        best, scale = torch.where(better, error, best), torch.where(better, candidate, scale)
+    return scale

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from v4quant_kernels.scheme import Scheme
@@ -38,3 +39,9 @@ class QTensor:
         """Bytes of codes and scales together."""
         parts = (self.codes, self.scale, self.global_scale)
         return sum(p.numel() * p.element_size() for p in parts if p is not None)
+
+    def to(self, device: torch.device) -> QTensor:
+        """The same matrix on another device."""
+        scale = None if self.scale is None else self.scale.to(device)
+        top = None if self.global_scale is None else self.global_scale.to(device)
+        return replace(self, codes=self.codes.to(device), scale=scale, global_scale=top)

@@ -116,6 +116,19 @@ def test_search_is_the_optimum_over_all_bfloat16_scales(
         assert (got >= best - 1e-12 * energy).all(), "brute force missed something"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_cuda_finds_the_same_bits(name: str, generator: torch.Generator) -> None:
+    for kind in KINDS:
+        q = make(kind, generator)
+        for importance in (None, torch.rand(COLUMNS, generator=generator)):
+            here = search_mxfp4(q, SCHEMES[name], importance).tensor
+            there = search_mxfp4(q.to(torch.device("cuda")), SCHEMES[name], importance).tensor
+            assert here.scale is not None and there.scale is not None
+            assert torch.equal(there.codes.cpu(), here.codes)
+            assert torch.equal(there.scale.cpu(), here.scale)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_ways_find_the_same_bits(
@@ -211,12 +224,14 @@ def test_result_does_not_depend_on_neighbours_or_pieces(
     q = make("random", generator)
     whole = search_mxfp4(q, SCHEMES["int4-g64"])
     monkeypatch.setattr("v4quant_calibration.scale_search._BLOCKS", 8)
+    monkeypatch.setattr(native, "available", lambda: False)
     pieces = search_mxfp4(q, SCHEMES["int4-g64"])
     assert torch.equal(pieces.tensor.codes, whole.tensor.codes)
     assert pieces.tensor.scale is not None and whole.tensor.scale is not None
     assert torch.equal(pieces.tensor.scale, whole.tensor.scale)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", ["int4-g32", "int4-g128", "int8-g32", "int3-g64", "int2-g64"])
 def test_dense_search_is_never_worse_than_absmax(name: str, generator: torch.Generator) -> None:
     scheme = SCHEMES[name]

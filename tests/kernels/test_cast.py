@@ -129,6 +129,22 @@ def test_compiled_and_torch_recoding_agree(
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", CASTS)
+def test_cuda_recodes_to_the_same_bits(scheme: str, generator: torch.Generator) -> None:
+    q = mxfp4(
+        torch.randint(16, (130, 512), generator=generator),
+        torch.randint(100, 130, (130, 16), generator=generator),
+    )
+    here = cast.cast_mxfp4(q, SCHEMES[scheme])
+    there = cast.cast_mxfp4(q.to(torch.device("cuda")), SCHEMES[scheme])
+    assert here.altered == there.altered
+    back = there.tensor.to(torch.device("cpu"))
+    assert here.tensor.scale is not None and back.scale is not None
+    for a, b in ((here.tensor.codes, back.codes), (here.tensor.scale, back.scale)):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
 @pytest.mark.parametrize("scheme", CASTS)
 def test_random_spreads(scheme: str, generator: torch.Generator) -> None:
     """Ragged tiles, zero groups and deep groups together; the count is exact whatever happens."""

@@ -119,7 +119,7 @@ def _to_nvfp4(q: QTensor, scheme: Scheme, top: int | None) -> CastResult:
     codes, altered = (q.codes, 0) if not bool(shift.any()) else _recode(q.codes, shift, "e2m1")
     scale = e8m0.power_of_two(stored).to(torch.float8_e4m3fn)
     scale = scale.view(torch.uint8).repeat_interleave(2, dim=1).view(torch.float8_e4m3fn)
-    global_scale = torch.tensor(2.0**exponent, dtype=torch.float32)
+    global_scale = torch.tensor(2.0**exponent, dtype=torch.float32, device=q.codes.device)
     return CastResult(QTensor(scheme, q.shape, codes, scale, global_scale), altered)
 
 
