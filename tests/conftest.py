@@ -9,6 +9,7 @@ interpreter; `kernels/test_compile.py` starts one.)
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
     def get(scheme: str) -> Path:
         if scheme not in made:
-            made[scheme] = tmp_path_factory.mktemp("converted") / scheme
+            made[scheme] = tmp_path_factory.mktemp("converted") / re.sub("[/@]", "_", scheme)
             convert(TINY, made[scheme], scheme)
         return made[scheme]
 

@@ -16,13 +16,17 @@ from torch import Tensor
 
 from v4quant.plan import Plan, Unit
 from v4quant.records import Disposition, TensorRecord
-from v4quant_calibration.scale_search import QuantizedMatrix, search_dense, search_mxfp4
+from v4quant_calibration.scale_search import (
+    QuantizedMatrix,
+    search_dense,
+    search_mxfp4,
+)
 from v4quant_calibration.stats import Stats
 from v4quant_formats.shards import ShardWriter
-from v4quant_formats.weights import StoredWeight, check_finite, read_weight
+from v4quant_formats.weights import StoredWeight, check_finite, read_weight, scale_part
 from v4quant_kernels.errors import NonFiniteWeight, V4QuantError
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.ref import codec, e8m0
+from v4quant_kernels.ref import codec, e8m0, fp8_block
 from v4quant_kernels.ref.cast import can_cast, cast_mxfp4, top_exponent
 from v4quant_kernels.scheme import Scheme
 
@@ -87,34 +91,32 @@ def _bf16(plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None) -> l
     return [record]
 
 
-def _f32_scale(
+def _rescale(
     plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None
 ) -> list[TensorRecord]:
-    stored = unit.sources[0]
-    scale = _copy_codes(plan, stored, writer)
-    writer.add(stored.parts["scale"].name, e8m0.decode(scale))
-    return [_record(stored, "cast", "fp8 with float32 scales")]
-
-
-def _e8m0_scale(
-    plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None
-) -> list[TensorRecord]:
-    stored = unit.sources[0]
-    scale, spec = _copy_codes(plan, stored, writer), stored.parts["scale"]
-    narrow = scale.to(torch.float8_e8m0fnu)
-    if not torch.equal(e8m0.decode(narrow), scale):
+    """An FP8 matrix whose scales change dtype or name: E8M0 widened, or float32 narrowed."""
+    stored, (_, wanted) = unit.sources[0], unit.outputs
+    scale, spec = _copy_codes(plan, stored, writer), scale_part(stored)
+    assert spec is not None
+    values = fp8_block.decode_scale(scale)
+    if wanted.dtype == "F32":
+        writer.add(wanted.name, values)
+        return [_record(stored, "cast", "fp8 with float32 scales")]
+    narrow = values.to(torch.float8_e8m0fnu)
+    if not torch.equal(e8m0.decode(narrow), values):
         raise ScaleNotPowerOfTwo(
             f"{plan.checkpoint.path / spec.file}: '{spec.name}' holds scales that are no powers of "
             f"two, which '{plan.scheme.name}' in format '{plan.recipe.format}' needs; use fp8 or a "
             "compressed-tensors scheme"
         )
-    writer.add(spec.name, narrow)
+    writer.add(wanted.name, narrow)
     return [_record(stored, "cast", "fp8")]
 
 
 def _copy_codes(plan: Plan, stored: StoredWeight, writer: ShardWriter) -> Tensor:
     """Copy an FP8 matrix's elements as they are; its scale, read and checked, for the caller."""
-    weight, scale = stored.parts["weight"], stored.parts["scale"]
+    weight, scale = stored.parts["weight"], scale_part(stored)
+    assert scale is not None
     for first_byte, piece in plan.checkpoint.read_chunks(weight.name):
         check_finite(plan.checkpoint, weight, piece)
         writer.add_piece(weight.name, first_byte, piece)
@@ -143,8 +145,8 @@ def _experts(
 _CONVERTERS: dict[str, _Converter] = {
     "copy": _copy,
     "bf16": _bf16,
-    "f32_scale": _f32_scale,
-    "e8m0_scale": _e8m0_scale,
+    "f32_scale": _rescale,
+    "e8m0_scale": _rescale,
     "experts": _experts,
 }
 
@@ -188,6 +190,8 @@ def _convert_matrix(
             return cast.tensor, _record(stored, "cast", scheme.name)
         loss = _measure(codec.dequantize(q), cast.tensor)
         return cast.tensor, _lossy_record(stored, scheme, loss, "cast", cast.altered)
+    if scheme.name == "bf16":
+        return _to_bf16(plan, stored, q)
     if q.scheme.name == "mxfp4" and scheme.element == "int":
         found = search_mxfp4(q, scheme, importance)
     else:
@@ -195,6 +199,18 @@ def _convert_matrix(
         _refuse_overflow(plan, stored, values)
         found = _quantize_dense(values, scheme, importance, top)
     return found.tensor, _lossy_record(stored, scheme, found, "quantized", 0)
+
+
+def _to_bf16(plan: Plan, stored: StoredWeight, q: QTensor) -> tuple[QTensor, TensorRecord]:
+    """An expert matrix in bfloat16: exact, but for scales beyond bfloat16's normal numbers."""
+    values = codec.dequantize(q)
+    _refuse_overflow(plan, stored, values)
+    found = _measure(values, codec.quantize(values, plan.scheme))
+    altered = int((codec.dequantize(found.tensor) != values).sum())
+    _refuse_inexact(plan, stored, altered, "bf16")
+    if not altered:
+        return found.tensor, _record(stored, "cast", "bf16")
+    return found.tensor, _lossy_record(stored, plan.scheme, found, "cast", altered)
 
 
 def _quantize_dense(

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import PROJECTIONS, expert_module
-from v4quant_formats.weights import find_weight, read_weight
+from v4quant_formats.weights import find_weight, read_weight, scale_part
 from v4quant_kernels.ref import e8m0
 from v4quant_kernels.ref.cast import NVFP4_SPAN, cast_mxfp4, top_exponent
 from v4quant_kernels.scheme import Scheme
@@ -39,7 +39,9 @@ def _fits(checkpoint: Checkpoint, scheme: Scheme, stage: str, expert: int) -> bo
         if any(stored.scheme is None or stored.scheme.name != "mxfp4" for stored in fused):
             return False
         exponents = [
-            e8m0.exponents(checkpoint.read(stored.parts["scale"].name)) for stored in fused
+            e8m0.exponents(checkpoint.read(part.name))
+            for stored in fused
+            if (part := scale_part(stored))
         ]
         low, high = min(int(e.min()) for e in exponents), max(int(e.max()) for e in exponents)
         if high - low <= NVFP4_SPAN:

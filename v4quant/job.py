@@ -239,7 +239,10 @@ def _finish(plan: Plan, out: Path, shards: list[FinishedShard]) -> None:
 
 def _manifest(plan: Plan, files: list[WrittenFile], records: list[TensorRecord]) -> dict[str, Any]:
     experts = {
-        s.parts["weight"].dtype for u in plan.units if u.action == "experts" for s in u.sources
+        next(iter(s.parts.values())).dtype
+        for u in plan.units
+        if u.action == "experts"
+        for s in u.sources
     }
     release = detect_release(
         plan.checkpoint.tensors, experts, str(plan.checkpoint.config.get("model_type", ""))

@@ -22,17 +22,17 @@ from v4quant_formats.checkpoint import SINGLE_NAME, Checkpoint
 from v4quant_formats.deepseek_v4 import (
     PROJECTIONS,
     TensorName,
+    draft_stages,
     expected_modules,
     expert_module,
     module_shape,
     parse_name,
 )
-from v4quant_formats.errors import MissingTensor, UnexpectedTensor, WrongDtype
-from v4quant_formats.layouts import UnsupportedPair
+from v4quant_formats.errors import MissingTensor, UnexpectedTensor, UnsupportedPair, WrongDtype
 from v4quant_formats.model_config import Dimensions, parse_dimensions
 from v4quant_formats.shards import shard_header
 from v4quant_formats.spec import TORCH_DTYPES, TensorSpec
-from v4quant_formats.weights import StoredWeight, find_weight
+from v4quant_formats.weights import StoredWeight, find_weight, scale_part
 from v4quant_kernels.scheme import Scheme
 
 Action = Literal["copy", "bf16", "f32_scale", "e8m0_scale", "experts"]
@@ -159,6 +159,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, stats_digest: str = "") ->
     if recipe.on_inexact == "keep":
         experts = {(n.stage, n.expert) for n in names.values() if n and n.expert is not None}
         kept = inexact_stages(checkpoint, recipe.expert_scheme, sorted(experts))
+    if recipe.layout.keeps_drafts and recipe.draft != "drop":
+        kept += tuple(s for s in draft_stages(names) if s not in kept)
     planner = _Planner(checkpoint, config, recipe, names, kept)
     by_file: dict[str, list[Unit]] = {}
     for module in planner.leading_modules():
@@ -170,7 +172,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, stats_digest: str = "") ->
         ShardPlan(_output_file(file), tuple(units)) for file, units in sorted(by_file.items())
     )
     _check_accounted(checkpoint, shards, planner.dropped)
-    return Plan(checkpoint, config, recipe, shards, tuple(planner.dropped), stats_digest, kept)
+    plan = Plan(checkpoint, config, recipe, shards, tuple(planner.dropped), stats_digest, kept)
+    plan.output_config()  # what config.json cannot say is refused now
+    return plan
 
 
 def without_drafts(config: dict[str, Any]) -> dict[str, Any]:
@@ -316,6 +320,7 @@ class _Planner:
     def _expert(self, stage: str, expert: int) -> Unit:
         sources = tuple(self._find(expert_module(stage, expert, p)) for p in PROJECTIONS)
         if stage in self.kept:
+            self._check_kept(sources[0])
             return _copy(*sources)
         outputs: list[TensorSpec] = []
         for stored in sources:
@@ -339,10 +344,17 @@ class _Planner:
             ]
         return Unit("experts", sources, tuple(outputs))
 
+    def _check_kept(self, stored: StoredWeight) -> None:
+        if stored.scheme is None or stored.scheme.name != "mxfp4" or "scale" not in stored.parts:
+            raise UnsupportedPair(
+                f"{self.checkpoint.path}: '{stored.module}' must stay MXFP4 for "
+                f"{self.layout.engines}, but the source does not hold it so; use --draft drop"
+            )
+
     def _dense(self, name: TensorName, stored: StoredWeight) -> Unit:
         if not name.is_linear:
             return _copy(stored)
-        rule = self.layout.dense(self.scheme)
+        rule = self.layout.dense(self.scheme, name.is_draft)
         if stored.scheme is None:
             if rule == "bf16":
                 return _copy(stored)
@@ -350,7 +362,7 @@ class _Planner:
                 f"{self.checkpoint.path}: '{stored.module}' is not FP8, but format "
                 f"'{self.layout.name}' declares dense matrices FP8; use compressed-tensors"
             )
-        weight, scale = stored.parts["weight"], stored.parts.get("scale")
+        weight, scale = stored.parts["weight"], scale_part(stored)
         if stored.scheme.element != "e4m3" or scale is None:
             raise WrongDtype(
                 f"{self.checkpoint.path}: dense '{stored.module}' is {stored.scheme.name}; "
@@ -367,11 +379,12 @@ class _Planner:
             )
         action: Action = "f32_scale" if rule == "f32_scale" else "e8m0_scale"
         wanted = "F32" if rule == "f32_scale" else "F8_E8M0"
-        if scale.dtype == wanted:
+        name_out = f"{stored.module}.{self.layout.dense_scale}"
+        if scale.dtype == wanted and scale.name == name_out:
             return _copy(stored)
         outputs = (
             TensorSpec(weight.name, weight.dtype, weight.shape),
-            TensorSpec(scale.name, wanted, scale.shape),
+            TensorSpec(name_out, wanted, scale.shape),
         )
         return Unit(action, (stored,), outputs)
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from v4quant_formats.layout import Layout
+from v4quant_formats.layout import ENGINE_CHOICES, NEUTRAL, Layout
 from v4quant_formats.layouts import choose_layout
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.scheme import Scheme, get_scheme
@@ -21,6 +21,7 @@ _CHOICES = {
     "draft": ("convert", "drop"),
     "on_inexact": ("nearest", "keep", "refuse"),
     "unknown": ("refuse", "copy"),
+    "engine": ENGINE_CHOICES,
 }
 
 
@@ -38,6 +39,7 @@ class Recipe:
     on_inexact: a cast that cannot hold every value takes the nearest and counts what changed, keeps
         the stage's experts in the source format, or refuses.
     unknown: tensors no V4 release has are refused, or copied byte for byte.
+    engine: write the variant of the format that this engine wants, or the neutral one.
     """
 
     scheme: str
@@ -45,6 +47,7 @@ class Recipe:
     draft: str = "convert"
     on_inexact: str = "nearest"
     unknown: str = "refuse"
+    engine: str = NEUTRAL
 
     def __post_init__(self) -> None:
         """Check every choice. Raises RecipeError, UnsupportedScheme or UnsupportedPair."""
@@ -68,7 +71,7 @@ class Recipe:
     @property
     def layout(self) -> Layout:
         """The container layout."""
-        return choose_layout(self.expert_scheme, self.format or None)
+        return choose_layout(self.expert_scheme, self.format or None, self.engine)
 
     def as_dict(self) -> dict[str, str]:
         """All fields, resolved, for the manifest."""

@@ -54,7 +54,7 @@ def decode_rows(
     height = 1 if per_row else _block_height(weight.shape[0], scale_spec.shape[0])
     span = (start, stop) if per_row else (start // height, -(-stop // height))
     scales = _floats(_rows(checkpoint, scale_spec, *span), scale_spec.dtype)
-    if "weight_packed" in parts:
+    if "weight_shape" in parts:
         columns = int(checkpoint.read(parts["weight_shape"].name)[1])
         values = _packed_integers(raw, columns)
     else:
@@ -65,6 +65,8 @@ def decode_rows(
     if "weight_scale_2" in parts:
         second = checkpoint.read(parts["weight_scale_2"].name)
         values *= float(second)
+    if "weight_global_scale" in parts:
+        values /= float(checkpoint.read(parts["weight_global_scale"].name))
     return values
 
 

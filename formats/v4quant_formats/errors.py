@@ -73,5 +73,9 @@ class SourceChanged(FormatError):
     """A file changed after it was opened."""
 
 
+class UnsupportedPair(V4QuantError):
+    """A scheme, a format and an engine that do not go together, or that cannot be written."""
+
+
 class OutputError(V4QuantError):
     """The output folder cannot take the checkpoint (not empty, not writable, full, locked)."""

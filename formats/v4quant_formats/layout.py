@@ -4,12 +4,16 @@ A layout answers four questions: which tensors an expert's matrix becomes (names
 any data is read, data afterwards), what happens to the dense FP8 matrices, and what config.json
 says. The planner and the job know layouts only through this interface; the table of layouts is in
 layouts.py.
+
+One format may look different for different engines: where they want the same weights under other
+names, a layout has *variants*, each a complete layout of its own. The neutral one is what most
+engines load.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -25,6 +29,10 @@ Parts = dict[str, tuple[str, tuple[int, ...]]]
 # scales widened to float32 powers of two, exact.
 DenseRule = Literal["copy", "bf16", "f32_scale"]
 
+NEUTRAL = "neutral"
+ENGINE_CHOICES = (NEUTRAL, "vllm", "sglang")
+"""What `--engine` of `quantize` takes."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -33,21 +41,32 @@ class Layout:
     expert_parts(scheme, (N, K)) -> suffix -> (dtype, shape) of one expert matrix.
     expert_tensors(q, input_amax) -> suffix -> data for those suffixes; `input_amax` is the largest
         input magnitude the matrix must expect, for layouts that store an activation scale.
-    dense(scheme) -> what happens to FP8 matrices outside the routed experts.
+    dense(scheme, draft) -> what happens to FP8 matrices outside the routed experts; `draft` says
+        whether they belong to an MTP or DSpark stage.
     config(raw, scheme, kept) -> the output's config.json object, from the source's; `kept` are
         stages whose experts stay in the source format.
     stores_input_scale: whether `expert_tensors` uses `input_amax` (0 is passed otherwise).
     can_keep: whether the format can say that some stages' experts are in the source format.
-    engines: what loads it, for people.
+    keeps_drafts: draft stages' experts stay in the source's MXFP4.
+    dense_scale: the part name of dense FP8 scales.
+    engines: what loads it, for people. engine: which variant this is.
+    variants: engine -> the layout for that engine, where it differs from this one.
+    refused: (engine, scheme) -> why that engine cannot load this scheme in this format, and what
+        it can load instead.
     """
 
     name: str
     schemes: tuple[str, ...]
     expert_parts: Callable[[Scheme, tuple[int, int]], Parts]
     expert_tensors: Callable[[QTensor, float], dict[str, Tensor]]
-    dense: Callable[[Scheme], DenseRule]
+    dense: Callable[[Scheme, bool], DenseRule]
     config: Callable[[Mapping[str, Any], Scheme, Sequence[str]], dict[str, Any]]
     engines: str
     serve: str
     can_keep: bool = False
     stores_input_scale: bool = False
+    keeps_drafts: bool = False
+    dense_scale: str = "scale"
+    engine: str = NEUTRAL
+    variants: Mapping[str, Layout] = field(default_factory=dict)
+    refused: Mapping[tuple[str, str], str] = field(default_factory=dict)

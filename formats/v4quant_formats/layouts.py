@@ -1,23 +1,19 @@
-"""The table of layouts, and which one a scheme goes to when the user does not say."""
+"""The table of layouts, and which one a scheme and an engine go to."""
 
 from __future__ import annotations
 
 from v4quant_formats.compressed_tensors import COMPRESSED_TENSORS
 from v4quant_formats.deepseek import DEEPSEEK
-from v4quant_formats.layout import Layout
+from v4quant_formats.errors import UnsupportedPair
+from v4quant_formats.layout import NEUTRAL, Layout
 from v4quant_formats.modelopt import MODELOPT
-from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.scheme import Scheme
 
 LAYOUTS: dict[str, Layout] = {x.name: x for x in (DEEPSEEK, COMPRESSED_TENSORS, MODELOPT)}
 
 
-class UnsupportedPair(V4QuantError):
-    """A scheme and a format that no engine loads together, or that v4quant cannot write yet."""
-
-
-def choose_layout(scheme: Scheme, name: str | None) -> Layout:
-    """The layout for a scheme: the named one, or the first that carries it.
+def choose_layout(scheme: Scheme, name: str | None, engine: str = NEUTRAL) -> Layout:
+    """The layout for a scheme: the named one, or the first that carries it, for an engine.
 
     Raises UnsupportedPair listing the pairs that work.
     """
@@ -26,7 +22,16 @@ def choose_layout(scheme: Scheme, name: str | None) -> Layout:
     fitting = [x for x in LAYOUTS.values() if scheme.name in x.schemes]
     for layout in fitting:
         if name in (None, layout.name):
-            return layout
+            return _for_engine(layout, scheme, engine)
     pairs = "; ".join(f"{x.name}: {', '.join(x.schemes)}" for x in LAYOUTS.values())
     wanted = f"scheme '{scheme.name}'" + (f" in format '{name}'" if name else "")
     raise UnsupportedPair(f"{wanted} cannot be written; the pairs that work are {pairs}")
+
+
+def _for_engine(layout: Layout, scheme: Scheme, engine: str) -> Layout:
+    if reason := layout.refused.get((engine, scheme.name)):
+        raise UnsupportedPair(
+            f"scheme '{scheme.name}' in format '{layout.name}' cannot be written for {engine}: "
+            f"{reason}"
+        )
+    return layout.variants.get(engine, layout)

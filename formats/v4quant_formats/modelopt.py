@@ -5,11 +5,15 @@ float32 `input_scale`. Engines fuse w1 and w3 and keep only the first one's seco
 scales, so both must be equal; the caller quantizes the pair together. `input_scale` is the largest
 expected input over 6*448; it only places the activation's E4M3 block scales inside their 17-octave
 range, so a safe upper bound serves as well as a calibrated value.
+
+vLLM applies the experts' scheme to draft stages too; SGLang expects their experts in MXFP4, so its
+variant leaves them as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,8 +47,8 @@ def _expert_tensors(q: QTensor, input_amax: float) -> dict[str, Tensor]:
     }
 
 
-def _dense(scheme: Scheme) -> DenseRule:
-    del scheme
+def _dense(scheme: Scheme, draft: bool) -> DenseRule:
+    del scheme, draft
     return "copy"
 
 
@@ -60,15 +64,23 @@ def _config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str]) -> dict
     return config
 
 
-MODELOPT = Layout(
+_NEUTRAL = Layout(
     name="modelopt",
     schemes=("nvfp4",),
     expert_parts=_expert_parts,
     expert_tensors=_expert_tensors,
     dense=_dense,
     config=_config,
-    engines="vLLM and (with --draft drop) SGLang: W4A4 on sm100 and newer, weight-only below",
+    engines="vLLM, and SGLang with --engine sglang: W4A4 on sm100 and newer, weight-only below",
     serve="vllm serve {path}",
     can_keep=True,
     stores_input_scale=True,
 )
+_SGLANG = replace(
+    _NEUTRAL,
+    engines="SGLang: W4A4 on sm100 and newer, weight-only on sm90",
+    serve="python -m sglang.launch_server --model-path {path}",
+    keeps_drafts=True,
+    engine="sglang",
+)
+MODELOPT = replace(_NEUTRAL, variants={"sglang": _SGLANG})

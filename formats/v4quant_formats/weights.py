@@ -23,12 +23,13 @@ from v4quant_kernels.scheme import SCHEMES, ScaleFormat, Scheme
 
 _FLOATS = ("BF16", "F32", "F16")
 _SCALE_PARTS = ("scale", "weight_scale", "weight_scale_inv")
-_FP8_SCALES: dict[str, ScaleFormat] = {"F8_E8M0": "e8m0", "F32": "f32"}
+_FP8_SCALES: dict[str, ScaleFormat] = {"F8_E8M0": "e8m0", "U8": "e8m0", "F32": "f32"}
 # Parts each stored form may have; an activation scale (`input_scale`) says nothing of the weight.
 _FORMS = (
     *({"weight", scale, "input_scale"} for scale in _SCALE_PARTS),
     {"weight", "weight_scale", "weight_scale_2", "input_scale"},
     {"weight_packed", "weight_scale", "weight_shape"},
+    {"weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"},
 )
 
 
@@ -64,6 +65,8 @@ def find_weight(checkpoint: Checkpoint, module: str) -> StoredWeight:
             f"{first.file}: '{module}' is stored as {sorted(parts)} together; no known V4 layout "
             "stores a weight so"
         )
+    if "weight_packed" in parts and parts["weight_packed"].dtype == "U8":
+        return _packed_fp4(module, parts)
     if "weight_packed" in parts:
         return _packed_integers(checkpoint, module, parts)
     weight = parts.get("weight")
@@ -107,6 +110,9 @@ def _fp8(module: str, parts: dict[str, TensorSpec]) -> StoredWeight:
     scale = _require(module, parts, _SCALE_PARTS)
     rows, columns = _matrix(weight)
     form = _FP8_SCALES.get(scale.dtype)
+    if form == "f32" and rows > 1 and scale.shape == (rows, 1):
+        scheme = Scheme("fp8-channel", "e4m3", 8, (1, columns), "f32")  # one scale a row
+        return StoredWeight(module, parts, (rows, columns), scheme)
     for block in ((128, 128), (1, 32), (32, 32)):
         if form is None or scale.shape != (-(-rows // block[0]), -(-columns // block[1])):
             continue
@@ -135,6 +141,28 @@ def _fp4(module: str, parts: dict[str, TensorSpec]) -> StoredWeight:
         if second.dtype == "F32" and second.numel == 1 and shape[1] % 16 == 0:
             return StoredWeight(module, parts, shape, SCHEMES["nvfp4"])
     raise WrongDtype(f"{scale.file}: scale '{scale}' does not fit its FP4 weight '{weight}'")
+
+
+def _packed_fp4(module: str, parts: dict[str, TensorSpec]) -> StoredWeight:
+    """E2M1 nibbles as compressed-tensors names them: MXFP4, or NVFP4 with a global divisor."""
+    packed, scale = parts["weight_packed"], _require(module, parts, ("weight_scale",))
+    rows, half = _matrix(packed)
+    shape = (rows, 2 * half)
+    second = parts.get("weight_global_scale")
+    dtypes: tuple[str, ...] = ("F8_E8M0", "U8") if second is None else ("F8_E4M3",)
+    name = "mxfp4" if second is None else "nvfp4"
+    if second is not None and (second.dtype, second.numel) != ("F32", 1):
+        raise WrongDtype(f"{second.file}: '{second}' must be one float32 number")
+    scheme = SCHEMES[name]
+    groups, rest = divmod(shape[1], scheme.group_size)
+    if scale.dtype in dtypes and not rest and scale.shape == (rows, groups):
+        return StoredWeight(module, parts, shape, scheme)
+    raise WrongDtype(f"{scale.file}: scale '{scale}' does not fit its FP4 weight '{packed}'")
+
+
+def scale_part(stored: StoredWeight) -> TensorSpec | None:
+    """The tensor that holds a coded matrix's block scales, under whatever name."""
+    return next((stored.parts[p] for p in _SCALE_PARTS if p in stored.parts), None)
 
 
 def _packed_integers(
@@ -184,11 +212,11 @@ def read_weight(
         check_finite(checkpoint, stored.parts[part], value)
         return value
 
-    scale_part = next(p for p in _SCALE_PARTS if p in stored.parts)
-    scale = read(scale_part, by_scale)
+    scale_name = next(p for p in _SCALE_PARTS if p in stored.parts)
+    scale = read(scale_name, by_scale)
     if scheme.scale == "e8m0":
         if scale.dtype == torch.uint8:  # stored as plain bytes, which `check_finite` lets pass
-            _refuse_nan_scale(checkpoint, stored.parts[scale_part], scale)
+            _refuse_nan_scale(checkpoint, stored.parts[scale_name], scale)
         scale = scale.view(torch.float8_e8m0fnu)
     global_scale: Tensor | None = None
     if "weight_packed" in stored.parts:
@@ -197,11 +225,20 @@ def read_weight(
         codes = read("weight", (start, stop))
         if scheme.element == "e2m1":
             codes = codes.view(torch.uint8)
-        if scheme.has_global_scale:
-            second = stored.parts["weight_scale_2"]
-            global_scale = checkpoint.read(second.name).reshape(())
-            check_finite(checkpoint, second, global_scale)
+    if scheme.has_global_scale:
+        global_scale = _global_scale(checkpoint, stored)
     return QTensor(scheme, (stop - start, columns), codes, scale, global_scale)
+
+
+def _global_scale(checkpoint: Checkpoint, stored: StoredWeight) -> Tensor:
+    """The multiplier of a whole matrix; compressed-tensors stores its reciprocal."""
+    inverse = "weight_global_scale" in stored.parts
+    second = stored.parts["weight_global_scale" if inverse else "weight_scale_2"]
+    value = checkpoint.read(second.name).reshape(())
+    check_finite(checkpoint, second, value)
+    if inverse and not float(value) > 0:
+        raise NonFiniteWeight(_not_finite(checkpoint, second))
+    return value.reciprocal() if inverse else value
 
 
 def check_finite(checkpoint: Checkpoint, spec: TensorSpec, value: Tensor) -> None:

@@ -80,8 +80,7 @@ def test_schemes_without_a_layout_are_named() -> None:
     line = re.search(
         r"^(.*)exist as number formats only", Page(ROOT / "docs/formats.md").text, re.M
     )
-    assert line is not None
-    named = re.findall(r"`([\w-]+)`", line[1])
+    named = re.findall(r"`([\w-]+)`", line[1]) if line else []
     missing = SCHEMES.keys() - written
     assert {name.partition("-")[0] for name in missing} == set(named)
 

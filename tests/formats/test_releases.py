@@ -27,7 +27,8 @@ from v4quant.recipe import Recipe
 from v4quant.verify import verify
 from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
 from v4quant_formats.deepseek_v4 import expected_modules, module_shape, parse_name
-from v4quant_formats.layouts import LAYOUTS, UnsupportedPair
+from v4quant_formats.errors import UnsupportedPair
+from v4quant_formats.layouts import LAYOUTS
 from v4quant_formats.manifest import read_manifest
 from v4quant_formats.model_config import ConfigError, parse_dimensions, parse_model_config
 from v4quant_formats.weights import find_weight

@@ -12,7 +12,40 @@ from v4quant_calibration.stats import Stats
 from v4quant_formats.checkpoint import open_checkpoint
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-a"
-SCHEMES = ("mxfp4", "fp8", "nvfp4", "int8-g32", "int8-g128", "int4-g32", "int4-g64", "int4-g128")
+SCHEMES = (
+    "mxfp4",
+    "fp8",
+    "bf16",
+    "nvfp4",
+    "int8-g32",
+    "int8-g128",
+    "int4-g32",
+    "int4-g64",
+    "int4-g128",
+    "int3-g64",
+    "int3-g128",
+    "int2-g64",
+    "int2-g128",
+    "mxfp4/compressed-tensors",
+    "mxfp8",
+)
+"""Every scheme and format, engine-neutral, as `recipe_of` reads them."""
+VARIANTS = (
+    "int4-g32@vllm",
+    "int3-g128@vllm",
+    "mxfp4/compressed-tensors@vllm",
+    "mxfp8@vllm",
+    "int4-g32@sglang",
+    "int8-g32@sglang",
+    "nvfp4@sglang",
+)
+
+
+def recipe_of(case: str) -> Recipe:
+    """`scheme[/format][@engine]` as a Recipe."""
+    rest, _, engine = case.partition("@")
+    scheme, _, layout = rest.partition("/")
+    return Recipe(scheme, format=layout, engine=engine or "neutral")
 
 
 def convert(
@@ -23,9 +56,9 @@ def convert(
     stats: Stats | None = None,
     **more: Any,
 ) -> JobResult:
-    """Plan and run; `recipe` may be just a scheme's name."""
+    """Plan and run; `recipe` may be a text for `recipe_of`."""
     with open_checkpoint(source) as checkpoint:
-        chosen = Recipe(recipe) if isinstance(recipe, str) else recipe
+        chosen = recipe_of(recipe) if isinstance(recipe, str) else recipe
         plan = make_plan(checkpoint, chosen, "with stats" if stats else "")
         return run_job(plan, out, stats, workers, **more)
 

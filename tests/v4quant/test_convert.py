@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.calibration.oracle_loader import OracleParams
-from tests.support.conversion import SCHEMES, TINY, convert
+from tests.support.conversion import SCHEMES, TINY, VARIANTS, convert
 from tests.support.shard_bytes import EditableCheckpoint
 from v4quant.convert import InexactCast
 from v4quant.recipe import Recipe
@@ -22,7 +22,17 @@ from v4quant_formats.weights import read_dense
 from v4quant_kernels.progress import SilentProgress
 
 EXPERT = "layers.1.ffn.experts.2.w1"
-EXACT = ["mxfp4", "fp8", "nvfp4", "int8-g32", "int8-g128"]
+EXACT = [
+    "mxfp4",
+    "fp8",
+    "bf16",
+    "nvfp4",
+    "int8-g32",
+    "int8-g128",
+    "mxfp4/compressed-tensors",
+    "mxfp8",
+]
+EXACT += ["mxfp8@vllm", "int8-g32@sglang", "nvfp4@sglang"]
 
 
 def tensors_of(folder: Path) -> list[dict[str, object]]:
@@ -41,7 +51,7 @@ def test_exact_schemes_hold_the_source_values(
     assert all(row["exact"] for row in tensors_of(converted(scheme)))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", (*SCHEMES, *VARIANTS))
 def test_records_tell_the_truth(scheme: str, converted: Callable[[str], Path]) -> None:
     oracle = OracleParams(TINY)
     rows = tensors_of(converted(scheme))

@@ -17,7 +17,7 @@ from v4quant.cli import cli
 from v4quant.pipeline import PRESETS, CorpusStep, VerifyStep, load_pipeline
 from v4quant.recipe import RecipeError
 from v4quant.steps import FinishedSteps, step_key
-from v4quant_formats.layouts import UnsupportedPair
+from v4quant_formats.errors import UnsupportedPair
 from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
 
 # The name `run` in v4quant.cli is the command.

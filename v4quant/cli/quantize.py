@@ -16,6 +16,7 @@ from v4quant.ranks import current_ranks
 from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
 from v4quant_calibration.stats import Stats, load_stats, stats_digest
 from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.layout import ENGINE_CHOICES
 from v4quant_formats.layouts import LAYOUTS
 from v4quant_kernels.progress import SilentProgress
 from v4quant_kernels.scheme import SCHEMES
@@ -30,6 +31,11 @@ _SCHEMES = [s for s in SCHEMES if any(s in layout.schemes for layout in LAYOUTS.
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--scheme", help=f"How experts are coded: {', '.join(_SCHEMES)}.")
 @click.option("--format", "format_", help=f"Container: {', '.join(LAYOUTS)} (default by scheme).")
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINE_CHOICES),
+    help="Write what this engine wants where engines differ (default neutral: what most load).",
+)
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="Recipe TOML file.")
 @click.option("--stats", "stats_file", type=click.Path(path_type=Path), help="From calibrate.")
 @click.option("--draft", type=click.Choice(["convert", "drop"]), help="MTP / DSpark stages.")
@@ -49,6 +55,7 @@ def quantize(
     out: Path,
     scheme: str | None,
     format_: str | None,
+    engine: str | None,
     recipe_file: Path | None,
     stats_file: Path | None,
     draft: str | None,
@@ -67,6 +74,7 @@ def quantize(
     chosen = {
         "scheme": scheme,
         "format": format_,
+        "engine": engine,
         "draft": draft,
         "on_inexact": on_inexact,
         "unknown": unknown,
