@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.support.conversion import SCHEMES, TINY, convert
+from tests.support.conversion import SCHEMES, TINY, convert, recipe_of
 from tests.support.shard_bytes import EditableCheckpoint
 from v4quant.plan import make_plan
 from v4quant.recipe import Recipe
@@ -36,13 +37,13 @@ def account(checkpoint: Checkpoint, recipe: Recipe) -> None:
 @pytest.mark.parametrize("draft", ["convert", "drop"])
 def test_every_source_tensor_is_accounted_for(scheme: str, draft: str) -> None:
     with open_checkpoint(TINY) as checkpoint:
-        account(checkpoint, Recipe(scheme, draft=draft))
+        account(checkpoint, replace(recipe_of(scheme), draft=draft))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_sizes_are_what_will_be_written(scheme: str, converted: Callable[[str], Path]) -> None:
     with open_checkpoint(TINY) as checkpoint:
-        plan = make_plan(checkpoint, Recipe(scheme))
+        plan = make_plan(checkpoint, recipe_of(scheme))
     for shard in plan.shards:
         path = converted(scheme) / shard.file
         assert path.stat().st_size == shard.nbytes
@@ -61,7 +62,7 @@ def test_planning_reads_no_tensor_data(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_checkpoint(TINY) as checkpoint:
         monkeypatch.setattr(Checkpoint, "_read_bytes", forbidden)
         for scheme in SCHEMES:
-            make_plan(checkpoint, Recipe(scheme))
+            make_plan(checkpoint, recipe_of(scheme))
 
 
 def test_digest_keys_source_recipe_and_stats(tmp_path: Path) -> None:
