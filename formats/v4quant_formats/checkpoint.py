@@ -1,17 +1,15 @@
 """Checkpoint: what is on disk. Opens a folder of safetensors shards and reads slices on demand.
 
 Opening reads headers only. File names from the index are hostile until shown to be plain names
-inside the folder. Reading uses positioned reads into fresh memory rather than a memory map: a map
-would die with a signal when a file shrinks underneath, and would hide memory from any cap.
+inside the folder. Bytes come through `shard_files`, into fresh memory rather than a memory map: a
+map would die with a signal when a file shrinks underneath, and would hide memory from any cap.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -26,13 +24,19 @@ from v4quant_formats.errors import (
     InvalidIndex,
     MissingShard,
     MissingTensor,
-    SourceChanged,
     UnexpectedTensor,
     UnknownDtype,
     UnsafePath,
 )
 from v4quant_formats.model_config import ConfigError, read_json_object
 from v4quant_formats.safetensors_header import read_header
+from v4quant_formats.shard_files import (
+    FileState,
+    LocalShards,
+    Origin,
+    ShardFiles,
+    file_state,
+)
 from v4quant_formats.spec import TORCH_DTYPES, TensorSpec
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -43,15 +47,6 @@ _DIGEST_BYTES = 4096
 
 
 @dataclass(frozen=True)
-class FileState:
-    """Identity of an opened shard, to notice when it changes underneath."""
-
-    size: int
-    mtime_ns: int
-    inode: int
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """A folder of shards: its tensors by name, in shard order, and its raw config.json."""
 
@@ -59,8 +54,8 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorSpec]
     files: Mapping[str, FileState]
-    _handles: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    shards: ShardFiles = field(repr=False, compare=False)
+    origin: Origin | None = None
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -132,57 +127,21 @@ class Checkpoint:
         for name in sorted(self.files):
             size = self.files[name].size
             sha.update(f"{name}|{size}\n".encode())
-            handle = self._handle(name)
-            for i in range(_DIGEST_SLICES):
-                sha.update(os.pread(handle, _DIGEST_BYTES, size * i // _DIGEST_SLICES))
+            offsets = [size * i // _DIGEST_SLICES for i in range(_DIGEST_SLICES)]
+            for piece in self.shards.slices(name, offsets, _DIGEST_BYTES):
+                sha.update(piece)
         return sha.hexdigest()
 
     def close(self) -> None:
         """Close the files; the checkpoint can still be read afterwards (they reopen)."""
-        with self._lock:
-            for handle in self._handles.values():
-                os.close(handle)
-            self._handles.clear()
+        self.shards.close()
 
     def _read_bytes(self, spec: TensorSpec, offset: int, count: int) -> Tensor:
         data = torch.empty(count, dtype=torch.uint8)
-        if count == 0:
-            return data
-        handle = self._handle(spec.file)
-        buffer: Any = data.numpy()
-        view = memoryview(buffer)
-        done = 0
-        while done < count:
-            try:
-                got = os.preadv(handle, [view[done:]], offset + done)
-            except OSError as error:
-                raise FormatError(
-                    f"{self.path / spec.file}: reading '{spec.name}' failed ({error.strerror})"
-                ) from None
-            if got == 0:
-                raise SourceChanged(
-                    f"{self.path / spec.file}: ends inside tensor '{spec.name}'; the file shrank "
-                    "while it was read"
-                )
-            done += got
+        if count:
+            buffer: Any = data.numpy()
+            self.shards.read_into(spec.file, memoryview(buffer), offset, spec.name)
         return data
-
-    def _handle(self, file: str) -> int:
-        with self._lock:
-            handle = self._handles.get(file)
-            if handle is None:
-                try:
-                    handle = os.open(self.path / file, os.O_RDONLY)
-                except OSError as error:
-                    raise SourceChanged(
-                        f"{self.path / file}: vanished after it was opened ({error.strerror})"
-                    ) from None
-                self._handles[file] = handle
-        if _state(os.fstat(handle)) != self.files[file]:
-            raise SourceChanged(
-                f"{self.path / file}: changed while it was in use; start again from a stable copy"
-            )
-        return handle
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -194,16 +153,34 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     folder = Path(path)
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder; give the folder that holds config.json")
+    files: dict[str, FileState] = {}
+
+    def header_of(name: str) -> dict[str, TensorSpec]:
+        _check_link(folder, name)
+        header = read_header(folder / name)
+        files[name] = file_state((folder / name).stat())
+        return header
+
+    config, tensors = read_structure(folder, header_of)
+    return Checkpoint(folder, config, tensors, files, LocalShards(folder, files))
+
+
+def read_structure(
+    folder: Path, header_of: Callable[[str], dict[str, TensorSpec]], single: bool = False
+) -> tuple[Mapping[str, Any], Mapping[str, TensorSpec]]:
+    """config.json and all tensors by name, index and headers in agreement.
+
+    header_of(name) reads one shard's header; `single`: the one shard exists, if not in `folder`.
+    Raises what `open_checkpoint` raises.
+    """
     _check_link(folder, "config.json")
     _check_link(folder, INDEX_NAME)
     config = read_json_object(folder / "config.json")
-    weight_map = _weight_map(folder)
+    weight_map = _weight_map(folder, single)
     tensors: dict[str, TensorSpec] = {}
-    files: dict[str, FileState] = {}
     for name, promised in _tensors_by_file(weight_map).items():
         _check_file_name(folder, name)
-        header = read_header(folder / name)
-        files[name] = _state((folder / name).stat())
+        header = header_of(name)
         for tensor in header:
             if tensor in tensors:
                 raise DuplicateTensor(
@@ -212,13 +189,13 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         if weight_map is not None:
             _check_against_index(folder, name, header, promised)
         tensors.update(header)
-    return Checkpoint(folder, MappingProxyType(config), MappingProxyType(tensors), files)
+    return MappingProxyType(config), MappingProxyType(tensors)
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
+def _weight_map(folder: Path, single: bool) -> dict[str, str] | None:
     index_path = folder / INDEX_NAME
     if not index_path.exists():
-        if (folder / SINGLE_NAME).exists():
+        if single or (folder / SINGLE_NAME).exists():
             return None
         raise MissingShard(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}")
     try:
@@ -247,7 +224,6 @@ def _check_file_name(folder: Path, name: str) -> None:
         raise UnsafePath(f"{folder}: index names {name[:200]!r}, which is not a plain file name")
     if not name.endswith(".safetensors"):
         raise UnsafePath(f"{folder}: index names '{name}', which is not a .safetensors file")
-    _check_link(folder, name)
 
 
 def _check_link(folder: Path, name: str) -> None:
@@ -281,10 +257,6 @@ def _check_against_index(
         raise MissingTensor(f"{folder / file}: lacks tensor '{tensor}' that the index promises")
     for tensor in sorted(header.keys() - promised)[:1]:
         raise UnexpectedTensor(f"{folder / file}: holds tensor '{tensor}' not in the index")
-
-
-def _state(stat: os.stat_result) -> FileState:
-    return FileState(stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 def _torch_dtype(spec: TensorSpec) -> torch.dtype:

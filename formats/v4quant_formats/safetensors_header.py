@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,15 +56,23 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
         if path.exists() and not path.is_file():
             raise FormatError(f"{path}: is not a regular file; a shard must be one")
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(16)
-            length = _header_length(path, prefix, size)
-            file.seek(8)
-            text = file.read(length)
+            handle = file.fileno()
+            return parse_header(
+                path, os.fstat(handle).st_size, lambda start, count: os.pread(handle, count, start)
+            )
     except FileNotFoundError:
         raise MissingShard(f"{path}: shard is missing; download it or fix the index") from None
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def parse_header(path: Path, size: int, read: Callable[[int, int], bytes]) -> dict[str, TensorSpec]:
+    """Check the header of a shard of `size` bytes, wherever it lies; `path` is for its name.
+
+    read(start, count) -> those bytes, fewer at the end of the file. Raises as `read_header`.
+    """
+    length = _header_length(path, read(0, 16), size)
+    text = read(8, length)
     if len(text) != length:
         raise HeaderTruncated(f"{path}: header ends after {len(text)} of {length} bytes")
     return _parse(path, text, data_start=8 + length, file_size=size)
