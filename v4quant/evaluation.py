@@ -162,7 +162,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     nbytes, weights = sum(c.nbytes for c in experts), sum(c.weights for c in experts)
     schemes = {kind for c in experts for kind in c.formats}
     return {
-        "path": str(checkpoint.path),
+        "path": checkpoint.label,
         "scheme": ", ".join(sorted(schemes)),
         "bytes": checkpoint.file_bytes,
         "expert_bits_per_weight": 8 * nbytes / weights if weights else None,

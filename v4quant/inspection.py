@@ -107,7 +107,7 @@ def inspect_checkpoint(
         else Counter()
     )
     return Inspection(
-        path=str(checkpoint.path),
+        path=checkpoint.label,
         release=detect_release(
             checkpoint.tensors, expert_dtypes, str(checkpoint.config.get("model_type", ""))
         ),

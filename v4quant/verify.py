@@ -19,6 +19,7 @@ import torch
 
 from v4quant.records import TensorRecord, record_from_dict
 from v4quant.second_decoder import decode_rows
+from v4quant.source import Source, open_source
 from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
 from v4quant_formats.deepseek_v4 import expected_modules, split_part
 from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
@@ -51,7 +52,7 @@ class VerifyResult:
     findings: tuple[Finding, ...]
 
 
-def verify(out: Path, source: Path | None, progress: Progress) -> VerifyResult:
+def verify(out: Path, source: Source | None, progress: Progress) -> VerifyResult:
     """Check a folder written by `quantize`, against its source too when that is given.
 
     Raises ManifestError without a readable v4quant.json, and V4QuantError for a bad source.
@@ -69,7 +70,7 @@ def verify(out: Path, source: Path | None, progress: Progress) -> VerifyResult:
     with output:
         findings += _check_structure(output, records)
         if source is not None:
-            with open_checkpoint(source) as original:
+            with open_source(source) as original:
                 findings += _check_identity(original, manifest)
                 compared, exact, more = _compare_all(original, output, records, manifest, progress)
                 findings += more

@@ -70,6 +70,11 @@ class Checkpoint:
         self.close()
 
     @property
+    def label(self) -> str:
+        """What to call it: its folder, or its repository and commit."""
+        return f"hf://{self.origin.repo}@{self.origin.revision}" if self.origin else str(self.path)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of tensor data."""
         return sum(s.nbytes for s in self)

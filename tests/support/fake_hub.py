@@ -179,6 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
     """Routes are methods; `ROUTES` says which."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     hub: FakeHub
 
     def log_message(self, *args: object) -> None:
@@ -217,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.fault = self.hub.take_fault(name)
         if self.fault.isdigit():
             raise _Refused(int(self.fault), "Injected")
-        if self.fault == "drop" and name != "resolve" and name != "cdn":
+        if self.fault == "drop" and name not in ("resolve", "cdn"):
             self._hang_up()
             return
         if self.fault == "late drop":  # the work is done, the answer is lost

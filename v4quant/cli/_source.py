@@ -1,4 +1,4 @@
-"""SOURCE arguments: a checkpoint folder, or `builtin:tiny-v4`."""
+"""SOURCE arguments: a checkpoint folder, `hf://owner/name[@revision]`, or `builtin:tiny-v4`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import Any
 
 import click
 
-from v4quant.builtin import resolve_source
+from v4quant.hub.refs import HubRef
+from v4quant.source import Source, resolve_source
 
 
 class SourceType(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
-    """Turns the text of a SOURCE argument into a folder path."""
+    """Turns the text of a SOURCE argument into a folder path or a repository's name."""
 
     name = "source"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """A path stays one; `builtin:` names are looked up. Raises BuiltinError."""
-        return value if isinstance(value, Path) else resolve_source(str(value))
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Source:
+        """What is converted stays. Raises BuiltinError or HubReferenceError."""
+        return value if isinstance(value, Path | HubRef) else resolve_source(str(value))
 
 
 SOURCE = SourceType()

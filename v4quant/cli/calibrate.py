@@ -10,10 +10,10 @@ from v4quant.builtin import CALIBRATION
 from v4quant.cli import _output
 from v4quant.cli._options import corpus_options, forward_options, read_corpus
 from v4quant.cli._source import SOURCE
+from v4quant.source import Source, open_source
 from v4quant_calibration.calibrate import DEFAULT_FLOOR
 from v4quant_calibration.calibrate import calibrate as calibrate_checkpoint
 from v4quant_calibration.stats import Stats, save_stats
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.shards import write_file_atomically
 
@@ -33,7 +33,7 @@ from v4quant_formats.shards import write_file_atomically
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def calibrate(
-    source: Path,
+    source: Source,
     out: Path,
     corpus: tuple[str, ...],
     tokens: int | None,
@@ -44,8 +44,8 @@ def calibrate(
     as_json: bool,
 ) -> None:
     """Run a corpus through checkpoint SOURCE and record what every expert's inputs look like."""
-    with open_checkpoint(source) as checkpoint:
-        config = parse_model_config(dict(checkpoint.config), str(source / "config.json"))
+    with open_source(source) as checkpoint:
+        config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
         windows = read_corpus(corpus, checkpoint, config, seq_len, tokens, mode).windows
         stats = calibrate_checkpoint(
             checkpoint,

@@ -20,9 +20,9 @@ from v4quant.cli._options import (
 from v4quant.cli._source import SOURCE
 from v4quant.evaluation import evaluate_checkpoint
 from v4quant.report import render_html, render_markdown
+from v4quant.source import Source, open_source
 from v4quant_calibration.evaluate import Measures
 from v4quant_calibration.noise_floor import MOST_FLOORS
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.shards import write_file_atomically
 
@@ -43,9 +43,9 @@ from v4quant_formats.shards import write_file_atomically
 @click.option("--draft", is_flag=True, help="Also run the MTP stage: are its guesses accepted?")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
-    source: Path,
-    reference: Path | None,
-    others: tuple[Path, ...],
+    source: Source,
+    reference: Source | None,
+    others: tuple[Source, ...],
     corpus: tuple[str, ...],
     tokens: int | None,
     seq_len: int | None,
@@ -64,9 +64,9 @@ def evaluate(
     if others and save_logits is not None:
         raise click.UsageError("--save-logits writes one checkpoint's: leave --candidate out")
     with ExitStack() as opened:
-        checkpoint = opened.enter_context(open_checkpoint(source))
-        base = opened.enter_context(open_checkpoint(reference)) if reference is not None else None
-        config = parse_model_config(dict(checkpoint.config), str(source / "config.json"))
+        checkpoint = opened.enter_context(open_source(source))
+        base = opened.enter_context(open_source(reference)) if reference is not None else None
+        config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
         text = read_corpus(corpus, checkpoint, config, seq_len, tokens, mode)
         result = evaluate_checkpoint(
             checkpoint,
@@ -77,7 +77,7 @@ def evaluate(
             save_logits,
             weights,
             Measures(floors, draft),
-            [opened.enter_context(open_checkpoint(other)) for other in others],
+            [opened.enter_context(open_source(other)) for other in others],
         )
     result = {"tool": tool_facts(), **result}
     if report is not None:

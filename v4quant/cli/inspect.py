@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
 from v4quant.cli import _output
 from v4quant.cli._source import SOURCE
 from v4quant.inspection import ByteClass, Inspection, inspect_checkpoint
-from v4quant_formats.checkpoint import open_checkpoint
+from v4quant.source import Source, open_source
 
 
 @click.command(epilog="Example: v4quant inspect DeepSeek-V4-Flash --deep")
 @click.argument("source", type=SOURCE)
 @click.option("--deep", is_flag=True, help="Also read all data: NaN, scale spreads, tables.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(source: Path, deep: bool, as_json: bool) -> None:
+def inspect(source: Source, deep: bool, as_json: bool) -> None:
     """Show what checkpoint SOURCE is: release, layers, bytes by class, anything wrong."""
-    with open_checkpoint(source) as checkpoint:
+    with open_source(source, headers_only=not deep) as checkpoint:
         found = inspect_checkpoint(checkpoint, _output.TerminalProgress(), deep)
     if as_json:
         _output.emit(_as_json(found))

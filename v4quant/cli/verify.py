@@ -10,6 +10,7 @@ import click
 from v4quant.cli import _exit, _output
 from v4quant.cli._source import SOURCE
 from v4quant.kernel_check import check_kernels
+from v4quant.source import Source
 from v4quant.verify import verify as verify_checkpoint
 
 
@@ -20,7 +21,7 @@ from v4quant.verify import verify as verify_checkpoint
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def verify(
-    ctx: click.Context, out: Path, source: Path | None, kernels: bool, as_json: bool
+    ctx: click.Context, out: Path, source: Source | None, kernels: bool, as_json: bool
 ) -> None:
     """Check a converted checkpoint OUT: hashes, structure, exactness. Exit code 3: a difference."""
     progress = _output.TerminalProgress()

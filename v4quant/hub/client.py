@@ -1,0 +1,180 @@
+"""The client: huggingface_hub's, its errors turned into ours, and how long we keep trying.
+
+The hub client retries some of its calls a few times; long conversions meet worse. So every call
+goes through `persistently`, which tries again after what passes (5xx, 429 with its Retry-After,
+broken connections) and gives up at once after what does not (a refused token, a missing
+repository). Nothing that could hold a secret leaves this file: tokens and the query strings of
+signed links are struck from every message.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from v4quant_kernels.errors import V4QuantError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+TRIES = 10  # without any progress in between
+FIRST_WAIT, LONGEST_WAIT, LONGEST_RETRY_AFTER = 0.5, 30.0, 600.0
+_LONGEST_MESSAGE = 600
+
+Result = TypeVar("Result")
+
+
+class HubError(V4QuantError):
+    """The hub did not do what it was asked; the message says what helps."""
+
+
+class HubAccessError(HubError):
+    """No token, an expired one, or one that may not do this."""
+
+
+class HubNotFound(HubError):
+    """No such repository, revision or file (or none that this token may see)."""
+
+
+class HubOffline(HubError):
+    """HF_HUB_OFFLINE is set and the local cache does not hold what is asked."""
+
+
+class PassingFailure(Exception):
+    """A failure that another try may not meet; `wait` is what the server asked for."""
+
+    def __init__(self, text: str, wait: float | None = None) -> None:
+        super().__init__(text)
+        self.wait = wait
+
+
+def client() -> HfApi:
+    """The hub client for HF_ENDPOINT, with the user's stored token. Raises HubOffline."""
+    from huggingface_hub import HfApi, is_offline_mode
+
+    from v4quant import __version__
+
+    if is_offline_mode():
+        raise HubOffline(
+            "HF_HUB_OFFLINE is set, so no hub is asked; unset it, or give a local folder"
+        )
+    return HfApi(library_name="v4quant", library_version=__version__)
+
+
+def is_offline() -> bool:
+    """Whether the user forbade the network."""
+    from huggingface_hub import is_offline_mode
+
+    return bool(is_offline_mode())
+
+
+def scrub(text: str) -> str:
+    """A message without tokens and signed links, in one line of bounded length."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    if token:
+        text = text.replace(token, "***")
+    text = re.sub(r"hf_[A-Za-z0-9]{6,}|Bearer\s+\S+", "***", text)
+    text = re.sub(r"(https?://[^\s'\"?]+)\?[^\s'\"]+", r"\1?***", text)
+    return " ".join(text.split())[:_LONGEST_MESSAGE]
+
+
+class Patience:
+    """Counts tries of one piece of work and sleeps between them."""
+
+    def __init__(self, what: str, stopped: Callable[[], bool] = lambda: False) -> None:
+        """`what` is being done, for messages; `stopped` cuts waiting short."""
+        self._what, self._stopped = what, stopped
+        self._tries = 0
+
+    def progressed(self) -> None:
+        """Something worked: start counting anew."""
+        self._tries = 0
+
+    def wait(self, failure: PassingFailure) -> None:
+        """Sleep before the next try. Raises HubError when there were enough."""
+        self._tries += 1
+        if self._tries >= TRIES:
+            raise HubError(
+                f"{self._what} failed {TRIES} times in a row: {scrub(str(failure))}; the same "
+                "command resumes where this one stopped"
+            ) from None
+        pause = min(FIRST_WAIT * 2 ** (self._tries - 1), LONGEST_WAIT)
+        if failure.wait is not None:
+            pause = min(max(pause, failure.wait), LONGEST_RETRY_AFTER)
+        end = time.monotonic() + pause
+        while (left := end - time.monotonic()) > 0 and not self._stopped():
+            time.sleep(min(left, 0.2))
+
+
+def persistently(
+    what: str, action: Callable[[], Result], stopped: Callable[[], bool] = lambda: False
+) -> Result:
+    """Run a call of the hub client until it works or cannot. Raises HubError."""
+    patience = Patience(what, stopped)
+    while True:
+        try:
+            return action()
+        except V4QuantError:
+            raise
+        except Exception as error:  # noqa: BLE001  (the client wraps causes in its own ways)
+            failure = _judge(what, error)
+        if stopped():
+            raise HubError(f"{what}: stopped")
+        patience.wait(failure)
+
+
+def _judge(what: str, error: Exception) -> PassingFailure:
+    """A passing failure to try again after. Raises ours, or the error itself if it is a bug."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(
+        cause, HfHubHTTPError | httpx2.HTTPError | OfflineModeIsEnabled | OSError
+    ):
+        cause = cause.__cause__
+    if isinstance(cause, OfflineModeIsEnabled):
+        raise HubOffline(f"{what}: HF_HUB_OFFLINE is set") from None
+    response: Any = getattr(cause, "response", None)
+    if response is not None:
+        if failure := passing(response):
+            return failure
+        raise refusal(what, response.status_code, str(cause)) from None
+    if isinstance(cause, httpx2.TransportError | ConnectionError | TimeoutError):
+        return PassingFailure(f"{type(cause).__name__}: {cause}")
+    if isinstance(cause, OSError):
+        raise HubError(f"{what}: {scrub(str(cause))}") from None
+    if isinstance(error, ValueError | KeyError | TypeError):
+        raise HubError(f"{what}: the hub's answer makes no sense: {scrub(str(error))}") from None
+    raise error
+
+
+def passing(response: Any) -> PassingFailure | None:
+    """A failure worth another try, if an HTTP response is one."""
+    if response.status_code not in PASSING:
+        return None
+    wait = str(response.headers.get("Retry-After", ""))
+    seconds = float(wait) if re.fullmatch(r"\d{1,6}", wait) else None
+    return PassingFailure(f"HTTP {response.status_code}", seconds)
+
+
+def refusal(what: str, status: int, text: str) -> HubError:
+    """The error for an HTTP status that another try will not change."""
+    if status == 401:
+        return HubAccessError(
+            f"{what}: the hub does not accept the token (none, expired, or the repository does not "
+            "exist); run `hf auth login` or set HF_TOKEN, then run the same command again"
+        )
+    if status == 403:
+        return HubAccessError(
+            f"{what}: this token may not do that; use one with write access to the repository, or "
+            "accept the repository's terms on its page"
+        )
+    if status == 404:
+        return HubNotFound(f"{what}: no such repository, revision or file on the hub")
+    return HubError(f"{what}: HTTP {status}: {scrub(text)}")

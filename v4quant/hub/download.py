@@ -1,0 +1,103 @@
+"""One file of a repository onto the disk: resumed, never longer than announced, digest compared.
+
+Bytes go to `NAME.part` and get their name only when size and digest are those of the listing. A
+part left by an earlier run is hashed and continued. The disk is asked for room before the first
+byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from v4quant.hub.client import HubError
+from v4quant.hub.remote import Remote, RemoteFile
+from v4quant_formats.errors import OutputError, SourceChanged
+from v4quant_formats.shards import output_error, temporary_path
+
+_CHUNK = 8 * 2**20
+
+
+class _Digest:
+    """SHA-256 for files in large storage, git's blob name for the others."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._wanted = file.sha256 or file.blob
+        self._hash = hashlib.sha256() if file.sha256 else hashlib.sha1(usedforsecurity=False)
+        if not file.sha256:
+            self._hash.update(b"blob %d\0" % file.size)
+
+    def update(self, data: bytes) -> None:
+        self._hash.update(data)
+
+    def matches(self) -> bool:
+        return self._hash.hexdigest() == self._wanted
+
+
+def download(
+    remote: Remote,
+    file: RemoteFile,
+    target: Path,
+    stopped: Callable[[], bool] = lambda: False,
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Bring one file to `target`, whole and checked; the same call resumes.
+
+    advance(count) is told bytes as they are there. Raises HubError, SourceChanged (size or digest
+    is not as announced) or OutputError (the disk).
+    """
+    if target.is_file() and target.stat().st_size == file.size:
+        return
+    part = temporary_path(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        resumed = part.exists()
+        # A part of an earlier run may have been damaged since; one that fails is fetched anew.
+        if not _fetch(remote, file, part, stopped, advance):
+            part.unlink()
+            if not resumed or not _fetch(remote, file, part, stopped, advance):
+                part.unlink(missing_ok=True)
+                raise SourceChanged(
+                    f"{remote}: {file.name}: the bytes received do not have the digest the "
+                    "repository announces; nothing of them was kept, run the same command again"
+                )
+        part.replace(target)
+    except OSError as error:
+        raise output_error(target, error) from None
+
+
+def _fetch(
+    remote: Remote,
+    file: RemoteFile,
+    part: Path,
+    stopped: Callable[[], bool],
+    advance: Callable[[int], None],
+) -> bool:
+    """Continue a part to its full size; whether its digest is right."""
+    digest = _Digest(file)
+    with part.open("a+b") as out:
+        if out.tell() > file.size:
+            out.truncate(0)
+        at = out.seek(0, os.SEEK_END)
+        free = shutil.disk_usage(part.parent).free
+        if file.size - at > free:
+            raise OutputError(
+                f"{part}: {file.name} needs {(file.size - at) / 1e9:.1f} GB more, but only "
+                f"{free / 1e9:.1f} GB are free on this disk; free space or lower --disk-cap"
+            )
+        out.seek(0)
+        while chunk := out.read(_CHUNK):
+            digest.update(chunk)
+        advance(at)
+        for piece in remote.stream(file.name, at, file.size, stopped):
+            if stopped():
+                raise HubError(f"{remote}: {file.name}: stopped")
+            out.write(piece)
+            digest.update(piece)
+            advance(len(piece))
+        out.flush()
+        os.fsync(out.fileno())
+    return digest.matches()

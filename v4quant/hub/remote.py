@@ -1,0 +1,232 @@
+"""A repository at one commit: its files with sizes and digests, and any byte range of them.
+
+The revision is resolved to a commit once; everything afterwards names the commit, so a branch that
+moves cannot mix two versions. Names in the listing are hostile until shown to be plain relative
+paths. Bytes come by HTTP ranges: a read goes on where a broken connection left it, and a redirect
+to another host is followed without the token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urljoin, urlsplit
+
+from v4quant.hub.client import (
+    HubError,
+    HubNotFound,
+    PassingFailure,
+    Patience,
+    client,
+    passing,
+    persistently,
+    refusal,
+)
+from v4quant.hub.refs import HubRef
+from v4quant_formats.errors import SourceChanged, UnsafePath
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+MAX_FILES = 100_000
+MAX_FILE_BYTES = 2**44
+_MAX_REDIRECTS = 5
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of the commit. `sha256` for files in large storage, else git's `blob` name."""
+
+    name: str
+    size: int
+    sha256: str = ""
+    blob: str = ""
+
+
+class Remote:
+    """A repository pinned to a commit."""
+
+    def __init__(
+        self,
+        api: HfApi,
+        repo: str,
+        commit: str,
+        files: Mapping[str, RemoteFile],
+        license: str = "",
+    ) -> None:
+        """Made by `open_remote`. license: what the repository's card says."""
+        self.repo, self.commit, self.files, self.license = repo, commit, files, license
+        self._api = api
+        self._locations: dict[str, str] = {}
+
+    def __str__(self) -> str:
+        return f"hf://{self.repo}@{self.commit[:12]}"
+
+    def read(self, name: str, start: int, count: int) -> bytes:
+        """`count` bytes from `start` on, fewer at the file's end. Raises HubError."""
+        stop = min(start + count, self.files[name].size)
+        return b"".join(self.stream(name, start, stop))
+
+    def stream(
+        self, name: str, start: int, stop: int, stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[bytes]:
+        """Bytes `start:stop` of a file in pieces, whatever breaks on the way. Raises HubError."""
+        import httpx2
+
+        at = start
+        patience = Patience(f"{self}: reading {name}", stopped)
+        while at < stop:
+            if stopped():
+                raise HubError(f"{self}: reading {name}: stopped")
+            try:
+                for piece in self._request(name, at, stop):
+                    at += len(piece)
+                    patience.progressed()
+                    yield piece
+                failure = PassingFailure(f"the answer ended at byte {at:,} of {stop:,}")
+            except PassingFailure as error:
+                failure = error
+            except httpx2.TransportError as error:
+                failure = PassingFailure(f"{type(error).__name__}: {error}")
+            except RuntimeError as error:  # the shared client was closed after a failure elsewhere
+                if "closed" not in str(error):
+                    raise
+                failure = PassingFailure(str(error))
+            if at < stop:
+                patience.wait(failure)
+
+    def _request(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+        """One request, redirects followed; may yield less than asked, never more."""
+        from huggingface_hub import constants, get_session
+        from huggingface_hub.utils import build_hf_headers
+
+        home = f"{self._api.endpoint}/{self.repo}/resolve/{self.commit}/{quote(name)}"
+        url = self._locations.get(name, home)
+        for _ in range(_MAX_REDIRECTS):
+            headers = build_hf_headers(token=self._api.token, library_name="v4quant")
+            if _origin(url) != _origin(home):
+                headers = {"user-agent": headers.get("user-agent", "v4quant")}
+            headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+            timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+            with get_session().stream(
+                "GET", url, headers=headers, follow_redirects=False, timeout=timeout
+            ) as response:
+                if response.is_redirect:
+                    url = self._redirected(name, url, response.headers.get("Location", ""))
+                    continue
+                self._check(name, url != home, response)
+                self._locations[name] = url
+                yield from self._body(name, response, start, stop)
+                return
+        raise HubError(f"{self}: {name}: more than {_MAX_REDIRECTS} redirects")
+
+    def _redirected(self, name: str, url: str, location: str) -> str:
+        target = urljoin(url, location)
+        secure = urlsplit(url).scheme
+        if urlsplit(target).scheme not in ({"https"} if secure == "https" else {"http", "https"}):
+            raise HubError(f"{self}: {name}: is redirected to something that is not https; refused")
+        return target
+
+    def _check(self, name: str, elsewhere: bool, response: Any) -> None:
+        if failure := passing(response):
+            raise failure
+        if response.status_code in (200, 206):
+            return
+        # A signed link that ran out; the next try asks for a new one.
+        if self._locations.pop(name, None) is not None and elsewhere:
+            raise PassingFailure(f"HTTP {response.status_code} from a link given earlier")
+        if response.status_code == 416:
+            raise SourceChanged(f"{self}: {name}: is shorter than the repository announces")
+        raise refusal(f"{self}: reading {name}", response.status_code, "")
+
+    def _body(self, name: str, response: Any, start: int, stop: int) -> Iterator[bytes]:
+        skip = start if response.status_code == 200 else 0  # a server that knows no ranges
+        if response.status_code == 206:
+            told = re.fullmatch(
+                r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "")
+            )
+            if told is None or int(told[1]) != start:
+                raise PassingFailure("the answer holds another range than asked")
+            if told[2] not in ("*", str(self.files[name].size)):
+                raise SourceChanged(
+                    f"{self}: {name}: has {told[2]} bytes, but the repository announces "
+                    f"{self.files[name].size:,}"
+                )
+        left = stop - start
+        for chunk in response.iter_raw():
+            if not left:  # ending here only when there is more keeps the connection for the next
+                return
+            piece = chunk[skip:] if skip else chunk
+            skip = max(0, skip - len(chunk))
+            if piece := piece[:left]:
+                left -= len(piece)
+                yield piece
+
+
+def open_remote(ref: HubRef, commit: str | None = None) -> Remote:
+    """Pin a repository to a commit (the one given, or what the revision means now) and list it.
+
+    Raises HubAccessError, HubNotFound, HubOffline or UnsafePath.
+    """
+    api = client()
+    revision = commit or ref.revision
+    info = persistently(f"{ref}", lambda: api.model_info(ref.repo, revision=revision))
+    if not re.fullmatch(r"[0-9a-f]{40,64}", str(info.sha)) or commit not in (None, info.sha):
+        raise HubError(f"{ref}: the hub names no commit for this revision")
+    told = getattr(info.card_data, "license", None)
+    license = told if isinstance(told, str) and re.fullmatch(r"[a-z0-9.-]{1,40}", told) else ""
+    files = list_files(api, ref.repo, str(info.sha))
+    return Remote(api, ref.repo, str(info.sha), files, license)
+
+
+def list_files(api: HfApi, repo: str, revision: str) -> dict[str, RemoteFile]:
+    """All files of a revision by name, checked. Raises HubError or UnsafePath."""
+    from huggingface_hub.hf_api import RepoFile
+
+    def ask() -> list[RemoteFile]:
+        found = []
+        for item in api.list_repo_tree(repo, recursive=True, revision=revision):
+            if isinstance(item, RepoFile):
+                sha = item.lfs.sha256 if item.lfs else ""
+                found.append(RemoteFile(item.path, item.size, sha, item.blob_id))
+            if len(found) > MAX_FILES:
+                raise HubError(f"hf://{repo}: lists more than {MAX_FILES:,} files")
+        return found
+
+    files = persistently(f"hf://{repo}: listing files", ask)
+    for file in files:
+        check_name(repo, file.name)
+        whole = isinstance(file.size, int) and 0 <= file.size <= MAX_FILE_BYTES
+        if not whole or (file.sha256 and not re.fullmatch(r"[0-9a-f]{64}", file.sha256)):
+            raise HubError(f"hf://{repo}: {file.name}: has an impossible size or digest")
+    return {f.name: f for f in files}
+
+
+def check_name(repo: str, name: str) -> None:
+    """Raise UnsafePath unless a listed name is a plain relative path."""
+    parts = name.split("/")
+    plain = (
+        all(part not in ("", ".", "..") and len(part) <= 255 for part in parts)
+        and not any(c in name for c in "\\:\0")
+        and name.isprintable()
+        and len(name) <= 1024
+        and not PurePosixPath(name).is_absolute()
+    )
+    if not plain:
+        raise UnsafePath(f"hf://{repo}: lists {name[:200]!r}, which is not a plain relative path")
+
+
+def require(remote: Remote, name: str) -> RemoteFile:
+    """A file of the commit. Raises HubNotFound."""
+    try:
+        return remote.files[name]
+    except KeyError:
+        raise HubNotFound(f"{remote}: has no file {name}") from None
+
+
+def _origin(url: str) -> tuple[str, str, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname or "", parts.port

@@ -1,0 +1,315 @@
+"""Shelf: the few shards of a repository that lie on this disk at one time.
+
+A Checkpoint reads its bytes here. Shards that are expected are fetched ahead, in order, by threads
+of their own, as far as the cap allows; a shard that is acquired stays until it is released, and is
+then deleted. Without such a plan (calibration, evaluation, comparison) a shard is fetched when it
+is first read and the one not used for longest makes room. Short reads of a shard that is not here
+(a norm, a slice for the digest) are ranges over the network and fetch nothing whole.
+
+The cap is kept by reservation: a download counts with its full size before its first byte, so the
+disk never holds more than the cap, whatever breaks.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from v4quant.hub.client import HubError
+from v4quant.hub.download import download
+from v4quant.hub.remote import Remote
+from v4quant_formats.shard_files import read_whole
+from v4quant_formats.shards import temporary_path
+from v4quant_kernels.errors import V4QuantError
+
+DOWNLOADS = 2  # at a time
+RANGE_BYTES = 64 * 2**10  # reads up to this size need not fetch a shard,
+RANGE_SHARE = 16  # unless they have added up to this fraction of it
+_SLICES_AT_ONCE = 16
+
+
+class DiskCapError(V4QuantError):
+    """The cap on disk space is too small for this source or this conversion."""
+
+
+@dataclass
+class _Shard:
+    """A shard on this disk."""
+
+    handle: int
+    path: Path | None  # None: the hub cache's own, not ours to delete
+    size: int
+    readers: int = 0
+    used: int = 0
+
+
+class Shelf:
+    """Implements `ShardFiles` for a repository. Use as long as the checkpoint; then `close`."""
+
+    def __init__(
+        self,
+        remote: Remote,
+        shards: Iterable[str],
+        folder: Path,
+        cap: int | None = None,
+        cached: Mapping[str, Path] = {},
+        keep: bool = False,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """`folder` takes the shards; cap: bytes (default three of the largest shards).
+
+        cached: shards that already lie on this disk, elsewhere. keep: what was fetched outlives
+        `close`, for a later run. Raises DiskCapError.
+        """
+        self._remote, self._folder, self._cached = remote, folder, dict(cached)
+        self._names = set(shards)
+        sizes = {n: remote.files[n].size for n in self._names}
+        largest = max(sizes.values(), default=0)
+        self.cap = 3 * largest if cap is None else cap
+        foreign = [n for n in self._names if n not in self._cached and sizes[n] > self.cap]
+        if foreign:
+            raise DiskCapError(
+                f"--disk-cap {self.cap:,} bytes does not hold {foreign[0]} "
+                f"({sizes[foreign[0]]:,} bytes); give at least {largest:,}"
+            )
+        self.advance, self._keep = advance, keep
+        self._here: dict[str, _Shard] = {}
+        self._queue: deque[str] = deque()
+        self._wanted: list[str] = []
+        self._pinned: set[str] = set()
+        self._fetching: set[str] = set()
+        self._ranged: dict[str, int] = {}
+        self._reserved, self._clock = 0, 0
+        self._threads: list[threading.Thread] = []
+        self._error: BaseException | None = None
+        self._stopping = False
+        self._changed = threading.Condition()
+
+    # -- what a Checkpoint asks
+
+    def read_into(self, file: str, view: memoryview, offset: int, what: str) -> None:
+        """Fill `view` from byte `offset` on. Raises HubError or what `download` raises."""
+        with self._changed:
+            if self._by_range(file, len(view)):
+                shard = None
+            else:
+                shard = self._wait_for(file)
+                shard.readers += 1
+                self._clock += 1
+                shard.used = self._clock
+        if shard is None:
+            view[:] = self._remote.read(file, offset, len(view))
+            return
+        try:
+            read_whole(shard.handle, view, offset, f"{self._remote}: {file}", what)
+        finally:
+            with self._changed:
+                shard.readers -= 1
+                self._changed.notify_all()
+
+    def slices(self, file: str, offsets: Sequence[int], count: int) -> list[bytes]:
+        """Up to `count` bytes at each offset; from the network unless the shard is here."""
+        with self._changed:
+            if file in self._cached and file not in self._here:
+                self._open_cached(file)
+            shard = self._here.get(file)
+            if shard is not None:
+                shard.readers += 1
+        if shard is not None:
+            try:
+                return [os.pread(shard.handle, count, offset) for offset in offsets]
+            finally:
+                with self._changed:
+                    shard.readers -= 1
+        size = self._remote.files[file].size
+        if size <= count * len(offsets):
+            whole = self._remote.read(file, 0, size)
+            return [whole[offset : offset + count] for offset in offsets]
+        with ThreadPoolExecutor(_SLICES_AT_ONCE) as pool:
+            return list(pool.map(lambda at: self._remote.read(file, at, count), offsets))
+
+    def expect(self, files: Sequence[str]) -> None:
+        """Begin to fetch these, in this order; everything else on the shelf makes room."""
+        with self._changed:
+            self._queue = deque(files)
+            self._sweep(set(files))
+            self._start()
+
+    def acquire(self, files: Sequence[str]) -> None:
+        """Wait until all of these are here; they stay until released. Raises DiskCapError."""
+        need = sum(self._remote.files[f].size for f in files if f not in self._cached)
+        if need > self.cap:
+            raise DiskCapError(
+                f"{self._remote}: one output shard needs {need:,} bytes of source shards at once, "
+                f"--disk-cap leaves {self.cap:,} for them; raise it"
+            )
+        with self._changed:
+            self._pinned.update(files)
+            for file in files:
+                self._wait_for(file)
+
+    def release(self, file: str) -> None:
+        """Delete a shard; expected ones take its place."""
+        with self._changed:
+            self._pinned.discard(file)
+            self._queue = deque(f for f in self._queue if f != file)
+            shard = self._here.get(file)
+            if shard is not None and not shard.readers:
+                self._drop(file)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop fetching and close the files; reading afterwards begins anew."""
+        with self._changed:
+            self._stopping = True
+            self._queue.clear()
+            self._wanted.clear()
+            self._changed.notify_all()
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join()
+        with self._changed:
+            for file in list(self._here):
+                if self._keep:
+                    os.close(self._here.pop(file).handle)
+                else:
+                    self._drop(file)
+            self._pinned.clear()
+            self._reserved = 0
+            self._threads, self._stopping, self._error = [], False, None
+
+    # -- below, the lock is held
+
+    def _by_range(self, file: str, count: int) -> bool:
+        """Whether to read over the network what is asked of a shard that is not here."""
+        near = file in self._here or file in self._cached or file in self._fetching
+        if near or file in self._pinned or count > RANGE_BYTES:
+            return False
+        self._ranged[file] = self._ranged.get(file, 0) + count
+        return self._ranged[file] <= self._remote.files[file].size // RANGE_SHARE
+
+    def _wait_for(self, file: str) -> _Shard:
+        if file in self._cached and file not in self._here:
+            self._open_cached(file)
+        while file not in self._here:
+            if self._error is not None:
+                raise self._error
+            if self._stopping:
+                raise HubError(f"{self._remote}: {file}: stopped")
+            if file not in self._wanted and file not in self._fetching:
+                self._wanted.append(file)
+                self._start()
+            self._changed.wait()
+        return self._here[file]
+
+    def _open_cached(self, file: str) -> None:
+        path = self._cached[file]
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise HubError(f"{path}: cannot be read ({error.strerror})") from None
+        self._here[file] = _Shard(handle, None, 0)
+
+    def _start(self) -> None:
+        self._changed.notify_all()
+        while len(self._threads) < DOWNLOADS:
+            thread = threading.Thread(target=self._work, name="download", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _work(self) -> None:
+        """A downloading thread."""
+        while True:
+            with self._changed:
+                while (file := self._next()) is None:
+                    if self._stopping or self._error is not None:
+                        return
+                    self._changed.wait()
+                size = self._remote.files[file].size
+                self._reserved += size
+                self._fetching.add(file)
+            path = self._folder / file
+            try:
+                download(self._remote, self._remote.files[file], path, self._stop, self.advance)
+                handle = os.open(path, os.O_RDONLY)
+            except BaseException as error:  # noqa: BLE001  (handed to whoever waits)
+                with self._changed:
+                    self._fetching.discard(file)
+                    if not self._stopping:
+                        self._error = self._error or error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._fetching.discard(file)
+                self._clock += 1
+                self._here[file] = _Shard(handle, path, size, used=self._clock)
+                self._changed.notify_all()
+
+    def _stop(self) -> bool:
+        return self._stopping or self._error is not None
+
+    def _next(self) -> str | None:
+        """The next file to fetch, room for it made; it leaves its list."""
+        if self._stopping or self._error is not None:
+            return None
+        self._wanted = [f for f in self._wanted if f not in self._here and f not in self._fetching]
+        if self._wanted:
+            file = self._wanted[0]
+            if not self._make_room(self._remote.files[file].size, True):
+                return None
+            self._queue = deque(f for f in self._queue if f != file)
+            return self._wanted.pop(0)
+        while self._queue:
+            file = self._queue[0]
+            if file in self._here or file in self._fetching or file in self._cached:
+                self._queue.popleft()
+                continue
+            if not self._make_room(self._remote.files[file].size, False):
+                return None
+            return self._queue.popleft()
+        return None
+
+    def _make_room(self, size: int, urgent: bool) -> bool:
+        """Delete what is not needed until `size` bytes fit. Only an urgent wish evicts."""
+        idle = [
+            f for f, s in self._here.items() if s.path and not s.readers and f not in self._pinned
+        ]
+        idle.sort(key=lambda f: self._here[f].used, reverse=True)
+        while urgent and self._reserved + size > self.cap and idle:
+            self._drop(idle.pop())
+        return self._reserved + size <= self.cap
+
+    def _drop(self, file: str) -> None:
+        shard = self._here.pop(file)
+        os.close(shard.handle)
+        if shard.path is not None:
+            shard.path.unlink(missing_ok=True)
+            self._reserved -= shard.size
+
+    def _sweep(self, keep: set[str]) -> None:
+        """Delete what an earlier run left and this one does not need soon."""
+        for file, shard in list(self._here.items()):
+            if file not in keep and not shard.readers and file not in self._pinned:
+                self._drop(file)
+        if not self._folder.is_dir():
+            return
+        known = {self._folder / n for n in self._names}
+        total = 0
+        order = [f for f in self._queue if f in keep]
+        for file in order:  # the first in line may stay, as far as the cap goes
+            path = self._folder / file
+            for candidate in (path, temporary_path(path)):
+                if candidate.is_file() and file not in self._here and file not in self._fetching:
+                    total += self._remote.files[file].size
+                    if total > self.cap - self._reserved:
+                        candidate.unlink()
+        for path in known:
+            file = path.name
+            if file not in keep and file not in self._here and file not in self._fetching:
+                path.unlink(missing_ok=True)
+                temporary_path(path).unlink(missing_ok=True)

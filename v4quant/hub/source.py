@@ -1,0 +1,222 @@
+"""A repository on the hub, opened as a Checkpoint.
+
+What is small (config, index, and for conversions the sidecars) is copied into a skeleton folder;
+the shards' headers are read by ranges; the shards themselves stay where they are until the `Shelf`
+fetches them. Whoever holds the Checkpoint need not know. What the local hub cache holds of this
+commit is used in place of the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import weakref
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from tempfile import mkdtemp
+
+from v4quant.hub.client import HubError, HubOffline, is_offline
+from v4quant.hub.download import download
+from v4quant.hub.refs import HubRef
+from v4quant.hub.remote import Remote, open_remote, require
+from v4quant.hub.shelf import Shelf
+from v4quant_formats.checkpoint import (
+    INDEX_NAME,
+    MAX_INDEX_BYTES,
+    SINGLE_NAME,
+    Checkpoint,
+    link_root,
+    open_checkpoint,
+    read_structure,
+)
+from v4quant_formats.errors import MissingShard
+from v4quant_formats.safetensors_header import parse_header
+from v4quant_formats.shard_files import FileState, Origin
+from v4quant_formats.shards import write_file_atomically
+from v4quant_formats.sidecars import ALLOWED_FILES, ALLOWED_FOLDERS, MAX_SIDECAR_BYTES
+from v4quant_formats.spec import TensorSpec
+
+PIN_NAME = "pin.json"
+_HEADER_GUESS = 64 * 2**10  # most of a layer's header; the rest is asked for when it is longer
+_AT_ONCE = 8
+_MAX_CONFIG_BYTES = 2**24
+
+
+def open_hub(
+    ref: HubRef,
+    scratch: Path | None = None,
+    cap: int | None = None,
+    headers_only: bool = False,
+) -> Checkpoint:
+    """Open a repository at the commit its revision means now.
+
+    scratch: folder for what is fetched, which also remembers the commit, so that the next run goes
+        on with it; without one, a temporary folder. cap: bytes of shards held there at one time
+        (default: three of the largest). headers_only: leave the sidecars where they are.
+    Raises HubError and its kinds, DiskCapError, UnsafePath and what `open_checkpoint` raises.
+    """
+    if is_offline():
+        return _from_cache(ref)
+    if scratch is not None:
+        return _open_in(ref, scratch, cap, headers_only, keep=True)
+    folder = Path(mkdtemp(prefix="v4quant-"))
+    try:
+        checkpoint = _open_in(ref, folder, cap, headers_only, keep=False)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(checkpoint.shards, shutil.rmtree, folder, ignore_errors=True)
+    return checkpoint
+
+
+def _open_in(
+    ref: HubRef, folder: Path, cap: int | None, headers_only: bool, keep: bool
+) -> Checkpoint:
+    remote = open_remote(ref, _pinned(folder, ref))
+    if keep:
+        _pin(folder, ref, remote.commit)
+    skeleton = folder / f"{ref.repo.replace('/', '--')}@{remote.commit[:12]}"
+    for name in _small_files(remote, headers_only):
+        cached = _cached(remote, name)
+        if cached is not None:
+            write_file_atomically(skeleton / name, cached.read_bytes())
+        else:
+            download(remote, remote.files[name], skeleton / name)
+    return _open_skeleton(remote, skeleton, folder, cap, keep)
+
+
+def _open_skeleton(
+    remote: Remote, skeleton: Path, folder: Path, cap: int | None, keep: bool
+) -> Checkpoint:
+    names = [n for n in remote.files if n.endswith(".safetensors") and "/" not in n]
+    cached = {n: path for n in names if (path := _cached(remote, n)) is not None}
+    headers = _Headers(remote, skeleton, cached)
+    config, tensors = read_structure(skeleton, headers, single=SINGLE_NAME in remote.files)
+    used = sorted(headers.read)
+    files = {n: FileState(remote.files[n].size) for n in used}
+    shelf = Shelf(remote, used, folder / "shards", cap, cached, keep)
+    origin = Origin(remote.repo, remote.commit, remote.license)
+    return Checkpoint(skeleton, config, tensors, files, shelf, origin)
+
+
+class _Headers:
+    """Reads headers by ranges, those of the index's files all at once."""
+
+    def __init__(self, remote: Remote, skeleton: Path, cached: Mapping[str, Path]) -> None:
+        self._remote, self._skeleton, self._cached = remote, skeleton, cached
+        self._first: dict[str, bytes] = {}
+        self.read: set[str] = set()
+
+    def __call__(self, name: str) -> dict[str, TensorSpec]:
+        if not self._first:
+            self._read_all()
+        if name not in self._first:
+            raise MissingShard(f"{self._remote}: the index names {name}, which is not there")
+        self.read.add(name)
+        first = self._first[name]
+
+        def read(start: int, count: int) -> bytes:
+            if start + count <= len(first):
+                return first[start : start + count]
+            return first[start:] + self._bytes(name, len(first), start + count - len(first))
+
+        size = self._remote.files[name].size
+        return parse_header(self._skeleton / name, size, read)
+
+    def _read_all(self) -> None:
+        index = self._skeleton / INDEX_NAME
+        names = [SINGLE_NAME]
+        if index.exists():  # already found to be of the right form
+            named = set(json.loads(index.read_bytes())["weight_map"].values())
+            names = sorted(named)
+        names = [n for n in names if n in self._remote.files]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            pieces = pool.map(lambda n: self._bytes(n, 0, _HEADER_GUESS), names)
+            self._first = dict(zip(names, pieces, strict=True))
+
+    def _bytes(self, name: str, start: int, count: int) -> bytes:
+        if name in self._cached:
+            with self._cached[name].open("rb") as file:
+                file.seek(start)
+                return file.read(count)
+        return self._remote.read(name, start, count)
+
+
+def _small_files(remote: Remote, headers_only: bool) -> list[str]:
+    """config.json, the index and the sidecars of the allow-list, sizes checked."""
+    limits = {"config.json": _MAX_CONFIG_BYTES}
+    require(remote, "config.json")
+    if INDEX_NAME in remote.files:
+        limits[INDEX_NAME] = MAX_INDEX_BYTES
+    elif SINGLE_NAME not in remote.files:
+        raise MissingShard(f"{remote}: holds neither {INDEX_NAME} nor {SINGLE_NAME}")
+    for name, limit in limits.items():
+        if remote.files[name].size > limit:
+            raise HubError(
+                f"{remote}: {name} has {remote.files[name].size:,} bytes, more than {limit:,}; "
+                "no model needs that"
+            )
+    if headers_only:
+        return list(limits)
+    return [*limits, *(f.name for f in remote.files.values() if _is_sidecar(f.name, f.size))]
+
+
+def _is_sidecar(name: str, size: int) -> bool:
+    if size > MAX_SIDECAR_BYTES:
+        return False
+    path = PurePosixPath(name)
+    return name in ALLOWED_FILES or path.suffix in ALLOWED_FOLDERS.get(path.parts[0], ())
+
+
+def _cached(remote: Remote, name: str) -> Path | None:
+    """A file of this commit in the local hub cache, if it is whole."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(remote.repo, name, revision=remote.commit)
+    if not isinstance(found, str):
+        return None
+    path = Path(found)
+    snapshot = path
+    for _ in PurePosixPath(name).parts:
+        snapshot = snapshot.parent
+    whole = path.is_file() and path.stat().st_size == remote.files[name].size
+    return path if whole and path.resolve().is_relative_to(link_root(snapshot)) else None
+
+
+def _from_cache(ref: HubRef) -> Checkpoint:
+    """The commit the local hub cache knows, when all of it is there. Raises HubOffline."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(ref.repo, "config.json", revision=ref.revision or "main")
+    missing = "nothing of it"
+    if isinstance(found, str):
+        snapshot = Path(found).parent
+        try:
+            return replace(open_checkpoint(snapshot), origin=Origin(ref.repo, snapshot.name))
+        except MissingShard as error:
+            missing = f"not all of it ({error})"
+    raise HubOffline(
+        f"{ref}: HF_HUB_OFFLINE is set and the local cache holds {missing}; unset it, or download "
+        "the repository first"
+    )
+
+
+def _pinned(folder: Path, ref: HubRef) -> str | None:
+    """The commit an earlier run in this scratch folder began with."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        told = json.loads((folder / PIN_NAME).read_bytes())
+        if isinstance(told, dict) and (told.get("repo"), told.get("revision")) == (
+            ref.repo,
+            ref.revision,
+        ):
+            commit = told.get("commit")
+            return commit if isinstance(commit, str) else None
+    return None
+
+
+def _pin(folder: Path, ref: HubRef, commit: str) -> None:
+    told = {"repo": ref.repo, "revision": ref.revision, "commit": commit}
+    write_file_atomically(folder / PIN_NAME, json.dumps(told).encode() + b"\n")
