@@ -455,10 +455,10 @@ def test_full_disk_and_other_os_errors_are_one_line(
 def test_unforeseen_errors_of_the_system_are_one_line(
     v4quant: Command, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **named: object) -> None:
         raise error
 
-    monkeypatch.setattr(sys.modules["v4quant.cli.inspect"], "open_checkpoint", fail)
+    monkeypatch.setattr(sys.modules["v4quant.cli.inspect"], "open_source", fail)
     ran = v4quant("inspect", TINY)
     assert ran.code == 1
     assert type(error).__name__ in ran.error or "Input/output error" in ran.error
