@@ -72,7 +72,7 @@ def calibrate(
     floor: experts with fewer tokens count as starved. Only the first draft stage is run, and only
     when it is a classic MTP stage; others keep no statistics of their own.
     """
-    drafts = draft_stages(checkpoint.tensors)[:1] if _has_mtp(checkpoint) else []
+    drafts = classic_drafts(checkpoint)
     observer = MomentObserver(config, [*trunk_stages(config), *drafts])
     model = StreamModel(CheckpointParams(checkpoint), options, observer)
     progress.start("Calibrating", config.num_hidden_layers + len(drafts), "layer")
@@ -84,6 +84,7 @@ def calibrate(
     return Stats(checkpoint.digest(), floor, observer.stages)
 
 
-def _has_mtp(checkpoint: Checkpoint) -> bool:
-    """Whether stage mtp.0 is a classic MTP stage rather than a DSpark one."""
-    return f"{STAGE}.e_proj.weight" in checkpoint
+def classic_drafts(checkpoint: Checkpoint) -> list[str]:
+    """The draft stage that can be run: a classic MTP stage mtp.0, rather than a DSpark one."""
+    classic = f"{STAGE}.e_proj.weight" in checkpoint
+    return draft_stages(checkpoint.tensors)[:1] if classic else []

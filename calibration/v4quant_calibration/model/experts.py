@@ -37,6 +37,8 @@ def mixture_of_experts(
     x = quantized_input(x, options)
     output = _shared_expert(x, params, module, config, options)
     require_finite(output, module)
+    if observer is not None:
+        observer.on_experts(layer, x, routing.expert_ids, routing.weights)
     top_k = routing.expert_ids.shape[1]
     flat = routing.expert_ids.flatten()
     order = flat.argsort(stable=True)
@@ -69,7 +71,7 @@ def _routed_expert(
     w1, w2, w3 = (params(f"{layer}.ffn.experts.{expert}.{w}") for w in ("w1", "w2", "w3"))
     for rows, scale in zip(torch.split(tokens, ROWS), torch.split(weights, ROWS), strict=True):
         inputs = x[rows]
-        hidden = _hidden(inputs, w1, w3, config.swiglu_limit, options) * scale.unsqueeze(-1)
+        hidden = expert_hidden(inputs, w1, w3, config.swiglu_limit, options) * scale.unsqueeze(-1)
         hidden = quantized_input(hidden, options)
         if observer is not None:
             observer.on_expert_input(layer, expert, inputs)
@@ -88,13 +90,18 @@ def _shared_expert(
     limit = config.swiglu_limit if options.shared_clamp else 0.0
     parts = []
     for rows in torch.split(x, ROWS):
-        hidden = quantized_input(_hidden(rows, w1, w3, limit, options), options)
+        hidden = quantized_input(expert_hidden(rows, w1, w3, limit, options), options)
         parts.append(linear(hidden, w2, options))
     return torch.cat(parts)
 
 
-def _hidden(x: Tensor, w1: Tensor, w3: Tensor, limit: float, options: ForwardOptions) -> Tensor:
-    """silu(min(w1 x, limit)) * clamp(w3 x, +-limit); a limit of 0 means no clamp."""
+def expert_hidden(
+    x: Tensor, w1: Tensor, w3: Tensor, limit: float, options: ForwardOptions
+) -> Tensor:
+    """silu(min(w1 x, limit)) * clamp(w3 x, +-limit); a limit of 0 means no clamp.
+
+    x `[n, hidden]`, w1 and w3 `[intermediate, hidden]`; `[n, intermediate]` out.
+    """
     gate, up = linear(x, w1, options), linear(x, w3, options)
     if limit:
         gate.clamp_(max=limit)

@@ -24,6 +24,13 @@ class Observer(Protocol):
         T counts the tokens of all sequences, in order; one call a layer.
         """
 
+    def on_experts(self, layer: str, x: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
+        """All rows the routed experts are about to read: x `[T, hidden_size]`, with the routing.
+
+        Called once a layer, before any expert's weights are asked for: a solver may decide here
+        what the provider will answer.
+        """
+
     def on_expert_input(self, layer: str, expert: int, x: Tensor) -> None:
         """Rows `[n, hidden_size]` that w1 and w3 of a routed expert multiply."""
 
@@ -50,6 +57,9 @@ class SilentObserver:
 
     def on_route(self, layer: str, expert_ids: Tensor, weights: Tensor) -> None:
         """Ignore the routing."""
+
+    def on_experts(self, layer: str, x: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
+        """Ignore the experts' rows."""
 
     def on_expert_input(self, layer: str, expert: int, x: Tensor) -> None:
         """Ignore an expert's input."""

@@ -1,0 +1,68 @@
+"""gram: second moments of an expert's inputs, made fit for a solver.
+
+The expected squared output error of a weight error e is e H e^T with H = E[x x^T], the Gram matrix
+of the expert's own input rows. Three things are done to it before a solver may trust it.
+
+*Weight.* An expert's output reaches the layer's times its routing weight r, so a row counts r^2
+for w1 and w3. (The input of w2 includes r already.)
+
+*Shrinkage.* n rows leave a matrix of K channels with at most n directions; with n < K the others
+look free, and a solver dumps its errors there. So the expert's own moments H are mixed with the
+layer's pooled moments P by count, (n H + m P) / (n + m) with m = K / 2 rows' worth of pool: an
+expert with thousands of tokens is hardly touched, one with none gets the pool. P of w1 and w3 is
+taken over all tokens of the layer; hidden channels of different experts have nothing in common, so
+P of w2 comes from a sample of the layer's tokens sent through this expert.
+
+*Damping.* One percent of the mean second moment is added to the diagonal (as GPTQ does), so that
+the matrix is positive definite whatever the rows were.
+
+Products of float32 rows are taken in blocks and the blocks summed in float64, so that a million
+rows lose no more than a thousand do, whatever their split over calls.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01
+# Rows of the pool an expert's own rows are weighed against, per input channel.
+POOL_ROWS_PER_CHANNEL = 0.5
+_BLOCK = 1024
+
+
+def gram_sum(left: Tensor, right: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sum over rows of w l^T r: float64 `[K, K]` from float32 `[n, K]` rows, weights `[n]`."""
+    total = left.new_zeros((left.shape[1], right.shape[1]), dtype=torch.float64)
+    for start in range(0, left.shape[0], _BLOCK):
+        part = slice(start, start + _BLOCK)
+        rows = left[part] if weights is None else left[part] * weights[part].unsqueeze(1)
+        total += rows.mT @ right[part]
+    return total
+
+
+def shrunk(total: Tensor, count: float, pool: Tensor) -> Tensor:
+    """(n H + m P) / (n + m): total = n H `[K, K]`, count = n, pool = P `[K, K]`."""
+    borrowed = POOL_ROWS_PER_CHANNEL * len(pool)
+    return (total + borrowed * pool) / (count + borrowed)
+
+
+def damped(gram: Tensor) -> Tensor:
+    """Positive definite: a share of the mean diagonal added to it. Zeros become the identity."""
+    mean = gram.diagonal().mean()
+    if not float(mean) > 0:
+        return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (DAMPING * mean)
+
+
+def correction(cross: Tensor, count: float, gram: Tensor) -> Tensor:
+    """M `[K, K]` float32 such that W + W M undoes what it can of the inputs' error.
+
+    A converted model feeds an expert with rows x' where the original had x. The matrix W' that
+    brings W' x' closest to W x, over the shrunk and damped moments `gram` of x', is W + W M with
+    M = E[(x - x') x'^T] H^-1: the asymmetric calibration of GPTAQ (Li et al., arXiv 2504.02692)
+    in closed form. cross: the float64 sum of (x - x')^T x' over `count` rows.
+    """
+    borrowed = POOL_ROWS_PER_CHANNEL * len(gram)
+    factor = torch.linalg.cholesky(gram.double())
+    return torch.cholesky_solve(cross.mT / (count + borrowed), factor).mT.float()

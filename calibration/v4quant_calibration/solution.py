@@ -1,0 +1,190 @@
+"""Solution: expert matrices that a solver has coded, on disk until a conversion packs them.
+
+A folder with one safetensors file a stage (each matrix as packed codes, scales and shape, like
+compressed-tensors' `pack-quantized`) and `solution.json`, which says for which checkpoint, scheme
+and settings they are and what each stage's file hashes to. It is written first without stages and
+last with all of them: a folder whose `finished` is false resumes, stage by stage, and nothing
+unfinished is taken for a result. Moments of the experts' inputs lie beside it, for what a solver
+does not cover.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v4quant_calibration.stats import Stats, StatsError, load_stats
+from v4quant_formats.checkpoint import Checkpoint, FileState
+from v4quant_formats.deepseek_v4 import parse_name
+from v4quant_formats.manifest import to_json
+from v4quant_formats.model_config import ConfigError, read_json_object
+from v4quant_formats.safetensors_header import read_header
+from v4quant_formats.shards import ShardWriter, hash_file, write_file_atomically
+from v4quant_formats.spec import TensorSpec
+from v4quant_formats.weights import find_weight, read_weight
+from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.ref.pack import packed_bytes
+from v4quant_kernels.scheme import Scheme
+
+SOLUTION_NAME = "solution.json"
+STATS_NAME = "stats.v4q"
+SOLUTION_VERSION = 1
+_MAX_BYTES = 64 * 2**20
+
+
+class SolutionError(StatsError):
+    """A solution that is unfinished, damaged, or of another checkpoint, scheme or version."""
+
+
+def stage_file(folder: Path, stage: str) -> Path:
+    """Where a stage's coded matrices lie."""
+    return folder / f"{stage}.safetensors"
+
+
+def stage_specs(modules: Mapping[str, tuple[int, int]], scheme: Scheme) -> list[TensorSpec]:
+    """Tensors of a stage's file: modules by name with their shape [N, K]."""
+    specs = []
+    for module, (rows, columns) in modules.items():
+        words, groups = packed_bytes(columns, scheme.bits) // 4, columns // scheme.group_size
+        specs += [
+            TensorSpec(f"{module}.weight_packed", "I32", (rows, words)),
+            TensorSpec(f"{module}.weight_scale", "BF16", (rows, groups)),
+            TensorSpec(f"{module}.weight_shape", "I64", (2,)),
+        ]
+    return specs
+
+
+def add_matrix(writer: ShardWriter, module: str, q: QTensor) -> None:
+    """Write one coded matrix into a stage's file."""
+    assert q.scale is not None
+    writer.add(f"{module}.weight_packed", q.codes.view(torch.int32))
+    writer.add(f"{module}.weight_scale", q.scale)
+    writer.add(f"{module}.weight_shape", torch.tensor(q.shape, dtype=torch.int64))
+
+
+def open_stage(folder: Path, stage: str) -> Checkpoint:
+    """A finished stage's file as something to read matrices from. Raises FormatError."""
+    path = stage_file(folder, stage)
+    tensors = read_header(path)
+    stat = path.stat()
+    states = {path.name: FileState(stat.st_size, stat.st_mtime_ns, stat.st_ino)}
+    return Checkpoint(folder, MappingProxyType({}), MappingProxyType(tensors), states)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Coded matrices of every stage the solver covered, and the statistics beside them."""
+
+    folder: Path
+    scheme: str
+    stages: Mapping[str, Checkpoint]
+    stats: Stats
+    digest: str
+
+    def importance(self, module: str) -> Tensor | None:
+        """As `Stats.importance`."""
+        return self.stats.importance(module)
+
+    def input_amax(self, module: str) -> float | None:
+        """As `Stats.input_amax`."""
+        return self.stats.input_amax(module)
+
+    def solved(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> QTensor | None:
+        """The solver's codes of a matrix; None for a stage no calibration can reach.
+
+        Raises SolutionError when the solution is for another scheme or shape.
+        """
+        name = parse_name(f"{module}.weight")
+        stage = self.stages.get(name.stage) if name is not None else None
+        if stage is None or f"{module}.weight_packed" not in stage:
+            return None
+        q = read_weight(stage, find_weight(stage, module))
+        if q.scheme.name != scheme.name or q.shape != shape:
+            raise SolutionError(
+                f"{self.folder}: holds '{module}' as {q.scheme.name} {list(q.shape)}, not as "
+                f"{scheme.name} {list(shape)}; calibrate again with --solve {scheme.name}"
+            )
+        return q
+
+    def close(self) -> None:
+        """Close the stage files."""
+        for stage in self.stages.values():
+            stage.close()
+
+
+def is_solution(path: Path) -> bool:
+    """Whether a path given as statistics is a solution's folder."""
+    return (path / SOLUTION_NAME).is_file()
+
+
+def begin_solution(folder: Path, header: Mapping[str, Any]) -> None:
+    """Create the folder, or see that what it holds was begun with the same header.
+
+    Raises SolutionError for a folder with other contents or another header.
+    """
+    path = folder / SOLUTION_NAME
+    if path.exists():
+        found = _read(folder)
+        if {k: found.get(k) for k in header} != dict(header):
+            raise SolutionError(
+                f"{path}: was begun for another checkpoint, corpus or setting; choose a new folder"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise SolutionError(f"{folder}: is not empty and holds no solution; choose a new folder")
+    write_file_atomically(path, to_json({**header, "finished": False}))
+
+
+def finish_solution(folder: Path, header: Mapping[str, Any], stages: Mapping[str, Any]) -> None:
+    """Hash every stage's file and declare the folder finished. stages: facts of each."""
+    table = {
+        stage: {**facts, "sha256": hash_file(stage_file(folder, stage))}
+        for stage, facts in stages.items()
+    }
+    data = to_json({**header, "finished": True, "stages": table})
+    write_file_atomically(folder / SOLUTION_NAME, data)
+
+
+def load_solution(folder: Path, source_digest: str) -> Solution:
+    """Open a finished solution for the checkpoint with `source_digest`. Raises SolutionError."""
+    found = _read(folder)
+    if found.get("version") != SOLUTION_VERSION:
+        raise SolutionError(
+            f"{folder / SOLUTION_NAME}: is no solution of version {SOLUTION_VERSION}; calibrate "
+            "again with this release"
+        )
+    if found.get("source_digest") != source_digest:
+        raise SolutionError(
+            f"{folder}: was solved for another checkpoint (digest "
+            f"{str(found.get('source_digest'))[:12]}, this one is {source_digest[:12]}); "
+            "calibrate this checkpoint"
+        )
+    stages, scheme = found.get("stages"), found.get("scheme")
+    if found.get("finished") is not True or not isinstance(stages, dict):
+        raise SolutionError(f"{folder}: is unfinished; run the same calibrate command again")
+    if not isinstance(scheme, str) or not all(_plain(stage) for stage in stages):
+        raise SolutionError(f"{folder / SOLUTION_NAME}: is damaged; calibrate again")
+    opened = {stage: open_stage(folder, stage) for stage in stages}
+    stats = load_stats(folder / STATS_NAME, source_digest)
+    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return Solution(folder, scheme, opened, stats, digest)
+
+
+def _plain(stage: object) -> bool:
+    return isinstance(stage, str) and stage.replace(".", "").isalnum()
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(folder / SOLUTION_NAME, limit=_MAX_BYTES)
+    except ConfigError as error:
+        raise SolutionError(str(error)) from None

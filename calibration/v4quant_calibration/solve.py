@@ -1,0 +1,347 @@
+"""solve: calibrate and quantize in one pass, layer by layer, storing no statistics.
+
+The full moments of one Flash expert's inputs take 80 MB, those of all experts 900 GB; even a
+sample of 2,048 rows an expert would be 270 GB, more than the model. But a layer's inputs are all
+there at the moment the streams reach its experts. So the moments are formed then, for a few experts
+at a time within the memory cap, the experts' codes solved and written to the stage's file, and the
+moments dropped. What remains is the result.
+
+That also gives error propagation for nothing. Two models stream side by side: the reference, and
+a candidate whose provider answers solved experts from the file just written, so each layer is
+solved on the inputs that the *converted* model will give it. Within an expert it is the same: w2 is
+solved on the hidden rows of the already coded w1 and w3. Both targets are corrected for the
+inputs' error (`gram.correction`). With propagation off there is one model, and every layer sees
+the original's inputs.
+
+A layer is solved at the first call of `on_experts`; a layer whose file exists is only read, so an
+interrupted run repeats forward passes but no solving.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v4quant_calibration.calibrate import MomentObserver, classic_drafts
+from v4quant_calibration.gram import correction, damped, gram_sum, shrunk
+from v4quant_calibration.model.experts import expert_hidden
+from v4quant_calibration.model.numerics import quantized_input
+from v4quant_calibration.model.observer import SilentObserver
+from v4quant_calibration.model.options import ForwardOptions
+from v4quant_calibration.provider import CheckpointParams
+from v4quant_calibration.solution import (
+    SOLUTION_VERSION,
+    STATS_NAME,
+    Solution,
+    add_matrix,
+    begin_solution,
+    finish_solution,
+    load_solution,
+    open_stage,
+    stage_file,
+    stage_specs,
+)
+from v4quant_calibration.solvers import solve_batch
+from v4quant_calibration.stats import Stats, save_stats
+from v4quant_calibration.stream import StreamModel, stream_forward, stream_mtp
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.deepseek_v4 import PROJECTIONS, expert_module, parse_name, trunk_stages
+from v4quant_formats.model_config import ModelConfig
+from v4quant_formats.shards import ShardWriter, write_file_atomically
+from v4quant_formats.weights import find_weight, read_weight
+from v4quant_kernels.errors import UnsupportedScheme
+from v4quant_kernels.progress import Progress
+from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.ref.codec import dequantize
+from v4quant_kernels.scheme import Scheme
+
+DEFAULT_MEMORY = 4 * 2**30
+# Tokens of the layer sent through every expert, for the pooled moments of its w2's inputs.
+_POOL_SAMPLE = 512
+
+
+@dataclass(frozen=True)
+class SolveSettings:
+    """How to solve.
+
+    scheme: an integer scheme. propagate: later layers see converted ones. memory: bytes that the
+    moments and weights of one batch of experts may take.
+    """
+
+    scheme: Scheme
+    propagate: bool = True
+    memory: int = DEFAULT_MEMORY
+
+
+class InputKeeper(SilentObserver):
+    """Keeps one layer's expert inputs, for the candidate that streams beside the reference."""
+
+    def __init__(self) -> None:
+        """Nothing kept yet."""
+        self.layer = ""
+        self.x = torch.empty(0, 0)
+
+    def on_experts(self, layer: str, x: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
+        """Keep the rows; drop those of the layer before."""
+        self.layer, self.x = layer, x
+
+
+class SolvedParams:
+    """A checkpoint's weights, with experts of solved stages read from the solution."""
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """`checkpoint` stays the caller's to close."""
+        self._original = CheckpointParams(checkpoint)
+        self._folder = folder
+        self._stage: Checkpoint | None = None
+        self._name = ""
+
+    def __call__(self, base: str, /) -> Tensor:
+        """The tensor called `base`, as the conversion will hold it."""
+        name = parse_name(f"{base}.weight")
+        if name is None or name.expert is None or not stage_file(self._folder, name.stage).exists():
+            return self._original(base)
+        if self._stage is None or self._name != name.stage:
+            self.close()
+            self._stage, self._name = open_stage(self._folder, name.stage), name.stage
+        return dequantize(read_weight(self._stage, find_weight(self._stage, base)))
+
+    def close(self) -> None:
+        """Close the stage last read."""
+        if self._stage is not None:
+            self._stage.close()
+            self._stage = None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What reaches a layer's experts: rows of the model being converted and of the original.
+
+    x, original: `[T, hidden]`; original is x itself without propagation. expert_ids, weights:
+    `[T, top_k]`. pool: float64 `[hidden, hidden]`, second moments of x over all tokens, where a
+    token counts with the mean square of its routing weights.
+    """
+
+    name: str
+    x: Tensor
+    original: Tensor
+    expert_ids: Tensor
+    weights: Tensor
+    pool: Tensor
+
+    def rows_of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Tokens an expert is given, int64 `[n]`, and their routing weights `[n]`."""
+        tokens, slots = (self.expert_ids == expert).nonzero(as_tuple=True)
+        return tokens, self.weights[tokens, slots]
+
+
+class LayerSolver(MomentObserver):
+    """Solves each layer's experts when their inputs arrive, and writes the stage's file."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        stages: Sequence[str],
+        settings: SolveSettings,
+        folder: Path,
+        options: ForwardOptions,
+        reference: InputKeeper | None,
+        progress: Progress,
+    ) -> None:
+        """reference: keeper of the original's inputs, None without propagation."""
+        super().__init__(config, stages)
+        self._checkpoint, self._config, self._scheme = checkpoint, config, settings.scheme
+        self._folder, self._options, self._reference = folder, options, reference
+        self._progress, self._memory = progress, settings.memory
+
+    def on_experts(self, layer: str, x: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
+        """Solve the layer, unless its file is there."""
+        experts = self._config.n_routed_experts
+        if stage_file(self._folder, layer).exists():
+            self._progress.advance(experts)
+            return
+        original = x
+        if self._reference is not None:
+            assert self._reference.layer == layer, (self._reference.layer, layer)
+            original = self._reference.x
+        pool = gram_sum(x, x, weights.square().mean(1)) / x.shape[0]
+        given = _Layer(layer, x, original, expert_ids, weights, pool)
+        shapes = {
+            (module := expert_module(layer, e, p)): self._shape(module)
+            for e in range(experts)
+            for p in PROJECTIONS
+        }
+        writer = ShardWriter(stage_file(self._folder, layer), stage_specs(shapes, self._scheme))
+        try:
+            step = self._batch()
+            for first in range(0, experts, step):
+                chosen = range(first, min(first + step, experts))
+                self._solve_group(given, chosen, writer)
+                self._progress.advance(len(chosen))
+        except BaseException:
+            writer.abort()
+            raise
+        writer.close()
+
+    def _shape(self, module: str) -> tuple[int, int]:
+        shape = find_weight(self._checkpoint, module).shape
+        return shape[0], shape[1]
+
+    def _batch(self) -> int:
+        """Experts solved together within the memory cap."""
+        wide = max(self._config.hidden_size, self._config.moe_intermediate_size)
+        matrix = self._config.hidden_size * self._config.moe_intermediate_size
+        # Moments in float64 with a factor and copies in float32; weights, work space and codes.
+        return max(1, self._memory // (48 * wide * wide + 64 * matrix))
+
+    def _solve_group(self, given: _Layer, experts: range, writer: ShardWriter) -> None:
+        """Solve w1 and w3 of some experts, then w2 on what those make of the inputs."""
+        gate_up = {e: [self._read(given.name, e, p) for p in ("w1", "w3")] for e in experts}
+        solved = self._solve_gate_up(given, gate_up)
+        down = {e: self._read(given.name, e, "w2") for e in experts}
+        moments = [self._hidden_moments(given, e, gate_up[e], solved[e]) for e in experts]
+        corrections = [m for _, m in moments if m is not None]
+        codes = solve_batch(
+            [[down[e]] for e in experts],
+            torch.stack([h for h, _ in moments]),
+            torch.stack(corrections) if corrections else None,
+            self._scheme,
+        )
+        for e, (w2,) in zip(experts, codes, strict=True):
+            for projection, q in (("w1", solved[e][0]), ("w2", w2), ("w3", solved[e][1])):
+                add_matrix(writer, expert_module(given.name, e, projection), q)
+
+    def _solve_gate_up(
+        self, given: _Layer, sources: dict[int, list[QTensor]]
+    ) -> dict[int, list[QTensor]]:
+        grams, corrections = [], []
+        for expert in sources:
+            tokens, weights = given.rows_of(expert)
+            rows, squares = given.x[tokens], weights.square()
+            total = gram_sum(rows, rows, squares)
+            gram = damped(shrunk(total, len(tokens), given.pool))
+            grams.append(gram.float())
+            if self._reference is not None:
+                cross = gram_sum(given.original[tokens] - rows, rows, squares)
+                corrections.append(correction(cross, len(tokens), gram))
+        codes = solve_batch(
+            list(sources.values()),
+            torch.stack(grams),
+            torch.stack(corrections) if corrections else None,
+            self._scheme,
+        )
+        return dict(zip(sources, codes, strict=True))
+
+    def _hidden_moments(
+        self, given: _Layer, expert: int, source: list[QTensor], solved: list[QTensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Damped moments of what w2 multiplies, and the correction of its target."""
+        device = given.x.device
+        before = [dequantize(q).to(device) for q in source]
+        after = before if self._reference is None else [dequantize(q).to(device) for q in solved]
+        tokens, weights = given.rows_of(expert)
+        hidden = self._hidden(given.x[tokens], after, weights)
+        step = max(1, given.x.shape[0] // _POOL_SAMPLE)
+        # The root of the mean square over the layer's own weights keeps the pool's scale right.
+        typical = given.weights.square().mean().sqrt()
+        sample = given.x[::step]
+        pooled = self._hidden(sample, after, typical.expand(sample.shape[0]))
+        pool = gram_sum(pooled, pooled) / sample.shape[0]
+        gram = damped(shrunk(gram_sum(hidden, hidden), len(tokens), pool))
+        if self._reference is None:
+            return gram.float(), None
+        wanted = self._hidden(given.original[tokens], before, weights)
+        cross = gram_sum(wanted - hidden, hidden)
+        return gram.float(), correction(cross, len(tokens), gram)
+
+    def _hidden(self, x: Tensor, matrices: list[Tensor], weights: Tensor) -> Tensor:
+        limit = self._config.swiglu_limit
+        hidden = expert_hidden(x, matrices[0], matrices[1], limit, self._options)
+        return quantized_input(hidden * weights.unsqueeze(1), self._options)
+
+    def _read(self, layer: str, expert: int, projection: str) -> QTensor:
+        module = expert_module(layer, expert, projection)
+        return read_weight(self._checkpoint, find_weight(self._checkpoint, module))
+
+
+def solve(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    windows: Sequence[Tensor],
+    options: ForwardOptions,
+    floor: int,
+    settings: SolveSettings,
+    folder: Path,
+    progress: Progress,
+) -> Solution:
+    """Solve every routed expert that windows (int64 ids) can reach; returns the finished folder.
+
+    The same call again resumes, layer by layer. Draft stages other than a classic MTP stage cannot
+    be run and are left to the plain solver. Raises SolutionError, UnsupportedScheme for a scheme
+    that is not of integers, NonFiniteActivation naming what computed NaN, and OutputError.
+    """
+    scheme = settings.scheme
+    if scheme.element != "int":
+        raise UnsupportedScheme(
+            f"'{scheme.name}' cannot be solved: error feedback is for integer schemes; FP4 and FP8 "
+            "schemes are cast from MXFP4, most of them exactly"
+        )
+    drafts = classic_drafts(checkpoint)
+    stages = [*trunk_stages(config), *drafts]
+    header = _header(checkpoint, windows, options, floor, settings)
+    begin_solution(folder, header)
+    progress.start("Solving", len(stages) * config.n_routed_experts, "expert")
+    keeper = InputKeeper() if settings.propagate else None
+    solver = LayerSolver(checkpoint, config, stages, settings, folder, options, keeper, progress)
+    params = SolvedParams(checkpoint, folder)
+    models = [StreamModel(CheckpointParams(checkpoint), options, solver)]
+    if keeper is not None:
+        models = [
+            StreamModel(CheckpointParams(checkpoint), options, keeper),
+            StreamModel(params, options, solver),
+        ]
+    try:
+        streams = stream_forward(models, config, windows)
+        if drafts:
+            stream_mtp(models, config, windows, streams)
+    finally:
+        params.close()
+    progress.finish()
+    digest = checkpoint.digest()
+    stats = Stats(digest, floor, solver.stages)
+    write_file_atomically(folder / STATS_NAME, save_stats(stats))
+    facts = {stage: {"tokens": stats.stages[stage].tokens.tolist()} for stage in stages}
+    finish_solution(folder, header, facts)
+    return load_solution(folder, digest)
+
+
+def _header(
+    checkpoint: Checkpoint,
+    windows: Sequence[Tensor],
+    options: ForwardOptions,
+    floor: int,
+    settings: SolveSettings,
+) -> dict[str, Any]:
+    """What a solution depends on; a folder begun with another header is not resumed."""
+    sha = hashlib.sha256()
+    for window in windows:
+        sha.update(window.numpy().tobytes())
+        sha.update(b"|")
+    return {
+        "version": SOLUTION_VERSION,
+        "source_digest": checkpoint.digest(),
+        "scheme": settings.scheme.name,
+        "propagate": settings.propagate,
+        "activations": options.activations,
+        "floor": floor,
+        "windows": len(windows),
+        "tokens": sum(len(w) for w in windows),
+        "corpus_digest": sha.hexdigest(),
+    }

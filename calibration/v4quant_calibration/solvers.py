@@ -1,0 +1,121 @@
+"""solvers: who turns a matrix into codes and scales, behind one signature.
+
+rtn: each group's scale is its largest magnitude over the largest integer, each weight goes to the
+nearest point. What everybody else's converter does without data.
+optimal: the group's best scale, exactly (`scale_search`): MXFP4 values are few, so every assignment
+of values to integers can be listed. Uses the inputs' second moments when they are known.
+gptq: codes chosen together, by the full second moments of the inputs (`gptq`, then `refine`). It
+sees a layer's inputs while they stream past, so it runs inside `calibrate --solve` (`solve.py`) and
+leaves a `Solution`; a conversion packs that.
+
+The function below is what GPTQ does to one batch of matrices once their inputs are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from v4quant_calibration.gptq import Codes, Grid, gptq
+from v4quant_calibration.refine import choose, gram_error, refine
+from v4quant_calibration.scale_search import QuantizedMatrix, search_dense, search_mxfp4
+from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.ref import codec, intq
+from v4quant_kernels.ref.pack import pack_bits, unpack_bits
+from v4quant_kernels.scheme import Scheme
+
+Solver = Callable[[QTensor, Scheme, Tensor | None], QuantizedMatrix]
+"""Codes an integer scheme from a source matrix and, where known, its inputs' second moments [K]."""
+
+
+def rtn(matrix: QTensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedMatrix:
+    """Largest magnitude over largest integer, round to nearest; `importance` is not used."""
+    del importance
+    values = codec.dequantize(matrix)
+    return measured(values, intq.quantize(values, scheme))
+
+
+def optimal(matrix: QTensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedMatrix:
+    """The best scale of every group, weighted by `importance` where it is given."""
+    if matrix.scheme.name == "mxfp4" and scheme.bits == 4:
+        return search_mxfp4(matrix, scheme, importance)
+    return search_dense(codec.dequantize(matrix), scheme, importance)
+
+
+SOLVERS: dict[str, Solver] = {"rtn": rtn, "optimal": optimal}
+"""Solvers that need no more than the matrix and moments; "gptq" is solved beforehand."""
+
+SOLVER_NAMES = (*SOLVERS, "gptq")
+
+
+def measured(values: Tensor, q: QTensor) -> QuantizedMatrix:
+    """A coded matrix with its unweighted error against float32 `values` [N, K]."""
+    difference = (codec.dequantize(q) - values).double()
+    squared = float(difference.square().sum())
+    norm = float(values.double().square().sum())
+    return QuantizedMatrix(q, squared, norm, float(difference.abs().max()))
+
+
+def solve_batch(
+    sources: Sequence[Sequence[QTensor]],
+    grams: Tensor,
+    corrections: Tensor | None,
+    scheme: Scheme,
+) -> list[list[QTensor]]:
+    """GPTQ and refinement of several experts' matrices at once.
+
+    sources: for each expert, the matrices that multiply the same rows (w1 with w3, or w2 alone).
+    grams: damped second moments of those rows, float32 `[B, K, K]`. corrections: M of `gram`,
+    `[B, K, K]`, added as W + W M to the target; None aims at the source itself.
+
+    Where the optimal plain scales leave a row a lower Gram-weighted error than GPTQ does,
+    refinement starts from them instead: the result is never worse than uncalibrated codes on the
+    moments it was given.
+    """
+    grid = Grid(scheme.bits, scheme.group_size)
+    target = torch.stack([_columns(matrices, grams.device) for matrices in sources])
+    if corrections is not None:
+        target += corrections.mT @ target
+    codes = gptq(target, grams, grid)
+    moments = grams.diagonal(dim1=1, dim2=2).cpu()
+    plain = [
+        [optimal(q, scheme, m).tensor for q in matrices]
+        for matrices, m in zip(sources, moments, strict=True)
+    ]
+    fallback = _codes(plain, grams.device)
+    worse = gram_error(target, grams, fallback, grid) < gram_error(target, grams, codes, grid)
+    codes = refine(target, grams, choose(worse, fallback, codes), grid)
+    return [
+        _packed(codes.integers[i], codes.scale[i], [q.shape[0] for q in matrices], scheme)
+        for i, matrices in enumerate(sources)
+    ]
+
+
+def _columns(matrices: Sequence[QTensor], device: torch.device) -> Tensor:
+    """Values of stacked matrices, transposed: float32 `[K, sum of N]`."""
+    return torch.cat([codec.dequantize(q) for q in matrices]).to(device).mT.contiguous()
+
+
+def _codes(batch: Sequence[Sequence[QTensor]], device: torch.device) -> Codes:
+    integers, scales = [], []
+    for matrices in batch:
+        rows = [unpack_bits(q.codes, q.scheme.bits, q.shape[1]).float() for q in matrices]
+        integers.append(torch.cat(rows).mT)
+        scales.append(torch.cat([q.scale.float() for q in matrices if q.scale is not None]).mT)
+    return Codes(
+        torch.stack(integers).to(device).contiguous(), torch.stack(scales).to(device).contiguous()
+    )
+
+
+def _packed(integers: Tensor, scale: Tensor, heights: list[int], scheme: Scheme) -> list[QTensor]:
+    """Coded matrices from integers `[K, N]` and scales `[K/g, N]`, cut at their heights."""
+    result = []
+    for part, factors in zip(
+        integers.mT.cpu().split(heights), scale.mT.cpu().split(heights), strict=True
+    ):
+        codes = pack_bits(part.to(torch.int8).contiguous(), scheme.bits)
+        shape = (part.shape[0], part.shape[1])
+        result.append(QTensor(scheme, shape, codes, factors.bfloat16().contiguous()))
+    return result
