@@ -1,8 +1,8 @@
 """convert: one Unit's arithmetic. Reads slices, recodes or quantizes, hands tensors to the writer.
 
 Three ways for an expert matrix, tried in this order: the codes already are what is wanted (copy);
-the target holds MXFP4's values, so they are recoded exactly (kernels.ref.cast); otherwise the best
-scales are searched (calibration.scale_search). Dense tensors are carried in bounded pieces.
+the target holds MXFP4's values, so they are recoded exactly (kernels.ref.cast); otherwise a solver
+finds codes (calibration.solvers), or has found them. Dense tensors are carried in bounded pieces.
 """
 
 from __future__ import annotations
@@ -16,12 +16,9 @@ from torch import Tensor
 
 from v4quant.plan import Plan, Unit
 from v4quant.records import Disposition, TensorRecord
-from v4quant_calibration.scale_search import (
-    QuantizedMatrix,
-    search_dense,
-    search_mxfp4,
-)
-from v4quant_calibration.stats import Stats
+from v4quant_calibration.scale_search import QuantizedMatrix
+from v4quant_calibration.solution import Evidence, Solution
+from v4quant_calibration.solvers import SOLVERS, measured
 from v4quant_formats.shards import ShardWriter
 from v4quant_formats.weights import StoredWeight, check_finite, read_weight, scale_part
 from v4quant_kernels.errors import NonFiniteWeight, V4QuantError
@@ -43,12 +40,12 @@ class ScaleNotPowerOfTwo(V4QuantError):
 
 class _Converter(Protocol):
     def __call__(
-        self, plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None
+        self, plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
     ) -> list[TensorRecord]: ...
 
 
 def convert_unit(
-    plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None
+    plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
 ) -> list[TensorRecord]:
     """Convert one unit and write its tensors. Returns one record per module.
 
@@ -58,7 +55,9 @@ def convert_unit(
     return _CONVERTERS[unit.action](plan, unit, writer, stats)
 
 
-def _copy(plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None) -> list[TensorRecord]:
+def _copy(
+    plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
+) -> list[TensorRecord]:
     for stored in unit.sources:
         for spec in stored.parts.values():
             for first_byte, piece in plan.checkpoint.read_chunks(spec.name):
@@ -67,7 +66,9 @@ def _copy(plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None) -> l
     return [_record(stored, "copied", _storage(stored)) for stored in unit.sources]
 
 
-def _bf16(plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None) -> list[TensorRecord]:
+def _bf16(
+    plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
+) -> list[TensorRecord]:
     stored, name = unit.sources[0], unit.outputs[0].name
     rows, columns = stored.shape
     altered, squared, largest = 0, 0.0, 0.0
@@ -92,7 +93,7 @@ def _bf16(plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None) -> l
 
 
 def _rescale(
-    plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None
+    plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
 ) -> list[TensorRecord]:
     """An FP8 matrix whose scales change dtype or name: E8M0 widened, or float32 narrowed."""
     stored, (_, wanted) = unit.sources[0], unit.outputs
@@ -126,15 +127,14 @@ def _copy_codes(plan: Plan, stored: StoredWeight, writer: ShardWriter) -> Tensor
 
 
 def _experts(
-    plan: Plan, unit: Unit, writer: ShardWriter, stats: Stats | None
+    plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
 ) -> list[TensorRecord]:
     records = []
     matrices = [read_weight(plan.checkpoint, stored) for stored in unit.sources]
     tops = _nvfp4_tops(plan, matrices)
     layout = plan.recipe.layout
     for stored, q, top in zip(unit.sources, matrices, tops, strict=True):
-        importance = stats.importance(stored.module) if stats else None
-        result, record = _convert_matrix(plan, stored, q, importance, top)
+        result, record = _convert_matrix(plan, stored, q, stats, top)
         amax = _input_amax(plan, stored, stats) if layout.stores_input_scale else 0.0
         for suffix, tensor in layout.expert_tensors(result, amax).items():
             writer.add(f"{stored.module}.{suffix}", tensor)
@@ -178,7 +178,7 @@ def _nvfp4_tops(plan: Plan, matrices: list[QTensor]) -> list[_Top]:
 
 
 def _convert_matrix(
-    plan: Plan, stored: StoredWeight, q: QTensor, importance: Tensor | None, top: _Top
+    plan: Plan, stored: StoredWeight, q: QTensor, stats: Evidence | None, top: _Top
 ) -> tuple[QTensor, TensorRecord]:
     scheme = plan.scheme
     if q.scheme.name == scheme.name:
@@ -188,16 +188,18 @@ def _convert_matrix(
         _refuse_inexact(plan, stored, cast.altered, scheme.name)
         if not cast.altered:
             return cast.tensor, _record(stored, "cast", scheme.name)
-        loss = _measure(codec.dequantize(q), cast.tensor)
+        loss = measured(codec.dequantize(q), cast.tensor)
         return cast.tensor, _lossy_record(stored, scheme, loss, "cast", cast.altered)
     if scheme.name == "bf16":
         return _to_bf16(plan, stored, q)
-    if q.scheme.name == "mxfp4" and scheme.element == "int":
-        found = search_mxfp4(q, scheme, importance)
+    if scheme.element == "int":
+        if q.scheme.name != "mxfp4":
+            _refuse_overflow(plan, stored, codec.dequantize(q))
+        found = _solve(plan, stored.module, q, stats)
     else:
         values = codec.dequantize(q)
         _refuse_overflow(plan, stored, values)
-        found = _quantize_dense(values, scheme, importance, top)
+        found = _quantize_floats(values, scheme, top)
     return found.tensor, _lossy_record(stored, scheme, found, "quantized", 0)
 
 
@@ -205,7 +207,7 @@ def _to_bf16(plan: Plan, stored: StoredWeight, q: QTensor) -> tuple[QTensor, Ten
     """An expert matrix in bfloat16: exact, but for scales beyond bfloat16's normal numbers."""
     values = codec.dequantize(q)
     _refuse_overflow(plan, stored, values)
-    found = _measure(values, codec.quantize(values, plan.scheme))
+    found = measured(values, codec.quantize(values, plan.scheme))
     altered = int((codec.dequantize(found.tensor) != values).sum())
     _refuse_inexact(plan, stored, altered, "bf16")
     if not altered:
@@ -213,35 +215,35 @@ def _to_bf16(plan: Plan, stored: StoredWeight, q: QTensor) -> tuple[QTensor, Ten
     return found.tensor, _lossy_record(stored, plan.scheme, found, "cast", altered)
 
 
-def _quantize_dense(
-    x: Tensor, scheme: Scheme, importance: Tensor | None, top: _Top
-) -> QuantizedMatrix:
-    if scheme.element == "int":
-        return search_dense(x, scheme, importance)
+def _solve(plan: Plan, module: str, q: QTensor, stats: Evidence | None) -> QuantizedMatrix:
+    """Integer codes: the solution's where it has some, else the recipe's plain solver's."""
+    if plan.recipe.solver != "gptq":
+        importance = stats.importance(module) if stats else None
+        return SOLVERS[plan.recipe.solver](q, plan.scheme, importance)
+    assert isinstance(stats, Solution), "checked when the solution was read"
+    solved = stats.solved(module, plan.scheme, q.shape)
+    if solved is None:  # a draft stage that calibration cannot run
+        return SOLVERS["optimal"](q, plan.scheme, stats.importance(module))
+    return measured(codec.dequantize(q), solved)
+
+
+def _quantize_floats(x: Tensor, scheme: Scheme, top: _Top) -> QuantizedMatrix:
     extra = {}
     if scheme.name == "nvfp4" and top.amax is not None:
         extra["global_scale"] = torch.tensor(max(top.amax, 2.0**-100) / (6 * 448))
-    return _measure(x, codec.quantize(x, scheme, **extra))
+    return measured(x, codec.quantize(x, scheme, **extra))
 
 
-def _measure(x: Tensor, q: QTensor) -> QuantizedMatrix:
-    difference = (codec.dequantize(q) - x).double()
-    squared = float(difference.square().sum())
-    return QuantizedMatrix(
-        q, squared, float(x.double().square().sum()), float(difference.abs().max())
-    )
-
-
-def _input_amax(plan: Plan, stored: StoredWeight, stats: Stats | None) -> float:
+def _input_amax(plan: Plan, stored: StoredWeight, stats: Evidence | None) -> float:
     """Largest input magnitude an expert matrix must expect: measured, or a proven bound.
 
     w1 and w3 see an RMS-normalised row times the norm's weight, so |x_i| <= sqrt(d) * max|w|. w2
     sees routing weight * silu(gate) * up with gate <= limit and |up| <= limit, so
     <= routed_scaling_factor * limit^2.
     """
-    measured = stats.input_amax(stored.module) if stats else None
-    if measured:
-        return measured
+    seen = stats.input_amax(stored.module) if stats else None
+    if seen:
+        return seen
     config = plan.config
     if stored.module.endswith(".w2"):
         return config.routed_scaling_factor * config.swiglu_limit**2

@@ -31,7 +31,7 @@ from v4quant.memory import peak_rss_bytes
 from v4quant.plan import Plan, ShardPlan
 from v4quant.ranks import Ranks
 from v4quant.records import TensorRecord, record_from_dict
-from v4quant_calibration.stats import Stats
+from v4quant_calibration.solution import Evidence
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.deepseek_v4 import detect_release
 from v4quant_formats.errors import OutputError
@@ -76,7 +76,7 @@ class JobResult:
 def run_job(
     plan: Plan,
     out: Path,
-    stats: Stats | None = None,
+    stats: Evidence | None = None,
     workers: int = 2,
     progress: Progress | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
@@ -154,7 +154,7 @@ def _write_shards(
     plan: Plan,
     shards: list[ShardPlan],
     out: Path,
-    stats: Stats | None,
+    stats: Evidence | None,
     workers: int,
     journal: Journal,
     progress: Progress,
@@ -193,7 +193,7 @@ def _convert_shard(
     plan: Plan,
     shard: ShardPlan,
     writer: ShardWriter,
-    stats: Stats | None,
+    stats: Evidence | None,
     pool: ThreadPoolExecutor,
     progress: Progress,
 ) -> list[TensorRecord]:

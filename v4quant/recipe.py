@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from v4quant_calibration.solvers import SOLVER_NAMES
 from v4quant_formats.layout import ENGINE_CHOICES, NEUTRAL, Layout
 from v4quant_formats.layouts import choose_layout
 from v4quant_kernels.errors import V4QuantError
@@ -22,6 +23,7 @@ _CHOICES = {
     "on_inexact": ("nearest", "keep", "refuse"),
     "unknown": ("refuse", "copy"),
     "engine": ENGINE_CHOICES,
+    "solver": SOLVER_NAMES,
 }
 
 
@@ -40,6 +42,8 @@ class Recipe:
         the stage's experts in the source format, or refuses.
     unknown: tensors no V4 release has are refused, or copied byte for byte.
     engine: write the variant of the format that this engine wants, or the neutral one.
+    solver: how integer codes are found: rtn, optimal, or gptq (which needs a solution of
+        `calibrate --solve`).
     """
 
     scheme: str
@@ -48,6 +52,7 @@ class Recipe:
     on_inexact: str = "nearest"
     unknown: str = "refuse"
     engine: str = NEUTRAL
+    solver: str = "optimal"
 
     def __post_init__(self) -> None:
         """Check every choice. Raises RecipeError, UnsupportedScheme or UnsupportedPair."""
@@ -61,6 +66,10 @@ class Recipe:
             raise RecipeError(
                 f"on_inexact = 'keep' does not work with {self.scheme} in {self.format}: that "
                 "format declares one scheme for all experts; use nearest or refuse"
+            )
+        if self.solver == "gptq" and self.expert_scheme.element != "int":
+            raise RecipeError(
+                f"recipe: solver = 'gptq' is for integer schemes; {self.scheme} is cast from MXFP4"
             )
 
     @property

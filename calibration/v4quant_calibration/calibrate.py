@@ -2,16 +2,19 @@
 
 The second moment of an input channel is the weight its squared weight error deserves: with inputs
 of covariance C, the expected output error of a row error e is e C e^T, of which the scale search
-uses the diagonal. Hash-routed layers and the MTP stage are covered like the others.
+uses the diagonal. Hash-routed layers and the MTP stage are covered like the others. Experts with
+too few tokens cause more text to be drawn (`coverage`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from v4quant_calibration.coverage import Demand, next_round
 from v4quant_calibration.model.mtp import STAGE
 from v4quant_calibration.model.observer import SilentObserver
 from v4quant_calibration.model.options import ForwardOptions
@@ -26,12 +29,23 @@ from v4quant_kernels.progress import Progress
 DEFAULT_FLOOR = 32
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics, and the windows they were measured on in the order drawn."""
+
+    stats: Stats
+    windows: list[Tensor]
+
+
 class MomentObserver(SilentObserver):
     """Accumulates float64 sums of squares, magnitudes and token counts of every expert's inputs."""
 
-    def __init__(self, config: ModelConfig, stages: Sequence[str]) -> None:
-        """Empty statistics for `stages`."""
-        experts = config.n_routed_experts
+    def __init__(
+        self, config: ModelConfig, stages: Sequence[str], demand: Demand | None = None
+    ) -> None:
+        """Empty statistics for `stages`; `demand` learns which token ids starved experts want."""
+        self._demand = demand
+        experts = self._experts = config.n_routed_experts
         widths = {"w13": config.hidden_size, "w2": config.moe_intermediate_size}
         self.stages = {
             stage: StageStats(
@@ -41,6 +55,12 @@ class MomentObserver(SilentObserver):
             )
             for stage in stages
         }
+
+    def on_experts(self, layer: str, x: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
+        """What this round adds is known now: tell the demand who is starved still."""
+        if self._demand is not None:
+            added = torch.bincount(expert_ids.flatten().cpu(), minlength=self._experts)
+            self._demand.learn(layer, x, self.stages[layer].tokens + added)
 
     def on_expert_input(self, layer: str, expert: int, x: Tensor) -> None:
         """Rows that w1 and w3 multiply; they also count the expert's tokens."""
@@ -66,22 +86,40 @@ def calibrate(
     options: ForwardOptions,
     floor: int,
     progress: Progress,
-) -> Stats:
+    reserve: Sequence[Tensor] = (),
+) -> Calibration:
     """Statistics of every routed expert over the given windows (int64 ids).
 
-    floor: experts with fewer tokens count as starved. Only the first draft stage is run, and only
-    when it is a classic MTP stage; others keep no statistics of their own.
+    floor: experts with fewer tokens are starved; while there are any, windows of `reserve` are
+    drawn too. Only the first draft stage is run, and only when it is a classic MTP stage; others
+    keep no statistics of their own.
     """
     drafts = classic_drafts(checkpoint)
-    observer = MomentObserver(config, [*trunk_stages(config), *drafts])
-    model = StreamModel(CheckpointParams(checkpoint), options, observer)
-    progress.start("Calibrating", config.num_hidden_layers + len(drafts), "layer")
-    streams = stream_forward([model], config, windows, progress=lambda *_: progress.advance(1))
-    if drafts:
-        stream_mtp([model], config, windows, streams)
-        progress.advance(1)
-    progress.finish()
-    return Stats(checkpoint.digest(), floor, observer.stages)
+    stages = [*trunk_stages(config), *drafts]
+    params = CheckpointParams(checkpoint)
+    demand = Demand(config, params, floor) if reserve else None
+    observer = MomentObserver(config, stages, demand)
+    model = StreamModel(params, options, observer)
+    drawn, left, draw = list(windows), list(reserve), list(windows)
+    first: dict[str, Tensor] = {}
+    while draw:
+        if demand is not None:
+            demand.begin(draw)
+        progress.start("Calibrating", len(stages), "layer")
+        streams = stream_forward([model], config, draw, progress=lambda *_: progress.advance(1))
+        if drafts:
+            stream_mtp([model], config, draw, streams)
+            progress.advance(1)
+        progress.finish()
+        first = first or {name: stage.tokens.clone() for name, stage in observer.stages.items()}
+        starved = any(bool((s.tokens < floor).any()) for s in observer.stages.values())
+        draw = []
+        if demand is not None and starved and left:
+            chosen = set(next_round(left, len(drawn), demand.wanted))
+            draw = [ids for i, ids in enumerate(left) if i in chosen]
+            left = [ids for i, ids in enumerate(left) if i not in chosen]
+            drawn += draw
+    return Calibration(Stats(checkpoint.digest(), floor, observer.stages, first), drawn)
 
 
 def classic_drafts(checkpoint: Checkpoint) -> list[str]:

@@ -55,14 +55,38 @@ def damped(gram: Tensor) -> Tensor:
     return gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (DAMPING * mean)
 
 
-def correction(cross: Tensor, count: float, gram: Tensor) -> Tensor:
+def correction(lost: Tensor, rows: Tensor, gram: Tensor, weights: Tensor | None = None) -> Tensor:
     """M `[K, K]` float32 such that W + W M undoes what it can of the inputs' error.
 
     A converted model feeds an expert with rows x' where the original had x. The matrix W' that
-    brings W' x' closest to W x, over the shrunk and damped moments `gram` of x', is W + W M with
-    M = E[(x - x') x'^T] H^-1: the asymmetric calibration of GPTAQ (Li et al., arXiv 2504.02692)
-    in closed form. cross: the float64 sum of (x - x')^T x' over `count` rows.
+    brings W' x' closest to W x, over the shrunk and damped moments H of x' (`gram`), is W + W M
+    with M = E[(x - x') x'^T] H^-1: the asymmetric calibration of GPTAQ (Li et al., arXiv
+    2504.02692) in closed form. lost: rows x - x', rows: x', both float32 `[n, K]`, of weights
+    `[n]`.
+
+    M is a regression with K^2 coefficients, and any regression explains K / n of pure noise. Where
+    x' differs from x by little more than noise (4 bits and finer), using all of M would add that
+    noise to the weights. So M is scaled by the share of what it explains that is not expected by
+    chance, 1 - (1 - R^2) / R^2 * K / n, down to nothing.
     """
-    borrowed = POOL_ROWS_PER_CHANNEL * len(gram)
+    count, columns = len(rows), len(gram)
+    borrowed = POOL_ROWS_PER_CHANNEL * columns
+    cross = gram_sum(lost, rows, weights) / (count + borrowed)
     factor = torch.linalg.cholesky(gram.double())
-    return torch.cholesky_solve(cross.mT / (count + borrowed), factor).mT.float()
+    solved = torch.cholesky_solve(cross.mT, factor).mT
+    energies = lost.double().square().sum(1)
+    energy = float((energies if weights is None else energies * weights).sum())
+    explained = float((solved * cross).sum()) * (count + borrowed)
+    if explained <= 0 or energy <= 0:
+        return torch.zeros_like(gram, dtype=torch.float32)
+    share = min(explained / energy, 1.0)
+    chance = (1 - share) / share * columns / _effective(count, weights)
+    return (solved * max(0.0, 1 - chance)).float()
+
+
+def _effective(count: int, weights: Tensor | None) -> float:
+    """How many equal rows tell as much as rows of these weights: (sum w)^2 / sum w^2."""
+    if weights is None:
+        return float(count)
+    wide = weights.double()
+    return float(wide.sum().square() / wide.square().sum())

@@ -21,7 +21,7 @@ from v4quant_calibration.gptq import Codes, Grid
 from v4quant_kernels.ref.intq import storable_scale
 
 DEFAULT_SWEEPS = 12
-# A sweep that lowers the error of the whole batch by less than this share of it is the last.
+# A sweep that lowers an expert's error by less than this share of it is its last.
 _ENOUGH = 2e-3
 
 
@@ -33,13 +33,19 @@ def refine(
     The Gram-weighted error of no row rises. Arguments are left unchanged.
     """
     codes = Codes(start.integers.clone(), start.scale.clone())
-    first = last = gram_error(target, gram, start, grid)
+    first = gram_error(target, gram, start, grid)
+    last = first.clone()
+    # Every expert stops for itself, so its codes do not depend on who shares its batch.
+    active = torch.arange(len(target), device=target.device)
     for _ in range(sweeps):
-        _sweep(target, gram, codes, grid)
-        now = gram_error(target, gram, codes, grid)
-        done = float((last - now).sum()) <= _ENOUGH * float(last.sum())
-        last = now
-        if done:
+        part = Codes(codes.integers[active], codes.scale[active])
+        _sweep(target[active], gram[active], part, grid)
+        now = gram_error(target[active], gram[active], part, grid)
+        codes.integers[active], codes.scale[active] = part.integers, part.scale
+        gained = (last[active] - now).sum(1) > _ENOUGH * last[active].sum(1)
+        last[active] = now
+        active = active[gained]
+        if not len(active):
             break
     return choose(last <= first, codes, start)
 

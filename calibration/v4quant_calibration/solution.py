@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from v4quant_calibration.stats import Stats, StatsError, load_stats
-from v4quant_formats.checkpoint import Checkpoint, FileState
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import parse_name
 from v4quant_formats.manifest import to_json
 from v4quant_formats.model_config import ConfigError, read_json_object
 from v4quant_formats.safetensors_header import read_header
+from v4quant_formats.shard_files import LocalShards, file_state
 from v4quant_formats.shards import ShardWriter, hash_file, write_file_atomically
 from v4quant_formats.spec import TensorSpec
 from v4quant_formats.weights import find_weight, read_weight
@@ -74,9 +75,9 @@ def open_stage(folder: Path, stage: str) -> Checkpoint:
     """A finished stage's file as something to read matrices from. Raises FormatError."""
     path = stage_file(folder, stage)
     tensors = read_header(path)
-    stat = path.stat()
-    states = {path.name: FileState(stat.st_size, stat.st_mtime_ns, stat.st_ino)}
-    return Checkpoint(folder, MappingProxyType({}), MappingProxyType(tensors), states)
+    states = {path.name: file_state(path.stat())}
+    table = MappingProxyType(tensors)
+    return Checkpoint(folder, MappingProxyType({}), table, states, LocalShards(folder, states))
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,10 @@ class Solution:
         """Close the stage files."""
         for stage in self.stages.values():
             stage.close()
+
+
+Evidence = Stats | Solution
+"""What `calibrate` left: statistics alone, or a solution with its statistics."""
 
 
 def is_solution(path: Path) -> bool:

@@ -20,8 +20,8 @@ interrupted run repeats forward passes but no solving.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -229,8 +229,8 @@ class LayerSolver(MomentObserver):
             gram = damped(shrunk(total, len(tokens), given.pool))
             grams.append(gram.float())
             if self._reference is not None:
-                cross = gram_sum(given.original[tokens] - rows, rows, squares)
-                corrections.append(correction(cross, len(tokens), gram))
+                lost = given.original[tokens] - rows
+                corrections.append(correction(lost, rows, gram, squares))
         codes = solve_batch(
             list(sources.values()),
             torch.stack(grams),
@@ -258,8 +258,7 @@ class LayerSolver(MomentObserver):
         if self._reference is None:
             return gram.float(), None
         wanted = self._hidden(given.original[tokens], before, weights)
-        cross = gram_sum(wanted - hidden, hidden)
-        return gram.float(), correction(cross, len(tokens), gram)
+        return gram.float(), correction(wanted - hidden, hidden, gram)
 
     def _hidden(self, x: Tensor, matrices: list[Tensor], weights: Tensor) -> Tensor:
         limit = self._config.swiglu_limit
@@ -280,11 +279,13 @@ def solve(
     settings: SolveSettings,
     folder: Path,
     progress: Progress,
+    first: Mapping[str, Tensor] | None = None,
 ) -> Solution:
     """Solve every routed expert that windows (int64 ids) can reach; returns the finished folder.
 
-    The same call again resumes, layer by layer. Draft stages other than a classic MTP stage cannot
-    be run and are left to the plain solver. Raises SolutionError, UnsupportedScheme for a scheme
+    first: what is known of the first draw (`Stats.first`). The same call again resumes, layer by
+    layer. Draft stages other than a classic MTP stage cannot be run and are left to the plain
+    solver. Raises SolutionError, UnsupportedScheme for a scheme
     that is not of integers, NonFiniteActivation naming what computed NaN, and OutputError.
     """
     scheme = settings.scheme
@@ -316,6 +317,8 @@ def solve(
     progress.finish()
     digest = checkpoint.digest()
     stats = Stats(digest, floor, solver.stages)
+    if first and not settings.propagate:  # counts of the same routing
+        stats = replace(stats, first=first)
     write_file_atomically(folder / STATS_NAME, save_stats(stats))
     facts = {stage: {"tokens": stats.stages[stage].tokens.tolist()} for stage in stages}
     finish_solution(folder, header, facts)

@@ -39,7 +39,7 @@ def rtn(matrix: QTensor, scheme: Scheme, importance: Tensor | None = None) -> Qu
 
 def optimal(matrix: QTensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedMatrix:
     """The best scale of every group, weighted by `importance` where it is given."""
-    if matrix.scheme.name == "mxfp4" and scheme.bits == 4:
+    if matrix.scheme.name == "mxfp4" and scheme.bits <= 4:
         return search_mxfp4(matrix, scheme, importance)
     return search_dense(codec.dequantize(matrix), scheme, importance)
 

@@ -5,16 +5,17 @@ moment E[x_i^2] and the largest magnitude of each input channel set, for w1/w3 (
 input, [E, hidden_size]) and for w2 ([E, moe_intermediate_size], routing weight included). Sums are
 kept as float64 sums and counts, so that files of several ranks can be added.
 
-An expert with fewer than `floor` tokens is *starved*: its own moments are noise, so it falls back
-to the layer's pooled moments over all experts.
+An expert with fewer than `floor` tokens is *starved*: its own moments are noise, so they are mixed
+with the layer's pooled moments over all experts, by its count: n / floor of its own, the rest of
+the pool. So nothing jumps where the floor is reached, and an expert without tokens has the pool.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from v4quant_formats.deepseek_v4 import parse_name
 from v4quant_kernels.errors import V4QuantError
 
-STATS_VERSION = 1
+STATS_VERSION = 2
 _INPUTS = ("w13", "w2")
 
 
@@ -49,14 +50,19 @@ class StageStats:
 
 @dataclass(frozen=True)
 class Stats:
-    """Calibration statistics of a checkpoint; `source_digest` says which."""
+    """Calibration statistics of a checkpoint; `source_digest` says which.
+
+    first: tokens of every expert after the first draw, before starved experts had more text drawn
+    for them; empty where nothing is known of draws.
+    """
 
     source_digest: str
     floor: int
     stages: Mapping[str, StageStats]
+    first: Mapping[str, Tensor] = field(default_factory=dict)
 
     def importance(self, module: str) -> Tensor | None:
-        """Second moment [K] of a matrix's input channels; pooled for starved experts.
+        """Second moment [K] of a matrix's input channels; mixed with the pool's when starved.
 
         None for a module calibration did not cover (no token reached its whole layer).
         """
@@ -64,10 +70,13 @@ class Stats:
         if stage is None:
             return None
         tokens, sums = stage.tokens, stage.sums[source]
-        if int(tokens[expert]) >= self.floor:
-            return sums[expert] / tokens[expert]
-        total = int(tokens.sum())
-        return sums.sum(0) / total if total else None
+        count, total = int(tokens[expert]), int(tokens.sum())
+        if count >= self.floor:
+            return sums[expert] / count
+        if not total:
+            return None
+        pool = sums.sum(0) / total
+        return sums[expert] / self.floor + (1 - count / self.floor) * pool
 
     def input_amax(self, module: str) -> float | None:
         """Largest input magnitude seen, over the layer for starved experts; None if unknown."""
@@ -106,6 +115,8 @@ def save_stats(stats: Stats) -> bytes:
     tensors: dict[str, Tensor] = {}
     for name, stage in stats.stages.items():
         tensors[f"{name}.tokens"] = stage.tokens
+        if name in stats.first:
+            tensors[f"{name}.first_tokens"] = stats.first[name]
         for source in _INPUTS:
             tensors[f"{name}.{source}.sum_of_squares"] = stage.sums[source]
             tensors[f"{name}.{source}.amax"] = stage.amax[source]
@@ -131,7 +142,8 @@ def load_stats(path: Path, source_digest: str) -> Stats:
             if type(floor) is not int or floor < 1:
                 raise StatsError(f"{path}: floor {floor!r} is not a positive number of tokens")
             stages = {name: _read_stage(path, file, name) for name in header["stages"]}
-            stats = Stats(digest, floor, stages)
+            first = _read_first(path, file, stages)
+            stats = Stats(digest, floor, stages, first)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise StatsError(f"{path}: cannot be read as statistics ({error})") from None
     if stats.source_digest != source_digest:
@@ -157,6 +169,44 @@ def _read_stage(path: Path, file: Any, name: str) -> StageStats:
         if not value.is_floating_point() or not bool((torch.isfinite(value) & (value >= 0)).all()):
             raise StatsError(f"{where} holds NaN, infinity or negative moments; calibrate again")
     return StageStats(tokens, sums, amax)
+
+
+def _read_first(path: Path, file: Any, stages: Mapping[str, StageStats]) -> dict[str, Tensor]:
+    first = {}
+    held = set(file.keys())
+    for name, stage in stages.items():
+        if f"{name}.first_tokens" not in held:
+            continue
+        counts = file.get_tensor(f"{name}.first_tokens")
+        fits = counts.shape == stage.tokens.shape and counts.dtype == torch.int64
+        if not fits or not bool(((counts >= 0) & (counts <= stage.tokens)).all()):
+            raise StatsError(f"{path}: stage '{name}' holds impossible counts of its first draw")
+        first[name] = counts
+    return first
+
+
+def merge_stats(parts: Sequence[Stats]) -> Stats:
+    """Statistics of several runs over different text, as if one run had read it all.
+
+    Raises StatsError when they are of different checkpoints, floors or stages.
+    """
+    first = parts[0]
+    for other in parts[1:]:
+        same = (other.source_digest, other.floor, set(other.stages))
+        if same != (first.source_digest, first.floor, set(first.stages)):
+            raise StatsError(
+                "statistics of different checkpoints, floors or stages cannot be merged; calibrate "
+                "each part of the corpus on the same checkpoint with the same settings"
+            )
+    stages = {}
+    for name in first.stages:
+        members = [part.stages[name] for part in parts]
+        stages[name] = StageStats(
+            torch.stack([m.tokens for m in members]).sum(0),
+            {s: torch.stack([m.sums[s] for m in members]).sum(0) for s in _INPUTS},
+            {s: torch.stack([m.amax[s] for m in members]).amax(0) for s in _INPUTS},
+        )
+    return Stats(first.source_digest, first.floor, stages)
 
 
 def stats_digest(data: bytes) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from v4quant_calibration.stats import (
     Stats,
     StatsError,
     load_stats,
+    merge_stats,
     save_stats,
     stats_digest,
 )
@@ -38,10 +40,12 @@ def test_importance_is_the_second_moment(generator: torch.Generator) -> None:
     for projection, source in (("w1", "w13"), ("w3", "w13"), ("w2", "w2")):
         own = stats.importance(f"layers.1.ffn.experts.0.{projection}")
         assert own is not None and torch.equal(own, stage.sums[source][0] / 100)
-        for starved in (1, 2):
-            pooled = stats.importance(f"layers.1.ffn.experts.{starved}.{projection}")
-            assert pooled is not None
-            assert torch.allclose(pooled, stage.sums[source].sum(0) / 153)
+        pool = stage.sums[source].sum(0) / 153
+        for starved, count in ((1, 3), (2, 0)):
+            mixed = stats.importance(f"layers.1.ffn.experts.{starved}.{projection}")
+            assert mixed is not None
+            mean = stage.sums[source][starved] / max(count, 1)
+            assert torch.allclose(mixed, count / 10 * mean + (1 - count / 10) * pool)
     assert stats.starved() == [("layers.1", 1, 3), ("layers.1", 2, 0)]
 
 
@@ -85,13 +89,41 @@ def test_file_round_trip(tmp_path: Path, generator: torch.Generator) -> None:
         load_stats(path, "other")
 
 
+def test_first_draw_is_kept(tmp_path: Path, generator: torch.Generator) -> None:
+    stats = make(generator)
+    first = {"layers.1": torch.tensor([60, 3, 0, 50])}
+    path = tmp_path / "stats.v4q"
+    path.write_bytes(save_stats(replace(stats, first=first)))
+    assert torch.equal(load_stats(path, "digest").first["layers.1"], first["layers.1"])
+    path.write_bytes(save_stats(stats))
+    assert load_stats(path, "digest").first == {}
+
+
+def test_ranks_merge_to_the_whole(generator: torch.Generator) -> None:
+    parts = [make(generator) for _ in range(3)]
+    merged = merge_stats(parts).stages["layers.1"]
+    assert merged.tokens.tolist() == [300, 9, 0, 150]
+    for source in ("w13", "w2"):
+        total = sum(p.stages["layers.1"].sums[source] for p in parts)
+        largest = torch.stack([p.stages["layers.1"].amax[source] for p in parts]).amax(0)
+        assert torch.equal(merged.sums[source], total)
+        assert torch.equal(merged.amax[source], largest)
+    with pytest.raises(StatsError, match="cannot be merged"):
+        merge_stats([parts[0], replace(parts[1], floor=11)])
+    with pytest.raises(StatsError, match="cannot be merged"):
+        merge_stats([parts[0], replace(parts[1], source_digest="other")])
+
+
 Change = Callable[[dict[str, torch.Tensor], dict[str, Any]], object]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda t, h: h.update(version=2),
+        lambda t, h: h.update(version=1),
+        lambda t, h: t.update({"layers.1.first_tokens": torch.tensor([101, 0, 0, 0])}),
+        lambda t, h: t.update({"layers.1.first_tokens": torch.tensor([-1, 0, 0, 0])}),
+        lambda t, h: t.update({"layers.1.first_tokens": torch.tensor([1, 0])}),
         lambda t, h: h.pop("floor"),
         lambda t, h: h.update(floor=0),
         lambda t, h: h.update(floor="10"),
@@ -118,7 +150,7 @@ def test_damaged_files(change: Change, tmp_path: Path, generator: torch.Generato
         tensors[f"layers.1.{source}.sum_of_squares"] = stage.sums[source]
         tensors[f"layers.1.{source}.amax"] = stage.amax[source]
     header: dict[str, Any] = {
-        "version": 1, "source_digest": "digest", "floor": 10, "stages": ["layers.1"],
+        "version": 2, "source_digest": "digest", "floor": 10, "stages": ["layers.1"],
     }  # fmt: skip
     path = tmp_path / "stats.v4q"
 

@@ -182,12 +182,38 @@ def test_quantize_json(v4quant: Command, tmp_path: Path) -> None:
     assert again.code == 0 and "60 lossy" in again.out
 
 
+def test_solve_quantize_verify(v4quant: Command, tmp_path: Path, ids: Path) -> None:
+    solved, out = tmp_path / "solved", tmp_path / "out"
+    command = ("calibrate", TINY, "--out", solved, "--corpus", ids, "--solve", "int4-g64")
+    ran = v4quant(*command)
+    assert ran.code == 0 and "mtp.0" in ran.out and f"solution in {solved}" in ran.out
+    assert v4quant(*command).code == 0  # again: nothing left to solve
+    ran = v4quant("quantize", TINY, out, "--scheme", "int4-g64", "--stats", solved)
+    assert ran.code == 0
+    manifest = json.loads((out / "v4quant.json").read_bytes())
+    assert manifest["recipe"]["solver"] == "gptq" and manifest["stats"]
+    plain = tmp_path / "plain"
+    assert v4quant("quantize", TINY, plain, "--scheme", "int4-g64").code == 0
+    assert json.loads((plain / "v4quant.json").read_bytes())["recipe"]["solver"] == "optimal"
+    name = "model-00001-of-00002.safetensors"
+    assert (out / name).read_bytes() != (plain / name).read_bytes()
+    assert v4quant("verify", out, "--source", TINY).code == 0
+    error = v4quant("quantize", TINY, tmp_path / "x", "--scheme", "int4-g32", "--stats", solved)
+    assert "was solved for int4-g64, not for int4-g32" in error.error
+    without = ("quantize", TINY, tmp_path / "x", "--scheme", "int4-g32", "--solver", "gptq")
+    assert "--solve int4-g32" in v4quant(*without).error
+    cast = ("quantize", TINY, tmp_path / "x", "--scheme", "fp8", "--solver", "gptq")
+    assert "is for integer schemes" in v4quant(*cast).error
+
+
 def test_calibrate_quantize_with_statistics(v4quant: Command, tmp_path: Path, ids: Path) -> None:
     stats = tmp_path / "deep" / "stats.v4q"
-    ran = v4quant("calibrate", TINY, "--out", stats, "--corpus", ids, "--floor", 9999, "--json")
+    ran = v4quant("calibrate", TINY, "--out", stats, "--corpus", ids, "--floor", 80, "--json")
     found = one_json(ran)
-    assert ran.code == 0 and found["tokens"] == 160 and found["floor"] == 9999
-    assert len(found["starved"]) == 5 * 4 and len(found["layers"]) == 5
+    assert ran.code == 0 and found["tokens"] == 160 and found["floor"] == 80
+    assert 5 <= len(found["starved"]) < 5 * 4 and len(found["layers"]) == 5
+    error = v4quant("calibrate", TINY, "--out", stats, "--corpus", ids, "--floor", 81).error
+    assert "80 for each of 4 experts" in error and "lower --floor" in error
     text = v4quant("calibrate", TINY, "--out", stats, "--corpus", ids).out
     assert "mtp.0" in text and str(stats) in text
     out = tmp_path / "out"

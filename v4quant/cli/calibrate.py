@@ -7,30 +7,53 @@ from pathlib import Path
 import click
 
 from v4quant.builtin import CALIBRATION
+from v4quant.calibration import calibrate_to, draw_corpus
 from v4quant.cli import _output
 from v4quant.cli._options import corpus_options, forward_options, read_corpus
 from v4quant.cli._source import SOURCE
+from v4quant.memory import parse_size
 from v4quant.source import Source, open_source
 from v4quant_calibration.calibrate import DEFAULT_FLOOR
-from v4quant_calibration.calibrate import calibrate as calibrate_checkpoint
-from v4quant_calibration.stats import Stats, save_stats
+from v4quant_calibration.corpus import Corpus
+from v4quant_calibration.coverage import spread
+from v4quant_calibration.solve import DEFAULT_MEMORY, SolveSettings
+from v4quant_calibration.stats import Stats
 from v4quant_formats.model_config import parse_model_config
-from v4quant_formats.shards import write_file_atomically
+from v4quant_kernels.scheme import get_scheme
 
 
 @click.command(
     epilog="Example: v4quant calibrate DeepSeek-V4-Flash --out stats.v4q --corpus chat.jsonl"
 )
 @click.argument("source", type=SOURCE)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Statistics file.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Statistics file; with --solve the solution's folder.",
+)
 @corpus_options(CALIBRATION)
 @click.option(
     "--floor",
     type=click.IntRange(1),
     default=DEFAULT_FLOOR,
     show_default=True,
-    help="Experts with fewer tokens count as starved.",
+    help="Tokens every expert shall see: beyond --tokens, more of the corpus is drawn until it has "
+    "or the corpus ends. Experts still below count as starved.",
 )
+@click.option(
+    "--solve",
+    "scheme",
+    help="Also find the codes of this integer scheme (int4-g128, int3-g128, int2-g64, ...) by GPTQ "
+    "on the streaming inputs, for `quantize --stats`.",
+)
+@click.option(
+    "--propagate/--no-propagate",
+    default=True,
+    show_default=True,
+    help="With --solve: later layers are solved on what the already converted ones give them.",
+)
+@click.option("--max-memory", help="With --solve: cap on moments in work, like 6GB (default 4GiB).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def calibrate(
     source: Source,
@@ -41,27 +64,32 @@ def calibrate(
     mode: str,
     activations: str,
     floor: int,
+    scheme: str | None,
+    propagate: bool,
+    max_memory: str | None,
     as_json: bool,
 ) -> None:
-    """Run a corpus through checkpoint SOURCE and record what every expert's inputs look like."""
+    """Run a corpus through checkpoint SOURCE and record what every expert's inputs look like.
+
+    With --solve an interrupted run is resumed by the same command, layer by layer.
+    """
+    memory = parse_size(max_memory) if max_memory else DEFAULT_MEMORY
+    settings = SolveSettings(get_scheme(scheme), propagate, memory) if scheme else None
+    options, progress = forward_options(activations), _output.TerminalProgress()
     with open_source(source) as checkpoint:
         config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
-        windows = read_corpus(corpus, checkpoint, config, seq_len, tokens, mode).windows
-        stats = calibrate_checkpoint(
-            checkpoint,
-            config,
-            windows,
-            forward_options(activations),
-            floor,
-            _output.TerminalProgress(),
-        )
-    write_file_atomically(out, save_stats(stats))
-    found = coverage(stats)
+
+        def load(limit: int | None) -> Corpus:
+            return read_corpus(corpus, checkpoint, config, seq_len, limit, mode)
+
+        drawn = draw_corpus(load, tokens)
+        done = calibrate_to(checkpoint, config, drawn, options, floor, settings, out, progress)
+    stats, found = done.stats, coverage(done.stats)
     if as_json:
-        _output.emit({"stats": str(out), "tokens": sum(map(len, windows)), **found})
+        _output.emit({"stats": str(out), "tokens": sum(map(len, done.windows)), **found})
     else:
         _output.data(coverage_text(stats))
-        _output.data(f"statistics in {out}")
+        _output.data(f"{'solution' if settings else 'statistics'} in {out}")
 
 
 def coverage(stats: Stats) -> dict[str, object]:
@@ -70,7 +98,12 @@ def coverage(stats: Stats) -> dict[str, object]:
         "measured_on": "calibration",
         "floor": stats.floor,
         "layers": [
-            {"name": name, "tokens_per_expert": stage.tokens.tolist()}
+            {
+                "name": name,
+                "tokens_per_expert": stage.tokens.tolist(),
+                "spread": spread(stage.tokens),
+                "first_draw": spread(stats.first[name]) if name in stats.first else None,
+            }
             for name, stage in stats.stages.items()
         ],
         "starved": [
@@ -81,14 +114,20 @@ def coverage(stats: Stats) -> dict[str, object]:
 
 
 def coverage_text(stats: Stats) -> str:
-    """Coverage for a person: minimum, median and maximum per stage, starved experts by name."""
+    """Coverage for a person: how tokens spread over a stage's experts, and who is starved.
+
+    Where more text was drawn for starved experts, the first draw's fewest stands beside the final.
+    """
     rows = []
     for name, stage in stats.stages.items():
-        counts = stage.tokens.sort().values
-        low, middle, high = counts[0], counts[len(counts) // 2], counts[-1]
-        starved = int((counts < stats.floor).sum())
-        rows.append((name, f"{low:,}", f"{middle:,}", f"{high:,}", str(starved)))
-    lines = [_output.table(rows, ("stage", "fewest tokens", "median", "most", "starved"))]
+        now = spread(stage.tokens)
+        first = spread(stats.first[name])["min"] if name in stats.first else now["min"]
+        counts = [f"{n:,}" for n in (first, *now.values())]
+        rows.append((name, *counts, str(int((stage.tokens < stats.floor).sum()))))
+    header = ("stage", "first draw", "fewest tokens", "quarter", "median", "3/4", "most", "starved")
+    lines = [_output.table(rows, header)]
     for layer, expert, tokens in stats.starved()[:20]:
-        lines.append(f"starved: {layer} expert {expert} saw {tokens} tokens; uses pooled moments")
+        lines.append(
+            f"starved: {layer} expert {expert} saw {tokens} tokens; mixed with the layer's moments"
+        )
     return "\n".join(lines)

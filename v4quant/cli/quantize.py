@@ -9,13 +9,15 @@ import click
 
 from v4quant.cli import _output
 from v4quant.cli._source import SOURCE
+from v4quant.evidence import read_evidence
 from v4quant.job import JobResult, run_job
 from v4quant.memory import fit_workers, parse_size
 from v4quant.plan import Plan, make_plan
 from v4quant.ranks import current_ranks
 from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
-from v4quant_calibration.stats import Stats, load_stats, stats_digest
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_calibration.solution import is_solution
+from v4quant_calibration.solvers import SOLVER_NAMES
+from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.layout import ENGINE_CHOICES
 from v4quant_formats.layouts import LAYOUTS
 from v4quant_kernels.progress import SilentProgress
@@ -37,7 +39,18 @@ _SCHEMES = [s for s in SCHEMES if any(s in layout.schemes for layout in LAYOUTS.
     help="Write what this engine wants where engines differ (default neutral: what most load).",
 )
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="Recipe TOML file.")
-@click.option("--stats", "stats_file", type=click.Path(path_type=Path), help="From calibrate.")
+@click.option(
+    "--stats",
+    "stats_file",
+    type=click.Path(path_type=Path),
+    help="What calibrate wrote: a file of statistics, or a solution's folder.",
+)
+@click.option(
+    "--solver",
+    type=click.Choice(SOLVER_NAMES),
+    help="How integer codes are found: largest magnitude, best scales (the default), or by GPTQ "
+    "in the solution given with --stats.",
+)
 @click.option("--draft", type=click.Choice(["convert", "drop"]), help="MTP / DSpark stages.")
 @click.option(
     "--on-inexact",
@@ -58,6 +71,7 @@ def quantize(
     engine: str | None,
     recipe_file: Path | None,
     stats_file: Path | None,
+    solver: str | None,
     draft: str | None,
     on_inexact: str | None,
     unknown: str | None,
@@ -78,11 +92,14 @@ def quantize(
         "draft": draft,
         "on_inexact": on_inexact,
         "unknown": unknown,
+        "solver": solver,
     }
+    if solver is None and recipe_file is None and stats_file and is_solution(stats_file):
+        chosen["solver"] = "gptq"
     recipe = _recipe(recipe_file, {k: v for k, v in chosen.items() if v is not None})
     cap = parse_size(max_memory) if max_memory else None
     with open_checkpoint(source) as checkpoint, current_ranks() as ranks:
-        stats, digest = _stats(checkpoint, stats_file)
+        stats, digest = read_evidence(checkpoint, stats_file, recipe)
         plan = make_plan(checkpoint, recipe, digest)
         threads = fit_workers(plan, workers or os.cpu_count() or 1, cap)
         if dry_run:
@@ -104,13 +121,6 @@ def _recipe(file: Path | None, options: dict[str, str]) -> Recipe:
     if "scheme" not in table:
         raise RecipeError("no scheme given; use --scheme (for example int4-g32) or --recipe")
     return recipe_from_table(table, str(file or "options"))
-
-
-def _stats(checkpoint: Checkpoint, file: Path | None) -> tuple[Stats | None, str]:
-    if file is None:
-        return None, ""
-    stats = load_stats(file, checkpoint.digest())
-    return stats, stats_digest(file.read_bytes())
 
 
 def _show_plan(plan: Plan, out: Path, workers: int, as_json: bool) -> None:

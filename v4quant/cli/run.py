@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from v4quant.builtin import resolve_corpus, resolve_source
+from v4quant.calibration import calibrate_to, draw_corpus
 from v4quant.cli import _exit, _output
 from v4quant.cli._options import forward_options, read_corpus, tool_facts
 from v4quant.cli.calibrate import coverage, coverage_text
 from v4quant.cli.evaluate import finding_lines, write_report
 from v4quant.cli.quantize import summary
 from v4quant.evaluation import evaluate_checkpoint
+from v4quant.evidence import read_evidence
 from v4quant.job import JobResult, check_folder, run_job
 from v4quant.kernel_check import check_kernels
 from v4quant.memory import fit_workers, parse_size
@@ -24,12 +27,11 @@ from v4quant.pipeline import CorpusStep, Pipeline, VerifyStep, load_pipeline
 from v4quant.plan import make_plan
 from v4quant.steps import FinishedSteps, step_key
 from v4quant.verify import verify as verify_checkpoint
-from v4quant_calibration.calibrate import calibrate as calibrate_checkpoint
 from v4quant_calibration.corpus import Corpus
-from v4quant_calibration.stats import Stats, load_stats, save_stats, stats_digest
+from v4quant_calibration.solution import SOLUTION_NAME, Evidence, Solution
+from v4quant_calibration.solve import SolveSettings
 from v4quant_formats.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
 from v4quant_formats.model_config import ModelConfig, parse_model_config
-from v4quant_formats.shards import write_file_atomically
 
 
 @click.command(epilog="Example: v4quant run demo    (or: v4quant run my-run.toml --out converted)")
@@ -62,7 +64,7 @@ def run(
         target = folder / "checkpoint"
         if not (target / INDEX_NAME).exists():
             check_folder(target)
-        stats, digest = _calibrate(pipeline.calibrate, source, folder)
+        stats, digest = _calibrate(pipeline, source, folder)
         plan = make_plan(source, pipeline.recipe, digest)
         _output.heading(f"Quantize to {pipeline.recipe.scheme} ({pipeline.recipe.format})")
         threads = fit_workers(plan, workers or os.cpu_count() or 1, cap)
@@ -80,28 +82,31 @@ def run(
         ctx.exit(_exit.DIFFERENT)
 
 
-def _calibrate(
-    step: CorpusStep | None, source: Checkpoint, folder: Path
-) -> tuple[Stats | None, str]:
+def _calibrate(pipeline: Pipeline, source: Checkpoint, folder: Path) -> tuple[Evidence | None, str]:
+    step, recipe = pipeline.calibrate, pipeline.recipe
     if step is None:
-        return None, ""
+        return read_evidence(source, None, recipe)
+    solves = recipe.solver == "gptq"
     _output.heading("Calibrate: what every expert's inputs look like")
-    file, done = folder / "stats.v4q", FinishedSteps(folder)
-    key = _step_key(step, source)
+    out = folder / ("solution" if solves else "stats.v4q")
+    file, done = out / SOLUTION_NAME if solves else out, FinishedSteps(folder)
+    key = _step_key(step, source, recipe.scheme) if solves else _step_key(step, source)
     if done.has(key, file):
-        _output.note(f"{file} is of this checkpoint, corpus and settings: reused")
-        return load_stats(file, source.digest()), stats_digest(file.read_bytes())
+        _output.note(f"{out} is of this checkpoint, corpus and settings: reused")
+        return read_evidence(source, out, recipe)
     config = parse_model_config(dict(source.config))
-    corpus = _corpus(step, source, config)
-    _output.note(f"{corpus.tokens:,} tokens in {len(corpus.windows)} windows")
-    progress = _output.TerminalProgress()
-    options = forward_options(step.activations)
-    stats = calibrate_checkpoint(source, config, corpus.windows, options, step.floor, progress)
-    data = save_stats(stats)
-    write_file_atomically(file, data)
+
+    def load(tokens: int | None) -> Corpus:
+        return _corpus(replace(step, tokens=tokens), source, config)
+
+    corpus = draw_corpus(load, step.tokens)
+    _output.note(f"{sum(map(len, corpus.windows)):,} tokens in {len(corpus.windows)} windows")
+    settings = SolveSettings(recipe.expert_scheme) if solves else None
+    options, progress = forward_options(step.activations), _output.TerminalProgress()
+    found = calibrate_to(source, config, corpus, options, step.floor, settings, out, progress)
     done.add(key, file)
-    _output.note(coverage_text(stats))
-    return stats, stats_digest(data)
+    _output.note(coverage_text(found.stats))
+    return read_evidence(source, out, recipe)
 
 
 def _verify(step: VerifyStep | None, source: Checkpoint, target: Path) -> bool:
@@ -132,7 +137,7 @@ def _evaluate(
     pipeline: Pipeline,
     source: Checkpoint,
     target: Path,
-    stats: Stats | None,
+    stats: Evidence | None,
     moments: str,
     folder: Path,
 ) -> dict[str, Any] | None:
@@ -153,7 +158,7 @@ def _evaluate(
             figures = evaluate_checkpoint(candidate, source, corpus, options, progress)
             result = {"tool": tool_facts(), **figures}
             if stats is not None:
-                result["coverage"] = coverage(stats)
+                result["coverage"] = coverage(stats.stats if isinstance(stats, Solution) else stats)
             write_report(result, file)
             done.add(key, file)
     for name in ("report.html", "report.md"):

@@ -1,0 +1,83 @@
+"""coverage: draw text until every expert has seen enough of its own tokens.
+
+A router sends most tokens to few experts, so a corpus that feeds the average expert well may leave
+some with nothing. Drawing goes in rounds. The first takes the windows asked for; as long as some
+expert has fewer tokens than the floor, and text is left, another round takes the windows that
+promise most to the starved. What a token id promises is learned from the rounds before: a hash
+layer's table says outright which experts an id visits; in other layers each occurrence tells how
+far an expert's router score lay below the last one chosen, and ids whose occurrences came close are
+the likeliest to get there in another context. All starved experts of all layers vote, each with
+what it lacks of the floor, and one number a token id is all that is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from v4quant_calibration.model.params import Params
+from v4quant_formats.model_config import ModelConfig
+
+# A round draws this share of what was drawn before, so that there are few rounds.
+_ROUND = 0.5
+
+
+class Demand:
+    """How much starved experts want each token id, learned while a round streams."""
+
+    def __init__(self, config: ModelConfig, params: Params, floor: int) -> None:
+        """Nothing wanted yet. floor: tokens an expert must see."""
+        self._config, self._params, self._floor = config, params, floor
+        self._ids = torch.empty(0, dtype=torch.int64)
+        self.wanted = torch.zeros(config.vocab_size, dtype=torch.float64)
+
+    def begin(self, windows: Sequence[Tensor]) -> None:
+        """A new round over these windows: forget what the last one taught."""
+        self._ids = torch.cat(list(windows))
+        self.wanted.zero_()
+
+    def learn(self, layer: str, x: Tensor, tokens: Tensor) -> None:
+        """One layer of the round: expert inputs x `[T, hidden]`, all tokens so far, int64 `[E]`."""
+        lack = (1 - tokens / self._floor).clamp_min(0).double()
+        starved = lack.nonzero().squeeze(1)
+        if not len(starved):
+            return
+        kind, index = layer.split(".")
+        if kind == "layers" and int(index) < self._config.num_hash_layers:
+            table = self._params(f"{layer}.ffn.gate.tid2eid")
+            self.wanted += lack[table].sum(1)
+        else:
+            self._learn_scores(layer, x, starved, lack[starved])
+
+    def _learn_scores(self, layer: str, x: Tensor, starved: Tensor, lack: Tensor) -> None:
+        gate = f"{layer}.ffn.gate"
+        biased = softplus(x @ self._params(gate).mT).sqrt() + self._params(f"{gate}.bias")
+        last = biased.topk(self._config.num_experts_per_tok, 1).values[:, -1:]
+        below = (last - biased[:, starved.to(x.device)]).clamp_min(0)
+        near = torch.exp(-below / biased.std().clamp_min(1e-6)).double().cpu() @ lack
+        size = self._config.vocab_size
+        seen = torch.bincount(self._ids, minlength=size)
+        total = torch.bincount(self._ids, weights=near, minlength=size)
+        # Ids this round has not met promise the average.
+        self.wanted += torch.where(seen > 0, total / seen.clamp_min(1), near.mean())
+
+
+def next_round(reserve: Sequence[Tensor], drawn: int, wanted: Tensor) -> list[int]:
+    """Indices of the reserve's windows to draw next, ascending: those that promise most a token.
+
+    drawn: windows drawn so far. wanted: float64 `[vocab]`.
+    """
+    gain = torch.stack([wanted[ids].mean() for ids in reserve])
+    count = min(len(reserve), max(1, int(drawn * _ROUND)))
+    return sorted(gain.argsort(descending=True, stable=True)[:count].tolist())
+
+
+def spread(tokens: Tensor) -> dict[str, int]:
+    """Distribution of token counts over experts: minimum, quartiles, maximum."""
+    ordered = tokens.sort().values
+    last = len(ordered) - 1
+    places = {"min": 0, "q1": last // 4, "median": last // 2, "q3": 3 * last // 4, "max": last}
+    return {name: int(ordered[place]) for name, place in places.items()}

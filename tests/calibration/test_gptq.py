@@ -1,0 +1,231 @@
+"""GPTQ and refinement against their definitions, computed densely in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from v4quant_calibration.gptq import (
+    Codes,
+    Grid,
+    activation_order,
+    best_scale,
+    feedback_factor,
+    gptq,
+)
+from v4quant_calibration.gram import correction, damped, gram_sum, shrunk
+from v4quant_calibration.refine import choose, gram_error, refine
+
+BATCH, ROWS, COLUMNS = 3, 5, 64
+
+
+def problem(rng: torch.Generator, tokens: int = 200) -> tuple[Tensor, Tensor]:
+    """Weights [B, K, N] and damped moments [B, K, K] of correlated rows."""
+    mix = torch.randn(BATCH, COLUMNS, COLUMNS, generator=rng) / 8 + torch.eye(COLUMNS)
+    rows = torch.randn(BATCH, tokens, COLUMNS, generator=rng) @ mix
+    grams = [damped(gram_sum(x, x) / tokens).float() for x in rows]
+    return torch.randn(BATCH, COLUMNS, ROWS, generator=rng), torch.stack(grams)
+
+
+def textbook(weights: Tensor, gram: Tensor, order: list[int], scale: Tensor, grid: Grid) -> Tensor:
+    """Integers [K] of one row by optimal brain surgery: solve for the free channels each time."""
+    weights, gram = weights.double(), gram.double()
+    values, integers = weights.clone(), torch.zeros(len(weights), dtype=torch.float64)
+    for step, channel in enumerate(order):
+        s = float(scale[channel // grid.group])
+        integers[channel] = torch.round(values[channel] / s).clamp(grid.low, grid.high)
+        fixed, free = order[: step + 1], order[step + 1 :]
+        error = torch.zeros_like(weights)
+        error[fixed] = (
+            weights[fixed] - integers[fixed] * scale.double()[torch.tensor(fixed) // grid.group]
+        )
+        # Minimise e H e over the free channels: H_ff e_f = -H_fx e_x.
+        if free:
+            right = gram[free][:, fixed] @ error[fixed]
+            values[free] = weights[free] + torch.linalg.solve(gram[free][:, free], right)
+    return integers
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_error_feedback_is_optimal_brain_surgery(bits: int, generator: torch.Generator) -> None:
+    weights, gram = problem(generator)
+    grid = Grid(bits, 16)
+    codes = gptq(weights, gram, grid)
+    order = activation_order(gram.diagonal(dim1=1, dim2=2), grid.group)
+    agreed = total = 0
+    for b in range(BATCH):
+        for n in range(ROWS):
+            scale = codes.scale[b, :, n]
+            expected = textbook(weights[b, :, n], gram[b], order[b].tolist(), scale, grid)
+            agreed += int((expected == codes.integers[b, :, n]).sum())
+            total += COLUMNS
+    # A tie broken the other way in float32 changes what follows it in that row.
+    assert agreed / total > 0.9
+
+
+def test_factor(generator: torch.Generator) -> None:
+    _, gram = problem(generator)
+    factor = feedback_factor(gram).double()
+    assert torch.equal(factor, factor.triu())
+    product = factor.mT @ factor @ gram.double()
+    torch.testing.assert_close(
+        product, torch.eye(COLUMNS).double().expand_as(product), atol=1e-3, rtol=0
+    )
+
+
+def test_order_keeps_groups_whole(generator: torch.Generator) -> None:
+    diagonal = torch.rand(BATCH, COLUMNS, generator=generator)
+    order = activation_order(diagonal, 16)
+    for row, heavy in zip(order, diagonal, strict=True):
+        assert sorted(row.tolist()) == list(range(COLUMNS))
+        groups = row.view(-1, 16)
+        assert bool((groups // 16 == groups[:, :1] // 16).all())
+        weights = heavy[groups]
+        assert bool((weights.diff(dim=1) <= 0).all())
+        assert bool((weights.double().sum(1).diff() <= 1e-6).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_scale_uses_the_longer_side(bits: int) -> None:
+    """A group with one large positive value fits exactly under a negative scale."""
+    grid = Grid(bits, 16)
+    values = torch.zeros(1, 16, 2)
+    values[0, :, 0] = torch.arange(16) % (1 << (bits - 1))
+    values[0, 3] = 1 << (bits - 1)
+    scale = best_scale(values, torch.ones(1, 16), grid)
+    assert scale[0, 0] == -1
+    rounded = torch.round(values[0] / scale[0]).clamp_(grid.low, grid.high) * scale[0]
+    assert torch.equal(rounded[:, 0], values[0, :, 0])
+    zeros = best_scale(torch.zeros(1, 16, 2), torch.ones(1, 16), grid)
+    assert bool((zeros == 1).all())
+
+
+def test_scales_are_bfloat16_and_in_place(generator: torch.Generator) -> None:
+    weights, gram = problem(generator)
+    weights[:, 16:32] *= 100  # a group whose scale cannot be mistaken
+    codes = refine(weights, gram, gptq(weights, gram, Grid(4, 16)), Grid(4, 16))
+    assert torch.equal(codes.scale, codes.scale.bfloat16().float())
+    sizes = codes.scale.abs().mean((0, 2))
+    assert int(sizes.argmax()) == 1 and float(sizes[1]) > 5 * float(sizes[0])
+    assert bool((codes.scale != 0).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_refinement_never_raises_the_error(bits: int, generator: torch.Generator) -> None:
+    weights, gram = problem(generator, tokens=40)  # fewer rows than channels
+    grid = Grid(bits, 32)
+    start = gptq(weights, gram, grid)
+    first = gram_error(weights, gram, start, grid)
+    before = start.integers.clone(), start.scale.clone()
+    errors = [first]
+    for sweeps in (1, 2, 4, 8):
+        errors.append(gram_error(weights, gram, refine(weights, gram, start, grid, sweeps), grid))
+        assert bool((errors[-1] <= first).all())
+    assert float(errors[-1].sum()) < float(first.sum())
+    assert torch.equal(start.integers, before[0]) and torch.equal(start.scale, before[1])
+    end = refine(weights, gram, start, grid)
+    again = refine(weights, gram, end, grid)
+    assert bool(
+        (gram_error(weights, gram, again, grid) <= gram_error(weights, gram, end, grid)).all()
+    )
+
+
+def test_refined_codes_cannot_be_bettered_alone(generator: torch.Generator) -> None:
+    """After many sweeps no single code step lowers the error (brute force in float64)."""
+    weights, gram = problem(generator)
+    grid = Grid(3, 32)
+    codes = refine(weights, gram, gptq(weights, gram, grid), grid, 200)
+    best = gram_error(weights, gram, codes, grid)
+    gained = 0
+    for channel in range(COLUMNS):
+        for step in (-1, 1):
+            changed = codes.integers.clone()
+            changed[:, channel] = (changed[:, channel] + step).clamp(grid.low, grid.high)
+            error = gram_error(weights, gram, Codes(changed, codes.scale), grid)
+            gained += int((error < best * (1 - 5e-3)).sum())
+    # The last sweep may have stopped early where next to nothing was left to gain.
+    assert gained <= BATCH * ROWS * COLUMNS // 100
+
+
+def test_feedback_beats_rounding(generator: torch.Generator) -> None:
+    weights, gram = problem(generator)
+    grid = Grid(3, 32)
+    codes = gptq(weights, gram, grid)
+    scale = codes.scale.repeat_interleave(grid.group, 1)
+    nearest = Codes(torch.round(weights / scale).clamp_(grid.low, grid.high), codes.scale)
+    with_feedback = gram_error(weights, gram, codes, grid).sum()
+    assert float(with_feedback) < 0.9 * float(gram_error(weights, gram, nearest, grid).sum())
+    refined = gram_error(weights, gram, refine(weights, gram, codes, grid), grid).sum()
+    assert float(refined) < float(with_feedback)
+
+
+def test_choose(generator: torch.Generator) -> None:
+    weights, gram = problem(generator)
+    a, b = gptq(weights, gram, Grid(4, 32)), gptq(weights, gram, Grid(2, 32))
+    mask = torch.rand(BATCH, ROWS, generator=generator) < 0.5
+    mixed = choose(mask, a, b)
+    for i in range(BATCH):
+        for n in range(ROWS):
+            source = a if mask[i, n] else b
+            assert torch.equal(mixed.integers[i, :, n], source.integers[i, :, n])
+            assert torch.equal(mixed.scale[i, :, n], source.scale[i, :, n])
+
+
+def test_gram_sum_loses_nothing(generator: torch.Generator) -> None:
+    """A million rows' worth of sums, in any split, like float64."""
+    rows = torch.randn(5000, 8, generator=generator) + 100
+    weights = torch.rand(5000, generator=generator)
+    exact = (rows.double() * weights.double()[:, None]).mT @ rows.double()
+    torch.testing.assert_close(gram_sum(rows, rows, weights), exact, rtol=1e-6, atol=0)
+    parts = gram_sum(rows[:1777], rows[:1777]) + gram_sum(rows[1777:], rows[1777:])
+    torch.testing.assert_close(parts, gram_sum(rows, rows), rtol=1e-6, atol=0)
+
+
+def test_an_expert_without_rows_gets_the_pool(generator: torch.Generator) -> None:
+    x = torch.randn(100, 16, generator=generator)
+    pool = gram_sum(x, x) / 100
+    none = gram_sum(x[:0], x[:0])
+    assert torch.equal(shrunk(none, 0, pool), pool)
+    many = 1e6 * torch.eye(16, dtype=torch.float64)
+    torch.testing.assert_close(shrunk(many, 1e6, pool), many / 1e6, atol=1e-4, rtol=0)
+    assert torch.equal(damped(torch.zeros(4, 4).double()), torch.eye(4).double())
+
+
+def test_rank_deficient_moments_are_safe(generator: torch.Generator) -> None:
+    """One token in 64 channels: finite codes, and an error no worse than rounding's on the pool."""
+    weights, _ = problem(generator)
+    row = torch.randn(1, COLUMNS, generator=generator)
+    gram = damped(gram_sum(row, row)).float().expand(BATCH, -1, -1)
+    grid = Grid(4, 32)
+    codes = refine(weights, gram, gptq(weights, gram, grid), grid)
+    assert bool(torch.isfinite(codes.scale).all()) and bool(torch.isfinite(codes.integers).all())
+    assert bool((codes.integers >= grid.low).all() and (codes.integers <= grid.high).all())
+
+
+def test_correction_minimises_the_asymmetric_error(generator: torch.Generator) -> None:
+    """W + W M is the least-squares answer on the converted rows, up to shrinkage."""
+    original = torch.randn(4000, 16, generator=generator)
+    converted = original + 0.3 * torch.randn(4000, 16, generator=generator) @ torch.randn(
+        16, 16, generator=generator
+    )
+    weights = torch.randn(5, 16, generator=generator)
+    count = len(original)
+    gram = gram_sum(converted, converted) / count
+    target = weights + weights @ correction(original - converted, converted, gram)
+    wanted = original.double() @ weights.double().mT
+    best = torch.linalg.lstsq(converted.double(), wanted).solution.mT
+    torch.testing.assert_close(target.double(), best, atol=0.01, rtol=0.01)
+
+
+def test_correction_does_not_learn_noise(generator: torch.Generator) -> None:
+    rows = torch.randn(64, 32, generator=generator)
+    noise = torch.randn(64, 32, generator=generator)
+    gram = damped(gram_sum(rows, rows) / 64)
+    signal = rows @ (torch.eye(32) * 0.1)
+    assert float(correction(noise, rows, gram).abs().max()) < 0.2
+    learned = correction(signal, rows, gram)
+    assert float(learned.diagonal().mean()) > 0.05
+    none = torch.zeros(0, 32)
+    assert not bool(correction(none, none, gram).any())
+    assert not bool(correction(rows * 0, rows, gram).any())

@@ -1,0 +1,89 @@
+"""calibration: which text a run reads, and the one call behind `calibrate` and `run`.
+
+The corpus is loaded twice when a number of tokens is given: those windows first, the rest as the
+reserve from which starved experts are fed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from v4quant_calibration.calibrate import Calibration, calibrate
+from v4quant_calibration.corpus import Corpus, CorpusError
+from v4quant_calibration.model.options import ForwardOptions
+from v4quant_calibration.solution import Solution
+from v4quant_calibration.solve import SolveSettings, solve
+from v4quant_calibration.stats import save_stats
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.model_config import ModelConfig
+from v4quant_formats.shards import write_file_atomically
+from v4quant_kernels.progress import Progress
+
+
+@dataclass(frozen=True)
+class DrawnCorpus:
+    """Windows to read first, and those to draw from while experts are starved."""
+
+    windows: list[Tensor]
+    reserve: list[Tensor]
+
+
+def draw_corpus(load: Callable[[int | None], Corpus], tokens: int | None) -> DrawnCorpus:
+    """Cut a corpus in two. load: reads it, with so many tokens or (None) whole.
+
+    Raises what `load` raises.
+    """
+    first = load(tokens).windows
+    if tokens is None:
+        return DrawnCorpus(first, [])
+    taken = {ids.numpy().tobytes() for ids in first}
+    rest = [ids for ids in load(None).windows if ids.numpy().tobytes() not in taken]
+    return DrawnCorpus(first, rest)
+
+
+def check_floor(corpus: DrawnCorpus, config: ModelConfig, floor: int) -> None:
+    """Refuse a corpus that could not feed every expert even if routing were perfectly even.
+
+    Raises CorpusError.
+    """
+    tokens = sum(len(ids) for ids in (*corpus.windows, *corpus.reserve))
+    most = tokens * config.num_experts_per_tok // config.n_routed_experts
+    if most < floor:
+        raise CorpusError(
+            f"the corpus holds {tokens:,} tokens, {most} for each of {config.n_routed_experts} "
+            f"experts if all got the same, and the floor is {floor}; give more text or a lower "
+            "--floor"
+        )
+
+
+def calibrate_to(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    corpus: DrawnCorpus,
+    options: ForwardOptions,
+    floor: int,
+    settings: SolveSettings | None,
+    out: Path,
+    progress: Progress,
+) -> Calibration:
+    """Calibrate, and with `settings` solve; writes file or folder `out`.
+
+    Raises what `check_floor`, `calibrate` and `solve` raise.
+    """
+    check_floor(corpus, config, floor)
+    windows, first = corpus.windows, {}
+    if settings is None or corpus.reserve:
+        found = calibrate(checkpoint, config, windows, options, floor, progress, corpus.reserve)
+        if settings is None:
+            write_file_atomically(out, save_stats(found.stats))
+            return found
+        windows, first = found.windows, dict(found.stats.first)
+    solution: Solution = solve(
+        checkpoint, config, windows, options, floor, settings, out, progress, first
+    )
+    solution.close()
+    return Calibration(solution.stats, windows)
