@@ -14,7 +14,7 @@ from torch import Tensor
 
 from v4quant_kernels.errors import NonFiniteWeight, UnsupportedScheme, WeightOutOfRange
 from v4quant_kernels.ref import e2m1, ggml_plain, mx
-from v4quant_kernels.ref.ggml_blocks import SHAPES, BlockShape, put_together, take_apart
+from v4quant_kernels.ref.ggml_blocks import SHAPES, Blocks, BlockShape, put_together, take_apart
 from v4quant_kernels.scheme import SCHEMES
 
 
@@ -86,8 +86,8 @@ def encode(x: Tensor, type_name: str, importance: Tensor | None = None) -> Tenso
     `importance`, float32 `[K]`, weighs the squared error of each column (None: all alike).
 
     Raises UnsupportedScheme when K is no multiple of the block, NonFiniteWeight for NaN or infinity
-    in either argument (and for negative importance), WeightOutOfRange where a half-precision number
-    would overflow.
+    in either argument (and for negative importance), WeightOutOfRange for weights beyond
+    half precision (65504) in a type whose scales are.
     """
     kind = get_type(type_name)
     x = x.float().contiguous()
@@ -105,13 +105,25 @@ def encode(x: Tensor, type_name: str, importance: Tensor | None = None) -> Tenso
         q = mx.quantize(x, SCHEMES["mxfp4"])
         assert q.scale is not None
         return repack_mxfp4(q.codes, q.scale)
-    blocks = ggml_plain.round_blocks(x.view(-1, kind.block), type_name)
+    if bool((x.abs() > torch.finfo(torch.float16).max).any()):
+        raise WeightOutOfRange(_too_large(x, type_name))
+    blocks = _choose(x, type_name, importance)
     scales_finite = blocks.d.isfinite().all()
     if blocks.dmin is not None:
         scales_finite &= blocks.dmin.isfinite().all()
     if not bool(scales_finite):
         raise WeightOutOfRange(_too_large(x, type_name))
     return put_together(blocks, type_name).view(rows, row_bytes)
+
+
+def _choose(x: Tensor, type_name: str, importance: Tensor | None) -> Blocks:
+    from v4quant_kernels import native
+
+    if not native.available():
+        return ggml_plain.round_blocks(x.view(-1, SHAPES[type_name].block), type_name)
+    from v4quant_kernels.native.ggml_search import search
+
+    return search(x, type_name, importance)
 
 
 def decode(data: Tensor, type_name: str) -> Tensor:
