@@ -160,6 +160,6 @@ def test_extreme_magnitudes_stay_finite(
     back = ggml.decode(ggml.encode(x, name), name)
     assert back.isfinite().all()
     # Steps below 2^-24 do not exist: a range of 2e-7 may end up at one of its ends.
-    assert (back - x).abs().max() <= (1.1 if magnitude > 1e-6 else 2.1) * magnitude
+    assert (back - x).abs().max() <= (1.1 if magnitude > 1e-6 else 2.3) * magnitude
     if magnitude > 1:
         assert relative_rms(x, name) < LIMIT[name] * 1.5
