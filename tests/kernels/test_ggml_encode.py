@@ -14,7 +14,7 @@ EACH = pytest.mark.parametrize("name", list(SHAPES))
 
 # Relative rms error on normal numbers: what llama.cpp's quantizer reaches without importance.
 LIMIT = {
-    "q8_0": 0.0054,
+    "q8_0": 0.0057,
     "q6_k": 0.0178,
     "q5_1": 0.0379,
     "q5_0": 0.0428,
