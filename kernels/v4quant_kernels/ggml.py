@@ -93,26 +93,27 @@ def encode(x: Tensor, type_name: str, importance: Tensor | None = None) -> Tenso
     x = x.float().contiguous()
     rows, columns = x.shape
     row_bytes = kind.row_bytes(columns)
-    if not bool(x.isfinite().all()):
+    largest = max(-float(x.amin()), float(x.amax())) if x.numel() else 0.0  # NaN stays NaN in both
+    if not largest < float("inf"):
         raise NonFiniteWeight(f"a weight to be stored as '{type_name}' is NaN or infinite")
     _check_importance(importance, columns)
     if type_name in _FLOATS:
         stored = x.to(_FLOATS[type_name])
         if not bool(stored.isfinite().all()):
-            raise WeightOutOfRange(_too_large(x, type_name))
+            raise WeightOutOfRange(_too_large(largest, type_name))
         return stored.view(torch.uint8).view(rows, row_bytes)
     if type_name == "mxfp4":
         q = mx.quantize(x, SCHEMES["mxfp4"])
         assert q.scale is not None
         return repack_mxfp4(q.codes, q.scale)
-    if bool((x.abs() > torch.finfo(torch.float16).max).any()):
-        raise WeightOutOfRange(_too_large(x, type_name))
+    if largest > torch.finfo(torch.float16).max:
+        raise WeightOutOfRange(_too_large(largest, type_name))
     blocks = _choose(x, type_name, importance)
     scales_finite = blocks.d.isfinite().all()
     if blocks.dmin is not None:
         scales_finite &= blocks.dmin.isfinite().all()
     if not bool(scales_finite):
-        raise WeightOutOfRange(_too_large(x, type_name))
+        raise WeightOutOfRange(_too_large(largest, type_name))
     return put_together(blocks, type_name).view(rows, row_bytes)
 
 
@@ -247,8 +248,8 @@ def _check_importance(importance: Tensor | None, columns: int) -> None:
         raise NonFiniteWeight("an importance weight is NaN, infinite or negative")
 
 
-def _too_large(x: Tensor, type_name: str) -> str:
+def _too_large(largest: float, type_name: str) -> str:
     return (
-        f"a weight of magnitude {float(x.abs().amax()):.4g} is too large for GGUF type "
+        f"a weight of magnitude {largest:.4g} is too large for GGUF type "
         f"'{type_name}', whose numbers are half precision; use 'bf16' or 'mxfp4'"
     )
