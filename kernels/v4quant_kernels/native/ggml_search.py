@@ -22,7 +22,7 @@ from v4quant_kernels.ref.ggml_blocks import SHAPES, Blocks, BlockShape
 ROUNDS = 1
 """Times a real grid is solved again for the integers it assigns."""
 
-TURNS = {"q2_k": 2, "q3_k": 1, "q4_k": 3, "q5_k": 3, "q6_k": 2}
+TURNS = {"q2_k": 2, "q3_k": 1, "q4_k": 3, "q5_k": 3, "q6_k": 1}
 
 _STEPS = {"q3_k": (2.2, 5.5), "q6_k": (28.0, 36.0), "q5_0": (13.0, 18.0), "q4_0": (6.0, 9.5)}
 _GRIDS = {
