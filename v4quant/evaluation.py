@@ -6,21 +6,30 @@ manifest's weight errors) so that JSON, HTML and Markdown come from one object.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from v4quant import __version__
+from v4quant.evaluation_memory import plan_evaluation, work_of
 from v4quant.inspection import inspect_checkpoint
+from v4quant.memory import return_freed_memory
 from v4quant_calibration.corpus import Corpus
-from v4quant_calibration.evaluate import Measures, evaluate, evaluate_all
+from v4quant_calibration.evaluate import Measures, Room, evaluate, evaluate_all
+from v4quant_calibration.logits import LogitTile
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_calibration.stream import LogitSlice
+from v4quant_calibration.scratch import Scratch
 from v4quant_calibration.weight_error import WeightComparison, compare_weights
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
+from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.shards import ShardWriter
 from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.errors import V4QuantError
@@ -61,11 +70,15 @@ class LogitsFile:
         self._writer = ShardWriter(path, specs)
         self._writer.add("input_ids", torch.stack(windows))
 
-    def __call__(self, piece: LogitSlice) -> None:
-        """Write one slice; the scored model's logits stand at index 1 (0 when alone)."""
+    def __call__(self, piece: LogitTile) -> None:
+        """Write one tile; the scored model's logits stand at index 1 (0 when alone)."""
         scored = piece.logits[1] if len(piece.logits) > 1 else piece.logits[0]
-        first = (piece.sequence * self._length + piece.start) * self._vocab * 4
-        self._writer.add_piece("logits", first, scored.float().cpu())
+        scored = scored.float().cpu()
+        if scored.shape[1] == self._vocab:
+            self._writer.add_piece("logits", piece.start * self._vocab * 4, scored)
+            return
+        for row, values in enumerate(scored, piece.start):
+            self._writer.add_piece("logits", (row * self._vocab + piece.first) * 4, values)
 
     def close(self) -> None:
         """Finish the file."""
@@ -74,6 +87,22 @@ class LogitsFile:
     def abort(self) -> None:
         """Remove the unfinished file."""
         self._writer.abort()
+
+
+@dataclass(frozen=True)
+class Resources:
+    """max_memory: the most bytes an evaluation may take. scratch: folder for streams, which then
+    always go there, so that the same evaluation goes on when it is started again after a crash.
+
+    Without a scratch folder, streams go to files only when memory is short, below the user's cache
+    folder.
+    """
+
+    max_memory: int | None = None
+    scratch: Path | None = None
+
+
+UNLIMITED = Resources()
 
 
 def evaluate_checkpoint(
@@ -86,40 +115,45 @@ def evaluate_checkpoint(
     weights: bool = True,
     measures: Measures = SCORES_ONLY,
     others: Sequence[Checkpoint] = (),
+    resources: Resources = UNLIMITED,
 ) -> dict[str, Any]:
     """The full evaluation object (the schema of `evaluate --json` and of reports).
 
     weights: with a reference, also compare every matrix with its source and list what does not
     fit as `findings`. others: further conversions of the reference, evaluated in the same run;
     their figures are the entries of `others`. Raises what `evaluate` and `compare_weights`
-    raise, and LogitsError.
+    raise, LogitsError, SizeError for too little memory and OutputError for scratch files.
     """
     if others and (reference is None or save_logits is not None):
         raise EvaluationError(
             "several candidates need a --reference, and --save-logits only one candidate"
         )
-    sink = None
-    if save_logits is not None:
-        sink = LogitsFile(save_logits, corpus, int(checkpoint.config["vocab_size"]))
     candidates = [checkpoint, *others]
-    try:
-        if reference is None:
-            all_figures = [evaluate(checkpoint, None, corpus, options, progress, sink, measures)]
-        else:
-            all_figures = evaluate_all(
-                candidates, reference, corpus, options, progress, sink, measures
-            )
-    except BaseException:
-        if sink is not None:
-            sink.abort()
-        raise
-    if sink is not None:
-        sink.close()
-    lengths = [len(w) for w in corpus.windows]
+    config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
+    work = work_of(corpus, len(candidates) if reference else 0, measures.floors, weights)
+    plan = plan_evaluation(config, work, resources.max_memory, resources.scratch is not None)
+    in_pieces = plan.apply(options)
+    if resources.max_memory is not None:
+        return_freed_memory()
+    with ExitStack() as opened:
+        room, scratch = Room(tile=plan.tile), None
+        if plan.spill:
+            key = _run_key([*candidates, *([reference] if reference else [])], corpus, in_pieces,
+                           measures)  # fmt: skip
+            scratch = opened.enter_context(Scratch(resources.scratch or _cache_folder(), key))
+            room = Room(scratch, plan.tile)
+        all_figures = _figures(
+            candidates, reference, corpus, in_pieces, progress, save_logits, measures, room
+        )
+        compared = None
+        if reference is not None and weights:
+            compared = compare_weights(reference, candidates, progress)
+        if scratch is not None:
+            scratch.remove()
     if reference is not None:
-        compared = compare_weights(reference, candidates, progress) if weights else None
         for index, (figures, candidate) in enumerate(zip(all_figures, candidates, strict=True)):
             _add_weights(figures, None if compared is None else compared[index], candidate)
+    lengths = [len(w) for w in corpus.windows]
     result = {
         "reference": _facts(reference) if reference is not None else None,
         "candidate": _facts(checkpoint),
@@ -134,6 +168,59 @@ def evaluate_checkpoint(
             for c, f in zip(others, all_figures[1:], strict=True)
         ]
     return result
+
+
+def _figures(
+    candidates: Sequence[Checkpoint],
+    reference: Checkpoint | None,
+    corpus: Corpus,
+    options: ForwardOptions,
+    progress: Progress,
+    save_logits: Path | None,
+    measures: Measures,
+    room: Room,
+) -> list[dict[str, Any]]:
+    """Each candidate's figures; logits are saved on the way, or nothing of them is left."""
+    sink = None
+    if save_logits is not None:
+        sink = LogitsFile(save_logits, corpus, int(candidates[0].config["vocab_size"]))
+    try:
+        if reference is None:
+            found = [evaluate(candidates[0], None, corpus, options, progress, sink, measures, room)]
+        else:
+            found = evaluate_all(
+                candidates, reference, corpus, options, progress, sink, measures, room
+            )
+    except BaseException:
+        if sink is not None:
+            sink.abort()
+        raise
+    if sink is not None:
+        sink.close()
+    return found
+
+
+def _run_key(
+    checkpoints: Sequence[Checkpoint],
+    corpus: Corpus,
+    options: ForwardOptions,
+    measures: Measures,
+) -> str:
+    """SHA-256 of all that decides a run's numbers: files, text, options, versions."""
+    sha = hashlib.sha256()
+    for part in (__version__, torch.__version__, repr(options), repr(measures)):
+        sha.update(part.encode() + b"\0")
+    for checkpoint in checkpoints:
+        sha.update(checkpoint.digest().encode())
+    for number, window in zip(corpus.part_of, corpus.windows, strict=True):
+        sha.update(f"{number} {len(window)}:".encode())
+        sha.update(window.numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "v4quant"
 
 
 def _add_weights(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import resource
 import sys
@@ -14,6 +15,9 @@ from v4quant_kernels.errors import V4QuantError
 _BASE_BYTES = 450 * 2**20
 _THREAD_BYTES = 100 * 2**20
 _TEMPORARY_BYTES = 200 * 2**20
+# mallopt's number for "blocks from this size on are mapped, and unmapped when freed".
+_M_MMAP_THRESHOLD = -3
+_RETURNED_BYTES = 2**21
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -44,6 +48,17 @@ def current_rss_bytes() -> int:
     except (OSError, ValueError, IndexError):
         return peak_rss_bytes()
     return pages * resource.getpagesize()
+
+
+def return_freed_memory() -> None:
+    """Ask the C library to give large freed blocks back at once, where it is glibc.
+
+    It learns to keep them, and small blocks that live on between them then leave holes that count
+    as this process's memory. A cap on memory needs them gone; it costs some speed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _RETURNED_BYTES)
 
 
 def worker_bytes(plan: Plan) -> int:

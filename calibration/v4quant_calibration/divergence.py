@@ -2,8 +2,8 @@
 
 Per scored token: both negative log-likelihoods, KL(reference || candidate) over the whole
 vocabulary, agreement of the best and the five best tokens, how sure the reference was, and what
-became of the probability of the token that follows. Log-softmax runs in float32 as the logits do;
-sums in float64. Errors of means are taken over blocks of consecutive tokens, because neighbouring
+became of the probability of the token that follows (`token_scores.py` makes them of logits). Errors
+of means are taken over blocks of consecutive tokens, because neighbouring
 tokens are correlated and a per-token error would be too small by up to a factor of 3.
 
 A *flip* is a token whose most probable successor is another one in the candidate. Most flips are
@@ -61,25 +61,6 @@ class TokenRecords:
             name: None if column is None else column[mask] for name, column in vars(self).items()
         }
         return TokenRecords(**columns)
-
-
-def score_tokens(logits: Tensor, targets: Tensor, reference: Tensor | None) -> dict[str, Tensor]:
-    """Columns of TokenRecords for rows of logits `[n, vocab]` predicting `targets` `[n]`."""
-    log_q = torch.log_softmax(logits.float(), -1)
-    columns = {"nll": -log_q.gather(1, targets[:, None]).squeeze(1).double()}
-    if reference is None:
-        return columns
-    log_p = torch.log_softmax(reference.float(), -1)
-    p = log_p.double().exp()
-    best_p, best_q = log_p.topk(5, -1).indices, log_q.topk(5, -1).indices
-    shared = (best_p.unsqueeze(2) == best_q.unsqueeze(1)).any(2)
-    columns["nll_reference"] = -log_p.gather(1, targets[:, None]).squeeze(1).double()
-    columns["kl"] = (p * (log_p.double() - log_q.double())).sum(-1).clamp_min_(0)
-    columns["top1"] = best_p[:, 0] == best_q[:, 0]
-    columns["top5"] = shared.double().mean(1)
-    columns["top_p"] = p.amax(-1).clamp_max_(1)
-    columns["delta_p"] = (-columns["nll"]).exp() - (-columns["nll_reference"]).exp()
-    return columns
 
 
 def summarise(records: TokenRecords) -> dict[str, Any]:

@@ -20,8 +20,11 @@ from torch import Tensor
 
 from v4quant_calibration.corpus import Corpus
 from v4quant_calibration.divergence import DivergenceError, block_mean
-from v4quant_calibration.scoring import token_blocks
-from v4quant_calibration.stream import StreamModel, Streams, mtp_logits
+from v4quant_calibration.logits import mtp_logits
+from v4quant_calibration.model.streams import Streams
+from v4quant_calibration.scoring import SMALL_TILES, FlatText, TileSize
+from v4quant_calibration.stream import StreamModel, StreamStore
+from v4quant_calibration.token_scores import Softmax
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import PARTS
 from v4quant_formats.model_config import ModelConfig
@@ -52,6 +55,8 @@ def draft_hits(
     corpus: Corpus,
     streams: Streams,
     choices: Sequence[Tensor],
+    store: StreamStore | None = None,
+    tile: TileSize = SMALL_TILES,
 ) -> DraftHits:
     """Run one model's draft stage from its final trunk streams.
 
@@ -60,23 +65,33 @@ def draft_hits(
     when nothing remains.
     """
     unwatched = replace(model, observer=None, local_observer=None)
-    found: dict[str, list[Tensor]] = {"target": [], "text": [], "block": []}
-    blocks = token_blocks(corpus)
-    for piece in mtp_logits([unwatched], config, corpus.windows, [streams]):
-        ids = corpus.windows[piece.sequence]
-        stop = min(piece.stop, len(ids) - 2)
-        if stop <= piece.start:
-            continue
-        guess = piece.logits[0][: stop - piece.start].argmax(-1)
-        target = choices[piece.sequence][piece.start + 1 : stop + 1]
-        found["target"].append((guess == target).double())
-        found["text"].append((guess == ids[piece.start + 2 : stop + 2]).double())
-        found["block"].append(blocks[piece.sequence][piece.start : stop])
-    if not found["block"]:
+    text, chosen = FlatText(corpus), torch.cat(list(choices))
+    # Position s guesses token s + 2, which is there when s + 1 has a successor in its window.
+    there = text.known & text.known.roll(-1)
+    guess = torch.empty_like(text.targets)
+    for piece in mtp_logits(
+        [unwatched],
+        config,
+        corpus.windows,
+        [streams],
+        store=store,
+        rows=tile.rows,
+        columns=tile.columns,
+    ):
+        if piece.first == 0:
+            best = Softmax(text.targets[piece.start : piece.stop])
+        best.add(piece.logits[0].float().cpu(), piece.first)
+        if piece.last == config.vocab_size:
+            guess[piece.start : piece.stop] = best.best[:, 0]
+    if not bool(there.any()):
         raise DivergenceError(
             "no window has three tokens, which a draft needs; give a longer --seq-len or more text"
         )
-    return DraftHits(**{name: torch.cat(parts) for name, parts in found.items()})
+    return DraftHits(
+        target=(guess == chosen.roll(-1))[there].double(),
+        text=(guess == text.targets.roll(-1))[there].double(),
+        block=text.block[there],
+    )
 
 
 def draft_metrics(hits: DraftHits, reference: DraftHits | None) -> dict[str, Any]:

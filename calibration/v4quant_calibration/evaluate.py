@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -31,13 +31,15 @@ from v4quant_calibration.draft import (
 )
 from v4quant_calibration.model.observer import Observer
 from v4quant_calibration.model.options import ForwardOptions
+from v4quant_calibration.model.streams import Streams, distance
 from v4quant_calibration.noise_floor import floor_options
 from v4quant_calibration.provider import CheckpointParams
-from v4quant_calibration.scoring import LogitSink, score
+from v4quant_calibration.scoring import SMALL_TILES, LogitSink, TileSize, score
 from v4quant_calibration.stream import (
     LayerResult,
+    MemoryStore,
     StreamModel,
-    Streams,
+    StreamStore,
     stream_forward,
 )
 from v4quant_calibration.watch import (
@@ -60,6 +62,14 @@ class Measures:
 
     floors: int = 1
     draft: bool = False
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where the run's streams live, and of how many logits at once it may make use."""
+
+    store: StreamStore = field(default_factory=MemoryStore)
+    tile: TileSize = SMALL_TILES
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,7 @@ def evaluate(
     progress: Progress,
     sink: LogitSink | None = None,
     measures: Measures = Measures(),
+    room: Room | None = None,
 ) -> dict[str, Any]:
     """Score `checkpoint` (against `reference`) on a corpus; returns the JSON object.
 
@@ -110,8 +121,8 @@ def evaluate(
     Raises DivergenceError for models of different shape, NaN logits or too few tokens.
     """
     if reference is None:
-        return _alone(checkpoint, corpus, options, progress, sink, measures)
-    return evaluate_all([checkpoint], reference, corpus, options, progress, sink, measures)[0]
+        return _alone(checkpoint, corpus, options, progress, sink, measures, room or Room())
+    return evaluate_all([checkpoint], reference, corpus, options, progress, sink, measures, room)[0]
 
 
 def evaluate_all(
@@ -122,44 +133,68 @@ def evaluate_all(
     progress: Progress,
     sink: LogitSink | None = None,
     measures: Measures = Measures(),
+    room: Room | None = None,
 ) -> list[dict[str, Any]]:
     """Score several conversions of one reference in one run; one JSON object each, in order.
 
     Their noise floor and coverage are the same. Raises as `evaluate` does.
     """
-    config = _config(reference)
+    config, room = _config(reference), room or Room()
     for checkpoint in checkpoints:
         _check_same_model(_config(checkpoint), config, checkpoint, reference)
     experts = config.n_routed_experts
-    original = StreamModel(
-        CheckpointParams(reference), options, LayerWatch(experts, keep_outputs=True)
-    )
+    watch = LayerWatch(experts, keep_outputs=True)
+    original = StreamModel(CheckpointParams(reference), options, watch, name=str(reference.path))
     candidates = [_candidate(c, options, experts) for c in checkpoints]
     variants = floor_options(options, measures.floors)
     floors = [replace(original, options=o, observer=None) for _, o in variants]
-    rows: list[list[LayerRow]] = [[] for _ in candidates]
-
-    def on_layer(result: LayerResult) -> None:
-        for index, candidate in enumerate(candidates, 1):
-            rows[index - 1].append(_layer_row(result, config, original, index, candidate))
-        _watch(original.observer).forget()
-
+    layers = _LayerNotes(room.store, config, original, candidates)
     models, local = [original, *candidates, *floors], range(1, len(candidates) + 1)
-    streams = _run(models, config, corpus, progress, local, on_layer)
-    scores = score(models, config, corpus, streams, progress, sink)
+    streams = _run(models, config, corpus, progress, room, local, layers)
+    scores = score(models, config, corpus, streams, progress, sink, room.tile)
     floor = _noise_floor([d for d, _ in variants], scores.records[len(candidates) :])
     results = [
-        _compare(records, floor, layers, corpus, original)
-        for records, layers in zip(scores.records, rows, strict=False)
+        _compare(records, floor, rows, corpus, original)
+        for records, rows in zip(scores.records, layers.rows, strict=False)
     ]
     if measures.draft:
         members = list(
             zip([reference, *checkpoints], models, streams, scores.choices, strict=False)
         )
-        drafts = _drafts(members, config, corpus, progress)
+        drafts = _drafts(members, config, corpus, progress, room)
         for result, draft in zip(results, drafts, strict=True):
             result["draft"] = draft
     return results
+
+
+class _LayerNotes:
+    """The rows of finished layers, kept with the streams so that a run can go on."""
+
+    def __init__(
+        self,
+        store: StreamStore,
+        config: ModelConfig,
+        original: StreamModel,
+        candidates: Sequence[StreamModel],
+    ) -> None:
+        """Take over what an earlier process noted."""
+        self._notes, self._config = store.notes, config
+        self._original, self._candidates = original, candidates
+        earlier = store.notes.get("layers", [[] for _ in candidates])
+        self.rows = [[LayerRow(**row) for row in rows] for rows in earlier]
+        _watch(original.observer).take_counts(store.notes.get("counts", []))
+
+    def __call__(self, result: LayerResult) -> None:
+        """A layer of one model is done."""
+        if result.local is not None:
+            candidate = self._candidates[result.model - 1]
+            row = _layer_row(result, self._config, self._original, candidate)
+            self.rows[result.model - 1].append(row)
+        if result.model == len(self._candidates):
+            watch = _watch(self._original.observer)
+            self._notes["layers"] = [[vars(row) for row in rows] for rows in self.rows]
+            self._notes["counts"] = watch.counts()
+            watch.forget()
 
 
 def _config(checkpoint: Checkpoint) -> ModelConfig:
@@ -171,7 +206,8 @@ def _candidate(checkpoint: Checkpoint, options: ForwardOptions, experts: int) ->
         CheckpointParams(checkpoint),
         options,
         LayerWatch(experts, keep_outputs=False),
-        LayerWatch(experts, keep_outputs=True),
+        LayerWatch(experts, keep_outputs=True, keep_picks=False),
+        str(checkpoint.path),
     )
 
 
@@ -193,16 +229,17 @@ def _alone(
     progress: Progress,
     sink: LogitSink | None,
     measures: Measures,
+    room: Room,
 ) -> dict[str, Any]:
     config = _config(checkpoint)
-    model = StreamModel(CheckpointParams(checkpoint), options)
-    streams = _run([model], config, corpus, progress)
-    scores = score([model], config, corpus, streams, progress, sink)
+    model = StreamModel(CheckpointParams(checkpoint), options, name=str(checkpoint.path))
+    streams = _run([model], config, corpus, progress, room)
+    scores = score([model], config, corpus, streams, progress, sink, room.tile)
     (records,) = scores.records
     result = {**summarise(records), "corpora": _by_part(records, corpus)}
     if measures.draft:
         members = [(checkpoint, model, streams[0], scores.choices[0])]
-        (result["draft"],) = _drafts(members, config, corpus, progress)
+        (result["draft"],) = _drafts(members, config, corpus, progress, room)
     return result
 
 
@@ -211,13 +248,18 @@ def _drafts(
     config: ModelConfig,
     corpus: Corpus,
     progress: Progress,
+    room: Room,
 ) -> list[dict[str, Any]]:
     """Draft figures of each candidate: the members after the first, or the only one."""
     progress.start("Draft", len(members), "model")
     hits: list[DraftHits | None] = []
     for checkpoint, model, streams, choices in members:
         there = has_classic_draft(checkpoint)
-        hits.append(draft_hits(model, config, corpus, streams, choices) if there else None)
+        hits.append(
+            draft_hits(model, config, corpus, streams, choices, room.store, room.tile)
+            if there
+            else None
+        )
         progress.advance(1)
     progress.finish()
     reference = hits[0] if len(members) > 1 else None
@@ -245,43 +287,46 @@ def _run(
     config: ModelConfig,
     corpus: Corpus,
     progress: Progress,
+    room: Room,
     local: Sequence[int] = (),
     on_layer: Callable[[LayerResult], None] | None = None,
 ) -> list[Streams]:
-    progress.start("Forward pass", config.num_hidden_layers, "layer")
+    """All layers. The unit of progress is a token through a layer of a model."""
+    left = config.num_hidden_layers - room.store.finished
+    progress.start(
+        f"Forward pass from layer {room.store.finished}" if room.store.finished else "Forward pass",
+        left * (len(models) + len(local)) * corpus.tokens,
+        "tok",
+    )
     streams = stream_forward(
         models,
         config,
         corpus.windows,
         local=local,
         on_layer=on_layer,
-        progress=lambda *_: progress.advance(1),
+        progress=lambda *_: progress.advance(corpus.tokens),
+        store=room.store,
     )
     progress.finish()
     return streams
 
 
 def _layer_row(
-    result: LayerResult,
-    config: ModelConfig,
-    original: StreamModel,
-    index: int,
-    candidate: StreamModel,
+    result: LayerResult, config: ModelConfig, original: StreamModel, candidate: StreamModel
 ) -> LayerRow:
-    """One layer of the candidate that is model `index` of the run."""
-    reference, mine, before = result.after[0], result.after[index], result.before[0]
-    added = _norm(a - b for a, b in zip(reference, before, strict=True))
-    local = _norm(a - b for a, b in zip(result.local[index], reference, strict=True))
-    drift = _norm(a - b for a, b in zip(mine, reference, strict=True))
+    """One layer of one candidate."""
+    assert result.local is not None
     watches = (original.observer, candidate.observer, candidate.local_observer)
     base, own, beside = (_watch(w) for w in watches)
     errors = expert_errors(base, beside)
     worst = max(errors, key=errors.__getitem__, default=None)
+    size = distance(result.reference, None)
+    added = distance(result.reference, result.before)
     row = LayerRow(
         name=result.layer,
         kind=config.layer_kind(int(result.layer.rpartition(".")[2])),
-        stream_relative_error=drift / max(_norm(reference), 1e-30),
-        local_relative_error=local / max(added, 1e-30),
+        stream_relative_error=distance(result.after, result.reference) / max(size, 1e-30),
+        local_relative_error=distance(result.local, result.reference) / max(added, 1e-30),
         router_agreement=router_agreement(base, own),
         index_agreement=index_agreement(base, own),
         expert_output_median=statistics.median_low(errors.values()) if errors else None,
@@ -296,11 +341,6 @@ def _layer_row(
 def _watch(observer: Observer | None) -> LayerWatch:
     assert isinstance(observer, LayerWatch)
     return observer
-
-
-def _norm(parts: Any) -> float:
-    total = sum(float(p.double().square().sum()) for p in parts)
-    return float(total**0.5)
 
 
 def _compare(

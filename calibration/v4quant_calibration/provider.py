@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.weights import read_dense
+from v4quant_formats.weights import read_dense, read_dense_rows
 
 
 class CheckpointParams:
@@ -22,3 +22,7 @@ class CheckpointParams:
     def __call__(self, base: str, /) -> Tensor:
         """The tensor called `base`; raises what `read_dense` raises."""
         return read_dense(self.checkpoint, base)
+
+    def rows(self, base: str, start: int, stop: int, /) -> Tensor:
+        """Rows start .. stop - 1 of the matrix called `base`; raises what `read_dense` raises."""
+        return read_dense_rows(self.checkpoint, base, start, stop)

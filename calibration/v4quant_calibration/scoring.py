@@ -1,11 +1,12 @@
 """Scoring: from final residual streams to one record per token and model.
 
-Logits of all models pass by in slices, are reduced to records and forgotten; nothing of the size
+Logits of all models pass by in tiles, are reduced to records and forgotten; nothing of the size
 `[tokens, vocab]` ever exists. All models but the first are scored against the first.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,21 +14,31 @@ import torch
 from torch import Tensor
 
 from v4quant_calibration.corpus import Corpus
-from v4quant_calibration.divergence import (
-    BLOCK_TOKENS,
-    DivergenceError,
-    TokenRecords,
-    score_tokens,
-)
-from v4quant_calibration.stream import LogitSlice, StreamModel, Streams, stream_logits
+from v4quant_calibration.divergence import BLOCK_TOKENS, DivergenceError, TokenRecords
+from v4quant_calibration.logits import TILE_ROWS, LogitTile, stream_logits
+from v4quant_calibration.model.mtp import next_tokens
+from v4quant_calibration.model.streams import Streams
+from v4quant_calibration.stream import StreamModel, named
+from v4quant_calibration.token_scores import TokenScores
 from v4quant_formats.model_config import ModelConfig
 from v4quant_kernels.progress import Progress
 
-LogitSink = Callable[[LogitSlice], None]
+LogitSink = Callable[[LogitTile], None]
 
 
 _FEW_BLOCKS = 8
 _SMALLEST_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class TileSize:
+    """Positions and vocabulary entries of which logits exist at once (None: all entries)."""
+
+    rows: int = TILE_ROWS
+    columns: int | None = None
+
+
+SMALL_TILES = TileSize()
 
 
 @dataclass(frozen=True)
@@ -69,42 +80,72 @@ def score(
     streams: Sequence[Streams],
     progress: Progress,
     sink: LogitSink | None = None,
+    tile: TileSize = SMALL_TILES,
 ) -> Scores:
     """Score every position whose successor the text knows. Raises DivergenceError for NaN."""
-    columns: list[dict[str, list[Tensor]]] = [{} for _ in models[1:] or models]
-    choices: list[list[Tensor]] = [[torch.empty_like(w) for w in corpus.windows] for _ in models]
+    text = FlatText(corpus)
+    columns: list[dict[str, Tensor]] = [{} for _ in models[1:] or models]
+    choices = [torch.empty_like(text.targets) for _ in models]
     progress.start("Scoring", corpus.tokens, "tok")
-    blocks = token_blocks(corpus)
-    for piece in stream_logits(models, config, streams):
-        ids = corpus.windows[piece.sequence]
+    tiles = stream_logits(models, config, streams, rows=tile.rows, columns=tile.columns)
+    for piece in tiles:
         if sink is not None:
             sink(piece)
-        _check_finite(piece, config)
-        for chosen, logits in zip(choices, piece.logits, strict=True):
-            chosen[piece.sequence][piece.start : piece.stop] = logits.argmax(-1)
-        # The last position of a window predicts nothing that is known.
-        stop = min(piece.stop, len(ids) - 1)
-        rows = slice(0, stop - piece.start)
-        targets = ids[piece.start + 1 : stop + 1]
-        place = {
-            "block": blocks[piece.sequence][piece.start : stop],
-            "part": torch.full((len(targets),), corpus.part_of[piece.sequence]),
-        }
-        reference = piece.logits[0][rows] if len(models) > 1 else None
-        scored = piece.logits[1:] or piece.logits
-        for column, logits in zip(columns, scored, strict=True):
-            for key, value in (score_tokens(logits[rows], targets, reference) | place).items():
-                column.setdefault(key, []).append(value)
+        _check_finite(piece, models, config)
+        if piece.first == 0:
+            scores = TokenScores(text.targets[piece.start : piece.stop], len(models))
+        scores.add(piece.logits, piece.first)
+        if piece.last < config.vocab_size:
+            continue
+        for chosen, found in zip(choices, scores.softmax, strict=True):
+            chosen[piece.start : piece.stop] = found.best[:, 0]
+        for column, values in zip(columns, scores.columns(), strict=True):
+            text.place(column, piece.start, values)
         progress.advance(piece.stop - piece.start)
     progress.finish()
-    records = [TokenRecords(**{k: torch.cat(v) for k, v in c.items()}) for c in columns]
-    return Scores(records, choices)
+    records = [text.records(column) for column in columns]
+    lengths = [len(window) for window in corpus.windows]
+    return Scores(records, [list(chosen.split(lengths)) for chosen in choices])
 
 
-def _check_finite(piece: LogitSlice, config: ModelConfig) -> None:
-    for model, values in enumerate(piece.logits):
-        if not bool(torch.isfinite(values).all()):
+class FlatText:
+    """A corpus' tokens end to end: what follows each, and whether that is known."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        """The last position of a window predicts nothing that is known."""
+        windows = corpus.windows
+        self.targets = torch.cat([next_tokens(ids) for ids in windows])
+        self.known = torch.cat([torch.arange(len(ids)) < len(ids) - 1 for ids in windows])
+        self.block = torch.cat(token_blocks(corpus))
+        lengths = torch.tensor([len(ids) for ids in windows])
+        self.part = torch.tensor(corpus.part_of).repeat_interleave(lengths)
+
+    def place(self, column: dict[str, Tensor], start: int, values: dict[str, Tensor]) -> None:
+        """Put the values of the positions from `start` on in their places.
+
+        Room for all positions is taken at once: small pieces kept between large ones that are
+        dropped would leave memory in holes.
+        """
+        for key, value in values.items():
+            if key not in column:
+                column[key] = value.new_empty(len(self.targets))
+            column[key][start : start + len(value)] = value
+
+    def records(self, column: dict[str, Tensor]) -> TokenRecords:
+        """The known positions."""
+        whole = column | {"block": self.block, "part": self.part}
+        return TokenRecords(**{key: value[self.known] for key, value in whole.items()})
+
+
+def _check_finite(piece: LogitTile, models: Sequence[StreamModel], config: ModelConfig) -> None:
+    for model, values in zip(models, piece.logits, strict=True):
+        low, high = values.aminmax()
+        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
             raise DivergenceError(
-                f"logits of model {model} hold NaN or infinity in window {piece.sequence} although "
-                f"all {config.num_hidden_layers} layers were finite; check head, norm and hc_head"
+                named(
+                    model,
+                    f"logits of tokens {piece.start} to {piece.stop - 1} hold NaN or infinity "
+                    f"although all {config.num_hidden_layers} layers were finite; check head, "
+                    "norm and hc_head",
+                )
             )

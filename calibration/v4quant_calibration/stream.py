@@ -7,74 +7,108 @@ one expert. Side by side also allows the question no end result answers: what do
 layer do on the *reference's* input ("local")? There an error stands out in the layer that makes it,
 before it drowns in the streams.
 
-At the end, logits leave in slices, because a full `[tokens, vocab]` matrix is larger than the
-streams it comes from.
+Where streams live, and whether a run that was killed goes on where it stopped, is the business of
+a `StreamStore`: memory here, files in `scratch.py`. How logits leave is told in `logits.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from v4quant_calibration.model.block import layer_forward
-from v4quant_calibration.model.hyper_connection import HyperWeights, head_streams, load_hyper
-from v4quant_calibration.model.mtp import STAGE, mtp_forward, next_tokens
-from v4quant_calibration.model.numerics import rms_norm
+from v4quant_calibration.model.mtp import mtp_forward, next_tokens
+from v4quant_calibration.model.numerics import NonFiniteActivation
 from v4quant_calibration.model.observer import Observer
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_calibration.model.params import Params
+from v4quant_calibration.model.params import Params, read_rows
+from v4quant_calibration.model.streams import MemoryStreams, Streams, StreamShape, spans
 from v4quant_formats.model_config import ModelConfig
 
-Streams = list[Tensor]
-"""Residual streams of each sequence, float32 `[T_i, hc_mult, hidden_size]`."""
-
-LOGIT_ROWS = 256
+EMBEDDING_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class StreamModel:
     """One model of a run: weights, options, and who watches it.
 
-    `local_observer` watches its layers when they run on the reference's input instead.
+    `local_observer` watches its layers when they run on the reference's input instead. `name`
+    begins the messages of errors in it.
     """
 
     params: Params
     options: ForwardOptions = field(default_factory=ForwardOptions)
     observer: Observer | None = None
     local_observer: Observer | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One layer's streams; the first model is the reference.
+    """One layer of one model, number `model` of the run; number 0 is the reference.
 
-    before, after: each model's streams around the layer. local: by model index, the model's layer
-    applied to `before[0]`. What the reference's layer added is `after[0] - before[0]`, the
-    yardstick for `local[i] - after[0]`.
+    before, reference: the reference's streams around the layer. after: this model's behind it.
+    local: this model's layer applied to `before`, where asked for. What the reference's layer added
+    is `reference - before`, the yardstick for `local - reference`. Streams hold these values only
+    until the callback returns.
     """
 
     layer: str
-    before: list[Streams]
-    after: list[Streams]
-    local: dict[int, Streams]
-
-
-@dataclass(frozen=True)
-class LogitSlice:
-    """Positions start .. stop - 1 of one sequence: each model's float32 logits `[n, vocab]`."""
-
-    sequence: int
-    start: int
-    stop: int
-    logits: list[Tensor]
+    model: int
+    before: Streams
+    reference: Streams
+    after: Streams
+    local: Streams | None
 
 
 OnLayer = Callable[[LayerResult], None]
 Progress = Callable[[str, int, int], None]
-"""Called with what was finished ("layers.3"), how many steps are done, and how many there are."""
+"""Called when a layer of a model is done: its name ("layers.3"), how many there are done, of how
+many in all."""
+
+
+class StreamStore(Protocol):
+    """Where the streams of a run live."""
+
+    finished: int
+    """Layers that all models have behind them, from an earlier process."""
+
+    notes: dict[str, Any]
+    """What the run wants to find again then, JSON values; `commit` keeps it."""
+
+    def open(self, name: str, shape: StreamShape) -> Streams:
+        """Room for streams; those called "M.L" are model M's behind L layers."""
+
+    def behind(self, model: int, done: int, before: Streams, keep: bool) -> Streams:
+        """Room for model `model`'s streams behind `done` layers; unless `before` must be kept, it
+        may be that."""
+
+    def commit(self, done: int) -> None:
+        """All models have `done` layers behind them: what was there before is no longer needed."""
+
+
+class MemoryStore:
+    """Streams in memory; nothing survives the process."""
+
+    def __init__(self) -> None:
+        """Nothing is finished."""
+        self.finished = 0
+        self.notes: dict[str, Any] = {}
+
+    def open(self, name: str, shape: StreamShape) -> Streams:
+        """Fresh room."""
+        return MemoryStreams(shape)
+
+    def behind(self, model: int, done: int, before: Streams, keep: bool) -> Streams:
+        """The same room where possible."""
+        return MemoryStreams(before.shape) if keep else before
+
+    def commit(self, done: int) -> None:
+        """Nothing to do."""
 
 
 @torch.no_grad()
@@ -86,31 +120,85 @@ def stream_forward(
     local: Collection[int] = (),
     on_layer: OnLayer | None = None,
     progress: Progress | None = None,
+    store: StreamStore | None = None,
 ) -> list[Streams]:
     """Push sequences through the trunk of every model; returns each model's final streams.
 
     sequences: int64 token ids `[T_i]`, T_i >= 1. local: models whose layers also run on the first
-    model's input (on_layer receives the result). Raises NonFiniteActivation naming a layer,
-    and whatever the parameter providers raise.
+    model's input (on_layer receives the result). store: where streams live, by default in memory.
+    Raises NonFiniteActivation naming a layer, and whatever providers and store raise.
     """
-    streams = [_embed(model.params, config, sequences) for model in models]
-    for index in range(config.num_hidden_layers):
-        layer = f"layers.{index}"
-        after = [
-            _step(model, config, index, before, sequences)
-            for model, before in zip(models, streams, strict=True)
-        ]
-        if on_layer is not None:
-            beside = {
-                i: _layer(models[i], config, layer, streams[0], sequences, models[i].local_observer)
-                for i in local
-            }
-            on_layer(LayerResult(layer, streams, after, beside))
-            del beside
-        streams = after
+    store = store or MemoryStore()
+    ids = torch.cat(list(sequences))
+    streams = [
+        store.open(f"{number}.{store.finished}", _shape(model.params, config, sequences))
+        for number, model in enumerate(models)
+    ]
+    if not store.finished:
+        for model, room in zip(models, streams, strict=True):
+            _embed(model.params, ids, room)
+    passes = config.num_hidden_layers * (len(models) + (len(local) if on_layer else 0))
+    done = store.finished * passes // config.num_hidden_layers
+
+    def advance(layer: str) -> None:
+        nonlocal done
+        done += 1
         if progress is not None:
-            progress(layer, index + 1, config.num_hidden_layers)
+            progress(layer, done, passes)
+
+    for index in range(store.finished, config.num_hidden_layers):
+        step = _Step(f"layers.{index}", index, config, ids, store)
+        before = streams[0]
+        for number, model in enumerate(models):
+            keep = number == 0 and on_layer is not None
+            streams[number] = step.run(number, model, streams[number], keep)
+            advance(step.layer)
+            if on_layer is not None:
+                beside = None
+                if number in local:
+                    beside = step.beside(model, before)
+                    advance(step.layer)
+                on_layer(
+                    LayerResult(step.layer, number, before, streams[0], streams[number], beside)
+                )
+                del beside
+        del before
+        store.commit(index + 1)
     return streams
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One layer of a run."""
+
+    layer: str
+    index: int
+    config: ModelConfig
+    ids: Tensor
+    store: StreamStore
+
+    def run(self, number: int, model: StreamModel, before: Streams, keep: bool) -> Streams:
+        """The layer on a model's own streams."""
+        after = self.store.behind(number, self.index + 1, before, keep)
+        self._forward(model, before, after, model.observer)
+        return after
+
+    def beside(self, model: StreamModel, before: Streams) -> Streams:
+        """The layer on the reference's streams."""
+        after = self.store.open("local", before.shape)
+        self._forward(model, before, after, model.local_observer)
+        return after
+
+    def _forward(
+        self, model: StreamModel, before: Streams, after: Streams, observer: Observer | None
+    ) -> None:
+        ids = self.ids.to(before.shape.device)
+        try:
+            layer_forward(
+                model.params, self.config, self.layer, before, after, ids, model.options, observer
+            )
+        except NonFiniteActivation as error:
+            raise NonFiniteActivation(named(model, str(error))) from None
 
 
 @torch.no_grad()
@@ -119,117 +207,51 @@ def stream_mtp(
     config: ModelConfig,
     sequences: Sequence[Tensor],
     streams: Sequence[Streams],
+    *,
+    store: StreamStore | None = None,
 ) -> list[Streams]:
     """Each model's streams after its MTP stage, from its final trunk streams.
 
     The stage is fed with the true next token, and with token 0 at the last position, whose row is
     therefore meaningless to score.
     """
-    return [
-        mtp_forward(
-            model.params,
-            config,
-            trunk,
-            [next_tokens(ids.to(part.device)) for ids, part in zip(sequences, trunk, strict=True)],
-            model.options,
-            model.observer,
-        )
-        for model, trunk in zip(models, streams, strict=True)
-    ]
+    store = store or MemoryStore()
+    ids = torch.cat([next_tokens(ids) for ids in sequences])
+    found = []
+    for number, (model, trunk) in enumerate(zip(models, streams, strict=True)):
+        room = store.open(f"draft.{number}", trunk.shape)
+        _embed(model.params, ids, room)
+        moved = ids.to(trunk.shape.device)
+        try:
+            mtp_forward(model.params, config, trunk, room, moved, model.options, model.observer)
+        except NonFiniteActivation as error:
+            raise NonFiniteActivation(named(model, str(error))) from None
+        found.append(room)
+    return found
 
 
-def stream_logits(
-    models: Sequence[StreamModel],
-    config: ModelConfig,
-    streams: Sequence[Streams],
-    *,
-    stage: str = "",
-    rows: int = LOGIT_ROWS,
-) -> Iterator[LogitSlice]:
-    """Logits of all models, slice by slice, in the order of sequences and positions.
-
-    stage: "" for the trunk (row s predicts token s + 1), "mtp.0" for streams of `stream_mtp`
-    (row s predicts token s + 2). rows: the most positions a slice holds.
-    """
-    heads = [_load_head(model.params, stage) for model in models]
-    for sequence, parts in enumerate(zip(*streams, strict=True)):
-        for start in range(0, parts[0].shape[0], rows):
-            stop = min(start + rows, parts[0].shape[0])
-            logits = [
-                head.logits(part[start:stop], config)
-                for head, part in zip(heads, parts, strict=True)
-            ]
-            yield LogitSlice(sequence, start, stop, logits)
+def named(model: StreamModel, message: str) -> str:
+    """A message that begins with the model's name, if it has one."""
+    return f"{model.name}: {message}" if model.name else message
 
 
-def mtp_logits(
-    models: Sequence[StreamModel],
-    config: ModelConfig,
-    sequences: Sequence[Tensor],
-    streams: Sequence[Streams],
-    *,
-    rows: int = LOGIT_ROWS,
-) -> Iterator[LogitSlice]:
-    """Logits of the MTP stage, slice by slice, from the trunk's final streams."""
-    after = stream_mtp(models, config, sequences, streams)
-    yield from stream_logits(models, config, after, stage=STAGE, rows=rows)
+def _shape(params: Params, config: ModelConfig, sequences: Sequence[Tensor]) -> StreamShape:
+    norm = params("norm")  # tells dtype and device of the arithmetic
+    lengths = tuple(len(ids) for ids in sequences)
+    return StreamShape(lengths, (config.hc_mult, config.hidden_size), norm.dtype, norm.device)
 
 
-@dataclass(frozen=True)
-class _Head:
-    """Collapse, norm and vocabulary projection; the release runs all of it in float32."""
-
-    hyper: HyperWeights
-    norm: Tensor
-    head: Tensor
-
-    @torch.no_grad()
-    def logits(self, streams: Tensor, config: ModelConfig) -> Tensor:
-        """`[n, hc_mult, hidden]` to `[n, vocab]`."""
-        collapsed = head_streams(streams, self.hyper, config)
-        return rms_norm(collapsed, self.norm, config.rms_norm_eps) @ self.head.mT
-
-
-def _load_head(params: Params, stage: str) -> _Head:
-    prefix = f"{stage}." if stage else ""
-    return _Head(load_hyper(params, f"{prefix}hc_head"), params(f"{prefix}norm"), params("head"))
-
-
-def _embed(params: Params, config: ModelConfig, sequences: Sequence[Tensor]) -> Streams:
-    """hc_mult equal streams of each token's embedding."""
-    embedding = params("embed")
-    return [
-        embedding[ids.to(embedding.device)].unsqueeze(1).repeat(1, config.hc_mult, 1)
-        for ids in sequences
-    ]
-
-
-def _layer(
-    model: StreamModel,
-    config: ModelConfig,
-    layer: str,
-    streams: Streams,
-    sequences: Sequence[Tensor],
-    observer: Observer | None,
-) -> Streams:
-    """One layer of one model on any model's streams."""
-    token_ids = [ids.to(streams[0].device) for ids in sequences]
-    return layer_forward(model.params, config, layer, streams, token_ids, model.options, observer)
-
-
-def _step(
-    model: StreamModel,
-    config: ModelConfig,
-    index: int,
-    streams: Streams,
-    sequences: Sequence[Tensor],
-) -> Streams:
-    """One layer of one model on its own streams, with the options' noise on what comes out."""
-    after = _layer(model, config, f"layers.{index}", streams, sequences, model.observer)
-    options = model.options
-    if options.stream_noise:
-        generator = torch.Generator().manual_seed(options.noise_seed * 65537 + index)
-        for part in after:
-            noise = torch.randn(part.shape, generator=generator).mul_(options.stream_noise)
-            part.mul_(noise.add_(1).to(part.device))
-    return after
+def _embed(params: Params, ids: Tensor, streams: Streams) -> None:
+    """hc_mult equal streams of each token's embedding. Reads the rows of `embed` that occur."""
+    for start, stop in spans(0, streams.shape.tokens, EMBEDDING_ROWS):
+        kinds, index = ids[start:stop].unique(return_inverse=True)
+        rows = torch.empty(len(kinds), streams.shape.row[1], dtype=streams.shape.dtype)
+        at = 0
+        while at < len(kinds):
+            first = int(kinds[at])
+            end = int(torch.searchsorted(kinds, first + EMBEDDING_ROWS))
+            block = read_rows(params, "embed", first, int(kinds[end - 1]) + 1)
+            rows[at:end] = block[kinds[at:end] - first].to(rows.device)
+            at = end
+        embedded = rows[index].to(streams.shape.device)
+        streams.write(start, embedded.unsqueeze(1).expand(-1, streams.shape.row[0], -1))

@@ -27,33 +27,54 @@ class LayerWatch(SilentObserver):
     `[n]` and rows `[n, hidden]` of the first SAMPLE_ROWS tokens; empty unless asked for.
     """
 
-    def __init__(self, experts: int, keep_outputs: bool) -> None:
+    def __init__(self, experts: int, keep_outputs: bool, keep_picks: bool = True) -> None:
         """`experts`: routed experts of a layer."""
         self._experts = experts
+        self._keep_picks = keep_picks
         self._keep = keep_outputs
         self._counts: dict[str, list[int]] = {}
         self.forget()
 
     def forget(self) -> None:
         """Drop the layer."""
-        self.expert_ids = torch.empty(0, 0, dtype=torch.int64)
         self.picks: list[Tensor] = []
         self.outputs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._ids: list[Tensor] = []
+        self._first = 0
+
+    @property
+    def expert_ids(self) -> Tensor:
+        """Chosen experts of all tokens so far."""
+        return torch.cat(self._ids)
 
     def on_route(self, layer: str, expert_ids: Tensor, weights: Tensor) -> None:
         """Remember the choice and count it."""
-        self.expert_ids = expert_ids
-        chosen = torch.bincount(expert_ids.reshape(-1), minlength=self._experts)
-        self._counts[layer] = chosen.tolist()
+        self._first = sum(len(ids) for ids in self._ids)
+        self._ids.append(expert_ids)
+        chosen = torch.bincount(expert_ids.reshape(-1), minlength=self._experts).tolist()
+        before = self._counts.get(layer, [0] * self._experts) if self._first else [0] * len(chosen)
+        self._counts[layer] = [a + b for a, b in zip(before, chosen, strict=True)]
 
     def on_index(self, layer: str, picks: Tensor) -> None:
         """Remember the choice."""
-        self.picks.append(picks.int())
+        if self._keep_picks:
+            self.picks.append(picks.int())
 
     def on_expert_output(self, layer: str, expert: int, tokens: Tensor, y: Tensor) -> None:
         """Remember the first rows."""
-        if self._keep and expert not in self.outputs:
-            self.outputs[expert] = (tokens[:SAMPLE_ROWS].clone(), y[:SAMPLE_ROWS].clone())
+        if not self._keep:
+            return
+        tokens, y = tokens[:SAMPLE_ROWS] + self._first, y[:SAMPLE_ROWS].clone()
+        if expert in self.outputs:
+            earlier = self.outputs[expert]
+            if len(earlier[0]) >= SAMPLE_ROWS:
+                return
+            tokens, y = torch.cat([earlier[0], tokens]), torch.cat([earlier[1], y])
+        self.outputs[expert] = (tokens[:SAMPLE_ROWS], y[:SAMPLE_ROWS])
+
+    def take_counts(self, layers: list[dict[str, Any]]) -> None:
+        """Go on from the `counts` of an earlier run."""
+        self._counts = {row["name"]: row["tokens_per_expert"] for row in layers}
 
     def counts(self) -> list[dict[str, Any]]:
         """Tokens each expert was given, by layer."""

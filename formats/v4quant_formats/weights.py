@@ -285,3 +285,20 @@ def read_dense(checkpoint: Checkpoint, module: str) -> Tensor:
         return value
     check_finite(checkpoint, next(iter(stored.parts.values())), value)
     return value.float()
+
+
+def read_dense_rows(checkpoint: Checkpoint, module: str, start: int, stop: int) -> Tensor:
+    """Rows start .. stop - 1 of `read_dense`; only they, and what shares a scale, are read."""
+    stored = find_weight(checkpoint, module)
+    if stored.scheme is not None:
+        height = stored.scheme.block[0]
+        first, last = start // height * height, min(-(-stop // height) * height, stored.shape[0])
+        return dequantize(read_weight(checkpoint, stored, (first, last)))[
+            start - first : stop - first
+        ]
+    spec = next(iter(stored.parts.values()))
+    value = checkpoint.read_rows(spec.name, start, stop)
+    if not value.is_floating_point():
+        return value
+    check_finite(checkpoint, spec, value)
+    return value.float()

@@ -19,9 +19,9 @@ from v4quant_calibration.divergence import (
     block_mean,
     kl_histogram,
     kl_quantiles,
-    score_tokens,
     summarise,
 )
+from v4quant_calibration.token_scores import score_tokens
 
 VOCABULARY = 211
 

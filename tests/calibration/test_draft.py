@@ -16,9 +16,10 @@ from tests.support.shard_bytes import EditableCheckpoint
 from v4quant_calibration.corpus import Corpus, CorpusPart
 from v4quant_calibration.divergence import DivergenceError
 from v4quant_calibration.evaluate import Measures, evaluate, evaluate_all
+from v4quant_calibration.logits import mtp_logits, stream_logits
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.provider import CheckpointParams
-from v4quant_calibration.stream import StreamModel, mtp_logits, stream_forward, stream_logits
+from v4quant_calibration.stream import StreamModel, stream_forward
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import load_model_config
 from v4quant_kernels.progress import SilentProgress
@@ -52,10 +53,11 @@ def test_by_definition(corpus: Corpus) -> None:
     with open_checkpoint(TINY) as checkpoint:
         model = StreamModel(CheckpointParams(checkpoint))
         streams = stream_forward([model], config, corpus.windows)
-        trunk = [p.logits[0] for p in stream_logits([model], config, streams, rows=1000)]
-        draft = [
-            p.logits[0] for p in mtp_logits([model], config, corpus.windows, streams, rows=1000)
-        ]
+        lengths = [len(ids) for ids in corpus.windows]
+        (tile,) = stream_logits([model], config, streams, rows=1000)
+        trunk = tile.logits[0].split(lengths)
+        (tile,) = mtp_logits([model], config, corpus.windows, streams, rows=1000)
+        draft = tile.logits[0].split(lengths)
     for ids, main, guess in zip(corpus.windows, trunk, draft, strict=True):
         for s in range(len(ids) - 2):
             target.append(int(guess[s].argmax()) == int(main[s + 1].argmax()))

@@ -35,7 +35,7 @@ def random_ids(generator: torch.Generator, *lengths: int) -> list[Tensor]:
 def trunk(sequences: list[Tensor], query_chunk: int = 128) -> list[Tensor]:
     models = [StreamModel(double, ForwardOptions(query_chunk=query_chunk))]
     final = stream_forward(models, CONFIG, sequences)
-    return final[0] + stream_mtp(models, CONFIG, sequences, final)[0]
+    return [*final[0], *stream_mtp(models, CONFIG, sequences, final)[0]]
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 33, 129])
@@ -49,7 +49,7 @@ def test_official_mode_takes_any_length(length: int, generator: torch.Generator)
             [StreamModel(ORACLE, options)],
             CONFIG,
             given,
-            on_layer=lambda result: first.append(result.after[0][0]),
+            on_layer=lambda result: first.append(result.after[0].clone()),
         )
     alone, prefix = first[0], first[CONFIG.num_hidden_layers][:length]
     assert (alone - prefix).norm() < 1e-2 * alone.norm()
@@ -109,3 +109,18 @@ def test_attention_holds_nothing_square(
     reach = 64 + CONFIG.sliding_window - 1
     dense = attention_module.DENSE_FACTOR * CONFIG.index_topk
     assert max(sizes) <= 64 * (reach + max(dense, 1500 // 128))
+
+
+@pytest.mark.parametrize(("row_chunk", "expert_tokens"), [(128, None), (256, 1), (4096, 37)])
+def test_pieces_do_not_change_the_result(
+    row_chunk: int, expert_tokens: int | None, generator: torch.Generator
+) -> None:
+    sequences = random_ids(generator, 5, 300, 129)
+    if expert_tokens == 1:
+        sequences = [ids[:6] for ids in sequences]
+    options = ForwardOptions(row_chunk=row_chunk, expert_tokens=expert_tokens)
+    models = [StreamModel(double, options)]
+    final = stream_forward(models, CONFIG, sequences)
+    found = [*final[0], *stream_mtp(models, CONFIG, sequences, final)[0]]
+    for part, expected in zip(found, trunk(sequences), strict=True):
+        torch.testing.assert_close(part, expected, rtol=1e-9, atol=1e-10)

@@ -16,13 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.calibration.oracle_loader import OracleParams
+from v4quant_calibration.logits import mtp_logits, stream_logits
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.stream import (
     LayerResult,
     StreamModel,
-    mtp_logits,
     stream_forward,
-    stream_logits,
 )
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import load_model_config
@@ -58,8 +57,8 @@ def run(params: OracleParams, ids: Tensor, options: ForwardOptions) -> Run:
 
     def keep(result: LayerResult) -> None:
         if not streams:
-            streams.append(result.before[0][0])
-        streams.append(result.after[0][0])
+            streams.append(result.before[0].clone())
+        streams.append(result.after[0].clone())
 
     final = stream_forward(models, config, [ids], on_layer=keep)
     logits = [part.logits[0] for part in stream_logits(models, config, final, rows=100)]

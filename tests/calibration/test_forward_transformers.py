@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tests.calibration.oracle_loader import OracleParams
-from v4quant_calibration.stream import StreamModel, stream_forward, stream_logits
+from v4quant_calibration.logits import stream_logits
+from v4quant_calibration.stream import StreamModel, stream_forward
 from v4quant_formats.model_config import load_model_config
 
 ROOT = Path(__file__).parent.parent.parent

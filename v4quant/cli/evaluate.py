@@ -18,7 +18,8 @@ from v4quant.cli._options import (
     tool_facts,
 )
 from v4quant.cli._source import SOURCE
-from v4quant.evaluation import evaluate_checkpoint
+from v4quant.evaluation import Resources, evaluate_checkpoint
+from v4quant.memory import parse_size
 from v4quant.report import render_html, render_markdown
 from v4quant.source import Source, open_source
 from v4quant_calibration.evaluate import Measures
@@ -41,6 +42,10 @@ from v4quant_formats.shards import write_file_atomically
 @click.option("--floors", type=click.IntRange(1, MOST_FLOORS), default=1, show_default=True,
               help="Noise floors to run: rounded streams, rounded products too.")  # fmt: skip
 @click.option("--draft", is_flag=True, help="Also run the MTP stage: are its guesses accepted?")
+@click.option("--max-memory", help="Cap on memory, like 6GB: streams go to files, then pieces "
+              "become smaller.")  # fmt: skip
+@click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Keep streams "
+              "in this folder; the same command continues after a crash.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     source: Source,
@@ -56,6 +61,8 @@ def evaluate(
     weights: bool,
     floors: int,
     draft: bool,
+    max_memory: str | None,
+    scratch: Path | None,
     as_json: bool,
 ) -> None:
     """Measure perplexity of SOURCE; with --reference also KL, top-1 and the noise floor."""
@@ -63,6 +70,7 @@ def evaluate(
         raise click.UsageError("--candidate compares conversions of one source: give --reference")
     if others and save_logits is not None:
         raise click.UsageError("--save-logits writes one checkpoint's: leave --candidate out")
+    cap = parse_size(max_memory) if max_memory else None
     with ExitStack() as opened:
         checkpoint = opened.enter_context(open_source(source))
         base = opened.enter_context(open_source(reference)) if reference is not None else None
@@ -78,6 +86,7 @@ def evaluate(
             weights,
             Measures(floors, draft),
             [opened.enter_context(open_source(other)) for other in others],
+            Resources(cap, scratch),
         )
     result = {"tool": tool_facts(), **result}
     if report is not None:

@@ -38,6 +38,7 @@ from v4quant_calibration.model.observer import Observer
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.params import Params
 from v4quant_calibration.model.rope import rotate_tail_
+from v4quant_calibration.model.streams import spans
 from v4quant_formats.model_config import CSA_RATIO, ModelConfig
 
 # Gathering costs a copy of every chosen entry for every query, so scoring this many times more
@@ -75,7 +76,7 @@ class AttentionLayer:
 
 
 @dataclass(frozen=True)
-class _Entries:
+class Entries:
     """KV of one sequence: window `[S, D]`, compressed `[S // ratio, D]`, index keys if needed."""
 
     window: Tensor
@@ -105,38 +106,69 @@ def indexer_matters(ratio: int, length: int, config: ModelConfig) -> bool:
     return ratio == CSA_RATIO and length // ratio > config.index_topk
 
 
-def attention(x: Tensor, layer: AttentionLayer) -> Tensor:
-    """Attention output of one sequence x, normalised, `[S, hidden]` to `[S, hidden]`."""
+class EntryBuilder:
+    """Collects a sequence's KV entries from pieces of it, in order.
+
+    A whole sequence's are needed before its first query is answered, since an entry may be read by
+    any later one; they are a small part of the streams.
+    """
+
+    def __init__(self, layer: AttentionLayer, length: int) -> None:
+        """For a sequence of `length` tokens."""
+        self._layer = layer
+        self._with_index = indexer_matters(layer.ratio, length, layer.config)
+        self._window: list[Tensor] = []
+        self._compressed: list[Tensor] = []
+        self._keys: list[Tensor] = []
+        self._before: Tensor | None = None
+
+    def add(self, x: Tensor, first: int) -> None:
+        """Positions from `first` on: normalised inputs x `[n, hidden]`.
+
+        All pieces but the last hold a multiple of 128 tokens.
+        """
+        layer, weights = self._layer, self._layer.weights
+        window = linear(quantized_input(x, layer.options), weights.wkv, layer.options)
+        window = rms_norm(window, weights.kv_norm, layer.config.rms_norm_eps)
+        rotate_tail_(window, layer.table[first : first + x.shape[0]])
+        round_kv_(window, layer.config.qk_rope_head_dim, layer.options)
+        self._window.append(window)
+        if weights.compressor is None:
+            return
+        # A CSA entry pools its own tokens and the block before them.
+        lead = 0 if self._before is None else self._before.shape[0]
+        whole = x if self._before is None else torch.cat([self._before, x])
+        table = layer.table[first - lead :]
+        found = compress(whole, weights.compressor, layer.ratio, table, layer.config)
+        found = found[lead // layer.ratio :]
+        round_kv_(found, layer.config.qk_rope_head_dim, layer.options)
+        self._compressed.append(found)
+        if self._with_index:
+            assert weights.indexer is not None
+            keys = index_keys(whole, weights.indexer, table, layer.config, layer.options)
+            self._keys.append(keys[lead // layer.ratio :])
+        self._before = x[-CSA_RATIO:].clone() if layer.ratio == CSA_RATIO else None
+
+    def finish(self) -> Entries:
+        """The entries of all pieces."""
+        window = torch.cat(self._window)
+        compressed = torch.cat(self._compressed) if self._compressed else window[:0]
+        return Entries(window, compressed, torch.cat(self._keys) if self._keys else None)
+
+
+def attention(x: Tensor, first: int, entries: Entries, layer: AttentionLayer) -> Tensor:
+    """Attention output of positions from `first` on: x normalised `[n, hidden]`, same out."""
     weights, options, eps = layer.weights, layer.options, layer.config.rms_norm_eps
     rounded = quantized_input(x, options)
-    window = rms_norm(linear(rounded, weights.wkv, options), weights.kv_norm, eps)
-    rotate_tail_(window, layer.table[: x.shape[0]])
-    round_kv_(window, layer.config.qk_rope_head_dim, options)
-    entries = _entries(x, window, layer)
     output = torch.empty_like(x)
-    for first in range(0, x.shape[0], options.query_chunk):
-        rows = slice(first, min(first + options.query_chunk, x.shape[0]))
-        low_rank = rms_norm(linear(rounded[rows], weights.wq_a, options), weights.q_norm, eps)
-        output[rows] = _query_block(x[rows], low_rank, first, entries, layer)
+    for start, stop in spans(0, x.shape[0], options.query_chunk):
+        low_rank = rms_norm(linear(rounded[start:stop], weights.wq_a, options), weights.q_norm, eps)
+        output[start:stop] = _query_block(x[start:stop], low_rank, first + start, entries, layer)
     return output
 
 
-def _entries(x: Tensor, window: Tensor, layer: AttentionLayer) -> _Entries:
-    """Compress a whole sequence, since an entry may be read by any later query."""
-    compressor = layer.weights.compressor
-    if compressor is None or x.shape[0] < layer.ratio:
-        return _Entries(window, window[:0], None)
-    compressed = compress(x, compressor, layer.ratio, layer.table, layer.config)
-    round_kv_(compressed, layer.config.qk_rope_head_dim, layer.options)
-    keys = None
-    if indexer_matters(layer.ratio, x.shape[0], layer.config):
-        assert layer.weights.indexer is not None
-        keys = index_keys(x, layer.weights.indexer, layer.table, layer.config, layer.options)
-    return _Entries(window, compressed, keys)
-
-
 def _query_block(
-    x: Tensor, low_rank: Tensor, first: int, entries: _Entries, layer: AttentionLayer
+    x: Tensor, low_rank: Tensor, first: int, entries: Entries, layer: AttentionLayer
 ) -> Tensor:
     """Queries first .. first + q - 1 from low-rank vector to output projection: `[q, hidden]`."""
     config, options = layer.config, layer.options
@@ -170,7 +202,7 @@ def _picks(
     low_rank: Tensor,
     first: int,
     seen: int,
-    entries: _Entries,
+    entries: Entries,
     table: Tensor,
     layer: AttentionLayer,
 ) -> Tensor | None:

@@ -4,25 +4,28 @@
 
 Both sublayers read and write the residual streams through hyper-connections. Attention runs
 sequence by sequence; the experts run over the tokens of all sequences at once, so that each is
-decoded once. A layer's name decides its weights ("layers.3", "mtp.0"), its index the attention kind
-and whether it routes by table.
+decoded once, or over as many as `ForwardOptions.expert_tokens` allows. Streams are read and written
+a piece at a time, wherever they live. A layer's name decides its weights ("layers.3", "mtp.0"), its
+index the attention kind and whether it routes by table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from v4quant_calibration.model.attention import (
     AttentionLayer,
+    EntryBuilder,
     attention,
     indexer_matters,
     load_attention,
 )
 from v4quant_calibration.model.experts import mixture_of_experts
 from v4quant_calibration.model.hyper_connection import (
+    HyperWeights,
     Mixing,
     load_hyper,
     mixing_weights,
@@ -35,6 +38,7 @@ from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.params import Params
 from v4quant_calibration.model.rope import rope_table
 from v4quant_calibration.model.router import route
+from v4quant_calibration.model.streams import Streams, spans
 from v4quant_formats.model_config import ModelConfig
 
 
@@ -42,26 +46,26 @@ def layer_forward(
     params: Params,
     config: ModelConfig,
     layer: str,
-    streams: Sequence[Tensor],
-    token_ids: Sequence[Tensor],
+    before: Streams,
+    after: Streams,
+    token_ids: Tensor,
     options: ForwardOptions,
     observer: Observer | None = None,
-) -> list[Tensor]:
-    """Run one layer over sequences of any lengths.
+) -> None:
+    """Run one layer over sequences of any lengths, from the rows of `before` to those of `after`,
+    which may be the same.
 
-    layer: "layers.N" or "mtp.0" (a window layer routed by bias). streams: float32
-    `[T_i, hc_mult, hidden]` of each sequence, left unchanged. token_ids: int64 `[T_i]`, for the
-    hash-routed layers. Returns new streams of the same shapes. Raises NonFiniteActivation naming
-    the attention, the expert or else the layer whose result is not finite.
+    layer: "layers.N" or "mtp.0" (a window layer routed by bias). token_ids: int64 `[T]` of all
+    sequences end to end, for the hash-routed layers. Raises NonFiniteActivation naming the
+    attention, the expert or else the layer whose result is not finite.
     """
     ratio, hashed = _layer_facts(layer, config)
-    after = _attention_sublayer(params, config, layer, ratio, streams, options, observer)
-    _expert_sublayer(params, config, layer, hashed, after, token_ids, options, observer)
-    if options.round_streams:
-        after = [part.bfloat16().float() for part in after]
-    for part in after:
-        require_finite(part, layer)
-    return after
+    _attention_sublayer(params, config, layer, ratio, before, after, options, observer)
+    read = _Sublayer(load_hyper(params, f"{layer}.hc_ffn"), params(f"{layer}.ffn_norm"), config)
+    for start, stop in spans(0, before.shape.tokens, options.expert_tokens):
+        _expert_pass(
+            read, params, layer, hashed, after, start, token_ids[start:stop], options, observer
+        )
 
 
 def _layer_facts(layer: str, config: ModelConfig) -> tuple[int, bool]:
@@ -72,57 +76,78 @@ def _layer_facts(layer: str, config: ModelConfig) -> tuple[int, bool]:
     return config.compress_ratios[int(index)], int(index) < config.num_hash_layers
 
 
+@dataclass(frozen=True)
+class _Sublayer:
+    """How a sublayer reads the streams."""
+
+    hyper: HyperWeights
+    norm: Tensor
+    config: ModelConfig
+
+    def __call__(self, rows: Tensor) -> tuple[Mixing, Tensor]:
+        """Mixing weights and normalised input `[n, hidden]` of rows `[n, hc_mult, hidden]`."""
+        mixing = mixing_weights(rows, self.hyper, self.config)
+        x = read_streams(rows, mixing.pre)
+        return mixing, rms_norm(x, self.norm, self.config.rms_norm_eps)
+
+
 def _attention_sublayer(
     params: Params,
     config: ModelConfig,
     layer: str,
     ratio: int,
-    streams: Sequence[Tensor],
-    options: ForwardOptions,
-    observer: Observer | None,
-) -> list[Tensor]:
-    longest = max(part.shape[0] for part in streams)
-    use_indexer = indexer_matters(ratio, longest, config)
-    weights = load_attention(params, layer, ratio, use_indexer)
-    table = rope_table(config, ratio, longest, streams[0].device)
-    shared = AttentionLayer(layer, ratio, weights, table, config, options, observer)
-    hyper = load_hyper(params, f"{layer}.hc_attn")
-    norm = params(f"{layer}.attn_norm")
-    after = []
-    for part in streams:
-        mixing = mixing_weights(part, hyper, config)
-        x = rms_norm(read_streams(part, mixing.pre), norm, config.rms_norm_eps)
-        output = attention(x, shared)
-        require_finite(output, shared.name + ".attn")
-        after.append(write_streams(part, output, mixing))
-    return after
-
-
-def _expert_sublayer(
-    params: Params,
-    config: ModelConfig,
-    layer: str,
-    hashed: bool,
-    streams: list[Tensor],
-    token_ids: Sequence[Tensor],
+    before: Streams,
+    after: Streams,
     options: ForwardOptions,
     observer: Observer | None,
 ) -> None:
-    """Replace each sequence's streams, one by one, so that old and new coexist for one only."""
-    hyper = load_hyper(params, f"{layer}.hc_ffn")
-    norm = params(f"{layer}.ffn_norm")
-    mixings: list[Mixing] = []
-    inputs = []
-    for part in streams:
-        mixing = mixing_weights(part, hyper, config)
-        mixings.append(mixing)
-        inputs.append(rms_norm(read_streams(part, mixing.pre), norm, config.rms_norm_eps))
-    x = torch.cat(inputs)
-    del inputs
-    routing = route(x, torch.cat(list(token_ids)), params, layer, hashed, config)
+    longest = max(before.shape.lengths)
+    use_indexer = indexer_matters(ratio, longest, config)
+    weights = load_attention(params, layer, ratio, use_indexer)
+    table = rope_table(config, ratio, longest, before.shape.device)
+    shared = AttentionLayer(layer, ratio, weights, table, config, options, observer)
+    read = _Sublayer(load_hyper(params, f"{layer}.hc_attn"), params(f"{layer}.attn_norm"), config)
+    for first, last in before.spans:
+        pieces = spans(first, last, options.row_chunk)
+        builder = EntryBuilder(shared, last - first)
+        for start, stop in pieces:
+            rows = before.read(start, stop)
+            mixing, x = read(rows)
+            builder.add(x, start - first)
+        entries = builder.finish()
+        for start, stop in pieces:
+            if len(pieces) > 1:  # the inputs of a long sequence are computed twice, not kept
+                rows = before.read(start, stop)
+                mixing, x = read(rows)
+            output = attention(x, start - first, entries, shared)
+            require_finite(output, f"{layer}.attn")
+            after.write(start, write_streams(rows, output, mixing))
+
+
+def _expert_pass(
+    read: _Sublayer,
+    params: Params,
+    layer: str,
+    hashed: bool,
+    streams: Streams,
+    first: int,
+    token_ids: Tensor,
+    options: ForwardOptions,
+    observer: Observer | None,
+) -> None:
+    """The experts on the rows from `first` on, which are replaced."""
+    pieces = spans(first, first + token_ids.shape[0], options.row_chunk)
+    found = [read(streams.read(*piece)) for piece in pieces]
+    mixings = [mixing for mixing, _ in found]
+    x = torch.cat([x for _, x in found])
+    del found
+    routing = route(x, token_ids, params, layer, hashed, read.config)
     if observer is not None:
         observer.on_route(layer, routing.expert_ids, routing.weights)
-    output = mixture_of_experts(x, routing, params, layer, config, options, observer)
-    outputs = torch.split(output, [part.shape[0] for part in streams])
-    for i, (part, out, mixing) in enumerate(zip(streams, outputs, mixings, strict=True)):
-        streams[i] = write_streams(part, out, mixing)
+    output = mixture_of_experts(x, routing, params, layer, read.config, options, observer)
+    for (start, stop), mixing in zip(pieces, mixings, strict=True):
+        rows = write_streams(
+            streams.read(start, stop), output[start - first : stop - first], mixing
+        )
+        require_finite(rows, layer)
+        streams.write(start, rows.bfloat16() if options.round_streams else rows)

@@ -44,8 +44,9 @@ def compress(
 ) -> Tensor:
     """Compressed entries of one sequence, normalised and roped, before any rounding.
 
-    x: float32 `[S, hidden]`, a whole sequence from position 0. table: rope table of at least S
-    rows. Returns float32 `[S // ratio, D]`.
+    x: float32 `[S, hidden]`, a sequence from position 0, or a piece of it from a multiple of
+    `ratio` on, whose first entry then lacks its predecessor in CSA layers. table: rope table of at
+    least S rows, the first for x[0]. Returns float32 `[S // ratio, D]`.
     """
     blocks = x.shape[0] // ratio
     whole = x[: blocks * ratio]

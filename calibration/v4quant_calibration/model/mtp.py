@@ -11,8 +11,6 @@ so reading the weights fails with the provider's missing-tensor error.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -21,6 +19,7 @@ from v4quant_calibration.model.numerics import linear, quantized_input, rms_norm
 from v4quant_calibration.model.observer import Observer
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.params import Params
+from v4quant_calibration.model.streams import Streams, spans
 from v4quant_formats.model_config import ModelConfig
 
 STAGE = "mtp.0"
@@ -34,26 +33,26 @@ def next_tokens(token_ids: Tensor) -> Tensor:
 def mtp_forward(
     params: Params,
     config: ModelConfig,
-    streams: Sequence[Tensor],
-    next_ids: Sequence[Tensor],
+    streams: Streams,
+    embedded: Streams,
+    next_ids: Tensor,
     options: ForwardOptions,
     observer: Observer | None = None,
-) -> list[Tensor]:
-    """Streams after the stage, from the trunk's final streams `[T_i, hc_mult, hidden]`.
+) -> None:
+    """The stage's streams, into `embedded`, from the trunk's final `streams`.
 
-    next_ids: int64 `[T_i]`, the token after each position (`next_tokens` for scored text); they
-    are also the ids the stage's layer is given.
+    next_ids: int64 `[T]`, the token after each position (`next_tokens` of each sequence of scored
+    text, end to end); they are also the ids the stage's layer is given. embedded: their embeddings,
+    a copy a stream as at the trunk's start.
     """
     eps = config.rms_norm_eps
-    embedding = params("embed")
     e_norm, h_norm = params(f"{STAGE}.enorm"), params(f"{STAGE}.hnorm")
     e_proj, h_proj = params(f"{STAGE}.e_proj"), params(f"{STAGE}.h_proj")
-    inputs = []
-    for part, ids in zip(streams, next_ids, strict=True):
-        token = quantized_input(rms_norm(embedding[ids], e_norm, eps), options)
-        trunk = quantized_input(rms_norm(part, h_norm, eps), options)
-        joined = linear(trunk, h_proj, options)
-        joined += linear(token, e_proj, options).unsqueeze(1)
-        inputs.append(joined)
-    del embedding
-    return layer_forward(params, config, STAGE, inputs, next_ids, options, observer)
+    for start, stop in spans(0, streams.shape.tokens, options.row_chunk):
+        token = rms_norm(embedded.read(start, stop)[:, 0], e_norm, eps)
+        trunk = rms_norm(streams.read(start, stop), h_norm, eps)
+        joined = linear(quantized_input(trunk, options), h_proj, options)
+        joined += linear(quantized_input(token, options), e_proj, options).unsqueeze(1)
+        embedded.write(start, joined)
+    del e_proj, h_proj
+    layer_forward(params, config, STAGE, embedded, embedded, next_ids, options, observer)

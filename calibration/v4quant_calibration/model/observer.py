@@ -21,7 +21,8 @@ class Observer(Protocol):
     def on_route(self, layer: str, expert_ids: Tensor, weights: Tensor) -> None:
         """Chosen experts, int64 `[T, top_k]`, and their float32 weights `[T, top_k]`.
 
-        T counts the tokens of all sequences, in order; one call a layer.
+        T counts the tokens of all sequences, in order; one call a layer, or one for each
+        `ForwardOptions.expert_tokens` of them.
         """
 
     def on_experts(self, layer: str, x: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
@@ -40,7 +41,8 @@ class Observer(Protocol):
     def on_expert_output(self, layer: str, expert: int, tokens: Tensor, y: Tensor) -> None:
         """Rows y `[n, hidden_size]` an expert adds to `tokens`, int64 `[n]`, ascending.
 
-        Tokens are counted over all sequences, in order; the routing weight is included.
+        Tokens are counted over all sequences, in order, from the first of the last `on_route`;
+        the routing weight is included.
         """
 
     def on_index(self, layer: str, picks: Tensor) -> None:

@@ -27,9 +27,10 @@ class ForwardOptions:
     matmul_dtype: dtype of the operands of linears that the release runs in FP8, FP4 or BF16;
         results are float32. bfloat16 gives a noise floor.
     round_streams: round the residual streams to BF16 after every layer, as served models do.
-    stream_noise: relative standard deviation of noise multiplied into the streams after every
-        layer of a streamed run (2**-9 imitates BF16); `noise_seed` makes it repeatable.
     query_chunk: queries handled at once by attention; bounds memory, does not change the meaning.
+    row_chunk: tokens of a sequence whose streams are in use at once, a multiple of 128; as above.
+    expert_tokens: tokens that go through the experts at once (None: all). Fewer take less memory
+        and read the experts' weights more often.
     """
 
     activations: Literal["plain", "official"] = "plain"
@@ -37,9 +38,9 @@ class ForwardOptions:
     shared_clamp: bool = True
     matmul_dtype: torch.dtype = torch.float32
     round_streams: bool = False
-    stream_noise: float = 0.0
-    noise_seed: int = 0
     query_chunk: int = 128
+    row_chunk: int = 4096
+    expert_tokens: int | None = None
 
     @property
     def official(self) -> bool:

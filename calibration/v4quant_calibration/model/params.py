@@ -9,7 +9,7 @@ nothing, because the caller holds one expert at a time and counts on that for it
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -24,3 +24,19 @@ class Params(Protocol):
         is int64 `[vocab_size, top_k]`. The device of the answer is the device of the arithmetic.
         """
         ...
+
+
+@runtime_checkable
+class RowParams(Params, Protocol):
+    """A provider that can also decode a few rows of a matrix, for those with a row a token."""
+
+    def rows(self, base: str, start: int, stop: int, /) -> Tensor:
+        """Rows start .. stop - 1 of the tensor called `base`."""
+        ...
+
+
+def read_rows(params: Params, base: str, start: int, stop: int) -> Tensor:
+    """Rows of a matrix, without the others where the provider can."""
+    if isinstance(params, RowParams):
+        return params.rows(base, start, stop)
+    return params(base)[start:stop]

@@ -1,0 +1,176 @@
+"""Scratch: streams in files, so that neither their size nor a killed process matters.
+
+Every model has two files, and layers write them in turn: the layer that is running reads one and
+writes the other, so what it began with stays whole. When all models have a layer behind them, the
+files are flushed and `state.json` is replaced, which says how many layers are finished and keeps
+the run's notes of them. A process that is killed loses the layer it was in; the same run started
+again finds its folder, named by a digest of everything that decides its numbers, and goes on behind
+the last finished layer, with the same bits. Another run has another folder.
+
+Rows are read and written by position, not mapped, so that they count as nobody's memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v4quant_calibration.model.streams import Streams, StreamShape
+from v4quant_formats.errors import OutputError
+from v4quant_formats.shards import output_error, sync_folder, write_file_atomically
+
+PREFIX = "v4quant-evaluate-"
+_STATE = "state.json"
+_LOCK = "lock"
+
+
+class FileStreams(Streams):
+    """Rows in a file of their own."""
+
+    def __init__(self, path: Path, shape: StreamShape) -> None:
+        """Open the file, made as large as the rows. Raises OutputError, also for a full disk."""
+        super().__init__(shape)
+        self._path = path
+        try:
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            if os.fstat(self._handle).st_size != shape.nbytes:
+                os.truncate(self._handle, shape.nbytes)
+                _reserve(self._handle, shape.nbytes)
+        except OSError as error:
+            raise output_error(path, error) from None
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """A copy of the rows. Raises OutputError."""
+        rows = torch.empty((stop - start, *self.shape.row), dtype=self.shape.dtype)
+        view, offset = _bytes(rows), self._offset(start)
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._handle, [view[done:]], offset + done)
+            except OSError as error:
+                raise output_error(self._path, error) from None
+            if not count:
+                raise OutputError(f"{self._path}: became shorter while it was used")
+            done += count
+        return rows.to(self.shape.device)
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """Write the rows. Raises OutputError."""
+        data = rows.to("cpu", self.shape.dtype).contiguous()
+        view, offset = _bytes(data), self._offset(start)
+        done = 0
+        while done < len(view):
+            try:
+                done += os.pwrite(self._handle, view[done:], offset + done)
+            except OSError as error:
+                raise output_error(self._path, error) from None
+
+    def flush(self) -> None:
+        """Wait until the rows are on disk. Raises OutputError."""
+        try:
+            os.fsync(self._handle)
+        except OSError as error:
+            raise output_error(self._path, error) from None
+
+    def close(self) -> None:
+        """Close the file; it stays."""
+        os.close(self._handle)
+
+    def _offset(self, row: int) -> int:
+        return row * self.shape.row_bytes
+
+
+class Scratch:
+    """A StreamStore in a folder of files. Use it in a `with`, and `remove` it when all is done."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """Take the folder of the run called `key` (hex) below `folder`, and what it finished.
+
+        Raises OutputError when it cannot be written or another process uses it.
+        """
+        self.folder = folder / f"{PREFIX}{key[:24]}"
+        self._key = key
+        self._files: dict[str, FileStreams] = {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise output_error(self.folder, error) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise OutputError(
+                f"{self.folder}: the same evaluation is running in another process; wait for it"
+            ) from None
+        self.finished, self.notes = self._earlier()
+
+    def __enter__(self) -> Scratch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        os.close(self._lock)
+
+    def open(self, name: str, shape: StreamShape) -> Streams:
+        """The file of streams called `name`; see StreamStore."""
+        model, _, done = name.partition(".")
+        # Only numbers of layers alternate; "draft.0" and "local" are names.
+        file = f"{model}.{int(done) % 2}" if model.isdigit() else name
+        if file not in self._files:
+            self._files[file] = FileStreams(self.folder / f"{file}.rows", shape)
+        return self._files[file]
+
+    def behind(self, model: int, done: int, before: Streams, keep: bool) -> Streams:
+        """The model's other file."""
+        return self.open(f"{model}.{done}", before.shape)
+
+    def commit(self, done: int) -> None:
+        """Flush, then say so. Raises OutputError."""
+        for name, file in self._files.items():
+            if name.endswith(f".{done % 2}") and name[0].isdigit():
+                file.flush()
+        self.finished = done
+        sizes = {name: file.shape.nbytes for name, file in self._files.items()}
+        state = {"key": self._key, "finished": done, "files": sizes, "notes": self.notes}
+        write_file_atomically(self.folder / _STATE, json.dumps(state).encode())
+
+    def remove(self) -> None:
+        """Delete the folder: the run is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            sync_folder(self.folder.parent)
+
+    def _earlier(self) -> tuple[int, dict[str, Any]]:
+        """Finished layers and notes of an earlier process; nothing if any of it is not in order."""
+        try:
+            state = json.loads((self.folder / _STATE).read_bytes())
+            finished, notes, files = state["finished"], state["notes"], state["files"]
+            right = state["key"] == self._key and isinstance(notes, dict) and finished > 0
+            for name, size in files.items():
+                if name.endswith(f".{finished % 2}"):
+                    right &= (self.folder / f"{name}.rows").stat().st_size == size
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return 0, {}
+        return (finished, notes) if right else (0, {})
+
+
+def _reserve(handle: int, size: int) -> None:
+    """Claim the blocks now, where the file system can, so that a full disk is told at once."""
+    if size and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+
+
+def _bytes(rows: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(rows.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
