@@ -83,7 +83,9 @@ def get_type(name: str) -> GgmlType:
 def encode(x: Tensor, type_name: str, importance: Tensor | None = None) -> Tensor:
     """uint8 `[rows, bytes]` from a float32 matrix `[rows, K]`.
 
-    `importance`, float32 `[K]`, weighs the squared error of each column (None: all alike).
+    `importance`, float32 `[K]`, weighs the squared error of each column (None: all alike). Blocks
+    are searched on the CPU, one thread a call; the result is there too. It depends on nothing but
+    the row and the importance.
 
     Raises UnsupportedScheme when K is no multiple of the block, NonFiniteWeight for NaN or infinity
     in either argument (and for negative importance), WeightOutOfRange for weights beyond
@@ -124,7 +126,7 @@ def _choose(x: Tensor, type_name: str, importance: Tensor | None) -> Blocks:
         return ggml_plain.round_blocks(x.view(-1, SHAPES[type_name].block), type_name)
     from v4quant_kernels.native.ggml_search import search
 
-    return search(x, type_name, importance)
+    return search(x.cpu(), type_name, None if importance is None else importance.cpu())
 
 
 def decode(data: Tensor, type_name: str) -> Tensor:
