@@ -95,7 +95,9 @@ def encode(x: Tensor, type_name: str, importance: Tensor | None = None) -> Tenso
     x = x.float().contiguous()
     rows, columns = x.shape
     row_bytes = kind.row_bytes(columns)
-    largest = max(-float(x.amin()), float(x.amax())) if x.numel() else 0.0  # NaN stays NaN in both
+    if x.numel() == 0:
+        return torch.empty(rows, row_bytes, dtype=torch.uint8)
+    largest = max(-float(x.amin()), float(x.amax()))  # NaN stays NaN in both
     if not largest < float("inf"):
         raise NonFiniteWeight(f"a weight to be stored as '{type_name}' is NaN or infinite")
     _check_importance(importance, columns)

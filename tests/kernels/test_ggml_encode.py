@@ -163,3 +163,10 @@ def test_extreme_magnitudes_stay_finite(
     assert (back - x).abs().max() <= (1.1 if magnitude > 1e-6 else 2.3) * magnitude
     if magnitude > 1:
         assert relative_rms(x, name) < LIMIT[name] * 1.5
+
+
+@EACH
+def test_no_rows_and_other_dtypes(name: str, generator: torch.Generator) -> None:
+    assert ggml.encode(torch.zeros(0, 256), name).shape == (0, ggml.get_type(name).row_bytes(256))
+    x = torch.randn(2, 256, generator=generator).bfloat16()
+    assert torch.equal(ggml.encode(x, name), ggml.encode(x.float(), name))
