@@ -38,7 +38,8 @@ DENSE_TARGETS = (
 )
 _NEVER = (
     r"re:.*\.gate$",
-    "re:.*(e_proj|h_proj|main_proj)$",
+    # With the dot: gate_proj, an expert's name in SGLang, ends in e_proj too.
+    r"re:.*\.(e_proj|h_proj|main_proj)$",
     "re:.*(markov_head|confidence_head).*",
     "re:.*engram.*",
     r"re:.*(vision|aligner)\..*",

@@ -77,6 +77,16 @@ class EditableCheckpoint:
     def __getitem__(self, name: str) -> StoredTensor:
         return self.shard_of(name)[name]
 
+    def __setitem__(self, name: str, tensor: StoredTensor) -> None:
+        """Replace a tensor, or put one into the last shard."""
+        found = [s for s in self.shards.values() if name in s]
+        (found[0] if found else self.shards[max(self.shards)])[name] = tensor
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return [n for s in self.shards.values() for n in s]
+
     def remove(self, name: str) -> None:
         """Take a tensor out."""
         del self.shard_of(name)[name]

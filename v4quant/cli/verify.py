@@ -12,18 +12,56 @@ from v4quant.cli._source import SOURCE
 from v4quant.kernel_check import check_kernels
 from v4quant.source import Source
 from v4quant.verify import verify as verify_checkpoint
+from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_formats.engines import ENGINES, GPUS
+from v4quant_formats.preflight import Preflight, preflight
 
 
 @click.command(epilog="Example: v4quant verify out --source DeepSeek-V4-Flash --kernels")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--source", type=SOURCE, help="Compare every value with this.")
 @click.option("--kernels", is_flag=True, help="Run the Triton kernels on sampled tensors of OUT.")
+@click.option(
+    "--engine",
+    type=click.Choice(list(ENGINES)),
+    help="Predict from headers whether this engine loads OUT; anybody's checkpoint will do.",
+)
+@click.option("--gpu", type=click.Choice(list(GPUS)), help="With --engine: GPUs it must run on.")
+@click.option(
+    "--tp", type=click.IntRange(1, 64), default=1, show_default=True, help="With --engine: GPUs."
+)
+@click.option(
+    "--context",
+    type=click.IntRange(1, 2**24),
+    default=8192,
+    show_default=True,
+    help="With --engine: tokens to hold in the KV cache.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def verify(
-    ctx: click.Context, out: Path, source: Source | None, kernels: bool, as_json: bool
+    ctx: click.Context,
+    out: Path,
+    source: Source | None,
+    kernels: bool,
+    engine: str | None,
+    gpu: str | None,
+    tp: int,
+    context: int,
+    as_json: bool,
 ) -> None:
-    """Check a converted checkpoint OUT: hashes, structure, exactness. Exit code 3: a difference."""
+    """Check a converted checkpoint OUT: hashes, structure, exactness. Exit code 3: a difference.
+
+    With --engine only headers, config.json and NVFP4's scalars are read, and exit code 3 means that
+    the engine would not load it, or would load it wrongly; add --source for the rest.
+    """
+    if engine is not None and source is None and not kernels:
+        with open_checkpoint(out) as checkpoint:
+            predicted = preflight(checkpoint, engine, tp, context, gpu or "")
+        _show_preflight(predicted, as_json)
+        if not predicted.loads:
+            ctx.exit(_exit.DIFFERENT)
+        return
     progress = _output.TerminalProgress()
     result = verify_checkpoint(out, source, progress)
     checks = check_kernels(out, progress) if kernels else []
@@ -49,3 +87,33 @@ def verify(
         _output.data("FAILED" if failed else "All checks passed.")
     if failed:
         ctx.exit(_exit.DIFFERENT)
+
+
+def _show_preflight(found: Preflight, as_json: bool) -> None:
+    if as_json:
+        _output.emit({**asdict(found), "loads": found.loads})
+        return
+    for finding in found.findings:
+        more = f" (and {finding.count - 1:,} more)" if finding.count > 1 else ""
+        _output.data(f"{finding.severity}: {finding.tensor}{more}: {finding.problem}")
+        if finding.severity != "note":
+            _output.data(f"  remedy: {finding.remedy}")
+    if found.memory is not None:
+        memory = found.memory
+        rows = [
+            ("GPUs", ", ".join(_gpu(g) for g in found.gpus) or "none"),
+            ("splits over", " or ".join(map(str, found.splits)) + " GPUs" if found.splits else "-"),
+            (
+                f"memory of one of {memory.tp}",
+                f"{_output.human_bytes(memory.weights)} weights, "
+                f"{_output.human_bytes(memory.kv_cache)} KV cache of {memory.context:,} tokens, "
+                "and a few GB the engine needs itself",
+            ),
+        ]
+        _output.data(_output.table(rows))
+    title = ENGINES[found.engine].title
+    _output.data(f"{title} should load it." if found.loads else f"{title} would NOT load it.")
+
+
+def _gpu(name: str) -> str:
+    return f"{name} ({GPUS[name]})" if name in GPUS else name

@@ -1,0 +1,90 @@
+"""What an engine's rules look like, and the GPU generations they speak of.
+
+An `Engine` is data: how it renames modules, which stored kinds it takes for experts and for other
+linear layers, which config keys it reads, what it does with names it does not know. The checks that
+use it are in preflight/. Where a rule was tried or only read is said in docs/serving.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+GPUS = {
+    "sm80": "A100",
+    "sm86": "RTX 3090, A40",
+    "sm89": "RTX 4090, L40S",
+    "sm90": "H100, H200, H20",
+    "sm100": "B200, GB200",
+    "sm103": "B300",
+    "sm120": "RTX 5090, RTX PRO 6000",
+    "sm121": "DGX Spark",
+}
+"""GPU generations by compute capability, and the cards people know them by."""
+
+V4_ATTENTION = ("sm90", "sm100", "sm103", "sm120", "sm121")
+"""Where vLLM and SGLang have attention kernels for DeepSeek-V4, whatever the experts are."""
+
+
+@dataclass(frozen=True)
+class ConfigRule:
+    """A config.json key an engine reads: its allowed values (None: any), and what happens else."""
+
+    key: str
+    allowed: tuple[Any, ...] | None
+    consequence: str
+
+
+ROUTING_KEYS = (
+    ConfigRule("topk_method", ("noaux_tc",), "the router's bias is not created, so it cannot load"),
+    ConfigRule("scoring_func", ("sqrtsoftplus",), "experts are chosen and weighted wrongly"),
+    ConfigRule("norm_topk_prob", (True,), "routing weights are not normalised"),
+    ConfigRule("routed_scaling_factor", None, "the experts' output has the wrong size"),
+    ConfigRule("swiglu_limit", None, "activations are not clamped"),
+    ConfigRule("num_hash_layers", None, "hash-routed layers are built as learned ones"),
+    ConfigRule("compress_ratios", None, "layers get the wrong kind of attention"),
+)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The rules of one engine; see the module's docstring.
+
+    module_name(module, layers) -> the engine's own name of a module, for target patterns.
+    methods: values of `quant_method` it can be predicted for ("" is an unquantized checkpoint).
+    others: further values it accepts, not modelled here.
+    experts, dense: stored kind -> GPU generations that run it (see preflight/storage.py).
+    refusals: kind -> why it is not taken, where more can be said than that.
+    wo_a: kinds its output projection takes.
+    drafts: draft stages' experts are coded "like" the trunk's, stay "mxfp4", or are "ignored".
+    unknown_names: what it does with tensors it has no place for.
+    unmatched: a linear layer that neither target nor `ignore` names is "plain" or an "error".
+    first_group: it takes the first group that speaks of experts for all experts, as transformers.
+    reads_linear_fp8: it reads `linear_fp8_config`.
+    reads_ignore_for_nvfp4: `ignore` can keep stages of a ModelOpt hybrid in MXFP4.
+    shards: it splits a model over GPUs by tensor parallelism.
+    decodes: it holds every weight in BF16, whatever the file holds.
+    container: what it loads; "safetensors", or a file type this package writes elsewhere.
+    """
+
+    name: str
+    title: str
+    module_name: Callable[[str, int], str]
+    methods: tuple[str, ...]
+    experts: Mapping[str, tuple[str, ...]]
+    dense: Mapping[str, tuple[str, ...]]
+    others: tuple[str, ...] = ()
+    refusals: Mapping[str, str] = field(default_factory=dict)
+    wo_a: tuple[str, ...] = ("plain", "fp8", "ct-fp8-block")
+    config: tuple[ConfigRule, ...] = ROUTING_KEYS
+    drafts: Literal["like", "mxfp4", "ignored"] = "like"
+    unknown_names: Literal["error", "warning"] = "error"
+    unmatched: Literal["plain", "error"] = "plain"
+    first_group: bool = False
+    reads_linear_fp8: bool = False
+    reads_ignore_for_nvfp4: bool = False
+    shards: bool = True
+    decodes: bool = False
+    container: str = "safetensors"
+    advice: str = ""

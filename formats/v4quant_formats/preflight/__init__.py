@@ -1,0 +1,100 @@
+"""Preflight: will an engine load this checkpoint, and where? Headers and config.json only.
+
+The engine's rules are data (engines/); a survey arranges the headers; each check is a function from
+the survey to findings. It works on anybody's checkpoint. What it cannot know: wrong values (that is
+`verify --source` and `diff`), and engine versions newer than the rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.engines import ENGINES, Engine
+from v4quant_formats.model_config import parse_dimensions
+from v4quant_formats.preflight.checks import CHECKS
+from v4quant_formats.preflight.declared import Declaration
+from v4quant_formats.preflight.fit import (
+    SPLITS,
+    Memory,
+    gpus,
+    memory,
+    split_findings,
+    split_problems,
+)
+from v4quant_formats.preflight.survey import Finding, survey
+from v4quant_kernels.errors import V4QuantError
+
+__all__ = ["Finding", "Memory", "Preflight", "preflight"]
+
+_ORDER = {"error": 0, "warning": 1, "note": 2}
+
+
+class UnknownEngine(V4QuantError):
+    """An engine name that is none of ENGINES."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What an engine will do with a checkpoint.
+
+    findings: errors first; equal ones are counted, not repeated. gpus: generations that run it.
+    splits: numbers of GPUs it can be split over. memory: of one GPU.
+    """
+
+    engine: str
+    findings: tuple[Finding, ...]
+    gpus: tuple[str, ...]
+    splits: tuple[int, ...]
+    memory: Memory | None
+
+    @property
+    def loads(self) -> bool:
+        """Whether no error was found."""
+        return all(f.severity != "error" for f in self.findings)
+
+
+def find_engine(name: str) -> Engine:
+    """The rules of an engine. Raises UnknownEngine listing the names."""
+    if name not in ENGINES:
+        raise UnknownEngine(f"unknown engine '{name}'; choose one of: {', '.join(ENGINES)}")
+    return ENGINES[name]
+
+
+def preflight(
+    checkpoint: Checkpoint, engine_name: str, tp: int = 1, context: int = 8192, gpu: str = ""
+) -> Preflight:
+    """Check a safetensors checkpoint for an engine, on `tp` GPUs, for `context` tokens.
+
+    gpu: a generation of `engines.GPUS` that must be among those that run it.
+    Raises UnknownEngine, or ConfigError for a config.json that is not V4's.
+    """
+    engine = find_engine(engine_name)
+    if engine.container != "safetensors":
+        problem = f"{engine.title} does not load safetensors folders: {engine.advice}"
+        where = str(checkpoint.path)
+        found = Finding("error", "container", where, problem, engine.advice)
+        return Preflight(engine.name, (found,), (), (), None)
+    config = parse_dimensions(dict(checkpoint.config), str(checkpoint.path / "config.json"))
+    declaration = Declaration(engine, checkpoint.config, config.num_hidden_layers)
+    arranged = survey(checkpoint, declaration)
+    findings = [f for check in CHECKS for f in check(arranged)]
+    findings += split_findings(arranged, tp)
+    runs = gpus(arranged) if not any(f.severity == "error" for f in findings) else ()
+    if gpu and runs and gpu not in runs:
+        problem = f"does not run on {gpu}; it runs on {', '.join(runs)}"
+        findings.append(Finding("error", "gpu", "config.json", problem, engine.advice))
+    splits = tuple(n for n in SPLITS if not any(split_problems(arranged, n)))
+    return Preflight(engine.name, _merge(findings), runs, splits, memory(arranged, tp, context))
+
+
+def _merge(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Errors first; findings that differ in the tensor only become one with a count."""
+    merged: dict[tuple[str, str, str, str], Finding] = {}
+    for finding in sorted(findings, key=lambda f: _ORDER[f.severity]):
+        part = finding.tensor.rpartition(".")[2] if finding.rule in ("dtype", "shape") else ""
+        key = (finding.severity, finding.rule, finding.problem, part)
+        first = merged.get(key)
+        merged[key] = replace(first, count=first.count + finding.count) if first else finding
+    return tuple(merged.values())

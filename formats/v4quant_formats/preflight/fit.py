@@ -1,0 +1,104 @@
+"""Where a checkpoint runs: GPU generations, ways to split it, memory a GPU needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from v4quant_formats.preflight.storage import Storage
+from v4quant_formats.preflight.survey import Finding, Survey
+
+SPLITS = (1, 2, 4, 8)
+_WINDOW = 128
+# Split over GPUs by tensor parallelism; everything else is on each of them.
+_SHARDED = ("wq_b", "wo_a", "wo_b", "embed", "head", "tok_emb")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes one of `tp` GPUs needs: weights, and the KV cache of one sequence of `context`.
+
+    Engines want a few gigabytes more for activations, graphs and workspaces.
+    """
+
+    tp: int
+    context: int
+    weights: int
+    kv_cache: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.weights + self.kv_cache
+
+
+def gpus(survey: Survey) -> tuple[str, ...]:
+    """GPU generations that run every kind this checkpoint declares, in the engine's order."""
+    engine = survey.declaration.engine
+    possible: list[str] | None = None
+    for expert, kind in sorted(_kinds(survey)):
+        table = engine.experts if expert else engine.dense
+        runs = table.get(kind, ())
+        possible = [g for g in (runs if possible is None else possible) if g in runs]
+    return tuple(possible or ())
+
+
+def _kinds(survey: Survey) -> set[tuple[bool, str]]:
+    return {
+        (m.name.expert is not None, m.declared.kind)
+        for m in survey.modules.values()
+        if isinstance(m.declared, Storage) and not m.name.is_draft
+    }
+
+
+def split_problems(survey: Survey, tp: int) -> Iterator[str]:
+    """Why a model cannot be split over `tp` GPUs."""
+    c = survey.config
+    if tp > 1 and not survey.declaration.engine.shards:
+        yield f"{survey.declaration.engine.title} does not split it"
+        return
+    for what, size in (("attention heads", c.num_attention_heads), ("o_groups", c.o_groups)):
+        if size % tp:
+            yield f"{size} {what} do not divide by {tp}"
+    inner = c.moe_intermediate_size
+    if inner % tp:
+        yield f"experts of width {inner} do not divide by {tp}"
+        return
+    storages = {
+        m.declared
+        for m in survey.modules.values()
+        if m.name.expert is not None and isinstance(m.declared, Storage)
+    }
+    for storage in sorted(storages, key=str):
+        if (inner // tp) % storage.granularity:
+            yield (
+                f"an expert's share of {inner // tp} channels is no multiple of "
+                f"{storage.granularity} ({storage}); use expert parallelism, or a smaller group"
+            )
+
+
+def memory(survey: Survey, tp: int, context: int) -> Memory:
+    """Memory of one GPU, from headers."""
+    engine, weights = survey.declaration.engine, 0
+    tp = tp if engine.shards else 1
+    for name, module in survey.modules.items():
+        nbytes = module.nbytes
+        if module.name.is_draft and engine.drafts == "ignored":
+            continue
+        if engine.decodes and module.shape is not None and module.name.is_linear:
+            nbytes = 2 * math.prod(module.shape)
+        last = name.rpartition(".")[2]
+        split = module.name.expert is not None or "shared_experts" in name or last in _SHARDED
+        weights += nbytes // tp if split else nbytes
+    c = survey.config
+    window = c.num_hidden_layers * 2 * c.head_dim * min(context, _WINDOW)
+    return Memory(tp, context, weights, window + context * (c.kv_bytes_per_token() or 0))
+
+
+def split_findings(survey: Survey, tp: int) -> Iterator[Finding]:
+    """The wanted split as errors."""
+    for problem in split_problems(survey, tp):
+        works = [n for n in SPLITS if not any(split_problems(survey, n))]
+        remedy = f"use --tp {' or '.join(map(str, works))}" if works else "use expert parallelism"
+        yield Finding("error", "tensor-parallel", "config.json", f"--tp {tp}: {problem}", remedy)
