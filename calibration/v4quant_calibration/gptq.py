@@ -16,6 +16,7 @@ bits there are. And the search weighs channel i by 1 / U_ii^2, what its error co
 channels have done their best to make up for it.
 
 All arithmetic is batched over experts and written in torch: the same function runs on CPU and GPU.
+On the CPU the steps inside a group are compiled loops (v4quant_kernels.native.feedback).
 Matrices lie transposed, `[B, K, N]`, so that a channel of all rows is contiguous.
 """
 
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from v4quant_kernels import native
 from v4quant_kernels.ref.intq import storable_scale
 
 # Scales tried, as multiples of amax / 2^(bits - 1): from clipping two thirds to clipping nothing.
@@ -94,6 +96,17 @@ def _round_group(
 ) -> Tensor:
     """Round one group's channels in turn; returns errors over U_ii, `[B, group, N]`."""
     errors = torch.empty_like(work[:, part])
+    if compiled_for(work):
+        from v4quant_kernels.native import feedback
+
+        for b in range(len(work)):
+            block = factor[b, part, part].contiguous().numpy()
+            done = feedback.round_group(
+                work[b, part].numpy(), scale[b].contiguous().numpy(), block, grid.low, grid.high,
+                integers[b, part].numpy(),
+            )  # fmt: skip
+            errors[b] = torch.from_numpy(done)
+        return errors
     for offset, channel in enumerate(range(part.start, part.stop)):
         value = work[:, channel]
         rounded = torch.round(value / scale).clamp_(grid.low, grid.high)
@@ -142,8 +155,20 @@ def best_scale(values: Tensor, cost: Tensor, grid: Grid) -> Tensor:
     unit = largest / (1 << (grid.bits - 1))
     best = torch.full_like(unit, torch.inf)
     scale = torch.ones_like(unit)
+    ratios = torch.linspace(_LOWEST, _HIGHEST, _STEPS).tolist()
+    if compiled_for(values):
+        from v4quant_kernels.native import feedback
+
+        for b in range(len(values)):
+            magnitudes = torch.stack([storable_scale(unit[b] * r).float() for r in ratios])
+            found = feedback.best_scale(
+                values[b].numpy(), cost[b].contiguous().numpy(), magnitudes.numpy(),
+                grid.low, grid.high,
+            )  # fmt: skip
+            scale[b] = torch.from_numpy(found)
+        return scale.masked_fill_(largest == 0, 1.0)
     cost = cost.unsqueeze(2)
-    for ratio in torch.linspace(_LOWEST, _HIGHEST, _STEPS).tolist():
+    for ratio in ratios:
         magnitude = storable_scale(unit * ratio).float().unsqueeze(1)
         for candidate in (magnitude, -magnitude):
             rounded = torch.round(values / candidate).clamp_(grid.low, grid.high)
@@ -152,6 +177,11 @@ def best_scale(values: Tensor, cost: Tensor, grid: Grid) -> Tensor:
             best = torch.where(better, error, best)
             scale = torch.where(better, candidate.squeeze(1), scale)
     return scale.masked_fill_(largest == 0, 1.0)
+
+
+def compiled_for(values: Tensor) -> bool:
+    """Whether the compiled loops take these values; torch does on GPUs and without Numba."""
+    return values.device.type == "cpu" and native.available()
 
 
 def _permuted(gram: Tensor, order: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from v4quant_calibration.gptq import Codes, Grid
+from v4quant_calibration.gptq import Codes, Grid, compiled_for
 from v4quant_kernels.ref.intq import storable_scale
 
 DEFAULT_SWEEPS = 12
@@ -33,21 +33,27 @@ def refine(
     The Gram-weighted error of no row rises. Arguments are left unchanged.
     """
     codes = Codes(start.integers.clone(), start.scale.clone())
-    first = gram_error(target, gram, start, grid)
-    last = first.clone()
+    last = _quick_error(target, gram, start, grid)
     # Every expert stops for itself, so its codes do not depend on who shares its batch.
     active = torch.arange(len(target), device=target.device)
     for _ in range(sweeps):
         part = Codes(codes.integers[active], codes.scale[active])
         _sweep(target[active], gram[active], part, grid)
-        now = gram_error(target[active], gram[active], part, grid)
+        now = _quick_error(target[active], gram[active], part, grid)
         codes.integers[active], codes.scale[active] = part.integers, part.scale
-        gained = (last[active] - now).sum(1) > _ENOUGH * last[active].sum(1)
+        gained = last[active] - now > _ENOUGH * last[active]
         last[active] = now
         active = active[gained]
         if not len(active):
             break
-    return choose(last <= first, codes, start)
+    better = gram_error(target, gram, codes, grid) <= gram_error(target, gram, start, grid)
+    return choose(better, codes, start)
+
+
+def _quick_error(target: Tensor, gram: Tensor, codes: Codes, grid: Grid) -> Tensor:
+    """Error of each expert, float32 sums `[B]`: good enough to see when a sweep gains little."""
+    error = target - codes.values(grid.group)
+    return (gram @ error).mul_(error).sum((1, 2))
 
 
 def choose(mask: Tensor, codes: Codes, others: Codes) -> Codes:
@@ -87,6 +93,15 @@ def _code_steps(
 ) -> None:
     """Every code of a group to its best value; keeps the group's `pull` `[B, group, N]` right."""
     scale = codes.scale[:, index]
+    if compiled_for(pull):
+        from v4quant_kernels.native import feedback
+
+        for b in range(len(pull)):
+            feedback.code_steps(
+                pull[b].numpy(), scale[b].contiguous().numpy(), gram[b].contiguous().numpy(),
+                grid.low, grid.high, codes.integers[b, part].numpy(),
+            )  # fmt: skip
+        return
     for offset, channel in enumerate(range(part.start, part.stop)):
         old = codes.integers[:, channel]
         own = gram[:, offset, offset].unsqueeze(1)

@@ -35,6 +35,7 @@ from v4quant_calibration.model.numerics import quantized_input
 from v4quant_calibration.model.observer import SilentObserver
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.provider import CheckpointParams
+from v4quant_calibration.refine import DEFAULT_SWEEPS
 from v4quant_calibration.solution import (
     SOLUTION_VERSION,
     STATS_NAME,
@@ -70,12 +71,14 @@ _POOL_SAMPLE = 512
 class SolveSettings:
     """How to solve.
 
-    scheme: an integer scheme. propagate: later layers see converted ones. memory: bytes that the
+    scheme: an integer scheme. propagate: later layers see converted ones. sweeps: the most passes
+    of refinement. memory: bytes that the
     moments and weights of one batch of experts may take.
     """
 
     scheme: Scheme
     propagate: bool = True
+    sweeps: int = DEFAULT_SWEEPS
     memory: int = DEFAULT_MEMORY
 
 
@@ -157,7 +160,8 @@ class LayerSolver(MomentObserver):
     ) -> None:
         """reference: keeper of the original's inputs, None without propagation."""
         super().__init__(config, stages)
-        self._checkpoint, self._config, self._scheme = checkpoint, config, settings.scheme
+        self._checkpoint, self._config = checkpoint, config
+        self._scheme, self._sweeps = settings.scheme, settings.sweeps
         self._folder, self._options, self._reference = folder, options, reference
         self._progress, self._memory = progress, settings.memory
 
@@ -213,6 +217,7 @@ class LayerSolver(MomentObserver):
             torch.stack([h for h, _ in moments]),
             torch.stack(corrections) if corrections else None,
             self._scheme,
+            self._sweeps,
         )
         for e, (w2,) in zip(experts, codes, strict=True):
             for projection, q in (("w1", solved[e][0]), ("w2", w2), ("w3", solved[e][1])):
@@ -236,6 +241,7 @@ class LayerSolver(MomentObserver):
             torch.stack(grams),
             torch.stack(corrections) if corrections else None,
             self._scheme,
+            self._sweeps,
         )
         return dict(zip(sources, codes, strict=True))
 
@@ -342,6 +348,7 @@ def _header(
         "source_digest": checkpoint.digest(),
         "scheme": settings.scheme.name,
         "propagate": settings.propagate,
+        "sweeps": settings.sweeps,
         "activations": options.activations,
         "floor": floor,
         "windows": len(windows),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from v4quant_calibration.gptq import Codes, Grid, gptq
-from v4quant_calibration.refine import choose, gram_error, refine
+from v4quant_calibration.refine import DEFAULT_SWEEPS, choose, gram_error, refine
 from v4quant_calibration.scale_search import QuantizedMatrix, search_dense, search_mxfp4
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import codec, intq
@@ -63,12 +63,14 @@ def solve_batch(
     grams: Tensor,
     corrections: Tensor | None,
     scheme: Scheme,
+    sweeps: int = DEFAULT_SWEEPS,
 ) -> list[list[QTensor]]:
     """GPTQ and refinement of several experts' matrices at once.
 
     sources: for each expert, the matrices that multiply the same rows (w1 with w3, or w2 alone).
     grams: damped second moments of those rows, float32 `[B, K, K]`. corrections: M of `gram`,
-    `[B, K, K]`, added as W + W M to the target; None aims at the source itself.
+    `[B, K, K]`, added as W + W M to the target; None aims at the source itself. sweeps: the most
+    passes of refinement.
 
     Where the optimal plain scales leave a row a lower Gram-weighted error than GPTQ does,
     refinement starts from them instead: the result is never worse than uncalibrated codes on the
@@ -86,7 +88,7 @@ def solve_batch(
     ]
     fallback = _codes(plain, grams.device)
     worse = gram_error(target, grams, fallback, grid) < gram_error(target, grams, codes, grid)
-    codes = refine(target, grams, choose(worse, fallback, codes), grid)
+    codes = refine(target, grams, choose(worse, fallback, codes), grid, sweeps)
     return [
         _packed(codes.integers[i], codes.scale[i], [q.shape[0] for q in matrices], scheme)
         for i, matrices in enumerate(sources)

@@ -1,0 +1,119 @@
+"""Error feedback on the CPU: the three loops of GPTQ and its refinement, a tile of rows at a time.
+
+`v4quant_calibration.gptq` and `refine` have the arithmetic; in torch each of their channel steps
+passes over a whole group of all rows. Here a tile of rows stays in the cache while all channels of
+the group go by, with the row as the fastest index, so that inner loops become vector instructions.
+Sums are taken in another order than torch's, so codes may differ where a value lies on a tie.
+
+Arrays are float32, channels first: values, integers, pull `[group, N]`; scale `[N]`; moments and
+factors `[group, group]`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from v4quant_kernels.native import compiled
+
+Floats = NDArray[np.float32]
+_TILE = 64  # rows side by side: a group of 128 channels takes 32 KB
+
+
+def round_group(
+    work: Floats, scale: Floats, factor: Floats, low: int, high: int, integers: Floats
+) -> Floats:
+    """Round a group's channels in turn, moving later ones; returns errors over the pivots.
+
+    Changes `work`; fills `integers`.
+    """
+    errors = np.empty_like(work)
+    _round_group(work, scale, factor, np.float32(low), np.float32(high), integers, errors)
+    return errors
+
+
+@compiled
+def _round_group(work, scale, factor, low, high, integers, errors):  # type: ignore[no-untyped-def]
+    channels, rows = work.shape
+    for first in range(0, rows, _TILE):
+        last = min(first + _TILE, rows)
+        for i in range(channels):
+            pivot = factor[i, i]
+            for n in range(first, last):
+                value, s = work[i, n], scale[n]
+                q = min(max(np.rint(value / s), low), high)
+                integers[i, n] = q
+                errors[i, n] = (value - q * s) / pivot
+            for j in range(i + 1, channels):
+                u = factor[i, j]
+                for n in range(first, last):
+                    work[j, n] -= u * errors[i, n]
+
+
+def code_steps(
+    pull: Floats, scale: Floats, gram: Floats, low: int, high: int, integers: Floats
+) -> None:
+    """Every code of a group to its best value, in turn. Changes `pull` and `integers`."""
+    _code_steps(pull, scale, gram, np.float32(low), np.float32(high), integers)
+
+
+@compiled
+def _code_steps(pull, scale, gram, low, high, integers):  # type: ignore[no-untyped-def]
+    channels, rows = pull.shape
+    step = np.empty(_TILE, np.float32)
+    for first in range(0, rows, _TILE):
+        width = min(_TILE, rows - first)
+        for i in range(channels):
+            own = gram[i, i]
+            moved = False
+            for t in range(width):
+                n = first + t
+                s, old = scale[n], integers[i, n]
+                q = min(max(np.rint(old + pull[i, n] / (s * own)), low), high)
+                integers[i, n] = q
+                step[t] = (q - old) * s
+                moved |= q != old
+            if not moved:
+                continue
+            for j in range(channels):
+                g = gram[j, i]
+                for t in range(width):
+                    pull[j, first + t] -= g * step[t]
+
+
+def best_scale(values: Floats, cost: Floats, magnitudes: Floats, low: int, high: int) -> Floats:
+    """The best of the candidates of either sign for each row: float32 `[N]`.
+
+    cost: `[group]`; magnitudes: `[candidates, N]`, positive. The first of equals wins, positive
+    before negative.
+    """
+    best = np.empty(values.shape[1], np.float32)
+    _best_scale(values, cost, magnitudes, np.float32(low), np.float32(high), best)
+    return best
+
+
+@compiled
+def _best_scale(values, cost, magnitudes, low, high, best):  # type: ignore[no-untyped-def]
+    channels, rows = values.shape
+    least = np.empty(_TILE, np.float32)
+    error = np.empty(_TILE, np.float32)
+    candidate = np.empty(_TILE, np.float32)
+    for first in range(0, rows, _TILE):
+        width = min(_TILE, rows - first)
+        least[:] = np.inf
+        for k in range(2 * magnitudes.shape[0]):
+            for t in range(width):
+                size = magnitudes[k // 2, first + t]
+                candidate[t] = -size if k % 2 else size
+                error[t] = 0
+            for i in range(channels):
+                weight = cost[i]
+                for t in range(width):
+                    value, s = values[i, first + t], candidate[t]
+                    q = min(max(np.rint(value / s), low), high)
+                    missed = q * s - value
+                    error[t] += missed * missed * weight
+            for t in range(width):
+                if error[t] < least[t]:
+                    least[t] = error[t]
+                    best[first + t] = candidate[t]

@@ -1,0 +1,66 @@
+"""The quality table: what its stored figures must say, and how drift is told."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from copy import deepcopy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "quality_table.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("quality_table", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def stored(script: ModuleType) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(script.STORED.read_text())["reduced"]
+    return found
+
+
+def test_solving_pays_in_the_stored_rows(stored: dict[str, Any]) -> None:
+    """At two bits calibration halves the loss, in every part of the text."""
+    plain, solved = stored["rows"]
+    assert (plain["solver"], solved["solver"]) == ("optimal", "propagated")
+    assert stored["floor_kl"] < solved["kl"] < 0.6 * plain["kl"]
+    for part, kl in solved["parts"].items():
+        assert kl < plain["parts"][part]
+
+
+def test_drift_is_told_by_row(script: ModuleType, stored: dict[str, Any]) -> None:
+    assert script.drift(stored, deepcopy(stored)) == []
+    found = deepcopy(stored)
+    found["rows"][1]["kl"] *= 1.3
+    (line,) = script.drift(stored, found)
+    assert "int2-g64 propagated: mean KL" in line
+    found["rows"][1]["solver"] = "gptq"
+    assert "another" in script.drift(stored, found)[0]
+
+
+def test_page_has_every_row(script: ModuleType) -> None:
+    rows = [
+        {"scheme": scheme, "solver": solver, "bits": 3.125, "kl": 0.001 * i, "kl_stderr": 1e-4,
+         "perplexity": 40.0 + i}
+        for i, (scheme, solver) in enumerate(
+            (scheme, solver) for scheme in script.SCHEMES for solver in script.SOLVERS
+        )
+    ]  # fmt: skip
+    text = script.page(
+        {"calibration_tokens": 1, "heldout_tokens": 2, "floor_kl": 1e-4,
+         "reference_perplexity": 39.0, "rows": rows}
+    )  # fmt: skip
+    for row in rows:
+        assert f"{row['kl']:.5f}" in text and f"{row['perplexity']:.3f}" in text
