@@ -20,6 +20,7 @@ from v4quant import __version__
 from v4quant.cli import _exit, _output
 from v4quant.cli.bench import bench
 from v4quant.cli.calibrate import calibrate
+from v4quant.cli.diff import diff
 from v4quant.cli.encode import encode
 from v4quant.cli.evaluate import evaluate
 from v4quant.cli.inspect import inspect
@@ -42,7 +43,7 @@ def cli() -> None:
     """Convert DeepSeek-V4 checkpoints to what your GPUs serve, with proof of what it cost."""
 
 
-for _command in (inspect, calibrate, quantize, verify, evaluate, run, encode, bench):
+for _command in (inspect, calibrate, quantize, verify, diff, evaluate, run, encode, bench):
     cli.add_command(_command)
 
 
