@@ -31,9 +31,9 @@ from typing import Any
 
 from v4quant.inspection import inspect_checkpoint
 from v4quant.job import run_job
-from v4quant.memory import parse_size
 from v4quant.plan import make_plan
 from v4quant.recipe import Recipe
+from v4quant.sizes import parse_size
 from v4quant.verify import verify
 from v4quant_formats.checkpoint import INDEX_NAME, open_checkpoint
 from v4quant_kernels.errors import V4QuantError

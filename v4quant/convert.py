@@ -8,24 +8,28 @@ finds codes (calibration.solvers), or has found them. Dense tensors are carried 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from v4quant.plan import Plan, Unit
+from v4quant.plan import Plan, expert_scheme
 from v4quant.records import Disposition, TensorRecord
+from v4quant.units import Unit
 from v4quant_calibration.scale_search import QuantizedMatrix
 from v4quant_calibration.solution import Evidence, Solution
 from v4quant_calibration.solvers import SOLVERS, measured
+from v4quant_formats.errors import WrongDtype
 from v4quant_formats.shards import ShardWriter
+from v4quant_formats.spec import BLOCK_DTYPES, TORCH_DTYPES
 from v4quant_formats.weights import StoredWeight, check_finite, read_weight, scale_part
 from v4quant_kernels.errors import NonFiniteWeight, V4QuantError
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import codec, e8m0, fp8_block
 from v4quant_kernels.ref.cast import can_cast, cast_mxfp4, top_exponent
-from v4quant_kernels.scheme import Scheme
+from v4quant_kernels.scheme import SCHEMES, Scheme
 
 _DENSE_ROWS = 512  # rows of an FP8 matrix dequantized at a time; a multiple of every tile height
 
@@ -66,19 +70,81 @@ def _copy(
     return [_record(stored, "copied", _storage(stored)) for stored in unit.sources]
 
 
+def _recast(
+    plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
+) -> list[TensorRecord]:
+    """The same numbers in another dtype: wider floats, or expert numbers in 32 bits."""
+    stored, wanted = unit.sources[0], unit.outputs[0]
+    spec = next(iter(stored.parts.values()))
+    dtype = TORCH_DTYPES[wanted.dtype]
+    altered, position = 0, 0
+    for _, piece in plan.checkpoint.read_chunks(spec.name):
+        check_finite(plan.checkpoint, spec, piece)
+        if dtype == torch.int32:
+            _check_experts(plan, stored, piece)
+        cast = piece.to(dtype)
+        altered += int((cast.double() != piece.double()).sum())
+        writer.add_piece(wanted.name, position, cast)
+        position += cast.numel() * cast.element_size()
+    _refuse_inexact(plan, stored, altered, wanted.dtype.lower())
+    return [_record(stored, "cast", wanted.dtype.lower(), altered)]
+
+
+def _check_experts(plan: Plan, stored: StoredWeight, piece: Tensor) -> None:
+    """A routing table may name experts that exist only."""
+    if (
+        piece.numel()
+        and not 0 <= int(piece.min()) <= int(piece.max()) < plan.config.n_routed_experts
+    ):
+        raise WrongDtype(
+            f"{plan.checkpoint.path}: '{stored.module}' names experts {int(piece.min())} to "
+            f"{int(piece.max())} of {plan.config.n_routed_experts}; the file is damaged"
+        )
+
+
+def _blocks(
+    plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
+) -> list[TensorRecord]:
+    """A dense matrix in GGUF's block type, rounded in pieces of rows."""
+    stored, wanted = unit.sources[0], unit.outputs[0]
+    scheme = SCHEMES[BLOCK_DTYPES[wanted.dtype]]
+    del stats  # calibration covers the routed experts only
+    squared, norm, largest = 0.0, 0.0, 0.0
+    for start, values in _dense_rows(plan, stored):
+        found = measured(values, codec.quantize(values, scheme))
+        squared, norm = squared + found.squared_error, norm + found.squared_norm
+        largest = max(largest, found.max_error)
+        writer.add_piece(wanted.name, start * wanted.row_bytes, found.tensor.codes)
+    whole = QuantizedMatrix(found.tensor, squared, norm, largest)
+    return [_lossy_record(stored, scheme, whole, "quantized", 0)]
+
+
+def _dense_rows(plan: Plan, stored: StoredWeight) -> Iterator[tuple[int, Tensor]]:
+    """(first row, float32 rows) of a dense matrix, coded or plain."""
+    spec = next(iter(stored.parts.values()))
+    for start in range(0, stored.shape[0], _DENSE_ROWS):
+        stop = min(start + _DENSE_ROWS, stored.shape[0])
+        if stored.scheme is None:
+            values = plan.checkpoint.read_rows(spec.name, start, stop)
+            check_finite(plan.checkpoint, spec, values)
+            yield start, values.float()
+        else:
+            values = codec.dequantize(read_weight(plan.checkpoint, stored, (start, stop)))
+            _refuse_overflow(plan, stored, values)
+            yield start, values
+
+
 def _bf16(
     plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
 ) -> list[TensorRecord]:
     stored, name = unit.sources[0], unit.outputs[0].name
-    rows, columns = stored.shape
-    altered, squared, largest = 0, 0.0, 0.0
-    for start in range(0, rows, _DENSE_ROWS):
-        stop = min(start + _DENSE_ROWS, rows)
-        values = codec.dequantize(read_weight(plan.checkpoint, stored, (start, stop)))
-        _refuse_overflow(plan, stored, values)
+    columns = stored.shape[1]
+    altered, squared, norm, largest = 0, 0.0, 0.0, 0.0
+    for start, values in _dense_rows(plan, stored):
         rounded = values.bfloat16()
         error = rounded.float().sub_(values)
         # Only scales near 2^-127 reach bfloat16's subnormals; all else is exact.
+        norm += float(values.double().square().sum())
         if changed := int(error.count_nonzero()):
             altered, squared = altered + changed, squared + float(error.double().square().sum())
             largest = max(largest, float(error.abs().max()))
@@ -86,9 +152,7 @@ def _bf16(
     _refuse_inexact(plan, stored, altered, "bf16")
     record = _record(stored, "cast", "bf16", altered)
     if altered:
-        whole = codec.dequantize(read_weight(plan.checkpoint, stored)).double()
-        rms = math.sqrt(squared / float(whole.square().sum()))
-        record = replace(record, relative_rms=rms, max_error=largest)
+        record = replace(record, relative_rms=math.sqrt(squared / norm), max_error=largest)
     return [record]
 
 
@@ -144,6 +208,8 @@ def _experts(
 
 _CONVERTERS: dict[str, _Converter] = {
     "copy": _copy,
+    "recast": _recast,
+    "blocks": _blocks,
     "bf16": _bf16,
     "f32_scale": _rescale,
     "e8m0_scale": _rescale,
@@ -180,7 +246,7 @@ def _nvfp4_tops(plan: Plan, matrices: list[QTensor]) -> list[_Top]:
 def _convert_matrix(
     plan: Plan, stored: StoredWeight, q: QTensor, stats: Evidence | None, top: _Top
 ) -> tuple[QTensor, TensorRecord]:
-    scheme = plan.scheme
+    scheme = expert_scheme(plan.scheme, q.shape[1])
     if q.scheme.name == scheme.name:
         return q, _record(stored, "copied", scheme.name)
     if q.scheme.name == "mxfp4" and can_cast(scheme):
@@ -192,6 +258,8 @@ def _convert_matrix(
         return cast.tensor, _lossy_record(stored, scheme, loss, "cast", cast.altered)
     if scheme.name == "bf16":
         return _to_bf16(plan, stored, q)
+    if scheme.element == "ggml":
+        return _to_blocks(plan, stored, q, scheme, stats)
     if scheme.element == "int":
         if q.scheme.name != "mxfp4":
             _refuse_overflow(plan, stored, codec.dequantize(q))
@@ -213,6 +281,19 @@ def _to_bf16(plan: Plan, stored: StoredWeight, q: QTensor) -> tuple[QTensor, Ten
     if not altered:
         return found.tensor, _record(stored, "cast", "bf16")
     return found.tensor, _lossy_record(stored, plan.scheme, found, "cast", altered)
+
+
+def _to_blocks(
+    plan: Plan, stored: StoredWeight, q: QTensor, scheme: Scheme, stats: Evidence | None
+) -> tuple[QTensor, TensorRecord]:
+    """An expert matrix in GGUF's block type; some hold FP4 values exactly, which is counted."""
+    values = codec.dequantize(q)
+    _refuse_overflow(plan, stored, values)
+    importance = stats.importance(stored.module) if stats else None
+    found = measured(values, codec.quantize(values, scheme, importance=importance))
+    if not found.squared_error:
+        return found.tensor, _record(stored, "cast", scheme.name)
+    return found.tensor, _lossy_record(stored, scheme, found, "quantized", 0)
 
 
 def _solve(plan: Plan, module: str, q: QTensor, stats: Evidence | None) -> QuantizedMatrix:

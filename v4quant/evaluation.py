@@ -30,7 +30,7 @@ from v4quant_calibration.weight_error import WeightComparison, compare_weights
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
 from v4quant_formats.model_config import parse_model_config
-from v4quant_formats.shards import ShardWriter
+from v4quant_formats.shards import ShardWriter, plan_shard
 from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress, SilentProgress
@@ -67,7 +67,7 @@ class LogitsFile:
             TensorSpec("logits", "F32", shape),
             TensorSpec("input_ids", "I64", (len(windows), self._length)),
         ]
-        self._writer = ShardWriter(path, specs)
+        self._writer = ShardWriter(path, plan_shard(specs))
         self._writer.add("input_ids", torch.stack(windows))
 
     def __call__(self, piece: LogitTile) -> None:

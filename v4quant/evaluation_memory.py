@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from v4quant.memory import SizeError
+from v4quant.sizes import SizeError
 from v4quant_calibration.corpus import Corpus
 from v4quant_calibration.logits import TILE_ROWS
 from v4quant_calibration.model.attention import DENSE_FACTOR, indexer_matters

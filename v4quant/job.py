@@ -28,11 +28,11 @@ from v4quant import __version__
 from v4quant.convert import convert_unit
 from v4quant.journal import FOLDER, FinishedShard, Journal, journal_files, locked_output
 from v4quant.memory import peak_rss_bytes
-from v4quant.plan import Plan, ShardPlan
+from v4quant.plan import Plan
 from v4quant.ranks import Ranks
 from v4quant.records import TensorRecord, record_from_dict
+from v4quant.units import ShardPlan
 from v4quant_calibration.solution import Evidence
-from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.deepseek_v4 import detect_release
 from v4quant_formats.errors import OutputError
 from v4quant_formats.manifest import (
@@ -116,7 +116,8 @@ def run_job(
 
 def _is_complete(plan: Plan, out: Path) -> bool:
     """Whether `out` already is this plan's result (an earlier run finished)."""
-    if not (out / INDEX_NAME).exists() or journal_files(out):
+    last = plan.recipe.layout.index or MANIFEST_NAME
+    if not (out / last).exists() or journal_files(out):
         return False
     return (out / MANIFEST_NAME).exists() and read_manifest(out).get("plan") == plan.digest
 
@@ -165,7 +166,7 @@ def _write_shards(
     closing: tuple[Future[WrittenFile], list[TensorRecord]] | None = None
     try:
         for shard in shards:
-            writer = ShardWriter(out / shard.file, shard.outputs)
+            writer = ShardWriter(out / shard.file, shard.file_plan())
             try:
                 records = _convert_shard(plan, shard, writer, stats, pool, progress)
             except BaseException:
@@ -201,7 +202,8 @@ def _convert_shard(
     records: list[TensorRecord] = []
     try:
         for unit, future in zip(shard.units, futures, strict=True):
-            records += future.result()
+            done = future.result()
+            records += [] if unit.again else done
             progress.advance(unit.bytes_in)
     except BaseException:
         # Nothing may still write when the caller removes the file.
@@ -222,19 +224,28 @@ def _one_thread() -> None:
 
 
 def _finish(plan: Plan, out: Path, shards: list[FinishedShard]) -> None:
-    """Write sidecars, config, manifest and, last, the index."""
+    """Write sidecars, config, manifest and, last, the index (where the format has one)."""
     files = [s.file for s in shards]
     for name in find_sidecars(plan.checkpoint.path):
         data = read_sidecar(plan.checkpoint.path, name)
         written = write_file_atomically(out / name, data)
         files.append(WrittenFile(name, written.nbytes, written.sha256))
     files.append(write_file_atomically(out / "config.json", to_json(plan.output_config())))
-    specs = [(spec, shard.file) for shard in plan.shards for spec in shard.outputs]
-    index = index_json({s.name: f for s, f in specs}, sum(s.nbytes for s, _ in specs))
-    files.append(WrittenFile(INDEX_NAME, len(index), hashlib.sha256(index).hexdigest()))
+    index = _index(plan)
+    if index:
+        name = plan.recipe.layout.index
+        files.append(WrittenFile(name, len(index), hashlib.sha256(index).hexdigest()))
     manifest = to_json(_manifest(plan, files, [r for s in shards for r in s.records]))
     write_file_atomically(out / MANIFEST_NAME, manifest)
-    write_file_atomically(out / INDEX_NAME, index)
+    if index:
+        write_file_atomically(out / plan.recipe.layout.index, index)
+
+
+def _index(plan: Plan) -> bytes:
+    if not plan.recipe.layout.index:
+        return b""
+    specs = [(spec, shard.file) for shard in plan.shards for spec in shard.outputs]
+    return index_json({s.name: f for s, f in specs}, sum(s.nbytes for s, _ in specs))
 
 
 def _manifest(plan: Plan, files: list[WrittenFile], records: list[TensorRecord]) -> dict[str, Any]:

@@ -1,15 +1,14 @@
-"""Memory: sizes people write (`6GB`), the peak this process reached, workers that fit a cap."""
+"""Memory: the peak this process reached, and workers that fit a cap."""
 
 from __future__ import annotations
 
 import ctypes
-import re
 import resource
 import sys
 from pathlib import Path
 
 from v4quant.plan import Plan
-from v4quant_kernels.errors import V4QuantError
+from v4quant.sizes import SizeError
 
 # Interpreter, torch and its libraries, measured; thread pools and buffers included.
 _BASE_BYTES = 450 * 2**20
@@ -18,21 +17,6 @@ _TEMPORARY_BYTES = 200 * 2**20
 # mallopt's number for "blocks from this size on are mapped, and unmapped when freed".
 _M_MMAP_THRESHOLD = -3
 _RETURNED_BYTES = 2**21
-_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-class SizeError(V4QuantError):
-    """A size that cannot be read, or a cap that is too low."""
-
-
-def parse_size(text: str) -> int:
-    """`6GB` -> 6e9, `6GiB` -> 6 * 2^30, `1500M`, `123`. Raises SizeError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise SizeError(f"'{text}' is not a size; write it like 6GB, 6GiB or 1500MB")
-    unit = match[2].upper()
-    base = 1024 ** ("KMGT".index(unit) + 1) if match[3] and unit else _UNITS[unit]
-    return int(float(match[1]) * base)
 
 
 def peak_rss_bytes() -> int:

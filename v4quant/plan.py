@@ -13,11 +13,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from v4quant import __version__
 from v4quant.exactness import inexact_stages
+from v4quant.gguf_plan import gguf_shards
 from v4quant.recipe import Recipe
+from v4quant.units import Action, Dropped, ShardPlan, Unit
 from v4quant_formats.checkpoint import SINGLE_NAME, Checkpoint
 from v4quant_formats.deepseek_v4 import (
     PROJECTIONS,
@@ -29,68 +31,12 @@ from v4quant_formats.deepseek_v4 import (
     parse_name,
 )
 from v4quant_formats.errors import MissingTensor, UnexpectedTensor, UnsupportedPair, WrongDtype
+from v4quant_formats.gguf_layout import fitting_type
 from v4quant_formats.model_config import Dimensions, parse_dimensions
-from v4quant_formats.shards import shard_header
-from v4quant_formats.spec import TORCH_DTYPES, TensorSpec
+from v4quant_formats.spec import BLOCK_DTYPES, TORCH_DTYPES, TensorSpec
 from v4quant_formats.weights import StoredWeight, find_weight, scale_part
-from v4quant_kernels.scheme import Scheme
-
-Action = Literal["copy", "bf16", "f32_scale", "e8m0_scale", "experts"]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Tensors converted together, and what they become.
-
-    action: copy (byte for byte), bf16 (FP8 matrix dequantized), f32_scale (E8M0 scales widened),
-    e8m0_scale (float32 powers of two narrowed), experts (w1, w3 and w2 of one routed expert, in
-    that order).
-    """
-
-    action: Action
-    sources: tuple[StoredWeight, ...]
-    outputs: tuple[TensorSpec, ...]
-
-    @property
-    def module(self) -> str:
-        """Name for messages and records: the first module."""
-        return self.sources[0].module
-
-    @property
-    def bytes_in(self) -> int:
-        """Source bytes."""
-        return sum(s.nbytes for s in self.sources)
-
-    @property
-    def bytes_out(self) -> int:
-        """Output bytes."""
-        return sum(s.nbytes for s in self.outputs)
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One output file and the units it is made of."""
-
-    file: str
-    units: tuple[Unit, ...]
-
-    @property
-    def outputs(self) -> list[TensorSpec]:
-        """All tensors of the file."""
-        return [spec for unit in self.units for spec in unit.outputs]
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Size of the file, header included."""
-        return len(shard_header(self.outputs)) + sum(u.bytes_out for u in self.units)
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A source tensor that the output leaves out, and why."""
-
-    name: str
-    reason: str
+from v4quant_kernels.ggml import get_type
+from v4quant_kernels.scheme import SCHEMES, Scheme
 
 
 @dataclass(frozen=True)
@@ -161,20 +107,27 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, stats_digest: str = "") ->
         kept = inexact_stages(checkpoint, recipe.expert_scheme, sorted(experts))
     if recipe.layout.keeps_drafts and recipe.draft != "drop":
         kept += tuple(s for s in draft_stages(names) if s not in kept)
+    recipe.layout.check(config, draft_stages(names) if recipe.draft == "convert" else [])
     planner = _Planner(checkpoint, config, recipe, names, kept)
-    by_file: dict[str, list[Unit]] = {}
-    for module in planner.leading_modules():
-        unit = planner.unit(module)
-        if unit is not None:
-            file = next(iter(unit.sources[0].parts.values())).file
-            by_file.setdefault(file, []).append(unit)
-    shards = tuple(
-        ShardPlan(_output_file(file), tuple(units)) for file, units in sorted(by_file.items())
-    )
+    units = [unit for module in planner.leading_modules() if (unit := planner.unit(module))]
+    if recipe.layout.index:
+        shards = _shards_as_source(units)
+    else:
+        shards = gguf_shards(checkpoint, units, recipe.scheme, recipe.split_bytes)
     _check_accounted(checkpoint, shards, planner.dropped)
     plan = Plan(checkpoint, config, recipe, shards, tuple(planner.dropped), stats_digest, kept)
     plan.output_config()  # what config.json cannot say is refused now
     return plan
+
+
+def _shards_as_source(units: Iterable[Unit]) -> tuple[ShardPlan, ...]:
+    by_file: dict[str, list[Unit]] = {}
+    for unit in units:
+        file = next(iter(unit.sources[0].parts.values())).file
+        by_file.setdefault(file, []).append(unit)
+    return tuple(
+        ShardPlan(_output_file(file), tuple(members)) for file, members in sorted(by_file.items())
+    )
 
 
 def without_drafts(config: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +142,9 @@ def without_drafts(config: dict[str, Any]) -> dict[str, Any]:
 
 def _output_file(file: str) -> str:
     # Always with an index, so that only the index, written last, makes the folder a checkpoint.
-    return "model-00001-of-00001.safetensors" if file == SINGLE_NAME else file
+    if file == SINGLE_NAME:
+        return "model-00001-of-00001.safetensors"
+    return file.removesuffix(".gguf") + ".safetensors" if file.endswith(".gguf") else file
 
 
 def _parse_names(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, TensorName | None]:
@@ -230,6 +185,7 @@ def _check_accounted(
         part.name
         for shard in shards
         for unit in shard.units
+        if not unit.again
         for stored in unit.sources
         for part in stored.parts.values()
     )
@@ -283,7 +239,10 @@ class _Planner:
                 )
             return _copy(StoredWeight(module, {"": spec}, spec.shape, None))
         if name.is_draft and self.recipe.draft == "drop":
-            self._drop(module, name)
+            self._drop(module, name, "draft stages are dropped by the recipe")
+            return None
+        if reason := self.layout.leaves_out(name, self.config):
+            self._drop(module, name, reason)
             return None
         if name.expert is not None:
             return self._expert(name.stage, name.expert)
@@ -308,11 +267,10 @@ class _Planner:
             )
         return stored
 
-    def _drop(self, module: str, name: TensorName) -> None:
+    def _drop(self, module: str, name: TensorName, reason: str) -> None:
         modules = [module]
         if name.expert is not None:
             modules = [expert_module(name.stage, name.expert, p) for p in PROJECTIONS]
-        reason = "draft stages are dropped by the recipe"
         for m in modules:
             parts = find_weight(self.checkpoint, m).parts.values()
             self.dropped += [Dropped(p.name, reason) for p in parts]
@@ -331,7 +289,8 @@ class _Planner:
                     "starts from a release's MXFP4 or FP8 experts"
                 )
             rows, columns = stored.shape
-            if columns % self.scheme.group_size and self.scheme.block[0] == 1:
+            scheme = expert_scheme(self.scheme, columns)
+            if columns % scheme.group_size and scheme.block[0] == 1:
                 raise UnsupportedPair(
                     f"'{stored.module}' has {columns} input channels, no multiple of "
                     f"{self.scheme.name}'s group_size {self.scheme.group_size}; "
@@ -353,7 +312,9 @@ class _Planner:
 
     def _dense(self, name: TensorName, stored: StoredWeight) -> Unit:
         if not name.is_linear:
-            return _copy(stored)
+            return self._plain(name, stored)
+        if self.recipe.dense in BLOCK_DTYPES.values():
+            return self._blocks(stored)
         rule = self.layout.dense(self.scheme, name.is_draft)
         if stored.scheme is None:
             if rule == "bf16":
@@ -387,6 +348,40 @@ class _Planner:
             TensorSpec(name_out, wanted, scale.shape),
         )
         return Unit(action, (stored,), outputs)
+
+    def _plain(self, name: TensorName, stored: StoredWeight) -> Unit:
+        """A tensor outside all matrices: as it is, or the same numbers in the layout's dtype."""
+        spec = next(iter(stored.parts.values()))
+        dtype = self.layout.plain(name, spec) if self.layout.plain else spec.dtype
+        if dtype == spec.dtype or stored.scheme is not None:
+            return _copy(stored)
+        return Unit("recast", (stored,), (TensorSpec(spec.name, dtype, spec.shape),))
+
+    def _blocks(self, stored: StoredWeight) -> Unit:
+        """A dense matrix in the block type the recipe names."""
+        weight = next(iter(stored.parts.values()))
+        if stored.scheme is not None and stored.scheme.element != "e4m3":
+            raise WrongDtype(
+                f"{self.checkpoint.path}: dense '{stored.module}' is {stored.scheme.name}; "
+                "conversion starts from a release's FP8 matrices"
+            )
+        rows, columns = stored.shape
+        kind = get_type(fitting_type(self.recipe.dense, columns))
+        if kind.name == "bf16":
+            shape = stored.shape
+        else:
+            shape = (rows, kind.row_bytes(columns))
+        dtype = kind.name.upper()
+        action: Action = "bf16" if kind.name == "bf16" else "blocks"
+        return Unit(action, (stored,), (TensorSpec(weight.name, dtype, shape),))
+
+
+def expert_scheme(scheme: Scheme, columns: int) -> Scheme:
+    """The scheme for rows of `columns`: GGUF's types have others for rows they cannot hold."""
+    if scheme.element != "ggml":
+        return scheme
+    fitting = fitting_type(scheme.name, columns)
+    return scheme if fitting == "bf16" else SCHEMES[fitting]
 
 
 def _copy(*sources: StoredWeight) -> Unit:

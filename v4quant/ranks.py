@@ -17,7 +17,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from v4quant.plan import ShardPlan
+from v4quant.units import ShardPlan
 
 # The slowest rank may work for hours after the fastest is done.
 _PATIENCE = timedelta(days=7)

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from v4quant.sizes import parse_size
 from v4quant_calibration.solvers import SOLVER_NAMES
+from v4quant_formats.gguf_layout import DEFAULT_SPLIT
 from v4quant_formats.layout import ENGINE_CHOICES, NEUTRAL, Layout
 from v4quant_formats.layouts import choose_layout
 from v4quant_kernels.errors import V4QuantError
@@ -25,6 +27,8 @@ _CHOICES = {
     "engine": ENGINE_CHOICES,
     "solver": SOLVER_NAMES,
 }
+
+MIN_SPLIT = 10**6
 
 
 class RecipeError(V4QuantError):
@@ -44,6 +48,8 @@ class Recipe:
     engine: write the variant of the format that this engine wants, or the neutral one.
     solver: how integer codes are found: rtn, optimal, or gptq (which needs a solution of
         `calibrate --solve`).
+    dense: how dense matrices are coded, for formats that leave a choice (gguf); "" is exact BF16.
+    split_size: largest file, like 45GB, for formats that write one file (gguf); "" is 45GB.
     """
 
     scheme: str
@@ -53,6 +59,8 @@ class Recipe:
     unknown: str = "refuse"
     engine: str = NEUTRAL
     solver: str = "optimal"
+    dense: str = ""
+    split_size: str = ""
 
     def __post_init__(self) -> None:
         """Check every choice. Raises RecipeError, UnsupportedScheme or UnsupportedPair."""
@@ -71,6 +79,25 @@ class Recipe:
             raise RecipeError(
                 f"recipe: solver = 'gptq' is for integer schemes; {self.scheme} is cast from MXFP4"
             )
+        self._check_gguf()
+
+    def _check_gguf(self) -> None:
+        """What only formats that leave a choice take."""
+        types = self.layout.dense_types
+        if self.dense and self.dense not in types:
+            choices = f"is not one of {', '.join(types)}" if types else "has no effect there"
+            raise RecipeError(f"recipe: dense = '{self.dense}' in {self.format} {choices}")
+        if self.split_size and self.layout.index:
+            raise RecipeError(f"recipe: split_size has no effect in {self.format}; it is for gguf")
+        if self.split_bytes < MIN_SPLIT:
+            raise RecipeError(
+                f"recipe: split_size = '{self.split_size}' is below {MIN_SPLIT // 10**6}MB"
+            )
+
+    @property
+    def split_bytes(self) -> int:
+        """The largest file, in bytes (where the format asks)."""
+        return parse_size(self.split_size) if self.split_size else DEFAULT_SPLIT
 
     @property
     def expert_scheme(self) -> Scheme:

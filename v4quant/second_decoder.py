@@ -4,6 +4,7 @@ converter.
 What the converter calls exact is only worth saying when something else agrees. This decoder is
 written from the definitions (OCP MX v1.0 for E2M1/E8M0, IEEE-like E4M3 of arXiv 2209.05433, the
 bit stream of compressed-tensors' pack-quantized), works in float64, and looks at raw bytes only.
+GGUF's block types are decoded by the gguf package, but for MXFP4, where that package has no -0.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.spec import TensorSpec
+from v4quant_formats.spec import BLOCK_DTYPES, TensorSpec
 
 Array = npt.NDArray[np.float64]
 Bytes = npt.NDArray[np.uint8]
@@ -43,9 +46,10 @@ def decode_rows(
     checkpoint: Checkpoint, parts: dict[str, TensorSpec], start: int, stop: int
 ) -> Array:
     """Rows `start:stop` of a stored matrix in float64. `start` is a multiple of 128."""
-    weight = parts.get("weight_packed") or parts.get("weight")
-    assert weight is not None
+    weight = parts.get("weight_packed") or parts.get("weight") or next(iter(parts.values()))
     raw = _rows(checkpoint, weight, start, stop)
+    if weight.dtype in BLOCK_DTYPES:
+        return _blocks(raw, weight.dtype)
     scale_spec = next((parts[p] for p in _SCALE_PARTS if p in parts), None)
     if scale_spec is None:
         return _floats(raw, weight.dtype)
@@ -87,6 +91,18 @@ def _elements(raw: Bytes, weight: TensorSpec) -> Array:
     return _E2M1[pairs]
 
 
+def _blocks(raw: Bytes, dtype: str) -> Array:
+    """GGUF's blocks. MXFP4: scale byte, then element j below element j + 16, sixteen times."""
+    if dtype != "MXFP4":
+        values: Array = dequantize(raw, GGMLQuantizationType[dtype]).astype(np.float64)
+        return values
+    stored = raw.reshape(raw.shape[0], -1, 17)
+    elements = np.concatenate((stored[..., 1:] & 15, stored[..., 1:] >> 4), axis=-1)
+    scales = np.ldexp(1.0, stored[..., :1].astype(np.int64) - 127)
+    decoded: Array = (_E2M1[elements] * scales).reshape(raw.shape[0], -1)
+    return decoded
+
+
 def _packed_integers(raw: Bytes, columns: int) -> Array:
     """A little-endian bit stream along the row, padded to whole 32-bit words."""
     bits = raw.shape[1] * 8 // columns
@@ -111,5 +127,5 @@ def _floats(raw: Bytes, dtype: str) -> Array:
     if dtype == "BF16":
         wide = np.ascontiguousarray(raw).view("<u2").astype(np.uint32) << 16
         return wide.view(np.float32).astype(np.float64)
-    kind = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}[dtype]
+    kind = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I32": "<i4", "I64": "<i8"}[dtype]
     return np.ascontiguousarray(raw).view(kind).astype(np.float64)

@@ -162,7 +162,7 @@ def _compare(original: Checkpoint, output: Checkpoint, record: TensorRecord) -> 
     a, b = find_weight(original, record.module), find_weight(output, record.module)
     if math.prod(a.shape) != record.elements:
         return f"has {math.prod(a.shape)} elements, the manifest says {record.elements}"
-    if a.scheme is None and b.scheme is None:
+    if a.scheme is None and b.scheme is None and record.disposition == "copied":
         return _compare_bytes(original, output, a.parts, b.parts)
     if a.shape != b.shape:
         return f"shape {list(b.shape)} differs from the source's {list(a.shape)}"
@@ -172,7 +172,7 @@ def _compare(original: Checkpoint, output: Checkpoint, record: TensorRecord) -> 
         x = decode_rows(original, a.parts, start, stop)
         y = decode_rows(output, b.parts, start, stop)
         # Integers have no -0; every float target must keep it.
-        signed = not record.target.startswith("int")
+        signed = not record.target.startswith(("int", "q"))
         differ = (x != y) | (signed & (np.signbit(x) != np.signbit(y)) & record.exact)
         altered += int(differ.sum())
         error = y - x

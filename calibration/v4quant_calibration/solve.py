@@ -54,7 +54,7 @@ from v4quant_calibration.stream import StreamModel, stream_forward, stream_mtp
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import PROJECTIONS, expert_module, parse_name, trunk_stages
 from v4quant_formats.model_config import ModelConfig
-from v4quant_formats.shards import ShardWriter, write_file_atomically
+from v4quant_formats.shards import ShardWriter, plan_shard, write_file_atomically
 from v4quant_formats.weights import find_weight, read_weight
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.progress import Progress
@@ -182,7 +182,8 @@ class LayerSolver(MomentObserver):
             for e in range(experts)
             for p in PROJECTIONS
         }
-        writer = ShardWriter(stage_file(self._folder, layer), stage_specs(shapes, self._scheme))
+        specs = stage_specs(shapes, self._scheme)
+        writer = ShardWriter(stage_file(self._folder, layer), plan_shard(specs))
         try:
             step = self._batch()
             for first in range(0, experts, step):

@@ -37,7 +37,7 @@ from v4quant_formats.shard_files import (
     ShardFiles,
     file_state,
 )
-from v4quant_formats.spec import TORCH_DTYPES, TensorSpec
+from v4quant_formats.spec import TensorSpec, torch_dtype
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -94,11 +94,7 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """Read one whole tensor into fresh memory, in its stored dtype and shape."""
         spec = self.spec(name)
-        return (
-            self._read_bytes(spec, spec.offset, spec.nbytes)
-            .view(_torch_dtype(spec))
-            .reshape(spec.shape)
-        )
+        return self._read_span(spec, 0, spec.nbytes).view(_torch_dtype(spec)).reshape(spec.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read rows `start:stop` of the first dimension of a tensor (at least 1-D)."""
@@ -106,7 +102,7 @@ class Checkpoint:
         if not spec.shape or not 0 <= start <= stop <= spec.shape[0]:
             raise IndexError(f"rows {start}:{stop} of {spec}")
         row = spec.nbytes // max(spec.shape[0], 1)
-        data = self._read_bytes(spec, spec.offset + start * row, (stop - start) * row)
+        data = self._read_span(spec, start * row, (stop - start) * row)
         return data.view(_torch_dtype(spec)).reshape(stop - start, *spec.shape[1:])
 
     def read_chunks(self, name: str, limit: int = 32 * 2**20) -> Iterator[tuple[int, Tensor]]:
@@ -116,7 +112,7 @@ class Checkpoint:
         step = limit - limit % size
         for start in range(0, spec.nbytes, step):
             count = min(step, spec.nbytes - start)
-            piece = self._read_bytes(spec, spec.offset + start, count)
+            piece = self._read_span(spec, start, count)
             yield start, piece.view(_torch_dtype(spec))
 
     def digest(self) -> str:
@@ -141,6 +137,18 @@ class Checkpoint:
         """Close the files; the checkpoint can still be read afterwards (they reopen)."""
         self.shards.close()
 
+    def _read_span(self, spec: TensorSpec, start: int, count: int) -> Tensor:
+        """Bytes `start:start + count` of a tensor, whose rows may lie apart in the file."""
+        if not spec.stride or not count:
+            return self._read_bytes(spec, spec.offset + start, count)
+        row = spec.row_bytes
+        first, last = start // row, (start + count - 1) // row
+        span = torch.zeros((last - first + 1) * spec.stride, dtype=torch.uint8)
+        held = (last - first) * spec.stride + row
+        span[:held] = self._read_bytes(spec, spec.offset + first * spec.stride, held)
+        rows = span.view(-1, spec.stride)[:, :row].reshape(-1)
+        return rows[start - first * row :][:count].clone()
+
     def _read_bytes(self, spec: TensorSpec, offset: int, count: int) -> Tensor:
         data = torch.empty(count, dtype=torch.uint8)
         if count:
@@ -152,16 +160,22 @@ class Checkpoint:
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """Open a checkpoint folder: config.json, the index (or one model.safetensors), all headers.
 
+    A .gguf file, or a folder holding a model as such files, is opened by `gguf_checkpoint`.
+
     Raises ConfigError, InvalidIndex, UnsafePath, MissingShard, MissingTensor, UnexpectedTensor,
     DuplicateTensor, or what `read_header` raises. The index and the shards must agree exactly.
     """
     folder = Path(path)
+    from v4quant_formats.gguf_checkpoint import is_gguf, open_gguf  # which makes Checkpoints too
+
+    if is_gguf(folder):
+        return open_gguf(folder)
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder; give the folder that holds config.json")
     files: dict[str, FileState] = {}
 
     def header_of(name: str) -> dict[str, TensorSpec]:
-        _check_link(folder, name)
+        check_link(folder, name)
         header = read_header(folder / name)
         files[name] = file_state((folder / name).stat())
         return header
@@ -178,8 +192,8 @@ def read_structure(
     header_of(name) reads one shard's header; `single`: the one shard exists, if not in `folder`.
     Raises what `open_checkpoint` raises.
     """
-    _check_link(folder, "config.json")
-    _check_link(folder, INDEX_NAME)
+    check_link(folder, "config.json")
+    check_link(folder, INDEX_NAME)
     config = read_json_object(folder / "config.json")
     weight_map = _weight_map(folder, single)
     tensors: dict[str, TensorSpec] = {}
@@ -231,7 +245,8 @@ def _check_file_name(folder: Path, name: str) -> None:
         raise UnsafePath(f"{folder}: index names '{name}', which is not a .safetensors file")
 
 
-def _check_link(folder: Path, name: str) -> None:
+def check_link(folder: Path, name: str) -> None:
+    """Refuse a file whose link leaves the folder. Raises UnsafePath."""
     target = (folder / name).resolve()
     if not target.is_relative_to(link_root(folder)):
         raise UnsafePath(f"{folder / name}: is a link that leaves the folder ({target})")
@@ -266,7 +281,7 @@ def _check_against_index(
 
 def _torch_dtype(spec: TensorSpec) -> torch.dtype:
     try:
-        return TORCH_DTYPES[spec.dtype]
+        return torch_dtype(spec.dtype)
     except KeyError:
         raise UnknownDtype(
             f"{spec.file}: tensor '{spec}' has a dtype torch cannot hold; convert it first"

@@ -73,6 +73,18 @@ class SourceChanged(FormatError):
     """A file changed after it was opened."""
 
 
+class NotGguf(FormatError):
+    """The file is no GGUF file, or of a version or byte order that is not read."""
+
+
+class WrongMetadata(FormatError):
+    """A key of a GGUF file, or what one would be made from, is missing or contradicts another."""
+
+
+class UnknownTokenizer(FormatError):
+    """A tokenizer.json that llama.cpp could not carry out."""
+
+
 class UnsupportedPair(V4QuantError):
     """A scheme, a format and an engine that do not go together, or that cannot be written."""
 

@@ -18,6 +18,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from v4quant_formats.deepseek_v4 import TensorName
+from v4quant_formats.model_config import Dimensions
+from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import Scheme
 
@@ -53,6 +56,12 @@ class Layout:
     variants: engine -> the layout for that engine, where it differs from this one.
     refused: (engine, scheme) -> why that engine cannot load this scheme in this format, and what
         it can load instead.
+    dense_types: what a recipe's `dense` may choose; none where the format decides.
+    plain(name, spec) -> the dtype a tensor outside all matrices is stored in, a wider one or its
+        own; None: all are copied.
+    leaves_out(name, config) -> why the format has no place for a tensor, or None.
+    check(config, draft stages) raises UnsupportedPair for releases the format cannot hold.
+    index: the file, written last, that makes a folder a checkpoint; "" where the manifest is last.
     """
 
     name: str
@@ -70,3 +79,8 @@ class Layout:
     engine: str = NEUTRAL
     variants: Mapping[str, Layout] = field(default_factory=dict)
     refused: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    dense_types: tuple[str, ...] = ()
+    plain: Callable[[TensorName, TensorSpec], str] | None = None
+    leaves_out: Callable[[TensorName, Dimensions], str | None] = lambda name, config: None
+    check: Callable[[Dimensions, Sequence[str]], None] = lambda config, drafts: None
+    index: str = "model.safetensors.index.json"

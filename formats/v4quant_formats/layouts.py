@@ -5,11 +5,12 @@ from __future__ import annotations
 from v4quant_formats.compressed_tensors import COMPRESSED_TENSORS
 from v4quant_formats.deepseek import DEEPSEEK
 from v4quant_formats.errors import UnsupportedPair
+from v4quant_formats.gguf_layout import GGUF
 from v4quant_formats.layout import NEUTRAL, Layout
 from v4quant_formats.modelopt import MODELOPT
 from v4quant_kernels.scheme import Scheme
 
-LAYOUTS: dict[str, Layout] = {x.name: x for x in (DEEPSEEK, COMPRESSED_TENSORS, MODELOPT)}
+LAYOUTS: dict[str, Layout] = {x.name: x for x in (DEEPSEEK, COMPRESSED_TENSORS, MODELOPT, GGUF)}
 
 
 def choose_layout(scheme: Scheme, name: str | None, engine: str = NEUTRAL) -> Layout:

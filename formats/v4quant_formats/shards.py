@@ -1,14 +1,16 @@
-"""ShardWriter: one safetensors file being written, safe against being killed at any moment.
+"""ShardWriter: one file being written, safe against being killed at any moment.
 
-The header is written first from the planned specs, then each tensor goes to its own place by
+A `FilePlan` says what the file will be: its header, and each tensor's place. The header is written
+first, then each tensor goes to its own place by
 positioned writes, in any order and from any thread. A thread of its own hashes the file from the
 front as far as it is complete, so that the hash is ready shortly after the last byte. `close`
 refuses unless every planned tensor arrived, flushes to disk and renames the file into place; until
 then the bytes live under a temporary name that nothing takes for a shard.
 
-Tensors lie in the order they are planned (an expert's matrices and scales together), so writing and
-hashing run front to back. The format allows no gaps and readers want every tensor aligned to its
-element, so tensors that are not a multiple of 8 bytes come last, by falling element size.
+`plan_shard` plans a safetensors file. Its tensors lie in the order they are given (an expert's
+matrices and scales together), so writing and hashing run front to back. The format allows no gaps
+and readers want every tensor aligned to its element, so tensors that are not a multiple of 8 bytes
+come last, by falling element size. GGUF files are planned in gguf_file.py.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ import torch
 from torch import Tensor
 
 from v4quant_formats.errors import OutputError
-from v4quant_formats.spec import DTYPE_BITS, DTYPE_NAMES, TensorSpec
+from v4quant_formats.spec import DTYPE_BITS, TensorSpec, torch_dtype
 
 TEMPORARY_SUFFIX = ".part"
 _HASH_CHUNK = 8 * 2**20
@@ -41,6 +43,18 @@ class WrittenFile:
     name: str
     nbytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A file before it is written: header, placed tensors by rising offset, size in all.
+
+    Bytes that no tensor covers are zero.
+    """
+
+    header: bytes
+    specs: tuple[TensorSpec, ...]
+    nbytes: int
 
 
 def temporary_path(path: Path) -> Path:
@@ -75,25 +89,29 @@ def shard_header(specs: Iterable[TensorSpec]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-class ShardWriter:
-    """Writes one shard of planned tensors. Use `add` for each, then `close` (or `abort`)."""
+def plan_shard(specs: Iterable[TensorSpec]) -> FilePlan:
+    """A safetensors file holding `specs`."""
+    ordered = shard_order(specs)
+    header = shard_header(ordered)
+    placed, position = [], len(header)
+    for spec in ordered:
+        placed.append(replace(spec, offset=position, stride=0))
+        position += spec.nbytes
+    return FilePlan(header, tuple(placed), position)
 
-    def __init__(self, path: Path, specs: Iterable[TensorSpec]) -> None:
+
+class ShardWriter:
+    """Writes one file of planned tensors. Use `add` for each, then `close` (or `abort`)."""
+
+    def __init__(self, path: Path, plan: FilePlan) -> None:
         """Create the temporary file with its header. Raises OutputError."""
-        ordered = shard_order(specs)
-        header = shard_header(ordered)
         self.path = path
-        self.nbytes = len(header) + sum(s.nbytes for s in ordered)
-        self._ordered = ordered
-        self._offsets: dict[str, int] = {}
-        self._specs = {s.name: s for s in ordered}
-        self._missing = {s.name: s.nbytes for s in ordered}
+        self.nbytes = plan.nbytes
+        self._ordered = plan.specs
+        self._specs = {s.name: s for s in plan.specs}
+        self._missing = {s.name: s.nbytes for s in plan.specs}
         self._complete = 0  # tensors complete from the front
         self._lock = threading.Lock()
-        position = len(header)
-        for spec in ordered:
-            self._offsets[spec.name] = position
-            position += spec.nbytes
         self._temporary = temporary_path(path)
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -102,7 +120,8 @@ class ShardWriter:
             raise output_error(self._temporary, error) from None
         self._hash = _FollowingHash(self._handle, self.nbytes)
         try:
-            _write_at(self._handle, header, 0)
+            os.ftruncate(self._handle, plan.nbytes)
+            _write_at(self._handle, plan.header, 0)
         except BaseException as error:
             self.abort()
             if isinstance(error, OSError):
@@ -120,11 +139,10 @@ class ShardWriter:
     def add_piece(self, name: str, first_byte: int, tensor: Tensor) -> None:
         """Write a contiguous piece of a tensor, `first_byte` bytes into it. Thread-safe."""
         spec = self._specs[name]
-        assert DTYPE_NAMES[tensor.dtype] == spec.dtype, (spec, tensor.dtype)
+        assert tensor.dtype == torch_dtype(spec.dtype), (spec, tensor.dtype)
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         try:
-            offset = self._offsets[name] + first_byte
-            _write_at(self._handle, data.numpy(), offset)
+            _write_placed(self._handle, data.numpy(), spec, first_byte)
         except OSError as error:
             raise output_error(self._temporary, error) from None
         with self._lock:
@@ -138,7 +156,7 @@ class ShardWriter:
         while self._complete < len(ordered) and not self._missing[ordered[self._complete].name]:
             self._complete += 1
         whole = self._complete == len(ordered)
-        self._hash.allow(self.nbytes if whole else self._offsets[ordered[self._complete].name])
+        self._hash.allow(self.nbytes if whole else ordered[self._complete].offset)
 
     def close(self) -> WrittenFile:
         """Flush, hash and rename into place; the directory entry is on disk when this returns."""
@@ -262,6 +280,19 @@ def _write_at(handle: int, data: Any, offset: int) -> None:
     done = 0
     while done < len(view):
         done += os.pwrite(handle, view[done:], offset + done)
+
+
+def _write_placed(handle: int, data: Any, spec: TensorSpec, first_byte: int) -> None:
+    """Write bytes from `first_byte` of a tensor on, row by row where its rows lie apart."""
+    if not spec.stride:
+        _write_at(handle, data, spec.offset + first_byte)
+        return
+    done = 0
+    while done < len(data):
+        row, within = divmod(first_byte + done, spec.row_bytes)
+        count = min(spec.row_bytes - within, len(data) - done)
+        _write_at(handle, data[done : done + count], spec.offset + row * spec.stride + within)
+        done += count
 
 
 def _hash(handle: int, size: int) -> str:

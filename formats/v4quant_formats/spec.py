@@ -1,4 +1,4 @@
-"""TensorSpec: one tensor's facts without its data, and the safetensors dtype table."""
+"""TensorSpec: one tensor's facts without its data, and the dtype tables of the containers."""
 
 from __future__ import annotations
 
@@ -27,6 +27,20 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 DTYPE_NAMES: dict[torch.dtype, str] = {v: k for k, v in TORCH_DTYPES.items()}
 
+# Block types of GGUF: a matrix [N, K] is bytes [N, bytes of a row], whose meaning the type says.
+# dtype -> scheme. No safetensors file may use them.
+BLOCK_DTYPES: dict[str, str] = {
+    name.upper(): name
+    for name in (
+        "mxfp4", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "q5_1", "q5_0", "q4_0",
+    )
+}  # fmt: skip
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """What a tensor of a stored dtype is read as. Raises KeyError."""
+    return torch.uint8 if dtype in BLOCK_DTYPES else TORCH_DTYPES[dtype]
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -34,6 +48,7 @@ class TensorSpec:
 
     `file` is the shard's name inside the checkpoint folder; `offset` counts from the start of that
     file. Both are empty (`""`, 0) for a tensor that is planned and not yet written.
+    `stride`: bytes from one row to the next where something else lies between them; 0 for none.
     """
 
     name: str
@@ -41,6 +56,12 @@ class TensorSpec:
     shape: tuple[int, ...]
     file: str = ""
     offset: int = 0
+    stride: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row (of the first dimension) of a non-empty tensor."""
+        return self.nbytes // self.shape[0]
 
     @property
     def numel(self) -> int:
@@ -50,7 +71,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of data."""
-        return self.numel * DTYPE_BITS[self.dtype] // 8
+        return self.numel * DTYPE_BITS.get(self.dtype, 8) // 8
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype} {list(self.shape)}"

@@ -15,8 +15,9 @@ from torch import Tensor
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import PARTS
 from v4quant_formats.errors import MissingTensor, WrongDtype
-from v4quant_formats.spec import TensorSpec
+from v4quant_formats.spec import BLOCK_DTYPES, TensorSpec
 from v4quant_kernels.errors import NonFiniteWeight
+from v4quant_kernels.ggml import get_type, unpack_mxfp4
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref.codec import dequantize
 from v4quant_kernels.scheme import SCHEMES, ScaleFormat, Scheme
@@ -81,6 +82,8 @@ def find_weight(checkpoint: Checkpoint, module: str) -> StoredWeight:
         return _fp8(module, parts)
     if weight.dtype in ("I8", "U8"):
         return _fp4(module, parts)
+    if weight.dtype in BLOCK_DTYPES and len(parts) == 1:
+        return _blocks(module, weight)
     raise WrongDtype(
         f"{weight.file}: '{weight.name}' is {weight.dtype} with parts {sorted(parts)}; "
         "no known V4 layout stores a weight so"
@@ -165,6 +168,17 @@ def scale_part(stored: StoredWeight) -> TensorSpec | None:
     return next((stored.parts[p] for p in _SCALE_PARTS if p in stored.parts), None)
 
 
+def _blocks(module: str, weight: TensorSpec) -> StoredWeight:
+    """A matrix in one of GGUF's block types, elements and scales in one tensor."""
+    scheme = SCHEMES[BLOCK_DTYPES[weight.dtype]]
+    rows, row_bytes = _matrix(weight)
+    kind = get_type(scheme.name)
+    if row_bytes % kind.block_bytes:
+        raise WrongDtype(f"{weight.file}: '{weight}' holds no whole blocks of {weight.dtype}")
+    shape = (rows, row_bytes // kind.block_bytes * kind.block)
+    return StoredWeight(module, {"weight": weight}, shape, scheme)
+
+
 def _packed_integers(
     checkpoint: Checkpoint, module: str, parts: dict[str, TensorSpec]
 ) -> StoredWeight:
@@ -201,6 +215,8 @@ def read_weight(
     """
     scheme = stored.scheme
     assert scheme is not None, stored.module
+    if stored.parts.keys() == {"weight"}:
+        return _read_blocks(checkpoint, stored, rows)
     height, columns = stored.shape
     start, stop = rows or (0, height)
     assert start % scheme.block[0] == 0, (stored.module, rows)
@@ -239,6 +255,23 @@ def _global_scale(checkpoint: Checkpoint, stored: StoredWeight) -> Tensor:
     if inverse and not float(value) > 0:
         raise NonFiniteWeight(_not_finite(checkpoint, second))
     return value.reciprocal() if inverse else value
+
+
+def _read_blocks(
+    checkpoint: Checkpoint, stored: StoredWeight, rows: tuple[int, int] | None
+) -> QTensor:
+    assert stored.scheme is not None
+    start, stop = rows or (0, stored.shape[0])
+    weight, shape = stored.parts["weight"], (stop - start, stored.shape[1])
+    codes = checkpoint.read_rows(weight.name, start, stop)
+    if stored.scheme.name == "mxfp4":
+        # Byte 255 is NaN in the release and a number in llama.cpp: nobody may have meant it.
+        nibbles, scale = unpack_mxfp4(codes)
+        _refuse_nan_scale(checkpoint, weight, scale)
+        return QTensor(stored.scheme, shape, nibbles, scale)
+    q = QTensor(stored.scheme, shape, codes)
+    check_finite(checkpoint, replace(weight, dtype="F32"), dequantize(q))
+    return q
 
 
 def check_finite(checkpoint: Checkpoint, spec: TensorSpec, value: Tensor) -> None:

@@ -20,9 +20,11 @@ class QTensor:
         int:  uint8 `[N, K*bits/8]`, a little-endian bit stream along K of `q + 2^(bits-1)`
               (for 4 bits: low nibble = even column).
         bf16: bfloat16 `[N, K]`.
+        ggml: uint8 `[N, K/block * block_bytes]`, blocks as GGUF stores them, scales inside.
     scale
         A multiplier in the scheme's own format, one per block, `[ceil(N/rows), ceil(K/columns)]`:
-        float8_e8m0fnu, float8_e4m3fn, bfloat16 or float32; None for bf16.
+        float8_e8m0fnu, float8_e4m3fn, bfloat16 or float32; None for bf16
+        and ggml.
         (`fp8` matrices of the Base releases hold float32 powers of two.)
     global_scale
         float32 scalar multiplier, or None. weight = element * scale * global_scale.

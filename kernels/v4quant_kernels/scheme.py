@@ -15,7 +15,7 @@ from typing import Literal
 
 from v4quant_kernels.errors import UnsupportedScheme
 
-Element = Literal["e2m1", "e4m3", "int", "bf16"]
+Element = Literal["e2m1", "e4m3", "int", "bf16", "ggml"]
 ScaleFormat = Literal["e8m0", "e4m3", "bf16", "f32", "none"]
 
 
@@ -29,6 +29,7 @@ class Scheme:
     block: tuple[int, int]
     scale: ScaleFormat
     has_global_scale: bool = False
+    block_bytes: int = 0  # ggml: a block's bytes, which hold elements and scales together
 
     @property
     def group_size(self) -> int:
@@ -38,12 +39,18 @@ class Scheme:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits a weight costs, scales included (one-off global scales excluded)."""
+        if self.block_bytes:
+            return 8 * self.block_bytes / self.block[1]
         scale_bits = {"e8m0": 8, "e4m3": 8, "bf16": 16, "f32": 32, "none": 0}[self.scale]
         return self.bits + scale_bits / (self.block[0] * self.block[1])
 
 
 def _integer(bits: int, group: int) -> Scheme:
     return Scheme(f"int{bits}-g{group}", "int", bits, (1, group), "bf16")
+
+
+def _ggml(name: str, bits: int, block: int, block_bytes: int) -> Scheme:
+    return Scheme(name, "ggml", bits, (1, block), "none", block_bytes=block_bytes)
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -63,6 +70,15 @@ SCHEMES: dict[str, Scheme] = {
         _integer(2, 64),
         _integer(2, 128),
         Scheme("bf16", "bf16", 16, (1, 1), "none"),
+        _ggml("q8_0", 8, 32, 34),
+        _ggml("q6_k", 6, 256, 210),
+        _ggml("q5_k", 5, 256, 176),
+        _ggml("q4_k", 4, 256, 144),
+        _ggml("q3_k", 3, 256, 110),
+        _ggml("q2_k", 2, 256, 84),
+        _ggml("q5_1", 5, 32, 24),
+        _ggml("q5_0", 5, 32, 22),
+        _ggml("q4_0", 4, 32, 18),
     )
 }
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from v4quant_formats.deepseek_v4 import expert_module, parse_name
-from v4quant_formats.shards import ShardWriter, write_file_atomically
+from v4quant_formats.shards import ShardWriter, plan_shard, write_file_atomically
 from v4quant_formats.spec import DTYPE_NAMES, TensorSpec
 from v4quant_kernels.ref.codec import quantize
 from v4quant_kernels.scheme import SCHEMES
@@ -102,7 +102,7 @@ def write_release(
     for number, tensors in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         specs = [TensorSpec(n, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
-        writer = ShardWriter(out / name, specs)
+        writer = ShardWriter(out / name, plan_shard(specs))
         for tensor_name, tensor in tensors.items():
             writer.add(tensor_name, tensor)
         writer.close()

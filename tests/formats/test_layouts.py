@@ -20,6 +20,7 @@ from tests.support.conversion import SCHEMES, TINY, VARIANTS, convert
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.errors import UnsupportedPair
 from v4quant_formats.layouts import LAYOUTS, choose_layout
+from v4quant_formats.spec import torch_dtype
 from v4quant_formats.weights import read_dense
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref.codec import quantize
@@ -184,10 +185,8 @@ def test_parts_promise_what_tensors_deliver(layout) -> None:  # type: ignore[no-
         tensors = layout.expert_tensors(q, 3.0)
         assert parts.keys() == tensors.keys()
         for suffix, (dtype, shape) in parts.items():
-            from v4quant_formats.spec import DTYPE_NAMES
-
             got = tensors[suffix]
-            assert (DTYPE_NAMES[got.dtype], tuple(got.shape)) == (dtype, shape), (name, suffix)
+            assert (got.dtype, tuple(got.shape)) == (torch_dtype(dtype), shape), (name, suffix)
 
 
 def test_choice_of_layout() -> None:
@@ -199,6 +198,7 @@ def test_choice_of_layout() -> None:
         ("nvfp4", "modelopt"),
         ("int2-g64", "compressed-tensors"),
         ("mxfp8", "compressed-tensors"),
+        ("q4_k", "gguf"),
     ):
         assert choose_layout(TABLE[scheme], None) is LAYOUTS[name]
     for scheme, name in (("int4-g32", "deepseek"), ("mxfp4", "modelopt"), ("fp8", "modelopt")):

@@ -19,6 +19,7 @@ from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shards import (
     ShardWriter,
     hash_file,
+    plan_shard,
     shard_header,
     shard_order,
     write_file_atomically,
@@ -46,7 +47,7 @@ def specs(made: dict[str, torch.Tensor]) -> list[TensorSpec]:
 def test_the_library_reads_what_we_write(tmp_path: Path, generator: torch.Generator) -> None:
     made = tensors(generator)
     path = tmp_path / "m.safetensors"
-    writer = ShardWriter(path, specs(made))
+    writer = ShardWriter(path, plan_shard(specs(made)))
     for name in reversed(list(made)):
         assert not path.exists(), "nothing counts before it is whole"
         writer.add(name, made[name])
@@ -82,7 +83,7 @@ def test_every_tensor_is_aligned(tmp_path: Path, generator: torch.Generator) -> 
 def test_pieces_from_threads(tmp_path: Path, generator: torch.Generator) -> None:
     big = torch.randint(256, (1000, 64), generator=generator, dtype=torch.uint8)
     path = tmp_path / "m.safetensors"
-    writer = ShardWriter(path, [TensorSpec("big", "U8", (1000, 64))])
+    writer = ShardWriter(path, plan_shard([TensorSpec("big", "U8", (1000, 64))]))
     threads = [
         threading.Thread(target=writer.add_piece, args=("big", i * 6400, big[i * 100 :][:100]))
         for i in range(10)
@@ -97,14 +98,14 @@ def test_pieces_from_threads(tmp_path: Path, generator: torch.Generator) -> None
 
 def test_views_and_transposes_are_written_by_value(tmp_path: Path) -> None:
     x = torch.arange(12.0).view(3, 4)
-    writer = ShardWriter(tmp_path / "m.safetensors", [TensorSpec("x", "F32", (4, 3))])
+    writer = ShardWriter(tmp_path / "m.safetensors", plan_shard([TensorSpec("x", "F32", (4, 3))]))
     writer.add("x", x.T)
     writer.close()
     assert torch.equal(load_file(tmp_path / "m.safetensors")["x"], x.T)
 
 
 def test_our_own_guarantees_are_asserted(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path / "m.safetensors", [TensorSpec("x", "F32", (2,))])
+    writer = ShardWriter(tmp_path / "m.safetensors", plan_shard([TensorSpec("x", "F32", (2,))]))
     with pytest.raises(AssertionError, match="never written"):
         writer.close()
     for wrong in (torch.zeros(3), torch.zeros(2).half()):
@@ -129,13 +130,13 @@ def test_failing_writes(
         raise OSError(number, os.strerror(number))
 
     path = tmp_path / "m.safetensors"
-    writer = ShardWriter(path, [TensorSpec("x", "F32", (2,))])
+    writer = ShardWriter(path, plan_shard([TensorSpec("x", "F32", (2,))]))
     monkeypatch.setattr(os, "pwrite", fail)
     with pytest.raises(OutputError, match=f"m.safetensors.part.*{text}"):
         writer.add("x", torch.zeros(2))
     writer.abort()
     with pytest.raises(OutputError, match=text):
-        ShardWriter(path, [TensorSpec("x", "F32", (2,))])
+        ShardWriter(path, plan_shard([TensorSpec("x", "F32", (2,))]))
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OutputError, match=text):
         write_file_atomically(tmp_path / "config.json", b"{}")
@@ -148,7 +149,7 @@ def test_short_writes_are_continued(
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda h, data, at: real(h, data[:13], at))
     made = tensors(generator)
-    writer = ShardWriter(tmp_path / "m.safetensors", specs(made))
+    writer = ShardWriter(tmp_path / "m.safetensors", plan_shard(specs(made)))
     for name, tensor in made.items():
         writer.add(name, tensor)
     writer.close()

@@ -7,9 +7,10 @@ import re
 import pytest
 
 from tests.support.conversion import SCHEMES, TINY
-from v4quant.memory import SizeError, fit_workers, parse_size, peak_rss_bytes, worker_bytes
+from v4quant.memory import fit_workers, peak_rss_bytes, worker_bytes
 from v4quant.plan import make_plan
 from v4quant.recipe import Recipe
+from v4quant.sizes import SizeError, parse_size
 from v4quant_formats.checkpoint import open_checkpoint
 
 

@@ -11,7 +11,7 @@ from v4quant.calibration import calibrate_to, draw_corpus
 from v4quant.cli import _output
 from v4quant.cli._options import corpus_options, forward_options, read_corpus
 from v4quant.cli._source import SOURCE
-from v4quant.memory import parse_size
+from v4quant.sizes import parse_size
 from v4quant.source import Source, open_source
 from v4quant_calibration.calibrate import DEFAULT_FLOOR
 from v4quant_calibration.corpus import Corpus

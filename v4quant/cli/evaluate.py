@@ -19,8 +19,8 @@ from v4quant.cli._options import (
 )
 from v4quant.cli._source import SOURCE
 from v4quant.evaluation import Resources, evaluate_checkpoint
-from v4quant.memory import parse_size
 from v4quant.report import render_html, render_markdown
+from v4quant.sizes import parse_size
 from v4quant.source import Source, open_source
 from v4quant_calibration.evaluate import Measures
 from v4quant_calibration.noise_floor import MOST_FLOORS

@@ -11,10 +11,11 @@ from v4quant.cli import _output
 from v4quant.cli._source import SOURCE
 from v4quant.evidence import read_evidence
 from v4quant.job import JobResult, run_job
-from v4quant.memory import fit_workers, parse_size
+from v4quant.memory import fit_workers
 from v4quant.plan import Plan, make_plan
 from v4quant.ranks import current_ranks
 from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
+from v4quant.sizes import parse_size
 from v4quant_calibration.solution import is_solution
 from v4quant_calibration.solvers import SOLVER_NAMES
 from v4quant_formats.checkpoint import open_checkpoint
@@ -58,6 +59,8 @@ _SCHEMES = [s for s in SCHEMES if any(s in layout.schemes for layout in LAYOUTS.
     help="When a cast cannot hold every value: take the nearest and count, keep the stage as it "
     "is, or stop.",
 )
+@click.option("--dense", help="How dense matrices are coded, for gguf (default bf16, exact).")
+@click.option("--split-size", help="Largest file, like 45GB, for gguf (default 45GB).")
 @click.option("--unknown", type=click.Choice(["refuse", "copy"]), help="Tensors no V4 release has.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
 @click.option("--max-memory", help="Cap on memory, like 6GB; fewer workers are used to fit it.")
@@ -74,6 +77,8 @@ def quantize(
     solver: str | None,
     draft: str | None,
     on_inexact: str | None,
+    dense: str | None,
+    split_size: str | None,
     unknown: str | None,
     workers: int | None,
     max_memory: str | None,
@@ -91,6 +96,8 @@ def quantize(
         "engine": engine,
         "draft": draft,
         "on_inexact": on_inexact,
+        "dense": dense,
+        "split_size": split_size,
         "unknown": unknown,
         "solver": solver,
     }

@@ -22,15 +22,17 @@ from v4quant.evaluation import evaluate_checkpoint
 from v4quant.evidence import read_evidence
 from v4quant.job import JobResult, check_folder, run_job
 from v4quant.kernel_check import check_kernels
-from v4quant.memory import fit_workers, parse_size
+from v4quant.memory import fit_workers
 from v4quant.pipeline import CorpusStep, Pipeline, VerifyStep, load_pipeline
 from v4quant.plan import make_plan
+from v4quant.sizes import parse_size
 from v4quant.steps import FinishedSteps, step_key
 from v4quant.verify import verify as verify_checkpoint
 from v4quant_calibration.corpus import Corpus
 from v4quant_calibration.solution import SOLUTION_NAME, Evidence, Solution
 from v4quant_calibration.solve import SolveSettings
-from v4quant_formats.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.manifest import MANIFEST_NAME
 from v4quant_formats.model_config import ModelConfig, parse_model_config
 
 
@@ -62,7 +64,7 @@ def run(
         # What cannot be planned or written should not be calibrated first.
         make_plan(source, pipeline.recipe)
         target = folder / "checkpoint"
-        if not (target / INDEX_NAME).exists():
+        if not (target / (pipeline.recipe.layout.index or MANIFEST_NAME)).exists():
             check_folder(target)
         stats, digest = _calibrate(pipeline, source, folder)
         plan = make_plan(source, pipeline.recipe, digest)

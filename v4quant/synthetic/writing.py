@@ -18,7 +18,7 @@ from v4quant.synthetic.inventory import shards_of
 from v4quant.synthetic.values import Faults, pieces
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.manifest import index_json
-from v4quant_formats.shards import ShardWriter, shard_header, write_file_atomically
+from v4quant_formats.shards import ShardWriter, plan_shard, write_file_atomically
 from v4quant_formats.spec import TensorSpec
 
 GENERATION_CONFIG = {
@@ -117,7 +117,7 @@ def _check(
 
 
 def _write_shard(path: Path, specs: list[TensorSpec], experts: int, request: Request) -> None:
-    writer = ShardWriter(path, specs)
+    writer = ShardWriter(path, plan_shard(specs))
     try:
         for spec in specs:
             position = 0
@@ -131,10 +131,10 @@ def _write_shard(path: Path, specs: list[TensorSpec], experts: int, request: Req
 
 
 def _write_header(path: Path, specs: list[TensorSpec]) -> None:
-    header = shard_header(specs)
+    plan = plan_shard(specs)
     with path.open("wb") as file:
-        file.write(header)
-        file.truncate(len(header) + sum(s.nbytes for s in specs))
+        file.write(plan.header)
+        file.truncate(plan.nbytes)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from v4quant_kernels import ggml
 from v4quant_kernels.errors import NonFiniteWeight, UnsupportedScheme
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import fp8_block, intq, mx, nvfp4
@@ -35,6 +36,15 @@ def _dequantize_bf16(q: QTensor) -> Tensor:
     return q.codes.float()
 
 
+def _quantize_ggml(x: Tensor, scheme: Scheme, importance: Tensor | None = None) -> QTensor:
+    """Blocks of GGUF; `importance`, float32 `[K]`, weighs each column's squared error."""
+    return QTensor(scheme, (x.shape[0], x.shape[1]), ggml.encode(x, scheme.name, importance))
+
+
+def _dequantize_ggml(q: QTensor) -> Tensor:
+    return ggml.decode(q.codes, q.scheme.name)
+
+
 _MX = _Functions(mx.quantize, mx.dequantize)
 _NVFP4 = _Functions(nvfp4.quantize, nvfp4.dequantize)
 _FP8 = _Functions(fp8_block.quantize, fp8_block.dequantize)
@@ -48,6 +58,7 @@ _TABLE: dict[tuple[Element, ScaleFormat], _Functions] = {
     ("e4m3", "f32"): _FP8,
     ("int", "bf16"): _INT,
     ("bf16", "none"): _BF16,
+    ("ggml", "none"): _Functions(_quantize_ggml, _dequantize_ggml),
 }
 
 
@@ -72,8 +83,9 @@ def _require_finite(x: Tensor, state: str) -> None:
 def quantize(x: Tensor, scheme: Scheme, **options: Tensor | torch.dtype | None) -> QTensor:
     """Code a matrix `[N, K]` (any floating dtype) by `scheme`.
 
-    `options` go to the format's own function: `scale` (all but bf16), `global_scale` (nvfp4),
-    `scale_dtype` (fp8). Raises NonFiniteWeight for NaN or infinity in `x` or in a given scale, and
+    `options` go to the format's own function: `scale` (all but bf16 and GGUF's types),
+    `global_scale` (nvfp4), `scale_dtype` (fp8), `importance` (GGUF's types). Raises NonFiniteWeight
+    for NaN or infinity in `x` or in a given scale, and
     UnsupportedScheme when `x` is not a matrix or its columns are not whole groups.
     """
     if x.ndim != 2:

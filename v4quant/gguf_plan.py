@@ -1,0 +1,100 @@
+"""Which GGUF files a conversion writes, and what each says about itself.
+
+The trunk is one model file, or several when it is larger than the recipe's `split_size`: cut
+between layers, as evenly as that allows, the first carrying all metadata. A draft stage is a file
+of its own, because llama.cpp has one place for hc_head and final norm; that file repeats embedding,
+head and norm, which llama.cpp reads from it (`llama-server -m model --model-draft mtp-model`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from v4quant.units import ShardPlan, Unit
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.errors import UnsupportedPair
+from v4quant_formats.gguf_file import Field, plan_gguf
+from v4quant_formats.gguf_metadata import model_fields, split_fields
+from v4quant_formats.gguf_names import place_of
+from v4quant_formats.gguf_tokenizer import tokenizer_fields
+from v4quant_formats.model_config import parse_model_config
+
+_NAME = "DeepSeek-V4"
+_REPEATED = ("embed", "norm", "head")
+
+
+def gguf_shards(
+    checkpoint: Checkpoint, units: Sequence[Unit], scheme: str, split_bytes: int
+) -> tuple[ShardPlan, ...]:
+    """The files that hold `units`. Raises UnsupportedPair, WrongMetadata or UnknownTokenizer."""
+    config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
+    layers = config.num_hidden_layers
+    for unit in units:
+        for stored in unit.sources:
+            if place_of(stored.module, layers) is None:
+                raise UnsupportedPair(
+                    f"{checkpoint.path}: '{stored.module}' has no place in llama.cpp's "
+                    "architecture, which refuses files with further tensors; --unknown refuse and "
+                    "a source without it"
+                )
+    trunk = [u for u in units if not _is_draft(u)]
+    drafts = [u for u in units if _is_draft(u)]
+    tokenizer = tokenizer_fields(checkpoint.path, checkpoint.config)
+    stem = f"model-{scheme}"
+    fields = [*model_fields(config, _NAME, scheme), *tokenizer]
+    shards = _split(_pack(trunk, split_bytes), stem, fields, layers)
+    if drafts:
+        fields = [*model_fields(config, f"{_NAME} draft", scheme, drafts=1), *tokenizer]
+        repeated = [replace(u, again=True) for u in trunk if u.module in _REPEATED]
+        build = partial(plan_gguf, fields, layers)
+        shards.append(ShardPlan(f"mtp-{stem}.gguf", (*repeated, *drafts), build))
+    return tuple(shards)
+
+
+def _is_draft(unit: Unit) -> bool:
+    return unit.module.startswith("mtp.")
+
+
+def _pack(units: Sequence[Unit], limit: int) -> list[list[Unit]]:
+    """Units by file: whole layers in order, the model's own tensors first."""
+    stages: dict[str, list[Unit]] = {"": []}
+    for unit in units:
+        parts = unit.module.split(".")
+        stages.setdefault(parts[1] if parts[0] == "layers" else "", []).append(unit)
+    ordered = sorted(stages.items(), key=lambda item: int(item[0] or -1))
+    total = sum(u.bytes_out for u in units)
+    target = total / -(-total // max(limit, 1))  # even files rather than a small last one
+    files: list[list[Unit]] = [[]]
+    size = 0
+    for _, members in ordered:
+        nbytes = sum(u.bytes_out for u in members)
+        full = size + nbytes > limit or size + nbytes / 2 > target
+        if files[-1] and full:
+            files.append([])
+            size = 0
+        files[-1] += members
+        size += nbytes
+    return files
+
+
+def _split(files: list[list[Unit]], stem: str, fields: list[Field], layers: int) -> list[ShardPlan]:
+    count = len(files)
+    if count == 1:
+        build = partial(plan_gguf, fields, layers)
+        return [ShardPlan(f"{stem}.gguf", tuple(files[0]), build)]
+    tensors = {
+        place.tensor
+        for units in files
+        for unit in units
+        for stored in unit.sources
+        if (place := place_of(stored.module, layers))
+    }
+    shards = []
+    for number, units in enumerate(files):
+        own = split_fields(number, count, len(tensors))
+        build = partial(plan_gguf, [*(fields if number == 0 else []), *own], layers)
+        name = f"{stem}-{number + 1:05d}-of-{count:05d}.gguf"
+        shards.append(ShardPlan(name, tuple(units), build))
+    return shards
