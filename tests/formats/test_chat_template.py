@@ -6,10 +6,12 @@ import json
 import random
 import secrets
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from v4quant_calibration.encoding import MODES, encode_messages
@@ -22,13 +24,17 @@ GENERATED = json.loads(
 Message = dict[str, Any]
 
 
-def render(messages: list[Message], **more: Any) -> str:
-    """Rendered as engines do: sandboxed, JSON unescaped."""
+@cache
+def template() -> Template:
+    """As engines have it: sandboxed, JSON unescaped."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     environment.filters["from_json"] = json.loads
-    template = environment.from_string(CHAT_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(messages=messages, add_generation_prompt=True, **more)
+    return environment.from_string(CHAT_TEMPLATE.read_text(encoding="utf-8"))
+
+
+def render(messages: list[Message], **more: Any) -> str:
+    return template().render(messages=messages, add_generation_prompt=True, **more)
 
 
 def settings(mode: str) -> dict[str, Any]:
@@ -114,7 +120,5 @@ def test_developers_tasks_and_no_reply_asked_for() -> None:
     assert render(asks, thinking=True) == encode_messages(asks, "think-high")
     task: list[Message] = [{"role": "user", "content": "go", "task": "action"}]
     assert render(task) == encode_messages(task, "non-think")
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(CHAT_TEMPLATE.read_text(encoding="utf-8"))
-    silent = template.render(messages=[{"role": "user", "content": "hi"}])
+    silent = template().render(messages=[{"role": "user", "content": "hi"}])
     assert silent == "<｜begin▁of▁sentence｜><｜User｜>hi"

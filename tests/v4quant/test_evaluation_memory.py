@@ -14,7 +14,7 @@ import pytest
 from tests.support.conversion import TINY
 from tests.support.synthetic import Request, write_checkpoint
 from v4quant.evaluation_memory import MemoryPlan, Work, plan_evaluation
-from v4quant.memory import SizeError
+from v4quant.sizes import SizeError
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_formats.model_config import load_model_config
 
