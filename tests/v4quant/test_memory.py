@@ -6,10 +6,9 @@ import re
 
 import pytest
 
-from tests.support.conversion import SCHEMES, TINY
+from tests.support.conversion import SCHEMES, TINY, recipe_of
 from v4quant.memory import fit_workers, peak_rss_bytes, worker_bytes
 from v4quant.plan import make_plan
-from v4quant.recipe import Recipe
 from v4quant.sizes import SizeError, parse_size
 from v4quant_formats.checkpoint import open_checkpoint
 
@@ -37,7 +36,7 @@ def test_sizes_that_are_none(text: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_workers_fit_the_cap(scheme: str) -> None:
     with open_checkpoint(TINY) as checkpoint:
-        plan = make_plan(checkpoint, Recipe(scheme))
+        plan = make_plan(checkpoint, recipe_of(scheme))
     assert fit_workers(plan, 7, None) == 7
     assert fit_workers(plan, 3, 10**15) == 3
     with pytest.raises(SizeError, match="too little") as caught:
