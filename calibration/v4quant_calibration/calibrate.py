@@ -9,7 +9,7 @@ too few tokens cause more text to be drawn (`coverage`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -94,6 +94,7 @@ def calibrate(
     drawn too. Only the first draft stage is run, and only when it is a classic MTP stage; others
     keep no statistics of their own.
     """
+    options = replace(options, expert_tokens=None)  # demand is learned from whole layers
     drafts = classic_drafts(checkpoint)
     stages = [*trunk_stages(config), *drafts]
     params = CheckpointParams(checkpoint)

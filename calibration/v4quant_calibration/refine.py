@@ -8,8 +8,9 @@ can raise the error, and sweeps over all channels and groups stop when a sweep g
 nothing. (The code step is that of QuantEase, arXiv 2309.01885; scale steps between code steps are
 the usual alternating least squares.)
 
-Float32 sums drift, so the product r H is computed afresh for each sweep, and at the end a row whose
-error in float64 came out higher than it began keeps its first codes: the error never rises.
+The product r H is carried along with every change. Float32 sums drift, so it is computed afresh
+every few sweeps, and at the end a row whose error in float64 came out higher than it began keeps
+its first codes: the error never rises.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from v4quant_kernels.ref.intq import storable_scale
 DEFAULT_SWEEPS = 12
 # A sweep that lowers an expert's error by less than this share of it is its last.
 _ENOUGH = 2e-3
+_FRESH = 4
 
 
 def refine(
@@ -33,27 +35,27 @@ def refine(
     The Gram-weighted error of no row rises. Arguments are left unchanged.
     """
     codes = Codes(start.integers.clone(), start.scale.clone())
-    last = _quick_error(target, gram, start, grid)
     # Every expert stops for itself, so its codes do not depend on who shares its batch.
     active = torch.arange(len(target), device=target.device)
-    for _ in range(sweeps):
-        part = Codes(codes.integers[active], codes.scale[active])
-        _sweep(target[active], gram[active], part, grid)
-        now = _quick_error(target[active], gram[active], part, grid)
+    goal, moments = target, gram
+    part = Codes(start.integers.clone(), start.scale.clone())
+    pull = torch.empty(0)
+    for sweep in range(sweeps):
+        left = goal - part.values(grid.group)
+        if sweep % _FRESH == 0:
+            pull = moments @ left
+        before = (left * pull).sum((1, 2))
+        _sweep(pull, moments, part, grid)
+        left = goal - part.values(grid.group)
+        gained = before - (left * pull).sum((1, 2)) > _ENOUGH * before
         codes.integers[active], codes.scale[active] = part.integers, part.scale
-        gained = last[active] - now > _ENOUGH * last[active]
-        last[active] = now
         active = active[gained]
         if not len(active):
             break
+        goal, moments, pull = goal[gained], moments[gained], pull[gained]
+        part = Codes(part.integers[gained], part.scale[gained])
     better = gram_error(target, gram, codes, grid) <= gram_error(target, gram, start, grid)
     return choose(better, codes, start)
-
-
-def _quick_error(target: Tensor, gram: Tensor, codes: Codes, grid: Grid) -> Tensor:
-    """Error of each expert, float32 sums `[B]`: good enough to see when a sweep gains little."""
-    error = target - codes.values(grid.group)
-    return (gram @ error).mul_(error).sum((1, 2))
 
 
 def choose(mask: Tensor, codes: Codes, others: Codes) -> Codes:
@@ -75,16 +77,18 @@ def gram_error(target: Tensor, gram: Tensor, codes: Codes, grid: Grid) -> Tensor
     return torch.stack(errors)
 
 
-def _sweep(target: Tensor, gram: Tensor, codes: Codes, grid: Grid) -> None:
-    """One pass over all groups: the codes of a group in turn, then its scale. In place."""
-    pull = gram @ (target - codes.values(grid.group))  # r H, transposed: [B, K, N]
-    for index, start in enumerate(range(0, target.shape[1], grid.group)):
+def _sweep(pull: Tensor, gram: Tensor, codes: Codes, grid: Grid) -> None:
+    """One pass over all groups: the codes of a group in turn, then its scale. In place.
+
+    pull: r H of the remaining errors r, transposed `[B, K, N]`, kept right throughout.
+    """
+    for index, start in enumerate(range(0, pull.shape[1], grid.group)):
         part = slice(start, start + grid.group)
         before = codes.integers[:, part] * codes.scale[:, index].unsqueeze(1)
-        _code_steps(pull[:, part], gram[:, part, part], codes, part, index, grid)
-        _scale_step(pull[:, part], gram[:, part, part], codes, part, index)
+        own = pull[:, part].clone()
+        _code_steps(own, gram[:, part, part], codes, part, index, grid)
+        _scale_step(own, gram[:, part, part], codes, part, index)
         change = codes.integers[:, part] * codes.scale[:, index].unsqueeze(1) - before
-        # The group's own part of `pull` is up to date already, and not needed again this sweep.
         pull.baddbmm_(gram[:, :, part], change, alpha=-1)
 
 

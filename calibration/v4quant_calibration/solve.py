@@ -301,6 +301,7 @@ def solve(
             f"'{scheme.name}' cannot be solved: error feedback is for integer schemes; FP4 and FP8 "
             "schemes are cast from MXFP4, most of them exactly"
         )
+    options = replace(options, expert_tokens=None)  # a layer is solved on all its rows
     drafts = classic_drafts(checkpoint)
     stages = [*trunk_stages(config), *drafts]
     header = _header(checkpoint, windows, options, floor, settings)

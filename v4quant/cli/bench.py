@@ -9,6 +9,8 @@ from pathlib import Path
 import click
 
 from v4quant.bench_convert import WIDTHS, ConvertBench, bench_convert
+from v4quant.bench_solver import BENCHED, bench_solvers
+from v4quant.bench_solver import WIDTHS as SOLVER_WIDTHS
 from v4quant.cli import _output
 
 SCHEMES = ("mxfp4", "nvfp4", "fp8", "int8-g32", "int4-g32", "int4-g128")
@@ -83,3 +85,54 @@ def _as_text(result: ConvertBench) -> str:
         f"{result.workers} workers"
     )
     return copy + "\n\n" + _output.table(rows, header)
+
+
+@bench.command(epilog="Example: v4quant bench solver --scheme int3-g128 --json")
+@click.option(
+    "--width",
+    type=click.Choice(list(SOLVER_WIDTHS)),
+    default="flash",
+    show_default=True,
+    help="Whose expert.",
+)
+@click.option("--scheme", default="int4-g128", show_default=True, help="Integer scheme.")
+@click.option(
+    "--solver",
+    "solvers",
+    type=click.Choice(BENCHED),
+    multiple=True,
+    help="Only these solvers (repeatable).",
+)
+@click.option("--rows", type=click.IntRange(1), default=4096, show_default=True,
+              help="Input rows the moments are formed from.")  # fmt: skip
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+              help="Where to solve.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def solver(
+    width: str,
+    scheme: str,
+    solvers: tuple[str, ...],
+    rows: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Time and peak memory of each solver for one expert, extrapolated to layer and model."""
+    chosen = solvers or BENCHED
+    found = bench_solvers(width, scheme, chosen, rows, device, _output.TerminalProgress())
+    if as_json:
+        _output.emit({"width": width, "scheme": scheme, "rows": rows,
+                      "solvers": [vars(t) for t in found]})  # fmt: skip
+        return
+    table = [
+        (
+            t.solver,
+            f"{t.seconds:.2f}",
+            f"{t.moments_seconds:.2f}",
+            _output.human_bytes(t.peak_bytes),
+            f"{t.layer_hours:.2f}",
+            f"{t.model_hours:.1f}",
+        )
+        for t in found
+    ]
+    header = ("solver", "s an expert", "moments s", "peak memory", "h a layer", "h a model")
+    _output.data(_output.table(table, header))

@@ -1,0 +1,120 @@
+"""bench solver: what each solver costs for one expert of full width, and so for a model.
+
+An expert's three matrices are random MXFP4, its inputs random rows with a decaying spectrum, so the
+work is the real one; only the codes mean nothing. Every solver runs in a process of its own for its
+own peak memory. A layer and a model cost as many times one expert as they have experts, because
+solving is done in batches whose size the memory cap decides and whose time is that of its members.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import torch
+
+from v4quant.bench_convert import BenchError
+from v4quant.memory import peak_rss_bytes
+from v4quant_calibration.gram import damped, gram_sum
+from v4quant_calibration.refine import DEFAULT_SWEEPS
+from v4quant_calibration.solvers import SOLVERS, solve_batch
+from v4quant_kernels.progress import Progress
+from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.ref import codec
+from v4quant_kernels.scheme import get_scheme
+
+BENCHED = ("rtn", "optimal", "gptq", "gptq + refinement")
+
+
+@dataclass(frozen=True)
+class Width:
+    """Sizes of a release: hidden, intermediate, experts a layer, layers with experts."""
+
+    hidden: int
+    intermediate: int
+    experts: int
+    layers: int
+
+
+WIDTHS = {
+    "tiny": Width(256, 256, 16, 7),
+    "flash": Width(4096, 2048, 256, 44),
+    "pro": Width(7168, 3072, 384, 62),
+}
+
+
+@dataclass(frozen=True)
+class SolverTiming:
+    """One solver's figures. moments_seconds: forming the moments of `rows` input rows, once."""
+
+    solver: str
+    device: str
+    seconds: float
+    moments_seconds: float
+    peak_bytes: int
+    layer_hours: float
+    model_hours: float
+
+
+def bench_solvers(
+    width: str, scheme: str, solvers: Sequence[str], rows: int, device: str, progress: Progress
+) -> list[SolverTiming]:
+    """Time solvers on one expert, each in a new process. Raises BenchError when one dies."""
+    found = []
+    progress.start("Bench", len(solvers), "solver")
+    for solver in solvers:
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            try:
+                # Compile the loops first: that is paid once a machine, not once an expert.
+                process.submit(time_solver, "tiny", scheme, solver, 64, device).result()
+                job = process.submit(time_solver, width, scheme, solver, rows, device)
+                found.append(job.result())
+            except BrokenProcessPool:
+                raise BenchError(f"solver {solver} died; is there memory enough?") from None
+        progress.advance(1)
+    progress.finish()
+    return found
+
+
+def time_solver(width: str, scheme: str, solver: str, rows: int, device: str) -> SolverTiming:
+    """Time one solver on one expert, in this process."""
+    size, chosen = WIDTHS[width], get_scheme(scheme)
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(height: int, columns: int) -> QTensor:
+        values = torch.randn(height, columns, generator=generator)
+        return codec.quantize(values, get_scheme("mxfp4"))
+
+    gate_up = [matrix(size.intermediate, size.hidden) for _ in range(2)]
+    down = [matrix(size.hidden, size.intermediate)]
+    seconds = moments = 0.0
+    for pair in (gate_up, down):
+        columns = pair[0].shape[1]
+        x = torch.randn(rows, columns, generator=generator)
+        x *= torch.linspace(2, 0.1, columns)
+        x = x.to(device)
+        if solver in SOLVERS:
+            importance = x.square().mean(0).cpu()
+            plain = SOLVERS[solver]
+            seconds += _timed(lambda: [plain(q, chosen, importance) for q in pair])  # noqa: B023
+            continue
+        started = time.monotonic()
+        gram = damped(gram_sum(x, x) / rows).float().unsqueeze(0)
+        moments += time.monotonic() - started
+        sweeps = 0 if solver == "gptq" else DEFAULT_SWEEPS
+        seconds += _timed(lambda: solve_batch([pair], gram, None, chosen, sweeps))  # noqa: B023
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_rss_bytes()
+    layer = (seconds + moments) * size.experts / 3600
+    return SolverTiming(solver, device, seconds, moments, peak, layer, layer * size.layers)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.monotonic()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic() - started
