@@ -23,6 +23,7 @@ from v4quant.cli.calibrate import calibrate
 from v4quant.cli.diff import diff
 from v4quant.cli.encode import encode
 from v4quant.cli.evaluate import evaluate
+from v4quant.cli.export_onnx import export_onnx_command
 from v4quant.cli.inspect import inspect
 from v4quant.cli.quantize import quantize
 from v4quant.cli.run import run
@@ -43,7 +44,18 @@ def cli() -> None:
     """Convert DeepSeek-V4 checkpoints to what your GPUs serve, with proof of what it cost."""
 
 
-for _command in (inspect, calibrate, quantize, verify, diff, evaluate, run, encode, bench):
+for _command in (
+    inspect,
+    calibrate,
+    quantize,
+    verify,
+    diff,
+    evaluate,
+    run,
+    encode,
+    bench,
+    export_onnx_command,
+):
     cli.add_command(_command)
 
 

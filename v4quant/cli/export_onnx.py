@@ -1,0 +1,107 @@
+"""`v4quant export-onnx`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from v4quant.cli import _output
+from v4quant.cli._source import SOURCE
+from v4quant.onnx_export import OnnxResult, export_onnx
+from v4quant.onnx_plan import OnnxPlan, make_onnx_plan
+from v4quant_calibration.stats import load_stats, stats_digest
+from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_formats.onnx_experts import KERNELS
+
+_KERNELS = list(dict.fromkeys(k for kernels in KERNELS.values() for k in kernels))
+
+
+@click.command(
+    "export-onnx",
+    epilog="Example: v4quant export-onnx DeepSeek-V4-Flash onnx --layers 0,3 --scheme int4-g32",
+)
+@click.argument("source", type=SOURCE)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--scheme", required=True, help=f"How experts are coded: {', '.join(KERNELS)}.")
+@click.option("--layers", default="", help="Like 0,3 or 0,mtp.0 (default: all of the trunk).")
+@click.option("--kernel", help=f"What multiplies them: {', '.join(_KERNELS)} (default: by scheme).")
+@click.option("--stats", "stats_file", type=click.Path(path_type=Path), help="From calibrate.")
+@click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
+@click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def export_onnx_command(
+    source: Path,
+    out: Path,
+    scheme: str,
+    layers: str,
+    kernel: str | None,
+    stats_file: Path | None,
+    workers: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Write expert layers of checkpoint SOURCE as ONNX graphs into folder OUT.
+
+    For tools and edge runtimes, not for serving: each layer becomes a graph of its routed experts
+    and a graph of the whole mixture (router and shared expert included), with the weights beside
+    them; the indexer's scores are a graph of their own. The same command again resumes.
+    """
+    wanted = [text.strip() for text in layers.split(",")] if layers else []
+    with open_checkpoint(source) as checkpoint:
+        stats, digest = None, ""
+        if stats_file is not None:
+            stats = load_stats(stats_file, checkpoint.digest())
+            digest = stats_digest(stats_file.read_bytes())
+        plan = make_onnx_plan(checkpoint, scheme, wanted, kernel, digest)
+        if dry_run:
+            _show_plan(plan, out, as_json)
+            return
+        threads = workers or os.cpu_count() or 1
+        result = export_onnx(plan, out, stats, threads, _output.TerminalProgress())
+    if as_json:
+        _output.emit(result)
+    else:
+        _output.data(_summary(result))
+
+
+def _show_plan(plan: OnnxPlan, out: Path, as_json: bool) -> None:
+    facts = {
+        "source": str(plan.checkpoint.path),
+        "output": str(out),
+        "scheme": plan.scheme,
+        "kernel": plan.kernel,
+        "layers": [p.layer.stage for p in plan.layers],
+        "files": list(plan.files),
+        "bytes_in": sum(p.bytes_in for p in plan.layers),
+        "bytes_out": sum(p.bytes_out for p in plan.layers),
+    }
+    if as_json:
+        _output.emit(facts)
+        return
+    rows = [
+        ("output", str(out)),
+        ("scheme", f"{plan.scheme} by {plan.kernel}"),
+        ("layers", ", ".join(p.layer.stage for p in plan.layers)),
+        ("bytes", f"{_output.human_bytes(sum(p.bytes_in for p in plan.layers))} -> "
+                  f"{_output.human_bytes(sum(p.bytes_out for p in plan.layers))}"),
+    ]  # fmt: skip
+    _output.data(_output.table(rows))
+
+
+def _summary(result: OnnxResult) -> str:
+    rows = [
+        ("output", result.output),
+        ("scheme", f"{result.scheme} by {result.kernel}"),
+        ("layers", ", ".join(result.layers)),
+        ("bytes", f"{_output.human_bytes(result.bytes_in)} -> "
+                  f"{_output.human_bytes(result.bytes_out)}"),
+        ("experts", f"{result.exact_modules} matrices exact, {result.lossy_modules} lossy"),
+        ("took", f"{result.seconds:.1f} s, peak memory "
+                 f"{_output.human_bytes(result.peak_rss_bytes)}"),
+    ]  # fmt: skip
+    if result.lossy_modules:
+        loss = f"relative RMS {result.mean_relative_rms:.4f}, worst {result.worst_relative_rms:.4f}"
+        rows.insert(5, ("weight error", loss))
+    return _output.table(rows)
