@@ -40,6 +40,7 @@ from v4quant_formats.shards import (
     WrittenFile,
     hash_file,
     output_error,
+    plan_shard,
     temporary_path,
     write_file_atomically,
 )
@@ -174,7 +175,7 @@ def _write_layer(
     workers: int,
     progress: Progress,
 ) -> LayerReport:
-    writer = ShardWriter(out / part.data_file, part.outputs)
+    writer = ShardWriter(out / part.data_file, plan_shard(part.outputs))
     try:
         records = _write_data(plan, part, writer, stats, workers, progress)
     except BaseException:

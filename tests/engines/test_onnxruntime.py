@@ -44,7 +44,7 @@ from v4quant_formats.onnx_experts import (
 from v4quant_formats.onnx_indexer import indexer_model
 from v4quant_formats.onnx_moe import MoeLayer, experts_model
 from v4quant_formats.safetensors_header import read_header
-from v4quant_formats.shards import ShardWriter
+from v4quant_formats.shards import ShardWriter, plan_shard
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import codec
 from v4quant_kernels.ref.indexer import indexer_logits, pack_index_keys, quantize_index_vectors
@@ -90,7 +90,7 @@ def write_block(
     block: ExpertBlock, folder: Path, generator: torch.Generator
 ) -> list[tuple[QTensor, QTensor, QTensor]]:
     """Random experts, stored; int scales of either sign, as the search may choose them."""
-    writer = ShardWriter(folder / "experts.safetensors", expert_specs(block))
+    writer = ShardWriter(folder / "experts.safetensors", plan_shard(expert_specs(block)))
     experts = []
     for number in range(block.experts):
         matrices = []
@@ -222,11 +222,11 @@ def trained_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("form", ["mxfp4", "int4-g32", "bf16", "int8-g32"])
+@pytest.mark.parametrize("form", ["mxfp4", "int4-g32", "bf16", "int8-g32", "mxfp4/gguf"])
 def test_our_own_outputs_as_sources(
     form: str, tmp_path: Path, generator: torch.Generator, converted: Callable[[str], Path]
 ) -> None:
-    """Dense matrices are FP8, BF16 or float32 by then; values stay those of the checkpoint."""
+    """Dense matrices are FP8, BF16 or GGUF's by then; values stay those of the checkpoint."""
     source = converted(form)
     scheme = form if form in KERNELS else "mxfp4"
     out = export(source, tmp_path / "onnx", scheme, "1")

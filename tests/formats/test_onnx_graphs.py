@@ -24,7 +24,7 @@ from v4quant_formats.onnx_graph import Graph
 from v4quant_formats.onnx_indexer import indexer_model
 from v4quant_formats.onnx_moe import MoeLayer, moe_model
 from v4quant_formats.safetensors_header import read_header
-from v4quant_formats.shards import ShardWriter
+from v4quant_formats.shards import ShardWriter, plan_shard
 from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.ref import codec
@@ -151,7 +151,7 @@ def test_data_file_is_plain_safetensors(tmp_path: Path, generator: torch.Generat
     from safetensors.torch import load_file
 
     shape = block("mxfp4")
-    writer = ShardWriter(tmp_path / "e.safetensors", expert_specs(shape))
+    writer = ShardWriter(tmp_path / "e.safetensors", plan_shard(expert_specs(shape)))
     for expert in range(3):
         w1, w3, w2 = (
             codec.quantize(torch.randn(r, c, generator=generator), shape.scheme)
