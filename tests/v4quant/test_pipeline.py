@@ -217,6 +217,26 @@ def test_statistics_reach_the_conversion(first: tuple[Path, Path, Result], tmp_p
     assert manifest["stats"]
 
 
+def test_a_run_solves(tmp_path: Path) -> None:
+    """Solver gptq: calibration leaves a solution, the conversion packs it, a rerun reuses it."""
+    file = write_run(tmp_path / "in", "int3-g128")
+    text = file.read_text().replace('int3-g128"', 'int3-g128"\nsolver = "gptq"')
+    file.write_text(text.partition("[verify]")[0] + "[verify]\nkernels = false\n")
+    out = tmp_path / "out"
+    result = run(file, out)
+    assert result.exit_code == 0, (result.output, result.exception)
+    manifest = json.loads((out / "checkpoint" / "v4quant.json").read_bytes())
+    assert manifest["recipe"]["solver"] == "gptq" and manifest["stats"]
+    assert (out / "solution" / "layers.0.safetensors").exists()
+    again = run(file, out)
+    assert again.exit_code == 0 and again.stderr.count("reused") == 1
+    file.write_text(
+        text.partition("[calibrate]")[0] + "[quantize]" + text.partition("[quantize]")[2]
+    )
+    error = run(file, tmp_path / "other")
+    assert error.exit_code == 1 and "needs a solution" in str(error.exception)
+
+
 def test_the_second_run_repeats_nothing(
     first: tuple[Path, Path, Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +246,7 @@ def test_the_second_run_repeats_nothing(
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("done again")
 
-    monkeypatch.setattr(RUN, "calibrate_checkpoint", forbidden)
+    monkeypatch.setattr(RUN, "calibrate_to", forbidden)
     monkeypatch.setattr(RUN, "evaluate_checkpoint", forbidden)
     monkeypatch.setattr("v4quant.job.convert_unit", forbidden)
     result = run(file, out)
@@ -261,7 +281,7 @@ def test_a_changed_run_file_is_noticed(first: tuple[Path, Path, Result], tmp_pat
     """Other calibration settings: new statistics, and no mixing with the old checkpoint."""
     _, out, _ = first
     shutil.copytree(out, tmp_path / "out")
-    changed = write_run(tmp_path / "in", floor=100_000)
+    changed = write_run(tmp_path / "in", floor=39)
     result = run(changed, tmp_path / "out")
     assert "of this checkpoint, corpus and settings" not in result.stderr
     assert isinstance(result.exception, V4QuantError)
@@ -303,7 +323,7 @@ def test_what_cannot_be_planned_is_not_calibrated(
     (tmp_path / "broken" / "config.json").write_text(json.dumps(config))
     file = write_run(tmp_path / "in")
     file.write_text(file.read_text().replace(str(TINY), str(tmp_path / "broken")))
-    monkeypatch.setattr(RUN, "calibrate_checkpoint", _interrupt)
+    monkeypatch.setattr(RUN, "calibrate_to", _interrupt)
     result = run(file, tmp_path / "out")
     assert isinstance(result.exception, V4QuantError)
     assert "config.json implies" in str(result.exception)
