@@ -21,23 +21,23 @@ from v4quant import __version__
 from v4quant.evaluation_memory import plan_evaluation, work_of
 from v4quant.inspection import inspect_checkpoint
 from v4quant.memory import return_freed_memory
+from v4quant.saved_logits import LogitFacts, LogitsError, LogitsFile, SavedLogits
 from v4quant_calibration.corpus import Corpus
-from v4quant_calibration.evaluate import Measures, Room, evaluate, evaluate_all
-from v4quant_calibration.logits import LogitTile
+from v4quant_calibration.evaluate import (
+    Measures,
+    Room,
+    evaluate,
+    evaluate_all,
+    evaluate_saved,
+)
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.scratch import Scratch
 from v4quant_calibration.weight_error import WeightComparison, compare_weights
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
 from v4quant_formats.model_config import parse_model_config
-from v4quant_formats.shards import ShardWriter, plan_shard
-from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress, SilentProgress
-
-
-class LogitsError(V4QuantError):
-    """Logits that cannot be saved in the requested form."""
 
 
 class EvaluationError(V4QuantError):
@@ -49,44 +49,17 @@ SCORES_ONLY = Measures()
 SHARED = ("noise_floor", "coverage")
 
 
-class LogitsFile:
-    """Writes `logits` [sequences, length, vocab] F32 and `input_ids` as they are computed."""
+@dataclass(frozen=True)
+class LogitFiles:
+    """save: where to write the checkpoint's logits, `top_k` of them if given. reference: logits
+    saved earlier, to compare with instead of running the reference."""
 
-    def __init__(self, path: Path, corpus: Corpus, vocab_size: int) -> None:
-        """Plan the file. Raises LogitsError unless all windows have one length."""
-        windows = corpus.windows
-        lengths = {len(w) for w in windows}
-        if len(lengths) != 1:
-            raise LogitsError(
-                f"{path}: --save-logits needs windows of one length, these have "
-                f"{min(lengths)} to {max(lengths)} tokens; drop the short ones"
-            )
-        self._length, self._vocab = lengths.pop(), vocab_size
-        shape = (len(windows), self._length, vocab_size)
-        specs = [
-            TensorSpec("logits", "F32", shape),
-            TensorSpec("input_ids", "I64", (len(windows), self._length)),
-        ]
-        self._writer = ShardWriter(path, plan_shard(specs))
-        self._writer.add("input_ids", torch.stack(windows))
+    save: Path | None = None
+    top_k: int | None = None
+    reference: Path | None = None
 
-    def __call__(self, piece: LogitTile) -> None:
-        """Write one tile; the scored model's logits stand at index 1 (0 when alone)."""
-        scored = piece.logits[1] if len(piece.logits) > 1 else piece.logits[0]
-        scored = scored.float().cpu()
-        if scored.shape[1] == self._vocab:
-            self._writer.add_piece("logits", piece.start * self._vocab * 4, scored)
-            return
-        for row, values in enumerate(scored, piece.start):
-            self._writer.add_piece("logits", (row * self._vocab + piece.first) * 4, values)
 
-    def close(self) -> None:
-        """Finish the file."""
-        self._writer.close()
-
-    def abort(self) -> None:
-        """Remove the unfinished file."""
-        self._writer.abort()
+NO_FILES = LogitFiles()
 
 
 @dataclass(frozen=True)
@@ -111,7 +84,7 @@ def evaluate_checkpoint(
     corpus: Corpus,
     options: ForwardOptions,
     progress: Progress,
-    save_logits: Path | None = None,
+    files: LogitFiles = NO_FILES,
     weights: bool = True,
     measures: Measures = SCORES_ONLY,
     others: Sequence[Checkpoint] = (),
@@ -121,16 +94,17 @@ def evaluate_checkpoint(
 
     weights: with a reference, also compare every matrix with its source and list what does not
     fit as `findings`. others: further conversions of the reference, evaluated in the same run;
-    their figures are the entries of `others`. Raises what `evaluate` and `compare_weights`
-    raise, LogitsError, SizeError for too little memory and OutputError for scratch files.
+    their figures are the entries of `others`. With `files.reference` the reference, if given, only
+    lends its weights for that comparison. Raises what `evaluate` and `compare_weights` raise,
+    LogitsError, EvaluationError, SizeError for too little memory and OutputError for scratch files.
     """
-    if others and (reference is None or save_logits is not None):
-        raise EvaluationError(
-            "several candidates need a --reference, and --save-logits only one candidate"
-        )
+    _check_request(reference, others, files, measures)
     candidates = [checkpoint, *others]
+    runs = reference is not None and files.reference is None
+    floors = measures.floors if reference is not None or files.reference is not None else 0
+    ran = measures.with_needles(corpus)
     config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
-    work = work_of(corpus, len(candidates) if reference else 0, measures.floors, weights)
+    work = work_of(ran, len(candidates) if runs else 0, floors, weights)
     plan = plan_evaluation(config, work, resources.max_memory, resources.scratch is not None)
     in_pieces = plan.apply(options)
     if resources.max_memory is not None:
@@ -138,13 +112,20 @@ def evaluate_checkpoint(
     with ExitStack() as opened:
         room, scratch = Room(tile=plan.tile), None
         if plan.spill:
-            key = _run_key([*candidates, *([reference] if reference else [])], corpus, in_pieces,
-                           measures)  # fmt: skip
+            run = [*candidates, reference] if runs and reference is not None else candidates
+            key = _run_key(run, ran, in_pieces, floors, bool(files.reference))
             scratch = opened.enter_context(Scratch(resources.scratch or _cache_folder(), key))
             room = Room(scratch, plan.tile)
-        all_figures = _figures(
-            candidates, reference, corpus, in_pieces, progress, save_logits, measures, room
-        )
+        if files.reference is not None:
+            saved = opened.enter_context(SavedLogits(files.reference))
+            _check_saved(saved, checkpoint, reference, corpus, options)
+            all_figures = [
+                evaluate_saved(checkpoint, saved, corpus, in_pieces, progress, measures, room)
+            ]
+        else:
+            all_figures = _figures(
+                candidates, reference, corpus, in_pieces, progress, files, measures, room
+            )
         compared = None
         if reference is not None and weights:
             compared = compare_weights(reference, candidates, progress)
@@ -162,6 +143,8 @@ def evaluate_checkpoint(
         "activations": options.activations,
         **all_figures[0],
     }
+    if files.reference is not None:
+        result["reference_logits"] = _saved_facts(saved)
     if others:
         result["others"] = [
             {"candidate": _facts(c)} | {k: v for k, v in f.items() if k not in SHARED}
@@ -170,20 +153,88 @@ def evaluate_checkpoint(
     return result
 
 
+def _check_request(
+    reference: Checkpoint | None,
+    others: Sequence[Checkpoint],
+    files: LogitFiles,
+    measures: Measures,
+) -> None:
+    if others and (reference is None or files != NO_FILES):
+        raise EvaluationError(
+            "several candidates need a --reference, and saved logits are of one checkpoint"
+        )
+    if files.reference is not None and (measures.draft or measures.needles or files.save):
+        raise EvaluationError(
+            "--reference-logits knows next tokens of its own text only: leave --draft, --needle "
+            "and --save-logits out"
+        )
+    if files.save is not None and measures.needles is not None:
+        raise EvaluationError("--save-logits writes the corpus' logits: leave --needle out")
+
+
+def _check_saved(
+    saved: SavedLogits,
+    checkpoint: Checkpoint,
+    reference: Checkpoint | None,
+    corpus: Corpus,
+    options: ForwardOptions,
+) -> None:
+    """Raise LogitsError unless the logits are of this text and of the right source."""
+    saved.check(corpus, int(checkpoint.config["vocab_size"]))
+    facts = saved.facts
+    if facts is None:
+        return
+    if facts.activations != options.activations:
+        raise LogitsError(
+            f"{saved.path}: was saved with --activations {facts.activations}; use the same here"
+        )
+    sources = {
+        "the --reference": reference.digest() if reference is not None else None,
+        "the source this was converted from": _source_digest(checkpoint),
+    }
+    for what, digest in sources.items():
+        if digest is not None and facts.checkpoint not in (digest, checkpoint.digest()):
+            raise LogitsError(
+                f"{saved.path}: these logits are of {facts.path}, which is not {what}; save the "
+                "logits of the right checkpoint"
+            )
+
+
+def _source_digest(checkpoint: Checkpoint) -> str | None:
+    if not (checkpoint.path / MANIFEST_NAME).exists():
+        return None
+    source = read_manifest(checkpoint.path).get("source")
+    digest = source.get("digest") if isinstance(source, dict) else None
+    return digest if isinstance(digest, str) else None
+
+
+def _saved_facts(saved: SavedLogits) -> dict[str, Any]:
+    facts = saved.facts
+    return {
+        "file": str(saved.path),
+        "checkpoint": None if facts is None else facts.path,
+        "top_k": saved.top_k,
+        "kl": "whole vocabulary" if saved.top_k is None else "lower bound",
+    }
+
+
 def _figures(
     candidates: Sequence[Checkpoint],
     reference: Checkpoint | None,
     corpus: Corpus,
     options: ForwardOptions,
     progress: Progress,
-    save_logits: Path | None,
+    files: LogitFiles,
     measures: Measures,
     room: Room,
 ) -> list[dict[str, Any]]:
     """Each candidate's figures; logits are saved on the way, or nothing of them is left."""
     sink = None
-    if save_logits is not None:
-        sink = LogitsFile(save_logits, corpus, int(candidates[0].config["vocab_size"]))
+    if files.save is not None:
+        first = candidates[0]
+        facts = LogitFacts(first.digest(), str(first.path), options.activations)
+        vocab_size = int(first.config["vocab_size"])
+        sink = LogitsFile(files.save, corpus, vocab_size, facts, files.top_k)
     try:
         if reference is None:
             found = [evaluate(candidates[0], None, corpus, options, progress, sink, measures, room)]
@@ -204,11 +255,12 @@ def _run_key(
     checkpoints: Sequence[Checkpoint],
     corpus: Corpus,
     options: ForwardOptions,
-    measures: Measures,
+    floors: int,
+    saved: bool,
 ) -> str:
     """SHA-256 of all that decides a run's numbers: files, text, options, versions."""
     sha = hashlib.sha256()
-    for part in (__version__, torch.__version__, repr(options), repr(measures)):
+    for part in (__version__, torch.__version__, repr(options), f"{floors} {saved}"):
         sha.update(part.encode() + b"\0")
     for checkpoint in checkpoints:
         sha.update(checkpoint.digest().encode())
@@ -234,7 +286,7 @@ def _add_weights(
         return
     figures["findings"] = [vars(finding) for finding in compared.findings]
     figures["weights"] = [vars(group) for group in compared.groups]
-    for row in figures["layers"]:
+    for row in figures.get("layers", []):
         experts = [g for g in compared.groups if g.stage == row["name"] and "*" in g.where]
         matrices = sum(g.matrices for g in experts)
         worst = max(experts, key=lambda g: g.largest)

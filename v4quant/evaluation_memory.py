@@ -98,8 +98,8 @@ def plan_evaluation(
 
 
 def work_of(corpus: Corpus, candidates: int, floors: int, weights: bool) -> Work:
-    """The work of an evaluation; without a reference there are no candidates and no floors."""
-    models = 1 + candidates + floors if candidates else 1
+    """The work of an evaluation: a reference's with candidates, or a checkpoint's, and floors."""
+    models = 1 + candidates + floors
     return Work(models, candidates, tuple(len(w) for w in corpus.windows), weights)
 
 

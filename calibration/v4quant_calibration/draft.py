@@ -28,8 +28,14 @@ from v4quant_calibration.token_scores import Softmax
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import PARTS
 from v4quant_formats.model_config import ModelConfig
+from v4quant_kernels.progress import Progress
 
 NO_DRAFT = "no classic draft stage (mtp.0.e_proj) in {path}; the draft was not scored"
+DSPARK = (
+    "{path} drafts with DSpark stages (mtp.0.main_proj), which guess blocks of five tokens from "
+    "noise tokens; their arithmetic has no reference to be checked against here, so the draft was "
+    "not scored"
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,51 @@ class DraftHits:
     target: Tensor
     text: Tensor
     block: Tensor
+
+
+@dataclass(frozen=True)
+class DraftMember:
+    """A checkpoint that ran: its model, final streams, and greedy choices by sequence."""
+
+    checkpoint: Checkpoint
+    model: StreamModel
+    streams: Streams
+    choices: Sequence[Tensor]
+
+
+def score_drafts(
+    members: Sequence[DraftMember],
+    config: ModelConfig,
+    corpus: Corpus,
+    progress: Progress,
+    store: StreamStore,
+    tile: TileSize,
+) -> list[dict[str, Any]]:
+    """`draft` of each candidate's result: of the members after the first, or of the only one."""
+    progress.start("Draft", len(members), "model")
+    hits: list[DraftHits | None] = []
+    for member in members:
+        hits.append(
+            draft_hits(member.model, config, corpus, member.streams, member.choices, store, tile)
+            if has_classic_draft(member.checkpoint)
+            else None
+        )
+        progress.advance(1)
+    progress.finish()
+    reference = hits[0] if len(members) > 1 else None
+    drafts: list[dict[str, Any]] = []
+    for member, own in list(zip(members, hits, strict=True))[len(members) > 1 :]:
+        lacking = member if own is None else members[0]
+        if own is None or hits[0] is None:
+            drafts.append({"note": _why_not(lacking.checkpoint)})
+        else:
+            drafts.append(draft_metrics(own, reference))
+    return drafts
+
+
+def _why_not(checkpoint: Checkpoint) -> str:
+    dspark = any(f"mtp.0.main_proj.{part}" in checkpoint for part in PARTS)
+    return (DSPARK if dspark else NO_DRAFT).format(path=checkpoint.path)
 
 
 def has_classic_draft(checkpoint: Checkpoint) -> bool:

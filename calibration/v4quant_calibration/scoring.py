@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from v4quant_calibration.logits import TILE_ROWS, LogitTile, stream_logits
 from v4quant_calibration.model.mtp import next_tokens
 from v4quant_calibration.model.streams import Streams
 from v4quant_calibration.stream import StreamModel, named
-from v4quant_calibration.token_scores import TokenScores
+from v4quant_calibration.token_scores import Softmax, TokenScores
 from v4quant_formats.model_config import ModelConfig
 from v4quant_kernels.progress import Progress
 
@@ -39,6 +40,23 @@ class TileSize:
 
 
 SMALL_TILES = TileSize()
+
+
+class SavedRows(Protocol):
+    """A saved reference's rows for some positions, beside a model's."""
+
+    def add(self, logits: Tensor, first: int) -> None:
+        """The model's logits from vocabulary entry `first` on, `[n, c]`."""
+
+    def columns(self) -> dict[str, Tensor]:
+        """Columns of TokenRecords, once the model's softmax has seen every entry."""
+
+
+class SavedReference(Protocol):
+    """Next-token distributions of a reference that is not run."""
+
+    def begin(self, start: int, model: Softmax) -> SavedRows:
+        """Its rows from position `start` on, for the positions `model` is the softmax of."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +99,14 @@ def score(
     progress: Progress,
     sink: LogitSink | None = None,
     tile: TileSize = SMALL_TILES,
+    saved: SavedReference | None = None,
 ) -> Scores:
-    """Score every position whose successor the text knows. Raises DivergenceError for NaN."""
+    """Score every position whose successor the text knows. Raises DivergenceError for NaN.
+
+    saved: what the first model is scored against; its records then stand before the others'.
+    """
     text = FlatText(corpus)
-    columns: list[dict[str, Tensor]] = [{} for _ in models[1:] or models]
+    columns: list[dict[str, Tensor]] = [{} for _ in models[saved is None :] or models]
     choices = [torch.empty_like(text.targets) for _ in models]
     progress.start("Scoring", corpus.tokens, "tok")
     tiles = stream_logits(models, config, streams, rows=tile.rows, columns=tile.columns)
@@ -94,12 +116,18 @@ def score(
         _check_finite(piece, models, config)
         if piece.first == 0:
             scores = TokenScores(text.targets[piece.start : piece.stop], len(models))
+            beside = saved.begin(piece.start, scores.softmax[0]) if saved else None
         scores.add(piece.logits, piece.first)
+        if beside is not None:
+            beside.add(piece.logits[0].float().cpu(), piece.first)
         if piece.last < config.vocab_size:
             continue
         for chosen, found in zip(choices, scores.softmax, strict=True):
             chosen[piece.start : piece.stop] = found.best[:, 0]
-        for column, values in zip(columns, scores.columns(), strict=True):
+        found_columns = scores.columns() if beside is None or len(models) > 1 else []
+        if beside is not None:
+            found_columns.insert(0, beside.columns())
+        for column, values in zip(columns, found_columns, strict=True):
             text.place(column, piece.start, values)
         progress.advance(piece.stop - piece.start)
     progress.finish()

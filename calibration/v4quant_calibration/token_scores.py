@@ -4,7 +4,7 @@ A softmax needs the whole row, and a row of a large vocabulary for thousands of 
 several models does not fit. So each stretch is used once and dropped; what stays is, per position,
 the largest logit m, the sum of exp(l - m) (rescaled when a later stretch holds a larger one: the
 online softmax of arXiv 1805.02867), the five largest with their ids, and the logit of the token
-that follows. KL(p || q) needs one sum more: with p_i proportional to exp(l_i - m),
+that follows. KL(p || q) needs one more sum: with p_i proportional to exp(l_i - m),
 
     KL = sum_i p_i (l_i - l'_i) - log Z_p + log Z_q.
 
@@ -25,10 +25,11 @@ BEST = 5
 class Softmax:
     """Running softmax of n rows: normaliser, best entries and the entry of each row's target."""
 
-    def __init__(self, targets: Tensor) -> None:
-        """targets: int64 `[n]`, the token that follows."""
+    def __init__(self, targets: Tensor, keep: int = BEST) -> None:
+        """targets: int64 `[n]`, the token that follows. keep: how many of the best are kept."""
         count = targets.shape[0]
-        self._targets = targets
+        self.targets = targets
+        self._keep = keep
         self._sum = torch.zeros(count, dtype=torch.float64)
         self.peak = torch.full((count,), -torch.inf)
         self._target = torch.zeros(count)
@@ -46,13 +47,13 @@ class Softmax:
         powers = (logits - peak.unsqueeze(-1)).exp_()
         self._sum = self._sum * factor + powers.sum(-1, dtype=torch.float64)
         self.peak = peak
-        place = self._targets - first
+        place = self.targets - first
         here = (place >= 0) & (place < logits.shape[1])
         found = logits.gather(1, place.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
         self._target = torch.where(here, found, self._target)
-        best, ids = logits.topk(min(BEST, logits.shape[1]), -1)
+        best, ids = logits.topk(min(self._keep, logits.shape[1]), -1)
         best, ids = torch.cat([self._best, best], 1), torch.cat([self._ids, ids + first], 1)
-        self._best, kept = best.topk(min(BEST, best.shape[1]), -1)
+        self._best, kept = best.topk(min(self._keep, best.shape[1]), -1)
         self._ids = ids.gather(1, kept)
         return powers, factor
 
@@ -73,8 +74,13 @@ class Softmax:
 
     @property
     def best(self) -> Tensor:
-        """Ids of the five largest, int64 `[n, 5]`, best first."""
+        """Ids of the largest, int64 `[n, keep]`, best first."""
         return self._ids
+
+    @property
+    def best_logits(self) -> Tensor:
+        """Their logits, float32 `[n, keep]`."""
+        return self._best
 
     @property
     def top_p(self) -> Tensor:
@@ -116,7 +122,7 @@ def compared(
     other: Softmax, best: Tensor, nll_reference: Tensor, top_p: Tensor, kl: Tensor
 ) -> dict[str, Tensor]:
     """Columns of a model beside a reference of which these are known."""
-    shared = (best.unsqueeze(2) == other.best.unsqueeze(1)).any(2)
+    shared = (best.unsqueeze(2) == other.best[:, :BEST].unsqueeze(1)).any(2)
     nll = other.nll
     return {
         "nll": nll,

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.shard_bytes import EditableCheckpoint
-from v4quant.evaluation import EvaluationError, LogitsError, evaluate_checkpoint
+from v4quant.evaluation import EvaluationError, LogitFiles, evaluate_checkpoint
+from v4quant.saved_logits import LogitsError
 from v4quant_calibration.corpus import Corpus, CorpusPart, CorpusRequest, load_corpus
 from v4quant_calibration.divergence import BLOCK_TOKENS, DivergenceError
 from v4quant_calibration.evaluate import Measures, evaluate
@@ -143,7 +144,7 @@ def test_candidates_need_a_reference(corpus: Corpus, tmp_path: Path) -> None:
         with pytest.raises(EvaluationError, match="--reference"):
             compare(TINY, None, corpus, others=[other])
         with pytest.raises(EvaluationError, match="--save-logits"):
-            compare(TINY, TINY, corpus, others=[other], save_logits=tmp_path / "x")
+            compare(TINY, TINY, corpus, others=[other], files=LogitFiles(tmp_path / "x"))
 
 
 def test_perplexity_by_definition(
@@ -259,9 +260,9 @@ def test_saved_logits_are_the_stored_ones(tmp_path: Path, reference: dict[str, T
     corpus = load_corpus([tmp_path / "ids.safetensors"], TINY / "tokenizer.json", request)
     expected = reference["logits_plain"].reshape(1, -1, 384)
     for base in (None, TINY):
-        compare(TINY, base, corpus, save_logits=tmp_path / "logits.safetensors")
+        compare(TINY, base, corpus, files=LogitFiles(tmp_path / "logits.safetensors"))
         saved = load_file(tmp_path / "logits.safetensors")
-        assert saved.keys() == {"logits", "input_ids"}
+        assert saved.keys() == {"logits", "input_ids", "v4quant"}
         assert torch.equal(saved["input_ids"], ids)
         assert saved["logits"].dtype == torch.float32
         assert saved["logits"].shape == (2, ids.shape[1], 384)
@@ -273,8 +274,8 @@ def test_saved_logits_are_the_candidates(
     tmp_path: Path, converted: Callable[[str], Path], corpus: Corpus
 ) -> None:
     one = Corpus([CorpusPart("a", [w[:60] for w in corpus.windows[:2]])])
-    compare(converted("int4-g128"), TINY, one, save_logits=tmp_path / "beside.safetensors")
-    compare(converted("int4-g128"), None, one, save_logits=tmp_path / "alone.safetensors")
+    compare(converted("int4-g128"), TINY, one, files=LogitFiles(tmp_path / "beside.safetensors"))
+    compare(converted("int4-g128"), None, one, files=LogitFiles(tmp_path / "alone.safetensors"))
     beside, alone = (load_file(tmp_path / f"{n}.safetensors") for n in ("beside", "alone"))
     assert torch.equal(beside["logits"], alone["logits"])
 
@@ -282,14 +283,14 @@ def test_saved_logits_are_the_candidates(
 def test_logits_need_equal_windows(tmp_path: Path, corpus: Corpus) -> None:
     uneven = Corpus([CorpusPart("a", [corpus.windows[0], corpus.windows[1][:9]])])
     with pytest.raises(LogitsError, match="one length"):
-        compare(TINY, None, uneven, save_logits=tmp_path / "logits.safetensors")
+        compare(TINY, None, uneven, files=LogitFiles(tmp_path / "logits.safetensors"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_failure_leaves_no_logits_behind(tmp_path: Path, corpus: Corpus) -> None:
     one = Corpus([CorpusPart("a", [corpus.windows[0][:12]])])
     with pytest.raises(DivergenceError, match="1 block"):
-        compare(TINY, None, one, save_logits=tmp_path / "logits.safetensors")
+        compare(TINY, None, one, files=LogitFiles(tmp_path / "logits.safetensors"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -85,9 +85,12 @@ def test_schemes_without_a_layout_are_named() -> None:
     assert {name.partition("-")[0] for name in missing} == set(named)
 
 
+FIGURES = ("divergence.py", "evaluate.py", "verdict.py")
+
+
 def test_evaluation_page_names_keys_that_exist() -> None:
     folder = ROOT / "calibration" / "v4quant_calibration"
-    source = "".join((folder / name).read_text() for name in ("divergence.py", "evaluate.py"))
+    source = "".join((folder / name).read_text() for name in FIGURES)
     keys = {k for row in rows("docs/evaluation.md") if len(row) == 3 for k in row[1].split(", ")}
     keys = {key for key in keys if re.fullmatch(r"[a-z0-9_]+", key)}
     assert len(keys) > 15

@@ -161,6 +161,25 @@ def sample(draw: random.Random, layers: int = 6, experts: int = 16) -> dict[str,
             {"where": "layers.4.ffn.experts.2.w2", "problem": "multiplied by 2"},
         ],
         "weights": [{"where": "layers.3.ffn.experts.*.w1", "matrices": 16}],
+        "reference_logits": {
+            "file": "/data/logits.safetensors",
+            "checkpoint": "/data/Flash",
+            "top_k": 64,
+            "kl": "lower bound",
+        },
+        "needle": {
+            "seq_len": 65536,
+            "depths": [
+                {
+                    "depth": depth,
+                    "tokens": 9,
+                    "reference_nll": draw.uniform(0.1, 2),
+                    "nll": draw.uniform(0.1, 2),
+                    "floor_change": draw.uniform(-0.1, 0.1),
+                }
+                for depth in (0.0, 0.25, 0.5, 0.75, 1.0, None)
+            ],
+        },
         "corpora": [
             {
                 "name": "heldout-prose",

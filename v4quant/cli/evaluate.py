@@ -18,12 +18,14 @@ from v4quant.cli._options import (
     tool_facts,
 )
 from v4quant.cli._source import SOURCE
-from v4quant.evaluation import Resources, evaluate_checkpoint
+from v4quant.evaluation import LogitFiles, Resources, evaluate_checkpoint
 from v4quant.report import render_html, render_markdown
 from v4quant.sizes import parse_size
 from v4quant.source import Source, open_source
 from v4quant_calibration.evaluate import Measures
+from v4quant_calibration.needle import make_needles
 from v4quant_calibration.noise_floor import MOST_FLOORS
+from v4quant_calibration.text_tokenizer import TextTokenizer
 from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.shards import write_file_atomically
 
@@ -35,6 +37,10 @@ from v4quant_formats.shards import write_file_atomically
               "score in the same run; may be repeated.")  # fmt: skip
 @corpus_options(HELDOUT)
 @click.option("--save-logits", type=click.Path(path_type=Path), help="Write SOURCE's logits.")
+@click.option("--save-top-k", type=click.IntRange(min=5), help="Save only the K most probable "
+              "tokens of each position.")  # fmt: skip
+@click.option("--reference-logits", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="Compare with logits saved earlier; the reference is not run.")  # fmt: skip
 @click.option("--report", type=click.Path(path_type=Path), help="Write an HTML (.html) page, "
               "a Markdown (.md) table or the JSON (.json).")  # fmt: skip
 @click.option("--weights/--no-weights", default=True, show_default=True, help="Compare every "
@@ -42,6 +48,8 @@ from v4quant_formats.shards import write_file_atomically
 @click.option("--floors", type=click.IntRange(1, MOST_FLOORS), default=1, show_default=True,
               help="Noise floors to run: rounded streams, rounded products too.")  # fmt: skip
 @click.option("--draft", is_flag=True, help="Also run the MTP stage: are its guesses accepted?")
+@click.option("--needle", is_flag=True, help="Also hide a sentence in the text at several depths "
+              "and ask for it.")  # fmt: skip
 @click.option("--max-memory", help="Cap on memory, like 6GB: streams go to files, then pieces "
               "become smaller.")  # fmt: skip
 @click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Keep streams "
@@ -57,10 +65,13 @@ def evaluate(
     mode: str,
     activations: str,
     save_logits: Path | None,
+    save_top_k: int | None,
+    reference_logits: Path | None,
     report: Path | None,
     weights: bool,
     floors: int,
     draft: bool,
+    needle: bool,
     max_memory: str | None,
     scratch: Path | None,
     as_json: bool,
@@ -70,21 +81,27 @@ def evaluate(
         raise click.UsageError("--candidate compares conversions of one source: give --reference")
     if others and save_logits is not None:
         raise click.UsageError("--save-logits writes one checkpoint's: leave --candidate out")
+    if save_top_k is not None and save_logits is None:
+        raise click.UsageError("--save-top-k says how --save-logits writes: give that, too")
     cap = parse_size(max_memory) if max_memory else None
     with ExitStack() as opened:
         checkpoint = opened.enter_context(open_source(source))
         base = opened.enter_context(open_source(reference)) if reference is not None else None
         config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
         text = read_corpus(corpus, checkpoint, config, seq_len, tokens, mode)
+        needles = None
+        if needle:
+            tokenizer = TextTokenizer(checkpoint.path / "tokenizer.json")
+            needles = make_needles(text, tokenizer, config.bos_token_id)
         result = evaluate_checkpoint(
             checkpoint,
             base,
             text,
             forward_options(activations),
             _output.TerminalProgress(),
-            save_logits,
+            LogitFiles(save_logits, save_top_k, reference_logits),
             weights,
-            Measures(floors, draft),
+            Measures(floors, draft, needles),
             [opened.enter_context(open_source(other)) for other in others],
             Resources(cap, scratch),
         )
@@ -120,7 +137,7 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     floor = result.get("noise_floor")
     if floor is None:
-        return rows + draft_rows(result)
+        return rows + probe_rows(result)
     rows += [
         ("reference perplexity", f"{result['reference_perplexity']:.3f} +- "
                                  f"{result['reference_perplexity_stderr']:.3f}"),
@@ -135,7 +152,22 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     if "findings" in result:
         count = len(result["findings"])
         rows.append(("suspected defects", f"{count} (above)" if count else "none"))
-    return rows + draft_rows(result)
+    return rows + probe_rows(result)
+
+
+def probe_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was measured beside the text: needles and the draft; empty when not asked for."""
+    return needle_rows(result) + draft_rows(result)
+
+
+def needle_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Loss of the hidden sentence by depth, before and after."""
+    rows = []
+    for row in result.get("needle", {}).get("depths", []):
+        where = "absent" if row["depth"] is None else f"at {100 * row['depth']:.0f} %"
+        told = [f"{row[k]:.3f}" for k in ("reference_nll", "nll") if k in row]
+        rows.append((f"needle {where}", " -> ".join(told) + " nats a token"))
+    return rows
 
 
 def draft_rows(result: dict[str, Any]) -> list[tuple[str, str]]:

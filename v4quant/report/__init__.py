@@ -18,6 +18,7 @@ from typing import Any
 from v4quant.report.candidates import candidates_table, size_quality_plot
 from v4quant.report.layers import expert_table, layer_table, starved_table
 from v4quant.report.plots import coverage_plot, kl_histogram_plot, layer_error_plot
+from v4quant.report.probes import needle_table
 from v4quant.report.style import STYLE
 from v4quant.report.tables import (
     SHARES,
@@ -52,6 +53,7 @@ DETAIL_TABLES = (
     confidence_table,
     floors_table,
     draft_table,
+    needle_table,
     layer_table,
     expert_table,
     corpus_table,
@@ -173,6 +175,7 @@ def _identity(result: Mapping[str, Any]) -> str:
     facts = []
     if reference:
         facts.append(f"against <code>{escape_html(reference)}</code>")
+    facts += _saved_logits(result)
     tokens, sequences = number(result, "tokens"), number(result, "sequences")
     if tokens is not None:
         facts.append(f"{count(tokens)} tokens scored")
@@ -181,6 +184,18 @@ def _identity(result: Mapping[str, Any]) -> str:
         of = f" of {count(length)} tokens" if length is not None else ""
         facts.append(f"{count(sequences)} sequences{of}")
     return f'<p class="identity">{", ".join(facts)}</p>' if facts else ""
+
+
+def _saved_logits(result: Mapping[str, Any]) -> list[str]:
+    """Says so when the reference's answers were read from a file."""
+    saved = section(result, "reference_logits")
+    if not text(saved, "file"):
+        return []
+    top_k, kl = number(saved, "top_k"), text(saved, "kl")
+    kept = f", {count(top_k)} tokens a position: KL is a {kl}" if top_k is not None else ""
+    return [
+        f"against saved logits <code>{escape_html(text(saved, 'file'))}</code>{escape_html(kept)}"
+    ]
 
 
 def _verdict(result: Mapping[str, Any]) -> str:
