@@ -161,7 +161,7 @@ def _check_request(
 ) -> None:
     if others and (reference is None or files != NO_FILES):
         raise EvaluationError(
-            "several candidates need a --reference, and --save-logits or --reference-logits only one"
+            "several candidates need a --reference, and --save-logits takes only one"
         )
     if files.reference is not None and (measures.draft or measures.needles or files.save):
         raise EvaluationError(
