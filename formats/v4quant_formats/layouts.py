@@ -33,6 +33,6 @@ def _for_engine(layout: Layout, scheme: Scheme, engine: str) -> Layout:
     if reason := layout.refused.get((engine, scheme.name)):
         raise UnsupportedPair(
             f"scheme '{scheme.name}' in format '{layout.name}' cannot be written for {engine}: "
-            f"{reason}"
+            f"{reason}. As it is, the file loads in {layout.engines}"
         )
     return layout.variants.get(engine, layout)

@@ -55,9 +55,8 @@ def verify(
     With --engine only headers, config.json and NVFP4's scalars are read, and exit code 3 means that
     the engine would not load it, or would load it wrongly; add --source for the rest.
     """
-    if engine is not None and source is None and not kernels:
-        with open_checkpoint(out) as checkpoint:
-            predicted = preflight(checkpoint, engine, tp, context, gpu or "")
+    predicted = _predict(out, engine, tp, context, gpu) if engine is not None else None
+    if predicted is not None and source is None and not kernels:
         _show_preflight(predicted, as_json)
         if not predicted.loads:
             ctx.exit(_exit.DIFFERENT)
@@ -66,9 +65,15 @@ def verify(
     result = verify_checkpoint(out, source, progress)
     checks = check_kernels(out, progress) if kernels else []
     failed = bool(result.findings) or not all(c.ok for c in checks)
+    failed |= predicted is not None and not predicted.loads
     if as_json:
-        _output.emit({**asdict(result), "kernels": [asdict(c) for c in checks], "ok": not failed})
+        facts = {**asdict(result), "kernels": [asdict(c) for c in checks], "ok": not failed}
+        if predicted is not None:
+            facts["preflight"] = {**asdict(predicted), "loads": predicted.loads}
+        _output.emit(facts)
     else:
+        if predicted is not None:
+            _show_preflight(predicted, as_json)
         if not result.findings:
             _output.data(f"{result.files} files match their SHA-256")
         if source is not None and not result.findings:
@@ -87,6 +92,11 @@ def verify(
         _output.data("FAILED" if failed else "All checks passed.")
     if failed:
         ctx.exit(_exit.DIFFERENT)
+
+
+def _predict(out: Path, engine: str, tp: int, context: int, gpu: str | None) -> Preflight:
+    with open_checkpoint(out) as checkpoint:
+        return preflight(checkpoint, engine, tp, context, gpu or "")
 
 
 def _show_preflight(found: Preflight, as_json: bool) -> None:

@@ -30,7 +30,7 @@ def _module_name(module: str, layers: int) -> str:
 
 
 ANYWHERE = ("CPU", *GPUS)
-_EXPERTS = ("plain", "mxfp4", "fp8", "ct-mxfp4", "ct-mxfp8", *(f"int{b}" for b in (2, 3, 4, 8)))
+_EXPERTS = ("plain", "mxfp4", "fp8", "ct-mxfp4", *(f"int{b}" for b in (2, 3, 4, 8)))
 _DENSE = ("plain", "fp8", "ct-fp8-block", "ct-fp8-channel", *(f"int{b}" for b in (2, 3, 4, 8)))
 
 TRANSFORMERS = Engine(
@@ -41,6 +41,7 @@ TRANSFORMERS = Engine(
     experts=dict.fromkeys(_EXPERTS, ANYWHERE),
     dense=dict.fromkeys(_DENSE, ANYWHERE),
     refusals={
+        "ct-mxfp8": "its conversion of MXFP8 experts fails; use vLLM, or mxfp4",
         "nvfp4": "it has no loader for ModelOpt's NVFP4 experts (shapes do not fit); "
         "serve this file with vLLM, SGLang or TensorRT-LLM",
         "ct-nvfp4": "its expert path loses the global scale: the file loads and is silently wrong",

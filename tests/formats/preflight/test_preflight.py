@@ -27,6 +27,7 @@ GOOD |= dict.fromkeys(
     ("vllm", "transformers"),
 )
 GOOD |= dict.fromkeys([c for c in GOOD if c.endswith("@vllm")], ("vllm", "transformers"))
+GOOD |= {"mxfp8": ("vllm",), "mxfp8@vllm": ("vllm",)}
 GOOD |= dict.fromkeys([c for c in GOOD if c.endswith("@sglang")], ("sglang",))
 PAIRS = [(case, engine) for case, engines in GOOD.items() for engine in engines]
 BAD_PAIRS = [(c, e) for c in GOOD for e in ALL if e not in GOOD[c]]
