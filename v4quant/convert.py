@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from v4quant.devices import CPU
 from v4quant.plan import Plan, expert_scheme
 from v4quant.records import Disposition, TensorRecord
 from v4quant.units import Unit
@@ -194,16 +195,23 @@ def _experts(
     plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
 ) -> list[TensorRecord]:
     records = []
-    matrices = [read_weight(plan.checkpoint, stored) for stored in unit.sources]
+    device = _device(plan)
+    matrices = [read_weight(plan.checkpoint, stored).to(device) for stored in unit.sources]
     tops = _nvfp4_tops(plan, matrices)
     layout = plan.recipe.layout
     for stored, q, top in zip(unit.sources, matrices, tops, strict=True):
         result, record = _convert_matrix(plan, stored, q, stats, top)
         amax = _input_amax(plan, stored, stats) if layout.stores_input_scale else 0.0
         for suffix, tensor in layout.expert_tensors(result, amax).items():
-            writer.add(f"{stored.module}.{suffix}", tensor)
+            writer.add(f"{stored.module}.{suffix}", tensor.cpu())
         records.append(record)
     return records
+
+
+def _device(plan: Plan) -> torch.device:
+    """Solutions are read ready-made and GGUF's blocks are searched by compiled CPU loops."""
+    here = plan.recipe.solver == "gptq" or plan.scheme.element == "ggml"
+    return CPU if here else plan.device
 
 
 _CONVERTERS: dict[str, _Converter] = {
@@ -311,7 +319,7 @@ def _solve(plan: Plan, module: str, q: QTensor, stats: Evidence | None) -> Quant
 def _quantize_floats(x: Tensor, scheme: Scheme, top: _Top) -> QuantizedMatrix:
     extra = {}
     if scheme.name == "nvfp4" and top.amax is not None:
-        extra["global_scale"] = torch.tensor(max(top.amax, 2.0**-100) / (6 * 448))
+        extra["global_scale"] = torch.tensor(max(top.amax, 2.0**-100) / (6 * 448), device=x.device)
     return measured(x, codec.quantize(x, scheme, **extra))
 
 

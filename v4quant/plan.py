@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from v4quant import __version__
+from v4quant.devices import CPU
 from v4quant.exactness import inexact_stages
 from v4quant.gguf_plan import gguf_shards
 from v4quant.recipe import Recipe
@@ -44,6 +47,7 @@ class Plan:
     """The whole conversion. `digest` keys the journal: same digest, same output bytes.
 
     kept: stages whose experts stay in the source format because a cast would change them.
+    device: where experts are computed; not part of the digest, because the bytes are the same.
     """
 
     checkpoint: Checkpoint
@@ -53,6 +57,7 @@ class Plan:
     dropped: tuple[Dropped, ...]
     stats_digest: str
     kept: tuple[str, ...] = ()
+    device: torch.device = CPU
 
     @property
     def scheme(self) -> Scheme:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.calibration.oracle_loader import OracleParams
-from tests.support.conversion import SCHEMES, TINY, VARIANTS, convert
+from tests.support.conversion import SCHEMES, TINY, VARIANTS, convert, recipe_of
 from tests.support.shard_bytes import EditableCheckpoint
 from v4quant.convert import InexactCast
+from v4quant.job import run_job
+from v4quant.plan import make_plan
 from v4quant.recipe import Recipe
 from v4quant.verify import verify
 from v4quant_calibration.stats import StageStats, Stats
@@ -186,6 +189,18 @@ def test_activation_scales_come_from_statistics_or_a_bound(
         down = output.read("layers.2.ffn.experts.3.w2.input_scale").item() * 6 * 448
     assert gate == pytest.approx(float(norm) * 128**0.5, rel=1e-5)
     assert down == pytest.approx(1.5 * 10.0**2, rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["mxfp4", "mxfp8", "nvfp4", "fp8", "int8-g128", "int4-g32"])
+def test_cuda_writes_the_same_shards(
+    scheme: str, converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with open_checkpoint(TINY) as checkpoint:
+        plan = make_plan(checkpoint, recipe_of(scheme))
+        run_job(replace(plan, device=torch.device("cuda")), tmp_path / "out")
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        assert shard.read_bytes() == (converted(scheme) / shard.name).read_bytes()
 
 
 def test_draft_stages_may_be_dropped(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from v4quant.cli import _output
 from v4quant.cli._source import SOURCE
+from v4quant.devices import find_device
 from v4quant.evidence import read_evidence
 from v4quant.job import JobResult, run_job
 from v4quant.memory import fit_workers
@@ -64,6 +66,9 @@ _SCHEMES = [s for s in SCHEMES if any(s in layout.schemes for layout in LAYOUTS.
 @click.option("--unknown", type=click.Choice(["refuse", "copy"]), help="Tensors no V4 release has.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
 @click.option("--max-memory", help="Cap on memory, like 6GB; fewer workers are used to fit it.")
+@click.option(
+    "--device", default="cpu", show_default=True, help="Where experts are computed: cpu or cuda."
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def quantize(
@@ -82,6 +87,7 @@ def quantize(
     unknown: str | None,
     workers: int | None,
     max_memory: str | None,
+    device: str,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -107,7 +113,7 @@ def quantize(
     cap = parse_size(max_memory) if max_memory else None
     with open_checkpoint(source) as checkpoint, current_ranks() as ranks:
         stats, digest = read_evidence(checkpoint, stats_file, recipe)
-        plan = make_plan(checkpoint, recipe, digest)
+        plan = replace(make_plan(checkpoint, recipe, digest), device=find_device(device))
         threads = fit_workers(plan, workers or os.cpu_count() or 1, cap)
         if dry_run:
             if ranks.is_first:
