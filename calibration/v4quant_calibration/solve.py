@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from v4quant_calibration.model.observer import SilentObserver
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.provider import CheckpointParams
 from v4quant_calibration.refine import DEFAULT_SWEEPS
+from v4quant_calibration.scratch import Scratch
 from v4quant_calibration.solution import (
     SOLUTION_VERSION,
     STATS_NAME,
@@ -50,7 +52,7 @@ from v4quant_calibration.solution import (
 )
 from v4quant_calibration.solvers import solve_batch
 from v4quant_calibration.stats import Stats, save_stats
-from v4quant_calibration.stream import StreamModel, stream_forward, stream_mtp
+from v4quant_calibration.stream import StreamModel, StreamStore, stream_forward, stream_mtp
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import PROJECTIONS, expert_module, parse_name, trunk_stages
 from v4quant_formats.model_config import ModelConfig
@@ -316,12 +318,12 @@ def solve(
             StreamModel(CheckpointParams(checkpoint), options, keeper),
             StreamModel(params, options, solver),
         ]
-    try:
-        streams = stream_forward(models, config, windows)
+    with ExitStack() as stack:
+        stack.callback(params.close)
+        store = _stream_store(config, windows, len(models), settings.memory, folder, stack)
+        streams = stream_forward(models, config, windows, store=store)
         if drafts:
-            stream_mtp(models, config, windows, streams)
-    finally:
-        params.close()
+            stream_mtp(models, config, windows, streams, store=store)
     progress.finish()
     digest = checkpoint.digest()
     stats = Stats(digest, floor, solver.stages)
@@ -331,6 +333,28 @@ def solve(
     facts = {stage: {"tokens": stats.stages[stage].tokens.tolist()} for stage in stages}
     finish_solution(folder, header, facts)
     return load_solution(folder, digest)
+
+
+def _stream_store(
+    config: ModelConfig,
+    windows: Sequence[Tensor],
+    models: int,
+    memory: int,
+    folder: Path,
+    stack: ExitStack,
+) -> StreamStore | None:
+    """Files for the streams, when they would take more than `memory`; None keeps them in memory.
+
+    What an earlier run left there is not continued from: a solved layer is cheap to pass again,
+    and the moments of its inputs are needed.
+    """
+    row = config.hc_mult * config.hidden_size * 4
+    if 2 * models * row * sum(len(ids) for ids in windows) <= memory:
+        return None
+    scratch = stack.enter_context(Scratch(folder, hashlib.sha256(b"streams").hexdigest()))
+    scratch.finished, scratch.notes = 0, {}
+    stack.callback(scratch.remove)
+    return scratch
 
 
 def _header(

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from v4quant_calibration.model.numerics import NonFiniteActivation
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.provider import CheckpointParams
 from v4quant_calibration.solution import (
@@ -167,6 +168,28 @@ def test_experts_without_tokens_are_solved_too(checkpoint: Checkpoint, tmp_path:
         ratio = measured(dequantize(source), q).relative_rms / optimal(source, SCHEME).relative_rms
         assert ratio < 3
     found.close()
+
+
+def test_nan_activations_are_named(
+    checkpoint: Checkpoint,
+    windows: list[Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A layer that computes NaN is named, and leaves no file to be taken for solved."""
+
+    class Broken(CheckpointParams):
+        def __call__(self, base: str, /) -> Tensor:
+            value = super().__call__(base)
+            return value * torch.nan if base == "layers.2.ffn_norm" else value
+
+    monkeypatch.setattr("v4quant_calibration.solve.CheckpointParams", Broken)
+    for propagate in (True, False):
+        folder = tmp_path / str(propagate)
+        with pytest.raises(NonFiniteActivation, match=r"layers\.2"):
+            run(checkpoint, windows[:1], folder, SolveSettings(SCHEME, propagate))
+        assert stage_file(folder, "layers.1").exists()
+        assert not [f.name for f in folder.iterdir() if "layers.2" in f.name]
 
 
 def test_wrong_schemes_and_folders(
