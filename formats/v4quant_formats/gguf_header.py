@@ -39,7 +39,7 @@ VERSIONS = (2, 3)
 MAX_PAIRS = 65_536
 MAX_TENSORS = 262_144
 MAX_HEADER_BYTES = 256 * 2**20  # V4's vocabulary and merges take 5 MB
-MAX_ELEMENTS = 4_000_000  # of one array
+MAX_ELEMENTS = 4_000_000  # of all arrays together; a byte becomes eight in memory
 MAX_NAME = 1024
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
@@ -95,6 +95,7 @@ class _Cursor:
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.size, self.position = path, size, 0
+        self.elements = 0
         self._file = file
 
     def take(self, count: int) -> bytes:
@@ -163,7 +164,8 @@ def _value(cursor: _Cursor, key: str, kind: int) -> Any:
     if kind != _ARRAY:
         raise WrongMetadata(f"{cursor.path}: key {key[:80]!r} has the unknown type {kind}")
     element, length = cursor.number("I"), cursor.number("Q")
-    if length > MAX_ELEMENTS:
+    cursor.elements += length
+    if cursor.elements > MAX_ELEMENTS:
         raise HeaderTooLarge(f"{cursor.path}: key {key[:80]!r} announces {length:,} elements")
     if element == _STRING:
         return [cursor.text() for _ in range(length)]
