@@ -11,8 +11,9 @@ with or without its draft stage in a file of its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,14 +27,22 @@ from v4quant_formats.errors import (
     WrongMetadata,
 )
 from v4quant_formats.gguf_header import GgufHeader, GgufTensor, read_gguf_header
-from v4quant_formats.gguf_metadata import config_from_fields
-from v4quant_formats.gguf_names import meaning_of, tensor_name
+from v4quant_formats.gguf_metadata import config_from_fields, dspark_config
+from v4quant_formats.gguf_names import (
+    DSPARK_ARCHITECTURE,
+    Meaning,
+    dspark_meaning_of,
+    meaning_of,
+    tensor_name,
+)
 from v4quant_formats.shard_files import FileState, LocalShards, file_state
 from v4quant_formats.spec import DTYPE_BITS, TensorSpec
 
 SUFFIX = ".gguf"
 MAX_FILES = 1000
 MAX_EXPERTS = 99_999
+_MARKOV = "markov_w1.weight"
+_MeaningOf = Callable[[str], Meaning | None]
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -48,8 +57,15 @@ class _Model:
         return next(iter(self.files.values())).metadata
 
     @property
+    def is_dspark(self) -> bool:
+        """DSpark's stages, a model of another architecture."""
+        return bool(self.metadata.get("general.architecture") == DSPARK_ARCHITECTURE)
+
+    @property
     def is_draft(self) -> bool:
-        """A draft stage alone: it counts draft stages and lacks the trunk."""
+        """Draft stages alone: DSpark's, or it counts draft stages and lacks the trunk."""
+        if self.is_dspark:
+            return True
         draft = self.metadata.get("deepseek4.nextn_predict_layers", 0)
         first = "blk.0.attn_norm.weight"
         return bool(draft) and not any(first in h.tensors for h in self.files.values())
@@ -77,24 +93,45 @@ def open_gguf(path: Path) -> Checkpoint:
     if len(trunks) > 1 or len(drafts) > 1 or not models:
         names = ", ".join(sorted(next(iter(m.files)) for m in models)[:4])
         raise FormatError(f"{path}: holds several models ({names}); give one of the files")
+    if not trunks and drafts[0].is_dspark:
+        raise FormatError(f"{path}: holds DSpark's stages only; give their folder, with the model")
+    main, _ = config_from_fields((trunks or drafts)[0].metadata, _where(folder, models[0]))
     tensors: dict[str, TensorSpec] = {}
     for model in [*trunks, *drafts]:
-        copies = bool(trunks) and model.is_draft
-        config, counted = config_from_fields(model.metadata, f"{folder / next(iter(model.files))}")
-        layers = int(config["num_hidden_layers"])
-        for spec in _official(folder, model, layers, copies):
+        meaning, more = _reading(folder, model)
+        main |= more
+        for spec in _official(folder, model, meaning, copies=bool(trunks) and model.is_draft):
             if spec.name in tensors:
                 raise DuplicateTensor(
                     f"{folder}: '{spec.name}' is in {tensors[spec.name].file} and in {spec.file}"
                 )
             tensors[spec.name] = spec
-    main, _ = config_from_fields((trunks or drafts)[0].metadata, str(path))
-    main["num_nextn_predict_layers"] = max(counted, int(main["num_nextn_predict_layers"]))
     files: dict[str, FileState] = {}
     for model in models:
         files |= {name: file_state((folder / name).stat()) for name in model.files}
     shards = LocalShards(folder, files)
     return Checkpoint(folder, MappingProxyType(main), MappingProxyType(tensors), files, shards)
+
+
+def _where(folder: Path, model: _Model) -> str:
+    return str(folder / next(iter(model.files)))
+
+
+def _reading(folder: Path, model: _Model) -> tuple[_MeaningOf, dict[str, Any]]:
+    """How a model's tensor names are read, and what its metadata adds to config.json."""
+    where = _where(folder, model)
+    if model.is_dspark:
+        tables = [
+            h.tensors["markov_w1.weight"] for h in model.files.values() if _MARKOV in h.tensors
+        ]
+        if len(tables) != 1:
+            raise WrongMetadata(f"{where}: has no '{_MARKOV}', which DSpark's stages need")
+        added, stages = dspark_config(model.metadata, tables[0].shape[-1], where)
+        return partial(dspark_meaning_of, stages=stages), added
+    config, drafts = config_from_fields(model.metadata, where)
+    layers = int(config["num_hidden_layers"])
+    added = {"num_nextn_predict_layers": drafts} if drafts else {}
+    return partial(meaning_of, layers=layers, draft_file=model.is_draft), added
 
 
 def _file_groups(path: Path) -> list[list[str]]:
@@ -147,12 +184,13 @@ def _open_model(folder: Path, names: Sequence[str]) -> _Model:
     return _Model(files)
 
 
-def _official(folder: Path, model: _Model, layers: int, copies: bool) -> Iterator[TensorSpec]:
+def _official(
+    folder: Path, model: _Model, meaning_of: _MeaningOf, copies: bool
+) -> Iterator[TensorSpec]:
     """The official tensors in a model's files; `copies`: the trunk's are elsewhere."""
-    draft = model.is_draft
     for file, header in model.files.items():
         for tensor in header.tensors.values():
-            meaning = meaning_of(tensor.name, layers, draft)
+            meaning = meaning_of(tensor.name)
             if meaning is None:
                 raise UnexpectedTensor(
                     f"{folder / file}: tensor {tensor.name[:80]!r} is none of DeepSeek-V4's"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.gguf_writer import WriterState
 
 from v4quant_formats.deepseek_v4 import split_part
-from v4quant_formats.gguf_names import Place, place_of
+from v4quant_formats.gguf_names import Place
 from v4quant_formats.shards import FilePlan
 from v4quant_formats.spec import BLOCK_DTYPES, TensorSpec
 from v4quant_kernels.ggml import get_type
@@ -54,9 +54,12 @@ class _Stored:
         return sum(spec.nbytes for _, spec in self.parts)
 
 
-def plan_gguf(fields: Sequence[Field], layers: int, specs: Iterable[TensorSpec]) -> FilePlan:
-    """The file that holds `specs`, official tensors of a model with `layers` trunk layers."""
-    stored = _stored(layers, specs)
+PlaceOf = Callable[[str], Place | None]
+
+
+def plan_gguf(fields: Sequence[Field], place_of: PlaceOf, specs: Iterable[TensorSpec]) -> FilePlan:
+    """The file that holds `specs`, official tensors; place_of(module) says where each lies."""
+    stored = _stored(place_of, specs)
     header = _header(fields, stored)
     header += bytes(-len(header) % ALIGNMENT)
     placed, position = [], len(header)
@@ -66,11 +69,11 @@ def plan_gguf(fields: Sequence[Field], layers: int, specs: Iterable[TensorSpec])
     return FilePlan(header, tuple(placed), position)
 
 
-def _stored(layers: int, specs: Iterable[TensorSpec]) -> list[_Stored]:
+def _stored(place_of: PlaceOf, specs: Iterable[TensorSpec]) -> list[_Stored]:
     """The file's tensors, in the order in which their first parts come."""
     by_name: dict[str, list[tuple[Place, TensorSpec]]] = {}
     for spec in specs:
-        place = place_of(split_part(spec.name)[0], layers)
+        place = place_of(split_part(spec.name)[0])
         assert place is not None, spec
         by_name.setdefault(place.tensor, []).append((place, spec))
     return [_one(name, parts) for name, parts in by_name.items()]

@@ -66,6 +66,8 @@ def _leaves_out(name: TensorName, config: Dimensions) -> str | None:
         return "llama.cpp keeps a vision tower in a file of its own (mmproj)"
     stage, _, layer = name.stage.rpartition(".")
     hashed = stage == "layers" and int(layer) < config.num_hash_layers
+    if name.is_draft and name.module.endswith("ffn.gate.bias_vl"):
+        return "llama.cpp drafts text only, so nothing reads a draft stage's bias for image tokens"
     if hashed and name.module.endswith("ffn.gate.bias"):
         return "hash layers choose experts by token, so no text token reads this bias"
     return None
@@ -77,9 +79,10 @@ def _check(config: Dimensions, drafts: Sequence[str]) -> None:
             "format 'gguf' writes llama.cpp's architecture 'deepseek4', which is not V4.1's; its "
             "native files serve in vLLM and SGLang (--format deepseek)"
         )
-    if drafts and (config.dspark is not None or len(drafts) > 1):
+    if len(drafts) > 1 and config.dspark is None:
         raise UnsupportedPair(
-            "format 'gguf' has a place for one MTP stage, not for DSpark's; use --draft drop"
+            f"format 'gguf' has a place for one MTP stage, and there are {len(drafts)}, but "
+            "config.json has no dspark_ keys; use --draft drop, or the release's config.json"
         )
 
 

@@ -10,6 +10,7 @@ conversion/deepseek.py (what it writes).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from gguf import GGML_QUANT_VERSION, GGUFValueType, LlamaFileType
 
 from v4quant_formats.errors import WrongMetadata
 from v4quant_formats.gguf_file import Field
-from v4quant_formats.gguf_names import ARCHITECTURE
+from v4quant_formats.gguf_names import ARCHITECTURE, DSPARK_ARCHITECTURE
 from v4quant_formats.model_config import ModelConfig, Yarn
 
 _U32, _F32 = GGUFValueType.UINT32, GGUFValueType.FLOAT32
@@ -107,6 +108,56 @@ def model_fields(config: ModelConfig, name: str, scheme: str, drafts: int = 0) -
     if drafts:
         fields.append(_field("nextn_predict_layers", _U32, drafts))
     return fields
+
+
+def dspark_fields(config: ModelConfig, name: str, scheme: str, stages: int) -> list[Field]:
+    """The same for DSpark's stages: a model of their own, window attention only, no hash layers.
+
+    Raises WrongMetadata when config.json lacks one of DSpark's keys.
+    """
+    assert config.dspark is not None
+    raw = {**config.raw, "num_hash_layers": 0, "n_routed_experts": config.dspark.n_routed_experts}
+    raw["num_experts_per_tok"] = raw.get("dspark_num_experts_per_tok", config.num_experts_per_tok)
+    small = replace(
+        config, raw=raw, num_hidden_layers=stages, compress_ratios=(0,) * stages, num_hash_layers=0
+    )
+    old, new = f"{ARCHITECTURE}.", f"{DSPARK_ARCHITECTURE}."
+    fields = [replace(f, key=f.key.replace(old, new)) for f in model_fields(small, name, scheme)]
+    fields[0] = replace(fields[0], value=DSPARK_ARCHITECTURE)
+    # llama.cpp counts a layer's output as the next one's input.
+    targets = [layer + 1 for layer in config.dspark.target_layer_ids]
+    block, noise = (_integer(raw, f"dspark_{k}") for k in ("block_size", "noise_token_id"))
+    return [
+        *fields,
+        Field(f"{new}block_size", _U32, block),
+        Field(f"{new}target_layers", _ARRAY, targets, _I32),
+        Field("tokenizer.ggml.mask_token_id", _U32, noise),
+    ]
+
+
+def dspark_config(metadata: Mapping[str, Any], rank: int, where: str) -> tuple[dict[str, Any], int]:
+    """config.json's keys of DSpark from the stages' file, and how many stages it has.
+
+    `rank`: columns of its Markov tables. Raises WrongMetadata.
+    """
+    pairs = {
+        k.replace(f"{DSPARK_ARCHITECTURE}.", f"{ARCHITECTURE}."): v for k, v in metadata.items()
+    }
+    targets = _read(pairs, "target_layers", list, where)
+    if not all(isinstance(t, int) and t > 0 for t in targets):
+        raise WrongMetadata(f"{where}: target_layers must list layers from 1")
+    config = {
+        "dspark_block_size": _read(pairs, "block_size", int, where),
+        "dspark_noise_token_id": pairs.get("tokenizer.ggml.mask_token_id", 0),
+        "dspark_target_layer_ids": [t - 1 for t in targets],
+        "dspark_markov_rank": rank,
+        "dspark_n_routed_experts": _read(pairs, "expert_count", int, where),
+        "dspark_num_experts_per_tok": _read(pairs, "expert_used_count", int, where),
+    }
+    stages = _read(pairs, "block_count", int, where)
+    if not 1 <= stages <= 100:
+        raise WrongMetadata(f"{where}: {stages} draft stages cannot be")
+    return config, stages
 
 
 def split_fields(number: int, count: int, tensors: int) -> list[Field]:

@@ -5,9 +5,11 @@ llama.cpp's architecture `deepseek4` has three habits the release has not. Every
 of a layer are one tensor [E, N, K] for each projection, so an expert is a slice of it. The draft
 stage is the block behind the trunk's last, its `e_proj` and `h_proj` are the left and right half of
 one matrix `eh_proj` [d, 2d], and its own hc_head and final norm take the model's names, which is
-why it has a file of its own: in the trunk's file those names are the trunk's.
+why it has a file of its own: in the trunk's file those names are the trunk's. DSpark's stages are a
+small model of architecture `dflash`, whose blocks begin at 0.
 
-Source: llama.cpp's src/llama-arch.cpp (names) and src/models/deepseek4.cpp (which it reads).
+Source: llama.cpp's src/llama-arch.cpp (names), src/models/deepseek4.cpp and dflash.cpp (which of
+them it reads).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import re
 from dataclasses import dataclass
 
 ARCHITECTURE = "deepseek4"
+DSPARK_ARCHITECTURE = "dflash"
 
 _HC = ("fn", "base", "scale")
 
@@ -64,6 +67,15 @@ _DRAFT: dict[str, str] = {
     "emb.tok_emb": "nextn.embed_tokens.weight",
     "head": "nextn.shared_head_head.weight",
 }
+# DSpark: what its first stage (reads the trunk) and its last one (predicts) have for the model.
+_DSPARK_FIRST: dict[str, str] = {"main_proj": "fc.weight", "main_norm": "enc.output_norm.weight"}
+_DSPARK_LAST: dict[str, str] = {
+    "norm": "output_norm.weight",
+    "markov_head.markov_w1": "markov_w1.weight",
+    "markov_head.markov_w2": "markov_w2.weight",
+    "confidence_head.proj": "conf_proj.weight",
+    **{f"hc_head_{p}": f"output_hc_{p}.weight" for p in _HC},
+}
 _EXPERTS = {"w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps"}
 _HALVES = ("e_proj", "h_proj")
 _EH_PROJ = "nextn.eh_proj.weight"
@@ -107,6 +119,16 @@ def place_of(module: str, layers: int) -> Place | None:
     return Place(f"blk.{block}.{name}") if name else None
 
 
+def dspark_place_of(module: str) -> Place | None:
+    """Where a DSpark stage's module lies in the stages' own file; None if it has no place."""
+    match = _OFFICIAL.fullmatch(module)
+    if match is None or match[1] != "mtp":
+        return None
+    stage, below = match[2], match[3]
+    top = _DSPARK_FIRST.get(below) or _DSPARK_LAST.get(below)
+    return Place(top) if top else place_of(f"layers.{stage}.{below}", 0)
+
+
 @dataclass(frozen=True)
 class Meaning:
     """What a tensor of a GGUF file is: one module, or the modules it holds.
@@ -144,6 +166,18 @@ def meaning_of(tensor: str, layers: int, draft_file: bool = False) -> Meaning | 
         return Meaning(tuple(f"{stage}.{half}" for half in _HALVES))
     name = (_DRAFT_BACK.get(below) if draft else None) or _STAGE_BACK.get(below)
     return Meaning((f"{stage}.{name}",)) if name else None
+
+
+def dspark_meaning_of(tensor: str, stages: int) -> Meaning | None:
+    """The official modules in a tensor of a `dflash` file of so many stages."""
+    for table, stage in ((_DSPARK_FIRST, 0), (_DSPARK_LAST, stages - 1)):
+        for below, name in table.items():
+            if name == tensor:
+                return Meaning((f"mtp.{stage}.{below}",))
+    found = meaning_of(tensor, stages)
+    if found is None or not found.modules[0].startswith("layers."):
+        return None
+    return Meaning(tuple(f"mtp.{m.removeprefix('layers.')}" for m in found.modules), found.stacked)
 
 
 def tensor_name(module: str) -> str:

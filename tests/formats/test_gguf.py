@@ -351,12 +351,7 @@ def test_every_release_converts_or_says_why_not(release: str, tmp_path: Path) ->
         with pytest.raises(UnsupportedPair, match=r"not V4\.1's"):
             convert(source, out, Recipe("mxfp4", "gguf"))
         return
-    draft = "convert"
-    if "dspark" in release or release == "vision":
-        with pytest.raises(UnsupportedPair, match=r"one MTP stage.*--draft drop"):
-            convert(source, out, Recipe("mxfp4", "gguf"))
-        draft = "drop"
-    convert(source, out, Recipe("mxfp4", "gguf", draft=draft))
+    convert(source, out, Recipe("mxfp4", "gguf"))
     assert verify(out, source, SilentProgress()).findings == ()
     with open_checkpoint(out) as output:
         assert inspect_checkpoint(output, SilentProgress()).defects == []
@@ -364,6 +359,16 @@ def test_every_release_converts_or_says_why_not(release: str, tmp_path: Path) ->
             assert not any(n.startswith(("vision.", "aligner.", "image_")) for n in output.tensors)
             assert "layers.0.ffn.gate.bias_vl" in output
             assert "layers.0.ffn.gate.bias" not in output
+        if "dspark" in release or release == "vision":
+            (path,) = out.glob("dspark-*.gguf")
+            reader = gguf.GGUFReader(path)
+            assert field(reader, "general.architecture") == "dflash"
+            assert field(reader, "dflash.block_count") == 3
+            with open_checkpoint(source) as checkpoint:
+                config = parse_model_config(dict(checkpoint.config))
+                ids = list(config.dspark.target_layer_ids) if config.dspark else []
+                assert field(reader, "dflash.target_layers") == [i + 1 for i in ids]
+            assert parse_model_config(dict(output.config)).dspark == config.dspark
         if release.endswith("-base"):
             assert "mtp.0.emb.tok_emb.weight" in output
 
