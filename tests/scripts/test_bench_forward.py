@@ -1,0 +1,34 @@
+"""The benchmark of the forward pass runs and counts the products it compares with."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+
+import pytest
+
+from tests.support.synthetic import SCRIPTS
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench", SCRIPTS / "bench_forward.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_products_are_those_of_the_layer(bench: ModuleType) -> None:
+    found = bench.beside_products("flash", 16, 2, 1, tiny=True)
+    assert found["layer_seconds"] > 0 < found["products_bf16_seconds"]
+    assert found["times"] == pytest.approx(found["layer_seconds"] / found["products_bf16_seconds"])
+    # 16 tokens through two experts and a shared one of 3 matrices, and attention's.
+    assert found["products_gflop"] > 16 * 3 * 3 * 2 * 128 * 128 / 1e9
+
+
+def test_both_forwards_are_timed(bench: ModuleType) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    found = bench.beside_transformers(64, 1)
+    assert found["ours_tokens_per_second"] > 0 < found["transformers_tokens_per_second"]
