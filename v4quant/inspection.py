@@ -171,7 +171,7 @@ def _classes(
     roles: dict[str, str] = {}
     for name, parsed in names.items():
         module = parsed.module if parsed else name
-        roles[module] = _role(parsed)
+        roles[module] = role_of(parsed)
         counts[module] += 1
     for module, weight in stored.items():
         entry = classes.setdefault(roles[module], ByteClass(roles[module]))
@@ -184,7 +184,8 @@ def _classes(
     return sorted(classes.values(), key=lambda c: -c.nbytes)
 
 
-def _role(parsed: TensorName | None) -> str:
+def role_of(parsed: TensorName | None) -> str:
+    """The class of bytes a tensor belongs to, for tables."""
     if parsed is None:
         return "unknown"
     if parsed.is_draft:

@@ -25,7 +25,9 @@ from typing import Any
 import torch
 
 from v4quant import __version__
+from v4quant.byte_classes import byte_classes
 from v4quant.convert import convert_unit
+from v4quant.delivery import Delivery, StayHere
 from v4quant.journal import FOLDER, FinishedShard, Journal, journal_files, locked_output
 from v4quant.memory import peak_rss_bytes
 from v4quant.plan import Plan
@@ -33,13 +35,13 @@ from v4quant.ranks import Ranks
 from v4quant.records import TensorRecord, record_from_dict
 from v4quant.units import ShardPlan
 from v4quant_calibration.solution import Evidence
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import detect_release
 from v4quant_formats.errors import OutputError
 from v4quant_formats.manifest import (
     MANIFEST_NAME,
     MANIFEST_VERSION,
     index_json,
-    read_manifest,
     to_json,
 )
 from v4quant_formats.shards import (
@@ -80,16 +82,20 @@ def run_job(
     workers: int = 2,
     progress: Progress | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
+    delivery: Delivery | None = None,
 ) -> JobResult:
     """Carry a plan out into folder `out`; the same call again resumes or confirms.
 
-    With several ranks each calls this with the same plan and folder, and writes its share. Raises
-    OutputError (not empty, locked, full, not writable) and what `convert_unit` raises.
+    With several ranks each calls this with the same plan and folder, and writes its share. With a
+    `delivery` the shards leave `out` as they are finished. Raises OutputError (not empty, locked,
+    full, not writable), what `convert_unit` raises and what the delivery raises.
     """
     started = time.monotonic()
     progress = progress or SilentProgress()
-    if _is_complete(plan, out):
-        records = [record_from_dict(row) for row in read_manifest(out)["tensors"]]
+    delivery = delivery or StayHere()
+    complete = None if journal_files(out) else delivery.manifest(out)
+    if complete is not None and complete.get("plan") == plan.digest:
+        records = [record_from_dict(row) for row in complete["tensors"]]
         # Left when the run that finished was killed between its last two steps.
         shutil.rmtree(out / FOLDER, ignore_errors=True)
         return _result(plan, out, records, started)
@@ -98,28 +104,22 @@ def run_job(
             check_folder(out)
             stack.enter_context(locked_output(out))
         ranks.barrier()
-        journal = Journal(out, plan.digest, ranks.rank)
+        journal = Journal(out, plan.digest, ranks.rank, delivery.has)
         todo = [s for s in plan.shards if s.file not in journal.finished]
-        _check_space(out, sum(s.nbytes for s in todo))
+        _check_space(out, delivery.space([s.nbytes for s in todo]))
         # Every rank divides the same list: nobody may finish a shard before all have read it.
         ranks.barrier()
-        _write_shards(plan, ranks.share(todo), out, stats, workers, journal, progress)
+        stack.callback(delivery.stop)
+        _deliver_again(out, journal, delivery)
+        _write_shards(plan, ranks.share(todo), out, stats, workers, journal, delivery, progress)
         ranks.barrier()
         journal.refresh()
         shards = [journal.finished[s.file] for s in plan.shards]
         if ranks.is_first:
-            _finish(plan, out, shards)
+            delivery.finish(out, _finish(plan, out, shards))
             journal.remove()
         ranks.barrier()
     return _result(plan, out, [r for s in shards for r in s.records], started)
-
-
-def _is_complete(plan: Plan, out: Path) -> bool:
-    """Whether `out` already is this plan's result (an earlier run finished)."""
-    last = plan.recipe.layout.index or MANIFEST_NAME
-    if not (out / last).exists() or journal_files(out):
-        return False
-    return (out / MANIFEST_NAME).exists() and read_manifest(out).get("plan") == plan.digest
 
 
 def check_folder(out: Path) -> None:
@@ -151,6 +151,14 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
+def _deliver_again(out: Path, journal: Journal, delivery: Delivery) -> None:
+    """Hand over what an earlier run finished but could not deliver."""
+    for shard in journal.finished.values():
+        if (out / shard.file.name).exists():
+            delivery.make_room(shard.file.nbytes)
+            delivery.take(shard.file)
+
+
 def _write_shards(
     plan: Plan,
     shards: list[ShardPlan],
@@ -158,25 +166,35 @@ def _write_shards(
     stats: Evidence | None,
     workers: int,
     journal: Journal,
+    delivery: Delivery,
     progress: Progress,
 ) -> None:
     progress.start("Converting", sum(u.bytes_in for s in shards for u in s.units), "B")
     pool = ThreadPoolExecutor(workers, "convert", initializer=_one_thread)
     finisher = ThreadPoolExecutor(1, "finish")
-    closing: tuple[Future[WrittenFile], list[TensorRecord]] | None = None
+    closing: Future[None] | None = None
+    sources, needed = plan.checkpoint.shards, _last_use(shards)
+    sources.expect(list(needed))
     try:
-        for shard in shards:
+        for number, shard in enumerate(shards):
+            if closing is not None and not delivery.has_room(shard.nbytes):
+                closing.result()
+            delivery.make_room(shard.nbytes)
+            sources.acquire(shard.source_files)
             writer = ShardWriter(out / shard.file, shard.file_plan())
             try:
                 records = _convert_shard(plan, shard, writer, stats, pool, progress)
             except BaseException:
                 writer.abort()
                 raise
+            for file in shard.source_files:
+                if needed[file] == number:
+                    sources.release(file)
             if closing is not None:
-                journal.add(FinishedShard(closing[0].result(), tuple(closing[1])))
-            closing = (finisher.submit(writer.close), records)
+                closing.result()
+            closing = finisher.submit(_close_shard, writer, records, journal, delivery)
         if closing is not None:
-            journal.add(FinishedShard(closing[0].result(), tuple(closing[1])))
+            closing.result()
     except BaseException:
         pool.shutdown(cancel_futures=True)
         finisher.shutdown()
@@ -188,6 +206,20 @@ def _write_shards(
         pool.shutdown()
         finisher.shutdown()
         progress.finish()
+
+
+def _last_use(shards: list[ShardPlan]) -> dict[str, int]:
+    """Source shards in the order they are first needed, and who needs each last."""
+    return {file: number for number, shard in enumerate(shards) for file in shard.source_files}
+
+
+def _close_shard(
+    writer: ShardWriter, records: list[TensorRecord], journal: Journal, delivery: Delivery
+) -> None:
+    """Flush, rename, journal, hand over: in this order, beside the next shard's conversion."""
+    written = writer.close()
+    journal.add(FinishedShard(written, tuple(records)))
+    delivery.take(written)
 
 
 def _convert_shard(
@@ -223,8 +255,8 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _finish(plan: Plan, out: Path, shards: list[FinishedShard]) -> None:
-    """Write sidecars, config, manifest and, last, the index (where the format has one)."""
+def _finish(plan: Plan, out: Path, shards: list[FinishedShard]) -> dict[str, Any]:
+    """Write sidecars, config, manifest and, last, the index, if any; the manifest."""
     files = [s.file for s in shards]
     for name in find_sidecars(plan.checkpoint.path):
         data = read_sidecar(plan.checkpoint.path, name)
@@ -235,10 +267,11 @@ def _finish(plan: Plan, out: Path, shards: list[FinishedShard]) -> None:
     if index:
         name = plan.recipe.layout.index
         files.append(WrittenFile(name, len(index), hashlib.sha256(index).hexdigest()))
-    manifest = to_json(_manifest(plan, files, [r for s in shards for r in s.records]))
-    write_file_atomically(out / MANIFEST_NAME, manifest)
+    manifest = _manifest(plan, files, [r for s in shards for r in s.records])
+    write_file_atomically(out / MANIFEST_NAME, to_json(manifest))
     if index:
         write_file_atomically(out / plan.recipe.layout.index, index)
+    return manifest
 
 
 def _index(plan: Plan) -> bytes:
@@ -266,7 +299,7 @@ def _manifest(plan: Plan, files: list[WrittenFile], records: list[TensorRecord])
             "python": platform.python_version(),
         },
         "source": {
-            "name": plan.checkpoint.path.resolve().name,
+            **_source_name(plan.checkpoint),
             "release": release,
             "digest": plan.source_digest,
             "tensors": len(plan.checkpoint.tensors),
@@ -276,9 +309,18 @@ def _manifest(plan: Plan, files: list[WrittenFile], records: list[TensorRecord])
         "stats": plan.stats_digest or None,
         "plan": plan.digest,
         "files": [{"name": f.name, "bytes": f.nbytes, "sha256": f.sha256} for f in files],
+        "classes": [vars(c) for c in byte_classes(plan)],
         "dropped": [{"name": d.name, "reason": d.reason} for d in plan.dropped],
         "tensors": [r.as_dict() for r in records],
     }
+
+
+def _source_name(checkpoint: Checkpoint) -> dict[str, str]:
+    origin = checkpoint.origin
+    if origin is None:
+        return {"name": checkpoint.path.resolve().name}
+    told = {"repo": origin.repo, "revision": origin.revision, "license": origin.license}
+    return {"name": origin.repo.partition("/")[2], **{k: v for k, v in told.items() if v}}
 
 
 def _result(plan: Plan, out: Path, records: list[TensorRecord], started: float) -> JobResult:

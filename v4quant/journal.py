@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,14 +42,22 @@ def journal_files(out: Path) -> list[Path]:
 class Journal:
     """Append-only record of finished shards for one plan."""
 
-    def __init__(self, out: Path, plan_digest: str, rank: int = 0) -> None:
+    def __init__(
+        self,
+        out: Path,
+        plan_digest: str,
+        rank: int = 0,
+        elsewhere: Callable[[WrittenFile], bool] = lambda file: False,
+    ) -> None:
         """Open or begin rank `rank`'s journal and read everybody's.
 
-        Raises OutputError when the folder holds another plan's, or a damaged one.
+        elsewhere: whether a shard that is not in the folder is safe at its destination. Raises
+        OutputError when the folder holds another plan's, or a damaged one.
         """
         self._path = out / FOLDER / f"journal-{rank}.jsonl"
         self._out = out
         self._plan_digest = plan_digest
+        self._elsewhere = elsewhere
         self.finished: dict[str, FinishedShard] = {}
         self.refresh()
         if not self._read_lines(self._path):
@@ -95,7 +103,8 @@ class Journal:
 
     def _is_in_place(self, file: WrittenFile) -> bool:
         path = self._out / file.name
-        return path.is_file() and path.stat().st_size == file.nbytes
+        here = path.is_file() and path.stat().st_size == file.nbytes
+        return here or self._elsewhere(file)
 
     @staticmethod
     def _read_lines(path: Path) -> list[dict[str, Any]]:

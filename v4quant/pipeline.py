@@ -35,13 +35,17 @@ class VerifyStep:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A run file: source, then the steps that are present, in pipeline order."""
+    """A run file: source, then the steps that are present, in pipeline order.
+
+    target: the repository that receives the checkpoint ("hf://owner/name"), or "" for a folder.
+    """
 
     source: str
     recipe: Recipe
     calibrate: CorpusStep | None
     verify: VerifyStep | None
     evaluate: CorpusStep | None
+    target: str = ""
 
 
 def load_pipeline(name: str) -> Pipeline:
@@ -53,11 +57,13 @@ def load_pipeline(name: str) -> Pipeline:
         presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml")))
         raise RecipeError(f"{name}: no such run file; presets are: {presets}")
     table = read_toml(path)
-    known = {"source", "calibrate", "quantize", "verify", "evaluate"}
+    known = {"source", "target", "calibrate", "quantize", "verify", "evaluate"}
     for key in table.keys() - known:
         raise RecipeError(f"{path}: unknown key '{key}'; known are {', '.join(sorted(known))}")
     if not isinstance(table.get("source"), str):
         raise RecipeError(f"{path}: 'source' (a checkpoint folder) is missing")
+    if not isinstance(table.get("target", ""), str):
+        raise RecipeError(f"{path}: 'target' must be a repository like \"hf://owner/name\"")
     if not isinstance(table.get("quantize"), dict):
         raise RecipeError(f"{path}: the [quantize] table is missing")
     return Pipeline(
@@ -66,6 +72,7 @@ def load_pipeline(name: str) -> Pipeline:
         calibrate=_step(CorpusStep, table, "calibrate", path),
         verify=_step(VerifyStep, table, "verify", path),
         evaluate=_step(CorpusStep, table, "evaluate", path),
+        target=table.get("target", ""),
     )
 
 

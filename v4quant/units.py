@@ -59,6 +59,12 @@ class ShardPlan:
         """All tensors of the file, by official names."""
         return [spec for unit in self.units for spec in unit.outputs]
 
+    @cached_property
+    def source_files(self) -> list[str]:
+        """The source shards its units read, sorted."""
+        parts = (p for u in self.units for s in u.sources for p in s.parts.values())
+        return sorted({part.file for part in parts})
+
     def file_plan(self) -> FilePlan:
         """Header, places and size."""
         return self.build(self.outputs)

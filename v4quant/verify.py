@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -52,8 +53,8 @@ class VerifyResult:
     findings: tuple[Finding, ...]
 
 
-def verify(out: Path, source: Source | None, progress: Progress) -> VerifyResult:
-    """Check a folder written by `quantize`, against its source too when that is given.
+def verify(out: Path, source: Source | Checkpoint | None, progress: Progress) -> VerifyResult:
+    """Check a folder written by `quantize`, against its source (open or not) when that is given.
 
     Raises ManifestError without a readable v4quant.json, and V4QuantError for a bad source.
     """
@@ -70,7 +71,8 @@ def verify(out: Path, source: Source | None, progress: Progress) -> VerifyResult
     with output:
         findings += _check_structure(output, records)
         if source is not None:
-            with open_source(source) as original:
+            opened = nullcontext(source) if isinstance(source, Checkpoint) else open_source(source)
+            with opened as original:
                 findings += _check_identity(original, manifest)
                 compared, exact, more = _compare_all(original, output, records, manifest, progress)
                 findings += more

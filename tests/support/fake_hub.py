@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -88,6 +89,7 @@ class FakeHub:
         self.log: list[Seen] = []
         self.tokens = {TOKEN}
         self.role = "write"
+        self.xet_store: Path | None = None  # a folder: offer xet, whose library writes there
         self.lock = threading.RLock()
         self.slow: Callable[[str], float] = lambda route: 0.0
         self.on_request: Callable[[str, str], None] = lambda route, path: None
@@ -339,6 +341,13 @@ class _Handler(BaseHTTPRequestHandler):
             rows.append(row)
         self._json({"transfer": "basic", "objects": rows})
 
+    def xet_write_token(self, name: str, revision: str) -> None:
+        self._repo(name, write=True)
+        if self.hub.xet_store is None:
+            raise _Refused(404)
+        url, later = f"local://{self.hub.xet_store}", int(time.time()) + 3600
+        self._json({"casUrl": url, "accessToken": "t", "exp": later})
+
     def lfs_put(self, oid: str) -> None:
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise _Refused(400, "BadDigest")
@@ -365,10 +374,10 @@ class _Handler(BaseHTTPRequestHandler):
                         data = base64.b64decode(value["content"])
                         files[value["path"]] = self.hub.store(value["path"], data, lfs=False)
                     case "lfsFile":
-                        data = self.hub.blobs.get(value["oid"])
-                        if data is None:
+                        sha, size = value["oid"], value["size"]
+                        if sha not in self.hub.blobs and self.hub.xet_store is None:
                             raise _Refused(400, "MissingObject")
-                        files[value["path"]] = self.hub.store(value["path"], data, lfs=True)
+                        files[value["path"]] = Entry(sha, git_oid(pointer(sha, size)), size, True)
                     case "deletedFile":
                         files.pop(value["path"], None)
             oid = _oid(repr((head.oid, title, sorted(files.items()))))
@@ -440,6 +449,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("preupload", "POST", r"/api/models/([^/]+/[^/]+)/preupload/(.+)"),
         ("commit", "POST", r"/api/models/([^/]+/[^/]+)/commit/(.+)"),
         ("lfs_batch", "POST", r"/(.+)\.git/info/lfs/objects/batch"),
+        ("xet_write_token", "GET", r"/api/models/([^/]+/[^/]+)/xet-write-token/(.+)"),
         ("lfs_put", "PUT", r"/lfs/([0-9a-f]{64})"),
         ("lfs_verify", "POST", r"/lfs-verify/([0-9a-f]{64})"),
         ("tree", "GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)/?(.*)"),

@@ -25,6 +25,7 @@ from v4quant.cli.encode import encode
 from v4quant.cli.evaluate import evaluate
 from v4quant.cli.export_onnx import export_onnx_command
 from v4quant.cli.inspect import inspect
+from v4quant.cli.push import push
 from v4quant.cli.quantize import quantize
 from v4quant.cli.run import run
 from v4quant.cli.verify import verify
@@ -52,6 +53,7 @@ for _command in (
     diff,
     evaluate,
     run,
+    push,
     encode,
     bench,
     export_onnx_command,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from v4quant.hub.refs import HubRef
+from v4quant.hub.refs import HubRef, is_hub, parse_hub
 from v4quant.source import Source, resolve_source
 
 
@@ -23,4 +23,19 @@ class SourceType(click.ParamType):  # type: ignore[type-arg]  # generic since cl
         return value if isinstance(value, Path | HubRef) else resolve_source(str(value))
 
 
+class OutType(click.ParamType):  # type: ignore[type-arg]
+    """Turns the text of an OUT argument into a folder path or a repository's name."""
+
+    name = "out"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path | HubRef:
+        """What is converted stays. Raises HubReferenceError."""
+        if isinstance(value, Path | HubRef):
+            return value
+        return parse_hub(str(value)) if is_hub(str(value)) else Path(str(value))
+
+
 SOURCE = SourceType()
+OUT = OutType()

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
+import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from v4quant.cli import _output
-from v4quant.cli._source import SOURCE
+from v4quant.cli._source import OUT, SOURCE
 from v4quant.devices import find_device
 from v4quant.evidence import read_evidence
+from v4quant.hub.card import CardRequest
+from v4quant.hub.conversion import Destination, find_places, open_target, share_cap
 from v4quant.job import JobResult, run_job
 from v4quant.memory import fit_workers
 from v4quant.plan import Plan, make_plan
 from v4quant.ranks import current_ranks
 from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
 from v4quant.sizes import parse_size
+from v4quant.source import Source, open_source
 from v4quant_calibration.solution import is_solution
 from v4quant_calibration.solvers import SOLVER_NAMES
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.layout import ENGINE_CHOICES
 from v4quant_formats.layouts import LAYOUTS
 from v4quant_kernels.progress import SilentProgress
@@ -33,7 +37,7 @@ _SCHEMES = [s for s in SCHEMES if any(s in layout.schemes for layout in LAYOUTS.
     epilog="Example: v4quant quantize DeepSeek-V4-Flash out --scheme int4-g32 --stats stats.v4q"
 )
 @click.argument("source", type=SOURCE)
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OUT)
 @click.option("--scheme", help=f"How experts are coded: {', '.join(_SCHEMES)}.")
 @click.option("--format", "format_", help=f"Container: {', '.join(LAYOUTS)} (default by scheme).")
 @click.option(
@@ -69,11 +73,21 @@ _SCHEMES = [s for s in SCHEMES if any(s in layout.schemes for layout in LAYOUTS.
 @click.option(
     "--device", default="cpu", show_default=True, help="Where experts are computed: cpu or cuda."
 )
+@click.option(
+    "--disk-cap",
+    help="Disk for shards coming from or going to the hub (default: three of each side).",
+)
+@click.option(
+    "--scratch",
+    type=click.Path(path_type=Path),
+    help="Folder for such shards (default: inside OUT, or ./v4quant-OWNER--NAME for a hub OUT).",
+)
+@click.option("--public", is_flag=True, help="Create a hub OUT public (default: private).")
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def quantize(
-    source: Path,
-    out: Path,
+    source: Source,
+    out: Destination,
     scheme: str | None,
     format_: str | None,
     engine: str | None,
@@ -88,10 +102,16 @@ def quantize(
     workers: int | None,
     max_memory: str | None,
     device: str,
+    disk_cap: str | None,
+    scratch: Path | None,
+    public: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Convert checkpoint SOURCE into folder OUT. The same command again resumes.
+
+    Either may be a repository on the hub, hf://owner/name: source shards are then fetched ahead of
+    the work and deleted after it, output shards sent as they are finished and deleted here.
 
     Several processes, also on several machines with a shared disk, share the work when started by
     `torchrun --nproc-per-node N -m v4quant quantize ...`; the bytes are the same.
@@ -111,16 +131,29 @@ def quantize(
         chosen["solver"] = "gptq"
     recipe = _recipe(recipe_file, {k: v for k, v in chosen.items() if v is not None})
     cap = parse_size(max_memory) if max_memory else None
-    with open_checkpoint(source) as checkpoint, current_ranks() as ranks:
+    disk = parse_size(disk_cap) if disk_cap else None
+    with current_ranks() as ranks, ExitStack() as stack:
+        places = find_places(source, out, scratch, ranks.size) if not dry_run else None
+        checkpoint = stack.enter_context(
+            open_source(source, places.scratch if places else None, disk, headers_only=dry_run)
+        )
         stats, digest = read_evidence(checkpoint, stats_file, recipe)
         plan = replace(make_plan(checkpoint, recipe, digest), device=find_device(device))
         threads = fit_workers(plan, workers or os.cpu_count() or 1, cap)
-        if dry_run:
+        if places is None:
             if ranks.is_first:
                 _show_plan(plan, out, threads, as_json)
             return
         progress = _output.TerminalProgress() if ranks.is_first else SilentProgress()
-        result = run_job(plan, out, stats, threads, progress, ranks)
+        share = share_cap(plan, disk, places.repo is not None)
+        delivery = None
+        if places.repo is not None:
+            request = CardRequest(places.repo)
+            delivery = open_target(places.repo, places.out, plan, share, not public, request)
+        result = run_job(plan, places.out, stats, threads, progress, ranks, delivery)
+        if places.repo is not None:
+            shutil.rmtree(places.out, ignore_errors=True)
+            result = replace(result, output=str(out))
         if not ranks.is_first:
             return
     if as_json:
@@ -136,9 +169,9 @@ def _recipe(file: Path | None, options: dict[str, str]) -> Recipe:
     return recipe_from_table(table, str(file or "options"))
 
 
-def _show_plan(plan: Plan, out: Path, workers: int, as_json: bool) -> None:
+def _show_plan(plan: Plan, out: Destination, workers: int, as_json: bool) -> None:
     facts = {
-        "source": str(plan.checkpoint.path),
+        "source": plan.checkpoint.label,
         "output": str(out),
         "scheme": plan.recipe.scheme,
         "format": plan.recipe.format,

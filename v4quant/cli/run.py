@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import click
 
-from v4quant.builtin import resolve_corpus, resolve_source
+from v4quant.builtin import resolve_corpus
 from v4quant.calibration import calibrate_to, draw_corpus
 from v4quant.cli import _exit, _output
 from v4quant.cli._options import forward_options, read_corpus, tool_facts
@@ -20,18 +21,22 @@ from v4quant.cli.evaluate import finding_lines, write_report
 from v4quant.cli.quantize import summary
 from v4quant.evaluation import evaluate_checkpoint
 from v4quant.evidence import read_evidence
+from v4quant.hub.card import CardRequest
+from v4quant.hub.conversion import open_target, share_cap, update_card
+from v4quant.hub.refs import SCHEME, HubRef, parse_hub
 from v4quant.job import JobResult, check_folder, run_job
 from v4quant.kernel_check import check_kernels
 from v4quant.memory import fit_workers
 from v4quant.pipeline import CorpusStep, Pipeline, VerifyStep, load_pipeline
 from v4quant.plan import make_plan
 from v4quant.sizes import parse_size
+from v4quant.source import Source, open_source, resolve_source
 from v4quant.steps import FinishedSteps, step_key
 from v4quant.verify import verify as verify_checkpoint
 from v4quant_calibration.corpus import Corpus
 from v4quant_calibration.solution import SOLUTION_NAME, Evidence, Solution
 from v4quant_calibration.solve import SolveSettings
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME
 from v4quant_formats.model_config import ModelConfig, parse_model_config
 
@@ -41,6 +46,7 @@ from v4quant_formats.model_config import ModelConfig, parse_model_config
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for all results.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
 @click.option("--max-memory", help="Cap on the conversion's memory, like 6GB.")
+@click.option("--disk-cap", help="Disk for shards coming from or going to the hub.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def run(
@@ -49,6 +55,7 @@ def run(
     out: Path | None,
     workers: int | None,
     max_memory: str | None,
+    disk_cap: str | None,
     as_json: bool,
 ) -> None:
     """Calibrate, quantize, verify and evaluate as RECIPE (a TOML file, or `demo`) says.
@@ -60,26 +67,47 @@ def run(
     folder = out or Path(f"v4quant-{Path(recipe).stem}")
     started = time.monotonic()
     cap = parse_size(max_memory) if max_memory else None
-    with open_checkpoint(resolve_source(pipeline.source)) as source:
+    disk = parse_size(disk_cap) if disk_cap else None
+    where = resolve_source(pipeline.source)
+    repo = parse_hub(pipeline.target).repo if pipeline.target else None
+    target, scratch = folder / "checkpoint", folder / "source"
+    with open_source(where, scratch, disk) as source:
         # What cannot be planned or written should not be calibrated first.
         make_plan(source, pipeline.recipe)
-        target = folder / "checkpoint"
         if not (target / (pipeline.recipe.layout.index or MANIFEST_NAME)).exists():
             check_folder(target)
         stats, digest = _calibrate(pipeline, source, folder)
         plan = make_plan(source, pipeline.recipe, digest)
         _output.heading(f"Quantize to {pipeline.recipe.scheme} ({pipeline.recipe.format})")
         threads = fit_workers(plan, workers or os.cpu_count() or 1, cap)
-        job = run_job(plan, target, stats, threads, _output.TerminalProgress())
+        share = share_cap(plan, disk, repo is not None)
+        delivery = None
+        if repo is not None:
+            delivery = open_target(repo, target, plan, share, True, CardRequest(repo))
+        progress = _output.TerminalProgress()
+        job = run_job(plan, target, stats, threads, progress, delivery=delivery)
         _output.note(summary(job))
-        failed = _verify(pipeline.verify, source, target)
-        result = _evaluate(pipeline, source, target, stats, digest, folder)
+        place: Source = target
+        if repo is None:
+            failed = _verify(pipeline.verify, source, target)
+        else:
+            failed, place = False, HubRef(repo)
+            shutil.rmtree(target, ignore_errors=True)
+            _output.note(f"{place} holds every file with the digest the manifest says")
+        result = None
+        if pipeline.evaluate is not None:
+            with open_source(place, folder / "candidate", share) as candidate:
+                result = _evaluate(pipeline.evaluate, source, candidate, stats, digest, folder)
+        if repo is not None and result is not None:
+            update_card(repo, CardRequest(repo, result))
+    for folder_of_shards in (scratch, folder / "candidate"):
+        shutil.rmtree(folder_of_shards, ignore_errors=True)
     seconds = time.monotonic() - started
     if as_json:
         _output.emit({"conversion": vars(job), "evaluation": result, "seconds": seconds})
     else:
         _output.data("")
-        _output.data(_closing_table(pipeline, job, result, folder, seconds))
+        _output.data(_closing_table(pipeline, job, result, folder, str(place), seconds))
     if failed:
         ctx.exit(_exit.DIFFERENT)
 
@@ -117,7 +145,7 @@ def _verify(step: VerifyStep | None, source: Checkpoint, target: Path) -> bool:
         return False
     _output.heading("Verify: hashes, every value against the source, kernels on real tensors")
     progress = _output.TerminalProgress()
-    result = verify_checkpoint(target, source.path if step.source else None, progress)
+    result = verify_checkpoint(target, source if step.source else None, progress)
     for finding in result.findings:
         _output.note(f"{finding.where}: {finding.problem}")
     if not result.findings:
@@ -136,33 +164,29 @@ def _verify(step: VerifyStep | None, source: Checkpoint, target: Path) -> bool:
 
 
 def _evaluate(
-    pipeline: Pipeline,
+    step: CorpusStep,
     source: Checkpoint,
-    target: Path,
+    candidate: Checkpoint,
     stats: Evidence | None,
     moments: str,
     folder: Path,
-) -> dict[str, Any] | None:
-    step = pipeline.evaluate
-    if step is None:
-        return None
+) -> dict[str, Any]:
     _output.heading("Evaluate: perplexity and KL against the source, with a noise floor")
     file, done = folder / "evaluation.json", FinishedSteps(folder)
-    with open_checkpoint(target) as candidate:
-        key = _step_key(step, source, candidate.digest(), moments)
-        if done.has(key, file):
-            _output.note(f"{file} is of these checkpoints, corpus and settings: reused")
-            result: dict[str, Any] = json.loads(file.read_bytes())
-        else:
-            config = parse_model_config(dict(source.config))
-            corpus = _corpus(step, source, config)
-            options, progress = forward_options(step.activations), _output.TerminalProgress()
-            figures = evaluate_checkpoint(candidate, source, corpus, options, progress)
-            result = {"tool": tool_facts(), **figures}
-            if stats is not None:
-                result["coverage"] = coverage(stats.stats if isinstance(stats, Solution) else stats)
-            write_report(result, file)
-            done.add(key, file)
+    key = _step_key(step, source, candidate.digest(), moments)
+    if done.has(key, file):
+        _output.note(f"{file} is of these checkpoints, corpus and settings: reused")
+        result: dict[str, Any] = json.loads(file.read_bytes())
+    else:
+        config = parse_model_config(dict(source.config))
+        corpus = _corpus(step, source, config)
+        options, progress = forward_options(step.activations), _output.TerminalProgress()
+        figures = evaluate_checkpoint(candidate, source, corpus, options, progress)
+        result = {"tool": tool_facts(), **figures}
+        if stats is not None:
+            result["coverage"] = coverage(stats.stats if isinstance(stats, Solution) else stats)
+        write_report(result, file)
+        done.add(key, file)
     for name in ("report.html", "report.md"):
         write_report(result, folder / name)
     return result
@@ -182,6 +206,7 @@ def _closing_table(
     job: JobResult,
     result: dict[str, Any] | None,
     folder: Path,
+    place: str,
     seconds: float,
 ) -> str:
     rows = [("", "before", "after")]
@@ -202,7 +227,8 @@ def _closing_table(
         lines.append(result["verdict"]["text"])
         lines += finding_lines(result)
         lines.append(f"report:      {folder / 'report.html'}")
-    lines.append(f"checkpoint:  {folder / 'checkpoint'}")
-    lines.append(f"serve with:  {pipeline.recipe.layout.serve.format(path=folder / 'checkpoint')}")
+    lines.append(f"checkpoint:  {place}")
+    path = place.removeprefix(SCHEME)
+    lines.append(f"serve with:  {pipeline.recipe.layout.serve.format(path=path)}")
     lines.append(f"took {seconds:.0f} s")
     return "\n".join(lines)

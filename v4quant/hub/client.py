@@ -9,6 +9,7 @@ signed links are struck from every message.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -53,7 +54,8 @@ class PassingFailure(Exception):
 
 def client() -> HfApi:
     """The hub client for HF_ENDPOINT, with the user's stored token. Raises HubOffline."""
-    from huggingface_hub import HfApi, is_offline_mode
+    from huggingface_hub import HfApi, constants, is_offline_mode
+    from huggingface_hub.utils import disable_progress_bars, logging
 
     from v4quant import __version__
 
@@ -61,6 +63,10 @@ def client() -> HfApi:
         raise HubOffline(
             "HF_HUB_OFFLINE is set, so no hub is asked; unset it, or give a local folder"
         )
+    if not constants.HF_DEBUG:
+        # Its warnings name signed links, its bars would draw over ours.
+        logging.set_verbosity_error()
+        disable_progress_bars()
     return HfApi(library_name="v4quant", library_version=__version__)
 
 
@@ -145,6 +151,8 @@ def _judge(what: str, error: Exception) -> PassingFailure:
         if failure := passing(response):
             return failure
         raise refusal(what, response.status_code, str(cause)) from None
+    if isinstance(error, json.JSONDecodeError):
+        return PassingFailure("the answer was cut short")
     if isinstance(cause, httpx2.TransportError | ConnectionError | TimeoutError):
         return PassingFailure(f"{type(cause).__name__}: {cause}")
     if isinstance(cause, OSError):

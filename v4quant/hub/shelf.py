@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from v4quant.hub.client import HubError
 from v4quant.hub.download import download
@@ -59,12 +60,13 @@ class Shelf:
         cap: int | None = None,
         cached: Mapping[str, Path] = {},
         keep: bool = False,
+        lock: BinaryIO | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ) -> None:
         """`folder` takes the shards; cap: bytes (default three of the largest shards).
 
         cached: shards that already lie on this disk, elsewhere. keep: what was fetched outlives
-        `close`, for a later run. Raises DiskCapError.
+        `close`, for a later run. lock: closed by `close`. Raises DiskCapError.
         """
         self._remote, self._folder, self._cached = remote, folder, dict(cached)
         self._names = set(shards)
@@ -77,7 +79,7 @@ class Shelf:
                 f"--disk-cap {self.cap:,} bytes does not hold {foreign[0]} "
                 f"({sizes[foreign[0]]:,} bytes); give at least {largest:,}"
             )
-        self.advance, self._keep = advance, keep
+        self.advance, self._keep, self._lock = advance, keep, lock
         self._here: dict[str, _Shard] = {}
         self._queue: deque[str] = deque()
         self._wanted: list[str] = []
@@ -181,6 +183,8 @@ class Shelf:
                     self._drop(file)
             self._pinned.clear()
             self._reserved = 0
+            if self._lock is not None:
+                self._lock.close()
             self._threads, self._stopping, self._error = [], False, None
 
     # -- below, the lock is held

@@ -9,6 +9,7 @@ commit is used in place of the network.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import shutil
 import weakref
@@ -17,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from tempfile import mkdtemp
+from typing import BinaryIO
 
 from v4quant.hub.client import HubError, HubOffline, is_offline
 from v4quant.hub.download import download
@@ -32,10 +34,10 @@ from v4quant_formats.checkpoint import (
     open_checkpoint,
     read_structure,
 )
-from v4quant_formats.errors import MissingShard
+from v4quant_formats.errors import MissingShard, OutputError
 from v4quant_formats.safetensors_header import parse_header
 from v4quant_formats.shard_files import FileState, Origin
-from v4quant_formats.shards import write_file_atomically
+from v4quant_formats.shards import output_error, write_file_atomically
 from v4quant_formats.sidecars import ALLOWED_FILES, ALLOWED_FOLDERS, MAX_SIDECAR_BYTES
 from v4quant_formats.spec import TensorSpec
 
@@ -61,7 +63,12 @@ def open_hub(
     if is_offline():
         return _from_cache(ref)
     if scratch is not None:
-        return _open_in(ref, scratch, cap, headers_only, keep=True)
+        lock = _lock(scratch)
+        try:
+            return _open_in(ref, scratch, cap, headers_only, keep=True, lock=lock)
+        except BaseException:
+            lock.close()
+            raise
     folder = Path(mkdtemp(prefix="v4quant-"))
     try:
         checkpoint = _open_in(ref, folder, cap, headers_only, keep=False)
@@ -72,8 +79,19 @@ def open_hub(
     return checkpoint
 
 
+def open_published(repo: str, folder: Path) -> Checkpoint:
+    """A checkpoint whose config and index lie in `folder` and whose shards `main` already has."""
+    remote = open_remote(HubRef(repo))
+    return _open_skeleton(remote, folder, folder / "unused", None, keep=False, lock=None)
+
+
 def _open_in(
-    ref: HubRef, folder: Path, cap: int | None, headers_only: bool, keep: bool
+    ref: HubRef,
+    folder: Path,
+    cap: int | None,
+    headers_only: bool,
+    keep: bool,
+    lock: BinaryIO | None = None,
 ) -> Checkpoint:
     remote = open_remote(ref, _pinned(folder, ref))
     if keep:
@@ -85,11 +103,16 @@ def _open_in(
             write_file_atomically(skeleton / name, cached.read_bytes())
         else:
             download(remote, remote.files[name], skeleton / name)
-    return _open_skeleton(remote, skeleton, folder, cap, keep)
+    return _open_skeleton(remote, skeleton, folder, cap, keep, lock)
 
 
 def _open_skeleton(
-    remote: Remote, skeleton: Path, folder: Path, cap: int | None, keep: bool
+    remote: Remote,
+    skeleton: Path,
+    folder: Path,
+    cap: int | None,
+    keep: bool,
+    lock: BinaryIO | None,
 ) -> Checkpoint:
     names = [n for n in remote.files if n.endswith(".safetensors") and "/" not in n]
     cached = {n: path for n in names if (path := _cached(remote, n)) is not None}
@@ -97,7 +120,7 @@ def _open_skeleton(
     config, tensors = read_structure(skeleton, headers, single=SINGLE_NAME in remote.files)
     used = sorted(headers.read)
     files = {n: FileState(remote.files[n].size) for n in used}
-    shelf = Shelf(remote, used, folder / "shards", cap, cached, keep)
+    shelf = Shelf(remote, used, folder / "shards", cap, cached, keep, lock)
     origin = Origin(remote.repo, remote.commit, remote.license)
     return Checkpoint(skeleton, config, tensors, files, shelf, origin)
 
@@ -202,6 +225,25 @@ def _from_cache(ref: HubRef) -> Checkpoint:
         f"{ref}: HF_HUB_OFFLINE is set and the local cache holds {missing}; unset it, or download "
         "the repository first"
     )
+
+
+def _lock(folder: Path) -> BinaryIO:
+    """Hold a scratch folder for this process. Raises OutputError when another one has it."""
+    path = folder / "lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = path.open("wb")
+    except OSError as error:
+        raise output_error(path, error) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        raise OutputError(
+            f"{folder}: another v4quant process fetches into this folder; wait for it or choose "
+            "another one"
+        ) from None
+    return handle
 
 
 def _pinned(folder: Path, ref: HubRef) -> str | None:
