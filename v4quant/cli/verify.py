@@ -14,7 +14,7 @@ from v4quant.source import Source
 from v4quant.verify import verify as verify_checkpoint
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.engines import ENGINES, GPUS
-from v4quant_formats.preflight import Preflight, preflight
+from v4quant_formats.preflight import Preflight, preflight, preflight_onnx
 
 
 @click.command(epilog="Example: v4quant verify out --source DeepSeek-V4-Flash --kernels")
@@ -95,6 +95,8 @@ def verify(
 
 
 def _predict(out: Path, engine: str, tp: int, context: int, gpu: str | None) -> Preflight:
+    if engine == "onnxruntime" and next(out.glob("*.onnx"), None) is not None:
+        return preflight_onnx(out)
     with open_checkpoint(out) as checkpoint:
         return preflight(checkpoint, engine, tp, context, gpu or "")
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.engines import ENGINES, Engine
 from v4quant_formats.model_config import parse_dimensions
-from v4quant_formats.preflight.checks import CHECKS
+from v4quant_formats.preflight.checks import CHECKS, complete, names
+from v4quant_formats.preflight.containers import container_of, gguf_shapes, onnx_findings
 from v4quant_formats.preflight.declared import Declaration
 from v4quant_formats.preflight.fit import (
     SPLITS,
@@ -26,7 +28,7 @@ from v4quant_formats.preflight.fit import (
 from v4quant_formats.preflight.survey import Finding, survey
 from v4quant_kernels.errors import V4QuantError
 
-__all__ = ["Finding", "Memory", "Preflight", "preflight"]
+__all__ = ["Finding", "Memory", "Preflight", "preflight", "preflight_onnx"]
 
 _ORDER = {"error": 0, "warning": 1, "note": 2}
 
@@ -65,20 +67,27 @@ def find_engine(name: str) -> Engine:
 def preflight(
     checkpoint: Checkpoint, engine_name: str, tp: int = 1, context: int = 8192, gpu: str = ""
 ) -> Preflight:
-    """Check a safetensors checkpoint for an engine, on `tp` GPUs, for `context` tokens.
+    """Check a safetensors or GGUF checkpoint for an engine, on `tp` GPUs, for `context` tokens.
 
     gpu: a generation of `engines.GPUS` that must be among those that run it.
     Raises UnknownEngine, or ConfigError for a config.json that is not V4's.
     """
     engine = find_engine(engine_name)
-    if engine.container != "safetensors":
-        problem = f"{engine.title} does not load safetensors folders: {engine.advice}"
-        where = str(checkpoint.path)
-        found = Finding("error", "container", where, problem, engine.advice)
+    container = container_of(checkpoint)
+    if engine.container != container:
+        problem = f"{engine.title} loads {engine.container}, this is {container}; "
+        problem += engine.advice or "convert the release for it"
+        remedy = engine.advice or f"use --format for {engine.container}"
+        found = Finding("error", "container", str(checkpoint.path), problem, remedy)
         return Preflight(engine.name, (found,), (), (), None)
     config = parse_dimensions(dict(checkpoint.config), str(checkpoint.path / "config.json"))
     declaration = Declaration(engine, checkpoint.config, config.num_hidden_layers)
     arranged = survey(checkpoint, declaration)
+    if container == "gguf":
+        findings = [f for check in (names, complete, gguf_shapes) for f in check(arranged)]
+        size = memory(arranged, 1, context)
+        runs = () if findings else engine.experts["gguf"]
+        return Preflight(engine.name, _merge(findings), runs, (1, 2, 4, 8), size)
     findings = [f for check in CHECKS for f in check(arranged)]
     findings += split_findings(arranged, tp)
     runs = gpus(arranged) if not any(f.severity == "error" for f in findings) else ()
@@ -87,6 +96,12 @@ def preflight(
         findings.append(Finding("error", "gpu", "config.json", problem, engine.advice))
     splits = tuple(n for n in SPLITS if not any(split_problems(arranged, n)))
     return Preflight(engine.name, _merge(findings), runs, splits, memory(arranged, tp, context))
+
+
+def preflight_onnx(folder: Path) -> Preflight:
+    """Check a folder of ONNX graphs for ONNX Runtime's CPU provider. Raises OnnxError."""
+    findings = _merge(onnx_findings(folder))
+    return Preflight("onnxruntime", findings, () if findings else ("CPU",), (1,), None)
 
 
 def _merge(findings: Iterable[Finding]) -> tuple[Finding, ...]:
