@@ -294,14 +294,29 @@ def _to_bf16(plan: Plan, stored: StoredWeight, q: QTensor) -> tuple[QTensor, Ten
 def _to_blocks(
     plan: Plan, stored: StoredWeight, q: QTensor, scheme: Scheme, stats: Evidence | None
 ) -> tuple[QTensor, TensorRecord]:
-    """An expert matrix in GGUF's block type; some hold FP4 values exactly, which is counted."""
-    values = codec.dequantize(q)
-    _refuse_overflow(plan, stored, values)
+    """An expert matrix in GGUF's block type, in pieces of rows; FP4 values that fit are counted."""
     importance = stats.importance(stored.module) if stats else None
-    found = measured(values, codec.quantize(values, scheme, importance=importance))
-    if not found.squared_error:
-        return found.tensor, _record(stored, "cast", scheme.name)
-    return found.tensor, _lossy_record(stored, scheme, found, "quantized", 0)
+    pieces, squared, norm, largest = [], 0.0, 0.0, 0.0
+    for start in range(0, q.shape[0], _DENSE_ROWS):
+        values = codec.dequantize(_rows_of(q, start, min(start + _DENSE_ROWS, q.shape[0])))
+        _refuse_overflow(plan, stored, values)
+        found = measured(values, codec.quantize(values, scheme, importance=importance))
+        pieces.append(found.tensor.codes)
+        squared, norm = squared + found.squared_error, norm + found.squared_norm
+        largest = max(largest, found.max_error)
+    result = QTensor(scheme, q.shape, torch.cat(pieces))
+    if not squared:
+        return result, _record(stored, "cast", scheme.name)
+    whole = QuantizedMatrix(result, squared, norm, largest)
+    return result, _lossy_record(stored, scheme, whole, "quantized", 0)
+
+
+def _rows_of(q: QTensor, start: int, stop: int) -> QTensor:
+    """Rows of a coded matrix; `start` is a multiple of its block's height."""
+    assert q.scale is not None
+    height = q.scheme.block[0]
+    scale = q.scale[start // height : -(-stop // height)]
+    return QTensor(q.scheme, (stop - start, q.shape[1]), q.codes[start:stop], scale)
 
 
 def _solve(plan: Plan, module: str, q: QTensor, stats: Evidence | None) -> QuantizedMatrix:

@@ -93,9 +93,12 @@ def _config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str]) -> dict
     return {k: v for k, v in raw.items() if k not in ("expert_dtype", "quantization_config")}
 
 
+_SCHEMES = ("mxfp4", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k")
+_OTHERS = "GGUF files are llama.cpp's; deepseek and compressed-tensors are formats it loads"
+
 GGUF = Layout(
     name="gguf",
-    schemes=("mxfp4", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"),
+    schemes=_SCHEMES,
     expert_parts=_expert_parts,
     expert_tensors=_expert_tensors,
     dense=_dense,
@@ -107,4 +110,5 @@ GGUF = Layout(
     leaves_out=_leaves_out,
     check=_check,
     index="",
+    refused={(engine, s): _OTHERS for engine in ("vllm", "sglang") for s in _SCHEMES},
 )

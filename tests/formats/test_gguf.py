@@ -26,6 +26,7 @@ from v4quant.plan import make_plan
 from v4quant.recipe import Recipe, RecipeError
 from v4quant.sizes import SizeError
 from v4quant.verify import verify
+from v4quant_calibration.stats import Stats
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.errors import UnknownTokenizer, UnsupportedPair, WrongDtype
 from v4quant_formats.gguf_layout import GGUF
@@ -270,10 +271,35 @@ def test_choices_that_make_no_sense() -> None:
     for wrong in ({"dense": "q9"}, {"split_size": "10"}, {"split_size": "many"}):
         with pytest.raises((RecipeError, SizeError), match=r"'q9'|is below|is not a size"):
             Recipe("mxfp4", "gguf", **wrong)
+    with pytest.raises(UnsupportedPair, match=r"cannot be written for vllm: GGUF files are"):
+        Recipe("q4_k", engine="vllm")
     with pytest.raises(RecipeError, match="dense = 'q8_0' in deepseek has no effect"):
         Recipe("mxfp4", "deepseek", dense="q8_0")
     with pytest.raises(RecipeError, match="split_size has no effect in compressed-tensors"):
         Recipe("int4-g32", split_size="1GB")
+
+
+def test_importance_weighs_the_error(tmp_path: Path, generator: torch.Generator) -> None:
+    """With statistics the weighted error falls, and the plain one rises."""
+
+    class Uneven(Stats):
+        """Every expert's first channels matter most."""
+
+        def importance(self, module: str) -> torch.Tensor:
+            return torch.cat([torch.full((32,), 100.0), torch.ones(96)]).double()
+
+    plain, weighted = tmp_path / "plain", tmp_path / "weighted"
+    convert(TINY, plain, Recipe("q2_k", "gguf"))
+    convert(TINY, weighted, Recipe("q2_k", "gguf"), stats=Uneven("", 1, {}))
+    assert verify(weighted, TINY, SilentProgress()).findings == ()
+    oracle, errors = OracleParams(TINY), torch.zeros(2, 2)
+    for which, folder in enumerate((plain, weighted)):
+        with open_checkpoint(folder) as output:
+            for expert in range(4):
+                module = f"layers.1.ffn.experts.{expert}.w3"
+                squared = (read_dense(output, module) - oracle(module)).square()
+                errors[which] += torch.stack([squared[:, ::16].sum(), squared.sum()])
+    assert errors[1, 0] < 0.9 * errors[0, 0] and errors[1, 1] > errors[0, 1], errors
 
 
 def test_split_files(converted: Convert, tmp_path: Path) -> None:
