@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,14 +189,14 @@ def _problems(path: Path, model: Any) -> Iterator[OnnxProblem]:
     if not model.graph.output:
         yield OnnxProblem(name, "graph", "has no output")
     for graph in _graphs(model.graph):
-        types = {t.name: t.data_type for t in graph.initializer}
-        if len(types) != len(graph.initializer):
+        tensors = {t.name: t for t in graph.initializer}
+        if len(tensors) != len(graph.initializer):
             yield OnnxProblem(name, "initializers", "two have one name")
         for tensor in graph.initializer:
             for problem in _tensor_problems(path.parent, tensor):
                 yield OnnxProblem(name, tensor.name[:200], problem)
         for node in graph.node:
-            if refusal := cpu_refusal(node, types):
+            if refusal := cpu_refusal(node, tensors):
                 yield OnnxProblem(name, f"{node.op_type} {node.name[:80]}".strip(), refusal)
 
 
@@ -250,16 +250,16 @@ def _number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 
 
-def cpu_refusal(node: Any, types: dict[str, int]) -> str | None:
+def cpu_refusal(node: Any, tensors: Mapping[str, Any]) -> str | None:
     """Why onnxruntime's CPU kernels refuse a node that the standard allows, or None.
 
-    types: onnx data types of the graph's initializers by name.
+    tensors: the graph's initializers (onnx.TensorProto) by name.
     """
     values = {a.name: a.s.decode(errors="replace") if a.s else a.i for a in node.attribute}
-    if any(types.get(name) == _FLOAT4 for name in node.input):
+    types = [tensors[name].data_type if name in tensors else 0 for name in node.input]
+    if _FLOAT4 in types:
         return "no CPU kernel reads FLOAT4E2M1; store the bytes as UINT8 and decode by table"
-    scale = types.get(node.input[1]) if len(node.input) > 1 else None
-    if node.op_type == "DequantizeLinear" and scale in (_BFLOAT16, _E8M0):
+    if node.op_type == "DequantizeLinear" and {_BFLOAT16, _E8M0} & set(types[1:2]):
         return "no CPU kernel takes scales in BFLOAT16 or FLOAT8E8M0; store them as FLOAT"
     if node.domain != MICROSOFT:
         return None
@@ -267,10 +267,25 @@ def cpu_refusal(node: Any, types: dict[str, int]) -> str | None:
         return "has no CPU kernel"
     if node.op_type == "MatMulNBits" and values.get("bits", 4) not in (2, 4, 8):
         return f"{values['bits']} bits; the CPU kernel takes 2, 4 and 8"
-    return _qmoe_refusal(values) if node.op_type == "QMoE" else None
+    if node.op_type != "QMoE":
+        return None
+    return _qmoe_refusal(values) or _qmoe_misfit(node, values, tensors)
 
 
-def _qmoe_refusal(values: dict[str, Any]) -> str | None:
+def _qmoe_misfit(node: Any, values: Mapping[str, Any], tensors: Mapping[str, Any]) -> str | None:
+    """Codes and scales of one projection must count the same experts, rows and blocks."""
+    block, bits = values.get("block_size", 0), values.get("expert_weight_bits", 4)
+    for first in (2, 5):
+        pair = [tensors[name] for name in node.input[first : first + 2] if name in tensors]
+        if block and len(pair) == 2:
+            codes, scales = (list(t.dims) for t in pair)
+            fits = len(codes) == len(scales) == 3 and codes[:2] == scales[:2]
+            if not fits or codes[2] * 8 != scales[2] * block * bits:
+                return f"codes {codes[:4]} and scales {scales[:4]} do not fit blocks of {block}"
+    return None
+
+
+def _qmoe_refusal(values: Mapping[str, Any]) -> str | None:
     if values.get("quant_type", "int") != "int":
         return f"quant_type '{values['quant_type']}' has no CPU kernel; 'int' has"
     if values.get("expert_weight_bits", 4) not in (2, 4, 8):

@@ -41,6 +41,7 @@ from v4quant_formats.onnx_experts import (
     expert_pieces,
     expert_specs,
 )
+from v4quant_formats.onnx_graph import Graph
 from v4quant_formats.onnx_indexer import indexer_model
 from v4quant_formats.onnx_moe import MoeLayer, experts_model
 from v4quant_formats.safetensors_header import read_header
@@ -291,3 +292,47 @@ def scale_of(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
     """The largest sum of magnitudes a score is made of."""
     products = (q @ k.mT).abs()
     return (weights.abs().unsqueeze(-1) * products).sum(1).max()
+
+
+def refused_graph(case: str) -> bytes:
+    """A graph the standard allows and the CPU kernels do not take."""
+    graph = Graph("refused")
+    helper = onnx.helper
+    if case == "MatMulNBits of 3 bits":
+        x = graph.input("x", "F32", ["tokens", 64])
+        codes = graph.constant(np.zeros((8, 2, 12)), np.uint8)
+        scales = graph.constant(np.ones((8, 2)), np.float32)
+        y = graph.node(
+            "MatMulNBits", x, codes, scales, domain="com.microsoft",
+            K=64, N=8, bits=3, block_size=32,
+        )  # fmt: skip
+        graph.output("y", y, "F32", ["tokens", 8])
+        return graph.model("", {})
+    kind = {"FLOAT4E2M1": 23, "BFLOAT16 scale": 3}[case]
+    codes = helper.make_tensor("codes", kind, [4, 32], [0] * 128)
+    scale = helper.make_tensor("scale", 1 if kind == 23 else 16, [4, 1], [1.0] * 4)
+    node = helper.make_node("DequantizeLinear", ["codes", "scale"], ["z"], axis=1, block_size=32)
+    # The sum with an input keeps the runtime from folding it all.
+    cast = helper.make_node("Cast", ["z"], ["f"], to=1)
+    add = helper.make_node("Add", ["f", "x"], ["y"])
+    value = helper.make_tensor_value_info
+    built = helper.make_graph(
+        [node, cast, add], "refused", [value("x", 1, [4, 32])], [value("y", 1, [4, 32])],
+        [codes, scale],
+    )  # fmt: skip
+    data: bytes = helper.make_model(
+        built, ir_version=11, opset_imports=[helper.make_opsetid("", 23)]
+    ).SerializeToString()
+    return data
+
+
+@pytest.mark.parametrize("case", ["MatMulNBits of 3 bits", "FLOAT4E2M1", "BFLOAT16 scale"])
+def test_the_check_refuses_what_the_runtime_refuses(case: str, tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_bytes(refused_graph(case))
+    assert len(check_onnx_folder(tmp_path).problems) == 1
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    with pytest.raises(Exception, match=r"NOT_IMPLEMENTED|quantization is supported"):
+        onnxruntime.InferenceSession(
+            str(tmp_path / "x.onnx"), options, providers=["CPUExecutionProvider"]
+        )

@@ -204,7 +204,7 @@ def test_what_cpu_kernels_refuse(
     op: str, domain: str, attributes: dict[str, Any], kind: int, text: str
 ) -> None:
     node = onnx.helper.make_node(op, ["x", "s"], ["y"], domain=domain, **attributes)
-    refusal = cpu_refusal(node, {"s": kind})
+    refusal = cpu_refusal(node, {"s": onnx.TensorProto(data_type=kind)})
     assert refusal is not None and text in refusal
 
 
@@ -216,4 +216,27 @@ def test_what_cpu_kernels_take() -> None:
         ("Mul", "", {}),
     ):
         node = onnx.helper.make_node(op, ["x", "s"], ["y"], domain=domain, **attributes)
-        assert cpu_refusal(node, {"s": 1}) is None
+        assert cpu_refusal(node, {"s": onnx.TensorProto(data_type=1)}) is None
+
+
+@pytest.mark.parametrize(
+    ("scales", "fits"),
+    [
+        ((4, 64, 2), True),
+        ((4, 64, 4), False),
+        ((4, 32, 2), False),
+        ((3, 64, 2), False),
+        ((4,), False),
+    ],
+)
+def test_qmoe_codes_and_scales_must_agree(scales: tuple[int, ...], fits: bool) -> None:
+    node = onnx.helper.make_node(
+        "QMoE", ["x", "p", "c", "s", "", "c2", "s2"], ["y"], domain=MICROSOFT,
+        activation_type="swiglu", swiglu_fusion=1, block_size=32,
+    )  # fmt: skip
+    tensors = {
+        "c": onnx.TensorProto(dims=(4, 64, 32), data_type=2),
+        "s": onnx.TensorProto(dims=scales, data_type=1),
+    }
+    refusal = cpu_refusal(node, tensors)
+    assert (refusal is None) == fits

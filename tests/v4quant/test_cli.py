@@ -113,8 +113,8 @@ def test_help_has_an_example(v4quant: Command, path: tuple[str, ...]) -> None:
 
 
 def environment_name(path: tuple[str, ...], option: click.Option) -> str:
-    words = ["v4quant", *path, option.opts[0].removeprefix("--").replace("-", "_")]
-    return "_".join(words).upper()
+    words = ["v4quant", *path, option.opts[0].removeprefix("--")]
+    return "_".join(words).replace("-", "_").upper()
 
 
 def test_version(v4quant: Command) -> None:

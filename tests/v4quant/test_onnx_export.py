@@ -184,8 +184,8 @@ def test_full_disk_is_seen_beforehand(tmp_path: Path, monkeypatch: pytest.Monkey
         export(TINY, tmp_path / "out", "mxfp4", "0")
 
 
-def run_cli(*arguments: str) -> tuple[int, str]:
-    outcome = CliRunner().invoke(cli, ["export-onnx", *arguments])
+def run_cli(*arguments: str, verb: str = "export-onnx") -> tuple[int, str]:
+    outcome = CliRunner().invoke(cli, [verb, *arguments])
     if isinstance(outcome.exception, V4QuantError):
         return 1, str(outcome.exception)
     return outcome.exit_code, outcome.stdout
@@ -222,3 +222,17 @@ def test_command_refuses(options: list[str], text: str, tmp_path: Path) -> None:
     code, said = run_cli(str(TINY), str(tmp_path / "out"), *options)
     assert code == 1 and text in said
     assert not (tmp_path / "out").exists()
+
+
+def test_verify_predicts_loading(tmp_path: Path) -> None:
+    export(TINY, tmp_path, "mxfp4", "0")
+    arguments = [str(tmp_path), "--engine", "onnxruntime"]
+    code, text = run_cli(*arguments, verb="verify")
+    assert code == 0 and "should load it" in text
+    data = tmp_path / "layers.0.safetensors"
+    data.write_bytes(data.read_bytes()[:-100])
+    code, text = run_cli(*arguments, verb="verify")
+    assert code == 3 and "cut short" in text and "NOT" in text
+    code, text = run_cli(*arguments, "--json", verb="verify")
+    found = json.loads(text)
+    assert code == 3 and not found["loads"] and found["findings"]
