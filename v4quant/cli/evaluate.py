@@ -138,12 +138,14 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     floor = result.get("noise_floor")
     if floor is None:
         return rows + probe_rows(result)
+    saved = result.get("reference_logits") or {}
+    bound = f" (at least; top {saved['top_k']})" if saved.get("top_k") else ""
     rows += [
         ("reference perplexity", f"{result['reference_perplexity']:.3f} +- "
                                  f"{result['reference_perplexity_stderr']:.3f}"),
         ("perplexity ratio", f"{result['perplexity_ratio']:.5f} +- "
                              f"{result['perplexity_ratio_stderr']:.5f}"),
-        ("mean KL", f"{result['kl_mean']:.3e} nats (noise floor {floor['kl_mean']:.3e})"),
+        ("mean KL" + bound, f"{result['kl_mean']:.3e} nats (noise floor {floor['kl_mean']:.3e})"),
         ("99th percentile KL", f"{result['kl_p99']:.3e} (floor {floor['kl_p99']:.3e})"),
         ("top-1 agreement", f"{100 * result['top1_agreement']:.2f} % "
                             f"(floor {100 * floor['top1_agreement']:.2f} %)"),
