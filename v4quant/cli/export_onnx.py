@@ -11,8 +11,8 @@ from v4quant.cli import _output
 from v4quant.cli._source import SOURCE
 from v4quant.onnx_export import OnnxResult, export_onnx
 from v4quant.onnx_plan import OnnxPlan, make_onnx_plan
+from v4quant.source import Source, open_source
 from v4quant_calibration.stats import load_stats, stats_digest
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.onnx_experts import KERNELS
 
 _KERNELS = list(dict.fromkeys(k for kernels in KERNELS.values() for k in kernels))
@@ -32,7 +32,7 @@ _KERNELS = list(dict.fromkeys(k for kernels in KERNELS.values() for k in kernels
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def export_onnx_command(
-    source: Path,
+    source: Source,
     out: Path,
     scheme: str,
     layers: str,
@@ -49,7 +49,7 @@ def export_onnx_command(
     them; the indexer's scores are a graph of their own. The same command again resumes.
     """
     wanted = [text.strip() for text in layers.split(",")] if layers else []
-    with open_checkpoint(source) as checkpoint:
+    with open_source(source, headers_only=dry_run) as checkpoint:
         stats, digest = None, ""
         if stats_file is not None:
             stats = load_stats(stats_file, checkpoint.digest())
