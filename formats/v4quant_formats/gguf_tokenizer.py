@@ -65,7 +65,8 @@ def tokenizer_fields(folder: Path, config: Mapping[str, Any]) -> list[Field]:
     ]
     if merges := _merges(path, model):
         fields.append(_array("merges", GGUFValueType.STRING, merges))
-    return fields + _special(folder, config, tokens) + _template(folder, tokens)
+    fields += _special(folder, config, tokens) + _sampling(folder)
+    return fields + _template(folder, tokens)
 
 
 def _array(name: str, element: GGUFValueType, values: list[Any]) -> Field:
@@ -153,8 +154,21 @@ def _special(folder: Path, config: Mapping[str, Any], tokens: list[str]) -> list
         for name, number in numbers.items()
         if isinstance(number, int) and 0 <= number < len(tokens)
     ]
-    adds = settings.get("add_bos_token") is True
-    return [*fields, Field("tokenizer.ggml.add_bos_token", GGUFValueType.BOOL, adds)]
+    for key in ("add_bos_token", "add_eos_token"):
+        adds = settings.get(key) is True
+        fields.append(Field(f"tokenizer.ggml.{key}", GGUFValueType.BOOL, adds))
+    return fields
+
+
+def _sampling(folder: Path) -> list[Field]:
+    """The release's own sampling, which llama.cpp takes as its defaults."""
+    path = folder / "generation_config.json"
+    settings = read_json_object(path) if path.is_file() else {}
+    return [
+        Field(f"general.sampling.{name}", GGUFValueType.FLOAT32, float(value))
+        for name, key in (("temp", "temperature"), ("top_p", "top_p"))
+        if isinstance(value := settings.get(key), int | float) and not isinstance(value, bool)
+    ]
 
 
 def _template(folder: Path, tokens: list[str]) -> list[Field]:

@@ -178,6 +178,7 @@ def test_tokenizer(converted: Convert) -> None:
     assert kinds[tokens.index("a")] == gguf.TokenType.NORMAL
     assert (field(reader, "tokenizer.ggml.bos_token_id"), tokens[0][:5]) == (0, "<｜beg")
     assert field(reader, "tokenizer.ggml.add_bos_token") is False
+    assert field(reader, "general.sampling.temp") == field(reader, "general.sampling.top_p") == 1
     merges = field(reader, "tokenizer.ggml.merges")
     assert len(merges) == 1785 and all(len(m.split(" ")) == 2 for m in merges)
     assert "messages" in field(reader, "tokenizer.chat_template")
