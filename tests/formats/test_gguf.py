@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -367,6 +369,35 @@ def test_same_bytes_for_any_workers_and_after_a_failure(
     assert not (tmp_path / "broken" / "v4quant.json").exists()
     convert(TINY, tmp_path / "broken", recipe)
     assert folder_bytes(tmp_path / "broken") == wanted
+
+
+SLOW = """
+import os, sys, time
+from pathlib import Path
+from tests.support.conversion import TINY, convert
+from v4quant.recipe import Recipe
+real = os.pwrite
+os.pwrite = lambda *a: (time.sleep(0.01), real(*a))[1]
+convert(TINY, Path(sys.argv[1]), Recipe("mxfp4", "gguf", split_size="1MB"))
+"""
+
+
+def test_a_killed_conversion_goes_on_where_it_was(tmp_path: Path) -> None:
+    recipe, out = Recipe("mxfp4", "gguf", split_size="1MB"), tmp_path / "killed"
+    convert(TINY, tmp_path / "whole", recipe)
+    wanted = folder_bytes(tmp_path / "whole")
+    with subprocess.Popen([sys.executable, "-c", SLOW, str(out)]) as process:
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("*.gguf"))) < 2:  # the first one's line is in the journal
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+    finished = min(out.glob("*.gguf"))
+    before = finished.stat()
+    assert not (out / "v4quant.json").exists()
+    convert(TINY, out, recipe)
+    assert finished.stat().st_mtime_ns == before.st_mtime_ns, "made again"
+    assert folder_bytes(out) == wanted
 
 
 @pytest.mark.parametrize("release", RELEASES)
