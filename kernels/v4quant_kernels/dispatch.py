@@ -14,12 +14,14 @@ from __future__ import annotations
 import importlib
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.experts import Activations, ExpertWeights
 from v4quant_kernels.ref import indexer as ref_indexer
 from v4quant_kernels.ref import moe as ref_moe
+from v4quant_kernels.runtime import Operand, RuntimeExperts, prepare_experts
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -67,19 +69,49 @@ def moe(
     x: Tensor,
     expert_ids: Tensor,
     expert_weights: Tensor,
-    experts: ExpertWeights,
+    experts: ExpertWeights | RuntimeExperts,
     swiglu_limit: float,
     expert_map: Tensor | None = None,
     activations: Activations = "bf16",
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Mixture of the routed experts; see `ref.moe.moe` for shapes and the formula."""
-    module = _kernels("moe") if uses_triton(x, backend) else ref_moe
-    result: Tensor = module.moe(
-        x, expert_ids, expert_weights, experts, swiglu_limit, expert_map, activations
-    )
+    """Mixture of the routed experts; see `ref.moe.moe` for shapes and the formula.
+
+    To call it more than once on a GPU, pass `prepare(experts, activations)`: the kernels' layout is
+    otherwise made anew in every call.
+    """
+    arguments = (x, expert_ids, expert_weights, experts, swiglu_limit, expert_map, activations)
+    if not uses_triton(x, backend):
+        return ref_moe.moe(*arguments)
+    result: Tensor = _kernels("moe").moe(*arguments, arch=architecture(x))
     return result
+
+
+def prepare(experts: ExpertWeights, activations: Activations = "bf16") -> RuntimeExperts:
+    """Lay experts out for the tensor cores of the device they are on, once, when loading.
+
+    Raises what `runtime.prepare_experts` raises.
+    """
+    arch = architecture(experts.w1.codes)
+    return prepare_experts(experts, operand_for(arch, activations))
+
+
+def operand_for(arch: int, activations: Activations) -> Operand:
+    """What the tensor cores of an architecture (90 for sm_90) should multiply."""
+    if activations == "bf16" or arch < 89:
+        return "bf16"
+    if arch < 100:
+        return "fp8"
+    return "native" if arch < 120 else "native8"
+
+
+def architecture(tensor: Tensor) -> int:
+    """Compute capability of the tensor's device, 90 for sm_90; 80 where there is none."""
+    if not tensor.is_cuda:
+        return 80
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
 
 
 def indexer_logits(

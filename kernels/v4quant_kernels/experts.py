@@ -2,8 +2,9 @@
 
 A checkpoint holds three small matrices per expert; a grouped GEMM wants one tensor per projection
 with the expert as its first dimension, so that a program finds its matrix by one multiplication.
-Nothing is repacked here: the bytes of every expert are those of its `QTensor`. Scale formats that
-kernels cannot take as arguments (E8M0; E4M3 before sm_89) are kept as the bytes they are.
+Nothing is repacked here: the bytes of every expert are those of its `QTensor`; `runtime.py` makes
+the kernels' layout of them. Scale formats that kernels cannot take as arguments (E8M0; E4M3 before
+sm_89) are kept as the bytes they are.
 
 The names follow the release: `w1` is the gate, `w3` the up and `w2` the down projection.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -65,6 +66,18 @@ class StackedMatrix:
             scale = scale.view(_TORCH_SCALE[self.scheme.scale])
         global_scale = self.global_scale[expert] if self.scheme.has_global_scale else None
         return QTensor(self.scheme, self.shape, codes, scale, global_scale)
+
+
+class StackedExperts(Protocol):
+    """What functions on a layer's experts ask for, however the experts are laid out."""
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    def __getitem__(self, expert: int, /) -> ExpertQTensors: ...
 
 
 @dataclass(frozen=True)
@@ -164,7 +177,7 @@ def local_expert_ids(expert_ids: Tensor, num_experts: int, expert_map: Tensor | 
 
 
 def check_moe_inputs(
-    x: Tensor, expert_ids: Tensor, expert_weights: Tensor, experts: ExpertWeights
+    x: Tensor, expert_ids: Tensor, expert_weights: Tensor, experts: StackedExperts
 ) -> None:
     """Raise V4QuantError unless shapes and dtypes are those `moe` documents."""
     if x.dtype != torch.bfloat16 or x.ndim != 2 or x.shape[1] != experts.hidden_size:

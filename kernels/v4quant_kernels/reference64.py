@@ -10,6 +10,8 @@ A reference returns `(value, bound)`. `bound` is how far a correct float32 compu
   probabilistic bound of Higham and Mary (2019, theorem 2.4) with lambda = 8, which rounding errors
   exceed once in 10^13; the second allows for tensor cores, which truncate where they add the 16
   products of one instruction to the sum;
+* FP8 tensor cores of sm_89 and sm_90 keep 13 bits behind the point while they add the 32 products
+  of an instruction to a sum of at most 128: `4 * 2^-13 sum |a| |b|` more, where they are used;
 * where an intermediate is rounded (h to bfloat16, then perhaps to E4M3), a correct kernel may land
   on the neighbouring number if the exact value lies within its error of a rounding boundary. Those
   elements, and only those, contribute their possible step, summed like the errors above;
@@ -31,6 +33,7 @@ from v4quant_kernels.qtensor import QTensor
 F32_UNIT = 2.0**-24
 _E2M1 = torch.tensor((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), dtype=torch.float64)
 _E4M3_MAX = 448.0
+_FP8_SUM_ERROR = 4 * 2.0**-13
 _LAMBDA = 8.0  # standard deviations that independent errors of random sign are granted
 
 
@@ -116,9 +119,9 @@ def _sum_error(terms: int) -> float:
     return (_LAMBDA * math.sqrt(terms) + terms / 8 + 16) * F32_UNIT
 
 
-def _product(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x @ weight.T and what float32 accumulation may add to it."""
-    unit = _sum_error(x.shape[-1])
+def _product(weight: Tensor, x: Tensor, fp8_sums: bool) -> tuple[Tensor, Tensor]:
+    """x @ weight.T and what accumulation may add to it."""
+    unit = _sum_error(x.shape[-1]) + (_FP8_SUM_ERROR if fp8_sums else 0.0)
     return x @ weight.T, unit * (x.abs() @ weight.abs().T)
 
 
@@ -150,8 +153,13 @@ def moe64(
     experts: ExpertWeights,
     swiglu_limit: float,
     activations: Activations = "bf16",
+    *,
+    fp8_sums: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(value, bound), float64 `[T, hidden]`, for local expert ids; -1 is skipped."""
+    """(value, bound), float64 `[T, hidden]`, for local expert ids; -1 is skipped.
+
+    fp8_sums: allow for the short accumulator of FP8 tensor cores.
+    """
     tokens, top_k = expert_ids.shape
     value = torch.zeros(tokens, top_k, experts.hidden_size, dtype=torch.float64)
     error = torch.zeros_like(value)
@@ -162,7 +170,8 @@ def moe64(
         w1, w3, w2 = (decode64(q) for q in experts[expert])
         token, choice = (expert_ids == expert).nonzero(as_tuple=True)
         routing = expert_weights[token, choice].double().unsqueeze(1)
-        (gate, gate_error), (up, up_error) = _product(w1, x[token]), _product(w3, x[token])
+        gate, gate_error = _product(w1, x[token], fp8_sums)
+        up, up_error = _product(w3, x[token], fp8_sums)
         gate = gate.clamp(max=swiglu_limit)
         up = up.clamp(-swiglu_limit, swiglu_limit)
         silu = gate * torch.sigmoid(gate)
@@ -171,7 +180,7 @@ def moe64(
         h_error = routing.abs() * (1.1 * gate_error * (up.abs() + up_error) + silu.abs() * up_error)
         h_error += (16 + 4 * gate.abs()) * F32_UNIT * h.abs() + 2.0**-126
         h, step = _rounded_h(h, h_error, activations)
-        y, y_error = _product(w2, h)
+        y, y_error = _product(w2, h, fp8_sums)
         value[token, choice] = y
         error[token, choice] = y_error + _sum_of_steps(step, w2)
     total = value.sum(1)

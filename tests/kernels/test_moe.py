@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels import kernel_tools
 from tests.kernels.kernel_tools import poisoned_allocations, random_experts, random_qtensor
 from v4quant_kernels import dispatch
 from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
@@ -18,6 +17,7 @@ from v4quant_kernels.experts import ExpertWeights, local_expert_ids, stack_exper
 from v4quant_kernels.ref import moe as ref_moe
 from v4quant_kernels.ref.codec import dequantize
 from v4quant_kernels.reference64 import decode64, moe64
+from v4quant_kernels.runtime import prepare_experts
 from v4quant_kernels.scheme import SCHEMES
 
 LIMIT = 3.0  # low enough that the clamps act on these inputs
@@ -65,6 +65,10 @@ def assert_within(actual: Tensor, value: Tensor, bound: Tensor) -> None:
     assert (error <= bound).all(), f"worst error / bound: {(error / bound).max():.3g}"
 
 
+def gpu_arch() -> int:
+    return dispatch.architecture(torch.empty(0, device="cuda"))
+
+
 def to_device(experts: ExpertWeights, device: str) -> ExpertWeights:
     def move(matrix: Any) -> Any:
         parts = {p: getattr(matrix, p).to(device) for p in ("codes", "scale", "global_scale")}
@@ -93,39 +97,71 @@ def test_twin_keeps_the_bound(scheme: str, activations: Any, generator: torch.Ge
 def test_kernel_keeps_the_bound(
     scheme: str, gpu: Any, device: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Weights and bfloat16 tensor cores; both epilogues, and a tile's sums split along K."""
     experts = random_experts(scheme, 3, *sizes(scheme), generator)
     arguments = inputs(experts, 5, 2, generator)
     before = [t.clone() for t in arguments]
-    for activations in ("bf16", "e4m3") if scheme in {"mxfp4", "int4-g32"} else ("e4m3",):
+    prepared = prepare_experts(to_device(experts, device))
+    cases: list[tuple[Any, int]] = [("bf16", 1)]
+    if scheme in {"mxfp4", "int4-g32", "fp8"}:
+        cases += [("e4m3", 2)]
+    for activations, split in cases:
         with poisoned_allocations(monkeypatch):
             out = gpu.moe(
-                *(t.to(device) for t in arguments),
-                to_device(experts, device),
-                LIMIT,
-                None,
-                activations,
+                *(t.to(device) for t in arguments), prepared, LIMIT, None, activations, split=split
             )
         assert_within(out, *moe64(*arguments, experts, LIMIT, activations))
     assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
 
 
-@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4", "int4-g32", "fp8", "bf16"])
-def test_kernel_multiplying_in_bfloat16(
-    scheme: str, gpu: Any, device: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("scheme", "swap"), [("mxfp4", False), ("int4-g32", True)])
+def test_large_tiles_apply_swiglu_themselves(
+    scheme: str,
+    swap: bool,
+    gpu: Any,
+    device: str,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What a GPU multiplies: the decoded weights must survive the cast to bfloat16 unrounded."""
-    import triton.language as tl
-
-    if device == "cpu":
-        from triton.runtime.interpreter import InterpreterBuilder
-
-        shim = kernel_tools.bfloat16_dot(InterpreterBuilder.create_dot)
-        monkeypatch.setattr(InterpreterBuilder, "create_dot", shim)
     experts = random_experts(scheme, 2, *sizes(scheme), generator)
-    arguments = inputs(experts, 3, 2, generator)
-    on_device = [t.to(device) for t in arguments]
-    out = gpu.moe(*on_device, to_device(experts, device), LIMIT, compute=tl.bfloat16)
+    arguments = inputs(experts, 7, 2, generator)
+    tile = gpu.Tile(32, 64, 32, swap=swap)
+    with poisoned_allocations(monkeypatch):
+        out = gpu.moe(
+            *(t.to(device) for t in arguments), to_device(experts, device), LIMIT, tile=tile
+        )
     assert_within(out, *moe64(*arguments, experts, LIMIT))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "operand"),
+    [("mxfp4", "fp8"), ("fp8", "fp8"), ("mxfp4", "native"), ("mxfp4", "native8"),
+     ("mxfp8", "native")],
+)  # fmt: skip
+def test_eight_bit_tensor_cores(
+    scheme: str,
+    operand: Any,
+    gpu: Any,
+    device: str,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """E4M3 activations multiplied as they are, with decoded or block-scaled weights."""
+    if device == "cuda" and dispatch.operand_for(gpu_arch(), "e4m3") != operand:
+        pytest.skip("another GPU's tensor cores")
+    experts = random_experts(scheme, 2, *sizes(scheme), generator)
+    prepared = prepare_experts(to_device(experts, device), operand)
+    assert prepared.down.operand == operand and prepared.gate_up.operand == operand
+    arguments = inputs(experts, 6, 2, generator)
+    for tile in (gpu.Tile(16, 128, 128, swap=True), gpu.Tile(32, 128, 128)):
+        with poisoned_allocations(monkeypatch):
+            out = gpu.moe(
+                *(t.to(device) for t in arguments), prepared, LIMIT, None, "e4m3", tile=tile
+            )
+        fp8_sums = operand == "fp8" and device == "cuda"
+        assert_within(out, *moe64(*arguments, experts, LIMIT, "e4m3", fp8_sums=fp8_sums))
+    with pytest.raises(V4QuantError, match="prepare them for bfloat16"):
+        gpu.moe(*(t.to(device) for t in arguments), prepared, LIMIT)
 
 
 @pytest.mark.parametrize("rows", [16, 32])
@@ -147,7 +183,7 @@ def test_uneven_routing(
         ids = ids % 2 * 3
     else:
         ids[::3, 0], ids[1::4, 1], ids[5] = -1, -1, -1
-    tile = gpu.Tile(rows, 64, 32)
+    tile = gpu.Tile(rows, 64, 32, swap=rows == 16)
     with poisoned_allocations(monkeypatch):
         out = gpu.moe(
             x.to(device),
@@ -164,7 +200,7 @@ def test_uneven_routing(
 
 def test_slots_are_sorted_by_expert(gpu: Any, device: str, generator: torch.Generator) -> None:
     ids = torch.randint(-1, 6, (1500,), generator=generator, dtype=torch.int32)
-    plan = gpu.sort_slots(ids.to(device), 7, 16)  # expert 6 is empty
+    plan = gpu.sort_slots(gpu.Routed(ids.to(device), None, 7), 16)  # expert 6 is empty
     slots, tile_expert = plan.sorted_slots.cpu().view(-1, 16), plan.tile_expert.cpu()
     found = []
     for expert in range(7):

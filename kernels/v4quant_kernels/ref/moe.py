@@ -25,7 +25,7 @@ from torch import Tensor
 
 from v4quant_kernels.experts import (
     Activations,
-    ExpertWeights,
+    StackedExperts,
     check_moe_inputs,
     local_expert_ids,
 )
@@ -39,7 +39,7 @@ def moe(
     x: Tensor,
     expert_ids: Tensor,
     expert_weights: Tensor,
-    experts: ExpertWeights,
+    experts: StackedExperts,
     swiglu_limit: float,
     expert_map: Tensor | None = None,
     activations: Activations = "bf16",

@@ -1,0 +1,262 @@
+"""Compiles every kernel for every architecture without a GPU, and counts its instructions.
+
+    python kernels/bench/compile_grid.py            a sample, JSON on stdout (what the tests run)
+    python kernels/bench/compile_grid.py --full     every format, tile size, epilogue, architecture
+    python kernels/bench/compile_grid.py --full --write     and store the counts as the new baseline
+    ... --only=REGEX                                only kernels whose name matches
+
+For each kernel: registers, spilled bytes and shared memory as ptxas and Triton report them, which
+matrix instructions the machine code holds, and how many instructions one pass of the innermost loop
+with a matrix instruction spends per weight (per score for the indexer). The count is static: it
+says what the issue slots allow, not how long the kernel takes. Run in a process without Triton's
+interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton.backends.nvidia
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from v4quant_kernels.dispatch import operand_for
+from v4quant_kernels.gpu import activation, gemm, indexer, moe, native, routing, tiles
+from v4quant_kernels.runtime import RuntimeMatrix, layout_codes
+from v4quant_kernels.scheme import SCHEMES
+from v4quant_kernels.words import columns_per_word
+
+BASELINE = Path(__file__).with_name("instructions.json")
+ARCHITECTURES = (80, 89, 90, 100, 120)
+HIDDEN, WIDTH, TOP_K = 4096, 2048, 6
+TYPES = {
+    **dict.fromkeys(("x_ptr", "h_ptr", "out_ptr", "codes_ptr"), "*bf16"),
+    **dict.fromkeys(("y_ptr", "routing_ptr", "head_weights_ptr", "logits_ptr"), "*fp32"),
+    **dict.fromkeys(("row_scale_ptr", "sums_ptr"), "*fp32"),
+    **dict.fromkeys(("scale_ptr", "x_scale_ptr", "q_codes_ptr", "q_scale_ptr", "k_ptr"), "*u8"),
+    **dict.fromkeys(("words_ptr", "sorted_slots_ptr", "tile_expert_ptr"), "*i32"),
+    **dict.fromkeys(("counts_ptr", "end_ptr", "reference_ptr", "map_ptr"), "*i32"),
+    "ids_ptr": "*i64",
+    "limit": "fp32",
+}
+MATRIX = r"\b((?:[UHQI]*G?MMA|OMMA|UTC\w*MMA|UTCQMMA|QMMA)[\w.]*)"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation: `weights` are those (or scores) that one pass of the loop handles."""
+
+    kernel: str
+    variant: str
+    arch: int
+    constants: dict[str, Any]
+    types: dict[str, str]
+    weights: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.variant} sm_{self.arch}"
+
+
+def matrix_of(scheme_name: str, operand: str) -> RuntimeMatrix:
+    """Gate and up of V4-Flash without data."""
+    scheme = SCHEMES[scheme_name]
+    code, scale_code = layout_codes(scheme, operand)  # type: ignore[arg-type]
+    words = torch.empty(1, 2 * WIDTH, HIDDEN // columns_per_word(code), device="meta")
+    nothing = torch.empty(2, 1, device="meta")
+    return RuntimeMatrix(
+        scheme, (WIDTH, HIDDEN), code, scale_code, words,
+        nothing, nothing, nothing, nothing, torch.uint8,
+    )  # fmt: skip
+
+
+def gemm_job(scheme: str, activations: str, size: int, arch: int, epilogue: str) -> Job:
+    matrix = matrix_of(scheme, operand_for(arch, activations))  # type: ignore[arg-type]
+    tile = tiles.static_tile(arch, matrix, size, epilogue == "swiglu")
+    constants = {
+        **moe.constants(matrix, tile, tl.bfloat16),
+        "SLOTS_PER_ROW": TOP_K,
+        "SPLIT": 1 if epilogue == "swiglu" else 2,
+        "EPILOGUE": epilogue,
+    }
+    types = {"out_ptr": "*bf16" if epilogue == "swiglu" else "*fp32"}
+    if matrix.operand != "bf16":
+        types["x_ptr"] = "*u8"
+    is_native = matrix.operand.startswith("native")
+    if is_native and matrix.code != "t8":
+        types["words_ptr"] = "*u8"
+    if matrix.scale_code == "bf16":
+        types["scale_ptr"] = "*bf16"
+    kernel = "native_gemm_kernel" if is_native else "gemm_kernel"
+    name = f"{scheme} {activations} {size} {epilogue}"
+    weights = tile.columns * tile.depth * tile.unroll
+    return Job(kernel, name, arch, constants, types, weights)
+
+
+SCHEME_NAMES = ("mxfp4", "nvfp4", "int4-g32", "int4-g64", "int4-g128", "int8-g32", "int8-g128",
+                "fp8", "mxfp8", "bf16")  # fmt: skip
+
+
+def full_gemms() -> Iterator[Job]:
+    for arch in ARCHITECTURES:
+        for scheme in SCHEME_NAMES:
+            for activations in ("bf16", "e4m3"):
+                matrix = matrix_of(scheme, operand_for(arch, activations))  # type: ignore[arg-type]
+                if activations == "e4m3" and matrix.operand == "bf16":
+                    continue  # the same kernel as for bf16
+                for size in tiles.SIZES:
+                    for epilogue in ("sums",) if size == 16 else ("swiglu", "sums"):
+                        yield gemm_job(scheme, activations, size, arch, epilogue)
+
+
+def sampled_gemms() -> Iterator[Job]:
+    """Every kernel kind on every architecture, every format once, both ends of the batch."""
+    for arch in ARCHITECTURES:
+        yield gemm_job("mxfp4", "bf16", 16, arch, "sums")
+        if arch in {80, 90}:
+            yield gemm_job("mxfp4", "bf16", 128, arch, "swiglu")
+        if arch > 80:
+            yield gemm_job("mxfp4", "e4m3", 16, arch, "sums")
+            yield gemm_job("mxfp4", "e4m3", 128, arch, "swiglu")
+    for scheme in ("nvfp4", "int4-g32", "int4-g128", "int8-g128", "fp8"):
+        yield gemm_job(scheme, "bf16", 16, 90, "sums")
+    yield gemm_job("fp8", "e4m3", 128, 90, "swiglu")
+
+
+def small_kernels(archs: tuple[int, ...]) -> Iterator[Job]:
+    sort = {"MAPPED": True, "BLOCK": 1024}
+    for arch in archs:
+        yield Job("count_kernel", "", arch, sort, {})
+        for counted in (True, False):
+            place = {**sort, "COUNTED": counted, "BM": 16, "EXPERTS": 512}
+            yield Job("place_kernel", f"counted {counted}", arch, place, {})
+        combine = {"MAPPED": True, "TOP_K": 6, "SPLIT": 4, "BLOCK": 512}
+        yield Job("combine_kernel", "", arch, combine, {})
+        for as_bytes in (True, False):
+            types = {"codes_ptr": "*u8" if as_bytes else "*bf16"}
+            constants = {"AS_BYTES": as_bytes, "BR": 16, "BLOCK": 128}
+            yield Job("quantize_kernel", f"bytes {as_bytes}", arch, constants, types)
+        constants = {"SPLIT": 2, "ROUND": True, "AS_BYTES": True, "BLOCK": 128}
+        yield Job("activate_kernel", "", arch, constants, {"h_ptr": "*u8"})
+
+
+def indexer_jobs(full: bool) -> Iterator[Job]:
+    for arch in ARCHITECTURES:
+        score = {"D": 128, "HEADS": 64, "BS": 128, "BQ": 8, "ROUND_PRODUCTS": False}
+        yield Job("indexer_kernel", "", arch, {**score, "COMPUTE": tl.bfloat16}, {}, 128)
+
+
+def jobs(full: bool) -> list[Job]:
+    found = list(full_gemms() if full else sampled_gemms())
+    found += indexer_jobs(full)
+    return found + list(small_kernels(ARCHITECTURES if full else (80,)))
+
+
+def compile_one(job: Job) -> dict[str, Any]:
+    modules = (gemm, native, moe, indexer, routing, activation)
+    function = next(getattr(m, job.kernel) for m in modules if hasattr(m, job.kernel))
+    options = {k: v for k, v in job.constants.items() if k in {"num_warps", "num_stages"}}
+    constants = {k: v for k, v in job.constants.items() if k not in options}
+    known = {**TYPES, **job.types}
+    types = {n: "constexpr" if n in constants else known.get(n, "i32") for n in function.arg_names}
+    pointers = [i for i, n in enumerate(types) if types[n].startswith("*")]
+    source = ASTSource(
+        fn=function,
+        signature=types,
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
+    )
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
+    except Exception as error:  # noqa: BLE001  # any failure to compile is the finding
+        return {"name": job.name, "arch": job.arch, "error": f"{type(error).__name__}: {error}"}
+    usage, sass = _disassemble(compiled.asm["cubin"])
+    body = matrix_loop(sass)
+    threads = 32 * options.get("num_warps", 4)
+    ptx = compiled.asm["ptx"]
+    return {
+        **{k: v for k, v in asdict(job).items() if k in {"kernel", "variant", "arch"}},
+        "name": job.name,
+        "swap": bool(constants.get("SWAP")),
+        "registers": usage["REG"],
+        "spilled_bytes": usage["STACK"] + usage["LOCAL"],
+        "shared_bytes": compiled.metadata.shared,
+        "mma": sorted(set(re.findall(MATRIX, "\n".join(sass)))),
+        "per_weight": round(len(body) * threads / job.weights, 2) if job.weights else None,
+        "flushing": re.findall(r"\b(?:mul|fma|add)\S*\.ftz\S*", ptx),
+        "atomics": re.findall(r"\b(?:atom|red)\.global\S*", ptx),
+    }
+
+
+def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[str]]:
+    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def run(*command: str) -> str:
+            return subprocess.run(
+                [str(tools / command[0]), *command[1:], file.name],
+                capture_output=True, text=True, check=True,
+            ).stdout  # fmt: skip
+
+        resources = run("cuobjdump", "--dump-resource-usage")
+        listing = run("nvdisasm", "-c")
+    usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", resources)}
+    return usage, listing.splitlines()
+
+
+def matrix_loop(lines: list[str]) -> list[str]:
+    """Instructions of the shortest loop that holds a matrix instruction; all of them if none."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    for line in lines:
+        if label := re.match(r"\s*(\.L_\S+):", line):
+            labels[label.group(1)] = len(code)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(found.group(1))
+    loops = []
+    for end, instruction in enumerate(code):
+        jump = re.search(r"\bBRA\S*\s.*?(\.L_[\w.]+)", instruction)
+        begin = labels.get(jump.group(1), end + 1) if jump else end + 1
+        body = code[begin : end + 1]
+        if any(re.search(MATRIX, i) for i in body):
+            loops.append(body)
+    return min(loops, key=len, default=code)
+
+
+def main() -> None:
+    full, write = "--full" in sys.argv, "--write" in sys.argv
+    only = next((a.removeprefix("--only=") for a in sys.argv if a.startswith("--only=")), "")
+    workers = min(8, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        records = list(pool.map(compile_one, [j for j in jobs(full) if re.search(only, j.name)]))
+    if write:
+        stored = json.loads(BASELINE.read_text()) if only else {"kernels": {}}
+        counts = stored["kernels"] | {
+            r["name"]: {"per_weight": r["per_weight"], "registers": r["registers"]}
+            for r in records
+            if r.get("per_weight")
+        }
+        content = {"triton": tiles.triton_version(), "kernels": dict(sorted(counts.items()))}
+        BASELINE.write_text(json.dumps(content, indent=1) + "\n")
+    sys.stdout.write(json.dumps(records))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Tile sizes: a static table by architecture and operand, and an optional tuned one.
+
+A tile is how many slots, rows and columns a program takes at a time; what is best depends on how
+many slots an expert gets. The static table holds the choices that compile everywhere without
+spilling and with the fewest instructions per weight (`kernels/bench/instructions.json`), three
+sizes of batch for each operand.
+
+`v4quant bench moe --tune FILE` measures candidates on a GPU and writes the best to a JSON file; the
+environment variable V4QUANT_TILES names such a file. It is read when a kernel is first launched,
+and ignored with a warning when it was made for another device or Triton version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+
+from v4quant_kernels.runtime import RuntimeMatrix
+
+TILES_VARIABLE = "V4QUANT_TILES"
+SIZES = (16, 64, 128)
+"""Slots of a tile; the smallest that holds an expert's average number of slots is taken."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Slots (`rows`), weight rows (`columns`) and inner steps (`depth`) of one program.
+
+    `swap` puts weights on the left of the product, `unroll` repeats a step in the loop's body.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int = 4
+    stages: int = 3
+    swap: bool = False
+    unroll: int = 1
+
+
+def kind_of(matrix: RuntimeMatrix) -> str:
+    """What the tables distinguish: layout tag without version, and group size."""
+    return f"{matrix.code}/{matrix.scale_code}/{matrix.scheme.group_size}"
+
+
+def choose_tile(
+    arch: int, matrix: RuntimeMatrix, slots_per_expert: float, fused: bool = False
+) -> Tile:
+    """The tile for this matrix when an expert gets so many slots on average.
+
+    fused: the tile ends in SwiGLU (if it is larger than the smallest), not in sums.
+    """
+    size = next((s for s in SIZES if slots_per_expert <= s), SIZES[-1])
+    found = _tuned(f"{kind_of(matrix)} {size} {'swiglu' if fused else 'sums'}")
+    return found or static_tile(arch, matrix, size, fused)
+
+
+def choose_split(tiles: int, matrix: RuntimeMatrix, tile: Tile) -> int:
+    """How many programs share a tile along K: enough to fill a GPU when there are few tiles."""
+    programs = tiles * -(-matrix.rows // tile.columns)
+    steps = max(1, matrix.shape[1] // tile.depth)
+    wanted = 4 if programs <= 256 else 2 if programs <= 512 else 1
+    while wanted > 1 and (steps < 4 * wanted or matrix.shape[1] % (tile.depth * wanted)):
+        wanted //= 2
+    return wanted
+
+
+def static_tile(arch: int, matrix: RuntimeMatrix, size: int, fused: bool = False) -> Tile:
+    """The built-in choice for a tile of `size` slots."""
+    sums = matrix.scale_code in {"bf16", "e8m0"}  # scales multiply sums: a step is one group
+    if matrix.operand in {"native", "native8"}:
+        return _native(arch, size, fused)
+    if matrix.operand == "fp8":
+        return _fp8(arch, size, sums)
+    if sums:
+        return _group_sums(arch, size, min(128, matrix.scheme.group_size), matrix.code)
+    return _folded(arch, size, matrix, fused)
+
+
+_LITTLE_SHARED = {86, 89, 120}
+"""Architectures with 99 KiB of shared memory a program."""
+
+
+def _folded(arch: int, size: int, matrix: RuntimeMatrix, fused: bool) -> Tile:
+    """Scales inside bfloat16 weights."""
+    stages = 3 if arch in _LITTLE_SHARED else 4
+    if size == 16:
+        swap = arch < 90 or (arch == 90 and matrix.scale_code == "ue5m3")
+        return Tile(16, 128, 64 if matrix.code == "w16" else 128, 4, stages, swap)
+    if size == 64 or (matrix.code == "w16" and arch in _LITTLE_SHARED):
+        return Tile(64, 128, 64, 4, 3)
+    if arch == 90 and fused:
+        return Tile(128, 256, 64, 8, 3)
+    return Tile(128, 128, 64, 8, 2 if arch in _LITTLE_SHARED else 3)
+
+
+def _group_sums(arch: int, size: int, depth: int, code: str) -> Tile:
+    """Scales on the sums of groups: a second accumulator, so smaller tiles."""
+    if size == 16:
+        short = depth == 32
+        # Triton 3.9 cannot compile this one tile for sm_100 the other way round.
+        swap = not (short and arch == 100 and code == "i4")
+        return Tile(16, 128, depth, 4, 3, swap, 4 if short else 1)
+    return Tile(64, 128, depth, 8, 2 if arch in _LITTLE_SHARED else 3, swap=arch == 90)
+
+
+def _fp8(arch: int, size: int, sums: bool) -> Tile:
+    """FP8 tensor cores; a step is one block of 128 activations."""
+    stages = 2 if arch in _LITTLE_SHARED else 3
+    if size == 16:
+        return Tile(16, 128, 128, 4, stages + 1, swap=True)
+    if size == 64 or sums or arch == 89:
+        return Tile(64, 128, 128, 8, stages)
+    return Tile(128, 128, 128, 8, stages)
+
+
+def _native(arch: int, size: int, fused: bool) -> Tile:
+    """Block-scaled tensor cores."""
+    if arch >= 120:
+        return Tile(size, 128, 128, 8 if size > 16 else 4, 2)
+    return Tile(size, 128, 128, 4 if fused or size < 128 else 8, 3, swap=size < 128)
+
+
+@cache
+def _tuned_table(path: str) -> dict[str, Tile]:
+    try:
+        stored = json.loads(Path(path).read_text())
+        table = {k: Tile(**v) for k, v in stored["tiles"].items()}
+        made_for = stored["device"], stored["triton"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"{TILES_VARIABLE}: cannot read '{path}' ({error}); ignored", stacklevel=2)
+        return {}
+    here = (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"), triton_version()
+    if made_for != here:
+        warnings.warn(f"'{path}' was tuned for {made_for}, this is {here}; ignored", stacklevel=2)
+        return {}
+    return table
+
+
+def triton_version() -> str:
+    """Triton's version as tuned tables record it."""
+    return str(triton.__version__)
+
+
+def _tuned(key: str) -> Tile | None:
+    path = os.environ.get(TILES_VARIABLE)
+    return _tuned_table(path).get(key) if path else None
+
+
+def write_tuned(path: Path, device: str, tiles: dict[str, Tile]) -> None:
+    """Store a tuned table that `choose_tile` will read; keys are `kind size epilogue`."""
+    content = {
+        "device": device,
+        "triton": triton_version(),
+        "tiles": {k: asdict(v) for k, v in sorted(tiles.items())},
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")

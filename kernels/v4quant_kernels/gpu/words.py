@@ -1,0 +1,164 @@
+"""Words to numbers inside a kernel; the word codes are those of `v4quant_kernels.words`.
+
+For bfloat16 a word becomes one, two or four *pairs*: int32 values holding two bfloat16 side by
+side, so that every instruction works on two weights. E2M1 and E4M3 patterns shifted into place are
+bfloat16 numbers too small by a power of two (2^126 and 2^120); the multiplication that repairs this
+also applies the group's scale, both being one bfloat16 `multiplier`. Integers are put under the
+exponent of 128, and 136 (or 128, 256) is subtracted. All of it is exact.
+
+For FP8 an E2M1 word becomes two words of four E4M3 numbers by a byte table of eight magnitudes.
+The group's scale is part of the table: 2^r adds `r` to every exponent field, which works for
+-5 <= r <= 6, where nothing is subnormal.
+
+Two steps are one machine instruction that Triton cannot express, `fma.rn.bf16x2` (sm_80 and later)
+and `prmt.b32`. The interpreter has no assembly: there, COMPUTE is float32 and the same values come
+from plain arithmetic.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def fma2(a, b, c):
+    """a * b + c for both bfloat16 halves of int32 operands, rounded once; subnormals are kept."""
+    return tl.inline_asm_elementwise(
+        "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def select_bytes(low, high, selectors, COMPUTE: tl.constexpr):
+    """Four bytes of the table (low, high), chosen by the low four nibbles (0..7) of `selectors`."""
+    if tl.float32 == COMPUTE:
+        chosen = tl.zeros_like(selectors)
+        for place in tl.static_range(4):
+            selector = (selectors >> (4 * place)) & 7
+            table = tl.where(selector < 4, low, high)
+            chosen |= ((table >> (8 * (selector & 3))) & 0xFF) << (8 * place)
+    else:
+        chosen = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [low, high, selectors],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return chosen
+
+
+@triton.jit
+def _flatten(parts):
+    """`[R, W, ...]` to `[R, all]`."""
+    ROWS: tl.constexpr = parts.shape[0]
+    return tl.reshape(parts, (ROWS, parts.numel // ROWS))
+
+
+@triton.jit
+def pattern_pairs(words, CODE: tl.constexpr):
+    """int32 `[R, K/2]` pairs of `words` `[R, W]`: bits in place, nothing multiplied."""
+    if CODE == "t16":
+        M: tl.constexpr = -0x7E3F7E40  # 0x81C081C0
+        rest = (words << 1) & -0x7FFF8000  # 0x80008000
+        rest |= (words >> 3) & 0x01800180
+        rest |= (words >> 7) & 0x00400040
+        even = tl.join(words & M, (words << 6) & M)
+        pairs = tl.join(even, tl.join((words << 3) & M, rest))
+    elif CODE == "i4":
+        even = tl.join(words & 0x000F000F, (words >> 8) & 0x000F000F)
+        odd = tl.join((words >> 4) & 0x000F000F, (words >> 12) & 0x000F000F)
+        pairs = tl.join(even, odd) | 0x43004300
+    elif CODE == "e16":
+        low = ((words << 8) & -0x7FFF8000) | ((words << 4) & 0x07F007F0)
+        high = (words & -0x7FFF8000) | ((words >> 4) & 0x07F007F0)
+        pairs = tl.join(low, high)
+    elif CODE == "i8":
+        pairs = tl.join(words, words >> 8)
+    else:
+        tl.static_assert(CODE == "w16")
+        pairs = words
+    return _flatten(pairs)
+
+
+@triton.jit
+def _halves(pairs, COMPUTE: tl.constexpr):
+    """COMPUTE `[R, K]` numbers of int32 `[R, K/2]` bfloat16 pairs."""
+    if tl.float32 == COMPUTE:
+        low = (pairs << 16).to(tl.float32, bitcast=True)
+        high = (pairs & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        low = (pairs & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        high = (pairs >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return _flatten(tl.join(low, high))
+
+
+@triton.jit
+def scaled_floats(words, multiplier, CODE: tl.constexpr, COMPUTE: tl.constexpr):
+    """COMPUTE `[R, K]`: E2M1 or E4M3 words times `multiplier`, bfloat16 bits `[R, G]` per group."""
+    pairs = pattern_pairs(words, CODE)
+    ROWS: tl.constexpr = pairs.shape[0]
+    PAIRS: tl.constexpr = pairs.shape[1]
+    GROUPS: tl.constexpr = multiplier.shape[1]
+    grouped = tl.reshape(pairs, (ROWS, GROUPS, PAIRS // GROUPS))
+    if tl.float32 == COMPUTE:
+        factor = (multiplier << 16).to(tl.float32, bitcast=True)[:, :, None]
+        low = (grouped << 16).to(tl.float32, bitcast=True) * factor
+        high = (grouped & -0x10000).to(tl.float32, bitcast=True) * factor
+        values = _flatten(tl.join(low, high))
+    else:
+        twice = (multiplier | (multiplier << 16))[:, :, None]
+        # -0 leaves products as they are, signs of zero included.
+        products = fma2(grouped, tl.broadcast_to(twice, grouped.shape), -0x7FFF8000)
+        values = _halves(tl.reshape(products, (ROWS, PAIRS)), COMPUTE)
+    return values
+
+
+@triton.jit
+def unscaled(words, CODE: tl.constexpr, COMPUTE: tl.constexpr):
+    """COMPUTE `[R, K]` of integer (offset or two's complement) or bfloat16 words."""
+    pairs = pattern_pairs(words, CODE)
+    if CODE == "w16":
+        values = _halves(pairs, COMPUTE)
+    else:
+        if CODE == "i4":
+            offset = tl.zeros_like(pairs) - 0x3CF73CF8  # 0xC308C308, -136 twice
+        else:
+            # Seven bits under 128; minus 128, or minus 256 where the sign bit is set.
+            offset = (pairs & 0x00800080) | -0x3CFF3D00  # 0xC300C300
+            pairs = (pairs & 0x007F007F) | 0x43004300
+        if tl.float32 == COMPUTE:
+            values = _halves(pairs, COMPUTE) + _halves(offset, COMPUTE)
+        else:
+            values = _halves(fma2(pairs, 0x3F803F80, offset), COMPUTE)
+    return values
+
+
+@triton.jit
+def _as_fp8(fours):
+    """E4M3 `[R, K]` of int32 `[R, K/4]`, first column in the lowest byte."""
+    even = tl.join(fours.to(tl.int8), (fours >> 16).to(tl.int8))
+    odd = tl.join((fours >> 8).to(tl.int8), (fours >> 24).to(tl.int8))
+    return _flatten(tl.join(even, odd)).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def fp8_numbers(words, exponent, CODE: tl.constexpr, COMPUTE: tl.constexpr):
+    """E4M3 `[R, K]` of `words`: b8 as they are, t8 times 2^exponent, int32 `[R, G]` in -5..6."""
+    if CODE == "b8":
+        fours = words
+    else:
+        ROWS: tl.constexpr = words.shape[0]
+        GROUPS: tl.constexpr = exponent.shape[1]
+        grouped = tl.reshape(words, (ROWS, GROUPS, words.shape[1] // GROUPS))
+        low = (0x3C383000 + exponent * 0x08080800)[:, :, None]  # 0, 0.5, 1, 1.5
+        high = (0x4C484440 + exponent * 0x08080808)[:, :, None]  # 2, 3, 4, 6
+        low, high = tl.broadcast_to(low, grouped.shape), tl.broadcast_to(high, grouped.shape)
+        selectors = grouped & 0x77777777
+        first = select_bytes(low, high, selectors, COMPUTE) | (grouped & -0x7F7F7F80)
+        second = select_bytes(low, high, selectors >> 16, COMPUTE)
+        second |= (grouped << 4) & -0x7F7F7F80  # 0x80808080
+        fours = _flatten(tl.join(first, second))
+    return _as_fp8(fours)

@@ -1,0 +1,90 @@
+"""Words: weight codes arranged so that a kernel decodes several with one instruction.
+
+A GPU reads weights as 32-bit words and its cheapest instructions treat a word as two bfloat16 (or
+four FP8) numbers. Decoding codes in the order a file stores them spends most of its time moving
+them to where those numbers have their bits. Here they are put there once, when weights are loaded:
+a word holds `8` (or 4, or 2) consecutive columns of one row, and a *word code* says at which bits.
+
+| code | holds | for | a kernel takes out |
+|---|---|---|---|
+| t16 | 8 E2M1 | bfloat16 pairs | `x & M`, `x<<3 & M`, `x<<6 & M`, and one pair in three pieces |
+| t8 | 8 E2M1 | FP8 by a table of bytes | selectors `x & 0x77777777`, signs `x` and `x<<4` |
+| i4 | 8 integers | bfloat16 pairs | `x & 0x000F000F`, `x>>4 & ..`, put under the exponent of 128 |
+| i8 | 4 integers | bfloat16 pairs | `x & 0x007F007F` and sign bits likewise; `x>>8` |
+| e16 | 4 E4M3 | bfloat16 pairs | signs in place, the rest shifted by 4 |
+| b8 | 4 E4M3 | FP8 as it is | the word |
+| n4 | 8 E2M1 | block-scaled tensor cores | the word (the bytes of a checkpoint) |
+| w16 | 2 bfloat16 | bfloat16 as it is | the word |
+
+M is 0x81C081C0: the sign and the `eem` bits of two bfloat16. Column 2j of a word is the low half of
+pair j, column 2j+1 the high half.
+
+A code is a table of pieces `(column, mask, shift)`: the bits `mask` of that column's code move left
+by `shift`. Every bit of a word is used once, so arranging can be undone, and a new code is a new
+table here and its branch in `gpu/words.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Piece = tuple[int, int, int]
+
+
+def _t16() -> list[Piece]:
+    pieces = []
+    for column in range(8):
+        pair, half = column // 2, 16 * (column % 2)
+        if pair < 3:
+            pieces += [(column, 8, half + 12 - 3 * pair), (column, 7, half + 6 - 3 * pair)]
+        else:  # what is left of each half: bits 14, 13, 11 and 10
+            pieces += [(column, 8, half + 11), (column, 6, half + 9), (column, 1, half + 13)]
+    return pieces
+
+
+def _t8() -> list[Piece]:
+    signs = [(c, 8, 8 * c + 4 if c < 4 else 8 * (c - 4)) for c in range(8)]
+    return [(c, 7, 4 * c) for c in range(8)] + signs
+
+
+def _by_pairs(bits: int) -> list[Piece]:
+    """Column 2j at place j of the low half, column 2j+1 at place j of the high half."""
+    return [(c, (1 << bits) - 1, c // 2 * bits + 16 * (c % 2)) for c in range(32 // bits)]
+
+
+PIECES: dict[str, list[Piece]] = {
+    "t16": _t16(),
+    "t8": _t8(),
+    "i4": _by_pairs(4),
+    "i8": _by_pairs(8),
+    "e16": _by_pairs(8),
+    "n4": [(c, 15, 4 * c) for c in range(8)],
+    "b8": [(c, 255, 8 * c) for c in range(4)],
+    "w16": [(c, 65535, 16 * c) for c in range(2)],
+}
+"""For each word code: (column, mask, shift left; negative is right)."""
+
+
+def columns_per_word(code: str) -> int:
+    """How many columns one word holds."""
+    return 1 + max(column for column, _, _ in PIECES[code])
+
+
+def to_words(codes: Tensor, code: str) -> Tensor:
+    """int32 `[..., K/c]` words of integer codes `[..., K]`; K is a multiple of the word's c."""
+    by_word = codes.view(*codes.shape[:-1], -1, columns_per_word(code))
+    words = torch.zeros(by_word.shape[:-1], dtype=torch.int32, device=codes.device)
+    for column, mask, shift in PIECES[code]:
+        bits = by_word[..., column].int() & mask
+        words |= bits << shift if shift >= 0 else bits >> -shift
+    return words
+
+
+def from_words(words: Tensor, code: str) -> Tensor:
+    """int32 `[..., K]` codes; the inverse of `to_words`."""
+    columns = columns_per_word(code)
+    codes = torch.zeros(*words.shape, columns, dtype=torch.int32, device=words.device)
+    for column, mask, shift in PIECES[code]:
+        codes[..., column] |= (words >> shift if shift >= 0 else words << -shift) & mask
+    return codes.flatten(-2)
