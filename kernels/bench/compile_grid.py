@@ -36,7 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from v4quant_kernels.dispatch import operand_for
-from v4quant_kernels.gpu import activation, gemm, indexer, moe, native, routing, tiles
+from v4quant_kernels.gpu import activation, gemm, indexer, moe, native, routing, tiles, topk
 from v4quant_kernels.runtime import RuntimeMatrix, layout_codes
 from v4quant_kernels.scheme import SCHEMES
 from v4quant_kernels.words import columns_per_word
@@ -48,9 +48,16 @@ TYPES = {
     **dict.fromkeys(("x_ptr", "h_ptr", "out_ptr", "codes_ptr"), "*bf16"),
     **dict.fromkeys(("y_ptr", "routing_ptr", "head_weights_ptr", "logits_ptr"), "*fp32"),
     **dict.fromkeys(("row_scale_ptr", "sums_ptr"), "*fp32"),
-    **dict.fromkeys(("scale_ptr", "x_scale_ptr", "q_codes_ptr", "q_scale_ptr", "k_ptr"), "*u8"),
+    **dict.fromkeys(
+        (
+            "scale_ptr",
+            "x_scale_ptr",
+        ),
+        "*u8",
+    ),
     **dict.fromkeys(("words_ptr", "sorted_slots_ptr", "tile_expert_ptr"), "*i32"),
     **dict.fromkeys(("counts_ptr", "end_ptr", "reference_ptr", "map_ptr"), "*i32"),
+    **dict.fromkeys(("first_key_ptr", "q_scale_ptr", "k_scale_ptr"), "*i32"),
     "ids_ptr": "*i64",
     "limit": "fp32",
 }
@@ -151,14 +158,25 @@ def small_kernels(archs: tuple[int, ...]) -> Iterator[Job]:
             types = {"codes_ptr": "*u8" if as_bytes else "*bf16"}
             constants = {"AS_BYTES": as_bytes, "BR": 16, "BLOCK": 128}
             yield Job("quantize_kernel", f"bytes {as_bytes}", arch, constants, types)
-        constants = {"SPLIT": 2, "ROUND": True, "AS_BYTES": True, "BLOCK": 128}
+        constants = {"MAPPED": True, "SPLIT": 2, "ROUND": True, "AS_BYTES": True, "BLOCK": 128}
         yield Job("activate_kernel", "", arch, constants, {"h_ptr": "*u8"})
 
 
 def indexer_jobs(full: bool) -> Iterator[Job]:
+    """Instructions are counted per score and head: what a lane spends on one product."""
+    shape = {"HEADS": 64, "ROUND_PRODUCTS": False, "COMPUTE": tl.bfloat16}
+    prefill = {**shape, "BS": 128, "BQ": 8, "RAGGED": False, "EXPANDED": True}
+    decode = {**shape, "BS": 256, "BQ": 1, "RAGGED": True, "EXPANDED": False, "num_warps": 8}
     for arch in ARCHITECTURES:
-        score = {"D": 128, "HEADS": 64, "BS": 128, "BQ": 8, "ROUND_PRODUCTS": False}
-        yield Job("indexer_kernel", "", arch, {**score, "COMPUTE": tl.bfloat16}, {}, 128)
+        types = {"q_ptr": "*bf16", "k_ptr": "*bf16"}
+        yield Job("indexer_kernel", "prefill", arch, prefill, types, 128 * 64)
+        if full or arch in {80, 90}:
+            types = {"q_ptr": "*i32", "k_ptr": "*i32"}
+            yield Job("indexer_kernel", "decode", arch, decode, types, 256 * 64)
+            packed = {"WORDS": 17, "SCALES": 17, "BLOCK": 32}
+            yield Job("expand_kernel", "", arch, packed, {"scale_ptr": "*i32"})
+            selection = {"CAP": 4096, "HIDDEN": topk.HIDDEN_KEY, "BLOCK": 2048}
+            yield Job("collect_kernel", "", arch, selection, {})
 
 
 def jobs(full: bool) -> list[Job]:
@@ -168,7 +186,7 @@ def jobs(full: bool) -> list[Job]:
 
 
 def compile_one(job: Job) -> dict[str, Any]:
-    modules = (gemm, native, moe, indexer, routing, activation)
+    modules = (gemm, native, moe, indexer, routing, activation, topk)
     function = next(getattr(m, job.kernel) for m in modules if hasattr(m, job.kernel))
     options = {k: v for k, v in job.constants.items() if k in {"num_warps", "num_stages"}}
     constants = {k: v for k, v in job.constants.items() if k not in options}

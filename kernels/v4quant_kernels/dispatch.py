@@ -122,19 +122,48 @@ def indexer_logits(
     positions: Tensor | None = None,
     round_products: bool = False,
     *,
+    first_key: Tensor | None = None,
+    num_keys: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Scores of compressed keys; see `ref.indexer.indexer_logits` for shapes and the formula."""
     module = _kernels("indexer") if uses_triton(q_codes, backend) else ref_indexer
     result: Tensor = module.indexer_logits(
-        q_codes, q_scale, k_packed, head_weights, positions, round_products
-    )
+        q_codes, q_scale, k_packed, head_weights, positions, round_products,
+        first_key=first_key, num_keys=num_keys,
+    )  # fmt: skip
     return result
 
 
-def top_k(logits: Tensor, k: int) -> Tensor:
-    """Exact stable selection, see `ref.indexer.top_k`; torch on every device for now."""
-    return ref_indexer.top_k(logits, k)
+def index_top_k(
+    q_codes: Tensor,
+    q_scale: Tensor,
+    k_packed: Tensor,
+    head_weights: Tensor,
+    k: int,
+    positions: Tensor | None = None,
+    round_products: bool = False,
+    *,
+    first_key: Tensor | None = None,
+    num_keys: int | None = None,
+    workspace: int = ref_indexer.WORKSPACE,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The k best keys of each token, never holding all scores; see `ref.indexer.index_top_k`."""
+    module = _kernels("indexer") if uses_triton(q_codes, backend) else ref_indexer
+    result: Tensor = module.index_top_k(
+        q_codes, q_scale, k_packed, head_weights, k, positions, round_products,
+        first_key=first_key, num_keys=num_keys, workspace=workspace,
+    )  # fmt: skip
+    return result
+
+
+def top_k(logits: Tensor, k: int, *, backend: Backend = "auto") -> Tensor:
+    """Exact stable selection, see `ref.indexer.top_k`."""
+    if not uses_triton(logits, backend):
+        return ref_indexer.top_k(logits, k)
+    result: Tensor = _kernels("topk").top_k(logits, k)
+    return result
 
 
 def quantize_index_vectors(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -207,7 +207,14 @@ def _arrange(parts: list[StackedMatrix], operand: Operand) -> RuntimeMatrix:
 
 
 def layout_codes(scheme: Scheme, operand: Operand) -> tuple[str, str]:
-    """(word code, scale code) of a scheme, if its values fit the operand."""
+    """(word code, scale code) of a scheme, if its values fit the operand.
+
+    Raises UnsupportedScheme for a format that no kernel here multiplies.
+    """
+    if scheme.element not in {"e2m1", "e4m3", "int", "bf16"}:
+        raise UnsupportedScheme(
+            f"no kernel multiplies '{scheme.name}' weights; use backend='torch'"
+        )
     if scheme.element == "bf16":
         return "w16", "none"
     if scheme.element == "int":

@@ -16,6 +16,8 @@ from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import SCHEMES
 
 GUARD = 64
+KERNEL_SCHEMES = sorted(s.name for s in SCHEMES.values() if s.element != "ggml")
+"""What the expert kernels multiply; GGML blocks are for other people's kernels."""
 
 
 def random_qtensor(scheme_name: str, rows: int, columns: int, rng: torch.Generator) -> QTensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels import kernel_tools
 from tests.kernels.kernel_tools import poisoned_allocations
 from v4quant_kernels import dispatch
 from v4quant_kernels.errors import V4QuantError
@@ -82,7 +82,7 @@ def test_twin_keeps_the_bound(heads: int, generator: torch.Generator) -> None:
     assert_within(indexer.indexer_logits(*arguments), *indexer64(*arguments))
 
 
-@pytest.mark.parametrize(("tokens", "heads", "keys", "dim"), [(5, 3, 37, 128), (3, 20, 16, 32)])
+@pytest.mark.parametrize(("tokens", "heads", "keys", "dim"), [(5, 3, 37, 128), (9, 20, 16, 128)])
 def test_kernel_keeps_the_bound(
     tokens: int,
     heads: int,
@@ -97,24 +97,9 @@ def test_kernel_keeps_the_bound(
     before = [t.clone() for t in arguments]
     on_device = [t.to(device) for t in arguments]
     with poisoned_allocations(monkeypatch):
-        out = gpu.indexer_logits(*on_device, keys_per_tile=16, tokens_per_tile=2)
+        out = gpu.indexer_logits(*on_device, keys_per_tile=16)
     assert_within(out, *indexer64(*arguments))
     assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
-
-
-def test_kernel_multiplying_in_bfloat16(
-    gpu: Any, device: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import triton.language as tl
-
-    if device == "cpu":
-        from triton.runtime.interpreter import InterpreterBuilder
-
-        shim = kernel_tools.bfloat16_dot(InterpreterBuilder.create_dot)
-        monkeypatch.setattr(InterpreterBuilder, "create_dot", shim)
-    arguments = vectors(3, 16, 37, generator)
-    out = gpu.indexer_logits(*(t.to(device) for t in arguments), compute=tl.bfloat16)
-    assert_within(out, *indexer64(*arguments))
 
 
 @pytest.mark.parametrize("round_products", [False, True])
@@ -182,3 +167,82 @@ def test_top_k_is_exact_and_stable(generator: torch.Generator) -> None:
             chosen = [i for _, i in order][:k]
             expected.append(chosen + [-1] * (k - len(chosen)))
         assert indexer.top_k(logits, k).tolist() == expected
+
+
+@pytest.mark.parametrize("columns", [50, 4100])
+def test_top_k_kernel_equals_a_stable_sort(
+    columns: int, device: str, generator: torch.Generator
+) -> None:
+    """Ties beyond any bin, -0, infinities, NaN, subnormals, and rows with too few numbers."""
+    from v4quant_kernels.gpu import topk
+
+    logits = torch.randn(9, columns, generator=generator)
+    logits[0] = 0.0
+    logits[1] = torch.randint(-2, 3, (columns,), generator=generator).float() / 4
+    logits[2, ::3] = -torch.inf
+    logits[3] = -torch.inf
+    logits[3, 7], logits[3, 2] = -1e-42, 1e-42
+    logits[4, ::2], logits[4, 1::2] = 0.0, -0.0
+    logits[5, 11], logits[5, 30] = torch.inf, torch.nan
+    logits[6] = 1.0 + torch.randint(3, (columns,), generator=generator) * 2.0**-23
+    logits[7] = -logits[6]
+    for k in (1, 7, 40, 60):
+        expected = indexer.top_k(logits, k)
+        assert torch.equal(topk.top_k(logits.to(device), k).cpu(), expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_top_k_in_pieces(
+    backend: Any, device: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the pieces, the same answer as all scores at once; many scores are equal."""
+    arguments = list(vectors(11, 3, 70, generator))
+    arguments[3] = arguments[3].sign() * (arguments[3] > 0)  # half the heads silent: many zeros
+    arguments[2][10:40] = arguments[2][0]
+    for k in (5, 64):
+        expected = indexer.top_k(indexer.indexer_logits(*arguments), k)
+        q, scale, keys, weights, positions = (t.to(device) for t in arguments)
+        for workspace in (130, 10**6):
+            out = dispatch.index_top_k(
+                q, scale, keys, weights, k, positions, workspace=workspace, backend=backend
+            )
+            assert torch.equal(out.cpu(), expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_ragged_batches(
+    backend: Any, device: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every token sees the keys of its own sequence, and none of its neighbours'."""
+    q_codes, q_scale, packed, weights, _ = vectors(4, 3, 60, generator)
+    first = torch.tensor([0, 25, 25, 41])
+    positions = torch.tensor([99, 3, 63, 75])
+    lengths = [25, 1, 16, 19]
+    with poisoned_allocations(monkeypatch) if backend == "triton" else nullcontext():
+        out = dispatch.indexer_logits(
+            *(t.to(device) for t in (q_codes, q_scale, packed, weights, positions)),
+            first_key=first.to(device), num_keys=30, backend=backend,
+        ).cpu()  # fmt: skip
+    assert out.shape == (4, 30)
+    for t, (begin, length) in enumerate(zip(first.tolist(), lengths, strict=True)):
+        one = slice(t, t + 1)
+        value, bound = indexer64(
+            q_codes[one], q_scale[one], packed[begin : begin + length], weights[one],
+            torch.tensor([10**6]),
+        )  # fmt: skip
+        assert_within(out[one, :length], value, bound)
+        assert (out[t, length:] == -torch.inf).all()
+    top = dispatch.index_top_k(
+        *(t.to(device) for t in (q_codes, q_scale, packed, weights)), 8,
+        positions.to(device), first_key=first.to(device), num_keys=30, backend=backend,
+    ).cpu()  # fmt: skip
+    assert torch.equal(top, indexer.top_k(out, 8))
+
+
+def test_no_piece_holds_more_than_the_workspace() -> None:
+    for tokens, columns, room in ((16384, 262144, 2**26), (3, 7, 4), (1, 262144, 2**26), (5, 0, 9)):
+        rows, keys = indexer.pieces(tokens, columns, room)
+        assert max(r.stop - r.start for r in rows) * max(s.stop - s.start for s in keys) <= room
+        for cut, size in ((rows, tokens), (keys, columns)):
+            assert [s.start for s in cut[1:]] == [s.stop for s in cut[:-1]]
+            assert (cut[0].start, cut[-1].stop) == (0, size)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels import kernel_tools
 from tests.kernels.kernel_tools import poisoned_allocations, random_experts, random_qtensor
 from v4quant_kernels import dispatch
 from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
@@ -21,7 +22,7 @@ from v4quant_kernels.runtime import prepare_experts
 from v4quant_kernels.scheme import SCHEMES
 
 LIMIT = 3.0  # low enough that the clamps act on these inputs
-SCHEME_NAMES = sorted(SCHEMES)
+SCHEME_NAMES = kernel_tools.KERNEL_SCHEMES
 SIZES = {
     "fp8": (200, 136),
     "int8-g128": (256, 128),

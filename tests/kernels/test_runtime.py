@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels.kernel_tools import random_experts, random_qtensor
+from tests.kernels.kernel_tools import KERNEL_SCHEMES, random_experts, random_qtensor
 from v4quant_kernels import dispatch
 from v4quant_kernels.errors import NonFiniteWeight, UnsupportedScheme, V4QuantError
 from v4quant_kernels.experts import ExpertWeights, stack_experts
 from v4quant_kernels.ref import moe as ref_moe
-from v4quant_kernels.runtime import check_layout, prepare_experts
+from v4quant_kernels.runtime import check_layout, layout_codes, prepare_experts
 from v4quant_kernels.scheme import SCHEMES
 
 OPERANDS: tuple[Any, ...] = ("bf16", "fp8", "native", "native8")
@@ -33,7 +33,7 @@ def experts_of(scheme: str, rng: torch.Generator, count: int = 2) -> ExpertWeigh
 
 
 @pytest.mark.parametrize("operand", OPERANDS)
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scheme", KERNEL_SCHEMES)
 def test_every_byte_comes_back(scheme: str, operand: Any, generator: torch.Generator) -> None:
     experts = experts_of(scheme, generator)
     prepared = prepare_experts(experts, operand)
@@ -112,6 +112,11 @@ def test_rows_beyond_fp8_fall_back(generator: torch.Generator) -> None:
     prepared = prepare_experts(experts, "fp8")
     assert prepared.gate_up.tag == "v4q1/t16/field" and prepared.gate_up.operand == "bf16"
     assert prepared.down.operand == "fp8"
+
+
+def test_formats_without_a_kernel_are_refused() -> None:
+    with pytest.raises(UnsupportedScheme, match="no kernel multiplies 'q4_k'"):
+        layout_codes(SCHEMES["q4_k"], "bf16")
 
 
 def test_unknown_layouts_are_refused(generator: torch.Generator) -> None:

@@ -1,38 +1,13 @@
-"""Single numbers inside a kernel: E2M1 and E8M0 codes to float32, and casts on bits.
+"""Casts between bfloat16 and float32 inside a kernel, on bits.
 
-A small float is a float32 with some bits missing, so decoding is one shift into place and one
-multiplication by a power of two that repairs the exponent bias; the multiplication also turns the
-small format's subnormals into float32 normals, because their shifted pattern is a float32 subnormal
-of the same meaning. Nothing rounds. (Triton emits plain `mul.f32`, which keeps subnormal operands;
-the compile test asserts that no flushing variant appears.) Weights are decoded several at a time,
-see `words.py`.
-
-* E2M1 `seem`: sign to bit 31, `eem` to bits 24..22, times 2^126 (biases 1 and 127).
-* E8M0 `b`: bits 30..23, except b = 0 (2^-127, a subnormal) and b = 255 (NaN).
-
-Casts between bfloat16 and float32 are done on bits as well. On a GPU the plain casts would do;
-Triton's interpreter truncates instead of rounding and mistakes bfloat16's subnormals.
+On a GPU the plain casts would do; Triton's interpreter truncates instead of rounding and mistakes
+bfloat16's subnormals. Weights are decoded several at a time, see `words.py`.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def decode_e2m1(code):
-    """float32 values of int32 codes 0..15."""
-    bits = ((code & 8) << 28) | ((code & 7) << 22)
-    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
-
-
-@triton.jit
-def decode_e8m0(code):
-    """float32 values of int32 codes 0..255."""
-    bits = tl.where(code == 0, 0x00400000, code << 23)
-    bits = tl.where(code == 255, 0x7FC00000, bits)
-    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

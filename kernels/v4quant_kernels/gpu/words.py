@@ -117,6 +117,36 @@ def scaled_floats(words, multiplier, CODE: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def index_vectors(words, scales, COMPUTE: tl.constexpr):
+    """COMPUTE `[R, 128]` of FP4 vectors: natural nibbles int32 `[R, 16]`, four scale bytes `[R]`.
+
+    Columns come out in another order (pairs of columns c and c + 4 of each eight), the same for
+    queries and keys, which a dot product does not notice. E8M0 scales of any size: first the
+    pattern becomes the E2M1 number, then the scale multiplies it.
+    """
+    ROWS: tl.constexpr = words.shape[0]
+    low = ((words << 12) & -0x7FFF8000) | ((words << 6) & 0x01C001C0)
+    second = ((words << 8) & -0x7FFF8000) | ((words << 2) & 0x01C001C0)
+    third = ((words << 4) & -0x7FFF8000) | ((words >> 2) & 0x01C001C0)
+    last = (words & -0x7FFF8000) | ((words >> 6) & 0x01C001C0)
+    pairs = _flatten(tl.join(tl.join(low, third), tl.join(second, last)))
+    grouped = tl.reshape(pairs, (ROWS, 4, 16))
+    byte = (scales[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 255
+    bits = tl.where(byte == 0, 0x40, tl.where(byte == 255, 0x7FC0, byte << 7))
+    if tl.float32 == COMPUTE:
+        factor = (bits << 16).to(tl.float32, bitcast=True)[:, :, None]
+        first = (grouped << 16).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+        other = (grouped & -0x10000).to(tl.float32, bitcast=True) * 8.507059173023462e37
+        values = _flatten(tl.join(first * factor, other * factor))
+    else:
+        numbers = fma2(grouped, 0x7E807E80, -0x7FFF8000)
+        twice = tl.broadcast_to((bits | (bits << 16))[:, :, None], grouped.shape)
+        products = fma2(numbers, twice, -0x7FFF8000)
+        values = _halves(tl.reshape(products, (ROWS, 64)), COMPUTE)
+    return values
+
+
+@triton.jit
 def unscaled(words, CODE: tl.constexpr, COMPUTE: tl.constexpr):
     """COMPUTE `[R, K]` of integer (offset or two's complement) or bfloat16 words."""
     pairs = pattern_pairs(words, CODE)

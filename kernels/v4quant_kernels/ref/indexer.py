@@ -27,6 +27,9 @@ GROUP = 32
 TOKENS_PER_KEY = 4
 
 _TINY = 2.0**-126
+WORKSPACE = 2**26
+"""Scores that `index_top_k` holds at a time (256 MiB)."""
+
 _MAX_PRODUCTS = 2**24  # q . k of one chunk of tokens, held at a time
 
 
@@ -65,7 +68,12 @@ def visible_keys(positions: Tensor, num_keys: int) -> Tensor:
 
 
 def check_indexer_inputs(
-    q_codes: Tensor, q_scale: Tensor, k_packed: Tensor, head_weights: Tensor, positions: Tensor
+    q_codes: Tensor,
+    q_scale: Tensor,
+    k_packed: Tensor,
+    head_weights: Tensor,
+    positions: Tensor,
+    first_key: Tensor | None = None,
 ) -> None:
     """Raise V4QuantError unless shapes and dtypes are those `indexer_logits` documents."""
     tokens, heads, half = q_codes.shape if q_codes.ndim == 3 else (0, 0, 0)
@@ -77,6 +85,8 @@ def check_indexer_inputs(
         "head_weights": (head_weights, (tokens, heads)),
         "positions": (positions, (tokens,)),
     }
+    if first_key is not None:
+        expected["first_key"] = (first_key, (tokens,))
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise V4QuantError(
@@ -96,25 +106,47 @@ def indexer_logits(
     head_weights: Tensor,
     positions: Tensor | None = None,
     round_products: bool = False,
+    *,
+    first_key: Tensor | None = None,
+    num_keys: int | None = None,
+    skipped: int = 0,
 ) -> Tensor:
     """float32 `[T, S]` scores, -inf where a key is not yet visible.
 
     q_codes: uint8 `[T, H, D/2]`. q_scale: uint8 or float8_e8m0fnu `[T, H, D/32]`. k_packed: uint8
-    `[S, D/2 + D/32]` (`pack_index_keys`). head_weights: float32 `[T, H]`. positions: int `[T]`,
-    each token's position in the sequence (default 0..T-1). Raises V4QuantError for other shapes.
+    `[keys, D/2 + D/32]` (`pack_index_keys`). head_weights: float32 `[T, H]`. positions: int `[T]`,
+    each token's position in its sequence (default 0..T-1).
+
+    first_key (int `[T]`) makes the batch ragged: token t's own sequence begins at that row of
+    `k_packed`. Column c is key `skipped + c` of the sequence, and there are `num_keys` columns
+    (default: all after the skipped). Raises V4QuantError for other shapes.
     """
     if positions is None:
         positions = torch.arange(q_codes.shape[0], device=q_codes.device)
-    check_indexer_inputs(q_codes, q_scale, k_packed, head_weights, positions)
-    half = q_codes.shape[-1]
-    query = _decode(q_codes, q_scale)
-    keys = _decode(k_packed[:, :half].contiguous(), k_packed[:, half:].contiguous())
-    rows = max(1, _MAX_PRODUCTS // max(1, query.shape[1] * keys.shape[0]))
-    chunks = zip(torch.split(query, rows), torch.split(head_weights.float(), rows), strict=True)
-    scores = torch.cat([_scores(q, keys, w, round_products) for q, w in chunks])
-    end = visible_keys(positions, keys.shape[0])
-    hidden = torch.arange(keys.shape[0], device=keys.device) >= end.unsqueeze(-1)
-    return scores.masked_fill(hidden, -torch.inf)
+    check_indexer_inputs(q_codes, q_scale, k_packed, head_weights, positions, first_key)
+    columns = k_packed.shape[0] - skipped if num_keys is None else num_keys
+    if first_key is None:
+        first_key = torch.zeros_like(positions)
+    query, weights = _decode(q_codes, q_scale), head_weights.float()
+    scores = torch.full((query.shape[0], columns), -torch.inf, device=query.device)
+    for first in torch.unique(first_key).tolist():
+        rows = (first_key == first).nonzero().squeeze(1)
+        begin = first + skipped
+        keys = _unpack(k_packed[begin : begin + columns])
+        size = max(1, _MAX_PRODUCTS // max(1, query.shape[1] * keys.shape[0]))
+        for part in torch.split(rows, size):
+            found = _scores(query[part], keys, weights[part], round_products)
+            scores[part, : keys.shape[0]] = found
+    end = visible_keys(positions, skipped + columns)
+    hidden = torch.arange(skipped, skipped + columns, device=end.device) >= end.unsqueeze(-1)
+    return scores.masked_fill_(hidden, -torch.inf)
+
+
+def _unpack(k_packed: Tensor) -> Tensor:
+    """float32 `[keys, D]` of packed keys."""
+    groups = k_packed.shape[1] // (GROUP // 2 + 1)
+    half = groups * GROUP // 2
+    return _decode(k_packed[:, :half].contiguous(), k_packed[:, half:].contiguous())
 
 
 def _scores(query: Tensor, keys: Tensor, head_weights: Tensor, round_products: bool) -> Tensor:
@@ -138,3 +170,61 @@ def top_k(logits: Tensor, k: int) -> Tensor:
     values, indices = torch.sort(logits, dim=-1, descending=True, stable=True)
     chosen = indices[:, :k].masked_fill(values[:, :k] == -torch.inf, -1)
     return torch.nn.functional.pad(chosen, (0, k - chosen.shape[1]), value=-1)
+
+
+def pieces(tokens: int, columns: int, workspace: int) -> tuple[list[slice], list[slice]]:
+    """How to cut tokens and keys so that no piece has more than `workspace` scores.
+
+    Keys are cut in quarters of the workspace's square root at the least, so that a piece still
+    has many tokens to share the decoding of its keys.
+    """
+    width = max(1, min(columns, max(workspace // max(tokens, 1), int(workspace**0.5) * 8)))
+    width = min(width, workspace)
+    rows = max(1, workspace // width)
+    cut = [slice(a, min(a + rows, tokens)) for a in range(0, tokens, rows)]
+    return cut, [slice(a, min(a + width, columns)) for a in range(0, columns, width)] or [
+        slice(0, 0)
+    ]
+
+
+def index_top_k(
+    q_codes: Tensor,
+    q_scale: Tensor,
+    k_packed: Tensor,
+    head_weights: Tensor,
+    k: int,
+    positions: Tensor | None = None,
+    round_products: bool = False,
+    *,
+    first_key: Tensor | None = None,
+    num_keys: int | None = None,
+    workspace: int = WORKSPACE,
+) -> Tensor:
+    """int64 `[T, k]`: `top_k(indexer_logits(...), k)` without ever holding all scores.
+
+    Tokens and keys are scored in pieces of at most `workspace` scores; the best k of each piece
+    and of what came before it are merged. Pieces follow each other in index order and both steps
+    are stable, so the result is exact, ties included. -1 pads.
+    """
+    tokens = q_codes.shape[0]
+    if positions is None:
+        positions = torch.arange(tokens, device=q_codes.device)
+    columns = k_packed.shape[0] if num_keys is None else num_keys
+    token_pieces, key_pieces = pieces(tokens, columns, workspace)
+    rows = [q_codes.new_empty(0, k, dtype=torch.int64)]
+    for t in token_pieces:
+        best = torch.empty(t.stop - t.start, 0, device=q_codes.device)
+        indices = best.long()
+        for s in key_pieces:
+            logits = indexer_logits(
+                q_codes[t], q_scale[t], k_packed, head_weights[t], positions[t], round_products,
+                first_key=None if first_key is None else first_key[t],
+                num_keys=s.stop - s.start, skipped=s.start,
+            )  # fmt: skip
+            here = torch.arange(s.start, s.stop, device=logits.device).expand(logits.shape)
+            both, known = torch.cat((best, logits), 1), torch.cat((indices, here), 1)
+            order = torch.sort(both, dim=-1, descending=True, stable=True).indices[:, :k]
+            best, indices = both.gather(1, order), known.gather(1, order)
+        chosen = indices.masked_fill(best == -torch.inf, -1)
+        rows.append(torch.nn.functional.pad(chosen, (0, k - chosen.shape[1]), value=-1))
+    return torch.cat(rows)
