@@ -78,11 +78,14 @@ def check_moe(
     value, bound = moe64(x, ids, routing, experts_cpu, SWIGLU_LIMIT, activations)
     twin = ref_moe.moe(x, ids, routing, experts_cpu, SWIGLU_LIMIT, None, activations)
     device = experts.w1.codes.device
+    prepared = dispatch.prepare(experts, activations)
+    if prepared.gate_up.operand == "fp8":
+        value, bound = moe64(x, ids, routing, experts_cpu, SWIGLU_LIMIT, activations, fp8_sums=True)
     kernel = dispatch.moe(
         x.to(device),
         ids.to(device),
         routing.to(device),
-        experts,
+        prepared,
         SWIGLU_LIMIT,
         activations=activations,
         backend=backend,

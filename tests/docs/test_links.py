@@ -143,7 +143,7 @@ def test_command_lines_parse(line: str) -> None:
         "v4quant quantise a b",
         "v4quant quantize a b --shceme fp8",
         "v4quant evaluate a --activations some",
-        "v4quant bench moe",
+        "v4quant bench bread",
         "v4quant quantize a b c",
         "v4quant calibrate a b --floor 0 --out c",
     ],

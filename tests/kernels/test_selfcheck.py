@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels.kernel_tools import random_experts, random_qtensor
+from tests.kernels.kernel_tools import KERNEL_SCHEMES, random_experts, random_qtensor
 from v4quant_kernels import dispatch, selfcheck
 from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
 from v4quant_kernels.experts import ExpertQTensors, stack_experts
@@ -76,7 +76,7 @@ def test_a_damaged_environment_is_one_error(
         selfcheck.run_isolated(experts, 0)
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scheme", KERNEL_SCHEMES)
 def test_crop_is_the_corner(scheme: str, generator: torch.Generator) -> None:
     matrix = random_qtensor(scheme, 256, 384, generator)
     corner = selfcheck.crop(matrix, 128, 256)

@@ -12,6 +12,7 @@ from v4quant.bench_convert import WIDTHS, ConvertBench, bench_convert
 from v4quant.bench_solver import BENCHED, bench_solvers
 from v4quant.bench_solver import WIDTHS as SOLVER_WIDTHS
 from v4quant.cli import _output
+from v4quant.cli.bench_kernels import indexer, moe
 
 SCHEMES = ("mxfp4", "nvfp4", "fp8", "int8-g32", "int4-g32", "int4-g128")
 
@@ -136,3 +137,7 @@ def solver(
     ]
     header = ("solver", "s an expert", "moments s", "peak memory", "h a layer", "h a model")
     _output.data(_output.table(table, header))
+
+
+bench.add_command(moe)
+bench.add_command(indexer)

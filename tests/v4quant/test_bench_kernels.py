@@ -1,0 +1,68 @@
+"""The kernel benches where there is no GPU: they say so, or time the torch fallback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from v4quant.bench_device import choose_device
+from v4quant.bench_moe import SHAPES, random_weights
+from v4quant.cli.bench_kernels import indexer, moe
+from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
+from v4quant_kernels.ref.codec import dequantize
+from v4quant_kernels.scheme import SCHEMES
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_a_gpu_the_message_says_what_to_do() -> None:
+    with pytest.raises(V4QuantError, match="pass --device cpu"):
+        choose_device(None)
+    with pytest.raises(V4QuantError, match="no CUDA GPU on this machine"):
+        choose_device("cuda")
+    assert choose_device("cpu") == "cpu"
+
+
+def test_moe_on_the_cpu(tmp_path: Path) -> None:
+    file = tmp_path / "baselines.jsonl"
+    command = ["--shape", "tiny", "--tokens", "1", "--tokens", "5", "--device", "cpu", "--json"]
+    for scheme in ("mxfp4", "int4-g32"):
+        done = CliRunner().invoke(moe, [*command, "--scheme", scheme, "--append", str(file)])
+        assert done.exit_code == 0, done.output
+        result = json.loads(done.stdout)
+        assert [r["tokens"] for r in result["rows"]] == [1, 5, 1, 5]
+        for row in result["rows"]:
+            assert row["scheme"] == scheme and row["seconds"] > 0
+            assert row["active_experts"] == 2 or row["tokens"] == 5
+            # Two of eight experts of 3 * 256 * 128 weights, and the token in and out.
+            if row["tokens"] == 1:
+                bits = SCHEMES[scheme].bits_per_weight
+                packed = 2 * 3 * 256 * 128 * bits / 8
+                assert packed < row["bytes"] < packed * 1.06 + 4 * 256
+            assert row["flop"] == 2 * 3 * 256 * 128 * 2 * row["tokens"]
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["bench"] for line in lines] == ["moe", "moe"]
+    assert lines[0]["machine"]["copy_bytes_per_second"] > 0
+
+
+def test_indexer_on_the_cpu() -> None:
+    command = ["--context", "512", "--case", "one", "--case", "requests", "--top-k", "7"]
+    done = CliRunner().invoke(indexer, [*command, "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert "% of one read" in done.stdout and "requests" in done.stdout
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4", "fp8", "mxfp8", "int8-g128", "int4-g128"])
+def test_made_up_weights_are_numbers(scheme: str) -> None:
+    weights = random_weights(SHAPES["tiny"], SCHEMES[scheme], "cpu")
+    for q in weights[3]:
+        values = dequantize(q)
+        assert bool(values.isfinite().all()) and 1e-3 < float(values.std()) < 10
+
+
+def test_weights_without_codes_are_refused() -> None:
+    with pytest.raises(UnsupportedScheme, match="no packed experts of 'bf16'"):
+        random_weights(SHAPES["tiny"], SCHEMES["bf16"], "cpu")
