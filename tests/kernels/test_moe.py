@@ -297,7 +297,7 @@ def test_same_input_same_bits(gpu: Any, device: str, generator: torch.Generator)
 @pytest.mark.parametrize("which", ["w1", "w3", "w2"])
 def test_the_bound_notices_one_wrong_code(which: str, generator: torch.Generator) -> None:
     experts = random_experts("int4-g64", 1, 128, 128, generator)
-    x, ids, routing = inputs(experts, 8, 1, generator)
+    x, ids, routing = inputs(experts, 64, 1, generator)
     value, bound = moe64(x, ids, routing.fill_(1.0), experts, math.inf)
     codes = getattr(experts, which).codes
     codes[0, 7, 20] ^= 0x88  # two weights off by half the range

@@ -5,9 +5,9 @@ many slots an expert gets. The static table holds the choices that compile every
 spilling and with the fewest instructions per weight (`kernels/bench/instructions.json`), three
 sizes of batch for each operand.
 
-`v4quant bench moe --tune FILE` measures candidates on a GPU and writes the best to a JSON file; the
-environment variable V4QUANT_TILES names such a file. It is read when a kernel is first launched,
-and ignored with a warning when it was made for another device or Triton version.
+The environment variable V4QUANT_TILES may name a JSON file with tiles measured to be better
+(docs/kernels.md shows one). It is read when a kernel is first launched, and ignored with a warning
+when it was made for another device or Triton version.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -152,13 +152,3 @@ def triton_version() -> str:
 def _tuned(key: str) -> Tile | None:
     path = os.environ.get(TILES_VARIABLE)
     return _tuned_table(path).get(key) if path else None
-
-
-def write_tuned(path: Path, device: str, tiles: dict[str, Tile]) -> None:
-    """Store a tuned table that `choose_tile` will read; keys are `kind size epilogue`."""
-    content = {
-        "device": device,
-        "triton": triton_version(),
-        "tiles": {k: asdict(v) for k, v in sorted(tiles.items())},
-    }
-    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,50 @@
+"""The counts that docs/kernels.md shows are those of the stored baseline."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.docs.pages import ROOT
+
+BASELINE = json.loads((ROOT / "kernels" / "bench" / "instructions.json").read_text())["kernels"]
+ARCHITECTURES = (80, 89, 90, 100, 120)
+CELL = re.compile(r"(\d+\.\d) \((\d+)\)")
+
+
+def rows() -> list[tuple[str, str, list[str]]]:
+    """(heading above the table, first cell, other cells) of every row of counts."""
+    found, tiles = [], ""
+    for line in (ROOT / "docs" / "kernels.md").read_text().splitlines():
+        if line.startswith(("Tiles of", "The indexer, per")):
+            tiles = line
+        cells = [c.strip() for c in line.split("|")[1:-1]]
+        if len(cells) == 6 and any(CELL.match(c) for c in cells):
+            found.append((tiles, cells[0], cells[1:]))
+    return found
+
+
+def baseline(tiles: str, title: str, arch: int) -> dict[str, float] | None:
+    if tiles.startswith("The indexer"):
+        return BASELINE[f"indexer_kernel {title} sm_{arch}"]
+    scheme, _, activations = title.partition(", ")
+    scheme = scheme.lower().replace(" 128x128", "").replace(" ", "-")
+    tile = "16 sums" if "16 slots" in tiles else "128 swiglu"
+    name = f"{scheme} {activations.split(' ')[0].lower() or 'bf16'} {tile} sm_{arch}"
+    return BASELINE.get(f"gemm_kernel {name}") or BASELINE.get(f"native_gemm_kernel {name}")
+
+
+def test_the_page_has_its_tables() -> None:
+    assert len(rows()) == 12 + 12 + 2
+
+
+@pytest.mark.parametrize(("tiles", "title", "cells"), rows())
+def test_counts(tiles: str, title: str, cells: list[str]) -> None:
+    for arch, cell in zip(ARCHITECTURES, cells, strict=True):
+        stored = baseline(tiles, title, arch)
+        if stored is None:
+            assert cell == "-"
+        else:
+            assert cell == f"{stored['per_weight']:.1f} ({stored['registers']})"

@@ -1,0 +1,65 @@
+"""The choice of tiles: the static table, and a tuned one that belongs to one device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernels.kernel_tools import random_experts
+from v4quant_kernels.runtime import RuntimeMatrix, prepare_experts
+
+
+@pytest.fixture
+def tiles() -> Any:
+    pytest.importorskip("triton")
+    from v4quant_kernels.gpu import tiles
+
+    return tiles
+
+
+@pytest.fixture
+def matrix(generator: torch.Generator) -> RuntimeMatrix:
+    return prepare_experts(random_experts("mxfp4", 1, 64, 32, generator)).gate_up
+
+
+def test_larger_batches_take_larger_tiles(tiles: Any, matrix: RuntimeMatrix) -> None:
+    for arch in (80, 89, 90, 100, 120):
+        rows = [tiles.choose_tile(arch, matrix, n).rows for n in (0.02, 16, 16.1, 64, 65, 4000)]
+        assert rows == [16, 16, 64, 64, 128, 128]
+
+
+def test_few_tiles_are_shared(tiles: Any, generator: torch.Generator) -> None:
+    """Whole steps for every program, and no sharing where there is work for all anyway."""
+    matrix = prepare_experts(random_experts("mxfp4", 1, 1024, 128, generator)).gate_up
+    tile = tiles.Tile(16, 128, 64)
+    assert [tiles.choose_split(n, matrix, tile) for n in (1, 150, 1000)] == [4, 2, 1]
+    assert tiles.choose_split(1, matrix, tiles.Tile(16, 128, 128)) == 2
+    odd = prepare_experts(random_experts("mxfp4", 1, 992, 128, generator)).gate_up
+    assert tiles.choose_split(1, odd, tiles.Tile(16, 128, 32)) == 1
+
+
+def test_a_tuned_table(
+    tiles: Any, matrix: RuntimeMatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    content = {
+        "device": device,
+        "triton": tiles.triton_version(),
+        "tiles": {"t16/field/32 16 sums": {"rows": 16, "columns": 32, "depth": 64}},
+    }
+    good, foreign, broken = (tmp_path / name for name in ("good", "foreign", "broken"))
+    good.write_text(json.dumps(content))
+    foreign.write_text(json.dumps(content | {"triton": "1.0"}))
+    broken.write_text('{"tiles": 3')
+    static = tiles.choose_tile(90, matrix, 1)
+    monkeypatch.setenv(tiles.TILES_VARIABLE, str(good))
+    assert tiles.choose_tile(90, matrix, 1) == tiles.Tile(16, 32, 64)
+    assert tiles.choose_tile(90, matrix, 40) == tiles.static_tile(90, matrix, 64)
+    for path, message in ((foreign, "was tuned for"), (broken, "cannot read")):
+        monkeypatch.setenv(tiles.TILES_VARIABLE, str(path))
+        with pytest.warns(UserWarning, match=message):
+            assert tiles.choose_tile(90, matrix, 1) == static
