@@ -210,7 +210,8 @@ def _experts(
 
 def _device(plan: Plan) -> torch.device:
     """Solutions are read ready-made and GGUF's blocks are searched by compiled CPU loops."""
-    here = plan.recipe.solver == "gptq" or plan.scheme.element == "ggml"
+    blocks = any(scheme.element == "ggml" for scheme in plan.recipe.expert_schemes)
+    here = plan.recipe.solver == "gptq" or blocks
     return CPU if here else plan.device
 
 
@@ -254,7 +255,8 @@ def _nvfp4_tops(plan: Plan, matrices: list[QTensor]) -> list[_Top]:
 def _convert_matrix(
     plan: Plan, stored: StoredWeight, q: QTensor, stats: Evidence | None, top: _Top
 ) -> tuple[QTensor, TensorRecord]:
-    scheme = expert_scheme(plan.scheme, q.shape[1])
+    stage, _, place = stored.module.partition(".ffn.experts.")
+    scheme = expert_scheme(plan.recipe.scheme_for(stage, place.rpartition(".")[2]), q.shape[1])
     if q.scheme.name == scheme.name:
         return q, _record(stored, "copied", scheme.name)
     if q.scheme.name == "mxfp4" and can_cast(scheme):

@@ -51,7 +51,7 @@ def worker_bytes(plan: Plan) -> int:
     A worker holds the three matrices of an expert as stored, one of them as coded and as written,
     and chunk temporaries; those and dense pieces are bounded by a constant.
     """
-    growth = plan.scheme.bits_per_weight / 4.25
+    growth = max(s.bits_per_weight for s in plan.recipe.expert_schemes) / 4.25
     largest = max(
         (
             u.bytes_in + 2 * growth * max(s.nbytes for s in u.sources)

@@ -21,6 +21,7 @@ from v4quant import __version__
 from v4quant.devices import CPU
 from v4quant.exactness import inexact_stages
 from v4quant.gguf_plan import gguf_shards
+from v4quant.places import check_places, places_of
 from v4quant.recipe import Recipe
 from v4quant.units import Action, Dropped, ShardPlan, Unit
 from v4quant_formats.checkpoint import SINGLE_NAME, Checkpoint
@@ -113,6 +114,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, stats_digest: str = "") ->
     if recipe.layout.keeps_drafts and recipe.draft != "drop":
         kept += tuple(s for s in draft_stages(names) if s not in kept)
     recipe.layout.check(config, draft_stages(names) if recipe.draft == "convert" else [])
+    check_places(recipe.places, places_of(names.values(), recipe.draft != "drop"))
     planner = _Planner(checkpoint, config, recipe, names, kept)
     units = [unit for module in planner.leading_modules() if (unit := planner.unit(module))]
     if recipe.layout.index:
@@ -294,14 +296,16 @@ class _Planner:
                     "starts from a release's MXFP4 or FP8 experts"
                 )
             rows, columns = stored.shape
-            scheme = expert_scheme(self.scheme, columns)
+            projection = stored.module.rpartition(".")[2]
+            wanted = self.recipe.scheme_for(stage, projection)
+            scheme = expert_scheme(wanted, columns)
             if columns % scheme.group_size and scheme.block[0] == 1:
                 raise UnsupportedPair(
                     f"'{stored.module}' has {columns} input channels, no multiple of "
-                    f"{self.scheme.name}'s group_size {self.scheme.group_size}; "
+                    f"{wanted.name}'s group_size {wanted.group_size}; "
                     "choose a smaller group"
                 )
-            parts = self.layout.expert_parts(self.scheme, (rows, columns))
+            parts = self.layout.expert_parts(wanted, (rows, columns))
             outputs += [
                 TensorSpec(f"{stored.module}.{suffix}", dtype, shape)
                 for suffix, (dtype, shape) in parts.items()
@@ -318,8 +322,9 @@ class _Planner:
     def _dense(self, name: TensorName, stored: StoredWeight) -> Unit:
         if not name.is_linear:
             return self._plain(name, stored)
-        if self.recipe.dense in BLOCK_DTYPES.values():
-            return self._blocks(stored)
+        dense = self.recipe.dense_for(name.stage)
+        if dense in BLOCK_DTYPES.values():
+            return self._blocks(stored, dense)
         rule = self.layout.dense(self.scheme, name.is_draft)
         if stored.scheme is None:
             if rule == "bf16":
@@ -362,8 +367,8 @@ class _Planner:
             return _copy(stored)
         return Unit("recast", (stored,), (TensorSpec(spec.name, dtype, spec.shape),))
 
-    def _blocks(self, stored: StoredWeight) -> Unit:
-        """A dense matrix in the block type the recipe names."""
+    def _blocks(self, stored: StoredWeight, dense: str) -> Unit:
+        """A dense matrix in the block type the recipe names for it."""
         weight = next(iter(stored.parts.values()))
         if stored.scheme is not None and stored.scheme.element != "e4m3":
             raise WrongDtype(
@@ -371,7 +376,7 @@ class _Planner:
                 "conversion starts from a release's FP8 matrices"
             )
         rows, columns = stored.shape
-        kind = get_type(fitting_type(self.recipe.dense, columns))
+        kind = get_type(fitting_type(dense, columns))
         if kind.name == "bf16":
             shape = stored.shape
         else:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from v4quant.places import Place, group_of, read_places
 from v4quant.sizes import parse_size
 from v4quant_calibration.solvers import SOLVER_NAMES
 from v4quant_formats.gguf_layout import DEFAULT_SPLIT
@@ -50,6 +52,8 @@ class Recipe:
         `calibrate --solve`).
     dense: how dense matrices are coded, for formats that leave a choice (gguf); "" is exact BF16.
     split_size: largest file, like 45GB, for formats that write one file (gguf); "" is 45GB.
+    schemes: (place, scheme) of layers and projections that differ from `scheme` and `dense`, the
+        table [schemes] of a file (places.py), for formats that can say so (gguf).
     """
 
     scheme: str
@@ -61,6 +65,7 @@ class Recipe:
     solver: str = "optimal"
     dense: str = ""
     split_size: str = ""
+    schemes: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         """Check every choice. Raises RecipeError, UnsupportedScheme or UnsupportedPair."""
@@ -80,6 +85,7 @@ class Recipe:
                 f"recipe: solver = 'gptq' is for integer schemes; {self.scheme} is cast from MXFP4"
             )
         self._check_gguf()
+        self._check_places()
 
     def _check_gguf(self) -> None:
         """What only formats that leave a choice take."""
@@ -93,6 +99,41 @@ class Recipe:
             raise RecipeError(
                 f"recipe: split_size = '{self.split_size}' is below {MIN_SPLIT // 10**6}MB"
             )
+
+    def _check_places(self) -> None:
+        """Schemes of places: known, and of a format that can mix them."""
+        if self.places and not self.layout.mixes:
+            raise RecipeError(
+                f"recipe: [schemes] does not work in {self.format}: its config declares one scheme "
+                "for all experts, and engines load no other; only gguf says the type of every "
+                "tensor"
+            )
+        for (stage, group), scheme in self.places.items():
+            allowed = self.layout.dense_types if group == "dense" else self.layout.schemes
+            if scheme not in allowed:
+                raise RecipeError(
+                    f"recipe: [schemes] {stage}.{group} = '{scheme}' is not one of "
+                    f"{', '.join(allowed)}"
+                )
+
+    @cached_property
+    def places(self) -> dict[Place, str]:
+        """The table [schemes] by place, ranges written out."""
+        return read_places(self.schemes)
+
+    def scheme_for(self, stage: str, projection: str) -> Scheme:
+        """The scheme of a stage's experts' w1, w2 or w3 (where its rows fit the scheme)."""
+        return get_scheme(self.places.get((stage, group_of(projection)), self.scheme))
+
+    def dense_for(self, stage: str) -> str:
+        """How a stage's dense matrices are coded: as `dense` says, or its place."""
+        return self.places.get((stage, "dense"), self.dense)
+
+    @property
+    def expert_schemes(self) -> tuple[Scheme, ...]:
+        """All schemes that experts may get."""
+        own = {name for (_, group), name in self.places.items() if group != "dense"}
+        return tuple(get_scheme(name) for name in sorted({self.scheme, *own}))
 
     @property
     def split_bytes(self) -> int:
@@ -109,9 +150,9 @@ class Recipe:
         """The container layout."""
         return choose_layout(self.expert_scheme, self.format or None, self.engine)
 
-    def as_dict(self) -> dict[str, str]:
-        """All fields, resolved, for the manifest."""
-        return asdict(self)
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, resolved, for the manifest; the same form as a TOML file's table."""
+        return {**asdict(self), "schemes": dict(self.schemes)}
 
 
 def recipe_from_table(table: Mapping[str, Any], where: str) -> Recipe:
@@ -120,11 +161,16 @@ def recipe_from_table(table: Mapping[str, Any], where: str) -> Recipe:
     for key, value in table.items():
         if key not in known:
             raise RecipeError(f"{where}: unknown key '{key}'; known are {', '.join(sorted(known))}")
-        if not isinstance(value, str):
+        if key == "schemes":
+            texts = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
+            if not texts:
+                raise RecipeError(f"{where}: 'schemes' must be a table of places and schemes")
+        elif not isinstance(value, str):
             raise RecipeError(f"{where}: '{key}' must be a string")
     if "scheme" not in table:
         raise RecipeError(f"{where}: 'scheme' is missing")
-    return Recipe(**table)
+    schemes = tuple(table.get("schemes", {}).items())
+    return Recipe(**{**table, "schemes": schemes})
 
 
 def read_toml(path: Path) -> dict[str, Any]:

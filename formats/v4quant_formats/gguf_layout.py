@@ -105,6 +105,7 @@ GGUF = Layout(
     config=_config,
     engines="llama.cpp and what is built on it, on CUDA, Metal, Vulkan and CPU",
     serve="llama-server -m {path}/*-00001-of-*.gguf",
+    mixes=True,
     dense_types=DENSE_TYPES,
     plain=_plain,
     leaves_out=_leaves_out,

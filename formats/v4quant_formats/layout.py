@@ -50,6 +50,7 @@ class Layout:
         stages whose experts stay in the source format.
     stores_input_scale: whether `expert_tensors` uses `input_amax` (0 is passed otherwise).
     can_keep: whether the format can say that some stages' experts are in the source format.
+    mixes: whether layers and projections may have schemes of their own.
     keeps_drafts: draft stages' experts stay in the source's MXFP4.
     dense_scale: the part name of dense FP8 scales.
     engines: what loads it, for people. engine: which variant this is.
@@ -73,6 +74,7 @@ class Layout:
     engines: str
     serve: str
     can_keep: bool = False
+    mixes: bool = False
     stores_input_scale: bool = False
     keeps_drafts: bool = False
     dense_scale: str = "scale"

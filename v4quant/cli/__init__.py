@@ -18,6 +18,7 @@ import click
 
 from v4quant import __version__
 from v4quant.cli import _exit, _output
+from v4quant.cli.allocate import allocate
 from v4quant.cli.bench import bench
 from v4quant.cli.calibrate import calibrate
 from v4quant.cli.diff import diff
@@ -48,6 +49,7 @@ def cli() -> None:
 for _command in (
     inspect,
     calibrate,
+    allocate,
     quantize,
     verify,
     diff,

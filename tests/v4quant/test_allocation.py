@@ -1,0 +1,210 @@
+"""Allocation: recipes of a size, to the byte; losses as defined; better than one scheme for all."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from tests.support.conversion import TINY, convert
+from v4quant.allocation import (
+    AUTO,
+    Costs,
+    NothingMeasured,
+    Options,
+    allocate_recipe,
+    find_costs,
+    recipe_toml,
+)
+from v4quant.budget import bits_budget, cards_budget
+from v4quant.builtin import CALIBRATION, HELDOUT, TINY_V4, resolve_corpus, resolve_source
+from v4quant.cli import cli
+from v4quant.places import Place
+from v4quant.plan import make_plan
+from v4quant.recipe import Recipe, recipe_from_table
+from v4quant.sensitivity import Sample, errors
+from v4quant.sizes import SizeError
+from v4quant_calibration.allocate import BudgetError
+from v4quant_calibration.corpus import Corpus, CorpusRequest, load_corpus
+from v4quant_calibration.effect import measure_effects
+from v4quant_calibration.provider import CheckpointParams
+from v4quant_calibration.stats import StageStats, Stats
+from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.errors import UnsupportedPair
+from v4quant_formats.model_config import parse_dimensions
+from v4quant_formats.weights import read_dense
+from v4quant_kernels.ggml import decode, encode
+from v4quant_kernels.progress import SilentProgress
+
+SOURCE = Path(resolve_source(TINY_V4))
+SMALL = Options(draft="drop", sample=Sample(1, 8))
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Iterator[Checkpoint]:
+    with open_checkpoint(SOURCE) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def costs(checkpoint: Checkpoint) -> Costs:
+    return find_costs(checkpoint, SMALL)
+
+
+def _sizes(costs: Costs) -> tuple[int, int]:
+    least = costs.fixed + sum(min(c.values()) for c in costs.places.values())
+    exact = costs.fixed + sum(c["mxfp4"] for c in costs.places.values())
+    return least, exact
+
+
+def test_every_size_is_met_from_below(checkpoint: Checkpoint, costs: Costs) -> None:
+    least, exact = _sizes(costs)
+    seed = secrets.randbits(32)
+    generator = torch.Generator().manual_seed(seed)
+    # One choice of this tiny model is 0.3 to 1.2 % of its bytes.
+    budgets = [least + int(x * (exact - least)) for x in torch.rand(6, generator=generator)]
+    losses = []
+    for budget in [least, *sorted(budgets), exact]:
+        found = allocate_recipe(checkpoint, costs, budget, SMALL)
+        assert found.nbytes <= budget < found.nbytes * 1.01, seed
+        assert found.nbytes == make_plan(checkpoint, found.recipe).bytes_out, seed
+        losses.append(sum(found.losses.values()))
+    assert losses == sorted(losses, reverse=True) and losses[-1] == 0.0, seed
+    assert {s for _, s in found.recipe.schemes} == {"mxfp4"}
+
+
+def test_the_recipe_file_makes_the_promised_file(
+    checkpoint: Checkpoint, costs: Costs, tmp_path: Path
+) -> None:
+    least, exact = _sizes(costs)
+    found = allocate_recipe(checkpoint, costs, (least + exact) // 2, SMALL)
+    text = recipe_toml(found, costs)
+    recipe = recipe_from_table(tomllib.loads(text), "recipe.toml")
+    assert recipe == found.recipe and f"{found.nbytes:,}" in text
+    assert convert(SOURCE, tmp_path / "out", recipe).bytes_out == found.nbytes
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    assert file.stat().st_size == found.nbytes
+
+
+def test_dense_matrices_take_part_where_asked(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def alike(_: object, found: Mapping[Place, object], *rest: object) -> dict[Place, float]:
+        return dict.fromkeys(found, 1.0)
+
+    monkeypatch.setattr("v4quant.allocation.measured_effects", alike)
+    text = _text(checkpoint, CALIBRATION, 128)
+    options = replace(SMALL, dense=AUTO)
+    costs = find_costs(checkpoint, options)
+    assert set(costs.places["layers.0", "dense"]) == set(costs.base.recipe.layout.dense_types)
+    least = costs.fixed + sum(min(c.values()) for c in costs.places.values())
+    found = allocate_recipe(checkpoint, costs, int(least * 1.1), options, None, text)
+    assert {g for _, g in found.recipe.places} == {"gate_up", "down", "dense"}
+    assert found.nbytes == make_plan(checkpoint, found.recipe).bytes_out <= least * 1.1
+    with pytest.raises(NothingMeasured, match="give --measure-kl"):
+        allocate_recipe(checkpoint, costs, int(least * 1.1), options)
+
+
+def test_budget_below_the_smallest(checkpoint: Checkpoint, costs: Costs) -> None:
+    least, _ = _sizes(costs)
+    with pytest.raises(BudgetError, match=f"below the smallest possible.*{least:,}"):
+        allocate_recipe(checkpoint, costs, least - 1, SMALL)
+
+
+def test_formats_of_one_scheme_are_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(UnsupportedPair, match=r"one scheme for all experts.*--format gguf"):
+        find_costs(checkpoint, Options("compressed-tensors"))
+
+
+def test_error_is_the_weighted_relative_noise(checkpoint: Checkpoint) -> None:
+    """Against the definition, matrix by matrix, all experts and rows of a layer."""
+    seed = secrets.randbits(32)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(40, 400, (16,), generator=generator)
+    sums = {s: torch.rand(16, 256, generator=generator, dtype=torch.float64) * tokens[:, None]
+            for s in ("w13", "w2")}  # fmt: skip
+    stage = StageStats(tokens, sums, {s: torch.ones(16) for s in sums})
+    stats = Stats(checkpoint.digest(), 32, {"layers.3": stage})
+    place, sample = ("layers.3", "gate_up"), Sample(16, 256)
+    shapes = {f"layers.3.ffn.experts.{e}.{w}": (256, 256) for e in range(16) for w in ("w1", "w3")}
+    wanted = {place: ["q2_k", "mxfp4", "q8_0"]}
+    found = errors(checkpoint, shapes, wanted, stats, sample, SilentProgress())[place]
+    expected = 0.0
+    for projection in ("w1", "w3"):
+        noise = signal = 0.0
+        for expert in range(16):
+            x = read_dense(checkpoint, f"layers.3.ffn.experts.{expert}.{projection}")
+            h = sums["w13"][expert] / tokens[expert]
+            rounded = decode(encode(x, "q2_k", h), "q2_k")
+            share = float(tokens[expert] + 1)
+            noise += share * float(((rounded - x).double() ** 2 * h).sum())
+            signal += share * float((x.double() ** 2 * h).sum())
+        expected += noise / signal
+    assert found["q2_k"] == pytest.approx(expected, rel=1e-9), seed
+    assert found["mxfp4"] == 0.0 and "q8_0" not in found, "nothing larger than exact is tried"
+
+
+def _text(checkpoint: Checkpoint, name: str, tokens: int) -> Corpus:
+    request = CorpusRequest(128, tokens, 0, 2048)
+    return load_corpus(resolve_corpus([name]), checkpoint.path / "tokenizer.json", request)
+
+
+def test_better_than_one_scheme_of_the_same_bytes(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """On held-out text; docs/allocation.md has the figures on more of it."""
+    options = Options(draft="drop")
+    costs = find_costs(checkpoint, options)
+    uniform = Recipe("q3_k", "gguf", draft="drop")
+    budget = make_plan(checkpoint, uniform).bytes_out
+    calibration = _text(checkpoint, CALIBRATION, 384)
+    found = allocate_recipe(checkpoint, costs, budget, options, None, calibration)
+    assert found.nbytes <= budget and found.measured
+    convert(SOURCE, tmp_path / "one", uniform)
+    convert(SOURCE, tmp_path / "mixed", found.recipe)
+    heldout = _text(checkpoint, HELDOUT, 768)
+    with open_checkpoint(tmp_path / "one") as one, open_checkpoint(tmp_path / "mixed") as mixed:
+        files = [CheckpointParams(one), CheckpointParams(mixed)]
+        alters = [lambda base, _, file=file: file(base) for file in files]
+        kls = measure_effects(checkpoint, heldout, alters, SilentProgress())
+    assert kls[1] < 0.85 * kls[0], kls
+
+
+def test_bits_budget() -> None:
+    assert bits_budget(3.2, 1000) == 400
+    for bits in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(BudgetError, match="--bpw"):
+            bits_budget(bits, 1000)
+
+
+def test_cards_budget() -> None:
+    with open_checkpoint(TINY) as tiny:
+        config = parse_dimensions(dict(tiny.config), "config.json")
+    one, two = cards_budget("1x24GB", 1024, config), cards_budget("2 x 24GB", 1024, config)
+    assert 0.9 * 24e9 < one < 0.95 * 24e9 and one < two < 2 * one
+    per_token = config.kv_bytes_per_token()
+    assert per_token
+    assert one - cards_budget("1x24GB", 2048, config) == 1024 * per_token
+    for text in ("24GB", "0x24GB", "x", "2x", "2xmuch"):
+        with pytest.raises((BudgetError, SizeError), match=r"cards|not a size"):
+            cards_budget(text, 1024, config)
+    with pytest.raises(BudgetError, match=r"1x500MB hold no weights"):
+        cards_budget("1x500MB", 1024, config)
+
+
+def test_command(tmp_path: Path) -> None:
+    out = tmp_path / "recipe.toml"
+    arguments = ["allocate", TINY_V4, "--out", str(out), "--draft", "drop", "--experts", "1"]
+    run = CliRunner().invoke(cli, [*arguments, "--bpw", "6.4", "--json"])
+    assert run.exit_code == 0, run.output
+    facts = json.loads(run.stdout)
+    assert facts["bytes"] <= facts["budget"] < facts["bytes"] * 1.005
+    assert facts["bits_per_weight"] <= 6.4 and not facts["loss_is_measured"]
+    assert recipe_from_table(tomllib.loads(out.read_text()), "x").as_dict() == facts["recipe"]
+    for wrong in ([], ["--bpw", "3", "--budget", "1GB"]):
+        assert CliRunner().invoke(cli, [*arguments, *wrong]).exit_code == 2

@@ -1,0 +1,238 @@
+"""allocation: a scheme for every layer and projection, within a number of bytes.
+
+What a place costs in each scheme is read from whole plans, one for each scheme, so files come out
+as long as promised, headers and all. What it loses is told in sensitivity.py, and which choices
+lose least together in calibration/allocate.py. The result is a recipe: a TOML file that a person
+can read and change, and that `quantize --recipe` takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from v4quant import __version__
+from v4quant.places import Place, place_of, write_places
+from v4quant.plan import Plan, make_plan
+from v4quant.recipe import Recipe
+from v4quant.sensitivity import Sample, errors, measured_effects
+from v4quant_calibration.allocate import BudgetError, Choice, allocate
+from v4quant_calibration.corpus import Corpus
+from v4quant_calibration.stats import Stats
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.deepseek_v4 import parse_name
+from v4quant_formats.errors import UnsupportedPair
+from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.progress import Progress, SilentProgress
+
+_MOST_ROUNDS = 4  # of correction, should headers of split files differ
+AUTO = "auto"
+"""What a choice of dense type says when there shall be one for every stage."""
+
+_HEAD_TYPE = "q8_0"  # embedding and head, where dense matrices are allocated too
+
+
+class NothingMeasured(V4QuantError):
+    """A choice that needs measured effects, without."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be chosen, and from what.
+
+    dense: the dense matrices' type, or "auto" to choose one for every stage too.
+    draft, split_size: as in a recipe. sample: what errors are measured on.
+    """
+
+    format: str = "gguf"
+    dense: str = ""
+    draft: str = "convert"
+    split_size: str = ""
+    sample: Sample = Sample()  # noqa: RUF009  (frozen)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A recipe and what is known of it.
+
+    losses: predicted loss of every place in the scheme chosen; nats where effects were measured.
+    nbytes: exact size of the output's model files; smallest, largest: of any that could be chosen.
+    """
+
+    recipe: Recipe
+    budget: int
+    nbytes: int
+    smallest: int
+    largest: int
+    weights: int
+    losses: Mapping[Place, float]
+    measured: bool
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the whole output, over all its parameters."""
+        return 8 * self.nbytes / self.weights
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes of every place in every scheme it may have, and of all else."""
+
+    base: Plan
+    places: Mapping[Place, Mapping[str, int]]
+    fixed: int
+
+    @property
+    def weights(self) -> int:
+        """Parameters of the output."""
+        units = (u for u in self.base.units if not u.again)
+        return sum(math.prod(s.shape) for u in units for s in u.sources)
+
+
+def find_costs(checkpoint: Checkpoint, options: Options) -> Costs:
+    """Plan the output once for every scheme. Raises UnsupportedPair for formats that cannot mix."""
+    recipe = _base_recipe(options)
+    schemes = list(recipe.layout.schemes)
+    auto = options.dense == AUTO
+    dense = list(recipe.layout.dense_types) if auto else []
+    costs: dict[Place, dict[str, int]] = {}
+    for index in range(max(len(schemes), len(dense))):
+        scheme = schemes[min(index, len(schemes) - 1)]
+        own = dense[min(index, len(dense) - 1)] if auto else recipe.dense
+        plan = make_plan(checkpoint, replace(recipe, scheme=scheme, dense=own))
+        for place, nbytes in _place_bytes(plan).items():
+            if place[1] != "dense":
+                costs.setdefault(place, {})[scheme] = nbytes
+            elif auto:
+                costs.setdefault(place, {})[own] = nbytes
+    base = make_plan(checkpoint, recipe)
+    own_bytes = _place_bytes(base)
+    return Costs(base, costs, base.bytes_out - sum(own_bytes[p] for p in costs))
+
+
+def _base_recipe(options: Options) -> Recipe:
+    probe = Recipe("mxfp4", options.format)
+    if not probe.layout.mixes:
+        raise UnsupportedPair(
+            f"format '{options.format}' declares one scheme for all experts, and the engines that "
+            "load it fuse them under it, so there is nothing to allocate; use --format gguf"
+        )
+    dense = _HEAD_TYPE if options.dense == AUTO else options.dense
+    return replace(probe, dense=dense, draft=options.draft, split_size=options.split_size)
+
+
+def _place_bytes(plan: Plan) -> Counter[Place]:
+    found: Counter[Place] = Counter()
+    for unit in plan.units:
+        for spec in unit.outputs:
+            if (place := place_of(parse_name(spec.name))) is not None:
+                found[place] += spec.nbytes
+    return found
+
+
+def allocate_recipe(
+    checkpoint: Checkpoint,
+    costs: Costs,
+    budget: int,
+    options: Options = Options(),
+    stats: Stats | None = None,
+    corpus: Corpus | None = None,
+    progress: Progress | None = None,
+) -> Allocation:
+    """The recipe of least predicted loss whose output has at most `budget` bytes.
+
+    corpus: text to measure effects on; without, all layers count alike.
+    Raises BudgetError naming the smallest possible size, NothingMeasured, and what reading raises.
+    """
+    progress = progress or SilentProgress()
+    if options.dense == AUTO and corpus is None:
+        raise NothingMeasured(
+            "dense = 'auto' weighs dense matrices against experts, which only a measured effect "
+            "can; give --measure-kl, or one type for all dense matrices"
+        )
+    smallest = costs.fixed + sum(min(c.values()) for c in costs.places.values())
+    if budget < smallest:
+        raise BudgetError(
+            f"a budget of {budget:,} bytes is below the smallest possible of these choices, "
+            f"{smallest:,}"
+        )
+    shapes = {s.module: s.shape for u in costs.base.units for s in u.sources}
+    wanted = {place: _distinct(sizes) for place, sizes in costs.places.items()}
+    found = errors(checkpoint, shapes, wanted, stats, options.sample, progress)
+    effects = dict.fromkeys(found, 1.0)
+    if corpus is not None:
+        effects = measured_effects(checkpoint, found, corpus, stats, progress)
+    losses = {p: {s: effects[p] * e for s, e in found[p].items()} for p in found}
+    recipe, nbytes = _fit(costs, losses, budget)
+    chosen = dict(recipe.places)
+    return Allocation(
+        recipe,
+        budget,
+        nbytes,
+        smallest,
+        costs.fixed + sum(max(c.values()) for c in costs.places.values()),
+        costs.weights,
+        {p: losses[p][chosen[p]] for p in chosen},
+        corpus is not None,
+    )
+
+
+def _distinct(sizes: Mapping[str, int]) -> list[str]:
+    """Schemes by size; of those that rows turn into the same type, the first."""
+    kept: dict[int, str] = {}
+    for scheme, nbytes in sizes.items():
+        kept.setdefault(nbytes, scheme)
+    return [kept[nbytes] for nbytes in sorted(kept)]
+
+
+def _fit(
+    costs: Costs, losses: Mapping[Place, Mapping[str, float]], budget: int
+) -> tuple[Recipe, int]:
+    """The best recipe that fits, checked against its own plan."""
+    places = list(losses)
+    menu = [[Choice(costs.places[p][s], loss) for s, loss in losses[p].items()] for p in places]
+    room = budget - costs.fixed
+    for _ in range(_MOST_ROUNDS):
+        picked = allocate(menu, room)
+        chosen = {p: list(losses[p])[i] for p, i in zip(places, picked, strict=True)}
+        recipe = _recipe(costs, chosen)
+        nbytes = make_plan(costs.base.checkpoint, recipe).bytes_out
+        if nbytes <= budget:
+            return recipe, nbytes
+        room -= nbytes - budget
+    raise BudgetError(f"no recipe of at most {budget:,} bytes was found; give a little more")
+
+
+def _recipe(costs: Costs, chosen: Mapping[Place, str]) -> Recipe:
+    weight: Counter[str] = Counter()
+    for place, scheme in chosen.items():
+        if place[1] != "dense":
+            weight[scheme] += costs.places[place][scheme]
+    # llama.cpp's name for the whole file is that of the scheme most bytes have.
+    main = weight.most_common(1)[0][0]
+    return replace(costs.base.recipe, scheme=main, schemes=tuple(write_places(chosen)))
+
+
+def recipe_toml(allocation: Allocation, costs: Costs) -> str:
+    """The recipe as a file, with what was predicted beside each line."""
+    recipe, unit = allocation.recipe, "nats of KL" if allocation.measured else "relative noise"
+    lines = [
+        f"# Chosen by v4quant {__version__} for at most {allocation.budget:,} bytes:",
+        f"# the output has {allocation.nbytes:,}, {allocation.bits_per_weight:.3f} bits a weight.",
+        f"# Any of these choices would have {allocation.smallest:,} to {allocation.largest:,}.",
+        "# Lines may be changed: `quantize SOURCE OUT --recipe THIS --dry-run` tells the size.",
+        f'scheme = "{recipe.scheme}"  # where no line below says otherwise',
+        f'format = "{recipe.format}"',
+        f'draft = "{recipe.draft}"',
+    ]
+    lines += [f'dense = "{recipe.dense}"'] if recipe.dense else []
+    lines += [f'split_size = "{recipe.split_size}"'] if recipe.split_size else []
+    lines += ["", f"[schemes]  # place = scheme  # bytes, predicted loss ({unit})"]
+    for key, scheme in recipe.schemes:
+        members = list(replace(recipe, schemes=((key, scheme),)).places)
+        nbytes = sum(costs.places[p][scheme] for p in members)
+        loss = sum(allocation.losses[p] for p in members)
+        lines.append(f'"{key}" = "{scheme}"  # {nbytes:,} B, {loss:.3g}')
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,145 @@
+"""`v4quant allocate`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from v4quant.allocation import AUTO, Allocation, Options, allocate_recipe, find_costs, recipe_toml
+from v4quant.budget import bits_budget, cards_budget
+from v4quant.builtin import CALIBRATION
+from v4quant.cli import _output
+from v4quant.cli._options import read_corpus
+from v4quant.cli._source import SOURCE
+from v4quant.sensitivity import Sample
+from v4quant.sizes import parse_size
+from v4quant.source import Source, open_source
+from v4quant_calibration.corpus import Corpus
+from v4quant_calibration.encoding import DEFAULT_MODE
+from v4quant_calibration.solution import is_solution, load_solution
+from v4quant_calibration.stats import Stats, load_stats
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.gguf_layout import DENSE_TYPES
+from v4quant_formats.layouts import LAYOUTS
+from v4quant_formats.model_config import parse_model_config
+from v4quant_formats.shards import write_file_atomically
+
+
+@click.command(
+    epilog="Example: v4quant allocate DeepSeek-V4-Flash --out recipe.toml --budget 96GB "
+    "--stats stats.v4q"
+)
+@click.argument("source", type=SOURCE)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Recipe to write.")
+@click.option("--budget", help="Size of the output at most, like 96GB.")
+@click.option("--bpw", type=float, help="The same as bits a weight, over all parameters.")
+@click.option("--fits", help="The same as cards it must fit, like 4x24GB, with --context.")
+@click.option("--context", type=click.IntRange(1), default=32768, show_default=True,
+              help="Tokens of one sequence kept beside the weights, for --fits.")  # fmt: skip
+@click.option("--format", "format_", type=click.Choice(list(LAYOUTS)), default="gguf",
+              show_default=True, help="Container; only gguf can mix.")  # fmt: skip
+@click.option("--dense", type=click.Choice([*DENSE_TYPES, AUTO]), default="bf16",
+              show_default=True, help="Type of dense matrices; auto: one a layer, for "
+              "which --measure-kl is needed.")  # fmt: skip
+@click.option("--draft", type=click.Choice(["convert", "drop"]), default="convert",
+              show_default=True, help="MTP / DSpark stages.")  # fmt: skip
+@click.option("--split-size", default="", help="Largest file, like 45GB (default 45GB).")
+@click.option("--stats", "stats_file", type=click.Path(path_type=Path),
+              help="What calibrate wrote: whose inputs matter.")  # fmt: skip
+@click.option("--measure-kl", is_flag=True, help="Measure what rounding each layer does to "
+              "predictions on --corpus; without, layers count alike.")  # fmt: skip
+@click.option("--corpus", multiple=True, default=[CALIBRATION], show_default=True,
+              help="Text for --measure-kl; may be repeated.")  # fmt: skip
+@click.option("--tokens", type=int, default=4096, show_default=True, help="Tokens of it to use.")
+@click.option("--seq-len", type=int, default=256, show_default=True, help="Window length.")
+@click.option("--experts", type=click.IntRange(1), default=4, show_default=True,
+              help="Experts of a layer whose rounding is looked at.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def allocate(
+    source: Source,
+    out: Path,
+    budget: str | None,
+    bpw: float | None,
+    fits: str | None,
+    context: int,
+    format_: str,
+    dense: str,
+    draft: str,
+    split_size: str,
+    stats_file: Path | None,
+    measure_kl: bool,
+    corpus: tuple[str, ...],
+    tokens: int,
+    seq_len: int,
+    experts: int,
+    as_json: bool,
+) -> None:
+    """Choose a scheme for every layer and projection of SOURCE within a size.
+
+    Writes a recipe for `quantize --recipe`, which a person can read and change.
+    """
+    if sum(x is not None for x in (budget, bpw, fits)) != 1:
+        raise click.UsageError("give one of --budget, --bpw and --fits")
+    options = Options(format_, dense, draft, split_size, Sample(experts))
+    with open_source(source) as checkpoint:
+        costs = find_costs(checkpoint, options)
+        if bpw is not None:
+            most = bits_budget(bpw, costs.weights)
+        elif fits is not None:
+            most = cards_budget(fits, context, costs.base.config)
+        else:
+            most = parse_size(budget or "")
+        text = _text(checkpoint, corpus, seq_len, tokens) if measure_kl else None
+        stats = _stats(checkpoint, stats_file)
+        progress = _output.TerminalProgress()
+        found = allocate_recipe(checkpoint, costs, most, options, stats, text, progress)
+        write_file_atomically(out, recipe_toml(found, costs).encode())
+    if as_json:
+        _output.emit(_facts(found))
+    else:
+        _output.data(_output.table(_rows(found, out)))
+
+
+def _text(checkpoint: Checkpoint, names: tuple[str, ...], seq_len: int, tokens: int) -> Corpus:
+    config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
+    return read_corpus(names, checkpoint, config, seq_len, tokens, DEFAULT_MODE)
+
+
+def _stats(checkpoint: Checkpoint, path: Path | None) -> Stats | None:
+    if path is None:
+        return None
+    if not is_solution(path):
+        return load_stats(path, checkpoint.digest())
+    solution = load_solution(path, checkpoint.digest())
+    solution.close()
+    return solution.stats
+
+
+def _facts(found: Allocation) -> dict[str, object]:
+    return {
+        "recipe": found.recipe.as_dict(),
+        "budget": found.budget,
+        "bytes": found.nbytes,
+        "smallest": found.smallest,
+        "largest": found.largest,
+        "bits_per_weight": found.bits_per_weight,
+        "loss": sum(found.losses.values()),
+        "loss_is_measured": found.measured,
+    }
+
+
+def _rows(found: Allocation, out: Path) -> list[tuple[str, str]]:
+    counts = Counter(scheme for _, scheme in found.recipe.places.items())
+    unit = "nats of KL" if found.measured else "relative noise, layers counted alike"
+    rows = [
+        ("recipe", str(out)),
+        ("bytes", f"{found.nbytes:,} of {found.budget:,} ({found.nbytes / found.budget:.2%})"),
+        ("bits a weight", f"{found.bits_per_weight:.3f}"),
+        ("places", ", ".join(f"{n} {s}" for s, n in counts.most_common())),
+        ("predicted loss", f"{sum(found.losses.values()):.4g} ({unit})"),
+    ]
+    if not sum(found.losses.values()):
+        rows.append(("room left", "every place is exact; more bytes would change nothing"))
+    return rows

@@ -1,0 +1,116 @@
+"""Places: the layers and projections a recipe may give a scheme of their own.
+
+A recipe's table `[schemes]` maps places to schemes:
+
+    [schemes]
+    "layers.0-5.down" = "mxfp4"
+    "layers.6.gate_up" = "q2_k"
+    "layers.0-5.dense" = "q6_k"
+
+A place is a stage, or a range of them, and a group: `gate_up` (w1 and w3, which engines fuse),
+`down` (w2) or `dense` (the stage's matrices that are no routed expert's). Finer does not exist in
+the files: GGUF stacks all experts of a layer and projection in one tensor, of one type. No place
+may be named twice, so that the order of lines means nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from v4quant_formats.deepseek_v4 import TensorName
+from v4quant_kernels.errors import V4QuantError
+
+GROUPS = ("gate_up", "down", "dense")
+_GROUP_OF = {"w1": "gate_up", "w3": "gate_up", "w2": "down"}
+_KEY = re.compile(r"(layers|mtp)\.(\d{1,4})(?:-(\d{1,4}))?\.(gate_up|down|dense)")
+
+Place = tuple[str, str]
+"""(stage, group): ("layers.3", "down")."""
+
+
+class PlaceError(V4QuantError):
+    """A place that cannot be read, is named twice, or does not exist."""
+
+
+def group_of(projection: str) -> str:
+    """`gate_up` for w1 and w3, `down` for w2."""
+    return _GROUP_OF[projection]
+
+
+def read_places(schemes: Iterable[tuple[str, str]]) -> dict[Place, str]:
+    """Place -> scheme, ranges written out. Raises PlaceError naming the key."""
+    found: dict[Place, str] = {}
+    for key, scheme in schemes:
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise PlaceError(
+                f"recipe: [schemes] '{key}' is no place; write it like 'layers.3.down', "
+                "'layers.0-5.gate_up' or 'mtp.0.dense'"
+            )
+        first = int(match[2])
+        last = int(match[3]) if match[3] else first
+        if last < first:
+            raise PlaceError(f"recipe: [schemes] '{key}' is an empty range")
+        for number in range(first, last + 1):
+            place = (f"{match[1]}.{number}", match[4])
+            if place in found:
+                raise PlaceError(f"recipe: [schemes] '{key}' names {'.'.join(place)} again")
+            found[place] = scheme
+    return found
+
+
+def place_of(name: TensorName | None) -> Place | None:
+    """The place a tensor belongs to; None for those whose scheme is not chosen by place."""
+    if name is None or not name.stage:
+        return None
+    if name.projection is not None:
+        return name.stage, group_of(name.projection)
+    return (name.stage, "dense") if name.is_linear else None
+
+
+def places_of(names: Iterable[TensorName | None], drafts: bool) -> set[Place]:
+    """The places of a checkpoint's tensors, those of draft stages only where `drafts`."""
+    kept = (n for n in names if n is not None and (drafts or not n.is_draft))
+    return {place for n in kept if (place := place_of(n))}
+
+
+def check_places(wanted: Iterable[Place], present: Iterable[Place]) -> None:
+    """Every wanted place is there. Raises PlaceError."""
+    there = set(present)
+    for stage, group in wanted:
+        if (stage, group) not in there:
+            stages = sorted({s for s, g in there if g == group}, key=_order)
+            raise PlaceError(
+                f"recipe: [schemes] names '{stage}.{group}', which is not in the output; "
+                f"stages with {group} are {', '.join(stages) or 'none'}"
+            )
+
+
+def write_places(schemes: Mapping[Place, str]) -> list[tuple[str, str]]:
+    """The inverse of `read_places`, with neighbours of one scheme joined into ranges."""
+    lines: list[tuple[str, str]] = []
+    for group in GROUPS:
+        run: list[tuple[str, int, str]] = []  # (kind, number, scheme)
+        members = sorted((p for p in schemes if p[1] == group), key=lambda p: _order(p[0]))
+        for stage, _ in members:
+            kind, number = _order(stage)
+            here = (kind, number, schemes[stage, group])
+            if run and run[-1] != (kind, number - 1, here[2]):
+                lines.append(_line(run, group))
+                run = []
+            run.append(here)
+        if run:
+            lines.append(_line(run, group))
+    return lines
+
+
+def _line(run: list[tuple[str, int, str]], group: str) -> tuple[str, str]:
+    (kind, first, scheme), (_, last, _) = run[0], run[-1]
+    numbers = str(first) if first == last else f"{first}-{last}"
+    return f"{kind}.{numbers}.{group}", scheme
+
+
+def _order(stage: str) -> tuple[str, int]:
+    kind, _, number = stage.partition(".")
+    return kind, int(number)
