@@ -546,9 +546,11 @@ def test_tables_and_sizes() -> None:
 # Signals, in a process whose units take long enough to be interrupted.
 
 SLOW = """
-import sys, time
+import signal, sys, time
 import v4quant.job
 from v4quant.cli import main
+# Shells start background jobs, perhaps this test run, with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 convert = v4quant.job.convert_unit
 def slow(*arguments):
     time.sleep(0.01)
@@ -605,14 +607,15 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 def test_interruption_inside_the_process(v4quant: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C outside of a job, for instance while reading headers."""
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.raise_signal(signal.SIGINT)
 
-    def terminate(*_: object) -> None:
+    def terminate(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGTERM)
 
     for action, code in ((interrupt, 130), (terminate, 143)):
-        monkeypatch.setattr(sys.modules["v4quant.cli.inspect"], "open_checkpoint", action)
+        monkeypatch.setattr(sys.modules["v4quant.cli.inspect"], "open_source", action)
         ran = v4quant("inspect", TINY)
         assert ran.code == code and ran.out == ""
         assert "the same command resumes" in ran.err and "Traceback" not in ran.err

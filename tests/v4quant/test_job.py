@@ -32,10 +32,12 @@ ROOT = Path(__file__).parents[2]
 # Conversions slow enough to be killed: every piece written takes a while. The process that imports
 # torch stays single-threaded and forks one child for each line it reads.
 NURSERY = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from tests.support.conversion import convert
 real = os.pwrite
+# Shells start background jobs, perhaps this test run, with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for line in sys.stdin:
     source, out, delay = line.rstrip().split("|")
     child = os.fork()
