@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from v4quant.places import Place, place_of
-from v4quant.plan import expert_scheme
 from v4quant_calibration.corpus import Corpus
 from v4quant_calibration.effect import measure_effects
 from v4quant_calibration.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import TensorName, parse_name
+from v4quant_formats.gguf_layout import fitting_type
 from v4quant_formats.weights import read_dense_rows
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.ref import codec
@@ -149,12 +149,11 @@ def _summed(members: Sequence[Matrix], values: Sequence[Tensor]) -> dict[str, fl
 
 def rounded(values: Tensor, scheme: str, importance: Tensor | None) -> Tensor:
     """Float32 [N, K] as the export would hold it."""
-    fitting = expert_scheme(get_scheme(scheme), values.shape[1])
-    if fitting.name == "bf16":
+    fitting = fitting_type(scheme, values.shape[1])
+    if fitting == "bf16":
         return values.bfloat16().float()
-    if fitting.element != "ggml":
-        return codec.dequantize(codec.quantize(values, fitting))
-    return codec.dequantize(codec.quantize(values, fitting, importance=importance))
+    weighted = {} if fitting == "mxfp4" else {"importance": importance}
+    return codec.dequantize(codec.quantize(values, get_scheme(fitting), **weighted))
 
 
 def measured_effects(

@@ -61,3 +61,21 @@ def test_needless_bytes_are_not_spent() -> None:
 def test_a_budget_below_all_names_the_smallest() -> None:
     with pytest.raises(BudgetError, match=r"9 bytes is below the smallest possible, 1,010"):
         allocate([[Choice(10, 0.0), Choice(20, 0.0)], [Choice(1000, 0.0)]], 9)
+
+
+def test_at_the_size_of_a_release() -> None:
+    """43 layers of Flash's experts in three schemes: within half a percent of the budget."""
+    seed = secrets.randbits(32)
+    rng = random.Random(seed)
+    weights = 256 * 4096 * 2048
+    schemes = [(4.25, 0.0), (3.4375, 0.03), (2.625, 0.1)]
+    places = []
+    for matrices in [2, 1] * 43:
+        effect = rng.lognormvariate(0, 1) * matrices
+        places.append(
+            [Choice(int(weights * matrices * bits / 8), effect * e) for bits, e in schemes]
+        )
+    for bits in (2.7, 3.2, 4.0):
+        budget = int(weights * 3 * 43 * bits / 8)
+        nbytes = _totals(places, allocate(places, budget))[1]
+        assert 0.995 * budget < nbytes <= budget, (seed, bits)

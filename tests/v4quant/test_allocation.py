@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from tests.support.conversion import TINY, convert
+from tests.support.synthetic import make_small
 from v4quant.allocation import (
     AUTO,
     Costs,
@@ -208,3 +209,18 @@ def test_command(tmp_path: Path) -> None:
     assert recipe_from_table(tomllib.loads(out.read_text()), "x").as_dict() == facts["recipe"]
     for wrong in ([], ["--bpw", "3", "--budget", "1GB"]):
         assert CliRunner().invoke(cli, [*arguments, *wrong]).exit_code == 2
+
+
+@pytest.mark.parametrize("release", ["flash-base", "flash"])
+def test_releases(release: str, tmp_path: Path) -> None:
+    """FP8 experts, which MXFP4 does not hold, and FP4 ones; rows of lengths K-types do not have."""
+    source = make_small(tmp_path / release, release)
+    with open_checkpoint(source) as checkpoint:
+        costs = find_costs(checkpoint, SMALL)
+        least, exact = _sizes(costs)
+        found = allocate_recipe(checkpoint, costs, (least + exact) // 2, SMALL)
+        rich = allocate_recipe(checkpoint, costs, 10 * exact, SMALL)
+    assert least <= found.nbytes <= found.budget
+    assert convert(source, tmp_path / "out", found.recipe).bytes_out == found.nbytes
+    best = {"flash-base": "q8_0", "flash": "mxfp4"}[release]
+    assert {s for _, s in rich.recipe.schemes} == {best}
