@@ -5,8 +5,7 @@ calibration model's router and experts compute on the same weights, whatever the
 the indexer's scores are those of `v4quant_kernels.ref.indexer`.
 
 Tolerance: 2e-6 of the largest output, a few float32 roundings of sums in another order. Measured:
-up to 4e-7 on the trained model and 6e-7 on random blocks. Interleaving gate and up wrongly, or
-forgetting the clamp, gives more than 1e-2. A token whose router is undecided to 1e-5 may choose
+up to 4e-7 on the trained model in MXFP4. A token whose router is undecided to 1e-5 may choose
 another expert in another order of summation; such tokens are left out, and there are few.
 """
 
