@@ -21,8 +21,8 @@ import torch
 
 from tests.support.conversion import convert, recipe_of
 from tests.support.synthetic import RELEASES, make_small
-from v4quant.convert import ScaleNotPowerOfTwo
 from v4quant.inspection import inspect_checkpoint
+from v4quant.outcomes import ScaleNotPowerOfTwo
 from v4quant.recipe import Recipe
 from v4quant.verify import verify
 from v4quant_formats.checkpoint import Checkpoint, open_checkpoint

@@ -13,8 +13,8 @@ import torch
 from tests.calibration.oracle_loader import OracleParams
 from tests.support.conversion import SCHEMES, TINY, VARIANTS, convert, recipe_of
 from tests.support.shard_bytes import EditableCheckpoint
-from v4quant.convert import InexactCast
 from v4quant.job import run_job
+from v4quant.outcomes import InexactCast
 from v4quant.plan import make_plan
 from v4quant.recipe import Recipe
 from v4quant.verify import verify
