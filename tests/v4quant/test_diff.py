@@ -179,3 +179,13 @@ def test_the_command(converted: Converted) -> None:
     assert other.exit_code == 3
     table = json.loads(other.stdout)
     assert not table["same"] and table["verdicts"]["regridded"] == len(table["differences"])
+
+
+def test_sources_of_any_kind(tmp_path: Path) -> None:
+    """What other commands read, this one reads: built-in names and GGUF folders."""
+    runner, source = CliRunner(), "builtin:tiny-v4"
+    out = str(tmp_path / "gguf")
+    made = runner.invoke(cli, ["quantize", source, out, "--scheme", "mxfp4", "--format", "gguf"])
+    assert made.exit_code == 0, made.output
+    same = runner.invoke(cli, ["diff", source, out, "--samples", "1"])
+    assert same.exit_code == 0 and "exact" in same.stdout, same.output

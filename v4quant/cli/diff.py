@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
 from v4quant.cli import _exit, _output
+from v4quant.cli._source import SOURCE
 from v4quant.diff import DiffResult, diff_checkpoints
-from v4quant_formats.checkpoint import open_checkpoint
+from v4quant.source import Source, open_source
 
 _SHOWN = 40
 
 
 @click.command(epilog="Example: v4quant diff DeepSeek-V4-Flash somebodys-int4 --samples 8")
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=SOURCE)
+@click.argument("b", type=SOURCE)
 @click.option("--full", is_flag=True, help="Compare every value, not samples.")
 @click.option(
     "--samples",
@@ -27,13 +27,13 @@ _SHOWN = 40
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
-def diff(ctx: click.Context, a: Path, b: Path, full: bool, samples: int, as_json: bool) -> None:
+def diff(ctx: click.Context, a: Source, b: Source, full: bool, samples: int, as_json: bool) -> None:
     """Compare checkpoints A and B as numbers, whatever their formats. Exit code 3: they differ.
 
     Tells re-encodings that keep every value from re-gridded weights (with their error), and names
     missing modules, misread block sizes, nibbles in the wrong order and exchanged projections.
     """
-    with open_checkpoint(a) as left, open_checkpoint(b) as right:
+    with open_source(a) as left, open_source(b) as right:
         result = diff_checkpoints(left, right, _output.TerminalProgress(), full, samples)
     if as_json:
         _output.emit({**asdict(result), "same": result.same})
