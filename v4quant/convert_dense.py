@@ -105,7 +105,7 @@ def _dense_rows(plan: Plan, stored: StoredWeight) -> Iterator[tuple[int, Tensor]
             yield start, values.float()
         else:
             values = codec.dequantize(read_weight(plan.checkpoint, stored, (start, stop)))
-            refuse_overflow(plan, stored, values)
+            refuse_overflow(plan.checkpoint, stored, values)
             yield start, values
 
 

@@ -102,11 +102,11 @@ def _convert_matrix(
         return _to_blocks(plan, stored, q, scheme, stats)
     if scheme.element == "int":
         if q.scheme.name != "mxfp4":
-            refuse_overflow(plan, stored, codec.dequantize(q))
+            refuse_overflow(plan.checkpoint, stored, codec.dequantize(q))
         found = _solve(plan, stored.module, q, stats)
     else:
         values = codec.dequantize(q)
-        refuse_overflow(plan, stored, values)
+        refuse_overflow(plan.checkpoint, stored, values)
         found = _quantize_floats(values, scheme, top)
     return found.tensor, lossy_record(stored, scheme, found, "quantized", 0)
 
@@ -114,7 +114,7 @@ def _convert_matrix(
 def _to_bf16(plan: Plan, stored: StoredWeight, q: QTensor) -> tuple[QTensor, TensorRecord]:
     """An expert matrix in bfloat16: exact, but for scales beyond bfloat16's normal numbers."""
     values = codec.dequantize(q)
-    refuse_overflow(plan, stored, values)
+    refuse_overflow(plan.checkpoint, stored, values)
     found = measured(values, codec.quantize(values, plan.scheme))
     altered = int((codec.dequantize(found.tensor) != values).sum())
     refuse_inexact(plan, stored, altered, "bf16")
@@ -131,7 +131,7 @@ def _to_blocks(
     pieces, squared, norm, largest = [], 0.0, 0.0, 0.0
     for start in range(0, q.shape[0], _ROWS):
         values = codec.dequantize(_rows_of(q, start, min(start + _ROWS, q.shape[0])))
-        refuse_overflow(plan, stored, values)
+        refuse_overflow(plan.checkpoint, stored, values)
         found = measured(values, codec.quantize(values, scheme, importance=importance))
         pieces.append(found.tensor.codes)
         squared, norm = squared + found.squared_error, norm + found.squared_norm

@@ -7,14 +7,13 @@ other tensors keep their values exactly.
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor
 
 from v4quant.onnx_plan import DenseTensor
+from v4quant.outcomes import lossy_record, make_record, refuse_overflow
 from v4quant.records import TensorRecord
-from v4quant_calibration.scale_search import QuantizedMatrix, search_dense, search_mxfp4
+from v4quant_calibration.scale_search import search_dense, search_mxfp4
+from v4quant_calibration.solvers import measured
 from v4quant_calibration.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import WrongDtype
@@ -22,7 +21,6 @@ from v4quant_formats.onnx_decode import tile_scales
 from v4quant_formats.onnx_experts import expert_pieces
 from v4quant_formats.shards import ShardWriter
 from v4quant_formats.weights import StoredWeight, check_finite, read_dense, read_weight
-from v4quant_kernels.errors import NonFiniteWeight
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import codec, fp8_block
 from v4quant_kernels.ref.cast import can_cast, cast_mxfp4
@@ -54,48 +52,25 @@ def _recode(
     checkpoint: Checkpoint, stored: StoredWeight, scheme: Scheme, stats: Stats | None
 ) -> tuple[QTensor, TensorRecord]:
     importance = stats.importance(stored.module) if stats else None
-    kind = stored.scheme.name if stored.scheme else next(iter(stored.parts.values())).dtype.lower()
-    size = math.prod(stored.shape)
     q = read_weight(checkpoint, stored) if stored.scheme else None
     if q is not None and q.scheme.name == scheme.name:
-        return q, TensorRecord(stored.module, "copied", kind, kind, size)
+        return q, make_record(stored, "copied", scheme.name)
     if q is not None and q.scheme.name == "mxfp4" and can_cast(scheme):
         cast = cast_mxfp4(q, scheme)
         if not cast.altered:
-            return cast.tensor, TensorRecord(stored.module, "cast", kind, scheme.name, size)
-        found, altered = _measure(codec.dequantize(q), cast.tensor), cast.altered
-    elif q is not None and q.scheme.name == "mxfp4" and scheme.element == "int":
-        found, altered = search_mxfp4(q, scheme, importance), 0
+            return cast.tensor, make_record(stored, "cast", scheme.name)
+        loss = measured(codec.dequantize(q), cast.tensor)
+        return cast.tensor, lossy_record(stored, scheme, loss, "cast", cast.altered)
+    if q is not None and q.scheme.name == "mxfp4" and scheme.element == "int":
+        found = search_mxfp4(q, scheme, importance)
     else:
         values = read_dense(checkpoint, stored.module) if q is None else codec.dequantize(q)
-        if not bool(torch.isfinite(values).all()):
-            raise NonFiniteWeight(
-                f"{checkpoint.path}: '{stored.module}' holds values beyond float32's range; the "
-                "file is damaged or was converted wrongly, download it again"
-            )
-        altered = 0
+        refuse_overflow(checkpoint, stored, values)
         if scheme.element == "int":
             found = search_dense(values, scheme, importance)
         else:
-            found = _measure(values, codec.quantize(values, scheme))
-    return found.tensor, TensorRecord(
-        stored.module,
-        "cast" if altered else "quantized",
-        kind,
-        scheme.name,
-        size,
-        altered,
-        found.relative_rms,
-        found.max_error,
-    )
-
-
-def _measure(x: Tensor, q: QTensor) -> QuantizedMatrix:
-    difference = (codec.dequantize(q) - x).double()
-    squared = float(difference.square().sum())
-    return QuantizedMatrix(
-        q, squared, float(x.double().square().sum()), float(difference.abs().max())
-    )
+            found = measured(values, codec.quantize(values, scheme))
+    return found.tensor, lossy_record(stored, scheme, found, "quantized", 0)
 
 
 def write_dense(

@@ -13,6 +13,7 @@ from torch import Tensor
 from v4quant.plan import Plan
 from v4quant.records import Disposition, TensorRecord
 from v4quant_calibration.scale_search import QuantizedMatrix
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.weights import StoredWeight
 from v4quant_kernels.errors import NonFiniteWeight, V4QuantError
 from v4quant_kernels.scheme import Scheme
@@ -35,11 +36,11 @@ def refuse_inexact(plan: Plan, stored: StoredWeight, altered: int, target: str) 
         )
 
 
-def refuse_overflow(plan: Plan, stored: StoredWeight, values: Tensor) -> None:
+def refuse_overflow(checkpoint: Checkpoint, stored: StoredWeight, values: Tensor) -> None:
     """Raise NonFiniteWeight: finite codes and finite scales may still multiply beyond float32."""
     if not bool(torch.isfinite(values).all()):
         raise NonFiniteWeight(
-            f"{plan.checkpoint.path}: '{stored.module}' holds values beyond float32's range; "
+            f"{checkpoint.path}: '{stored.module}' holds values beyond float32's range; "
             "the file is damaged or was converted wrongly, download it again"
         )
 
