@@ -97,13 +97,13 @@ def test_attention_holds_nothing_square(
 ) -> None:
     """The largest score matrix grows with the query block and S / 4, never with S * S."""
     sizes: list[int] = []
-    genuine = attention_module._attend
+    genuine = attention_module.attend
 
     def watch(queries: Tensor, keys: Tensor, *rest: object) -> Tensor:
         sizes.append(queries.shape[0] * keys.shape[0])
         return genuine(queries, keys, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(attention_module, "_attend", watch)
+    monkeypatch.setattr(attention_module, "attend", watch)
     models = [StreamModel(ORACLE, ForwardOptions(query_chunk=64))]
     stream_forward(models, CONFIG, random_ids(generator, 1500))
     reach = 64 + CONFIG.sliding_window - 1

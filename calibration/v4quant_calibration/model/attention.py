@@ -128,11 +128,7 @@ class EntryBuilder:
         All pieces but the last hold a multiple of 128 tokens.
         """
         layer, weights = self._layer, self._layer.weights
-        window = linear(quantized_input(x, layer.options), weights.wkv, layer.options)
-        window = rms_norm(window, weights.kv_norm, layer.config.rms_norm_eps)
-        rotate_tail_(window, layer.table[first : first + x.shape[0]])
-        round_kv_(window, layer.config.qk_rope_head_dim, layer.options)
-        self._window.append(window)
+        self._window.append(window_entries(x, layer.table[first : first + x.shape[0]], layer))
         if weights.compressor is None:
             return
         # A CSA entry pools its own tokens and the block before them.
@@ -156,13 +152,36 @@ class EntryBuilder:
         return Entries(window, compressed, torch.cat(self._keys) if self._keys else None)
 
 
+def window_entries(x: Tensor, table: Tensor, layer: AttentionLayer) -> Tensor:
+    """Entries `[n, D]` of normalised inputs x `[n, hidden]`; table: the rope rows of each."""
+    entries = linear(quantized_input(x, layer.options), layer.weights.wkv, layer.options)
+    entries = rms_norm(entries, layer.weights.kv_norm, layer.config.rms_norm_eps)
+    rotate_tail_(entries, table)
+    round_kv_(entries, layer.config.qk_rope_head_dim, layer.options)
+    return entries
+
+
+def low_rank_queries(rounded: Tensor, layer: AttentionLayer) -> Tensor:
+    """What queries are made of, `[n, q_lora_rank]`, from inputs as linears are given them."""
+    low_rank = linear(rounded, layer.weights.wq_a, layer.options)
+    return rms_norm(low_rank, layer.weights.q_norm, layer.config.rms_norm_eps)
+
+
+def head_queries(low_rank: Tensor, table: Tensor, layer: AttentionLayer) -> Tensor:
+    """Queries `[n, H, D]` of all heads; table: the rope rows of each."""
+    config, options = layer.config, layer.options
+    queries = linear(quantized_input(low_rank, options), layer.weights.wq_b, options)
+    queries = queries.view(-1, config.num_attention_heads, config.head_dim)
+    return rotate_tail_(rms_norm(queries, None, config.rms_norm_eps), table)
+
+
 def attention(x: Tensor, first: int, entries: Entries, layer: AttentionLayer) -> Tensor:
     """Attention output of positions from `first` on: x normalised `[n, hidden]`, same out."""
-    weights, options, eps = layer.weights, layer.options, layer.config.rms_norm_eps
+    options = layer.options
     rounded = quantized_input(x, options)
     output = torch.empty_like(x)
     for start, stop in spans(0, x.shape[0], options.query_chunk):
-        low_rank = rms_norm(linear(rounded[start:stop], weights.wq_a, options), weights.q_norm, eps)
+        low_rank = low_rank_queries(rounded[start:stop], layer)
         output[start:stop] = _query_block(x[start:stop], low_rank, first + start, entries, layer)
     return output
 
@@ -174,11 +193,7 @@ def _query_block(
     config, options = layer.config, layer.options
     last = first + x.shape[0]
     table = layer.table[first:last]
-    low_rank_input = quantized_input(low_rank, options)
-    queries = linear(low_rank_input, layer.weights.wq_b, options)
-    queries = queries.view(-1, config.num_attention_heads, config.head_dim)
-    queries = rotate_tail_(rms_norm(queries, None, config.rms_norm_eps), table)
-
+    queries = head_queries(low_rank, table, layer)
     start = max(0, first - config.sliding_window + 1)
     keys = [entries.window[start:last]]
     masks = [_window_mask(first, last, start, config.sliding_window, x.device)]
@@ -191,10 +206,10 @@ def _query_block(
         else:
             keys.append(entries.compressed[:seen])
             masks.append(_compressed_mask(first, last, seen, layer.ratio, picks, x.device))
-    output = _attend(
+    output = attend(
         queries, torch.cat(keys), torch.cat(masks, -1), gathered, layer.weights.sink, options
     )
-    return _project(rotate_tail_(output, table.conj()), layer)
+    return project(rotate_tail_(output, table.conj()), layer)
 
 
 def _picks(
@@ -245,7 +260,7 @@ def _compressed_mask(
     return mask.scatter_(1, picks + 1, True)[:, 1:]
 
 
-def _attend(
+def attend(
     queries: Tensor,
     keys: Tensor,
     mask: Tensor,
@@ -277,7 +292,7 @@ def _attend(
     return output
 
 
-def _project(output: Tensor, layer: AttentionLayer) -> Tensor:
+def project(output: Tensor, layer: AttentionLayer) -> Tensor:
     """Heads `[q, H, D]` to `[q, hidden]`: wo_a per group of heads, then wo_b over all groups."""
     config, options = layer.config, layer.options
     groups = config.o_groups

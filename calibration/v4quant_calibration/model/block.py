@@ -61,10 +61,24 @@ def layer_forward(
     """
     ratio, hashed = _layer_facts(layer, config)
     _attention_sublayer(params, config, layer, ratio, before, after, options, observer)
-    read = _Sublayer(load_hyper(params, f"{layer}.hc_ffn"), params(f"{layer}.ffn_norm"), config)
-    for start, stop in spans(0, before.shape.tokens, options.expert_tokens):
+    expert_sublayer(params, config, layer, hashed, after, token_ids, options, observer)
+
+
+def expert_sublayer(
+    params: Params,
+    config: ModelConfig,
+    layer: str,
+    hashed: bool,
+    streams: Streams,
+    token_ids: Tensor,
+    options: ForwardOptions,
+    observer: Observer | None,
+) -> None:
+    """A layer's second half, on the streams in place; hashed: whether it routes by token id."""
+    read = load_sublayer(params, config, layer, "ffn")
+    for start, stop in spans(0, streams.shape.tokens, options.expert_tokens):
         _expert_pass(
-            read, params, layer, hashed, after, start, token_ids[start:stop], options, observer
+            read, params, layer, hashed, streams, start, token_ids[start:stop], options, observer
         )
 
 
@@ -77,7 +91,7 @@ def _layer_facts(layer: str, config: ModelConfig) -> tuple[int, bool]:
 
 
 @dataclass(frozen=True)
-class _Sublayer:
+class Sublayer:
     """How a sublayer reads the streams."""
 
     hyper: HyperWeights
@@ -89,6 +103,12 @@ class _Sublayer:
         mixing = mixing_weights(rows, self.hyper, self.config)
         x = read_streams(rows, mixing.pre)
         return mixing, rms_norm(x, self.norm, self.config.rms_norm_eps)
+
+
+def load_sublayer(params: Params, config: ModelConfig, layer: str, half: str) -> Sublayer:
+    """half: "attn" or "ffn"."""
+    hyper, norm = load_hyper(params, f"{layer}.hc_{half}"), params(f"{layer}.{half}_norm")
+    return Sublayer(hyper, norm, config)
 
 
 def _attention_sublayer(
@@ -106,7 +126,7 @@ def _attention_sublayer(
     weights = load_attention(params, layer, ratio, use_indexer)
     table = rope_table(config, ratio, longest, before.shape.device)
     shared = AttentionLayer(layer, ratio, weights, table, config, options, observer)
-    read = _Sublayer(load_hyper(params, f"{layer}.hc_attn"), params(f"{layer}.attn_norm"), config)
+    read = load_sublayer(params, config, layer, "attn")
     for first, last in before.spans:
         pieces = spans(first, last, options.row_chunk)
         builder = EntryBuilder(shared, last - first)
@@ -125,7 +145,7 @@ def _attention_sublayer(
 
 
 def _expert_pass(
-    read: _Sublayer,
+    read: Sublayer,
     params: Params,
     layer: str,
     hashed: bool,
