@@ -118,7 +118,17 @@ def encode(x: Tensor, type_name: str, importance: Tensor | None = None) -> Tenso
         scales_finite &= blocks.dmin.isfinite().all()
     if not bool(scales_finite):
         raise WeightOutOfRange(_too_large(largest, type_name))
-    return put_together(blocks, type_name).view(rows, row_bytes)
+    return _put_together(blocks, type_name).view(rows, row_bytes)
+
+
+def _put_together(blocks: Blocks, type_name: str) -> Tensor:
+    from v4quant_kernels import native
+
+    if not native.available() or blocks.q.device.type != "cpu":
+        return put_together(blocks, type_name)
+    from v4quant_kernels.native.ggml_join import join
+
+    return put_together(blocks, type_name, join)
 
 
 def _choose(x: Tensor, type_name: str, importance: Tensor | None) -> Blocks:
@@ -191,7 +201,7 @@ def reencode(codes: Tensor, data: Tensor, type_name: str) -> Tensor:
     stored = data.reshape(-1, get_type(type_name).block_bytes)
     old = take_apart(stored, type_name)
     q = codes.to(torch.int8).reshape(old.q.shape)
-    return put_together(replace(old, q=q), type_name).view(data.shape)
+    return _put_together(replace(old, q=q), type_name).view(data.shape)
 
 
 def repack_mxfp4(codes: Tensor, scale: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from v4quant_kernels import ggml
 from v4quant_kernels.errors import NonFiniteWeight, UnsupportedScheme
+from v4quant_kernels.native.ggml_join import join
 from v4quant_kernels.ref import e2m1
 from v4quant_kernels.ref.ggml_blocks import SHAPES, put_together, take_apart
 
@@ -146,3 +147,9 @@ def test_bad_sizes_are_refused(name: str) -> None:
 def test_unknown_type_names_the_known_ones() -> None:
     with pytest.raises(UnsupportedScheme, match="q4_k"):
         ggml.get_type("q7_k")
+
+
+@EACH_GRID
+def test_the_compiled_join_gives_the_same_bytes(name: str, generator: torch.Generator) -> None:
+    data = random_bytes(name, generator).view(-1, ggml.get_type(name).block_bytes)
+    assert torch.equal(put_together(take_apart(data, name), name, join), data)

@@ -19,6 +19,7 @@ from v4quant_kernels.native import compiled
 
 F32 = NDArray[np.float32]
 I8 = NDArray[np.int8]
+I64 = NDArray[np.int64]
 
 LANES = 32
 """Candidates tried side by side in a full scan."""

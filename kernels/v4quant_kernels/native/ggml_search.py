@@ -22,9 +22,17 @@ from v4quant_kernels.ref.ggml_blocks import SHAPES, Blocks, BlockShape
 ROUNDS = 1
 """Times a real grid is solved again for the integers it assigns."""
 
-TURNS = {"q2_k": 2, "q3_k": 1, "q4_k": 3, "q5_k": 3, "q6_k": 1}
+TURNS = {"q2_k": 2, "q4_k": 3, "q5_k": 3}
 
-_STEPS = {"q3_k": (2.2, 5.5), "q6_k": (28.0, 36.0), "q5_0": (13.0, 18.0), "q4_0": (6.0, 9.5)}
+_STEPS = {
+    "q3_k": ((2.5, 4.8, 4, 3), (2.2, 5.5, 10, 5)),
+    "q6_k": ((28.0, 36.0, 12, 5), (28.0, 36.0, 12, 5)),
+    "q5_0": ((14.2, 16.2, 3, 0), (13.0, 18.0, 16, 0)),
+    "q4_0": ((6.3, 8.7, 4, 0), (6.0, 9.5, 16, 0)),
+}
+"""Without and with importance: the ends and the number of steps of either sign, and how far `sc`
+may be from the nearest. With importance more is worth its time, and llama.cpp takes more."""
+
 _GRIDS = {
     "q2_k": ((0.8, 1.6), (0.0, 0.24)),
     "q4_k": ((0.94, 1.3), (0.0, 0.06)),
@@ -36,9 +44,11 @@ _EXACT_BITS = {"q8_0": 6, "q6_k": 4, "q5_0": 3}
 
 
 @cache
-def _steps(name: str) -> F32:
-    steps = np.linspace(*_STEPS[name], LANES // 2, dtype=np.float32)
-    return np.concatenate([steps, -steps])
+def _steps(name: str, uneven: bool) -> tuple[F32, int]:
+    """The family of steps and the reach among scales."""
+    first, last, count, reach = _STEPS[name][uneven]
+    steps = np.linspace(first, last, count, dtype=np.float32)
+    return np.concatenate([steps, -steps]), reach
 
 
 @cache
@@ -74,9 +84,9 @@ def search(x: Tensor, name: str, importance: Tensor | None) -> Blocks:
     bottom, limit = (np.float32(v) for v in shape.sc)
     if not shape.has_minimum:
         bits = _EXACT_BITS.get(name, 0)
-        steps, turns = _steps(name), TURNS[name]
+        steps, reach = _steps(name, _uneven(weights))
         ggml_symmetric.search_symmetric(
-            blocks, weights, low, high, bottom, limit, bits, steps, turns, q, sc, d
+            blocks, weights, low, high, bottom, limit, bits, steps, reach, q, sc, d
         )
         return _as_blocks(q, d, sc, None, None)
     m, dmin = np.empty_like(sc), np.empty_like(d)
@@ -112,7 +122,8 @@ def _search_single(
         return lowest
     else:
         bits = _EXACT_BITS.get(name, 0)
-        ggml_symmetric.search_single(x, weights, low, high, bits, _steps(name), q, d)
+        steps, _ = _steps(name, _uneven(weights))
+        ggml_symmetric.search_single(x, weights, low, high, bits, steps, q, d)
     return None
 
 
@@ -124,6 +135,10 @@ def _weights(importance: Tensor | None, block: int) -> F32:
     mean = weights.mean()
     scaled = weights / mean if bool(mean > 0) else torch.ones_like(weights)
     return scaled.clamp(1e-6, 1e12).float().view(-1, block).numpy()
+
+
+def _uneven(weights: F32) -> bool:
+    return bool(weights.min() != weights.max())
 
 
 def _as_blocks(

@@ -1,17 +1,19 @@
 """The search for GGML types without minima: q3_k, q6_k, and with one scale q8_0, q5_0, q4_0.
 
 A value is `d sc q` with integers -n <= q < n, one more on the negative side, so the sign of the
-step matters. The weighted squared error of a block is made small in three steps:
+step matters. The weighted squared error is made small in three steps:
 
-1. Each sub-block alone, with a real step: a fixed family of steps of both signs assigns integers,
-   and for every assignment the best step follows in closed form.
+1. Each sub-block alone, with a real step: a family of steps of both signs assigns integers, and
+   for every assignment the best step follows in closed form.
 2. `d` is chosen so that the rounded `d sc` lie near those optima, each deviation counted with the
-   curvature of its sub-block's error.
-3. In turns: every sub-block tries neighbouring integers sc with exact errors; then, for the
-   assignment found, `d` is solved again over the whole block and rounded to half precision. A turn
-   that does not lower the block's error ends the search, so it never rises.
+   curvature of its sub-block's error. With one scale, `d` is that optimum, solved once more for the
+   integers it assigns itself.
+3. Every sub-block tries the integers `sc` about its optimum, with exact errors.
 
-All sums run in the order of elements, in float32; the last quotient is taken in float64.
+Thirty-two sub-blocks are searched side by side (`ggml_lanes.py`). Blocks of lattice points need no
+search: they are stored as they are, and only the others wait for a place in a tile.
+
+All sums run in the order of elements, in float32.
 """
 
 from __future__ import annotations
@@ -20,19 +22,17 @@ import numpy as np
 
 from v4quant_kernels.native import compiled
 from v4quant_kernels.native.ggml_exact import all_multiples, binade_unit, largest, lattice_units
+from v4quant_kernels.native.ggml_lanes import load, store, tile_errors, tile_sums
 from v4quant_kernels.native.ggml_scan import (
     F32,
     I8,
+    I64,
     LANES,
     ONE,
     ROUND,
     ZERO,
     round_half,
-    scan_affine,
-    scan_sums,
-    smallest,
     store_codes,
-    sums_for,
     unit_for,
 )
 
@@ -43,111 +43,114 @@ TINY = np.float32(1e-30)
 
 
 @compiled
-def real_step(
-    x: F32,
-    w: F32,
-    start: int,
-    size: int,
-    low: np.float32,
-    high: np.float32,
-    family: F32,
-    s: F32,
-) -> tuple[np.float32, np.float32]:
-    """The best real step of a sub-block (of either sign) and the curvature sum w q q there."""
-    top = largest(x, start, size)
-    if not top > ZERO:
-        return ZERO, ZERO
-    inverse = ONE / top
+def reciprocals(step: F32, inverse: F32) -> None:
+    """1 / step of every lane, 0 for a step of 0."""
     for c in range(LANES):
-        s[c] = family[c] * inverse
-        s[LANES + c] = ZERO
-    scan_sums(x, w, start, size, low, high, s)
-    for c in range(LANES):
-        sxq = s[4 * LANES + c]
-        s[c] = -(sxq * sxq) / (s[3 * LANES + c] + TINY)
-    best = smallest(s, 0)
-    sqq = s[3 * LANES + best]
-    return s[4 * LANES + best] / (sqq + TINY), sqq
+        inverse[c] = ONE / step[c] if step[c] != ZERO else ZERO
 
 
 @compiled
-def window(
-    x: F32,
-    w: F32,
-    start: int,
-    size: int,
-    low: np.float32,
-    high: np.float32,
-    d: np.float32,
-    sc0: np.float32,
-    bottom: np.float32,
-    limit: np.float32,
-    s: F32,
-) -> tuple[np.float32, np.float32]:
-    """The best (error, sc) among the LANES neighbours of the integer sc0."""
-    first = sc0 - np.float32(LANES // 2)
+def real_steps(
+    x: F32, w: F32, size: int, low: np.float32, high: np.float32, family: F32, s: F32
+) -> None:
+    """The best real step of each lane, of either sign, into s[0], its curvature w q q into s[1].
+
+    s: float32 [7, LANES]; the rest is overwritten. Lanes of zeros get 0.
+    """
+    step, curve, inverse, qq, xq, unit, best = s[0], s[1], s[2], s[3], s[4], s[5], s[6]
     for c in range(LANES):
-        sc = min(max(first + np.float32(c), bottom), limit)
-        step = d * sc
-        s[c] = step
-        s[LANES + c] = ONE / step if step != ZERO else ZERO
-        s[2 * LANES + c] = ZERO
-        s[4 * LANES + c] = sc
-    scan_affine(x, w, start, size, low, high, s)
-    best = smallest(s, 3)
-    return s[3 * LANES + best], s[4 * LANES + best]
+        unit[c] = ZERO
+        step[c] = ZERO
+        curve[c] = ZERO
+        best[c] = ZERO
+    for i in range(size):
+        for c in range(LANES):
+            unit[c] = max(unit[c], abs(x[i * LANES + c]))
+    reciprocals(unit, unit)
+    for k in range(family.size):
+        for c in range(LANES):
+            inverse[c] = family[k] * unit[c]
+        tile_sums(x, w, size, low, high, inverse, qq, xq)
+        for c in range(LANES):
+            here = xq[c] / (qq[c] + TINY)
+            gain = here * xq[c]
+            better = gain > best[c]
+            best[c] = gain if better else best[c]
+            step[c] = here if better else step[c]
+            curve[c] = qq[c] if better else curve[c]
 
 
 @compiled
-def search_block(
+def nearest_scales(
     x: F32,
     w: F32,
+    size: int,
     low: np.float32,
     high: np.float32,
     bottom: np.float32,
     limit: np.float32,
-    family: F32,
-    turns: int,
-    near: F32,
-    new: F32,
+    reach: int,
     s: F32,
+) -> None:
+    """The best integer scale of each lane into s[1], at most `reach` from the real one.
+
+    s: float32 [7, LANES]; 0 d, 1 real scale in units of d; the rest is overwritten.
+    """
+    d, near, step, inverse, error, least, best = s[0], s[1], s[2], s[3], s[4], s[5], s[6]
+    for c in range(LANES):
+        near[c] = (near[c] + ROUND) - ROUND
+        least[c] = np.float32(np.inf)
+        best[c] = ZERO
+    for k in range(-reach, reach + 1):
+        for c in range(LANES):
+            step[c] = d[c] * min(max(near[c] + np.float32(k), bottom), limit)
+        reciprocals(step, inverse)
+        tile_errors(x, w, size, low, high, step, inverse, error)
+        for c in range(LANES):
+            better = error[c] < least[c]
+            least[c] = error[c] if better else least[c]
+            best[c] = min(max(near[c] + np.float32(k), bottom), limit) if better else best[c]
+    for c in range(LANES):
+        near[c] = best[c]
+
+
+@compiled
+def search_waiting(
+    x: F32,
+    w: F32,
+    waiting: I64,
+    low: np.float32,
+    high: np.float32,
+    bottom: np.float32,
+    limit: np.float32,
+    family: F32,
+    reach: int,
+    tile: F32,
+    s: F32,
+    q: I8,
     sc: I8,
-) -> np.float32:
-    """The integers sc of one block; returns d, an exact half."""
-    subs = sc.size
-    size = x.size // subs
-    for j in range(subs):
-        near[j], new[j] = real_step(x, w, j * size, size, low, high, family, s)
-    d = unit_for(near, new, limit, s)
-    for j in range(subs):
-        near[j] = near[j] / d if d > ZERO else ZERO
-    kept = d
-    best = np.inf
-    for turn in range(turns):
-        total = 0.0
-        above = 0.0
-        below = 0.0
+    d: F32,
+) -> None:
+    """q, sc and d of the blocks whose numbers are in `waiting`, at most a tile of them."""
+    subs = sc.shape[1]
+    size = x.shape[1] // subs
+    load(x, w, waiting, subs, tile)
+    real_steps(tile[0], tile[1], size, low, high, family, s)
+    for k in range(waiting.size):
+        lanes = slice(k * subs, (k + 1) * subs)
+        unit = unit_for(s[0, lanes], s[1, lanes], limit, tile[2])
+        d[waiting[k]] = unit
+        for c in range(k * subs, (k + 1) * subs):
+            s[1, c] = s[0, c] / unit if unit > ZERO else ZERO
+            s[0, c] = unit
+    nearest_scales(tile[0], tile[1], size, low, high, bottom, limit, reach, s)
+    for k in range(waiting.size):
         for j in range(subs):
-            sc0 = (near[j] + ROUND) - ROUND
-            error, u = window(x, w, j * size, size, low, high, d, sc0, bottom, limit, s)
-            total += float(error)
-            new[j] = u
-            if turn + 1 < turns:
-                _, sqq, sxq = sums_for(x, w, j * size, size, low, high, d * u, ZERO)
-                above += float(u * sxq)
-                below += float(u * u * sqq)
-        if not total < best:
-            break
-        best = total
-        kept = d
-        for j in range(subs):
-            near[j] = new[j]
-        if not above > 0.0:
-            break
-        d = round_half(np.float32(above / below))
-    for j in range(subs):
-        sc[j] = np.int8(near[j])
-    return kept
+            sc[waiting[k], j] = np.int8(s[1, k * subs + j])
+    for c in range(LANES):
+        s[2, c] = s[0, c] * s[1, c]
+    reciprocals(s[2], s[3])
+    store(tile, low, high, s[3], waiting, q)
 
 
 @compiled
@@ -160,7 +163,7 @@ def search_symmetric(
     limit: np.float32,
     bits: int,
     family: F32,
-    turns: int,
+    reach: int,
     q: I8,
     sc: I8,
     d: F32,
@@ -168,28 +171,31 @@ def search_symmetric(
     """Blocks of float32 `x` [B, block] into q, sc (int8) and d (float32, exact halves).
 
     w: float32 [blocks a row, block]. `bits`: lattice points below 2^(bits+1) units are kept
-    exactly; 0: not tried.
+    exactly; 0: not tried. `family`, `reach`: how many steps and scales are tried.
     """
     count, block = x.shape
     subs = sc.shape[1]
     size = block // subs
-    s = np.empty(7 * LANES, np.float32)
+    tile = np.zeros((3, size * LANES), np.float32)
+    s = np.zeros((7, LANES), np.float32)
     near = np.empty(subs, np.float32)
-    new = np.empty(subs, np.float32)
+    waiting = np.empty(LANES // subs, np.int64)
+    held = 0
     for b in range(count):
         finest = lattice_units(x[b], size, bits, SPREAD, near) if bits > 0 else ZERO
         if finest > ZERO:
             d[b] = finest
             for j in range(subs):
                 sc[b, j] = np.int8(near[j] / finest)
+                store_codes(x[b], j * size, size, low, high, near[j], ZERO, q[b])
         else:
-            wb = w[b % w.shape[0]]
-            d[b] = search_block(
-                x[b], wb, low, high, bottom, limit, family, turns, near, new, s, sc[b]
+            waiting[held] = b
+            held += 1
+        if held == waiting.size or b == count - 1:
+            search_waiting(
+                x, w, waiting[:held], low, high, bottom, limit, family, reach, tile, s, q, sc, d
             )
-        for j in range(subs):
-            step = d[b] * np.float32(sc[b, j])
-            store_codes(x[b], j * size, size, low, high, step, ZERO, q[b])
+            held = 0
 
 
 @compiled
@@ -205,18 +211,31 @@ def search_single(
 ) -> None:
     """Blocks with one scale: float32 `x` [B, block] into q (int8) and d (float32, exact halves)."""
     count, block = x.shape
-    s = np.empty(7 * LANES, np.float32)
+    tile = np.zeros((2, block * LANES), np.float32)
+    s = np.zeros((7, LANES), np.float32)
+    waiting = np.empty(LANES, np.int64)
+    held = 0
     for b in range(count):
-        xb = x[b]
-        wb = w[b % w.shape[0]]
-        top = largest(xb, 0, block)
-        unit = binade_unit(top, bits) if top > ZERO and bits > 0 else ZERO
-        if not (unit > ZERO and round_half(unit) == unit and all_multiples(xb, 0, block, unit)):
-            unit, _ = real_step(xb, wb, 0, block, low, high, family, s)
-            _, sqq, sxq = sums_for(xb, wb, 0, block, low, high, unit, ZERO)
-            unit = round_half(sxq / sqq if sqq > TINY else unit)
-        d[b] = unit
-        store_codes(xb, 0, block, low, high, unit, ZERO, q[b])
+        top = largest(x[b], 0, block) if bits > 0 else ZERO
+        unit = binade_unit(top, bits) if top > ZERO else ZERO
+        if unit > ZERO and round_half(unit) == unit and all_multiples(x[b], 0, block, unit):
+            d[b] = unit
+            store_codes(x[b], 0, block, low, high, unit, ZERO, q[b])
+        else:
+            waiting[held] = b
+            held += 1
+        if held == LANES or b == count - 1:
+            load(x, w, waiting[:held], 1, tile)
+            real_steps(tile[0], tile[1], block, low, high, family, s)
+            reciprocals(s[0], s[2])
+            tile_sums(tile[0], tile[1], block, low, high, s[2], s[3], s[4])
+            for c in range(held):
+                step = s[4, c] / s[3, c] if s[3, c] > TINY else s[0, c]
+                s[0, c] = round_half(step)
+                d[waiting[c]] = s[0, c]
+            reciprocals(s[0], s[2])
+            store(tile, low, high, s[2], waiting[:held], q)
+            held = 0
 
 
 @compiled
