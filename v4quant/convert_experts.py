@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from v4quant.devices import CPU
+from v4quant.evidence import solved_codes
 from v4quant.outcomes import lossy_record, make_record, refuse_inexact, refuse_overflow
 from v4quant.plan import Plan, expert_scheme
 from v4quant.records import TensorRecord
 from v4quant.units import Unit
 from v4quant_calibration.scale_search import QuantizedMatrix
-from v4quant_calibration.solution import Evidence, Solution
+from v4quant_calibration.solution import Evidence
 from v4quant_calibration.solvers import SOLVERS, measured
 from v4quant_formats.shards import ShardWriter
 from v4quant_formats.weights import StoredWeight, read_weight
@@ -126,7 +127,14 @@ def _to_bf16(plan: Plan, stored: StoredWeight, q: QTensor) -> tuple[QTensor, Ten
 def _to_blocks(
     plan: Plan, stored: StoredWeight, q: QTensor, scheme: Scheme, stats: Evidence | None
 ) -> tuple[QTensor, TensorRecord]:
-    """An expert matrix in GGUF's block type, in pieces of rows; FP4 values that fit are counted."""
+    """An expert matrix in GGUF's block type: the solution's codes where it has some, else searched
+    in pieces of rows; FP4 values that fit are counted.
+    """
+    if (solved := solved_codes(plan.recipe, stats, stored.module, scheme, q.shape)) is not None:
+        found = measured(codec.dequantize(q), solved)
+        if not found.squared_error:
+            return solved, make_record(stored, "cast", scheme.name)
+        return solved, lossy_record(stored, scheme, found, "quantized", 0)
     importance = stats.importance(stored.module) if stats else None
     pieces, squared, norm, largest = [], 0.0, 0.0, 0.0
     for start in range(0, q.shape[0], _ROWS):
@@ -153,13 +161,12 @@ def _rows_of(q: QTensor, start: int, stop: int) -> QTensor:
 
 def _solve(plan: Plan, module: str, q: QTensor, stats: Evidence | None) -> QuantizedMatrix:
     """Integer codes: the solution's where it has some, else the recipe's plain solver's."""
+    importance = stats.importance(module) if stats else None
     if plan.recipe.solver != "gptq":
-        importance = stats.importance(module) if stats else None
         return SOLVERS[plan.recipe.solver](q, plan.scheme, importance)
-    assert isinstance(stats, Solution), "checked when the solution was read"
-    solved = stats.solved(module, plan.scheme, q.shape)
-    if solved is None:  # a draft stage that calibration cannot run
-        return SOLVERS["optimal"](q, plan.scheme, stats.importance(module))
+    solved = solved_codes(plan.recipe, stats, module, plan.scheme, q.shape)
+    if solved is None:
+        return SOLVERS["optimal"](q, plan.scheme, importance)
     return measured(codec.dequantize(q), solved)
 
 

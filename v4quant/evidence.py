@@ -9,9 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from v4quant.recipe import Recipe, RecipeError
-from v4quant_calibration.solution import Evidence, is_solution, load_solution
+from v4quant_calibration.solution import Evidence, Solution, is_solution, load_solution
 from v4quant_calibration.stats import load_stats, stats_digest
 from v4quant_formats.checkpoint import Checkpoint
+from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.scheme import Scheme
 
 
 def read_evidence(
@@ -37,3 +39,17 @@ def read_evidence(
             f"--solve {recipe.scheme}"
         )
     return solution, solution.digest
+
+
+def solved_codes(
+    recipe: Recipe, evidence: Evidence | None, module: str, scheme: Scheme, shape: tuple[int, int]
+) -> QTensor | None:
+    """The solution's codes of a matrix, where the recipe packs one that has them.
+
+    None otherwise: such a matrix is for the plain solver (a draft stage that calibration cannot
+    run, a matrix that was not solved). Raises SolutionError for codes of another scheme or shape.
+    """
+    if recipe.solver != "gptq":
+        return None
+    assert isinstance(evidence, Solution), "checked when the solution was read"
+    return evidence.solved(module, scheme, shape)

@@ -80,12 +80,21 @@ class Recipe:
                 f"on_inexact = 'keep' does not work with {self.scheme} in {self.format}: that "
                 "format declares one scheme for all experts; use nearest or refuse"
             )
-        if self.solver == "gptq" and self.expert_scheme.element != "int":
-            raise RecipeError(
-                f"recipe: solver = 'gptq' is for integer schemes; {self.scheme} is cast from MXFP4"
-            )
         self._check_gguf()
         self._check_places()
+        if self.solver == "gptq" and not self._can_be_solved():
+            raise RecipeError(
+                "recipe: solver = 'gptq' is for integers and GGUF's block types; "
+                f"{self.scheme} is cast from MXFP4"
+            )
+
+    def _can_be_solved(self) -> bool:
+        """Whether anything is coded by a scheme that error feedback is for."""
+        dense = [self.dense, *(s for (_, group), s in self.places.items() if group == "dense")]
+        return any(
+            get_scheme(name).element in ("int", "ggml")
+            for name in (*(s.name for s in self.expert_schemes), *filter(None, dense))
+        )
 
     def _check_gguf(self) -> None:
         """What only formats that leave a choice take."""

@@ -71,7 +71,7 @@ def gptq(weights: Tensor, gram: Tensor, grid: Grid) -> Codes:
     """
     batch, columns, rows = weights.shape
     order = activation_order(gram.diagonal(dim1=1, dim2=2), grid.group)
-    factor = feedback_factor(_permuted(gram, order))
+    factor = feedback_factor(permuted(gram, order))
     work = weights.gather(1, order.unsqueeze(2).expand_as(weights))
     integers = torch.empty_like(work)
     scale = work.new_empty(batch, columns // grid.group, rows)
@@ -184,6 +184,7 @@ def compiled_for(values: Tensor) -> bool:
     return values.device.type == "cpu" and native.available()
 
 
-def _permuted(gram: Tensor, order: Tensor) -> Tensor:
+def permuted(gram: Tensor, order: Tensor) -> Tensor:
+    """Moments `[B, K, K]` with channels in `order`, int64 `[B, K]`."""
     rows = gram.gather(1, order.unsqueeze(2).expand_as(gram))
     return rows.gather(2, order.unsqueeze(1).expand_as(gram))

@@ -23,8 +23,9 @@ from v4quant_kernels.ref.intq import storable_scale
 
 DEFAULT_SWEEPS = 12
 # A sweep that lowers an expert's error by less than this share of it is its last.
-_ENOUGH = 2e-3
-_FRESH = 4
+ENOUGH = 2e-3
+FRESH = 4
+"""Sweeps between two fresh computations of the pull."""
 
 
 def refine(
@@ -42,12 +43,12 @@ def refine(
     pull = torch.empty(0)
     for sweep in range(sweeps):
         left = goal - part.values(grid.group)
-        if sweep % _FRESH == 0:
+        if sweep % FRESH == 0:
             pull = moments @ left
         before = (left * pull).sum((1, 2))
         _sweep(pull, moments, part, grid)
         left = goal - part.values(grid.group)
-        gained = before - (left * pull).sum((1, 2)) > _ENOUGH * before
+        gained = before - (left * pull).sum((1, 2)) > ENOUGH * before
         codes.integers[active], codes.scale[active] = part.integers, part.scale
         active = active[gained]
         if not len(active):
@@ -68,13 +69,17 @@ def choose(mask: Tensor, codes: Codes, others: Codes) -> Codes:
 
 
 def gram_error(target: Tensor, gram: Tensor, codes: Codes, grid: Grid) -> Tensor:
-    """e H e^T of every row, float64 `[B, N]`, e the row's error."""
-    errors = []
-    for index in range(len(target)):
-        part = Codes(codes.integers[index : index + 1], codes.scale[index : index + 1])
-        error = (target[index] - part.values(grid.group)[0]).double()
-        errors.append((gram[index].double() @ error).mul_(error).sum(0))
-    return torch.stack(errors)
+    """As `row_errors`, of codes."""
+    return row_errors(target - codes.values(grid.group), gram)
+
+
+def row_errors(errors: Tensor, gram: Tensor) -> Tensor:
+    """e H e^T of every row e of float32 `[B, K, N]`, float64 `[B, N]`, one matrix at a time."""
+    found = []
+    for error, moments in zip(errors, gram, strict=True):
+        wide = error.double()
+        found.append((moments.double() @ wide).mul_(wide).sum(0))
+    return torch.stack(found)
 
 
 def _sweep(pull: Tensor, gram: Tensor, codes: Codes, grid: Grid) -> None:

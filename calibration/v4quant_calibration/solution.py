@@ -1,11 +1,11 @@
 """Solution: expert matrices that a solver has coded, on disk until a conversion packs them.
 
 A folder with one safetensors file a stage (each matrix as packed codes, scales and shape, like
-compressed-tensors' `pack-quantized`) and `solution.json`, which says for which checkpoint, scheme
-and settings they are and what each stage's file hashes to. It is written first without stages and
-last with all of them: a folder whose `finished` is false resumes, stage by stage, and nothing
-unfinished is taken for a result. Moments of the experts' inputs lie beside it, for what a solver
-does not cover.
+compressed-tensors' `pack-quantized`; GGUF's blocks as bytes under the name of their type) and
+`solution.json`, which says for which checkpoint, scheme and settings they are and what each
+stage's file hashes to. It is written first without stages and last with all of them: a folder
+whose `finished` is false resumes, stage by stage, and nothing unfinished is taken for a result.
+Moments of the experts' inputs lie beside it, for what a solver does not cover.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,8 +29,9 @@ from v4quant_formats.model_config import ConfigError, read_json_object
 from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shard_files import LocalShards, file_state
 from v4quant_formats.shards import ShardWriter, hash_file, write_file_atomically
-from v4quant_formats.spec import TensorSpec
+from v4quant_formats.spec import BLOCK_DTYPES, TensorSpec
 from v4quant_formats.weights import find_weight, read_weight
+from v4quant_kernels.ggml import get_type
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref.pack import packed_bytes
 from v4quant_kernels.scheme import Scheme
@@ -39,6 +40,8 @@ SOLUTION_NAME = "solution.json"
 STATS_NAME = "stats.v4q"
 SOLUTION_VERSION = 1
 _MAX_BYTES = 64 * 2**20
+# Names of tensors of blocks end in this and the type; safetensors has no dtype for them.
+_BLOCKS = "blocks_"
 
 
 class SolutionError(StatsError):
@@ -50,10 +53,17 @@ def stage_file(folder: Path, stage: str) -> Path:
     return folder / f"{stage}.safetensors"
 
 
-def stage_specs(modules: Mapping[str, tuple[int, int]], scheme: Scheme) -> list[TensorSpec]:
-    """Tensors of a stage's file: modules by name with their shape [N, K]."""
+def stage_specs(
+    modules: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme]
+) -> list[TensorSpec]:
+    """Tensors of a stage's file: modules by name with their shape [N, K], and their schemes."""
     specs = []
     for module, (rows, columns) in modules.items():
+        scheme = schemes[module]
+        if scheme.element == "ggml":
+            row_bytes = get_type(scheme.name).row_bytes(columns)
+            specs.append(TensorSpec(f"{module}.{_BLOCKS}{scheme.name}", "U8", (rows, row_bytes)))
+            continue
         words, groups = packed_bytes(columns, scheme.bits) // 4, columns // scheme.group_size
         specs += [
             TensorSpec(f"{module}.weight_packed", "I32", (rows, words)),
@@ -65,6 +75,9 @@ def stage_specs(modules: Mapping[str, tuple[int, int]], scheme: Scheme) -> list[
 
 def add_matrix(writer: ShardWriter, module: str, q: QTensor) -> None:
     """Write one coded matrix into a stage's file."""
+    if q.scheme.element == "ggml":
+        writer.add(f"{module}.{_BLOCKS}{q.scheme.name}", q.codes)
+        return
     assert q.scale is not None
     writer.add(f"{module}.weight_packed", q.codes.view(torch.int32))
     writer.add(f"{module}.weight_scale", q.scale)
@@ -74,10 +87,23 @@ def add_matrix(writer: ShardWriter, module: str, q: QTensor) -> None:
 def open_stage(folder: Path, stage: str) -> Checkpoint:
     """A finished stage's file as something to read matrices from. Raises FormatError."""
     path = stage_file(folder, stage)
-    tensors = read_header(path)
+    tensors = {spec.name: spec for spec in map(_as_read, read_header(path).values())}
     states = {path.name: file_state(path.stat())}
     table = MappingProxyType(tensors)
     return Checkpoint(folder, MappingProxyType({}), table, states, LocalShards(folder, states))
+
+
+def holds(stage: Checkpoint, module: str) -> bool:
+    """Whether a stage's file has a matrix's codes."""
+    return f"{module}.weight_packed" in stage or f"{module}.weight" in stage
+
+
+def _as_read(spec: TensorSpec) -> TensorSpec:
+    """A stored tensor as the reader of checkpoints knows it: block types have dtypes there."""
+    module, _, kind = spec.name.rpartition(f".{_BLOCKS}")
+    if kind.upper() not in BLOCK_DTYPES:
+        return spec
+    return replace(spec, name=f"{module}.weight", dtype=kind.upper())
 
 
 @dataclass(frozen=True)
@@ -105,7 +131,7 @@ class Solution:
         """
         name = parse_name(f"{module}.weight")
         stage = self.stages.get(name.stage) if name is not None else None
-        if stage is None or f"{module}.weight_packed" not in stage:
+        if stage is None or not holds(stage, module):
             return None
         q = read_weight(stage, find_weight(stage, module))
         if q.scheme.name != scheme.name or q.shape != shape:

@@ -45,6 +45,7 @@ from v4quant_calibration.solution import (
     add_matrix,
     begin_solution,
     finish_solution,
+    holds,
     load_solution,
     open_stage,
     stage_file,
@@ -55,6 +56,7 @@ from v4quant_calibration.stats import Stats, save_stats
 from v4quant_calibration.stream import StreamModel, StreamStore, stream_forward, stream_mtp
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import PROJECTIONS, expert_module, parse_name, trunk_stages
+from v4quant_formats.gguf_layout import fitting_type
 from v4quant_formats.model_config import ModelConfig
 from v4quant_formats.shards import ShardWriter, plan_shard, write_file_atomically
 from v4quant_formats.weights import find_weight, read_weight
@@ -62,7 +64,7 @@ from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref.codec import dequantize
-from v4quant_kernels.scheme import Scheme
+from v4quant_kernels.scheme import Scheme, get_scheme
 
 DEFAULT_MEMORY = 4 * 2**30
 # Tokens of the layer sent through every expert, for the pooled moments of its w2's inputs.
@@ -73,15 +75,34 @@ _POOL_SAMPLE = 512
 class SolveSettings:
     """How to solve.
 
-    scheme: an integer scheme. propagate: later layers see converted ones. sweeps: the most passes
-    of refinement. memory: bytes that the
-    moments and weights of one batch of experts may take.
+    scheme: the routed experts', of integers or of GGUF's blocks. propagate: later layers see
+    converted ones. sweeps: the most passes of refinement. memory: bytes that the moments and
+    weights of one batch of experts may take. schemes: of every module to be solved, where not all
+    routed experts get `scheme`; modules not named stay as they are.
     """
 
     scheme: Scheme
     propagate: bool = True
     sweeps: int = DEFAULT_SWEEPS
     memory: int = DEFAULT_MEMORY
+    schemes: Mapping[str, Scheme] | None = None
+
+    def scheme_of(self, module: str, columns: int) -> Scheme | None:
+        """The scheme a routed expert's matrix is solved for; None where it is not."""
+        if self.schemes is not None:
+            return self.schemes.get(module)
+        if self.scheme.element != "ggml":
+            return self.scheme
+        fitting = fitting_type(self.scheme.name, columns)
+        return None if fitting == "bf16" else get_scheme(fitting)
+
+    def described(self) -> dict[str, Any]:
+        """For the header of a solution: modules are told by a digest of their schemes."""
+        facts = {"scheme": self.scheme.name, "propagate": self.propagate, "sweeps": self.sweeps}
+        if self.schemes is None:
+            return facts
+        lines = (f"{module}={scheme.name}\n" for module, scheme in sorted(self.schemes.items()))
+        return {**facts, "schemes_digest": hashlib.sha256("".join(lines).encode()).hexdigest()}
 
 
 class InputKeeper(SilentObserver):
@@ -115,6 +136,8 @@ class SolvedParams:
         if self._stage is None or self._name != name.stage:
             self.close()
             self._stage, self._name = open_stage(self._folder, name.stage), name.stage
+        if not holds(self._stage, base):
+            return self._original(base)
         return dequantize(read_weight(self._stage, find_weight(self._stage, base)))
 
     def close(self) -> None:
@@ -163,9 +186,9 @@ class LayerSolver(MomentObserver):
         """reference: keeper of the original's inputs, None without propagation."""
         super().__init__(config, stages)
         self._checkpoint, self._config = checkpoint, config
-        self._scheme, self._sweeps = settings.scheme, settings.sweeps
+        self._settings = settings
         self._folder, self._options, self._reference = folder, options, reference
-        self._progress, self._memory = progress, settings.memory
+        self._progress = progress
 
     def on_experts(self, layer: str, x: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
         """Solve the layer, unless its file is there."""
@@ -179,12 +202,7 @@ class LayerSolver(MomentObserver):
             original = self._reference.x
         pool = gram_sum(x, x, weights.square().mean(1)) / x.shape[0]
         given = _Layer(layer, x, original, expert_ids, weights, pool)
-        shapes = {
-            (module := expert_module(layer, e, p)): self._shape(module)
-            for e in range(experts)
-            for p in PROJECTIONS
-        }
-        specs = stage_specs(shapes, self._scheme)
+        specs = stage_specs(*self._wanted(layer))
         writer = ShardWriter(stage_file(self._folder, layer), plan_shard(specs))
         try:
             step = self._batch()
@@ -197,55 +215,77 @@ class LayerSolver(MomentObserver):
             raise
         writer.close()
 
-    def _shape(self, module: str) -> tuple[int, int]:
-        shape = find_weight(self._checkpoint, module).shape
-        return shape[0], shape[1]
+    def _wanted(self, layer: str) -> tuple[dict[str, tuple[int, int]], dict[str, Scheme]]:
+        """Shapes and schemes of the layer's expert matrices that are solved."""
+        shapes, schemes = {}, {}
+        for expert in range(self._config.n_routed_experts):
+            for projection in PROJECTIONS:
+                module = expert_module(layer, expert, projection)
+                rows, columns = find_weight(self._checkpoint, module).shape
+                scheme = self._settings.scheme_of(module, columns)
+                if scheme is not None:
+                    shapes[module], schemes[module] = (rows, columns), scheme
+        return shapes, schemes
 
     def _batch(self) -> int:
         """Experts solved together within the memory cap."""
         wide = max(self._config.hidden_size, self._config.moe_intermediate_size)
         matrix = self._config.hidden_size * self._config.moe_intermediate_size
         # Moments in float64 with a factor and copies in float32; weights, work space and codes.
-        return max(1, self._memory // (48 * wide * wide + 64 * matrix))
+        return max(1, self._settings.memory // (48 * wide * wide + 64 * matrix))
 
     def _solve_group(self, given: _Layer, experts: range, writer: ShardWriter) -> None:
         """Solve w1 and w3 of some experts, then w2 on what those make of the inputs."""
         gate_up = {e: [self._read(given.name, e, p) for p in ("w1", "w3")] for e in experts}
         solved = self._solve_gate_up(given, gate_up)
         down = {e: self._read(given.name, e, "w2") for e in experts}
-        moments = [self._hidden_moments(given, e, gate_up[e], solved[e]) for e in experts]
-        corrections = [m for _, m in moments if m is not None]
-        codes = solve_batch(
-            [[down[e]] for e in experts],
-            torch.stack([h for h, _ in moments]),
-            torch.stack(corrections) if corrections else None,
-            self._scheme,
-            self._sweeps,
-        )
+        scheme = self._scheme_of(given.name, experts[0], "w2", down[experts[0]])
+        codes = [[q] for q in down.values()]
+        if scheme is not None:
+            moments = [self._hidden_moments(given, e, gate_up[e], solved[e]) for e in experts]
+            codes = self._solved(codes, moments, scheme)
         for e, (w2,) in zip(experts, codes, strict=True):
             for projection, q in (("w1", solved[e][0]), ("w2", w2), ("w3", solved[e][1])):
-                add_matrix(writer, expert_module(given.name, e, projection), q)
+                if self._scheme_of(given.name, e, projection, q) is not None:
+                    add_matrix(writer, expert_module(given.name, e, projection), q)
+
+    def _scheme_of(self, layer: str, expert: int, projection: str, q: QTensor) -> Scheme | None:
+        return self._settings.scheme_of(expert_module(layer, expert, projection), q.shape[1])
+
+    def _solved(
+        self,
+        sources: Sequence[Sequence[QTensor]],
+        moments: Sequence[tuple[Tensor, Tensor | None]],
+        scheme: Scheme,
+    ) -> list[list[QTensor]]:
+        """Solve matrices under (damped moments, correction) of each member of the batch."""
+        corrections = [m for _, m in moments if m is not None]
+        return solve_batch(
+            sources,
+            torch.stack([h for h, _ in moments]),
+            torch.stack(corrections) if corrections else None,
+            scheme,
+            self._settings.sweeps,
+        )
 
     def _solve_gate_up(
         self, given: _Layer, sources: dict[int, list[QTensor]]
     ) -> dict[int, list[QTensor]]:
-        grams, corrections = [], []
+        first = next(iter(sources))
+        scheme = self._scheme_of(given.name, first, "w1", sources[first][0])
+        if scheme is None:
+            return sources
+        moments: list[tuple[Tensor, Tensor | None]] = []
         for expert in sources:
             tokens, weights = given.rows_of(expert)
             rows, squares = given.x[tokens], weights.square()
             total = gram_sum(rows, rows, squares)
             gram = damped(shrunk(total, len(tokens), given.pool))
-            grams.append(gram.float())
+            found = None
             if self._reference is not None:
-                lost = given.original[tokens] - rows
-                corrections.append(correction(lost, rows, gram, squares))
-        codes = solve_batch(
-            list(sources.values()),
-            torch.stack(grams),
-            torch.stack(corrections) if corrections else None,
-            self._scheme,
-            self._sweeps,
-        )
+                found = correction(given.original[tokens] - rows, rows, gram, squares)
+            moments.append((gram.float(), found))
+        codes = self._solved(list(sources.values()), moments, scheme)
         return dict(zip(sources, codes, strict=True))
 
     def _hidden_moments(
@@ -295,13 +335,12 @@ def solve(
     first: what is known of the first draw (`Stats.first`). The same call again resumes, layer by
     layer. Draft stages other than a classic MTP stage cannot be run and are left to the plain
     solver. Raises SolutionError, UnsupportedScheme for a scheme
-    that is not of integers, NonFiniteActivation naming what computed NaN, and OutputError.
+    that error feedback is not for, NonFiniteActivation naming what computed NaN, and OutputError.
     """
-    scheme = settings.scheme
-    if scheme.element != "int":
+    if settings.schemes is None and settings.scheme.element not in ("int", "ggml"):
         raise UnsupportedScheme(
-            f"'{scheme.name}' cannot be solved: error feedback is for integer schemes; FP4 and FP8 "
-            "schemes are cast from MXFP4, most of them exactly"
+            f"'{settings.scheme.name}' cannot be solved: error feedback is for integers and GGUF's "
+            "block types; FP4 and FP8 schemes are cast from MXFP4, most of them exactly"
         )
     options = replace(options, expert_tokens=None)  # a layer is solved on all its rows
     drafts = classic_drafts(checkpoint)
@@ -372,9 +411,7 @@ def _header(
     return {
         "version": SOLUTION_VERSION,
         "source_digest": checkpoint.digest(),
-        "scheme": settings.scheme.name,
-        "propagate": settings.propagate,
-        "sweeps": settings.sweeps,
+        **settings.described(),
         "activations": options.activations,
         "floor": floor,
         "windows": len(windows),

@@ -14,16 +14,16 @@ The function below is what GPTQ does to one batch of matrices once their inputs 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from v4quant_calibration.gptq import Codes, Grid, gptq
-from v4quant_calibration.refine import DEFAULT_SWEEPS, choose, gram_error, refine
+from v4quant_calibration.coders import BlockCoder, Coder, IntegerCoder
+from v4quant_calibration.refine import DEFAULT_SWEEPS, row_errors
 from v4quant_calibration.scale_search import QuantizedMatrix, search_dense, search_mxfp4
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import codec, intq
-from v4quant_kernels.ref.pack import pack_bits, unpack_bits
 from v4quant_kernels.scheme import Scheme
 
 Solver = Callable[[QTensor, Scheme, Tensor | None], QuantizedMatrix]
@@ -39,6 +39,9 @@ def rtn(matrix: QTensor, scheme: Scheme, importance: Tensor | None = None) -> Qu
 
 def optimal(matrix: QTensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedMatrix:
     """The best scale of every group, weighted by `importance` where it is given."""
+    if scheme.element == "ggml":
+        values = codec.dequantize(matrix)
+        return measured(values, codec.quantize(values, scheme, importance=importance))
     if matrix.scheme.name == "mxfp4" and scheme.bits <= 4:
         return search_mxfp4(matrix, scheme, importance)
     return search_dense(codec.dequantize(matrix), scheme, importance)
@@ -76,48 +79,24 @@ def solve_batch(
     refinement starts from them instead: the result is never worse than uncalibrated codes on the
     moments it was given.
     """
-    grid = Grid(scheme.bits, scheme.group_size)
     target = torch.stack([_columns(matrices, grams.device) for matrices in sources])
     if corrections is not None:
         target += corrections.mT @ target
-    codes = gptq(target, grams, grid)
+    coder: Coder[Any] = BlockCoder(scheme) if scheme.element == "ggml" else IntegerCoder(scheme)
+    codes = coder.gptq(target, grams)
     moments = grams.diagonal(dim1=1, dim2=2).cpu()
     plain = [
-        [optimal(q, scheme, m).tensor for q in matrices]
+        [SOLVERS["optimal"](q, scheme, m).tensor for q in matrices]
         for matrices, m in zip(sources, moments, strict=True)
     ]
-    fallback = _codes(plain, grams.device)
-    worse = gram_error(target, grams, fallback, grid) < gram_error(target, grams, codes, grid)
-    codes = refine(target, grams, choose(worse, fallback, codes), grid, sweeps)
+    fallback = coder.read(plain, grams.device)
+    first, second = (row_errors(target - coder.values(c), grams) for c in (codes, fallback))
+    codes = coder.refine(target, grams, coder.choose(second < first, fallback, codes), sweeps)
     return [
-        _packed(codes.integers[i], codes.scale[i], [q.shape[0] for q in matrices], scheme)
-        for i, matrices in enumerate(sources)
+        coder.write(codes, i, [q.shape[0] for q in matrices]) for i, matrices in enumerate(sources)
     ]
 
 
 def _columns(matrices: Sequence[QTensor], device: torch.device) -> Tensor:
     """Values of stacked matrices, transposed: float32 `[K, sum of N]`."""
     return torch.cat([codec.dequantize(q) for q in matrices]).to(device).mT.contiguous()
-
-
-def _codes(batch: Sequence[Sequence[QTensor]], device: torch.device) -> Codes:
-    integers, scales = [], []
-    for matrices in batch:
-        rows = [unpack_bits(q.codes, q.scheme.bits, q.shape[1]).float() for q in matrices]
-        integers.append(torch.cat(rows).mT)
-        scales.append(torch.cat([q.scale.float() for q in matrices if q.scale is not None]).mT)
-    return Codes(
-        torch.stack(integers).to(device).contiguous(), torch.stack(scales).to(device).contiguous()
-    )
-
-
-def _packed(integers: Tensor, scale: Tensor, heights: list[int], scheme: Scheme) -> list[QTensor]:
-    """Coded matrices from integers `[K, N]` and scales `[K/g, N]`, cut at their heights."""
-    result = []
-    for part, factors in zip(
-        integers.mT.cpu().split(heights), scale.mT.cpu().split(heights), strict=True
-    ):
-        codes = pack_bits(part.to(torch.int8).contiguous(), scheme.bits)
-        shape = (part.shape[0], part.shape[1])
-        result.append(QTensor(scheme, shape, codes, factors.bfloat16().contiguous()))
-    return result

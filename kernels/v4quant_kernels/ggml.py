@@ -112,7 +112,7 @@ def encode(x: Tensor, type_name: str, importance: Tensor | None = None) -> Tenso
         return repack_mxfp4(q.codes, q.scale)
     if largest > torch.finfo(torch.float16).max:
         raise WeightOutOfRange(_too_large(largest, type_name))
-    blocks = _choose(x, type_name, importance)
+    blocks = search_blocks(x, type_name, importance)
     scales_finite = blocks.d.isfinite().all()
     if blocks.dmin is not None:
         scales_finite &= blocks.dmin.isfinite().all()
@@ -131,7 +131,11 @@ def _put_together(blocks: Blocks, type_name: str) -> Tensor:
     return put_together(blocks, type_name, join)
 
 
-def _choose(x: Tensor, type_name: str, importance: Tensor | None) -> Blocks:
+def search_blocks(x: Tensor, type_name: str, importance: Tensor | None) -> Blocks:
+    """The blocks `encode` chooses for a finite float32 matrix of whole blocks, before packing.
+
+    Half-precision scales of weights that are too large are infinite.
+    """
     from v4quant_kernels import native
 
     if not native.available():

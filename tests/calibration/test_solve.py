@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,52 @@ def test_wrong_schemes_and_folders(
         run(checkpoint, windows, tmp_path / "b")
     with pytest.raises(SolutionError, match="was solved for another checkpoint"):
         load_solution(solved, "0" * 64)
+
+
+def test_block_types(checkpoint: Checkpoint, windows: list[Tensor], tmp_path: Path) -> None:
+    """GGUF's types, where rows fit none of 256 columns: the types that stand in for them."""
+    settings = SolveSettings(SCHEMES["q3_k"], sweeps=2)
+    with closing(run(checkpoint, windows, tmp_path / "out", settings)) as solution:
+        assert solution.scheme == "q3_k"
+        for projection in ("w1", "w2", "w3"):
+            module = f"layers.1.ffn.experts.2.{projection}"
+            source = read_weight(checkpoint, find_weight(checkpoint, module))
+            q = solution.solved(module, SCHEMES["q4_0"], source.shape)
+            assert q is not None and q.scheme.name == "q4_0"
+            assert 0 < measured(dequantize(source), q).relative_rms < 0.3
+        with pytest.raises(SolutionError, match=r"as q4_0.*not as q3_k"):
+            solution.solved(module, SCHEMES["q3_k"], source.shape)
+
+
+def test_schemes_by_module(checkpoint: Checkpoint, windows: list[Tensor], tmp_path: Path) -> None:
+    """Only named modules are solved, each for its own scheme; the provider answers the rest."""
+    down = [f"layers.1.ffn.experts.{e}.w2" for e in range(CONFIG.n_routed_experts)]
+    gate_up = [
+        f"layers.2.ffn.experts.{e}.{p}"
+        for e in range(CONFIG.n_routed_experts)
+        for p in ("w1", "w3")
+    ]
+    schemes = dict.fromkeys(down, SCHEMES["q4_0"]) | dict.fromkeys(gate_up, SCHEMES["q5_0"])
+    settings = SolveSettings(SCHEMES["mxfp4"], sweeps=1, schemes=schemes)
+    folder = tmp_path / "out"
+    with closing(run(checkpoint, windows, folder, settings)) as solution:
+        for module in ("layers.1.ffn.experts.0.w2", "layers.2.ffn.experts.0.w3"):
+            shape = find_weight(checkpoint, module).shape
+            assert solution.solved(module, schemes[module], (shape[0], shape[1])) is not None
+        for module in (
+            "layers.1.ffn.experts.0.w1",
+            "layers.2.ffn.experts.0.w2",
+            "layers.0.ffn.experts.0.w2",
+        ):
+            assert solution.solved(module, SCHEMES["q4_0"], (128, 128)) is None
+    params, original = SolvedParams(checkpoint, folder), CheckpointParams(checkpoint)
+    for module in ("layers.1.ffn.experts.0.w1", "layers.1.ffn.experts.0.w2"):
+        same = torch.equal(params(module), original(module))
+        assert same == (module not in schemes)
+    params.close()
+    others = SolveSettings(SCHEMES["mxfp4"], sweeps=1, schemes={down[0]: SCHEMES["q5_0"]})
+    with pytest.raises(SolutionError, match="another checkpoint, corpus or setting"):
+        run(checkpoint, windows, folder, others)
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_solve_quantize_verify(v4quant: Command, tmp_path: Path, ids: Path) -> N
     without = ("quantize", TINY, tmp_path / "x", "--scheme", "int4-g32", "--solver", "gptq")
     assert "--solve int4-g32" in v4quant(*without).error
     cast = ("quantize", TINY, tmp_path / "x", "--scheme", "fp8", "--solver", "gptq")
-    assert "is for integer schemes" in v4quant(*cast).error
+    assert "is for integers and GGUF's block types" in v4quant(*cast).error
 
 
 def test_calibrate_quantize_with_statistics(v4quant: Command, tmp_path: Path, ids: Path) -> None:
