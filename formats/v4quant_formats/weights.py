@@ -19,6 +19,7 @@ from v4quant_formats.spec import BLOCK_DTYPES, TensorSpec
 from v4quant_kernels.errors import NonFiniteWeight
 from v4quant_kernels.ggml import get_type, unpack_mxfp4
 from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.ref import e4m3
 from v4quant_kernels.ref.codec import dequantize
 from v4quant_kernels.scheme import SCHEMES, ScaleFormat, Scheme
 
@@ -283,8 +284,7 @@ def check_finite(checkpoint: Checkpoint, spec: TensorSpec, value: Tensor) -> Non
         _refuse_nan_scale(checkpoint, spec, value)
         return
     if spec.dtype == "F8_E4M3":
-        # The two NaN codes of E4M3 are 0x7F and 0xFF.
-        bad = bool(((value.view(torch.uint8) & 0x7F) == 0x7F).any())
+        bad = e4m3.holds_nan(value)
     elif value.is_floating_point():
         bad = not bool(torch.isfinite(value).all())
     else:

@@ -13,11 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from v4quant_kernels import ggml
+from v4quant_kernels import ggml, native
 from v4quant_kernels.errors import NonFiniteWeight, UnsupportedScheme
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import fp8_block, intq, mx, nvfp4
 from v4quant_kernels.scheme import Element, ScaleFormat, Scheme
+
+# Codes from which a compiled loop is worth loading a compiler's libraries.
+_COMPILED_FROM = 1 << 16
 
 
 class _Functions(NamedTuple):
@@ -98,4 +101,9 @@ def quantize(x: Tensor, scheme: Scheme, **options: Tensor | torch.dtype | None) 
 
 def dequantize(q: QTensor) -> Tensor:
     """float32 `[N, K]` of any coded matrix."""
+    if q.codes.is_cpu and q.codes.numel() >= _COMPILED_FROM and native.available():
+        from v4quant_kernels.native import decode
+
+        if decode.decodes(q.scheme):
+            return decode.decode(q)
     return _functions(q.scheme).dequantize(q)
