@@ -44,8 +44,8 @@ from v4quant_kernels.scheme import get_scheme
 @click.option(
     "--solve",
     "scheme",
-    help="Also find the codes of this scheme of integers or GGUF's blocks (int3-g128, q3_k, ...) by "
-    "GPTQ on the streaming inputs, for `quantize --stats`.",
+    help="Also find the codes of this scheme, of integers or GGUF's blocks (int3-g128, q3_k, ...), "
+    "by GPTQ on the streaming inputs, for `quantize --stats`.",
 )
 @click.option(
     "--propagate/--no-propagate",
