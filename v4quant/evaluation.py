@@ -104,7 +104,7 @@ def evaluate_checkpoint(
     floors = measures.floors if reference is not None or files.reference is not None else 0
     ran = measures.with_needles(corpus)
     config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
-    work = work_of(ran, len(candidates) if runs else 0, floors, weights)
+    work = work_of(ran, len(candidates) if runs else 0, floors, weights, measures.draft)
     plan = plan_evaluation(config, work, resources.max_memory, resources.scratch is not None)
     in_pieces = plan.apply(options)
     if resources.max_memory is not None:
@@ -113,7 +113,8 @@ def evaluate_checkpoint(
         room, scratch = Room(tile=plan.tile), None
         if plan.spill:
             run = [*candidates, reference] if runs and reference is not None else candidates
-            key = _run_key(run, ran, in_pieces, floors, bool(files.reference))
+            kind = f"{floors} {bool(files.reference)} {measures.draft}"
+            key = _run_key(run, ran, in_pieces, kind)
             scratch = opened.enter_context(Scratch(resources.scratch or _cache_folder(), key))
             room = Room(scratch, plan.tile)
         if files.reference is not None:
@@ -255,12 +256,12 @@ def _run_key(
     checkpoints: Sequence[Checkpoint],
     corpus: Corpus,
     options: ForwardOptions,
-    floors: int,
-    saved: bool,
+    kind: str,
 ) -> str:
-    """SHA-256 of all that decides a run's numbers: files, text, options, versions."""
+    """SHA-256 of all that decides a run's numbers and files: checkpoints, text, options, versions,
+    and what `kind` says of models beside them."""
     sha = hashlib.sha256()
-    for part in (__version__, torch.__version__, repr(options), f"{floors} {saved}"):
+    for part in (__version__, torch.__version__, repr(options), kind):
         sha.update(part.encode() + b"\0")
     for checkpoint in checkpoints:
         sha.update(checkpoint.digest().encode())

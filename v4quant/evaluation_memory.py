@@ -40,12 +40,16 @@ _PIECES = (
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be run: models in all, how many of them candidates, and the text."""
+    """What is to be run: models in all, how many of them candidates, and the text.
+
+    drafts: models whose draft stages run, one after the other, if the release is a DSpark one.
+    """
 
     models: int
     candidates: int
     lengths: tuple[int, ...]
     weights: bool
+    drafts: int = 0
 
     @property
     def tokens(self) -> int:
@@ -97,10 +101,12 @@ def plan_evaluation(
     )
 
 
-def work_of(corpus: Corpus, candidates: int, floors: int, weights: bool) -> Work:
+def work_of(
+    corpus: Corpus, candidates: int, floors: int, weights: bool, draft: bool = False
+) -> Work:
     """The work of an evaluation: a reference's with candidates, or a checkpoint's, and floors."""
-    models = 1 + candidates + floors
-    return Work(models, candidates, tuple(len(w) for w in corpus.windows), weights)
+    models, lengths = 1 + candidates + floors, tuple(len(w) for w in corpus.windows)
+    return Work(models, candidates, lengths, weights, 1 + candidates if draft else 0)
 
 
 def _plan(
@@ -142,8 +148,15 @@ def _row(config: ModelConfig) -> int:
 
 
 def _streams(config: ModelConfig, work: Work) -> int:
-    """All models' streams; the reference's twice, and a candidate's beside it."""
-    return (work.models + (2 if work.candidates else 0)) * work.tokens * _row(config)
+    """All models' streams; the reference's twice, and a candidate's beside it.
+
+    A DSpark draft reads a vector a target layer and model, and adds a model's own rows.
+    """
+    rows = work.models + (2 if work.candidates else 0)
+    if not work.drafts or config.dspark is None:
+        return rows * work.tokens * _row(config)
+    vectors = work.drafts * len(config.dspark.target_layer_ids) + 1
+    return work.tokens * ((rows + 1) * _row(config) + vectors * _F32 * config.hidden_size)
 
 
 def _records(config: ModelConfig, work: Work) -> int:
@@ -153,6 +166,8 @@ def _records(config: ModelConfig, work: Work) -> int:
         each += 3 * 8 * config.num_experts_per_tok
         if indexer_matters(CSA_RATIO, max(work.lengths), config):
             each += 2 * 4 * config.index_topk
+    if work.drafts and config.dspark is not None:
+        each += 100 + _F32 * config.dspark.markov_rank
     return work.tokens * each
 
 
@@ -204,7 +219,8 @@ def _logits(config: ModelConfig, work: Work, tile: TileSize) -> int:
     """A tile of every model's logits, what scoring makes of it, and a piece of the head."""
     columns = tile.columns or config.vocab_size
     pieces = work.models if columns >= config.vocab_size else 1
-    head = _F32 * columns * config.hidden_size * (pieces + 1)
+    rank = config.dspark.markov_rank if work.drafts and config.dspark else 0
+    head = _F32 * columns * (config.hidden_size + rank) * (pieces + 1)
     tiles = _F32 * tile.rows * columns * (work.models + 6)
     return head + tiles + 3 * tile.rows * _row(config)
 

@@ -2,7 +2,7 @@
 
 The second moment of an input channel is the weight its squared weight error deserves: with inputs
 of covariance C, the expected output error of a row error e is e C e^T, of which the scale search
-uses the diagonal. Hash-routed layers and the MTP stage are covered like the others. Experts with
+uses the diagonal. Hash-routed layers and draft stages are covered like the others. Experts with
 too few tokens cause more text to be drawn (`coverage`).
 """
 
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from v4quant_calibration.coverage import Demand, next_round
-from v4quant_calibration.model.mtp import STAGE
+from v4quant_calibration.draft_stream import drafts_of, stream_drafts
+from v4quant_calibration.model.dspark import draft_blocks
 from v4quant_calibration.model.observer import SilentObserver
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.provider import CheckpointParams
 from v4quant_calibration.stats import StageStats, Stats
-from v4quant_calibration.stream import StreamModel, stream_forward, stream_mtp
+from v4quant_calibration.stream import StreamModel, stream_forward
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.deepseek_v4 import draft_stages, trunk_stages
+from v4quant_formats.deepseek_v4 import trunk_stages
 from v4quant_formats.model_config import ModelConfig
 from v4quant_kernels.progress import Progress
 
@@ -91,12 +92,11 @@ def calibrate(
     """Statistics of every routed expert over the given windows (int64 ids).
 
     floor: experts with fewer tokens are starved; while there are any, windows of `reserve` are
-    drawn too. Only the first draft stage is run, and only when it is a classic MTP stage; others
-    keep no statistics of their own.
+    drawn too.
     """
     options = replace(options, expert_tokens=None)  # demand is learned from whole layers
-    drafts = classic_drafts(checkpoint)
-    stages = [*trunk_stages(config), *drafts]
+    drafts = drafts_of(checkpoint, config)
+    stages = [*trunk_stages(config), *drafts.stages]
     params = CheckpointParams(checkpoint)
     demand = Demand(config, params, floor) if reserve else None
     observer = MomentObserver(config, stages, demand)
@@ -107,10 +107,14 @@ def calibrate(
         if demand is not None:
             demand.begin(draw)
         progress.start("Calibrating", len(stages), "layer")
-        streams = stream_forward([model], config, draw, progress=lambda *_: progress.advance(1))
-        if drafts:
-            stream_mtp([model], config, draw, streams)
-            progress.advance(1)
+        taps = drafts.taps(config, 1)
+        streams = stream_forward(
+            [model], config, draw, progress=lambda *_: progress.advance(1), taps=taps
+        )
+        if demand is not None and drafts.kind == "dspark":
+            demand.follow(draft_blocks(draw, config).previous)
+        stream_drafts(drafts, [model], config, draw, streams, taps)
+        progress.advance(len(drafts.stages))
         progress.finish()
         first = first or {name: stage.tokens.clone() for name, stage in observer.stages.items()}
         starved = any(bool((s.tokens < floor).any()) for s in observer.stages.values())
@@ -121,9 +125,3 @@ def calibrate(
             left = [ids for i, ids in enumerate(left) if i not in chosen]
             drawn += draw
     return Calibration(Stats(checkpoint.digest(), floor, observer.stages, first), drawn)
-
-
-def classic_drafts(checkpoint: Checkpoint) -> list[str]:
-    """The draft stage that can be run: a classic MTP stage mtp.0, rather than a DSpark one."""
-    classic = f"{STAGE}.e_proj.weight" in checkpoint
-    return draft_stages(checkpoint.tensors)[:1] if classic else []

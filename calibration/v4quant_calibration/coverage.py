@@ -39,6 +39,10 @@ class Demand:
         self._ids = torch.cat(list(windows))
         self.wanted.zero_()
 
+    def follow(self, token_ids: Tensor) -> None:
+        """The rows that layers get from now on stand for these ids of the round's text."""
+        self._ids = token_ids
+
     def learn(self, layer: str, x: Tensor, tokens: Tensor) -> None:
         """One layer of the round: expert inputs x `[T, hidden]`, all tokens so far, int64 `[E]`."""
         lack = (1 - tokens / self._floor).clamp_min(0).double()

@@ -33,6 +33,7 @@ from v4quant_calibration.stream import (
     MemoryStore,
     StreamModel,
     StreamStore,
+    Taps,
     stream_forward,
 )
 from v4quant_calibration.verdict import by_part, compared, largest_floor
@@ -46,12 +47,17 @@ from v4quant_kernels.progress import Progress
 class Measures:
     """What to measure beyond scores.
 
-    floors: noise floors to run, 1 or 2; draft: the MTP stage; needles: windows to run beside.
+    floors: noise floors to run, 1 or 2; draft: the draft stages; needles: windows to run beside.
     """
 
     floors: int = 1
     draft: bool = False
     needles: Needles | None = None
+
+    def taps(self, config: ModelConfig, models: int) -> Taps:
+        """What the trunk leaves for the first `models` models' drafts: DSpark's stages need it."""
+        dspark = config.dspark if self.draft else None
+        return Taps(() if dspark is None else dspark.target_layer_ids, models)
 
     def with_needles(self, corpus: Corpus) -> Corpus:
         """All that runs: the corpus and the needles behind it."""
@@ -113,7 +119,8 @@ def evaluate_all(
     layers = LayerNotes(room.store, config, original, candidates)
     models, local = [original, *candidates, *floors], range(1, len(candidates) + 1)
     text = measures.with_needles(corpus)
-    streams = _run(models, config, text, progress, room, local, layers)
+    taps = measures.taps(config, 1 + len(checkpoints))
+    streams = _run(models, config, text, progress, room, local, layers, taps)
     scores = score(models, config, text, streams, progress, sink, room.tile)
     told, found = zip(*(_apart(r, corpus) for r in scores.records), strict=True)
     floor = largest_floor([d for d, _ in variants], list(told[len(candidates) :]))
@@ -129,10 +136,8 @@ def evaluate_all(
         results.append(result)
     if measures.draft:
         members = [
-            DraftMember(*member)
-            for member in zip(
-                [reference, *checkpoints], models, streams, scores.choices, strict=False
-            )
+            DraftMember(one, models[n], streams[n], scores.choices[n], taps.of(n))
+            for n, one in enumerate([reference, *checkpoints])
         ]
         drafts = score_drafts(members, config, text, progress, room.store, room.tile)
         for result, draft in zip(results, drafts, strict=True):
@@ -157,8 +162,10 @@ def _candidate(checkpoint: Checkpoint, options: ForwardOptions, experts: int) ->
 def _check_same_model(
     config: ModelConfig, base: ModelConfig, checkpoint: Checkpoint, reference: Checkpoint
 ) -> None:
-    for name in vars(config):
-        if name != "raw" and getattr(config, name) != getattr(base, name):
+    # A conversion may have dropped its draft stages, and config.json's word of them.
+    own = [n for n in vars(config) if n != "raw" and (n != "dspark" or config.dspark)]
+    for name in own:
+        if getattr(config, name) != getattr(base, name):
             raise DivergenceError(
                 f"{checkpoint.path} and {reference.path} are different models: '{name}' is "
                 f"{getattr(config, name)!r} and {getattr(base, name)!r}"
@@ -176,14 +183,15 @@ def _alone(
 ) -> dict[str, Any]:
     config, text = _config(checkpoint), measures.with_needles(corpus)
     model = StreamModel(CheckpointParams(checkpoint), options, name=str(checkpoint.path))
-    streams = _run([model], config, text, progress, room)
+    taps = measures.taps(config, 1)
+    streams = _run([model], config, text, progress, room, taps=taps)
     scores = score([model], config, text, streams, progress, sink, room.tile)
     records, found = _apart(scores.records[0], corpus)
     result = {**summarise(records), "corpora": by_part(records, corpus.parts)}
     if measures.needles is not None:
         result["needle"] = needle_figures(measures.needles, found, [])
     if measures.draft:
-        member = DraftMember(checkpoint, model, streams[0], scores.choices[0])
+        member = DraftMember(checkpoint, model, streams[0], scores.choices[0], taps.of(0))
         (result["draft"],) = score_drafts([member], config, text, progress, room.store, room.tile)
     return result
 
@@ -227,6 +235,7 @@ def _run(
     room: Room,
     local: Sequence[int] = (),
     on_layer: Callable[[LayerResult], None] | None = None,
+    taps: Taps | None = None,
 ) -> list[Streams]:
     """All layers. The unit of progress is a token through a layer of a model."""
     left = config.num_hidden_layers - room.store.finished
@@ -243,6 +252,7 @@ def _run(
         on_layer=on_layer,
         progress=lambda *_: progress.advance(corpus.tokens),
         store=room.store,
+        taps=taps,
     )
     progress.finish()
     return streams

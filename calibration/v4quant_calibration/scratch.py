@@ -125,7 +125,7 @@ class Scratch:
     def open(self, name: str, shape: StreamShape) -> Streams:
         """The file of streams called `name`; see StreamStore."""
         model, _, done = name.partition(".")
-        # Only numbers of layers alternate; "draft.0" and "local" are names.
+        # Only numbers of layers alternate; "draft.0", "local" and "tap.0.42" are names.
         file = f"{model}.{int(done) % 2}" if model.isdigit() else name
         if file not in self._files:
             self._files[file] = FileStreams(self.folder / f"{file}.rows", shape)
@@ -138,7 +138,7 @@ class Scratch:
     def commit(self, done: int) -> None:
         """Flush, then say so. Raises OutputError."""
         for name, file in self._files.items():
-            if name.endswith(f".{done % 2}") and name[0].isdigit():
+            if name.endswith(f".{done - 1}" if _is_tap(name) else f".{done % 2}"):
                 file.flush()
         self.finished = done
         sizes = {name: file.shape.nbytes for name, file in self._files.items()}
@@ -158,11 +158,16 @@ class Scratch:
             finished, notes, files = state["finished"], state["notes"], state["files"]
             right = state["key"] == self._key and isinstance(notes, dict) and finished > 0
             for name, size in files.items():
-                if name.endswith(f".{finished % 2}"):
+                if _is_tap(name) or name.endswith(f".{finished % 2}"):
                     right &= (self.folder / f"{name}.rows").stat().st_size == size
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return 0, {}
         return (finished, notes) if right else (0, {})
+
+
+def _is_tap(name: str) -> bool:
+    """Whether a file keeps what a layer left for drafts; its name ends in the layer's index."""
+    return name.startswith("tap.")
 
 
 def _reserve(handle: int, size: int) -> None:

@@ -29,8 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from v4quant_calibration.calibrate import MomentObserver, classic_drafts
+from v4quant_calibration.calibrate import MomentObserver
+from v4quant_calibration.draft_stream import drafts_of, stream_drafts
 from v4quant_calibration.gram import correction, damped, gram_sum, shrunk
+from v4quant_calibration.model.dspark import draft_blocks, require_blocks
 from v4quant_calibration.model.experts import expert_hidden
 from v4quant_calibration.model.numerics import quantized_input
 from v4quant_calibration.model.observer import SilentObserver
@@ -53,7 +55,7 @@ from v4quant_calibration.solution import (
 )
 from v4quant_calibration.solvers import solve_batch
 from v4quant_calibration.stats import Stats, save_stats
-from v4quant_calibration.stream import StreamModel, StreamStore, stream_forward, stream_mtp
+from v4quant_calibration.stream import StreamModel, StreamStore, stream_forward
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import PROJECTIONS, expert_module, parse_name, trunk_stages
 from v4quant_formats.gguf_layout import fitting_type
@@ -333,9 +335,9 @@ def solve(
     """Solve every routed expert that windows (int64 ids) can reach; returns the finished folder.
 
     first: what is known of the first draw (`Stats.first`). The same call again resumes, layer by
-    layer. Draft stages other than a classic MTP stage cannot be run and are left to the plain
-    solver. Raises SolutionError, UnsupportedScheme for a scheme
-    that error feedback is not for, NonFiniteActivation naming what computed NaN, and OutputError.
+    layer. Raises SolutionError, UnsupportedScheme for a scheme that error feedback is not for,
+    DraftError for text too short for a DSpark block, NonFiniteActivation naming what computed NaN,
+    and OutputError.
     """
     if settings.schemes is None and settings.scheme.element not in ("int", "ggml"):
         raise UnsupportedScheme(
@@ -343,8 +345,10 @@ def solve(
             "block types; FP4 and FP8 schemes are cast from MXFP4, most of them exactly"
         )
     options = replace(options, expert_tokens=None)  # a layer is solved on all its rows
-    drafts = classic_drafts(checkpoint)
-    stages = [*trunk_stages(config), *drafts]
+    drafts = drafts_of(checkpoint, config)
+    if drafts.kind == "dspark":
+        require_blocks(draft_blocks(windows, config))
+    stages = [*trunk_stages(config), *drafts.stages]
     header = _header(checkpoint, windows, options, floor, settings)
     begin_solution(folder, header)
     progress.start("Solving", len(stages) * config.n_routed_experts, "expert")
@@ -360,9 +364,9 @@ def solve(
     with ExitStack() as stack:
         stack.callback(params.close)
         store = _stream_store(config, windows, len(models), settings.memory, folder, stack)
-        streams = stream_forward(models, config, windows, store=store)
-        if drafts:
-            stream_mtp(models, config, windows, streams, store=store)
+        taps = drafts.taps(config, len(models))
+        streams = stream_forward(models, config, windows, store=store, taps=taps)
+        stream_drafts(drafts, models, config, windows, streams, taps, store=store)
     progress.finish()
     digest = checkpoint.digest()
     stats = Stats(digest, floor, solver.stages)

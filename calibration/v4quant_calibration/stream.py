@@ -14,19 +14,18 @@ a `StreamStore`: memory here, files in `scratch.py`. How logits leave is told in
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from v4quant_calibration.model.block import layer_forward
-from v4quant_calibration.model.mtp import mtp_forward, next_tokens
 from v4quant_calibration.model.numerics import NonFiniteActivation
 from v4quant_calibration.model.observer import Observer
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.params import Params, read_rows
-from v4quant_calibration.model.streams import MemoryStreams, Streams, StreamShape, spans
+from v4quant_calibration.model.streams import PIECE, MemoryStreams, Streams, StreamShape, spans
 from v4quant_formats.model_config import ModelConfig
 
 EMBEDDING_ROWS = 4096
@@ -91,6 +90,33 @@ class StreamStore(Protocol):
         """All models have `done` layers behind them: what was there before is no longer needed."""
 
 
+class Taps:
+    """Keeps of the trunk what DSpark stages read: behind some layers, the mean over streams."""
+
+    def __init__(self, layers: Sequence[int], models: int) -> None:
+        """layers: their indices. models: of the run's models, how many from the first on."""
+        self._layers, self._models = tuple(layers), models
+        self._rows: dict[tuple[int, int], Streams] = {}
+
+    def open(self, store: StreamStore, number: int, shape: StreamShape) -> None:
+        """Room for a model, or what an earlier process kept there."""
+        if number < self._models:
+            flat = replace(shape, row=(1, shape.row[1]))
+            for index in self._layers:
+                self._rows[number, index] = store.open(f"tap.{number}.{index}", flat)
+
+    def keep(self, number: int, index: int, streams: Streams) -> None:
+        """A model's layer is done."""
+        rows = self._rows.get((number, index))
+        if rows is not None:
+            for start, stop in spans(0, rows.shape.tokens, PIECE):
+                rows.write(start, streams.read(start, stop).mean(1, keepdim=True))
+
+    def of(self, number: int) -> list[Streams]:
+        """A model's rows `[T, 1, hidden]`, layer by layer in the order given."""
+        return [self._rows[number, index] for index in self._layers]
+
+
 class MemoryStore:
     """Streams in memory; nothing survives the process."""
 
@@ -121,11 +147,13 @@ def stream_forward(
     on_layer: OnLayer | None = None,
     progress: Progress | None = None,
     store: StreamStore | None = None,
+    taps: Taps | None = None,
 ) -> list[Streams]:
     """Push sequences through the trunk of every model; returns each model's final streams.
 
     sequences: int64 token ids `[T_i]`, T_i >= 1. local: models whose layers also run on the first
     model's input (on_layer receives the result). store: where streams live, by default in memory.
+    taps: filled on the way.
     Raises NonFiniteActivation naming a layer, and whatever providers and store raise.
     """
     store = store or MemoryStore()
@@ -134,9 +162,12 @@ def stream_forward(
         store.open(f"{number}.{store.finished}", _shape(model.params, config, sequences))
         for number, model in enumerate(models)
     ]
+    taps = taps or Taps((), 0)
+    for number, part in enumerate(streams):
+        taps.open(store, number, part.shape)
     if not store.finished:
         for model, room in zip(models, streams, strict=True):
-            _embed(model.params, ids, room)
+            embed(model.params, ids, room)
     passes = config.num_hidden_layers * (len(models) + (len(local) if on_layer else 0))
     done = store.finished * passes // config.num_hidden_layers
 
@@ -152,6 +183,7 @@ def stream_forward(
         for number, model in enumerate(models):
             keep = number == 0 and on_layer is not None
             streams[number] = step.run(number, model, streams[number], keep)
+            taps.keep(number, index, streams[number])
             advance(step.layer)
             if on_layer is not None:
                 beside = None
@@ -201,35 +233,6 @@ class _Step:
             raise NonFiniteActivation(named(model, str(error))) from None
 
 
-@torch.no_grad()
-def stream_mtp(
-    models: Sequence[StreamModel],
-    config: ModelConfig,
-    sequences: Sequence[Tensor],
-    streams: Sequence[Streams],
-    *,
-    store: StreamStore | None = None,
-) -> list[Streams]:
-    """Each model's streams after its MTP stage, from its final trunk streams.
-
-    The stage is fed with the true next token, and with token 0 at the last position, whose row is
-    therefore meaningless to score.
-    """
-    store = store or MemoryStore()
-    ids = torch.cat([next_tokens(ids) for ids in sequences])
-    found = []
-    for number, (model, trunk) in enumerate(zip(models, streams, strict=True)):
-        room = store.open(f"draft.{number}", trunk.shape)
-        _embed(model.params, ids, room)
-        moved = ids.to(trunk.shape.device)
-        try:
-            mtp_forward(model.params, config, trunk, room, moved, model.options, model.observer)
-        except NonFiniteActivation as error:
-            raise NonFiniteActivation(named(model, str(error))) from None
-        found.append(room)
-    return found
-
-
 def named(model: StreamModel, message: str) -> str:
     """A message that begins with the model's name, if it has one."""
     return f"{model.name}: {message}" if model.name else message
@@ -241,17 +244,22 @@ def _shape(params: Params, config: ModelConfig, sequences: Sequence[Tensor]) -> 
     return StreamShape(lengths, (config.hc_mult, config.hidden_size), norm.dtype, norm.device)
 
 
-def _embed(params: Params, ids: Tensor, streams: Streams) -> None:
+def embed(params: Params, ids: Tensor, streams: Streams) -> None:
     """hc_mult equal streams of each token's embedding. Reads the rows of `embed` that occur."""
     for start, stop in spans(0, streams.shape.tokens, EMBEDDING_ROWS):
-        kinds, index = ids[start:stop].unique(return_inverse=True)
-        rows = torch.empty(len(kinds), streams.shape.row[1], dtype=streams.shape.dtype)
-        at = 0
-        while at < len(kinds):
-            first = int(kinds[at])
-            end = int(torch.searchsorted(kinds, first + EMBEDDING_ROWS))
-            block = read_rows(params, "embed", first, int(kinds[end - 1]) + 1)
-            rows[at:end] = block[kinds[at:end] - first].to(rows.device)
-            at = end
-        embedded = rows[index].to(streams.shape.device)
+        rows = matrix_rows(params, "embed", ids[start:stop])
+        embedded = rows.to(streams.shape.device, streams.shape.dtype)
         streams.write(start, embedded.unsqueeze(1).expand(-1, streams.shape.row[0], -1))
+
+
+def matrix_rows(params: Params, base: str, ids: Tensor) -> Tensor:
+    """Rows of a matrix with a row a token, `[n, width]`, reading near those that occur in `ids`."""
+    kinds, index = ids.unique(return_inverse=True)
+    found, at = [], 0
+    while at < len(kinds):
+        first = int(kinds[at])
+        end = int(torch.searchsorted(kinds, first + EMBEDDING_ROWS))
+        block = read_rows(params, base, first, int(kinds[end - 1]) + 1)
+        found.append(block[kinds[at:end] - first])
+        at = end
+    return torch.cat(found)[index]

@@ -45,11 +45,16 @@ class Yarn:
 
 @dataclass(frozen=True)
 class DSpark:
-    """Speculative stages of the DSpark releases (config `dspark_*`)."""
+    """Speculative stages of the DSpark releases (config `dspark_*`).
+
+    They guess `block_size` tokens at a time, all but the first position fed with `noise_token_id`.
+    """
 
     target_layer_ids: tuple[int, ...]
     markov_rank: int
     n_routed_experts: int
+    block_size: int
+    noise_token_id: int
 
 
 @dataclass(frozen=True)
@@ -254,7 +259,18 @@ def _dspark(text: dict[str, Any], values: dict[str, Any], where: str) -> DSpark 
         _layer_ids(text, "dspark_target_layer_ids", values["num_hidden_layers"], where),
         _integer(text, "dspark_markov_rank", where),
         _integer(text, "dspark_n_routed_experts", where, default=experts),
+        _integer(text, "dspark_block_size", where),
+        _noise_token(text, values["vocab_size"], where),
     )
+
+
+def _noise_token(text: dict[str, Any], vocab_size: int, where: str) -> int:
+    token = _integer(text, "dspark_noise_token_id", where, minimum=0)
+    if token >= vocab_size:
+        raise ConfigError(
+            f"{where}: dspark_noise_token_id {token} is outside the vocabulary of {vocab_size}"
+        )
+    return token
 
 
 def _v41(text: dict[str, Any], layers: int, where: str) -> V41:

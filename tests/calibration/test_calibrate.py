@@ -18,11 +18,12 @@ from torch import Tensor
 
 from tests.calibration.oracle_loader import OracleParams
 from v4quant_calibration.calibrate import MomentObserver, calibrate
+from v4quant_calibration.draft_stream import stream_mtp
 from v4quant_calibration.model.observer import SilentObserver
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.provider import CheckpointParams
 from v4quant_calibration.stats import Stats, load_stats, save_stats
-from v4quant_calibration.stream import StreamModel, stream_forward, stream_mtp
+from v4quant_calibration.stream import StreamModel, stream_forward
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import load_model_config
 from v4quant_kernels.progress import SilentProgress

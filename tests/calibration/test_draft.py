@@ -110,7 +110,7 @@ def test_without_a_draft_there_is_a_note(
     bare = edited.write(tmp_path / "bare")
     assert str(bare) in str(draft_of(bare, TINY, corpus)["note"])
     assert str(bare) in str(draft_of(TINY, bare, corpus)["note"])
-    assert "no classic draft stage" in str(draft_of(bare, None, corpus)["note"])
+    assert "holds no draft stages" in str(draft_of(bare, None, corpus)["note"])
     assert "note" not in draft_of(converted("int4-g128"), TINY, corpus)
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from tests.calibration.oracle_loader import OracleParams
+from v4quant_calibration.draft_stream import stream_mtp
 from v4quant_calibration.model import attention as attention_module
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_calibration.stream import StreamModel, stream_forward, stream_mtp
+from v4quant_calibration.stream import StreamModel, stream_forward
 from v4quant_formats.model_config import load_model_config
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-a"

@@ -47,7 +47,9 @@ from v4quant_formats.shards import write_file_atomically
               "matrix with the reference's and look for defects.")  # fmt: skip
 @click.option("--floors", type=click.IntRange(1, MOST_FLOORS), default=1, show_default=True,
               help="Noise floors to run: rounded streams, rounded products too.")  # fmt: skip
-@click.option("--draft", is_flag=True, help="Also run the MTP stage: are its guesses accepted?")
+@click.option(
+    "--draft", is_flag=True, help="Also run the draft stages: are their guesses accepted?"
+)
 @click.option("--needle", is_flag=True, help="Also hide a sentence in the text at several depths "
               "and ask for it.")  # fmt: skip
 @click.option("--max-memory", help="Cap on memory, like 6GB: streams go to files, then pieces "
@@ -173,7 +175,7 @@ def needle_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def draft_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """How often the draft stage guesses what the model itself chooses; empty when not asked."""
+    """How often drafts guess what the model itself chooses; empty when not asked."""
     draft = result.get("draft")
     if draft is None:
         return []
@@ -183,7 +185,13 @@ def draft_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     told = " -> ".join(f"{100 * share:.2f} %" for share in shares)
     if "change" in draft:
         told += f" (change {100 * draft['change']:+.2f} +- {100 * draft['change_stderr']:.2f})"
-    return [("draft accepted", told)]
+    rows = [("draft accepted", told)]
+    lengths = [draft[k]["accepted_length"] for k in ("reference", "candidate")
+               if "accepted_length" in draft.get(k, {})]  # fmt: skip
+    if lengths:
+        told = " -> ".join(f"{length:.3f}" for length in lengths)
+        rows.append(("accepted in a row", f"{told} of {draft['block_size']} guesses"))
+    return rows
 
 
 def finding_lines(result: dict[str, Any]) -> list[str]:

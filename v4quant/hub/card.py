@@ -18,7 +18,8 @@ from v4quant.hub.client import HubError
 from v4quant.hub.serving import serving_lines
 from v4quant.recipe import recipe_from_table
 from v4quant.records import TensorRecord, record_from_dict
-from v4quant.report.tables import Table, distribution_table, draft_table, summary_table
+from v4quant.report.probes import draft_table
+from v4quant.report.tables import Table, distribution_table, summary_table
 from v4quant.report.text import escape_markdown, section, text, visible
 from v4quant_formats.engines import ENGINES
 from v4quant_formats.layout import Layout

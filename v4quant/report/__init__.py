@@ -18,7 +18,7 @@ from typing import Any
 from v4quant.report.candidates import candidates_table, size_quality_plot
 from v4quant.report.layers import expert_table, layer_table, starved_table
 from v4quant.report.plots import coverage_plot, kl_histogram_plot, layer_error_plot
-from v4quant.report.probes import needle_table
+from v4quant.report.probes import draft_table, needle_table
 from v4quant.report.style import STYLE
 from v4quant.report.tables import (
     SHARES,
@@ -29,7 +29,6 @@ from v4quant.report.tables import (
     confidence_table,
     corpus_table,
     distribution_table,
-    draft_table,
     findings_table,
     floors_table,
     metric,

@@ -1,12 +1,24 @@
-"""Tables of what ran beside the text: hidden sentences by depth, and the draft stage."""
+"""Tables of what ran beside the text: hidden sentences by depth, and the draft stages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from v4quant.report.tables import Table, build_table
-from v4quant.report.text import count, number, plain, records, section
+from v4quant.report.tables import Table, build_table, named
+from v4quant.report.text import (
+    count,
+    number,
+    numbers,
+    percent,
+    plain,
+    records,
+    section,
+    text,
+    with_error,
+)
+
+Sides = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
 def needle_table(result: Mapping[str, Any]) -> Table | None:
@@ -41,3 +53,66 @@ def needle_table(result: Mapping[str, Any]) -> Table | None:
         "asks without it. A model that finds it loses little at every depth.",
     )
     return build_table(f"A hidden sentence{of}", columns, rows, notes)
+
+
+def draft_table(result: Mapping[str, Any]) -> Table | None:
+    """How often the draft stages guess right, before and after."""
+    draft = section(result, "draft")
+    sides = section(draft, "reference"), section(draft, "candidate")
+    guesses = number(draft, "block_size") or 1
+    moved, error = number(draft, "change"), number(draft, "change_stderr")
+    points = "" if moved is None else f"{100 * moved:+.2f} ± {100 * (error or 0):.2f} points"
+    own = "Guess is what the model itself chooses there"
+    rows: list[tuple[str, ...]] = [
+        (own, *_shares(sides, "target_agreement"), points),
+        ("Guess is the token of the text", *_shares(sides, "text_agreement"), ""),
+    ]
+    if guesses > 1:
+        longer = (number(draft, f"accepted_length_change{k}") for k in ("", "_stderr"))
+        lengths = (
+            with_error(number(s, "accepted_length"), number(s, "accepted_length_stderr"))
+            for s in sides
+        )
+        rows.append(
+            (f"Guesses accepted in a row, of {count(guesses)}", *lengths, with_error(*longer))
+        )
+        rows += _positions(sides, "by_position", "Guess {} accepted")
+        rows += _positions(sides, "confidence_by_position", "Guess {}: the draft's own estimate")
+    rows = [row for row in rows if any(row[1:])]
+    if text(draft, "note"):
+        rows.append((text(draft, "note"), "", "", ""))
+    notes: tuple[str, ...] = ()
+    if rows and guesses > 1:
+        notes = (
+            "Every guess is held against what the model chooses behind the text before it. Where "
+            "text is what the model would write itself, the guesses accepted in a row are those of "
+            "greedy speculative decoding; each round gives one token of the model besides.",
+        )
+    title = "Draft stages (DSpark)" if guesses > 1 else "Draft stage (MTP)"
+    return build_table(title, ("", *named(result), "Change"), rows, notes)
+
+
+def _shares(sides: Sides, key: str) -> tuple[str, ...]:
+    found = []
+    for side in sides:
+        value, error = number(side, key), number(side, f"{key}_stderr")
+        told = value is not None and error is not None
+        found.append(f"{100 * value:.2f} ± {100 * error:.2f} %" if told else percent(value))  # type: ignore[operator]
+    return tuple(found)
+
+
+def _positions(sides: Sides, key: str, label: str) -> list[tuple[str, ...]]:
+    """One row a guess of a block."""
+    before, after = (numbers(side, key) for side in sides)
+    rows: list[tuple[str, ...]] = []
+    for place, share in enumerate(after):
+        moved = f"{100 * (share - before[place]):+.2f} points" if before else ""
+        rows.append(
+            (
+                label.format(place + 1),
+                percent(before[place]) if before else "",
+                percent(share),
+                moved,
+            )
+        )
+    return rows

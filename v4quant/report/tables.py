@@ -72,11 +72,6 @@ FLIPS = (
     ("Change of the true token's probability, root mean square", "delta_p_rms"),
 )
 
-DRAFT = (
-    ("Guess is what the model itself chooses next", "target_agreement"),
-    ("Guess is the next token but one of the text", "text_agreement"),
-)
-
 
 def metric(values: Mapping[str, Any], key: str) -> str:
     """One measure as text, with its standard error when the mapping has `<key>_stderr`."""
@@ -91,7 +86,7 @@ def metric(values: Mapping[str, Any], key: str) -> str:
 
 def checkpoint_table(result: Mapping[str, Any]) -> Table | None:
     """What the two checkpoints are and what they weigh."""
-    return build_table("Checkpoints", ("", *_named(result), "Change"), _size_rows(result))
+    return build_table("Checkpoints", ("", *named(result), "Change"), _size_rows(result))
 
 
 def summary_table(result: Mapping[str, Any]) -> Table | None:
@@ -108,7 +103,7 @@ def summary_table(result: Mapping[str, Any]) -> Table | None:
         described = text(floor, "description")
         notes.append(f"Noise floor: {described}" if described else "")
     return build_table(
-        "Summary", ("", *_named(result), "Change", "Noise floor"), rows, tuple(filter(None, notes))
+        "Summary", ("", *named(result), "Change", "Noise floor"), rows, tuple(filter(None, notes))
     )
 
 
@@ -186,25 +181,6 @@ def floors_table(result: Mapping[str, Any]) -> Table | None:
     return build_table("Noise floors", columns, rows if len(rows) > 1 else [])
 
 
-def draft_table(result: Mapping[str, Any]) -> Table | None:
-    """How often the draft stage guesses right, before and after."""
-    draft = section(result, "draft")
-    sides = (section(draft, "reference"), section(draft, "candidate"))
-    rows = []
-    for label, key in DRAFT:
-        shares = [_share(side, key) for side in sides]
-        moved, error = number(draft, "change"), number(draft, "change_stderr")
-        told = ""
-        if key == "target_agreement" and moved is not None and error is not None:
-            told = f"{100 * moved:+.2f} ± {100 * error:.2f}"
-        rows.append((label, *shares, told))
-    rows = [row for row in rows if any(row[1:])]
-    if text(draft, "note"):
-        rows.append((text(draft, "note"), "", "", ""))
-    columns = ("", *_named(result), "Change (percentage points)")
-    return build_table("Draft stage (MTP)", columns, rows)
-
-
 def corpus_table(result: Mapping[str, Any]) -> Table | None:
     """One row a part of the evaluation text."""
     rows = [
@@ -261,7 +237,7 @@ def command_line(result: Mapping[str, Any]) -> str:
     return visible(shlex.join(words) if words is not None else str(command))
 
 
-def _named(result: Mapping[str, Any]) -> tuple[str, str]:
+def named(result: Mapping[str, Any]) -> tuple[str, str]:
     return ("Reference", "Candidate") if result.get("reference") else ("", "Checkpoint")
 
 
@@ -269,13 +245,6 @@ def interval(values: Mapping[str, Any], key: str) -> str:
     """`low to high` of a pair, empty when absent."""
     ends = numbers(values, key)
     return f"{plain(ends[0])} to {plain(ends[1])}" if len(ends) == 2 else ""
-
-
-def _share(side: Mapping[str, Any], key: str) -> str:
-    value, error = number(side, key), number(side, f"{key}_stderr")
-    if value is None or error is None:
-        return percent(value)
-    return f"{100 * value:.2f} ± {100 * error:.2f} %"
 
 
 def _size_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
