@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from v4quant import __version__
-from v4quant.places import Place, place_of, write_places
+from v4quant.places import AS_STORED, EXPERTS, WHOLE, Place, place_of, write_places
 from v4quant.plan import Plan, make_plan
 from v4quant.recipe import Recipe
 from v4quant.sensitivity import Sample, errors, measured_effects
@@ -28,10 +28,11 @@ from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress, SilentProgress
 
 _MOST_ROUNDS = 4  # of correction, should headers of split files differ
-AUTO = "auto"
-"""What a choice of dense type says when there shall be one for every stage."""
+AUTO, ALL = "auto", "all"
+"""What a choice of dense type says when there shall be one for every stage, embedding and head; or
+one for the compressors' and hyper-connections' matrices too, which else stay as they are."""
 
-_HEAD_TYPE = "q8_0"  # embedding and head, where dense matrices are allocated too
+_TAKING_PART = {AUTO: ("dense", *WHOLE), ALL: ("dense", *WHOLE, "compressor", "hyper")}
 
 
 class NothingMeasured(V4QuantError):
@@ -42,7 +43,7 @@ class NothingMeasured(V4QuantError):
 class Options:
     """What may be chosen, and from what.
 
-    dense: the dense matrices' type, or "auto" to choose one for every stage too.
+    dense: the dense matrices' type, or "auto" or "all" to choose for what these take part.
     draft, split_size: as in a recipe. sample: what errors are measured on.
     """
 
@@ -94,22 +95,26 @@ class Costs:
 def find_costs(checkpoint: Checkpoint, options: Options) -> Costs:
     """Plan the output once for every scheme. Raises UnsupportedPair for formats that cannot mix."""
     recipe = _base_recipe(options)
-    schemes = list(recipe.layout.schemes)
-    auto = options.dense == AUTO
-    dense = list(recipe.layout.dense_types) if auto else []
-    costs: dict[Place, dict[str, int]] = {}
-    for index in range(max(len(schemes), len(dense))):
-        scheme = schemes[min(index, len(schemes) - 1)]
-        own = dense[min(index, len(dense) - 1)] if auto else recipe.dense
-        plan = make_plan(checkpoint, replace(recipe, scheme=scheme, dense=own))
-        for place, nbytes in _place_bytes(plan).items():
-            if place[1] != "dense":
-                costs.setdefault(place, {})[scheme] = nbytes
-            elif auto:
-                costs.setdefault(place, {})[own] = nbytes
     base = make_plan(checkpoint, recipe)
     own_bytes = _place_bytes(base)
+    groups = (*EXPERTS, *_TAKING_PART.get(options.dense, ()))
+    menus = {place: _menu(recipe, place) for place in own_bytes if place[1] in groups}
+    costs: dict[Place, dict[str, int]] = {place: {} for place in menus}
+    for index in range(max(map(len, menus.values()))):
+        schemes = {place: menu[min(index, len(menu) - 1)] for place, menu in menus.items()}
+        plan = make_plan(checkpoint, replace(recipe, schemes=tuple(write_places(schemes))))
+        found = _place_bytes(plan)
+        for place, scheme in schemes.items():
+            costs[place][scheme] = found[place]
     return Costs(base, costs, base.bytes_out - sum(own_bytes[p] for p in costs))
+
+
+def _menu(recipe: Recipe, place: Place) -> tuple[str, ...]:
+    """What a place may become; as it is first, where that is an option."""
+    if place[1] in EXPERTS:
+        return recipe.layout.schemes
+    types = [t for t in recipe.layout.dense_types if t != "bf16"]
+    return (AS_STORED.get(place[1], "bf16"), *types)
 
 
 def _base_recipe(options: Options) -> Recipe:
@@ -119,7 +124,7 @@ def _base_recipe(options: Options) -> Recipe:
             f"format '{options.format}' declares one scheme for all experts, and the engines that "
             "load it fuse them under it, so there is nothing to allocate; use --format gguf"
         )
-    dense = _HEAD_TYPE if options.dense == AUTO else options.dense
+    dense = "" if options.dense in _TAKING_PART else options.dense
     return replace(probe, dense=dense, draft=options.draft, split_size=options.split_size)
 
 
@@ -147,10 +152,10 @@ def allocate_recipe(
     Raises BudgetError naming the smallest possible size, NothingMeasured, and what reading raises.
     """
     progress = progress or SilentProgress()
-    if options.dense == AUTO and corpus is None:
+    if options.dense in _TAKING_PART and corpus is None:
         raise NothingMeasured(
-            "dense = 'auto' weighs dense matrices against experts, which only a measured effect "
-            "can; give --measure-kl, or one type for all dense matrices"
+            f"dense = '{options.dense}' weighs dense matrices against experts, which only a "
+            "measured effect can; give --measure-kl, or one type for all dense matrices"
         )
     smallest = costs.fixed + sum(min(c.values()) for c in costs.places.values())
     if budget < smallest:
@@ -208,7 +213,7 @@ def _fit(
 def _recipe(costs: Costs, chosen: Mapping[Place, str]) -> Recipe:
     weight: Counter[str] = Counter()
     for place, scheme in chosen.items():
-        if place[1] != "dense":
+        if place[1] in EXPERTS:
             weight[scheme] += costs.places[place][scheme]
     # llama.cpp's name for the whole file is that of the scheme most bytes have.
     main = weight.most_common(1)[0][0]

@@ -6,11 +6,15 @@ A recipe's table `[schemes]` maps places to schemes:
     "layers.0-5.down" = "mxfp4"
     "layers.6.gate_up" = "q2_k"
     "layers.0-5.dense" = "q6_k"
+    "head" = "q6_k"
 
 A place is a stage, or a range of them, and a group: `gate_up` (w1 and w3, which engines fuse),
-`down` (w2) or `dense` (the stage's matrices that are no routed expert's). Finer does not exist in
-the files: GGUF stacks all experts of a layer and projection in one tensor, of one type. No place
-may be named twice, so that the order of lines means nothing.
+`down` (w2), `dense` (the stage's linear matrices that are no routed expert's), and two that stay
+as the source has them unless a recipe names them: `compressor` (the projections of compressor and
+indexer that the release keeps in BF16) and `hyper` (the matrices of the hyper-connections, in
+float32). `embed` and `head` are places too, of no stage. Finer does not exist in the files: GGUF
+stacks all experts of a layer and projection in one tensor, of one type. No place may be named
+twice, so that the order of lines means nothing.
 """
 
 from __future__ import annotations
@@ -21,12 +25,21 @@ from collections.abc import Iterable, Mapping
 from v4quant_formats.deepseek_v4 import TensorName
 from v4quant_kernels.errors import V4QuantError
 
-GROUPS = ("gate_up", "down", "dense")
+EXPERTS = ("gate_up", "down")
+GROUPS = (*EXPERTS, "dense", "compressor", "hyper")
+WHOLE = ("embed", "head")
+AS_STORED = {"compressor": "bf16", "hyper": "f32", "embed": "bf16", "head": "bf16"}
+"""What a place that is only re-encoded on demand is stored as otherwise."""
+
 _GROUP_OF = {"w1": "gate_up", "w3": "gate_up", "w2": "down"}
-_KEY = re.compile(r"(layers|mtp)\.(\d{1,4})(?:-(\d{1,4}))?\.(gate_up|down|dense)")
+_KEY = re.compile(r"(layers|mtp)\.(\d{1,4})(?:-(\d{1,4}))?\.(" + "|".join(GROUPS) + ")")
+_BELOW = {
+    "compressor": re.compile(r"attn\.((indexer\.)?compressor\.(wkv|wgate)|indexer\.weights_proj)"),
+    "hyper": re.compile(r"hc_(attn|ffn)_fn"),
+}
 
 Place = tuple[str, str]
-"""(stage, group): ("layers.3", "down")."""
+"""(stage, group): ("layers.3", "down"), ("", "head")."""
 
 
 class PlaceError(V4QuantError):
@@ -42,11 +55,14 @@ def read_places(schemes: Iterable[tuple[str, str]]) -> dict[Place, str]:
     """Place -> scheme, ranges written out. Raises PlaceError naming the key."""
     found: dict[Place, str] = {}
     for key, scheme in schemes:
+        if key in WHOLE and ("", key) not in found:
+            found["", key] = scheme
+            continue
         match = _KEY.fullmatch(key)
         if match is None:
             raise PlaceError(
                 f"recipe: [schemes] '{key}' is no place; write it like 'layers.3.down', "
-                "'layers.0-5.gate_up' or 'mtp.0.dense'"
+                "'layers.0-5.gate_up', 'mtp.0.dense' or 'head'"
             )
         first = int(match[2])
         last = int(match[3]) if match[3] else first
@@ -62,11 +78,19 @@ def read_places(schemes: Iterable[tuple[str, str]]) -> dict[Place, str]:
 
 def place_of(name: TensorName | None) -> Place | None:
     """The place a tensor belongs to; None for those whose scheme is not chosen by place."""
-    if name is None or not name.stage:
+    if name is None:
         return None
+    if not name.stage:
+        return ("", name.module) if name.module in WHOLE else None
     if name.projection is not None:
         return name.stage, group_of(name.projection)
-    return (name.stage, "dense") if name.is_linear else None
+    if name.is_linear:
+        return name.stage, "dense"
+    below = name.module.removeprefix(f"{name.stage}.")
+    for group, pattern in _BELOW.items():
+        if pattern.fullmatch(below):
+            return name.stage, group
+    return None
 
 
 def places_of(names: Iterable[TensorName | None], drafts: bool) -> set[Place]:
@@ -75,14 +99,20 @@ def places_of(names: Iterable[TensorName | None], drafts: bool) -> set[Place]:
     return {place for n in kept if (place := place_of(n))}
 
 
+def place_name(place: Place) -> str:
+    """A place as a recipe names it."""
+    return ".".join(filter(None, place))
+
+
 def check_places(wanted: Iterable[Place], present: Iterable[Place]) -> None:
     """Every wanted place is there. Raises PlaceError."""
     there = set(present)
     for stage, group in wanted:
         if (stage, group) not in there:
             stages = sorted({s for s, g in there if g == group}, key=_order)
+            name = place_name((stage, group))
             raise PlaceError(
-                f"recipe: [schemes] names '{stage}.{group}', which is not in the output; "
+                f"recipe: [schemes] names '{name}', which is not in the output; "
                 f"stages with {group} are {', '.join(stages) or 'none'}"
             )
 
@@ -102,7 +132,7 @@ def write_places(schemes: Mapping[Place, str]) -> list[tuple[str, str]]:
             run.append(here)
         if run:
             lines.append(_line(run, group))
-    return lines
+    return lines + [(part, schemes["", part]) for part in WHOLE if ("", part) in schemes]
 
 
 def _line(run: list[tuple[str, int, str]], group: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from v4quant import __version__
 from v4quant.devices import CPU
 from v4quant.exactness import inexact_stages
 from v4quant.gguf_plan import gguf_shards
-from v4quant.places import check_places, places_of
+from v4quant.places import check_places, place_of, places_of
 from v4quant.recipe import Recipe
 from v4quant.units import Action, Dropped, ShardPlan, Unit
 from v4quant_formats.checkpoint import SINGLE_NAME, Checkpoint
@@ -320,11 +320,11 @@ class _Planner:
             )
 
     def _dense(self, name: TensorName, stored: StoredWeight) -> Unit:
+        dense = self.recipe.dense_for(place_of(name))
+        if dense in BLOCK_DTYPES.values() or (dense == "bf16" and not name.is_linear):
+            return self._blocks(stored, dense)
         if not name.is_linear:
             return self._plain(name, stored)
-        dense = self.recipe.dense_for(name.stage)
-        if dense in BLOCK_DTYPES.values():
-            return self._blocks(stored, dense)
         rule = self.layout.dense(self.scheme, name.is_draft)
         if stored.scheme is None:
             if rule == "bf16":
@@ -368,7 +368,7 @@ class _Planner:
         return Unit("recast", (stored,), (TensorSpec(spec.name, dtype, spec.shape),))
 
     def _blocks(self, stored: StoredWeight, dense: str) -> Unit:
-        """A dense matrix in the block type the recipe names for it."""
+        """A matrix that is no routed expert's, in the type the recipe names for it."""
         weight = next(iter(stored.parts.values()))
         if stored.scheme is not None and stored.scheme.element != "e4m3":
             raise WrongDtype(
@@ -377,6 +377,8 @@ class _Planner:
             )
         rows, columns = stored.shape
         kind = get_type(fitting_type(dense, columns))
+        if stored.scheme is None and weight.dtype == kind.name.upper():
+            return _copy(stored)
         if kind.name == "bf16":
             shape = stored.shape
         else:

@@ -13,14 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from v4quant.places import Place, group_of, read_places
+from v4quant.places import EXPERTS, Place, group_of, place_name, read_places
 from v4quant.sizes import parse_size
 from v4quant_calibration.solvers import SOLVER_NAMES
 from v4quant_formats.gguf_layout import DEFAULT_SPLIT
 from v4quant_formats.layout import ENGINE_CHOICES, NEUTRAL, Layout
 from v4quant_formats.layouts import choose_layout
 from v4quant_kernels.errors import V4QuantError
-from v4quant_kernels.scheme import Scheme, get_scheme
+from v4quant_kernels.scheme import SCHEMES, Scheme, get_scheme
 
 _CHOICES = {
     "draft": ("convert", "drop"),
@@ -90,11 +90,8 @@ class Recipe:
 
     def _can_be_solved(self) -> bool:
         """Whether anything is coded by a scheme that error feedback is for."""
-        dense = [self.dense, *(s for (_, group), s in self.places.items() if group == "dense")]
-        return any(
-            get_scheme(name).element in ("int", "ggml")
-            for name in (*(s.name for s in self.expert_schemes), *filter(None, dense))
-        )
+        names = {self.scheme, self.dense, *self.places.values()} & SCHEMES.keys()
+        return any(get_scheme(name).element in ("int", "ggml") for name in names)
 
     def _check_gguf(self) -> None:
         """What only formats that leave a choice take."""
@@ -118,10 +115,11 @@ class Recipe:
                 "tensor"
             )
         for (stage, group), scheme in self.places.items():
-            allowed = self.layout.dense_types if group == "dense" else self.layout.schemes
+            allowed = self.layout.schemes if group in EXPERTS else self.layout.dense_types
+            allowed = (*allowed, "f32") if group == "hyper" else allowed
             if scheme not in allowed:
                 raise RecipeError(
-                    f"recipe: [schemes] {stage}.{group} = '{scheme}' is not one of "
+                    f"recipe: [schemes] {place_name((stage, group))} = '{scheme}' is not one of "
                     f"{', '.join(allowed)}"
                 )
 
@@ -134,14 +132,16 @@ class Recipe:
         """The scheme of a stage's experts' w1, w2 or w3 (where its rows fit the scheme)."""
         return get_scheme(self.places.get((stage, group_of(projection)), self.scheme))
 
-    def dense_for(self, stage: str) -> str:
-        """How a stage's dense matrices are coded: as `dense` says, or its place."""
-        return self.places.get((stage, "dense"), self.dense)
+    def dense_for(self, place: Place | None) -> str:
+        """How a place's matrices other than routed experts' are coded; "" for as they are."""
+        if place is None:
+            return ""
+        return self.places.get(place, self.dense if place[1] == "dense" else "")
 
     @property
     def expert_schemes(self) -> tuple[Scheme, ...]:
         """All schemes that experts may get."""
-        own = {name for (_, group), name in self.places.items() if group != "dense"}
+        own = {name for (_, group), name in self.places.items() if group in EXPERTS}
         return tuple(get_scheme(name) for name in sorted({self.scheme, *own}))
 
     @property

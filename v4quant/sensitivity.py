@@ -150,8 +150,8 @@ def _summed(members: Sequence[Matrix], values: Sequence[Tensor]) -> dict[str, fl
 def rounded(values: Tensor, scheme: str, importance: Tensor | None) -> Tensor:
     """Float32 [N, K] as the export would hold it."""
     fitting = fitting_type(scheme, values.shape[1])
-    if fitting == "bf16":
-        return values.bfloat16().float()
+    if fitting in ("bf16", "f32"):
+        return values.bfloat16().float() if fitting == "bf16" else values
     weighted = {} if fitting == "mxfp4" else {"importance": importance}
     return codec.dequantize(codec.quantize(values, get_scheme(fitting), **weighted))
 
@@ -164,7 +164,7 @@ def measured_effects(
     progress: Progress,
 ) -> dict[Place, float]:
     """The effect of every place of the trunk that can lose anything, others the least of these."""
-    places = [p for p in found if p[0].startswith("layers.") and max(found[p].values()) > 0]
+    places = [p for p in found if not p[0].startswith("mtp.") and max(found[p].values()) > 0]
     worst = {p: max(found[p], key=lambda s: found[p][s]) for p in places}
 
     def alter(place: Place, base: str, value: Tensor) -> Tensor:

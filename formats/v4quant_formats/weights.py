@@ -57,6 +57,8 @@ def find_weight(checkpoint: Checkpoint, module: str) -> StoredWeight:
     """Decide how `module` is stored. Raises MissingTensor or WrongDtype naming the tensor."""
     tensors = checkpoint.tensors
     parts = {p: tensors[n] for p in PARTS if (n := f"{module}.{p}") in tensors}
+    if module in tensors and not parts and tensors[module].dtype in BLOCK_DTYPES:
+        return _blocks(module, tensors[module])
     if module in tensors and not parts:
         return StoredWeight(module, {"": tensors[module]}, tensors[module].shape, None)
     if not parts:

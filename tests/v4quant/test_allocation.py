@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from tests.support.conversion import TINY, convert
 from tests.support.synthetic import make_small
 from v4quant.allocation import (
+    ALL,
     AUTO,
     Costs,
     NothingMeasured,
@@ -27,7 +28,7 @@ from v4quant.allocation import (
 from v4quant.budget import bits_budget, cards_budget
 from v4quant.builtin import CALIBRATION, HELDOUT, TINY_V4, resolve_corpus, resolve_source
 from v4quant.cli import cli
-from v4quant.places import Place
+from v4quant.places import GROUPS, WHOLE, Place
 from v4quant.plan import make_plan
 from v4quant.recipe import Recipe, recipe_from_table
 from v4quant.sensitivity import Sample, errors
@@ -107,10 +108,17 @@ def test_dense_matrices_take_part_where_asked(
     assert set(costs.places["layers.0", "dense"]) == set(costs.base.recipe.layout.dense_types)
     least = costs.fixed + sum(min(c.values()) for c in costs.places.values())
     found = allocate_recipe(checkpoint, costs, int(least * 1.1), options, None, text)
-    assert {g for _, g in found.recipe.places} == {"gate_up", "down", "dense"}
+    assert {g for _, g in found.recipe.places} == {"gate_up", "down", "dense", "embed", "head"}
     assert found.nbytes == make_plan(checkpoint, found.recipe).bytes_out <= least * 1.1
     with pytest.raises(NothingMeasured, match="give --measure-kl"):
         allocate_recipe(checkpoint, costs, int(least * 1.1), options)
+    options = replace(SMALL, dense=ALL)
+    costs = find_costs(checkpoint, options)
+    assert {"f32", "q2_k"} < set(costs.places["layers.0", "hyper"])
+    smaller = costs.fixed + sum(min(c.values()) for c in costs.places.values())
+    found = allocate_recipe(checkpoint, costs, int(smaller * 1.02), options, None, text)
+    assert {g for _, g in found.recipe.places} == {*GROUPS, *WHOLE}
+    assert smaller < 0.85 * least and found.nbytes <= smaller * 1.02
 
 
 def test_budget_below_the_smallest(checkpoint: Checkpoint, costs: Costs) -> None:

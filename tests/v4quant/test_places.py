@@ -12,7 +12,7 @@ from gguf import GGUFReader
 
 from tests.support.conversion import convert
 from v4quant.builtin import TINY_V4, resolve_source
-from v4quant.places import PlaceError, read_places, write_places
+from v4quant.places import GROUPS, PlaceError, read_places, write_places
 from v4quant.plan import make_plan
 from v4quant.recipe import Recipe, RecipeError, recipe_from_table
 from v4quant.verify import verify
@@ -23,8 +23,13 @@ SOURCE = Path(resolve_source(TINY_V4))
 
 
 def test_ranges_are_written_out() -> None:
-    found = read_places([("layers.1-3.down", "q2_k"), ("mtp.0.dense", "q8_0")])
+    found = read_places(
+        [("layers.1-3.down", "q2_k"), ("mtp.0.dense", "q8_0"), ("head", "q6_k"),
+         ("layers.4.hyper", "q8_0")]
+    )  # fmt: skip
     assert found == {
+        ("", "head"): "q6_k",
+        ("layers.4", "hyper"): "q8_0",
         ("layers.1", "down"): "q2_k",
         ("layers.2", "down"): "q2_k",
         ("layers.3", "down"): "q2_k",
@@ -39,9 +44,9 @@ def test_written_places_are_read_again() -> None:
         (f"{kind}.{number}", group): rng.choice(["q2_k", "mxfp4"])
         for kind, count in (("layers", 20), ("mtp", 3))
         for number in range(count)
-        for group in ("gate_up", "down", "dense")
+        for group in GROUPS
         if rng.random() < 0.8
-    }
+    } | {("", "embed"): "q8_0"}
     lines = write_places(schemes)
     assert read_places(lines) == schemes, seed
     assert len(lines) < len(schemes), seed
@@ -55,6 +60,7 @@ def test_written_places_are_read_again() -> None:
         ("layers.x.down", "no place"),
         ("layers.0-99999999999.down", "no place"),
         ("layers.5-2.down", "empty range"),
+        ("layers.0.embed", "no place"),
     ],
 )
 def test_places_that_cannot_be_read(key: str, text: str) -> None:
@@ -101,7 +107,10 @@ def test_stages_that_are_not_there(key: str, draft: str) -> None:
 
 
 def test_the_output_has_what_was_asked_for(tmp_path: Path) -> None:
-    schemes = {"layers.1-2.down": "q3_k", "layers.2.gate_up": "q2_k", "layers.4.dense": "q6_k"}
+    schemes = {
+        "layers.1-2.down": "q3_k", "layers.2.gate_up": "q2_k", "layers.4.dense": "q6_k",
+        "layers.2-3.compressor": "q8_0", "layers.5.hyper": "q6_k", "head": "q5_k", "embed": "bf16",
+    }  # fmt: skip
     recipe = Recipe("mxfp4", "gguf", draft="drop", schemes=tuple(schemes.items()))
     plain = Recipe("mxfp4", "gguf", draft="drop")
     out = tmp_path / "out"
@@ -114,6 +123,11 @@ def test_the_output_has_what_was_asked_for(tmp_path: Path) -> None:
         assert types[f"blk.{layer}.ffn_gate_exps.weight"] == gate
         assert types[f"blk.{layer}.ffn_up_exps.weight"] == gate
         assert types[f"blk.{layer}.ffn_down_shexp.weight"] == ("Q6_K" if layer == 4 else "BF16")
+    assert types["token_embd.weight"] == "BF16" and types["output.weight"] == "Q5_K"
+    assert types["blk.2.indexer_compressor_kv.weight"] == "Q8_0"
+    assert types["blk.3.attn_compressor_gate.weight"] == "Q8_0"
+    assert types["blk.4.attn_compressor_gate.weight"] == "BF16"
+    assert types["blk.5.hc_attn_fn.weight"] == "Q6_K" and types["blk.4.hc_ffn_fn.weight"] == "F32"
     manifest = json.loads((out / "v4quant.json").read_text())
     assert recipe_from_table(manifest["recipe"], "manifest") == recipe
     with open_checkpoint(SOURCE) as checkpoint:

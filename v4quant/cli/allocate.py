@@ -7,7 +7,15 @@ from pathlib import Path
 
 import click
 
-from v4quant.allocation import AUTO, Allocation, Options, allocate_recipe, find_costs, recipe_toml
+from v4quant.allocation import (
+    ALL,
+    AUTO,
+    Allocation,
+    Options,
+    allocate_recipe,
+    find_costs,
+    recipe_toml,
+)
 from v4quant.budget import bits_budget, cards_budget
 from v4quant.builtin import CALIBRATION
 from v4quant.cli import _output
@@ -40,9 +48,10 @@ from v4quant_formats.shards import write_file_atomically
               help="Tokens of one sequence kept beside the weights, for --fits.")  # fmt: skip
 @click.option("--format", "format_", type=click.Choice(list(LAYOUTS)), default="gguf",
               show_default=True, help="Container; only gguf can mix.")  # fmt: skip
-@click.option("--dense", type=click.Choice([*DENSE_TYPES, AUTO]), default="bf16",
-              show_default=True, help="Type of dense matrices; auto: one a layer, for "
-              "which --measure-kl is needed.")  # fmt: skip
+@click.option("--dense", type=click.Choice([*DENSE_TYPES, AUTO, ALL]), default="bf16",
+              show_default=True, help="Type of dense matrices; auto: one a layer, for embedding "
+              "and head; all: compressors and hyper-connections take part too. Both need "
+              "--measure-kl.")  # fmt: skip
 @click.option("--draft", type=click.Choice(["convert", "drop"]), default="convert",
               show_default=True, help="MTP / DSpark stages.")  # fmt: skip
 @click.option("--split-size", default="", help="Largest file, like 45GB (default 45GB).")
