@@ -29,6 +29,7 @@ from v4quant.onnx_plan import INDEXER, MANIFEST, LayerPlan, OnnxPlan
 from v4quant.records import TensorRecord
 from v4quant_calibration.stats import Stats
 from v4quant_formats.errors import OutputError
+from v4quant_formats.following import hash_file
 from v4quant_formats.manifest import to_json
 from v4quant_formats.model_config import ConfigError, read_json_object
 from v4quant_formats.onnx_check import OnnxError, read_model
@@ -38,7 +39,6 @@ from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shards import (
     ShardWriter,
     WrittenFile,
-    hash_file,
     output_error,
     plan_shard,
     temporary_path,

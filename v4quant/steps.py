@@ -15,7 +15,8 @@ from pathlib import Path
 
 from v4quant import __version__
 from v4quant.pipeline import CorpusStep
-from v4quant_formats.shards import hash_file, write_file_atomically
+from v4quant_formats.following import hash_file
+from v4quant_formats.shards import write_file_atomically
 
 RECORD_NAME = "steps.json"
 

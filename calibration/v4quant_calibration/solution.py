@@ -24,11 +24,12 @@ from torch import Tensor
 from v4quant_calibration.stats import Stats, StatsError, load_stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import parse_name
+from v4quant_formats.following import hash_file
 from v4quant_formats.manifest import to_json
 from v4quant_formats.model_config import ConfigError, read_json_object
 from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shard_files import LocalShards, file_state
-from v4quant_formats.shards import ShardWriter, hash_file, write_file_atomically
+from v4quant_formats.shards import ShardWriter, write_file_atomically
 from v4quant_formats.spec import BLOCK_DTYPES, TensorSpec
 from v4quant_formats.weights import find_weight, read_weight
 from v4quant_kernels.ggml import get_type

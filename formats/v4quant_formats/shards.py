@@ -1,11 +1,10 @@
 """ShardWriter: one file being written, safe against being killed at any moment.
 
 A `FilePlan` says what the file will be: its header, and each tensor's place. The header is written
-first, then each tensor goes to its own place by
-positioned writes, in any order and from any thread. A thread of its own hashes the file from the
-front as far as it is complete, so that the hash is ready shortly after the last byte. `close`
-refuses unless every planned tensor arrived, flushes to disk and renames the file into place; until
-then the bytes live under a temporary name that nothing takes for a shard.
+first, then each tensor goes to its own place by positioned writes, in any order and from any
+thread. A thread of its own follows from the front, hashes what is complete and sends it to the disk
+(following.py). `close` refuses unless every planned tensor arrived, flushes to disk and renames the
+file into place; until then the bytes live under a temporary name that nothing takes for a shard.
 
 `plan_shard` plans a safetensors file. Its tensors lie in the order they are given (an expert's
 matrices and scales together), so writing and hashing run front to back. The format allows no gaps
@@ -30,10 +29,10 @@ import torch
 from torch import Tensor
 
 from v4quant_formats.errors import OutputError
+from v4quant_formats.following import FollowingHash
 from v4quant_formats.spec import DTYPE_BITS, TensorSpec, torch_dtype
 
 TEMPORARY_SUFFIX = ".part"
-_HASH_CHUNK = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,8 @@ class ShardWriter:
             self._handle = os.open(self._temporary, flags, 0o644)
         except OSError as error:
             raise output_error(self._temporary, error) from None
-        self._hash = _FollowingHash(self._handle, self.nbytes)
+        largest = max((s.nbytes for s in plan.specs), default=0)
+        self._hash = FollowingHash(self._handle, self.nbytes, largest)
         try:
             os.ftruncate(self._handle, plan.nbytes)
             _write_at(self._handle, plan.header, 0)
@@ -149,6 +149,7 @@ class ShardWriter:
             self._missing[name] -= data.numel()
             assert self._missing[name] >= 0, f"{spec} written twice"
             self._follow()
+        self._hash.keep_up()
 
     def _follow(self) -> None:
         """Let the hash run up to the first tensor that is not complete. Holds the lock."""
@@ -179,55 +180,6 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
 
 
-class _FollowingHash(threading.Thread):
-    """Hashes a file from the front while it is written, never beyond what `allow` said."""
-
-    def __init__(self, handle: int, size: int) -> None:
-        super().__init__(name="hash", daemon=True)
-        self._handle, self._size = handle, size
-        self._allowed, self._stopped = 0, False
-        self._changed = threading.Condition()
-        self._sha = hashlib.sha256()
-        self._error: OSError | None = None
-        self.start()
-
-    def allow(self, position: int) -> None:
-        """Bytes before `position` will not change any more."""
-        with self._changed:
-            self._allowed = position
-            self._changed.notify()
-
-    def digest(self) -> str:
-        """Wait for the end of the file; its SHA-256. Raises OSError when reading failed."""
-        self.join()
-        if self._error is not None:
-            raise self._error
-        return self._sha.hexdigest()
-
-    def stop(self) -> None:
-        """Give up."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
-        self.join()
-
-    def run(self) -> None:
-        """The thread's work."""
-        position = 0
-        while position < self._size:
-            with self._changed:
-                self._changed.wait_for(lambda at=position: self._stopped or self._allowed > at)  # type: ignore[misc]
-                if self._stopped:
-                    return
-                count = min(self._allowed - position, _HASH_CHUNK)
-            try:
-                _hash_range(self._sha, self._handle, position, count)
-            except OSError as error:
-                self._error = error
-                return
-            position += count
-
-
 def write_file_atomically(path: Path, data: bytes) -> WrittenFile:
     """Write a small file so that it is either absent, old or whole. Raises OutputError."""
     temporary = temporary_path(path)
@@ -249,15 +201,6 @@ def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        return _hash(handle, os.fstat(handle).st_size)
     finally:
         os.close(handle)
 
@@ -293,20 +236,3 @@ def _write_placed(handle: int, data: Any, spec: TensorSpec, first_byte: int) -> 
         count = min(spec.row_bytes - within, len(data) - done)
         _write_at(handle, data[done : done + count], spec.offset + row * spec.stride + within)
         done += count
-
-
-def _hash(handle: int, size: int) -> str:
-    sha = hashlib.sha256()
-    for position in range(0, size, _HASH_CHUNK):
-        _hash_range(sha, handle, position, min(_HASH_CHUNK, size - position))
-    return sha.hexdigest()
-
-
-def _hash_range(sha: hashlib._Hash, handle: int, position: int, count: int) -> None:
-    end = position + count
-    while position < end:
-        chunk = os.pread(handle, end - position, position)
-        if not chunk:
-            raise OSError(errno.EIO, "file shrank while it was hashed")
-        sha.update(chunk)
-        position += len(chunk)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from v4quant.hub.client import HubAccessError, HubError, HubNotFound, client, persistently
 from v4quant.hub.remote import RemoteFile, check_name, list_files
 from v4quant_formats.checkpoint import INDEX_NAME
+from v4quant_formats.following import hash_file
 from v4quant_formats.manifest import MANIFEST_NAME
-from v4quant_formats.shards import hash_file
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -1,0 +1,159 @@
+"""FollowingHash: the SHA-256 of a file while it is written, and a light hand on the page cache.
+
+A thread reads the file from the front, as far as it is complete, and hashes what it reads, so that
+the hash is ready shortly after the last byte. What it has hashed it sends to the disk at once, and
+what lies further behind it takes out of the page cache. Thus the disk works from the first second,
+the last flush finds little to do, and a shard of gigabytes lives in the same few megabytes of
+memory: pages just used are much cheaper than ones the system must find, clear or (in a virtual
+machine) ask its host for, and nobody else's cached files are pushed out. A small file, and the end
+of a large one, stays cached.
+
+Hashing may be the slowest part, so writers ask `keep_up` to wait when they are far ahead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+_BUFFER = 2**20
+_STEP = 8 * 2**20  # bytes hashed, then sent to the disk, at a time
+_CACHED = 64 * 2**20  # bytes that stay in the page cache behind the hash
+_AHEAD = 64 * 2**20  # bytes that writers may be ahead, beside the largest tensor
+_START, _WAIT = 2, 1 | 2 | 4  # sync_file_range: begin to write; write, and wait for the end of it
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EPERM)
+
+
+class FollowingHash(threading.Thread):
+    """Hashes a file from the front while it is written, never beyond what `allow` said."""
+
+    def __init__(self, handle: int, size: int, largest: int) -> None:
+        """`handle` stays the caller's; `largest`: the longest stretch that completes at once."""
+        super().__init__(name="hash", daemon=True)
+        self._handle, self._size = handle, size
+        self._ahead = _AHEAD + largest
+        self._allowed, self._done, self._stopped = 0, 0, False
+        self._changed = threading.Condition()
+        self._sha = hashlib.sha256()
+        self._error: OSError | None = None
+        self.start()
+
+    def allow(self, position: int) -> None:
+        """Bytes before `position` will not change any more."""
+        with self._changed:
+            self._allowed = position
+            self._changed.notify_all()
+
+    def keep_up(self) -> None:
+        """Wait until no more is complete, and not hashed, than may be."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._allowed - self._done <= self._ahead)
+
+    def digest(self) -> str:
+        """Wait for the end of the file; its SHA-256. Raises OSError when reading or writing failed.
+
+        Call it when the file is flushed: only then all of it can leave the page cache.
+        """
+        self.join()
+        if self._error is not None:
+            raise self._error
+        _drop(self._handle, 0, self._size - _CACHED)
+        return self._sha.hexdigest()
+
+    def stop(self) -> None:
+        """Give up."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self.join()
+
+    def run(self) -> None:
+        """The thread's work."""
+        buffer = mmap.mmap(-1, _BUFFER)
+        try:
+            while self._done < self._size:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopped or self._allowed > self._done)
+                    if self._stopped:
+                        return
+                    end = min(self._allowed, self._done - self._done % _STEP + _STEP)
+                _hash_range(self._sha, self._handle, self._done, end, buffer)
+                if end % _STEP == 0:
+                    self._send(end - _STEP)
+                with self._changed:
+                    self._done = end
+                    self._changed.notify_all()
+        except OSError as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    @property
+    def _ended(self) -> bool:
+        return self._stopped or self._error is not None
+
+    def _send(self, start: int) -> None:
+        """Begin to write a step to the disk; what is far enough behind leaves the cache."""
+        _flush(self._handle, start, _STEP, _START)
+        behind = start - _CACHED
+        if behind >= 0:
+            _flush(self._handle, behind, _STEP, _WAIT)
+            _drop(self._handle, behind, _STEP)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file. Raises OSError."""
+    sha, buffer = hashlib.sha256(), mmap.mmap(-1, _BUFFER)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        _hash_range(sha, handle, 0, os.fstat(handle).st_size, buffer)
+    finally:
+        os.close(handle)
+    return sha.hexdigest()
+
+
+def _hash_range(sha: hashlib._Hash, handle: int, start: int, end: int, buffer: mmap.mmap) -> None:
+    # A mapped buffer begins on a page: some processors copy several times slower to elsewhere.
+    view = memoryview(buffer)
+    while start < end:
+        count = os.preadv(handle, [view[: end - start]], start)
+        if not count:
+            raise OSError(errno.EIO, "file shrank while it was hashed")
+        sha.update(view[:count])
+        start += count
+
+
+@cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """Linux's call, if this is Linux."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+    if function is None:
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    found: Callable[[int, int, int, int], int] = function
+    return found
+
+
+def _flush(handle: int, start: int, count: int, how: int) -> None:
+    """Write a range to the disk, if the system can; a failed write is told once, so it is raised.
+
+    No durability comes of it: the file's fsync does that.
+    """
+    call = _sync_file_range()
+    if call is not None and call(handle, start, count, how):
+        code = ctypes.get_errno()
+        if code not in _UNSUPPORTED:
+            raise OSError(code, os.strerror(code))
+
+
+def _drop(handle: int, start: int, count: int) -> None:
+    """Take clean pages out of the cache; only advice."""
+    if count > 0 and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, start, count, os.POSIX_FADV_DONTNEED)
