@@ -6,7 +6,11 @@
 The first takes one checkpoint through `stream_forward` with logits and through transformers' own
 DeepseekV4ForCausalLM (float32, eager, weights already loaded), turn by turn, and prints medians.
 The second makes a synthetic layer of the release's width and few experts, times it, and times the
-BF16 matrix products it contains alone, with the same shapes.
+matrix products it contains alone, with the same shapes, in float32 and in BF16: on a processor
+without BF16 units the latter are the slower ones, and the faster of both is what a layer could
+at best take.
+
+Times are processor time, so that neighbours on a shared machine count little.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import torch
 from torch import Tensor
 
 from v4quant.builtin import TINY_V4, resolve_source
+from v4quant.cli._options import forward_options
 from v4quant.synthetic.writing import Request, write_checkpoint
 from v4quant_calibration.logits import stream_logits
 from v4quant_calibration.model import attention, numerics
@@ -33,12 +38,14 @@ from v4quant_calibration.stream import StreamModel, stream_forward
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import parse_model_config
 
+EXACT = ForwardOptions()
+
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
+    """Processor time of one call, over all threads."""
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def beside_transformers(tokens: int, rounds: int) -> dict[str, float]:
@@ -77,9 +84,14 @@ def beside_transformers(tokens: int, rounds: int) -> dict[str, float]:
 
 
 def beside_products(
-    width: str, tokens: int, experts: int, rounds: int, tiny: bool = False
+    width: str,
+    tokens: int,
+    experts: int,
+    rounds: int,
+    options: ForwardOptions = EXACT,
+    tiny: bool = False,
 ) -> dict[str, float]:
-    """Median seconds of a wide layer's stretch of the trunk, and of its products alone in BF16."""
+    """Median seconds of a wide layer's stretch of the trunk, and of its products alone."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "wide"
         sizes = {"num_hidden_layers": 1, "n_routed_experts": experts, "vocab_size": 1024}
@@ -87,28 +99,36 @@ def beside_products(
         with open_checkpoint(folder) as checkpoint:
             config = parse_model_config(dict(checkpoint.config), str(folder))
             ids = torch.randint(0, 1024, (tokens,), generator=torch.Generator().manual_seed(0))
-            models = [StreamModel(CheckpointParams(checkpoint), ForwardOptions())]
+            models = [StreamModel(CheckpointParams(checkpoint), options)]
 
             def layer() -> None:
                 stream_forward(models, config, [ids])
 
             shapes = _products(layer)
-            operands = [
-                (torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()) for m, k, n in shapes
-            ]
+            operands = {
+                shape: (torch.randn(shape[:2]), torch.randn(shape[2], shape[1]))
+                for shape in set(shapes)
+            }
+            coarse = {k: (a.bfloat16(), b.bfloat16()) for k, (a, b) in operands.items()}
 
-            def products() -> None:
-                for a, b in operands:
+            def products(kind: dict[tuple[int, int, int], tuple[Tensor, Tensor]]) -> None:
+                for shape in shapes:
+                    a, b = kind[shape]
                     a @ b.mT
 
-            pairs = [(seconds(layer), seconds(products)) for _ in range(rounds + 1)][1:]
-    whole, alone = (statistics.median(times) for times in zip(*pairs, strict=True))
+            rows = [
+                [seconds(layer), *(seconds(lambda k=k: products(k)) for k in (operands, coarse))]
+                for _ in range(rounds + 1)
+            ][1:]
+    whole, exact, short = (statistics.median(times) for times in zip(*rows, strict=True))
     flops = sum(2.0 * m * k * n for m, k, n in shapes)
     return {
         "tokens": tokens,
         "layer_seconds": whole,
-        "products_bf16_seconds": alone,
-        "times": whole / alone,
+        "products_f32_seconds": exact,
+        "products_bf16_seconds": short,
+        "times_f32": whole / exact,
+        "times_bf16": whole / short,
         "products_gflop": flops / 1e9,
     }
 
@@ -140,12 +160,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--products", choices=("f32", "bf16"), default="f32")
+    parser.add_argument("--activations", choices=("plain", "official"), default="plain")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     if args.width == "tiny":
         found = beside_transformers(args.tokens, args.rounds)
     else:
-        found = beside_products(args.width, args.tokens, args.experts, args.rounds)
+        options = forward_options(args.activations, args.products)
+        found = beside_products(args.width, args.tokens, args.experts, args.rounds, options)
     found["threads"] = torch.get_num_threads()
     if args.json:
         print(json.dumps(found))

@@ -142,6 +142,7 @@ def evaluate_checkpoint(
         "sequences": len(lengths),
         "seq_len": max(lengths),
         "activations": options.activations,
+        "products": options.products,
         **all_figures[0],
     }
     if files.reference is not None:
@@ -189,6 +190,10 @@ def _check_saved(
         raise LogitsError(
             f"{saved.path}: was saved with --activations {facts.activations}; use the same here"
         )
+    if facts.products != options.products:
+        raise LogitsError(
+            f"{saved.path}: was saved with --products {facts.products}; use the same here"
+        )
     sources = {
         "the --reference": reference.digest() if reference is not None else None,
         "the source this was converted from": _source_digest(checkpoint),
@@ -233,7 +238,7 @@ def _figures(
     sink = None
     if files.save is not None:
         first = candidates[0]
-        facts = LogitFacts(first.digest(), str(first.path), options.activations)
+        facts = LogitFacts(first.digest(), str(first.path), options.activations, options.products)
         vocab_size = int(first.config["vocab_size"])
         sink = LogitsFile(files.save, corpus, vocab_size, facts, files.top_k)
     try:

@@ -44,11 +44,12 @@ class LogitsError(V4QuantError):
 
 @dataclass(frozen=True)
 class LogitFacts:
-    """Where logits come from: the checkpoint's digest and path, and the activations' rounding."""
+    """Where logits come from: the checkpoint's digest and path, and what was rounded on the way."""
 
     checkpoint: str
     path: str
     activations: str
+    products: str = "f32"
 
 
 class LogitsFile:
@@ -221,7 +222,8 @@ class SavedLogits:
             data = file.read(spec.nbytes)
         try:
             told: Any = json.loads(data)
-            return LogitFacts(*(str(told[k]) for k in ("checkpoint", "path", "activations")))
+            said = {k: str(told[k]) for k in ("checkpoint", "path", "activations")}
+            return LogitFacts(**said, products=str(told.get("products", "f32")))
         except (ValueError, KeyError, TypeError, RecursionError):
             raise LogitsError(
                 f"{self.path}: '{_FACTS}' is damaged; save the logits again"

@@ -417,6 +417,7 @@ def _header(
         "source_digest": checkpoint.digest(),
         **settings.described(),
         "activations": options.activations,
+        "products": options.products,
         "floor": floor,
         "windows": len(windows),
         "tokens": sum(len(w) for w in windows),

@@ -21,7 +21,7 @@ from v4quant_calibration.divergence import BLOCK_TOKENS, DivergenceError
 from v4quant_calibration.evaluate import Measures, evaluate
 from v4quant_calibration.model.numerics import NonFiniteActivation
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_calibration.noise_floor import PRODUCTS, STREAMS
+from v4quant_calibration.noise_floor import EXACT, PRODUCTS, STREAMS
 from v4quant_calibration.scoring import token_blocks
 from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
 from v4quant_kernels.errors import V4QuantError
@@ -364,6 +364,19 @@ def test_official_activations_change_the_answer(corpus: Corpus, itself: dict[str
     found = compare(TINY, TINY, corpus, options=ForwardOptions(activations="official"))
     assert found["kl_mean"] == 0 and found["activations"] == "official"
     assert found["perplexity"] != itself["perplexity"]
+
+
+@pytest.mark.parametrize("activations", ["plain", "official"])
+def test_bf16_products_are_said_and_compared_with_their_own(
+    corpus: Corpus, itself: dict[str, Any], activations: Any
+) -> None:
+    options = ForwardOptions(activations, matmul_dtype=torch.bfloat16)
+    found = compare(TINY, TINY, corpus, options=options, measures=Measures(floors=2))
+    assert found["kl_mean"] == 0 and found["products"] == "bf16"
+    assert itself["products"] == "f32" and found["perplexity"] != itself["perplexity"]
+    described = [run["description"] for run in found["noise_floor"]["runs"]]
+    assert described == [STREAMS, EXACT]
+    assert all(run["kl_mean"] > 0 for run in found["noise_floor"]["runs"])
 
 
 def test_a_sink_sees_reference_candidate_and_floor(corpus: Corpus) -> None:

@@ -22,7 +22,9 @@ def bench() -> ModuleType:
 def test_products_are_those_of_the_layer(bench: ModuleType) -> None:
     found = bench.beside_products("flash", 16, 2, 1, tiny=True)
     assert found["layer_seconds"] > 0 < found["products_bf16_seconds"]
-    assert found["times"] == pytest.approx(found["layer_seconds"] / found["products_bf16_seconds"])
+    for kind in ("f32", "bf16"):
+        alone = found[f"products_{kind}_seconds"]
+        assert found[f"times_{kind}"] == pytest.approx(found["layer_seconds"] / alone)
     # 16 tokens through two experts and a shared one of 3 matrices, and attention's.
     assert found["products_gflop"] > 16 * 3 * 3 * 2 * 128 * 128 / 1e9
 

@@ -40,7 +40,10 @@ def corpus() -> Corpus:
 
 
 def run(folder: Path, corpus: Corpus, base: Path | None = None, **more: Any) -> dict[str, Any]:
-    options = ForwardOptions(activations=more.pop("activations", "plain"))
+    options = ForwardOptions(
+        activations=more.pop("activations", "plain"),
+        matmul_dtype=more.pop("products", torch.float32),
+    )
     with open_checkpoint(folder) as mine:
         reference = open_checkpoint(base) if base else None
         return evaluate_checkpoint(mine, reference, corpus, options, SilentProgress(), **more)
@@ -129,6 +132,8 @@ def test_other_text_is_refused(saved: dict[str, Path], corpus: Corpus) -> None:
             run(TINY, Corpus([CorpusPart("a", windows)]), files=files)
     with pytest.raises(LogitsError, match="--activations plain"):
         run(TINY, corpus, files=files, activations="official")
+    with pytest.raises(LogitsError, match="--products f32"):
+        run(TINY, corpus, files=files, products=torch.bfloat16)
 
 
 def test_other_checkpoints_are_refused(

@@ -71,9 +71,24 @@ def read_corpus(
     return load_corpus(resolve_corpus(list(names)), checkpoint.path / "tokenizer.json", request)
 
 
-def forward_options(activations: str) -> ForwardOptions:
+def products_option(command: Command) -> Command:
+    """`--products`."""
+    return click.option(
+        "--products",
+        type=click.Choice(["f32", "bf16"]),
+        default="f32",
+        show_default=True,
+        help="f32: exact operands; bf16: rounded to BF16, sums in float32, faster where the "
+        "processor multiplies BF16.",
+    )(command)
+
+
+def forward_options(activations: str, products: str = "f32") -> ForwardOptions:
     """Options of the forward pass."""
-    return ForwardOptions(activations="official" if activations == "official" else "plain")
+    return ForwardOptions(
+        activations="official" if activations == "official" else "plain",
+        matmul_dtype=torch.bfloat16 if products == "bf16" else torch.float32,
+    )
 
 
 def tool_facts() -> dict[str, str]:

@@ -9,7 +9,7 @@ import click
 from v4quant.builtin import CALIBRATION
 from v4quant.calibration import calibrate_to, draw_corpus
 from v4quant.cli import _output
-from v4quant.cli._options import corpus_options, forward_options, read_corpus
+from v4quant.cli._options import corpus_options, forward_options, products_option, read_corpus
 from v4quant.cli._source import SOURCE
 from v4quant.sizes import parse_size
 from v4quant.source import Source, open_source
@@ -33,6 +33,7 @@ from v4quant_kernels.scheme import get_scheme
     help="Statistics file; with --solve the solution's folder.",
 )
 @corpus_options(CALIBRATION)
+@products_option
 @click.option(
     "--floor",
     type=click.IntRange(1),
@@ -63,6 +64,7 @@ def calibrate(
     seq_len: int | None,
     mode: str,
     activations: str,
+    products: str,
     floor: int,
     scheme: str | None,
     propagate: bool,
@@ -75,7 +77,7 @@ def calibrate(
     """
     memory = parse_size(max_memory) if max_memory else DEFAULT_MEMORY
     settings = SolveSettings(get_scheme(scheme), propagate, memory) if scheme else None
-    options, progress = forward_options(activations), _output.TerminalProgress()
+    options, progress = forward_options(activations, products), _output.TerminalProgress()
     with open_source(source) as checkpoint:
         config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
 

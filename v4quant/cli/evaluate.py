@@ -13,6 +13,7 @@ from v4quant.cli import _output
 from v4quant.cli._options import (
     corpus_options,
     forward_options,
+    products_option,
     read_corpus,
     to_json_text,
     tool_facts,
@@ -36,6 +37,7 @@ from v4quant_formats.shards import write_file_atomically
 @click.option("--candidate", "others", type=SOURCE, multiple=True, help="Another conversion to "
               "score in the same run; may be repeated.")  # fmt: skip
 @corpus_options(HELDOUT)
+@products_option
 @click.option("--save-logits", type=click.Path(path_type=Path), help="Write SOURCE's logits.")
 @click.option("--save-top-k", type=click.IntRange(min=5), help="Save only the K most probable "
               "tokens of each position.")  # fmt: skip
@@ -66,6 +68,7 @@ def evaluate(
     seq_len: int | None,
     mode: str,
     activations: str,
+    products: str,
     save_logits: Path | None,
     save_top_k: int | None,
     reference_logits: Path | None,
@@ -99,7 +102,7 @@ def evaluate(
             checkpoint,
             base,
             text,
-            forward_options(activations),
+            forward_options(activations, products),
             _output.TerminalProgress(),
             LogitFiles(save_logits, save_top_k, reference_logits),
             weights,

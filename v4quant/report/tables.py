@@ -220,6 +220,7 @@ def run_table(result: Mapping[str, Any]) -> Table | None:
         ("Sequences", count(number(result, "sequences"))),
         ("Sequence length (tokens)", count(number(result, "seq_len"))),
         ("Activations", text(result, "activations")),
+        ("Products", text(result, "products")),
         ("v4quant", text(tool, "version")),
         ("torch", text(tool, "torch")),
         ("Python", text(tool, "python")),

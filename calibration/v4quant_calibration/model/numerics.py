@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from v4quant_calibration.model.bf16_product import bf16_product
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.ref.activation import fake_quant_e4m3
@@ -53,10 +54,11 @@ def quantized_input(x: Tensor, options: ForwardOptions) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Matrix product of operands rounded to `dtype`, result float32."""
+    """Matrix product of operands rounded to `dtype`, float32 or bfloat16; sums are float32."""
     if dtype == torch.float32:
         return a @ b
-    return (a.to(dtype) @ b.to(dtype)).float()
+    assert dtype == torch.bfloat16, dtype
+    return bf16_product(a, b)
 
 
 def linear(x: Tensor, weight: Tensor, options: ForwardOptions) -> Tensor:

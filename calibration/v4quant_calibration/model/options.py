@@ -24,8 +24,8 @@ class ForwardOptions:
     kv_rounding: in official mode, whether KV entries are rounded (July 2026 code) or left alone
         (the April kernels cast to BF16 and so rounded nothing).
     shared_clamp: clamp the shared expert like the routed ones (all code but April's).
-    matmul_dtype: dtype of the operands of linears that the release runs in FP8, FP4 or BF16;
-        results are float32. bfloat16 gives a noise floor.
+    matmul_dtype: what the operands of products are rounded to that the release runs in FP8, FP4 or
+        BF16: float32 or bfloat16. Sums and results are float32 (`bf16_product.py`).
     round_streams: round the residual streams to BF16 after every layer, as served models do.
     query_chunk: queries handled at once by attention; bounds memory, does not change the meaning.
     row_chunk: tokens of a sequence whose streams are in use at once, a multiple of 128; as above.
@@ -46,6 +46,11 @@ class ForwardOptions:
     def official(self) -> bool:
         """Whether the release's activation rounding is on."""
         return self.activations == "official"
+
+    @property
+    def products(self) -> str:
+        """What products multiply, by its short name: "f32" or "bf16"."""
+        return "bf16" if self.matmul_dtype == torch.bfloat16 else "f32"
 
     @property
     def rounds_kv(self) -> bool:
