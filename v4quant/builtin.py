@@ -9,8 +9,21 @@ from v4quant_kernels.errors import V4QuantError
 _DATA = Path(__file__).parent / "data"
 
 TINY_V4 = "builtin:tiny-v4"
+# English prose and Python: the text that published figures of the tiny model are measured on.
 HELDOUT = "builtin:heldout"
 CALIBRATION = "builtin:calibration"
+# These, and documentation, C and JavaScript, other languages, and chats in every mode.
+MIXED_HELDOUT = "builtin:mixed-heldout"
+MIXED_CALIBRATION = "builtin:mixed-calibration"
+
+_PLAIN = ("code.txt", "prose.txt")
+_MIXED = (*_PLAIN, "docs.txt", "c-js.txt", "languages.jsonl", "chats.jsonl")
+_CORPORA = {
+    HELDOUT: ("heldout", _PLAIN),
+    CALIBRATION: ("calibration", _PLAIN),
+    MIXED_HELDOUT: ("heldout", _MIXED),
+    MIXED_CALIBRATION: ("calibration", _MIXED),
+}
 
 
 class BuiltinError(V4QuantError):
@@ -27,13 +40,14 @@ def resolve_source(name: str) -> Path:
 
 
 def resolve_corpus(names: list[str]) -> list[Path]:
-    """Corpus files: paths, `builtin:heldout` or `builtin:calibration`. Raises BuiltinError."""
+    """Corpus files: paths, or those of a built-in corpus. Raises BuiltinError."""
     files: list[Path] = []
     for name in names:
         if not name.startswith("builtin:"):
             files.append(Path(name))
-        elif name in (HELDOUT, CALIBRATION):
-            files += sorted((_DATA / "text").glob(f"{name.partition(':')[2]}-*.txt"))
+        elif name in _CORPORA:
+            half, kinds = _CORPORA[name]
+            files += [_DATA / "text" / f"{half}-{kind}" for kind in kinds]
         else:
-            raise BuiltinError(f"'{name}' is not built in; there are {HELDOUT} and {CALIBRATION}")
+            raise BuiltinError(f"'{name}' is not built in; there are {', '.join(_CORPORA)}")
     return files

@@ -7,7 +7,8 @@ in one pass per document with the checkpoint's own tokenizer.json and cut into w
 the first window's, not a second one. Chats of one file and mode are a part named after both.
 Token ids (.npy, or safetensors with `input_ids`) are taken as they are, a row a window, nothing
 added. When fewer tokens are wanted than a file holds, windows are taken evenly from its whole
-length.
+length. Several files share the tokens evenly, as far as they hold so many; where one does not, all
+of it is taken, and the others make up for it.
 """
 
 from __future__ import annotations
@@ -89,10 +90,11 @@ class CorpusRequest:
 
 
 def load_corpus(files: Sequence[Path], tokenizer: Path, request: CorpusRequest) -> Corpus:
-    """Read files into windows; the token budget is shared evenly among the files.
+    """Read files into windows; the token budget is shared evenly, as far as files hold so much.
 
     tokenizer: the checkpoint's tokenizer.json, needed for text. Raises CorpusError naming the file
-    when it cannot be read, holds ids outside the vocabulary, or is too short for what was asked.
+    when it cannot be read or holds ids outside the vocabulary, and when all together are too short
+    for what was asked.
     """
     if not files:
         raise CorpusError("no corpus given; use --corpus FILE")
@@ -101,12 +103,10 @@ def load_corpus(files: Sequence[Path], tokenizer: Path, request: CorpusRequest) 
     if request.tokens is not None and request.tokens < 2:
         raise CorpusError(f"--tokens {request.tokens} leaves nothing to predict; use at least 2")
     encode = TextTokenizer(tokenizer)
-    share = None if request.tokens is None else -(-request.tokens // len(files))
+    held = [_windows(file, encode, request) for file in files]
     parts: list[CorpusPart] = []
-    for file in files:
-        documents = _read_documents(file, encode, request)
-        windows = [w for d in documents for w in _cut(file, d, request) if len(w.ids) >= 2]
-        parts += _by_part(_choose(file, windows, share))
+    for windows, share in zip(held, _shares(files, held, request.tokens), strict=True):
+        parts += _by_part(windows if share is None else _choose(windows, share))
     return Corpus(parts)
 
 
@@ -218,18 +218,41 @@ def _cut(file: Path, document: _Document, request: CorpusRequest) -> list[_Windo
     return [_Window(part, torch.cat((bos, p))) for p in kept]
 
 
-def _choose(file: Path, windows: list[_Window], share: int | None) -> list[_Window]:
-    """Windows spread evenly over the file until they hold `share` tokens."""
+def _windows(file: Path, encode: TextTokenizer, request: CorpusRequest) -> list[_Window]:
+    """All windows of a file. Raises CorpusError when there is none."""
+    documents = _read_documents(file, encode, request)
+    windows = [w for d in documents for w in _cut(file, d, request) if len(w.ids) >= 2]
     if not windows:
         raise CorpusError(f"{file}: is too short: it gives no window of at least 2 tokens")
-    if share is None:
-        return windows
-    available = _tokens(windows)
-    if available < share:
+    return windows
+
+
+def _shares(
+    files: Sequence[Path], held: Sequence[list[_Window]], tokens: int | None
+) -> list[int | None]:
+    """Tokens to take of each file; None for all of it."""
+    if tokens is None:
+        return [None] * len(files)
+    available = [_tokens(windows) for windows in held]
+    if sum(available) < tokens:
+        names = ", ".join(str(file) for file in files)
         raise CorpusError(
-            f"{file}: is too short: its windows hold {available:,} tokens, but {share:,} were "
-            "asked of it; give more text or fewer --tokens"
+            f"{names}: is too short: its windows hold {sum(available):,} tokens, but {tokens:,} "
+            "were asked of it; give more text or fewer --tokens"
         )
+    whole: set[int] = set()
+    while True:
+        rest = tokens - sum(available[i] for i in whole)
+        share = -(-rest // max(1, len(files) - len(whole)))
+        short = {i for i, n in enumerate(available) if i not in whole and n < share}
+        if not short:
+            return [None if i in whole else share for i in range(len(files))]
+        whole |= short
+
+
+def _choose(windows: list[_Window], share: int) -> list[_Window]:
+    """Windows spread evenly over a file until they hold `share` tokens, which it does."""
+    available = _tokens(windows)
     count = min(len(windows), -(-share * len(windows) // available))
     chosen = _spread(windows, count)
     # Windows of unequal length: those chosen may hold less than their number promises.

@@ -171,6 +171,20 @@ def test_files_share_the_budget(tmp_path: Path, tokenizer: Path, draw: random.Ra
     assert lists(again.windows) == lists(corpus.windows)
 
 
+def test_what_a_short_file_lacks_the_others_give(
+    tmp_path: Path, tokenizer: Path, draw: random.Random
+) -> None:
+    files = []
+    for name, held in (("a", 899), ("b", 17), ("c", 899), ("d", 8)):
+        files.append(tmp_path / f"{name}.txt")
+        files[-1].write_text(words(some_ids(draw, held)))
+    corpus = load_corpus(files, tokenizer, request(seq_len=10, tokens=400))
+    # b gives its one whole window, d its only one; a and c share the rest.
+    assert [p.tokens for p in corpus.parts] == [200, 10, 200, 9]
+    with pytest.raises(CorpusError, match=r"a\.txt, .*d\.txt: is too short.*1,999 tokens.*2,020"):
+        load_corpus(files, tokenizer, request(seq_len=10, tokens=2_020))
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".npy", ".safetensors"])
 def test_too_short(tmp_path: Path, tokenizer: Path, suffix: str) -> None:
     file = tmp_path / f"few{suffix}"

@@ -17,7 +17,7 @@ from v4quant.allocation import (
     recipe_toml,
 )
 from v4quant.budget import bits_budget, cards_budget
-from v4quant.builtin import CALIBRATION
+from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.cli import _output
 from v4quant.cli._options import read_corpus
 from v4quant.cli._source import SOURCE
@@ -59,7 +59,7 @@ from v4quant_formats.shards import write_file_atomically
               help="What calibrate wrote: whose inputs matter.")  # fmt: skip
 @click.option("--measure-kl", is_flag=True, help="Measure what rounding each layer does to "
               "predictions on --corpus; without, layers count alike.")  # fmt: skip
-@click.option("--corpus", multiple=True, default=[CALIBRATION], show_default=True,
+@click.option("--corpus", multiple=True, default=[MIXED_CALIBRATION], show_default=True,
               help="Text for --measure-kl; may be repeated.")  # fmt: skip
 @click.option("--tokens", type=int, default=4096, show_default=True, help="Tokens of it to use.")
 @click.option("--seq-len", type=int, default=256, show_default=True, help="Window length.")

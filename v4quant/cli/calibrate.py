@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from v4quant.builtin import CALIBRATION
+from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.calibration import calibrate_to, draw_corpus
 from v4quant.cli import _output
 from v4quant.cli._options import corpus_options, forward_options, products_option, read_corpus
@@ -32,7 +32,7 @@ from v4quant_kernels.scheme import get_scheme
     required=True,
     help="Statistics file; with --solve the solution's folder.",
 )
-@corpus_options(CALIBRATION)
+@corpus_options(MIXED_CALIBRATION)
 @products_option
 @click.option(
     "--floor",

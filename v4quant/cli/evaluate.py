@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from v4quant.builtin import HELDOUT
+from v4quant.builtin import MIXED_HELDOUT
 from v4quant.cli import _output
 from v4quant.cli._options import (
     corpus_options,
@@ -36,7 +36,7 @@ from v4quant_formats.shards import write_file_atomically
 @click.option("--reference", type=SOURCE, help="Compare with this checkpoint.")
 @click.option("--candidate", "others", type=SOURCE, multiple=True, help="Another conversion to "
               "score in the same run; may be repeated.")  # fmt: skip
-@corpus_options(HELDOUT)
+@corpus_options(MIXED_HELDOUT)
 @products_option
 @click.option("--save-logits", type=click.Path(path_type=Path), help="Write SOURCE's logits.")
 @click.option("--save-top-k", type=click.IntRange(min=5), help="Save only the K most probable "
