@@ -261,7 +261,7 @@ def test_evaluate_several_candidates(
     arguments += ["--candidate", damaged, "--floors", 2, "--draft"]
     ran = v4quant(*arguments, "--json", "--report", tmp_path / "r.html")
     found = one_json(ran)
-    assert ran.code == 0 and found["findings"] == []
+    assert ran.code == 3 and found["findings"] == []
     (other,) = found["others"]
     assert [f["where"] for f in other["findings"]] == ["layers.2.ffn.experts.1.w2"]
     assert "all zero" in other["findings"][0]["problem"]
@@ -270,7 +270,10 @@ def test_evaluate_several_candidates(
     assert "FOUND in damaged: layers.2.ffn.experts.1.w2" in told.out
     assert "draft accepted" in told.out and "ppl ratio" in told.out
     assert "Suspected defects (1)" in (tmp_path / "r.html").read_text()
-    quick = one_json(v4quant(*arguments[:6], "--no-weights", "--json"))
+    assert told.code == 3
+    ran = v4quant(*arguments[:6], "--no-weights", "--json")
+    quick = one_json(ran)
+    assert ran.code == 0
     assert "findings" not in quick and "draft" not in quick
 
 

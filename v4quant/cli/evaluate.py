@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from v4quant.builtin import MIXED_HELDOUT
-from v4quant.cli import _output
+from v4quant.cli import _exit, _output
 from v4quant.cli._options import (
     corpus_options,
     forward_options,
@@ -59,7 +59,9 @@ from v4quant_formats.shards import write_file_atomically
 @click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Keep streams "
               "in this folder; the same command continues after a crash.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
 def evaluate(
+    ctx: click.Context,
     source: Source,
     reference: Source | None,
     others: tuple[Source, ...],
@@ -81,7 +83,11 @@ def evaluate(
     scratch: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure perplexity of SOURCE; with --reference also KL, top-1 and the noise floor."""
+    """Measure perplexity of SOURCE; with --reference also KL, top-1 and the noise floor.
+
+    Exit code 3: some candidate holds matrices that look damaged. What a conversion costs is no
+    reason for it, however much.
+    """
     if others and reference is None:
         raise click.UsageError("--candidate compares conversions of one source: give --reference")
     if others and save_logits is not None:
@@ -125,6 +131,8 @@ def evaluate(
             _output.data(_output.table(*candidate_rows(result)))
         if report is not None:
             _output.data(f"report in {report}")
+    if has_findings(result):
+        ctx.exit(_exit.DIFFERENT)
 
 
 def write_report(result: dict[str, Any], path: Path) -> None:
@@ -195,6 +203,11 @@ def draft_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         told = " -> ".join(f"{length:.3f}" for length in lengths)
         rows.append(("accepted in a row", f"{told} of {draft['block_size']} guesses"))
     return rows
+
+
+def has_findings(result: dict[str, Any]) -> bool:
+    """Whether a candidate has suspected defects."""
+    return any(part.get("findings") for part in (result, *result.get("others", [])))
 
 
 def finding_lines(result: dict[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from v4quant.calibration import calibrate_to, draw_corpus
 from v4quant.cli import _exit, _output
 from v4quant.cli._options import forward_options, read_corpus, tool_facts
 from v4quant.cli.calibrate import coverage, coverage_text
-from v4quant.cli.evaluate import finding_lines, write_report
+from v4quant.cli.evaluate import finding_lines, has_findings, write_report
 from v4quant.cli.quantize import summary
 from v4quant.evaluation import evaluate_checkpoint
 from v4quant.evidence import read_evidence
@@ -108,7 +108,7 @@ def run(
     else:
         _output.data("")
         _output.data(_closing_table(pipeline, job, result, folder, str(place), seconds))
-    if failed:
+    if failed or (result is not None and has_findings(result)):
         ctx.exit(_exit.DIFFERENT)
 
 
