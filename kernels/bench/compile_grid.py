@@ -36,7 +36,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from v4quant_kernels.dispatch import operand_for
-from v4quant_kernels.gpu import activation, gemm, indexer, moe, native, routing, tiles, topk
+from v4quant_kernels.gpu import (
+    activation,
+    gemm,
+    index_scores,
+    index_vectors,
+    indexer,
+    moe,
+    native,
+    routing,
+    tiles,
+    topk,
+)
 from v4quant_kernels.runtime import RuntimeMatrix, layout_codes
 from v4quant_kernels.scheme import SCHEMES
 from v4quant_kernels.words import columns_per_word
@@ -47,17 +58,11 @@ HIDDEN, WIDTH, TOP_K = 4096, 2048, 6
 TYPES = {
     **dict.fromkeys(("x_ptr", "h_ptr", "out_ptr", "codes_ptr"), "*bf16"),
     **dict.fromkeys(("y_ptr", "routing_ptr", "head_weights_ptr", "logits_ptr"), "*fp32"),
-    **dict.fromkeys(("row_scale_ptr", "sums_ptr"), "*fp32"),
-    **dict.fromkeys(
-        (
-            "scale_ptr",
-            "x_scale_ptr",
-        ),
-        "*u8",
-    ),
+    **dict.fromkeys(("row_scale_ptr", "sums_ptr", "weight_ptr", "k_factor_ptr"), "*fp32"),
+    **dict.fromkeys(("scale_ptr", "x_scale_ptr", "k_bytes_ptr"), "*u8"),
     **dict.fromkeys(("words_ptr", "sorted_slots_ptr", "tile_expert_ptr"), "*i32"),
     **dict.fromkeys(("counts_ptr", "end_ptr", "reference_ptr", "map_ptr"), "*i32"),
-    **dict.fromkeys(("first_key_ptr", "q_scale_ptr", "k_scale_ptr"), "*i32"),
+    **dict.fromkeys(("first_key_ptr", "q_scale_ptr", "q_words_ptr", "k_words_ptr"), "*i32"),
     "ids_ptr": "*i64",
     "limit": "fp32",
 }
@@ -162,19 +167,36 @@ def small_kernels(archs: tuple[int, ...]) -> Iterator[Job]:
         yield Job("activate_kernel", "", arch, constants, {"h_ptr": "*u8"})
 
 
-def indexer_jobs(full: bool) -> Iterator[Job]:
+def score_job(arch: int, shared: bool, operand: str, ragged: bool = False) -> Job:
     """Instructions are counted per score and head: what a lane spends on one product."""
-    shape = {"HEADS": 64, "ROUND_PRODUCTS": False, "COMPUTE": tl.bfloat16}
-    prefill = {**shape, "BS": 128, "BQ": 8, "RAGGED": False, "EXPANDED": True}
-    decode = {**shape, "BS": 256, "BQ": 1, "RAGGED": True, "EXPANDED": False, "num_warps": 8}
+    tile = indexer.index_tile(arch, shared)
+    constants = {
+        "REAL": 64, "HEADS": 64, "BS": tile.keys, "STEP": tile.step, "STAGES": tile.stages,
+        "OPERAND": operand, "ROUND_PRODUCTS": False, "COMPUTE": tl.bfloat16,
+        "num_warps": tile.warps,
+    }  # fmt: skip
+    types = {"q_ptr": "*bf16" if operand == "bf16" else "*u8", "factor_ptr": "*fp32"}
+    if operand == "native":
+        types["q_scale_ptr"] = "*u8"
+    scores = tile.keys * tile.step * 64
+    if shared:
+        types["k_ptr"] = types["q_ptr"]
+        constants["BQ"] = tile.tokens
+        return Job("shared_kernel", f"{operand} prefill", arch, constants, types, scores)
+    constants |= {"TILES": tile.tiles, "RAGGED": ragged}
+    return Job("own_kernel", f"{operand} decode", arch, constants, types, scores)
+
+
+def indexer_jobs(full: bool) -> Iterator[Job]:
     for arch in ARCHITECTURES:
-        types = {"q_ptr": "*bf16", "k_ptr": "*bf16"}
-        yield Job("indexer_kernel", "prefill", arch, prefill, types, 128 * 64)
+        operand = indexer.index_operand(arch)
+        yield score_job(arch, True, operand)
         if full or arch in {80, 90}:
-            types = {"q_ptr": "*i32", "k_ptr": "*i32"}
-            yield Job("indexer_kernel", "decode", arch, decode, types, 256 * 64)
-            packed = {"WORDS": 17, "SCALES": 17, "BLOCK": 32}
-            yield Job("expand_kernel", "", arch, packed, {"scale_ptr": "*i32"})
+            yield score_job(arch, False, operand, ragged=True)
+            expand = {"REAL": 64, "HEADS": 64, "WORDS": 16, "SCALES": 1, "WEIGHTED": True,
+                      "FP8": arch > 80, "BLOCK": 32, "COMPUTE": tl.bfloat16}  # fmt: skip
+            types = {"scale_ptr": "*i32", "out_ptr": "*i32" if arch > 80 else "*bf16"}
+            yield Job("expand_kernel", "", arch, expand, {**types, "factor_ptr": "*fp32"})
             selection = {"CAP": 4096, "HIDDEN": topk.HIDDEN_KEY, "BLOCK": 2048}
             yield Job("collect_kernel", "", arch, selection, {})
 
@@ -186,7 +208,7 @@ def jobs(full: bool) -> list[Job]:
 
 
 def compile_one(job: Job) -> dict[str, Any]:
-    modules = (gemm, native, moe, indexer, routing, activation, topk)
+    modules = (gemm, native, moe, index_vectors, index_scores, routing, activation, topk)
     function = next(getattr(m, job.kernel) for m in modules if hasattr(m, job.kernel))
     options = {k: v for k, v in job.constants.items() if k in {"num_warps", "num_stages"}}
     constants = {k: v for k, v in job.constants.items() if k not in options}
@@ -240,7 +262,7 @@ def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[str]]:
 
 
 def matrix_loop(lines: list[str]) -> list[str]:
-    """Instructions of the shortest loop that holds a matrix instruction; all of them if none."""
+    """Instructions of the shortest loop among those with most matrix instructions; all if none."""
     labels: dict[str, int] = {}
     code: list[str] = []
     for line in lines:
@@ -253,9 +275,9 @@ def matrix_loop(lines: list[str]) -> list[str]:
         jump = re.search(r"\bBRA\S*\s.*?(\.L_[\w.]+)", instruction)
         begin = labels.get(jump.group(1), end + 1) if jump else end + 1
         body = code[begin : end + 1]
-        if any(re.search(MATRIX, i) for i in body):
-            loops.append(body)
-    return min(loops, key=len, default=code)
+        if multiplying := sum(bool(re.search(MATRIX, i)) for i in body):
+            loops.append((-multiplying, len(body), body))
+    return min(loops, default=(0, 0, code))[2]
 
 
 def main() -> None:

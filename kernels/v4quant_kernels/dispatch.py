@@ -127,11 +127,12 @@ def indexer_logits(
     backend: Backend = "auto",
 ) -> Tensor:
     """Scores of compressed keys; see `ref.indexer.indexer_logits` for shapes and the formula."""
-    module = _kernels("indexer") if uses_triton(q_codes, backend) else ref_indexer
-    result: Tensor = module.indexer_logits(
-        q_codes, q_scale, k_packed, head_weights, positions, round_products,
-        first_key=first_key, num_keys=num_keys,
-    )  # fmt: skip
+    arguments = (q_codes, q_scale, k_packed, head_weights, positions, round_products)
+    which: dict[str, Any] = {"first_key": first_key, "num_keys": num_keys}
+    if not uses_triton(q_codes, backend):
+        return ref_indexer.indexer_logits(*arguments, **which)
+    kernels = _kernels("indexer")
+    result: Tensor = kernels.indexer_logits(*arguments, **which, arch=architecture(q_codes))
     return result
 
 
@@ -150,11 +151,14 @@ def index_top_k(
     backend: Backend = "auto",
 ) -> Tensor:
     """The k best keys of each token, never holding all scores; see `ref.indexer.index_top_k`."""
-    module = _kernels("indexer") if uses_triton(q_codes, backend) else ref_indexer
-    result: Tensor = module.index_top_k(
-        q_codes, q_scale, k_packed, head_weights, k, positions, round_products,
-        first_key=first_key, num_keys=num_keys, workspace=workspace,
-    )  # fmt: skip
+    arguments = (q_codes, q_scale, k_packed, head_weights, k, positions, round_products)
+    which: dict[str, Any] = {
+        "first_key": first_key, "num_keys": num_keys, "workspace": workspace,
+    }  # fmt: skip
+    if not uses_triton(q_codes, backend):
+        return ref_indexer.index_top_k(*arguments, **which)
+    kernels = _kernels("indexer")
+    result: Tensor = kernels.index_top_k(*arguments, **which, arch=architecture(q_codes))
     return result
 
 

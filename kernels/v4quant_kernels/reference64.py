@@ -189,9 +189,18 @@ def moe64(
 
 
 def indexer64(
-    q_codes: Tensor, q_scale: Tensor, k_packed: Tensor, head_weights: Tensor, positions: Tensor
+    q_codes: Tensor,
+    q_scale: Tensor,
+    k_packed: Tensor,
+    head_weights: Tensor,
+    positions: Tensor,
+    *,
+    fp8_sums: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(value, bound), float64 `[T, S]`, without rounding of products; -inf where not visible."""
+    """(value, bound), float64 `[T, S]`, without rounding of products; -inf where not visible.
+
+    fp8_sums: allow for the short accumulator of FP8 tensor cores.
+    """
     half = q_codes.shape[-1]
     query = e2m1_values(q_codes) * e8m0_values(q_scale).repeat_interleave(32, -1)
     keys = e2m1_values(k_packed[:, :half])
@@ -199,6 +208,7 @@ def indexer64(
     weights = head_weights.double().unsqueeze(-1)
     value = (weights * (query @ keys.T).clamp(min=0)).sum(1)
     size = (weights.abs() * (query.abs() @ keys.abs().T)).sum(1)
-    bound = (_sum_error(2 * half) + _sum_error(q_codes.shape[1])) * size
+    unit = _sum_error(2 * half) + (_FP8_SUM_ERROR if fp8_sums else 0.0)
+    bound = (unit + _sum_error(q_codes.shape[1])) * size
     hidden = torch.arange(keys.shape[0]) >= ((positions + 1) // 4).unsqueeze(-1)
     return value.masked_fill(hidden, -torch.inf), bound.masked_fill(hidden, 0.0)

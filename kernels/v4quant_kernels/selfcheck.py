@@ -107,7 +107,9 @@ def check_indexer(seed: int, backend: Backend = "auto", device: str = "cpu") -> 
     positions = torch.randint(4 * keys + 8, (tokens,), generator=generator)
     positions[0] = 0
     inputs = (q_codes, q_scale.view(torch.uint8), k_packed, weights, positions)
-    value, bound = indexer64(*inputs)
+    arch = dispatch.architecture(torch.empty(0, device=device))
+    short_sums = dispatch.uses_triton(torch.empty(0, device=device), backend) and arch in {89, 90}
+    value, bound = indexer64(*inputs, fp8_sums=short_sums)
     twin = ref_indexer.indexer_logits(*inputs)
     q, scale, k, w, p = (t.to(device) for t in inputs)
     kernel = dispatch.indexer_logits(q, scale, k, w, p, backend=backend)

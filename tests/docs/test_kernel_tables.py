@@ -28,7 +28,9 @@ def rows() -> list[tuple[str, str, list[str]]]:
 
 def baseline(tiles: str, title: str, arch: int) -> dict[str, float] | None:
     if tiles.startswith("The indexer"):
-        return BASELINE[f"indexer_kernel {title} sm_{arch}"]
+        kernel = "shared_kernel" if title == "prefill" else "own_kernel"
+        operand = {80: "bf16", 89: "fp8", 90: "fp8"}.get(arch, "native")
+        return BASELINE[f"{kernel} {operand} {title} sm_{arch}"]
     scheme, _, activations = title.partition(", ")
     scheme = scheme.lower().replace(" 128x128", "").replace(" ", "-")
     tile = "16 sums" if "16 slots" in tiles else "128 swiglu"

@@ -46,8 +46,13 @@ def expected_mma(record: dict[str, Any]) -> str:
     arch, variant, kernel = record["arch"], record["variant"].split(), record["kernel"]
     if kernel == "native_gemm_kernel":
         return "UTCQMMA" if arch == 100 else "QMMA.SF"
-    if "gemm" not in kernel:
-        return {90: "HGMMA", 100: "UTCHMMA"}.get(arch, "HMMA")
+    if "gemm" not in kernel:  # the indexer's scores
+        of_operand = {
+            "bf16": {90: "HGMMA", 100: "UTCHMMA"}.get(arch, "HMMA"),
+            "fp8": "QGMMA" if arch == 90 else "QMMA",
+            "native": "UTCOMMA" if arch == 100 else "OMMA.SF",
+        }
+        return of_operand[variant[0]]
     if variant[1] == "e4m3":
         return {89: "QMMA", 90: "QGMMA"}.get(arch, "UTCQMMA" if arch == 100 else "QMMA")
     wide = {90: "HGMMA", 100: "UTCHMMA"}.get(arch, "HMMA")
@@ -59,8 +64,16 @@ def test_every_kernel_on_every_architecture(records: list[dict[str, Any]]) -> No
     compiled = {(r["kernel"], r["arch"]) for r in records}
     wanted = {("gemm_kernel", a) for a in SHARED_LIMIT}
     wanted |= {("native_gemm_kernel", 100), ("native_gemm_kernel", 120)}
+    wanted |= {("shared_kernel", a) for a in SHARED_LIMIT} | {("own_kernel", a) for a in (80, 90)}
     assert wanted <= compiled
-    small = {"count_kernel", "place_kernel", "combine_kernel", "quantize_kernel", "activate_kernel"}
+    small = {
+        "expand_kernel",
+        "count_kernel",
+        "place_kernel",
+        "combine_kernel",
+        "quantize_kernel",
+        "activate_kernel",
+    }
     assert small < {r["kernel"] for r in records}
 
 

@@ -14,7 +14,7 @@ from v4quant_kernels import dispatch
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.ref import indexer
 from v4quant_kernels.ref.activation import fake_quant_e2m1, hadamard
-from v4quant_kernels.reference64 import e2m1_values, e8m0_values, indexer64
+from v4quant_kernels.reference64 import e2m1_values, e4m3_table, e8m0_values, indexer64
 
 Vectors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -82,54 +82,171 @@ def test_twin_keeps_the_bound(heads: int, generator: torch.Generator) -> None:
     assert_within(indexer.indexer_logits(*arguments), *indexer64(*arguments))
 
 
-@pytest.mark.parametrize(("tokens", "heads", "keys", "dim"), [(5, 3, 37, 128), (9, 20, 16, 128)])
+OPERANDS = ("bf16", "fp8", "native")
+
+
+def small_tile(**changes: int) -> Any:
+    """Few keys and tokens a program, so that small inputs have edges and several programs."""
+    from v4quant_kernels.gpu.indexer import IndexTile
+
+    return IndexTile(**{"keys": 16, "tokens": 4, "step": 2, "tiles": 2, **changes})
+
+
+def runs_here(operand: str, device: str) -> None:
+    """A GPU may lack the tensor cores; the interpreter has all."""
+    if device != "cuda":
+        return
+    from v4quant_kernels.gpu.indexer import index_operand
+
+    arch = dispatch.architecture(torch.empty(0, device=device))
+    if (
+        operand != "bf16"
+        and operand != index_operand(arch)
+        and not (operand == "fp8" and arch > 89)
+    ):
+        pytest.skip(f"sm_{arch} does not multiply {operand}")
+
+
+def reference(*arguments: Tensor, operand: str, device: str) -> tuple[Tensor, Tensor]:
+    """The bound grants FP8 tensor cores their short sums; the interpreter has none."""
+    return indexer64(*arguments, fp8_sums=operand == "fp8" and device == "cuda")
+
+
+@pytest.mark.parametrize("operand", OPERANDS)
+@pytest.mark.parametrize(("tokens", "heads", "keys"), [(5, 3, 37), (9, 20, 50)])
 def test_kernel_keeps_the_bound(
+    operand: Any,
     tokens: int,
     heads: int,
     keys: int,
-    dim: int,
     gpu: Any,
     device: str,
     generator: torch.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments = vectors(tokens, heads, keys, generator, dim)
+    """Five tokens decode their keys themselves, nine share expanded ones; no tile is whole."""
+    runs_here(operand, device)
+    arguments = vectors(tokens, heads, keys, generator)
     before = [t.clone() for t in arguments]
     on_device = [t.to(device) for t in arguments]
     with poisoned_allocations(monkeypatch):
-        out = gpu.indexer_logits(*on_device, keys_per_tile=16)
-    assert_within(out, *indexer64(*arguments))
+        out = gpu.indexer_logits(*on_device, operand=operand, tile=small_tile())
+    assert_within(out, *reference(*arguments, operand=operand, device=device))
     assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
 
 
-@pytest.mark.parametrize("round_products", [False, True])
+def small_numbers(tokens: int, heads: int, keys: int, rng: torch.Generator) -> Vectors:
+    """Vectors of 0, 1 and 2 with scales of 1 to 8 and integer weights: all sums are exact."""
+    nibbles = torch.tensor([0, 2, 4, 10, 12], dtype=torch.uint8)
+
+    def codes(*shape: int) -> Tensor:
+        low, high = (nibbles[torch.randint(5, shape, generator=rng)] for _ in range(2))
+        return low | (high << 4)
+
+    def scales(*shape: int) -> Tensor:
+        return torch.randint(127, 131, shape, generator=rng).to(torch.uint8)
+
+    k_packed = torch.cat((codes(keys, 64), scales(keys, 4)), dim=1)
+    weights = torch.randint(-4, 5, (tokens, heads), generator=rng).float()
+    positions = torch.randint(4 * keys + 12, (tokens,), generator=rng)
+    positions[0] = 4 * keys
+    return codes(tokens, heads, 64), scales(tokens, heads, 4), k_packed, weights, positions
+
+
+@pytest.mark.parametrize("operand", OPERANDS)
+@pytest.mark.parametrize("tokens", [3, 8])
 def test_kernel_equals_twin_where_arithmetic_is_exact(
-    round_products: bool, gpu: Any, device: str, generator: torch.Generator
+    operand: Any, tokens: int, gpu: Any, device: str, generator: torch.Generator
 ) -> None:
-    """Scales of one and small integer weights leave nothing to round but the products."""
-    q_codes, q_scale, k_packed, _, positions = vectors(4, 5, 29, generator)
-    q_scale.fill_(127)
-    k_packed[:, 64:] = 127
-    weights = torch.randint(-4, 5, (4, 5), generator=generator).float()
-    positions[0] = 1000
-    arguments = q_codes, q_scale, k_packed, weights, positions
+    """With and without rounding of products, which must matter for these."""
+    runs_here(operand, device)
+    arguments = small_numbers(tokens, 5, 29, generator)
     on_device = [t.to(device) for t in arguments]
-    out = gpu.indexer_logits(*on_device, round_products, keys_per_tile=16).cpu()
-    twin = indexer.indexer_logits(*arguments, round_products)
-    assert torch.equal(out, twin)
-    rounded = indexer.indexer_logits(*arguments, not round_products)
-    assert not torch.equal(out, rounded), "the switch must matter for these products"
+    tile = small_tile()
+    found = [
+        gpu.indexer_logits(*on_device, rounding, operand=operand, tile=tile).cpu()
+        for rounding in (False, True)
+    ]
+    for rounding, out in enumerate(found):
+        assert torch.equal(out, indexer.indexer_logits(*arguments, bool(rounding)))
+    assert not torch.equal(*found)
+
+
+def spoil(arguments: Vectors, what: str) -> None:
+    """Make one vector unfit for FP8 in place; the last two leave all of them fit."""
+    _, q_scale, k_packed, weights, _ = arguments
+    wide = torch.tensor([127, 110, 127, 127], dtype=torch.uint8)
+    if what == "key scales":
+        k_packed[21, 64:] = wide
+    elif what == "query scales":
+        q_scale[2, 1] = wide
+    elif what == "large keys":
+        k_packed[21, 64:] = 180
+    elif what == "head weight":
+        weights[2, 1] = 2.0**50
+    elif what == "far scale of a group of zeros":
+        k_packed[21, 64:], k_packed[21, 16:32] = wide, 0x80
+        k_packed[22, :64] = 0x08
+        k_packed[22, 64:] = 1
+    else:
+        assert what == "widest that fits"
+        k_packed[:, 64:] = torch.tensor([120, 131, 125, 127], dtype=torch.uint8)
+        q_scale[:] = torch.tensor([131, 120, 131, 131], dtype=torch.uint8)
+
+
+CASES = [
+    ("key scales", 8), ("query scales", 3), ("large keys", 3), ("head weight", 3),
+    ("far scale of a group of zeros", 8), ("widest that fits", 8), ("widest that fits", 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "tokens"), CASES)
+def test_vectors_that_do_not_fit_fp8_are_exact_too(
+    what: str, tokens: int, gpu: Any, device: str, generator: torch.Generator
+) -> None:
+    """Their tile is scored group by group, and the tiles beside it are not disturbed."""
+    runs_here("fp8", device)
+    arguments = list(vectors(tokens, 3, 24, generator))
+    arguments[1] = torch.randint(125, 129, arguments[1].shape, generator=generator).byte()
+    arguments[2][:, 64:] = torch.randint(125, 129, (24, 4), generator=generator).byte()
+    arguments[4][:] = 1000
+    spoil(tuple(arguments), what)  # type: ignore[arg-type]
+    on_device = [t.to(device) for t in arguments]
+    out = gpu.indexer_logits(*on_device, operand="fp8", tile=small_tile(step=1, tokens=4))
+    assert_within(out, *reference(*arguments, operand="fp8", device=device))
+
+
+def test_factors_mark_what_does_not_fit(device: str, generator: torch.Generator) -> None:
+    """Exactly the spoiled vectors have a factor of NaN; the others decode to their values."""
+    from v4quant_kernels.gpu.index_vectors import expand_keys
+    from v4quant_kernels.gpu.interpreter import compute_type
+
+    arguments = vectors(3, 3, 40, generator)
+    arguments[2][:, 64:] = torch.randint(122, 133, (40, 4), generator=generator).byte()
+    unfit = {"key scales": {21}, "large keys": {21}, "far scale of a group of zeros": set()}
+    for what, expected in unfit.items():
+        packed = arguments[2].clone()
+        spoil((*arguments[:2], packed, *arguments[3:]), what)
+        codes, factors = expand_keys(packed.to(device).view(torch.int32), True, compute_type())
+        found = factors.cpu().isnan()
+        assert set(found.nonzero().squeeze(1).tolist()) == expected
+        decoded = e4m3_table()[codes.view(torch.uint8).cpu().long()] * factors.cpu()[:, None]
+        scales = e8m0_values(packed[:, 64:].contiguous()).repeat_interleave(32, -1)
+        assert torch.equal(decoded[~found], (e2m1_values(packed[:, :64]) * scales)[~found])
 
 
 def test_nan_scale_stays_visible(gpu: Any, device: str, generator: torch.Generator) -> None:
-    arguments = vectors(2, 3, 8, generator)
-    arguments[2][3, 64] = 255
-    arguments[4][:] = 100
-    for out in (
-        indexer.indexer_logits(*arguments),
-        gpu.indexer_logits(*(t.to(device) for t in arguments)).cpu(),
-    ):
-        assert out[:, 3].isnan().all() and not out[:, :3].isnan().any()
+    for tokens, operands in ((2, ("fp8",)), (8, OPERANDS)):
+        arguments = vectors(tokens, 3, 8, generator)
+        arguments[2][3, 64] = 255
+        arguments[4][:] = 100
+        outs = [indexer.indexer_logits(*arguments)]
+        for operand in operands if device == "cpu" else (None,):
+            on_device = (t.to(device) for t in arguments)
+            tile = small_tile()
+            outs.append(gpu.indexer_logits(*on_device, operand=operand, tile=tile).cpu())
+        for out in outs:
+            assert out[:, 3].isnan().all() and not out[:, :3].isnan().any()
 
 
 def test_default_positions_and_no_keys(generator: torch.Generator) -> None:
@@ -191,23 +308,24 @@ def test_top_k_kernel_equals_a_stable_sort(
         assert torch.equal(topk.top_k(logits.to(device), k).cpu(), expected)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("module", ["torch", "triton"])
 def test_top_k_in_pieces(
-    backend: Any, device: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    module: str, gpu: Any, device: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the pieces, the same answer as all scores at once; many scores are equal."""
-    arguments = list(vectors(11, 3, 70, generator))
+    arguments = list(small_numbers(11, 3, 70, generator))
     arguments[3] = arguments[3].sign() * (arguments[3] > 0)  # half the heads silent: many zeros
-    arguments[1].fill_(127)  # with scales of one, every sum is exact in any order
-    arguments[2][:, 64:] = 127
     arguments[2][10:40] = arguments[2][0]
-    for k in (5, 64):
+    for k, workspaces in ((5, (130,)), (64, (130, 10**6))):
         expected = indexer.top_k(indexer.indexer_logits(*arguments), k)
         q, scale, keys, weights, positions = (t.to(device) for t in arguments)
-        for workspace in (130, 10**6):
-            out = dispatch.index_top_k(
-                q, scale, keys, weights, k, positions, workspace=workspace, backend=backend
-            )
+        for workspace in workspaces:
+            find = gpu.index_top_k if module == "triton" else indexer.index_top_k
+            how = {"arch": dispatch.architecture(q), "tile": small_tile()}
+            out = find(
+                q, scale, keys, weights, k, positions, workspace=workspace,
+                **(how if module == "triton" else {}),
+            )  # fmt: skip
             assert torch.equal(out.cpu(), expected)
 
 

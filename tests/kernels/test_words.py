@@ -67,6 +67,15 @@ def fp8_kernel(
     tl.store(out_ptr + row * K + tl.arange(0, K)[None, :], values.to(tl.uint8, bitcast=True))
 
 
+@triton.jit
+def natural_kernel(words_ptr, scales_ptr, out_ptr, W: tl.constexpr, COMPUTE: tl.constexpr):
+    tile = tl.load(words_ptr + tl.arange(0, W))[None, :]
+    place = tl.arange(0, 4)[None, :]
+    bytes_ = words.byte_of(tl.load(scales_ptr + tl.arange(0, 1))[:, None], place, COMPUTE)
+    fours = words.fp8_fours(tile, bytes_, 127, COMPUTE)
+    tl.store(out_ptr + tl.arange(0, 2 * W)[None, :], fours)
+
+
 def same_bits(actual: Tensor, expected: Tensor) -> bool:
     return bool(((actual == expected) & (actual.signbit() == expected.signbit())).all())
 
@@ -162,6 +171,21 @@ def test_every_e2m1_times_a_power_of_two_as_e4m3() -> None:
     )  # fmt: skip
     expected = E2M1[codes.long()] * torch.exp2(exponents.double()).unsqueeze(1)
     assert same_bits(e4m3_table()[out.cpu().long()], expected)
+
+
+def test_natural_nibbles_times_scales_as_e4m3() -> None:
+    """Every code at every place of packed bytes, with every scale byte at every place."""
+    codes = at_every_place(torch.arange(16), "n4").repeat(4)
+    packed = to_words(codes, "n4").to(DEVICE)
+    for first in range(122, 134):
+        scales = torch.tensor([122 + (first + i) % 12 for i in range(4)], dtype=torch.uint8)
+        out = torch.zeros(2 * packed.numel(), dtype=torch.int32, device=DEVICE)
+        natural_kernel[(1,)](
+            packed, scales.view(torch.int32).to(DEVICE), out, packed.numel(), compute_type()
+        )
+        scale = torch.exp2(scales.double() - 127).repeat_interleave(codes.numel() // 4)
+        found = e4m3_table()[out.cpu().view(torch.uint8).long()]
+        assert same_bits(found, E2M1[codes.long()] * scale)
 
 
 def test_fp8_words_are_the_codes() -> None:

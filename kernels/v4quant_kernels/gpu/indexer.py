@@ -1,140 +1,143 @@
-"""FP4 indexer scores in Triton; the twin of `ref.indexer`.
+"""FP4 indexer scores and selection in Triton; the twin of `ref.indexer`.
 
-The scores of one token are one small GEMM, keys x heads, then a relu and a weighted sum over heads
-in registers. An E2M1 number times a power of two is exact in bfloat16, so products are exact and
-the tensor cores accumulate in float32. relu(x) is taken as (x + |x|) / 2 with the half inside the
-head weight: one instruction less than a comparison, and a NaN stays visible.
+What the machine's tensor cores multiply is an *operand* (`index_vectors.py`): bfloat16 on sm_80,
+E4M3 on sm_89 and sm_90, the packed numbers themselves where block-scaled products exist (sm_100,
+sm_120). Products are exact in all three. Sums are float32, but for FP8 tensor cores of sm_89 and
+sm_90, which keep 13 bits behind the point of the largest product while they add; operand="bf16"
+avoids that.
 
-Where the FP4 numbers are decoded depends on how often they are used:
-
-* **prefill**: many tokens share the keys. Queries and keys are expanded to bfloat16 once
-  (`expand_kernel`), and a program keeps a tile of keys and walks over BQ tokens.
-* **decode** and **ragged batches**: one token a program, each with keys of its own (`first_key`),
-  decoded on the way in, a word of eight at a time: a packed key is 17 words, the last its scales.
-  Memory holds 68 bytes a key and nothing else is read.
-
-A tile of keys that lies wholly beyond a token's end is not multiplied, only filled with -inf, so
-the result is defined everywhere.
+Where numbers are decoded depends on how often they are used. In a **prefill** many tokens share the
+keys: queries and keys are expanded once, and `shared_kernel` keeps a tile of keys while tokens pass
+by. A **decoding** token, or each token of a **ragged** batch with keys of its own (`first_key`),
+meets its keys once: `own_kernel` decodes them on the way in.
 
 `index_top_k` never holds the scores of a long context: it scores tokens and keys in pieces of at
-most WORKSPACE scores, takes each piece's exact top-k and merges (`topk.py`).
+most WORKSPACE scores, takes each piece's exact top-k and merges (`topk.py`). Keys are expanded once
+for all pieces.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from v4quant_kernels.errors import V4QuantError
-from v4quant_kernels.gpu.decode import cast_to_bf16, load_bf16, round_to_bf16
+from v4quant_kernels.gpu.index_scores import own_kernel, shared_kernel
+from v4quant_kernels.gpu.index_vectors import expand_keys, expand_queries
 from v4quant_kernels.gpu.interpreter import compute_type
 from v4quant_kernels.gpu.topk import indices_of, merge_words, top_k_words
-from v4quant_kernels.gpu.words import index_vectors
 from v4quant_kernels.ref.indexer import WORKSPACE, check_indexer_inputs, pieces, visible_keys
+
+IndexOperand = Literal["bf16", "fp8", "native"]
 
 _PREFILL_TOKENS = 8
 """From so many tokens on one set of keys, expanding them once pays."""
 
 
-@triton.jit
-def load_vectors(words_ptr, scale_ptr, vector, inside, WORDS, SCALES, COMPUTE: tl.constexpr):
-    """COMPUTE `[rows, 128]` of packed vectors; rows of codes and scales are so many words apart."""
-    wide = vector.to(tl.int64)
-    word = tl.arange(0, 16)
-    pointers = words_ptr + wide[:, None] * WORDS + word[None, :]
-    words = tl.load(pointers, mask=inside[:, None], other=0)
-    scales = tl.load(scale_ptr + wide * SCALES, mask=inside, other=0)
-    return index_vectors(words, scales, COMPUTE)
+@dataclass(frozen=True)
+class IndexTile:
+    """Keys of a tile, tokens of a program, tokens of one product, and launch options.
+
+    `tokens` is how many walk past a tile of shared keys; for a token's own keys, `tiles` is how
+    many tiles of them walk past it.
+    """
+
+    keys: int = 128
+    tokens: int = 16
+    step: int = 1
+    tiles: int = 4
+    warps: int = 4
+    stages: int = 3
 
 
-@triton.jit
-def expand_kernel(
-    words_ptr, scale_ptr, out_ptr, vectors, WORDS: tl.constexpr, SCALES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """bfloat16 out[v, :128] of packed vectors. Grid: tiles of BLOCK vectors."""
-    vector = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = vector < vectors
-    values = load_vectors(words_ptr, scale_ptr, vector, inside, WORDS, SCALES, tl.float32)
-    pointers = out_ptr + vector.to(tl.int64)[:, None] * 128 + tl.arange(0, 128)[None, :]
-    tl.store(pointers, cast_to_bf16(values), mask=inside[:, None])
+def index_operand(arch: int) -> IndexOperand:
+    """What an architecture (90 for sm_90) multiplies."""
+    return "bf16" if arch < 89 else "fp8" if arch < 100 else "native"
 
 
-@triton.jit
-def load_tile(words_ptr, scale_ptr, vector, inside, WORDS: tl.constexpr, SCALES: tl.constexpr,
-              EXPANDED: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
-    """COMPUTE `[rows, 128]` of the vectors numbered `vector`, expanded before or decoded now."""
-    if EXPANDED:
-        pointers = words_ptr + vector.to(tl.int64)[:, None] * 128 + tl.arange(0, 128)[None, :]
-        tile = load_bf16(pointers, inside[:, None], COMPUTE)
-    else:
-        tile = load_vectors(words_ptr, scale_ptr, vector, inside, WORDS, SCALES, COMPUTE)
-    return tile
+def index_tile(arch: int, shared: bool) -> IndexTile:
+    """The static choice: fewest instructions a score that compile without spilling."""
+    if shared:
+        return IndexTile(step=2 if arch == 90 or arch >= 120 else 1)
+    return IndexTile(keys=64 if arch in {89, 90} else 128, stages=2)
 
 
-@triton.jit
-def indexer_kernel(
-    q_ptr,
-    q_scale_ptr,
-    k_ptr,
-    k_scale_ptr,
-    head_weights_ptr,
-    end_ptr,
-    first_key_ptr,
-    logits_ptr,
-    tokens,
-    heads,
-    total_keys,
-    columns,
-    skipped,
-    HEADS: tl.constexpr,
-    BS: tl.constexpr,
-    BQ: tl.constexpr,
-    RAGGED: tl.constexpr,
-    EXPANDED: tl.constexpr,
-    ROUND_PRODUCTS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """logits[t, c] of key skipped + c for BQ tokens and BS keys. Grid: (key tiles, token tiles)."""
-    column = tl.program_id(0) * BS + tl.arange(0, BS)
-    key = skipped + column
-    exists = column < columns
-    row = key
-    if RAGGED:
-        row = key + tl.load(first_key_ptr + tl.program_id(1))
-    inside = exists & (row < total_keys)
-    keys = load_tile(k_ptr, k_scale_ptr, row, inside, 17, 17, EXPANDED, COMPUTE)
-    head = tl.arange(0, HEADS)
-    for i in range(BQ):
-        token = (tl.program_id(1) * BQ + i).to(tl.int64)
-        if token < tokens:
-            end = tl.load(end_ptr + token)
-            score = tl.full((BS,), float("-inf"), dtype=tl.float32)
-            if skipped + tl.program_id(0) * BS < end:
-                vector = token * heads + head
-                query = load_tile(
-                    q_ptr, q_scale_ptr, vector, head < heads, 16, 1, EXPANDED, COMPUTE
-                )
-                weight = tl.load(head_weights_ptr + vector, mask=head < heads, other=0.0) * 0.5
-                product = tl.dot(keys, tl.trans(query), input_precision="ieee")
-                if ROUND_PRODUCTS:
-                    product = round_to_bf16(product)
-                twice = product + tl.abs(product)
-                score = tl.sum(twice * weight[None, :], axis=1)
-                score = tl.where(key < end, score, float("-inf"))
-            tl.store(logits_ptr + token * columns + column, score, mask=exists)
+@dataclass(frozen=True)
+class How:
+    """What is multiplied, whether tokens share keys, and by which tiles."""
+
+    operand: IndexOperand
+    shared: bool
+    tile: IndexTile
+    compute: tl.dtype
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a program."""
+        return self.tile.tokens if self.shared else self.tile.step
 
 
-def _expand(words: Tensor, scales: Tensor, apart: tuple[int, int]) -> Tensor:
-    """bfloat16 `[n, 128]` of packed vectors whose codes and scales are so many words apart."""
-    vectors = words.numel() // apart[0]
-    out = torch.empty(vectors, 128, dtype=torch.bfloat16, device=words.device)
-    expand_kernel[(triton.cdiv(vectors, 32),)](
-        words, scales, out, vectors, WORDS=apart[0], SCALES=apart[1], BLOCK=32
-    )
-    return out
+@dataclass(frozen=True)
+class Keys:
+    """Packed keys int32 `[keys, 17]`, and their operands and factors if they are expanded."""
+
+    packed: Tensor
+    operands: Tensor
+    factors: Tensor
+
+
+def prepare_keys(k_packed: Tensor, how: How) -> Keys:
+    """Keys as the kernels read them; expanding them is worth it when many tokens share them."""
+    packed = k_packed.contiguous().view(torch.int32)
+    if how.operand == "native":
+        return Keys(packed, packed.view(torch.uint8), packed)
+    if not how.shared or packed.shape[0] == 0:
+        return Keys(packed, packed, packed)
+    return Keys(packed, *expand_keys(packed, how.operand == "fp8", how.compute))
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Tokens' heads as kernels read them, filled up to whole tiles, and as they were given.
+
+    operands: `[tokens * heads, ...]`, scales: int32 `[tokens * heads]`, factors: float32
+    `[tokens * heads]`, `heads` being a power of two. raw: words int32 `[T, H, 16]`, scales int32
+    `[T, H, 1]`, weights float32 `[T, H]`.
+    """
+
+    operands: Tensor
+    scales: Tensor
+    factors: Tensor
+    heads: int
+    raw: tuple[Tensor, Tensor, Tensor]
+
+
+def prepare_queries(q_codes: Tensor, q_scale: Tensor, head_weights: Tensor, how: How) -> Queries:
+    """Queries expanded, unless tensor cores take them as they are; tokens rounded up."""
+    tokens, heads, _ = q_codes.shape
+    words = q_codes.contiguous().view(torch.int32)
+    scales = q_scale.view(torch.uint8).contiguous().view(torch.int32)
+    weights = head_weights.float().contiguous()
+    raw = words, scales, weights
+    padded = max(16, triton.next_power_of_2(heads))
+    whole = triton.cdiv(tokens, how.tokens) * how.tokens
+    if how.operand != "native":
+        size = whole, padded
+        operands, factors = expand_queries(*raw, size, how.operand == "fp8", how.compute)
+        return Queries(operands, scales, factors, padded, raw)
+    if (whole, padded) != (tokens, heads):
+        spare = padded - heads, 0, whole - tokens
+        words = pad(words, (0, 0, 0, *spare))
+        scales = pad(scales, (0, 0, 0, *spare), value=0x7F7F7F7F)
+        weights = pad(weights, (0, *spare))
+    lines = words.view(torch.uint8).view(whole * padded, 64)
+    return Queries(lines, scales.view(-1), weights.view(-1), padded, raw)
 
 
 def indexer_logits(
@@ -148,44 +151,84 @@ def indexer_logits(
     first_key: Tensor | None = None,
     num_keys: int | None = None,
     skipped: int = 0,
-    keys_per_tile: int | None = None,
-    tokens_per_tile: int | None = None,
+    arch: int = 90,
+    operand: IndexOperand | None = None,
+    tile: IndexTile | None = None,
     compute: tl.dtype | None = None,
 ) -> Tensor:
     """`ref.indexer.indexer_logits` on a GPU, or on CPU tensors under TRITON_INTERPRET=1.
 
-    The tile sizes and `compute` are for tests and tuning.
+    `arch` (90 for sm_90) chooses operand and tiles. `operand`, `tile` and `compute` are for tests
+    and tuning.
     """
     if positions is None:
         positions = torch.arange(q_codes.shape[0], device=q_codes.device)
     check_indexer_inputs(q_codes, q_scale, k_packed, head_weights, positions, first_key)
-    tokens, heads, half = q_codes.shape
-    if half != 64:
-        raise V4QuantError(f"indexer kernels take vectors of 128 channels, not {2 * half}")
+    how = _how(arch, operand, tile, compute, q_codes, first_key)
     total = k_packed.shape[0]
     columns = total - skipped if num_keys is None else num_keys
-    logits = torch.empty(tokens, columns, dtype=torch.float32, device=q_codes.device)
+    logits = torch.empty(q_codes.shape[0], columns, dtype=torch.float32, device=q_codes.device)
     if logits.numel() == 0:
         return logits
-    ragged = first_key is not None
-    expanded = not ragged and tokens >= _PREFILL_TOKENS
-    tile = tokens_per_tile or (_PREFILL_TOKENS if expanded else 1)
-    assert tile == 1 or not ragged, "tokens of a ragged batch share no keys"
-    width = keys_per_tile or (128 if expanded else 256)
-    queries = q_codes.contiguous().view(torch.int32)
-    q_scales = q_scale.view(torch.uint8).contiguous().view(torch.int32)
-    keys = k_packed.contiguous().view(torch.int32)
-    k_scales = keys[:, 16:]
-    if expanded:
-        queries, keys = _expand(queries, q_scales, (16, 1)), _expand(keys, k_scales, (17, 17))
-    end = visible_keys(positions, total if not ragged else skipped + columns)
-    indexer_kernel[(triton.cdiv(columns, width), triton.cdiv(tokens, tile))](
-        queries, q_scales, keys, k_scales, head_weights.float().contiguous(), end,
-        first_key.int().contiguous() if first_key is not None else end,
-        logits, tokens, heads, total, columns, skipped,
-        HEADS=max(16, triton.next_power_of_2(heads)), BS=width, BQ=tile,
-        RAGGED=ragged, EXPANDED=expanded, ROUND_PRODUCTS=round_products,
-        COMPUTE=compute or compute_type(), num_warps=8 if width > 128 else 4,
+    queries = prepare_queries(q_codes, q_scale, head_weights, how)
+    keys = prepare_keys(k_packed, how)
+    end = visible_keys(positions, total if first_key is None else skipped + columns)
+    return _scores(queries, keys, end, first_key, skipped, logits, round_products, how)
+
+
+def _how(
+    arch: int,
+    operand: IndexOperand | None,
+    tile: IndexTile | None,
+    compute: tl.dtype | None,
+    q_codes: Tensor,
+    first_key: Tensor | None,
+) -> How:
+    if q_codes.shape[2] != 64:
+        width = 2 * q_codes.shape[2]
+        raise V4QuantError(f"indexer kernels take vectors of 128 channels, not {width}")
+    shared = first_key is None and q_codes.shape[0] >= _PREFILL_TOKENS
+    return How(
+        operand or index_operand(arch), shared, tile or index_tile(arch, shared),
+        compute or compute_type(),
+    )  # fmt: skip
+
+
+def _scores(
+    queries: Queries,
+    keys: Keys,
+    end: Tensor,
+    first_key: Tensor | None,
+    skipped: int,
+    logits: Tensor,
+    round_products: bool,
+    how: How,
+) -> Tensor:
+    """Fill `logits` with the scores of its columns, those of keys from `skipped` on."""
+    (tokens, columns), tile = logits.shape, how.tile
+    words, scales, weights = queries.raw
+    native = how.operand == "native"
+    shown = queries.operands, words, queries.scales.view(torch.uint8) if native else scales
+    sizes = tokens, keys.packed.shape[0], columns, skipped
+    end = pad(end, (0, -tokens % how.tokens))
+    options = {
+        "REAL": weights.shape[1], "HEADS": queries.heads, "BS": tile.keys, "STEP": tile.step,
+        "STAGES": tile.stages, "OPERAND": how.operand, "ROUND_PRODUCTS": round_products,
+        "COMPUTE": how.compute, "num_warps": tile.warps,
+    }  # fmt: skip
+    if how.shared:
+        grid = triton.cdiv(columns, tile.keys) * triton.cdiv(tokens, tile.tokens)
+        shared_kernel[(grid,)](
+            *shown, queries.factors, weights, keys.operands, keys.packed, keys.factors, end,
+            logits, *sizes, BQ=tile.tokens, **options,
+        )  # fmt: skip
+        return logits
+    assert tile.step == 1 or first_key is None, "tokens of a ragged batch share no keys"
+    grid = triton.cdiv(columns, tile.keys * tile.tiles) * triton.cdiv(tokens, tile.step)
+    own_kernel[(grid,)](
+        *shown, queries.factors, weights, keys.packed, keys.packed.view(torch.uint8), end,
+        first_key.int().contiguous() if first_key is not None else end, logits,
+        *sizes, TILES=tile.tiles, RAGGED=first_key is not None, **options,
     )  # fmt: skip
     return logits
 
@@ -202,24 +245,36 @@ def index_top_k(
     first_key: Tensor | None = None,
     num_keys: int | None = None,
     workspace: int = WORKSPACE,
+    arch: int = 90,
+    operand: IndexOperand | None = None,
+    tile: IndexTile | None = None,
 ) -> Tensor:
-    """`ref.indexer.index_top_k` on a GPU, or on CPU tensors under TRITON_INTERPRET=1."""
+    """`ref.indexer.index_top_k` on a GPU, or on CPU tensors under TRITON_INTERPRET=1.
+
+    `arch`, `operand` and `tile` are those of `indexer_logits`.
+    """
     tokens = q_codes.shape[0]
     if positions is None:
         positions = torch.arange(tokens, device=q_codes.device)
-    columns = k_packed.shape[0] if num_keys is None else num_keys
+    check_indexer_inputs(q_codes, q_scale, k_packed, head_weights, positions, first_key)
+    how = _how(arch, operand, tile, None, q_codes, first_key)
+    total = k_packed.shape[0]
+    columns = total if num_keys is None else num_keys
+    keys = prepare_keys(k_packed, how)
     rows = []
     token_pieces, key_pieces = pieces(tokens, columns, workspace)
     for t in token_pieces:
+        queries = prepare_queries(q_codes[t], q_scale[t], head_weights[t], how)
         found = []
         for s in key_pieces:
-            logits = indexer_logits(
-                q_codes[t], q_scale[t], k_packed, head_weights[t], positions[t], round_products,
-                first_key=None if first_key is None else first_key[t],
-                num_keys=s.stop - s.start, skipped=s.start,
-            )  # fmt: skip
+            shape = t.stop - t.start, s.stop - s.start
+            logits = torch.empty(shape, dtype=torch.float32, device=q_codes.device)
+            if logits.numel():
+                end = visible_keys(positions[t], total if first_key is None else s.stop)
+                own = None if first_key is None else first_key[t]
+                _scores(queries, keys, end, own, s.start, logits, round_products, how)
             found.append((top_k_words(logits, k), s.start))
         rows.append(indices_of(merge_words(found, k)))
     if not rows:
         return torch.empty(0, k, dtype=torch.int64, device=q_codes.device)
-    return torch.nn.functional.pad(torch.cat(rows), (0, k - rows[0].shape[1]), value=-1)
+    return pad(torch.cat(rows), (0, k - rows[0].shape[1]), value=-1)

@@ -167,11 +167,19 @@ def unscaled(words, CODE: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _as_fp8(fours):
+def as_fp8(fours):
     """E4M3 `[R, K]` of int32 `[R, K/4]`, first column in the lowest byte."""
     even = tl.join(fours.to(tl.int8), (fours >> 16).to(tl.int8))
     odd = tl.join((fours >> 8).to(tl.int8), (fours >> 24).to(tl.int8))
     return _flatten(tl.join(even, odd)).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def fp8_table(exponent):
+    """Both halves of the byte table: E4M3 of the eight E2M1 magnitudes times 2^exponent."""
+    low = 0x3C383000 + exponent * 0x08080800  # 0, 0.5, 1, 1.5
+    high = 0x4C484440 + exponent * 0x08080808  # 2, 3, 4, 6
+    return low, high
 
 
 @triton.jit
@@ -183,12 +191,58 @@ def fp8_numbers(words, exponent, CODE: tl.constexpr, COMPUTE: tl.constexpr):
         ROWS: tl.constexpr = words.shape[0]
         GROUPS: tl.constexpr = exponent.shape[1]
         grouped = tl.reshape(words, (ROWS, GROUPS, words.shape[1] // GROUPS))
-        low = (0x3C383000 + exponent * 0x08080800)[:, :, None]  # 0, 0.5, 1, 1.5
-        high = (0x4C484440 + exponent * 0x08080808)[:, :, None]  # 2, 3, 4, 6
+        low, high = fp8_table(exponent[:, :, None])
         low, high = tl.broadcast_to(low, grouped.shape), tl.broadcast_to(high, grouped.shape)
         selectors = grouped & 0x77777777
         first = select_bytes(low, high, selectors, COMPUTE) | (grouped & -0x7F7F7F80)
         second = select_bytes(low, high, selectors >> 16, COMPUTE)
         second |= (grouped << 4) & -0x7F7F7F80  # 0x80808080
         fours = _flatten(tl.join(first, second))
-    return _as_fp8(fours)
+    return as_fp8(fours)
+
+
+@triton.jit
+def _signed_bytes(low, high, selectors, COMPUTE: tl.constexpr):
+    """As `select_bytes`, with the top bit of each of the four nibbles as the sign of its byte."""
+    chosen = select_bytes(low, high, selectors & 0x7777, COMPUTE)
+    if tl.float32 == COMPUTE:
+        for place in tl.static_range(4):
+            chosen |= ((selectors >> (4 * place + 3)) & 1) << (8 * place + 7)
+    else:
+        # The table's signs are set here, and a nibble's top bit asks for the sign alone, repeated:
+        # 0xFF. Otherwise bit 0 is 0, because E2M1 leaves the lower mantissa bits of E4M3 empty.
+        filled = select_bytes(low, high, selectors, COMPUTE)
+        chosen = (chosen & 0x7F7F7F7F) | ((filled << 7) & -0x7F7F7F80)
+    return chosen
+
+
+@triton.jit
+def fp8_fours(words, factors, base, COMPUTE: tl.constexpr):
+    """int32 `[R, K/4]` of four E4M3 each: natural nibbles times 2^(factors - base).
+
+    factors: int32 `[R, G]`. base: int32 scalar or `[R, G]`. The difference is in -5..6.
+    """
+    ROWS: tl.constexpr = words.shape[0]
+    GROUPS: tl.constexpr = factors.shape[1]
+    grouped = tl.reshape(words, (ROWS, GROUPS, words.shape[1] // GROUPS))
+    low, high = fp8_table(0 - base)
+    if tl.float32 != COMPUTE:
+        low, high = low | -0x7F7F7F80, high | -0x7F7F7F80
+    low += factors * 0x08080800
+    high += factors * 0x08080808
+    low = tl.broadcast_to(low[:, :, None], grouped.shape)
+    high = tl.broadcast_to(high[:, :, None], grouped.shape)
+    first = _signed_bytes(low, high, grouped, COMPUTE)
+    second = _signed_bytes(low, high, grouped >> 16, COMPUTE)
+    return _flatten(tl.join(first, second))
+
+
+@triton.jit
+def byte_of(words, place, COMPUTE: tl.constexpr):
+    """Byte `place` (0..3) of each word, int32."""
+    if tl.float32 == COMPUTE:
+        byte = (words >> (8 * place)) & 255
+    else:
+        none = tl.zeros_like(words)
+        byte = select_bytes(words, none, place + 0x4440, COMPUTE)
+    return byte
