@@ -88,7 +88,7 @@ _TOP_MODULES: list[tuple[str, Role, str]] = [
 ]
 
 _STAGE = re.compile(r"(layers|mtp)\.(0|[1-9][0-9]{0,3})\.(.+)")
-_EXPERT = re.compile(r"(.+\.ffn\.experts)\.(0|[1-9][0-9]{0,4})\.(w[123])")
+_EXPERT = re.compile(r"ffn\.experts\.(0|[1-9][0-9]{0,4})\.(w[123])")
 _STAGE_TABLE = [(re.compile(p), r, k) for p, r, k in _STAGE_MODULES]
 _DRAFT_TABLE = [(re.compile(p), r, k) for p, r, k in _DRAFT_MODULES]
 _TOP_TABLE = [(re.compile(p), r, k) for p, r, k in _TOP_MODULES]
@@ -121,23 +121,26 @@ def split_part(name: str) -> tuple[str, str]:
 def parse_name(name: str) -> TensorName | None:
     """Take an official tensor name apart; None when no V4 release has such a tensor."""
     module, part = split_part(name)
-    stage, tables, below = "", [_TOP_TABLE], module
+    stage, kind, below = "", "", module
     if match := _STAGE.fullmatch(module):
-        stage, below = f"{match[1]}.{match[2]}", match[3]
-        tables = [_STAGE_TABLE, _DRAFT_TABLE] if match[1] == "mtp" else [_STAGE_TABLE]
-    for table in tables:
-        for pattern, role, kind in table:
+        stage, kind, below = f"{match[1]}.{match[2]}", match[1], match[3]
+    found = _classify(kind, below)
+    return TensorName(module, part, stage, *found) if found else None
+
+
+@lru_cache(maxsize=1 << 14)
+def _classify(kind: str, below: str) -> tuple[Role, bool, int | None, str | None] | None:
+    """Role, linear or not, expert and projection of a module below a stage of a kind.
+
+    Remembered: 384 experts have the same names in every layer.
+    """
+    tables = {"mtp": [_STAGE_TABLE, _DRAFT_TABLE], "layers": [_STAGE_TABLE], "": [_TOP_TABLE]}
+    for table in tables[kind]:
+        for pattern, role, form in table:
             if pattern.fullmatch(below):
-                expert = _EXPERT.fullmatch(module)
-                return TensorName(
-                    module,
-                    part,
-                    stage,
-                    role,
-                    kind == _LINEAR,
-                    int(expert[2]) if expert else None,
-                    expert[3] if expert else None,
-                )
+                expert = _EXPERT.fullmatch(below)
+                number, projection = (int(expert[1]), expert[2]) if expert else (None, None)
+                return role, form == _LINEAR, number, projection
     return None
 
 
@@ -279,8 +282,8 @@ def module_shape(config: Dimensions, module: str) -> tuple[int, ...] | None:
     if match is None:
         return _top_shapes(config).get(module)
     draft, layer, below = match[1] == "mtp", int(match[2]), match[3]
-    if expert := _EXPERT.fullmatch(module):
-        below = f"ffn.shared_experts.{expert[3]}"
+    if expert := _EXPERT.fullmatch(below):
+        below = f"ffn.shared_experts.{expert[2]}"
     if config.v41 is None and ".compressor." in below:
         return None if draft else _compressor_shape(config, below, layer)
     if below == "engram.embed":

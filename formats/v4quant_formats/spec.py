@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -68,7 +69,7 @@ class TensorSpec:
         """Number of elements (1 for a scalar)."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of data."""
         return self.numel * DTYPE_BITS.get(self.dtype, 8) // 8

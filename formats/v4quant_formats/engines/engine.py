@@ -29,20 +29,56 @@ V4_ATTENTION = ("sm90", "sm100", "sm103", "sm120", "sm121")
 
 @dataclass(frozen=True)
 class ConfigRule:
-    """A config.json key an engine reads: its allowed values (None: any), and what happens else."""
+    """A config.json key an engine reads: its allowed values (None: any), and what happens else.
+
+    positive: it must be a number above 0. every_release: V4.1 has it too. instead: keys that newer
+    configs have in its place.
+    """
 
     key: str
     allowed: tuple[Any, ...] | None
     consequence: str
+    severity: str = "error"
+    positive: bool = False
+    every_release: bool = True
+    instead: tuple[str, ...] = ()
+
+    def allows(self, value: Any) -> bool:
+        """Whether the engine gets what it needs."""
+        if self.allowed is not None:
+            return value in self.allowed
+        if self.positive:
+            return isinstance(value, int | float) and value > 0
+        return value is not None
 
 
+def _constant(key: str, positive: bool = False, instead: tuple[str, ...] = ()) -> ConfigRule:
+    """A constant of the forward pass: an engine may have the right one built in, so a warning."""
+    text = "the engine takes whatever its own code has for it"
+    return ConfigRule(key, None, text, "warning", positive, False, instead)
+
+
+CONSTANTS = (
+    *(
+        _constant(key, instead=("rope_parameters",))
+        for key in ("rope_theta", "compress_rope_theta", "rope_scaling")
+    ),
+    *(
+        _constant(key, positive=True)
+        for key in ("sliding_window", "index_topk", "qk_rope_head_dim", "hc_sinkhorn_iters")
+    ),
+    *(_constant(key) for key in ("rms_norm_eps", "hc_eps")),
+)
 ROUTING_KEYS = (
     ConfigRule("topk_method", ("noaux_tc",), "the router's bias is not created, so it cannot load"),
     ConfigRule("scoring_func", ("sqrtsoftplus",), "experts are chosen and weighted wrongly"),
     ConfigRule("norm_topk_prob", (True,), "routing weights are not normalised"),
+    ConfigRule("n_shared_experts", (1,), "the shared expert is built in another width"),
     ConfigRule("routed_scaling_factor", None, "the experts' output has the wrong size"),
-    ConfigRule("swiglu_limit", None, "activations are not clamped"),
-    ConfigRule("num_hash_layers", None, "hash-routed layers are built as learned ones"),
+    ConfigRule("swiglu_limit", None, "activations are not clamped", positive=True),
+    ConfigRule(
+        "num_hash_layers", None, "hash-routed layers are built as learned ones", every_release=False
+    ),
     ConfigRule("compress_ratios", None, "layers get the wrong kind of attention"),
 )
 
@@ -65,6 +101,7 @@ class Engine:
     reads_ignore_for_nvfp4: `ignore` can keep stages of a ModelOpt hybrid in MXFP4.
     shards: it splits a model over GPUs by tensor parallelism.
     decodes: it holds every weight in BF16, whatever the file holds.
+    reads_architectures: it chooses the model class by `architectures`, not by `model_type`.
     container: what it loads; "safetensors", or a file type this package writes elsewhere.
     """
 
@@ -77,7 +114,7 @@ class Engine:
     others: tuple[str, ...] = ()
     refusals: Mapping[str, str] = field(default_factory=dict)
     wo_a: tuple[str, ...] = ("plain", "fp8", "ct-fp8-block")
-    config: tuple[ConfigRule, ...] = ROUTING_KEYS
+    config: tuple[ConfigRule, ...] = (*ROUTING_KEYS, *CONSTANTS)
     drafts: Literal["like", "mxfp4", "ignored"] = "like"
     unknown_names: Literal["error", "warning"] = "error"
     unmatched: Literal["plain", "error"] = "plain"
@@ -86,5 +123,6 @@ class Engine:
     reads_ignore_for_nvfp4: bool = False
     shards: bool = True
     decodes: bool = False
+    reads_architectures: bool = True
     container: str = "safetensors"
     advice: str = ""

@@ -53,5 +53,6 @@ TRANSFORMERS = Engine(
     first_group=True,
     shards=False,
     decodes=True,
+    reads_architectures=False,
     advice="weights are decoded to BF16 when loaded: count two bytes a weight",
 )

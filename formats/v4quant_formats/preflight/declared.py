@@ -18,6 +18,9 @@ from v4quant_formats.deepseek_v4 import TensorName
 from v4quant_formats.engines import Engine
 from v4quant_formats.preflight.storage import PLAIN, Storage
 
+MXFP4 = Storage("mxfp4", 32)
+NVFP4 = Storage("nvfp4", 16)
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -81,26 +84,51 @@ class Declaration:
             return self._groups(name)
         return PLAIN
 
+    @cached_property
+    def skipped(self) -> list[str]:
+        """Modules that an FP8 table excludes, under either of the names it has for them."""
+        table = self.quantization
+        value = table.get("ignored_layers") or table.get("modules_to_not_convert")
+        return [str(i) for i in value] if isinstance(value, list) else []
+
     def _fp8(self, name: TensorName) -> Declared:
-        tile = _tile(self.quantization.get("weight_block_size"))
-        if tile is None:
-            problem = "quantization_config lacks weight_block_size, so scales of whole tensors "
-            return Refusal("block-size", problem + "are expected, which V4 classes do not take")
-        e8m0 = self.expert_dtype == "fp4"
-        dense = Storage("fp8", tile=tile, scales=("F8_E8M0",) if e8m0 else ("F8_E8M0", "F32"))
-        if name.expert is None:
-            return dense
-        if self.expert_dtype == "fp8":
+        if self.skipped and self._skips(name):
+            return PLAIN
+        dense = self._dense_fp8
+        if name.expert is None or isinstance(dense, Refusal) or self.expert_dtype == "fp8":
             return dense
         if self.expert_dtype != "fp4":
             allowed = "fp4 or fp8"
             return Refusal("expert-dtype", f"expert_dtype '{self.expert_dtype}' is not {allowed}")
         if not self.nvfp4_experts:
-            return Storage("mxfp4", 32)
+            return MXFP4
         kept = name.is_draft and self.engine.drafts == "mxfp4"
         if self.engine.reads_ignore_for_nvfp4:
             kept |= any(fnmatchcase(name.module, pattern) for pattern in self.ignore)
-        return Storage("mxfp4", 32) if kept else Storage("nvfp4", 16)
+        return MXFP4 if kept else NVFP4
+
+    @cached_property
+    def _dense_fp8(self) -> Declared:
+        tile = _tile(self.quantization.get("weight_block_size"))
+        if tile is None:
+            problem = "quantization_config lacks weight_block_size, so scales of whole tensors "
+            return Refusal("block-size", problem + "are expected, which V4 classes do not take")
+        e8m0 = self.expert_dtype == "fp4"
+        return Storage("fp8", tile=tile, scales=("F8_E8M0",) if e8m0 else ("F8_E8M0", "F32"))
+
+    def _skips(self, name: TensorName) -> bool:
+        """Whether an FP8 table excludes a module, as its engine compares names.
+
+        vLLM and SGLang want a linear layer's whole name, and any name below `experts` for all
+        experts of a layer; transformers the beginning of a name, or its end.
+        """
+        theirs = self.engine.module_name(name.module, self.layers)
+        if self.engine.first_group:
+            return any(theirs.startswith(s) or theirs.endswith(s) for s in self.skipped)
+        if name.expert is not None:
+            above = [n.rpartition(".experts.")[0] + ".experts" for n in (theirs, name.module)]
+            return any(a in s for a in above for s in self.skipped)
+        return any(s in (theirs, name.module, f"model.{name.module}") for s in self.skipped)
 
     def _groups(self, name: TensorName) -> Declared:
         if name.expert is None and self.engine.reads_linear_fp8:
@@ -115,12 +143,19 @@ class Declaration:
             if any(_hits(t, theirs, name.module) for t in _targets(group)):
                 if any(_hits(i, theirs, name.module) for i in self.ignore):
                     return PLAIN
-                return storage_of_group(group)
+                return self._storage_of(group)
         ignored = any(_hits(i, theirs, name.module) for i in self.ignore)
         if not ignored and self.engine.unmatched == "error":
             problem = f"module '{theirs}' is in no target and not in ignore, which the engine "
             return Refusal("unmatched", problem + "refuses; add it to ignore")
         return PLAIN
+
+    def _storage_of(self, group: Mapping[str, Any]) -> Declared:
+        """A group without a `format` has the table's."""
+        common = self.quantization.get("format")
+        if common in (None, "mixed-precision"):
+            return storage_of_group(group)
+        return storage_of_group({"format": common, **group})
 
     def _first_group(self, name: TensorName, theirs: str) -> Declared:
         """transformers: one group for all experts, told by the word in its targets."""
@@ -130,9 +165,9 @@ class Declaration:
             if speaks != experts:
                 continue
             if experts:
-                return storage_of_group(group)
+                return self._storage_of(group)
             if any(_hits(t, theirs, theirs) for t in _targets(group)):
-                return PLAIN if self._ignored(theirs) else storage_of_group(group)
+                return PLAIN if self._ignored(theirs) else self._storage_of(group)
         return PLAIN
 
     def _ignored(self, theirs: str) -> bool:

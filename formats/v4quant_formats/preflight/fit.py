@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from v4quant_formats.preflight.storage import Storage
 from v4quant_formats.preflight.survey import Finding, Survey
 
 SPLITS = (1, 2, 4, 8)
@@ -45,11 +44,7 @@ def gpus(survey: Survey) -> tuple[str, ...]:
 
 
 def _kinds(survey: Survey) -> set[tuple[bool, str]]:
-    return {
-        (m.name.expert is not None, m.declared.kind)
-        for m in survey.modules.values()
-        if isinstance(m.declared, Storage) and not m.name.is_draft
-    }
+    return {(expert, storage.kind) for expert, draft, storage in survey.declared if not draft}
 
 
 def split_problems(survey: Survey, tp: int) -> Iterator[str]:
@@ -65,11 +60,7 @@ def split_problems(survey: Survey, tp: int) -> Iterator[str]:
     if inner % tp:
         yield f"experts of width {inner} do not divide by {tp}"
         return
-    storages = {
-        m.declared
-        for m in survey.modules.values()
-        if m.name.expert is not None and isinstance(m.declared, Storage)
-    }
+    storages = {storage for expert, _, storage in survey.declared if expert}
     for storage in sorted(storages, key=str):
         if (inner // tp) % storage.granularity:
             yield (

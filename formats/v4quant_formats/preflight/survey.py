@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import (
@@ -12,9 +13,11 @@ from v4quant_formats.deepseek_v4 import (
     expert_module,
     module_shape,
     parse_name,
+    split_part,
 )
 from v4quant_formats.model_config import Dimensions, parse_dimensions
 from v4quant_formats.preflight.declared import Declaration, Declared
+from v4quant_formats.preflight.storage import Storage
 from v4quant_formats.spec import TensorSpec
 
 
@@ -55,6 +58,19 @@ class Survey:
     modules: dict[str, Module]
     unknown: list[TensorSpec] = field(default_factory=list)
 
+    @cached_property
+    def declared(self) -> frozenset[tuple[bool, bool, Storage]]:
+        """(of an expert, of a draft stage, storage): the few combinations declared at all."""
+        by_identity = {
+            (m.name.expert is not None, m.name.is_draft, id(m.declared)): m.declared
+            for m in self.modules.values()
+        }
+        return frozenset(
+            (expert, draft, declared)
+            for (expert, draft, _), declared in by_identity.items()
+            if isinstance(declared, Storage)
+        )
+
     def pairs(self) -> list[tuple[Module, Module]]:
         """Modules that engines fuse: (wq_a, wkv) and (w1, w3)."""
         found = []
@@ -66,21 +82,24 @@ class Survey:
         return found
 
 
+Check = Callable[[Survey], Iterable[Finding]]
+"""What is wrong with a checkpoint in one respect."""
+
+
 def survey(checkpoint: Checkpoint, declaration: Declaration) -> Survey:
     """Arrange a checkpoint. Raises ConfigError for a config.json that is not V4's."""
     config = parse_dimensions(dict(checkpoint.config), str(checkpoint.path / "config.json"))
-    by_module: dict[str, list[tuple[TensorName, TensorSpec]]] = {}
-    unknown = []
+    by_module: dict[str, list[tuple[str, TensorSpec]]] = {}
     for spec in checkpoint:
-        name = parse_name(spec.name)
-        if name is None:
-            unknown.append(spec)
-        else:
-            by_module.setdefault(name.module, []).append((name, spec))
+        module, part = split_part(spec.name)
+        by_module.setdefault(module, []).append((part, spec))
     expert_shapes = _expert_shapes(config)
-    modules = {}
+    modules, unknown = {}, []
     for module, entries in by_module.items():
-        name = entries[0][0]
+        name = parse_name(entries[0][1].name)
+        if name is None:
+            unknown += [spec for _, spec in entries]
+            continue
         shape = (
             expert_shapes[name.projection or ""]
             if name.expert is not None
@@ -88,8 +107,8 @@ def survey(checkpoint: Checkpoint, declaration: Declaration) -> Survey:
         )
         modules[module] = Module(
             name,
-            {n.part: (s.dtype, s.shape) for n, s in entries},
-            sum(s.nbytes for _, s in entries),
+            {part: (s.dtype, s.shape) for part, s in entries},
+            sum([s.nbytes for _, s in entries]),
             shape,
             declaration.declare(name) if name.is_linear else None,
         )

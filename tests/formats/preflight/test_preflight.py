@@ -11,10 +11,12 @@ import pytest
 
 from tests.support.conversion import SCHEMES, TINY, VARIANTS, convert
 from tests.support.defects import DEFECTS, Defect
-from tests.support.shard_bytes import EditableCheckpoint
+from tests.support.more_defects import MORE_DEFECTS, WARNED
+from tests.support.shard_bytes import EditableCheckpoint, StoredTensor
 from tests.support.synthetic import RELEASES, make_small
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.engines import ENGINES
+from v4quant_formats.model_config import ConfigError
 from v4quant_formats.preflight import Preflight, UnknownEngine, preflight
 
 Converted = Callable[[str], Path]
@@ -84,6 +86,43 @@ def test_every_seeded_defect_is_found(defect: Defect, converted: Converted, tmp_
     harmless = ("BF16", "promised", "left in an INT4", "another model's")
     if not any(word in defect.name for word in harmless) or "numbers" in defect.name:
         assert not found.loads, alarms(found)
+
+
+@pytest.mark.parametrize("defect", MORE_DEFECTS, ids=lambda d: d.name)
+def test_every_later_defect_is_found(defect: Defect, converted: Converted, tmp_path: Path) -> None:
+    found = seeded(defect, converted, tmp_path)
+    assert alarms(found), defect.name
+    assert found.loads == (defect in WARNED), alarms(found)
+
+
+@pytest.mark.parametrize("ratios", [[0, 4], []])
+def test_truncated_ratios_are_refused(ratios: list[int], tmp_path: Path) -> None:
+    edited = EditableCheckpoint.read(TINY)
+    edited.config["compress_ratios"] = ratios
+    with pytest.raises(ConfigError, match="at least 4 layers"):
+        check(edited.write(tmp_path), "vllm")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"modules_to_not_convert": ["lm_head", "model.layers.0.attn.wq_b"]},
+        {"ignored_layers": ["layers.0.attn.wq_b"]},
+    ],
+)
+def test_an_excluded_matrix_that_is_bf16_is_no_alarm(
+    table: dict[str, list[str]], converted: Converted, tmp_path: Path
+) -> None:
+    edited = EditableCheckpoint.read(converted("mxfp4"))
+    rows, columns = edited["layers.0.attn.wq_b.weight"].shape
+    edited.remove("layers.0.attn.wq_b.scale")
+    edited["layers.0.attn.wq_b.weight"] = StoredTensor(
+        "BF16", (rows, columns), bytes(2 * rows * columns)
+    )
+    assert not check(edited.write(tmp_path / "without"), "vllm").loads
+    edited.config["quantization_config"].update(table)
+    found = check(edited.write(tmp_path / "with"), "vllm")
+    assert found.loads and not alarms(found), alarms(found)
 
 
 def test_findings_name_the_tensor_and_merge(converted: Converted, tmp_path: Path) -> None:
