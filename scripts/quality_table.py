@@ -29,7 +29,8 @@ from v4quant_calibration.calibrate import calibrate
 from v4quant_calibration.corpus import Corpus, CorpusRequest, load_corpus
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.refine import DEFAULT_SWEEPS
-from v4quant_calibration.solve import SolveSettings, solve
+from v4quant_calibration.solve import solve
+from v4quant_calibration.solve_settings import SolveSettings
 from v4quant_calibration.stats import save_stats
 from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
 from v4quant_formats.model_config import ModelConfig, parse_model_config

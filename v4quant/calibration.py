@@ -7,21 +7,28 @@ reserve from which starved experts are fed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from v4quant.evidence import solved_part
+from v4quant.plan import make_plan
+from v4quant.recipe import Recipe, RecipeError
 from v4quant_calibration.calibrate import Calibration, calibrate
 from v4quant_calibration.corpus import Corpus, CorpusError
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.solution import Solution
-from v4quant_calibration.solve import SolveSettings, solve
+from v4quant_calibration.solve import solve
+from v4quant_calibration.solve_settings import DEFAULT_MEMORY, SolveSettings
 from v4quant_calibration.stats import save_stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import ModelConfig
 from v4quant_formats.shards import write_file_atomically
+from v4quant_formats.spec import BLOCK_DTYPES
 from v4quant_kernels.progress import Progress
+from v4quant_kernels.ref.ggml_blocks import SHAPES
+from v4quant_kernels.scheme import SCHEMES
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,31 @@ def check_floor(corpus: DrawnCorpus, config: ModelConfig, floor: int) -> None:
             f"experts if all got the same, and the floor is {floor}; give more text or a lower "
             "--floor"
         )
+
+
+def solve_settings(
+    checkpoint: Checkpoint, recipe: Recipe, propagate: bool = True, memory: int = DEFAULT_MEMORY
+) -> SolveSettings:
+    """What a recipe asks a solver for.
+
+    For GGUF files the plan says which matrices become which block type: those of the experts, of
+    attention and the head, where they do; the others are the encoder's. Raises what planning
+    raises, and RecipeError where there is nothing to solve.
+    """
+    plain = SolveSettings(recipe.expert_scheme, propagate, memory=memory)
+    if not recipe.layout.mixes:
+        return plain
+    units = [u for u in make_plan(checkpoint, recipe).units if not u.again]
+    schemes = {
+        stored.module: SCHEMES[kind]
+        for unit in units
+        if unit.action in ("experts", "blocks")
+        for stored, wanted in zip(unit.sources, unit.outputs, strict=True)
+        if (kind := BLOCK_DTYPES.get(wanted.dtype, "")) in SHAPES
+    }
+    if not schemes:
+        raise RecipeError("nothing in this recipe is coded by a scheme that could be solved for")
+    return replace(plain, schemes=schemes, recipe=solved_part(recipe))
 
 
 def calibrate_to(

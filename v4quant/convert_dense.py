@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from v4quant.evidence import solved_codes
 from v4quant.outcomes import (
     ScaleNotPowerOfTwo,
     lossy_record,
@@ -27,6 +28,7 @@ from v4quant_formats.errors import WrongDtype
 from v4quant_formats.shards import ShardWriter
 from v4quant_formats.spec import BLOCK_DTYPES, TORCH_DTYPES
 from v4quant_formats.weights import StoredWeight, check_finite, read_weight, scale_part
+from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import codec, e8m0, fp8_block
 from v4quant_kernels.scheme import SCHEMES
 
@@ -80,13 +82,21 @@ def _check_experts(plan: Plan, stored: StoredWeight, piece: Tensor) -> None:
 def round_to_blocks(
     plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
 ) -> list[TensorRecord]:
-    """A dense matrix in GGUF's block type, rounded in pieces of rows."""
+    """A dense matrix in GGUF's block type: the solution's codes where it has some, else rounded, in
+    pieces of rows.
+    """
     stored, wanted = unit.sources[0], unit.outputs[0]
     scheme = SCHEMES[BLOCK_DTYPES[wanted.dtype]]
-    del stats  # calibration covers the routed experts only
+    shape = (stored.shape[0], stored.shape[1])
+    solved = solved_codes(plan.recipe, stats, stored.module, scheme, shape)
     squared, norm, largest = 0.0, 0.0, 0.0
     for start, values in _dense_rows(plan, stored):
-        found = measured(values, codec.quantize(values, scheme))
+        if solved is None:
+            coded = codec.quantize(values, scheme)
+        else:
+            part = solved.codes[start : start + len(values)]
+            coded = QTensor(scheme, (len(values), shape[1]), part)
+        found = measured(values, coded)
         squared, norm = squared + found.squared_error, norm + found.squared_norm
         largest = max(largest, found.max_error)
         writer.add_piece(wanted.name, start * wanted.row_bytes, found.tensor.codes)

@@ -33,12 +33,33 @@ def read_evidence(
             return None, ""
         return load_stats(path, checkpoint.digest()), stats_digest(path.read_bytes())
     solution = load_solution(path, checkpoint.digest())
-    if recipe.solver == "gptq" and solution.scheme != recipe.scheme:
+    if recipe.solver == "gptq":
+        _check_recipe(path, solution, recipe)
+    return solution, solution.digest
+
+
+def _check_recipe(path: Path, solution: Solution, recipe: Recipe) -> None:
+    if solution.scheme != recipe.scheme:
         raise RecipeError(
             f"{path}: was solved for {solution.scheme}, not for {recipe.scheme}; calibrate with "
             f"--solve {recipe.scheme}"
         )
-    return solution, solution.digest
+    if solution.recipe is None:
+        return
+    wanted = solved_part(recipe)
+    if not solution.recipe["dense"]:
+        wanted["dense"] = ""  # dense matrices were left alone, and any type may be had unsolved
+    if solution.recipe != wanted:
+        raise RecipeError(
+            f"{path}: was solved for other dense types or [schemes] than the recipe's; calibrate "
+            "with --recipe and the same file, or --solve and the same --dense"
+        )
+
+
+def solved_part(recipe: Recipe) -> dict[str, object]:
+    """What of a recipe decides how matrices are solved, as a solution states it."""
+    whole = recipe.as_dict()
+    return {key: whole[key] for key in ("scheme", "format", "dense", "schemes")}
 
 
 def solved_codes(

@@ -58,35 +58,55 @@ def damped(gram: Tensor) -> Tensor:
 def correction(lost: Tensor, rows: Tensor, gram: Tensor, weights: Tensor | None = None) -> Tensor:
     """M `[K, K]` float32 such that W + W M undoes what it can of the inputs' error.
 
-    A converted model feeds an expert with rows x' where the original had x. The matrix W' that
-    brings W' x' closest to W x, over the shrunk and damped moments H of x' (`gram`), is W + W M
-    with M = E[(x - x') x'^T] H^-1: the asymmetric calibration of GPTAQ (Li et al., arXiv
-    2504.02692) in closed form. lost: rows x - x', rows: x', both float32 `[n, K]`, of weights
-    `[n]`.
+    lost: rows x - x', rows: x', both float32 `[n, K]`, of weights `[n]`; gram: shrunk and damped
+    moments of x'.
+    """
+    sums = CrossSums(rows.shape[1], rows.device)
+    sums.add(lost, rows, weights)
+    return sums.correction(gram, POOL_ROWS_PER_CHANNEL * len(gram))
+
+
+class CrossSums:
+    """What the correction of a target needs of rows x - x' and x', summed as they come.
+
+    A converted model feeds a matrix with rows x' where the original had x. The matrix W' that
+    brings W' x' closest to W x, over the damped moments H of x', is W + W M with
+    M = E[(x - x') x'^T] H^-1: the asymmetric calibration of GPTAQ (Li et al., arXiv 2504.02692) in
+    closed form.
 
     M is a regression with K^2 coefficients, and any regression explains K / n of pure noise. Where
     x' differs from x by little more than noise (4 bits and finer), using all of M would add that
     noise to the weights. So M is scaled by the share of what it explains that is not expected by
     chance, 1 - (1 - R^2) / R^2 * K / n, down to nothing.
     """
-    count, columns = len(rows), len(gram)
-    borrowed = POOL_ROWS_PER_CHANNEL * columns
-    cross = gram_sum(lost, rows, weights) / (count + borrowed)
-    factor = torch.linalg.cholesky(gram.double())
-    solved = torch.cholesky_solve(cross.mT, factor).mT
-    energies = lost.double().square().sum(1)
-    energy = float((energies if weights is None else energies * weights).sum())
-    explained = float((solved * cross).sum()) * (count + borrowed)
-    if explained <= 0 or energy <= 0:
-        return torch.zeros_like(gram, dtype=torch.float32)
-    share = min(explained / energy, 1.0)
-    chance = (1 - share) / share * columns / _effective(count, weights)
-    return (solved * max(0.0, 1 - chance)).float()
 
+    def __init__(self, columns: int, device: torch.device) -> None:
+        """Nothing yet."""
+        self._cross = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+        self._energy = self._weight = self._squares = 0.0
+        self._count = 0
 
-def _effective(count: int, weights: Tensor | None) -> float:
-    """How many equal rows tell as much as rows of these weights: (sum w)^2 / sum w^2."""
-    if weights is None:
-        return float(count)
-    wide = weights.double()
-    return float(wide.sum().square() / wide.square().sum())
+    def add(self, lost: Tensor, rows: Tensor, weights: Tensor | None = None) -> None:
+        """Rows x - x' and x', float32 `[n, K]`, of weights `[n]` (None: 1)."""
+        self._cross += gram_sum(lost, rows, weights)
+        energies = lost.double().square().sum(1)
+        wide = torch.ones_like(energies) if weights is None else weights.double()
+        self._energy += float((energies * wide).sum())
+        self._weight += float(wide.sum())
+        self._squares += float(wide.square().sum())
+        self._count += len(rows)
+
+    def correction(self, gram: Tensor, borrowed: float = 0.0) -> Tensor:
+        """M over the damped moments `gram`, which were mixed with so many rows of a pool."""
+        total = self._count + borrowed
+        cross = self._cross / max(total, 1.0)
+        factor = torch.linalg.cholesky(gram.double())
+        solved = torch.cholesky_solve(cross.mT, factor).mT
+        explained = float((solved * cross).sum()) * total
+        if explained <= 0 or self._energy <= 0:
+            return torch.zeros_like(gram, dtype=torch.float32)
+        share = min(explained / self._energy, 1.0)
+        # Rows of unequal weights tell as much as (sum w)^2 / sum w^2 equal ones.
+        effective = self._weight**2 / self._squares
+        chance = (1 - share) / share * len(gram) / effective
+        return (solved * max(0.0, 1 - chance)).float()

@@ -42,6 +42,11 @@ class LogitTile:
     logits: list[Tensor]
 
 
+def head_inputs(params: Params, streams: Tensor, config: ModelConfig) -> Tensor:
+    """What the head multiplies, `[n, hidden]`, of the trunk's last rows `[n, hc_mult, hidden]`."""
+    return _load_head(params, "", None).inputs(streams, 0, config)[0]
+
+
 @torch.no_grad()
 def stream_logits(
     models: Sequence[StreamModel],

@@ -54,6 +54,22 @@ def stage_file(folder: Path, stage: str) -> Path:
     return folder / f"{stage}.safetensors"
 
 
+HEAD = "head"
+
+
+def attention_file(stage: str) -> str:
+    """Name of the file of a stage's matrices that are solved before its experts."""
+    return f"{stage}.attn"
+
+
+def files_of(module: str) -> list[str]:
+    """Names of the files that may hold a module's codes."""
+    if module == HEAD:
+        return [HEAD]
+    name = parse_name(f"{module}.weight")
+    return [name.stage, attention_file(name.stage)] if name is not None and name.stage else []
+
+
 def stage_specs(
     modules: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme]
 ) -> list[TensorSpec]:
@@ -109,10 +125,14 @@ def _as_read(spec: TensorSpec) -> TensorSpec:
 
 @dataclass(frozen=True)
 class Solution:
-    """Coded matrices of every stage the solver covered, and the statistics beside them."""
+    """Coded matrices of every stage the solver covered, and the statistics beside them.
+
+    recipe: what of a recipe decided the schemes of matrices, where more than one did.
+    """
 
     folder: Path
     scheme: str
+    recipe: Mapping[str, Any] | None
     stages: Mapping[str, Checkpoint]
     stats: Stats
     digest: str
@@ -126,13 +146,13 @@ class Solution:
         return self.stats.input_amax(module)
 
     def solved(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> QTensor | None:
-        """The solver's codes of a matrix; None for a stage no calibration can reach.
+        """The solver's codes of a matrix; None for one that was not solved.
 
         Raises SolutionError when the solution is for another scheme or shape.
         """
-        name = parse_name(f"{module}.weight")
-        stage = self.stages.get(name.stage) if name is not None else None
-        if stage is None or not holds(stage, module):
+        files = [self.stages[name] for name in files_of(module) if name in self.stages]
+        stage = next((file for file in files if holds(file, module)), None)
+        if stage is None:
             return None
         q = read_weight(stage, find_weight(stage, module))
         if q.scheme.name != scheme.name or q.shape != shape:
@@ -208,7 +228,7 @@ def load_solution(folder: Path, source_digest: str) -> Solution:
     opened = {stage: open_stage(folder, stage) for stage in stages}
     stats = load_stats(folder / STATS_NAME, source_digest)
     digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-    return Solution(folder, scheme, opened, stats, digest)
+    return Solution(folder, scheme, found.get("recipe"), opened, stats, digest)
 
 
 def _plain(stage: object) -> bool:

@@ -33,7 +33,8 @@ from v4quant_calibration.model.observer import SilentObserver
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.params import Params
 from v4quant_calibration.scratch import Scratch
-from v4quant_calibration.solve import SolveSettings, solve
+from v4quant_calibration.solve import solve
+from v4quant_calibration.solve_settings import SolveSettings
 from v4quant_calibration.stream import StreamModel, stream_forward
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import ModelConfig, load_model_config

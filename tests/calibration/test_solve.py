@@ -23,7 +23,9 @@ from v4quant_calibration.solution import (
     load_solution,
     stage_file,
 )
-from v4quant_calibration.solve import SolvedParams, SolveSettings, solve
+from v4quant_calibration.solve import solve
+from v4quant_calibration.solve_models import SolvedParams
+from v4quant_calibration.solve_settings import SolveSettings
 from v4quant_calibration.solvers import measured, optimal, rtn
 from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
 from v4quant_formats.errors import FormatError

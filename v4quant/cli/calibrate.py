@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from v4quant.builtin import MIXED_CALIBRATION
-from v4quant.calibration import calibrate_to, draw_corpus
+from v4quant.calibration import calibrate_to, draw_corpus, solve_settings
 from v4quant.cli import _output
 from v4quant.cli._options import corpus_options, forward_options, products_option, read_corpus
 from v4quant.cli._source import SOURCE
+from v4quant.recipe import Recipe, read_toml, recipe_from_table
 from v4quant.sizes import parse_size
 from v4quant.source import Source, open_source
 from v4quant_calibration.calibrate import DEFAULT_FLOOR
 from v4quant_calibration.corpus import Corpus
 from v4quant_calibration.coverage import spread
-from v4quant_calibration.solve import DEFAULT_MEMORY, SolveSettings
+from v4quant_calibration.solve_settings import DEFAULT_MEMORY
 from v4quant_calibration.stats import Stats
 from v4quant_formats.model_config import parse_model_config
-from v4quant_kernels.scheme import get_scheme
+from v4quant_kernels.ref.ggml_blocks import SHAPES
 
 
 @click.command(
@@ -49,6 +51,17 @@ from v4quant_kernels.scheme import get_scheme
     "by GPTQ on the streaming inputs, for `quantize --stats`.",
 )
 @click.option(
+    "--dense",
+    default="",
+    help="With --solve of a GGUF type: the dense matrices' type, which are then solved too.",
+)
+@click.option(
+    "--recipe",
+    "recipe_file",
+    type=click.Path(path_type=Path),
+    help="Instead of --solve: solve what this recipe file asks for, place by place.",
+)
+@click.option(
     "--propagate/--no-propagate",
     default=True,
     show_default=True,
@@ -67,6 +80,8 @@ def calibrate(
     products: str,
     floor: int,
     scheme: str | None,
+    dense: str,
+    recipe_file: Path | None,
     propagate: bool,
     max_memory: str | None,
     as_json: bool,
@@ -76,10 +91,11 @@ def calibrate(
     With --solve an interrupted run is resumed by the same command, layer by layer.
     """
     memory = parse_size(max_memory) if max_memory else DEFAULT_MEMORY
-    settings = SolveSettings(get_scheme(scheme), propagate, memory) if scheme else None
+    recipe = _recipe(scheme, dense, recipe_file)
     options, progress = forward_options(activations, products), _output.TerminalProgress()
     with open_source(source) as checkpoint:
         config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
+        settings = solve_settings(checkpoint, recipe, propagate, memory) if recipe else None
 
         def load(limit: int | None) -> Corpus:
             return read_corpus(corpus, checkpoint, config, seq_len, limit, mode)
@@ -92,6 +108,19 @@ def calibrate(
     else:
         _output.data(coverage_text(stats))
         _output.data(f"{'solution' if settings else 'statistics'} in {out}")
+
+
+def _recipe(scheme: str | None, dense: str, file: Path | None) -> Recipe | None:
+    """The recipe to solve for, None where nothing is. Raises UsageError, RecipeError."""
+    if file is not None:
+        if scheme or dense:
+            raise click.UsageError("--recipe says schemes; leave --solve and --dense out")
+        return replace(recipe_from_table(read_toml(file), str(file)), solver="gptq")
+    if scheme is None:
+        if dense:
+            raise click.UsageError("--dense goes with --solve")
+        return None
+    return Recipe(scheme, "gguf" if scheme in SHAPES else "", dense=dense, solver="gptq")
 
 
 def coverage(stats: Stats) -> dict[str, object]:

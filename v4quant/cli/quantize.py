@@ -127,9 +127,8 @@ def quantize(
         "unknown": unknown,
         "solver": solver,
     }
-    if solver is None and recipe_file is None and stats_file and is_solution(stats_file):
-        chosen["solver"] = "gptq"
-    recipe = _recipe(recipe_file, {k: v for k, v in chosen.items() if v is not None})
+    solved = stats_file is not None and is_solution(stats_file)
+    recipe = _recipe(recipe_file, {k: v for k, v in chosen.items() if v is not None}, solved)
     cap = parse_size(max_memory) if max_memory else None
     disk = parse_size(disk_cap) if disk_cap else None
     with current_ranks() as ranks, ExitStack() as stack:
@@ -162,8 +161,10 @@ def quantize(
         _output.data(summary(result))
 
 
-def _recipe(file: Path | None, options: dict[str, str]) -> Recipe:
-    table = {**(read_toml(file) if file else {}), **options}
+def _recipe(file: Path | None, options: dict[str, str], solved: bool) -> Recipe:
+    """solved: whether there is a solution, which is packed unless another solver is named."""
+    default = {"solver": "gptq"} if solved else {}
+    table = {**default, **(read_toml(file) if file else {}), **options}
     if "scheme" not in table:
         raise RecipeError("no scheme given; use --scheme (for example int4-g32) or --recipe")
     return recipe_from_table(table, str(file or "options"))

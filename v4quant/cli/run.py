@@ -13,14 +13,14 @@ from typing import Any
 import click
 
 from v4quant.builtin import resolve_corpus
-from v4quant.calibration import calibrate_to, draw_corpus
+from v4quant.calibration import calibrate_to, draw_corpus, solve_settings
 from v4quant.cli import _exit, _output
 from v4quant.cli._options import forward_options, read_corpus, tool_facts
 from v4quant.cli.calibrate import coverage, coverage_text
 from v4quant.cli.evaluate import finding_lines, has_findings, write_report
 from v4quant.cli.quantize import summary
 from v4quant.evaluation import evaluate_checkpoint
-from v4quant.evidence import read_evidence
+from v4quant.evidence import read_evidence, solved_part
 from v4quant.hub.card import CardRequest
 from v4quant.hub.conversion import open_target, share_cap, update_card
 from v4quant.hub.refs import SCHEME, HubRef, parse_hub
@@ -35,7 +35,6 @@ from v4quant.steps import FinishedSteps, step_key
 from v4quant.verify import verify as verify_checkpoint
 from v4quant_calibration.corpus import Corpus
 from v4quant_calibration.solution import SOLUTION_NAME, Evidence, Solution
-from v4quant_calibration.solve import SolveSettings
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME
 from v4quant_formats.model_config import ModelConfig, parse_model_config
@@ -120,7 +119,8 @@ def _calibrate(pipeline: Pipeline, source: Checkpoint, folder: Path) -> tuple[Ev
     _output.heading("Calibrate: what every expert's inputs look like")
     out = folder / ("solution" if solves else "stats.v4q")
     file, done = out / SOLUTION_NAME if solves else out, FinishedSteps(folder)
-    key = _step_key(step, source, recipe.scheme) if solves else _step_key(step, source)
+    solved_for = (json.dumps(solved_part(recipe)),) if solves else ()
+    key = _step_key(step, source, *solved_for)
     if done.has(key, file):
         _output.note(f"{out} is of this checkpoint, corpus and settings: reused")
         return read_evidence(source, out, recipe)
@@ -131,7 +131,7 @@ def _calibrate(pipeline: Pipeline, source: Checkpoint, folder: Path) -> tuple[Ev
 
     corpus = draw_corpus(load, step.tokens)
     _output.note(f"{sum(map(len, corpus.windows)):,} tokens in {len(corpus.windows)} windows")
-    settings = SolveSettings(recipe.expert_scheme) if solves else None
+    settings = solve_settings(source, recipe) if solves else None
     options, progress = forward_options(step.activations), _output.TerminalProgress()
     found = calibrate_to(source, config, corpus, options, step.floor, settings, out, progress)
     done.add(key, file)

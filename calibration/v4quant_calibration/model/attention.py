@@ -128,6 +128,7 @@ class EntryBuilder:
         All pieces but the last hold a multiple of 128 tokens.
         """
         layer, weights = self._layer, self._layer.weights
+        watch(layer, "wkv", quantized_input(x, layer.options))
         self._window.append(window_entries(x, layer.table[first : first + x.shape[0]], layer))
         if weights.compressor is None:
             return
@@ -170,7 +171,9 @@ def low_rank_queries(rounded: Tensor, layer: AttentionLayer) -> Tensor:
 def head_queries(low_rank: Tensor, table: Tensor, layer: AttentionLayer) -> Tensor:
     """Queries `[n, H, D]` of all heads; table: the rope rows of each."""
     config, options = layer.config, layer.options
-    queries = linear(quantized_input(low_rank, options), layer.weights.wq_b, options)
+    low_rank = quantized_input(low_rank, options)
+    watch(layer, "wq_b", low_rank)
+    queries = linear(low_rank, layer.weights.wq_b, options)
     queries = queries.view(-1, config.num_attention_heads, config.head_dim)
     return rotate_tail_(rms_norm(queries, None, config.rms_norm_eps), table)
 
@@ -298,5 +301,14 @@ def project(output: Tensor, layer: AttentionLayer) -> Tensor:
     groups = config.o_groups
     grouped = output.view(output.shape[0], groups, -1).transpose(0, 1)
     first = layer.weights.wo_a.view(groups, config.o_lora_rank, -1)
+    watch(layer, "wo_a", grouped)
     low_rank = product(grouped, first.mT, options.matmul_dtype).transpose(0, 1).flatten(1)
-    return linear(quantized_input(low_rank, options), layer.weights.wo_b, options)
+    low_rank = quantized_input(low_rank, options)
+    watch(layer, "wo_b", low_rank)
+    return linear(low_rank, layer.weights.wo_b, options)
+
+
+def watch(layer: AttentionLayer, matrix: str, x: Tensor) -> None:
+    """Show an observer the rows a matrix multiplies."""
+    if layer.observer is not None:
+        layer.observer.on_linear(f"{layer.name}.attn.{matrix}", x)

@@ -59,8 +59,10 @@ def layer_forward(
     sequences end to end, for the hash-routed layers. Raises NonFiniteActivation naming the
     attention, the expert or else the layer whose result is not finite.
     """
-    ratio, hashed = _layer_facts(layer, config)
-    _attention_sublayer(params, config, layer, ratio, before, after, options, observer)
+    if observer is not None:
+        observer.on_layer(layer, before)
+    attention_sublayer(params, config, layer, before, after, options, observer)
+    _, hashed = _layer_facts(layer, config)
     expert_sublayer(params, config, layer, hashed, after, token_ids, options, observer)
 
 
@@ -111,16 +113,17 @@ def load_sublayer(params: Params, config: ModelConfig, layer: str, half: str) ->
     return Sublayer(hyper, norm, config)
 
 
-def _attention_sublayer(
+def attention_sublayer(
     params: Params,
     config: ModelConfig,
     layer: str,
-    ratio: int,
     before: Streams,
-    after: Streams,
+    after: Streams | None,
     options: ForwardOptions,
     observer: Observer | None,
 ) -> None:
+    """A layer's first half, from `before` to `after`; None leaves what it computes to observers."""
+    ratio, _ = _layer_facts(layer, config)
     longest = max(before.shape.lengths)
     use_indexer = indexer_matters(ratio, longest, config)
     weights = load_attention(params, layer, ratio, use_indexer)
@@ -141,7 +144,8 @@ def _attention_sublayer(
                 mixing, x = read(rows)
             output = attention(x, start - first, entries, shared)
             require_finite(output, f"{layer}.attn")
-            after.write(start, write_streams(rows, output, mixing))
+            if after is not None:
+                after.write(start, write_streams(rows, output, mixing))
 
 
 def _expert_pass(

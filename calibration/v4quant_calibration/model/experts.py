@@ -35,10 +35,10 @@ def mixture_of_experts(
     """Shared expert plus the weighted routed experts: x normalised `[T, hidden]`, same out."""
     module = f"{layer}.ffn.shared_experts"
     x = quantized_input(x, options)
-    output = _shared_expert(x, params, module, config, options)
-    require_finite(output, module)
     if observer is not None:
         observer.on_experts(layer, x, routing.expert_ids, routing.weights)
+    output = _shared_expert(x, params, module, config, options)
+    require_finite(output, module)
     top_k = routing.expert_ids.shape[1]
     flat = routing.expert_ids.flatten()
     order = flat.argsort(stable=True)

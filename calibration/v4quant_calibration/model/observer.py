@@ -14,9 +14,24 @@ from typing import Protocol
 
 from torch import Tensor
 
+from v4quant_calibration.model.streams import Streams
+
 
 class Observer(Protocol):
     """Receives intermediate tensors of one model; `layer` is "layers.3" or "mtp.0"."""
+
+    def on_layer(self, layer: str, before: Streams) -> None:
+        """A layer is about to run on the rows of `before`; none of its weights was asked for yet.
+
+        Not called for DSpark's stages.
+        """
+
+    def on_linear(self, module: str, x: Tensor) -> None:
+        """Rows that a matrix of the attention multiplies, `[n, K]` (wo_a: `[groups, n, K]`).
+
+        Called for wkv (which shares its rows with wq_a and the compressors), wq_b (with the
+        indexer's), wo_a and wo_b, piece by piece.
+        """
 
     def on_route(self, layer: str, expert_ids: Tensor, weights: Tensor) -> None:
         """Chosen experts, int64 `[T, top_k]`, and their float32 weights `[T, top_k]`.
@@ -28,7 +43,8 @@ class Observer(Protocol):
     def on_experts(self, layer: str, x: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
         """All rows the routed experts are about to read: x `[T, hidden_size]`, with the routing.
 
-        Called once a layer, before any expert's weights are asked for: a solver may decide here
+        Called once a layer, before any expert's weights, the shared one's too, are asked for: a
+        solver may decide here
         what the provider will answer.
         """
 
@@ -56,6 +72,12 @@ class Observer(Protocol):
 
 class SilentObserver:
     """An observer that ignores everything: inherit from it and override what you want to see."""
+
+    def on_layer(self, layer: str, before: Streams) -> None:
+        """Ignore the layer."""
+
+    def on_linear(self, module: str, x: Tensor) -> None:
+        """Ignore the rows."""
 
     def on_route(self, layer: str, expert_ids: Tensor, weights: Tensor) -> None:
         """Ignore the routing."""
