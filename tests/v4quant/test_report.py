@@ -109,6 +109,19 @@ def layer(draw: random.Random, name: str, kind: str) -> dict[str, Any]:
     }
 
 
+def drafts(draw: random.Random) -> dict[str, Any]:
+    return {
+        "target_agreement": draw.uniform(0.2, 0.9),
+        "target_agreement_stderr": 0.02,
+        "text_agreement": draw.uniform(0.2, 0.9),
+        "text_agreement_stderr": 0.02,
+        "accepted_length": draw.uniform(1, 4),
+        "accepted_length_stderr": 0.05,
+        "by_position": [draw.uniform(0.2, 0.9) for _ in range(5)],
+        "confidence_by_position": [draw.uniform(0.2, 0.9) for _ in range(5)],
+    }
+
+
 def sample(draw: random.Random, layers: int = 6, experts: int = 16) -> dict[str, Any]:
     kinds = ["swa", "swa", *(["csa", "hca"] * layers)][:layers]
     fed = [[draw.randrange(4000) for _ in range(experts)] for _ in kinds]
@@ -166,6 +179,16 @@ def sample(draw: random.Random, layers: int = 6, experts: int = 16) -> dict[str,
             "checkpoint": "/data/Flash",
             "top_k": 64,
             "kl": "lower bound",
+        },
+        "draft": {
+            "tokens": 4321,
+            "block_size": 5,
+            "reference": drafts(draw),
+            "candidate": drafts(draw),
+            "change": draw.uniform(-0.1, 0.1),
+            "change_stderr": 0.01,
+            "accepted_length_change": draw.uniform(-0.5, 0.5),
+            "accepted_length_change_stderr": 0.03,
         },
         "needle": {
             "seq_len": 65536,
@@ -248,6 +271,12 @@ def test_every_number_appears() -> None:
             expected.append(f"{plain(one[f'{kind}_largest'], 3)} ({one[f'{kind}_worst']})")
     expected += [f"{one['expert']} ({one['tokens']})" for one in result["coverage"]["starved"]]
     expected += ["heldout-prose", "8,765", plain(corpus["perplexity"]), plain(corpus["kl_mean"], 3)]
+    draft = result["draft"]
+    for side in (draft["reference"], draft["candidate"]):
+        for key in ("by_position", "confidence_by_position"):
+            expected += [f"{100 * share:.2f} %" for share in side[key]]
+        expected.append(with_error(side["accepted_length"], side["accepted_length_stderr"]))
+    expected.append(f"{100 * draft['change']:+.2f} ± 1.00 points")
     expected += ["9.8.7", "2.77", "3.99", "v4quant x y", "Clearly worse than the floor."]
     for value in expected:
         assert value in page, value
@@ -525,6 +554,7 @@ def test_number_texts() -> None:
     assert with_error(4.04e-5, 4.2e-7) == "(4.040 ± 0.042)e-5"
     assert with_error(2e-8, 3e-7) == "(0.2 ± 3.0)e-7"
     assert with_error(1234.5, 123.4) == "1,234 ± 123"
+    assert with_error(0.0, 0.0) == "0"
     assert size(20_717_676) == "20.72 MB"
     assert escape_markdown("a|b`<x>www.z") == "a\\|b\\`&lt;x&gt;www\\.z"
 

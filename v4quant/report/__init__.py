@@ -110,8 +110,9 @@ def render_html(result: Mapping[str, Any]) -> str:
     subject = text(section(result, "candidate"), "path") or "checkpoint"
     parts = [f"<h1>Evaluation of <code>{escape_html(subject)}</code></h1>"]
     parts.append(_identity(result))
-    parts.append(_verdict(result))
-    parts.append(_findings_html(result))
+    told = [_verdict(result), _findings_html(result)]
+    # A damaged matrix outweighs every figure.
+    parts += told if findings_table(result) is None else reversed(told)
     summary = summary_table(result)
     if summary is not None:
         parts.append(_table_html(summary))
@@ -151,12 +152,12 @@ def render_markdown(result: Mapping[str, Any]) -> str:
     Raises ReportError as `render_html` does.
     """
     parts = []
-    verdict = text(section(result, "verdict"), "text")
-    if verdict:
-        parts.append(f"**{escape_markdown(verdict)}**")
     findings = findings_table(result)
     if findings is not None:
         parts.append(_table_markdown(findings))
+    verdict = text(section(result, "verdict"), "text")
+    if verdict:
+        parts.append(f"**{escape_markdown(verdict)}**")
     parts.append(_metrics_markdown(result))
     for build in (checkpoint_table, candidates_table, *DETAIL_TABLES):
         table = build(result)

@@ -62,8 +62,8 @@ def candidates_table(result: Mapping[str, Any]) -> Table | None:
         "Bits per weight",
         "KL mean (nats)",
         "KL / floor",
-        "Perplexity",
-        "Same best token",
+        "Perplexity change",
+        "Same top-1 token",
         "Defects",
     )
     return build_table("Candidates", columns, rows, text_columns=2)

@@ -37,7 +37,11 @@ def layer_table(result: Mapping[str, Any]) -> Table | None:
         "Local relative error",
         "Stream relative error",
     )
-    return build_table("Layers", columns, rows, text_columns=2)
+    notes = (
+        "Router agreement: share of the experts the reference chose that the candidate chose too. "
+        "Indexer agreement: the same for the compressed entries that a layer of long reach reads.",
+    )
+    return build_table("Layers", columns, rows, notes if rows else (), text_columns=2)
 
 
 def expert_table(result: Mapping[str, Any]) -> Table | None:

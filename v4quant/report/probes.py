@@ -49,8 +49,9 @@ def needle_table(result: Mapping[str, Any]) -> Table | None:
     length = number(needle, "seq_len")
     of = "" if length is None else f" in {count(length)} tokens"
     notes = (
-        "A sentence with random digits is put into the text and asked for at its end; the last row "
-        "asks without it. A model that finds it loses little at every depth.",
+        "A sentence with random digits is put into the text, at 0 % where it begins, at 100 % just "
+        "before its end, and asked for there; the last row asks without it. A model that finds it "
+        "loses little at every depth, and much in the last row.",
     )
     return build_table(f"A hidden sentence{of}", columns, rows, notes)
 

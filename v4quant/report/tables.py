@@ -101,7 +101,11 @@ def summary_table(result: Mapping[str, Any]) -> Table | None:
     notes = []
     if floor:
         described = text(floor, "description")
-        notes.append(f"Noise floor: {described}" if described else "")
+        notes.append(f"Noise floor: {described}." if described else "")
+        notes.append(
+            "KL tells how far the probabilities of the next token moved from the reference's, 0 if "
+            "not at all. Only what lies above the noise floor is the conversion's doing."
+        )
     return build_table(
         "Summary", ("", *named(result), "Change", "Noise floor"), rows, tuple(filter(None, notes))
     )
@@ -140,7 +144,7 @@ def confidence_table(result: Mapping[str, Any]) -> Table | None:
     }
     rows = [
         (
-            f"{plain(number(band, 'low'), 3)} to {plain(number(band, 'high'), 3)}",
+            f"{_edge(band, 'low')} to {_edge(band, 'high')} %",
             count(number(band, "tokens")),
             plain(number(band, "kl_mean"), 3),
             plain(floor.get(number(band, "low")), 3),
@@ -156,6 +160,11 @@ def confidence_table(result: Mapping[str, Any]) -> Table | None:
         "Same top-1 token",
     )
     return build_table("Divergence by the reference's confidence", columns, rows)
+
+
+def _edge(band: Mapping[str, Any], key: str) -> str:
+    share = number(band, key)
+    return "" if share is None else f"{100 * share:g}"
 
 
 def findings_table(result: Mapping[str, Any]) -> Table | None:

@@ -118,6 +118,8 @@ def with_error(value: float | None, stderr: float | None) -> str:
     """`value ± stderr`, both to the second significant digit of the error."""
     if value is None:
         return ""
+    if value == stderr == 0:
+        return "0"
     if stderr is None or not math.isfinite(stderr) or not math.isfinite(value) or stderr <= 0:
         return plain(value) if stderr is None else f"{plain(value)} ± {plain(stderr, 2)}"
     decimals = 1 - math.floor(math.log10(stderr))
