@@ -111,22 +111,48 @@ def test_always_exact(scheme: str, generator: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("scheme", CASTS)
+@pytest.mark.parametrize("spread", [1, 12, 40, 250])
 def test_compiled_and_torch_recoding_agree(
-    scheme: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    scheme: str, spread: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Codes, scales and counts, from one octave to all, with zero groups, tiles cut off."""
     if not native.available():
         pytest.skip("Numba is not installed")
-    q = mxfp4(
-        torch.randint(16, (8, 512), generator=generator),
-        torch.randint(100, 130, (8, 16), generator=generator),
-    )
+    columns = 640 if scheme == "int8-g128" else 672
+    codes = torch.randint(16, (150, columns), generator=generator)
+    groups = codes.view(150, -1, 32)
+    empty = torch.rand(groups.shape[:2], generator=generator) < 0.2
+    groups[empty] &= 8  # zeros of either sign
+    top = min(130, 254 - spread) if spread < 250 else 4
+    q = mxfp4(codes, torch.randint(top, top + spread, groups.shape[:2], generator=generator))
     compiled = cast.cast_mxfp4(q, SCHEMES[scheme])
     monkeypatch.setattr(native, "available", lambda: False)
     torch_way = cast.cast_mxfp4(q, SCHEMES[scheme])
     assert compiled.altered == torch_way.altered
-    assert torch.equal(
-        compiled.tensor.codes.view(torch.uint8), torch_way.tensor.codes.view(torch.uint8)
-    )
+    for part in ("codes", "scale"):
+        one, other = (getattr(r.tensor, part) for r in (compiled, torch_way))
+        assert one.dtype == other.dtype
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), part
+
+
+@pytest.mark.parametrize("target", ["e4m3", "int8"])
+def test_arithmetic_means_what_the_tables_say(target: str) -> None:
+    """Every byte in every row, in all four places of a word; more blocks than one pass takes."""
+    if not native.available():
+        pytest.skip("Numba is not installed")
+    from v4quant_kernels.native.recode import recode
+
+    table, changed = cast._tables(target)
+    depths = torch.arange(25, dtype=torch.uint8).repeat_interleave(64)
+    byte = torch.arange(256)
+    places = torch.stack([byte.roll(shift) for shift in range(4)]).view(-1).to(torch.uint8)
+    codes = places.repeat(25).view(25 * 64, 16)
+    out = torch.zeros(codes.shape, dtype=torch.int16)
+    facts = (table.numpy(), changed.view(-1).numpy())
+    altered = recode(codes.numpy(), depths.numpy(), target, *facts, out.numpy())
+    index = depths.long().unsqueeze(1) * 256 + codes
+    assert torch.equal(out, table[index])
+    assert altered == int(changed.view(-1)[index].sum())
 
 
 @pytest.mark.gpu

@@ -74,8 +74,8 @@ def cast_mxfp4(q: QTensor, scheme: Scheme, nvfp4_top: int | None = None) -> Cast
     if scheme.name == "mxfp4":
         return CastResult(q, 0)
     if scheme.name == "mxfp8":
-        shift = torch.zeros_like(e8m0.exponents(q.scale))
-        codes, altered = _recode(q.codes, shift, "e4m3")
+        row = torch.full_like(q.scale.view(torch.uint8), _E4M3_TOP_SHIFT)
+        codes, altered = _recode(q.codes, row, "e4m3")
         scale = q.scale
         return CastResult(QTensor(scheme, q.shape, codes, scale), altered)
     if scheme.name == "nvfp4":
@@ -112,64 +112,93 @@ def _to_nvfp4(q: QTensor, scheme: Scheme, top: int | None) -> CastResult:
     if top is None:
         top = top_exponent(q)
     exponent = max(top - _NVFP4_TOP, _SMALLEST_F32_EXPONENT)
-    wanted = e8m0.exponents(q.scale) - exponent
+    # All depends on a scale's byte alone, so it is worked out for the 256 bytes.
+    wanted = torch.arange(256) - e8m0.BIAS - exponent
     # Zero groups may lie above the window; their scale does not matter.
     stored = wanted.clamp(_NVFP4_BOTTOM, _NVFP4_TOP)
-    shift = torch.minimum(wanted - stored, torch.zeros_like(wanted))
-    codes, altered = (q.codes, 0) if not bool(shift.any()) else _recode(q.codes, shift, "e2m1")
-    scale = e8m0.power_of_two(stored).to(torch.float8_e4m3fn)
-    scale = scale.view(torch.uint8).repeat_interleave(2, dim=1).view(torch.float8_e4m3fn)
+    rows = (stored - wanted).clamp_(0, _DEEPEST).to(torch.uint8)
+    byte = q.scale.view(torch.uint8)
+    lowest = int(byte.min()) if byte.numel() else 255
+    codes, altered = q.codes, 0
+    if rows[lowest]:
+        codes, altered = _recode(q.codes, _pick(rows, byte), "e2m1")
+    scales = e8m0.power_of_two(stored).to(torch.float8_e4m3fn).view(torch.uint8)
+    scale = _pick(scales.short() * 257, byte).view(torch.float8_e4m3fn)
     global_scale = torch.tensor(2.0**exponent, dtype=torch.float32, device=q.codes.device)
     return CastResult(QTensor(scheme, q.shape, codes, scale, global_scale), altered)
 
 
+def _pick(table: Tensor, index: Tensor) -> Tensor:
+    """`table[index]` for a small table, whatever the devices and the index's integer type."""
+    picked = table.to(index.device).index_select(0, index.reshape(-1).int())
+    return picked.view(index.shape)
+
+
 def _to_fp8(q: QTensor, scheme: Scheme) -> CastResult:
-    rows = q.shape[0]
-    height, width = scheme.block[0], scheme.block[1] // GROUP
-    exponents = nonzero_exponents(q)
-    groups = exponents.shape[1]
-    padded = torch.nn.functional.pad(
-        exponents, (0, -groups % width, 0, -rows % height), value=e8m0.MIN_EXPONENT
-    )
-    tiles = padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width)
-    base = (tiles.amax((1, 3)) - _E4M3_TOP_SHIFT).clamp_min_(_SMALLEST_F32_EXPONENT)
-    spread = base.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :groups]
-    shift = (exponents - spread).clamp_max_(_E4M3_TOP_SHIFT)
-    codes, altered = _recode(q.codes, shift, "e4m3")
+    tile = (scheme.block[0], scheme.block[1] // GROUP)
+    base, row = _block_depths(q, tile, _E4M3_TOP_SHIFT, _SMALLEST_F32_EXPONENT)
+    codes, altered = _recode(q.codes, row, "e4m3")
     return CastResult(QTensor(scheme, q.shape, codes, e8m0.encode_exponent(base)), altered)
 
 
 def _to_int8(q: QTensor, scheme: Scheme) -> CastResult:
-    per_scale = scheme.group_size // GROUP
-    exponents = nonzero_exponents(q)
-    rows, groups = exponents.shape
-    if groups % per_scale:
+    if q.shape[1] % scheme.group_size:
         raise UnsupportedScheme(
             f"{q.shape[1]} columns are no multiple of group_size {scheme.group_size}; "
             "choose a smaller group"
         )
-    top = exponents.view(rows, groups // per_scale, per_scale).amax(-1)
-    shift = exponents - top.repeat_interleave(per_scale, 1)
-    codes, altered = _recode(q.codes, shift, "int8")
+    lowest = e8m0.MIN_EXPONENT - _INT8_TOP_SHIFT
+    base, row = _block_depths(q, (1, scheme.group_size // GROUP), _INT8_TOP_SHIFT, lowest)
+    codes, altered = _recode(q.codes, row, "int8")
     # 2^(top-4) reaches down to 2^-131, a bfloat16 subnormal and still exact.
-    scale = e8m0.power_of_two_f64(top - _INT8_TOP_SHIFT)
-    return CastResult(QTensor(scheme, q.shape, codes, scale.to(torch.bfloat16)), altered)
+    powers = e8m0.power_of_two_f64(torch.arange(lowest, e8m0.MAX_EXPONENT + 1)).bfloat16()
+    return CastResult(QTensor(scheme, q.shape, codes, _pick(powers, base - lowest)), altered)
 
 
-def _recode(codes: Tensor, shift: Tensor, target: str) -> tuple[Tensor, int]:
-    """Recode every byte (two E2M1 codes) as value * 2^shift in the target element format.
+def _block_depths(
+    q: QTensor, tile: tuple[int, int], top_shift: int, lowest: int
+) -> tuple[Tensor, Tensor]:
+    """Scale exponents of tiles of (rows, groups), and the table row of every group.
 
-    codes: uint8 [N, K/2]; shift: int32 [N, K/32]. Returns codes and the number of changed values.
+    int32 [tiles down, tiles across]: the top exponent less `top_shift`, at least `lowest`; uint8
+    [N, K/32]: how far each group lies below the highest exponent that scale takes.
+    """
+    assert q.scale is not None
+    rows, groups = q.scale.shape
+    height, width = tile
+    down, across = -(-rows // height), -(-groups // width)
+    if q.codes.is_cpu and native.available():
+        from v4quant_kernels.native.recode import block_depths
+
+        base, row = torch.empty(down, across, dtype=torch.int32), q.scale.new_empty(q.scale.shape)
+        row = row.view(torch.uint8)
+        scale = q.scale.view(torch.uint8).contiguous()
+        codes = q.codes.contiguous().numpy()
+        block_depths(codes, scale.numpy(), tile, top_shift, lowest, base.numpy(), row.numpy())
+        return base, row
+    exponents = nonzero_exponents(q)
+    padded = torch.nn.functional.pad(
+        exponents, (0, -groups % width, 0, -rows % height), value=e8m0.MIN_EXPONENT
+    )
+    base = padded.view(down, height, across, width).amax((1, 3)).sub_(top_shift).clamp_min_(lowest)
+    spread = base.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :groups]
+    row = (spread + top_shift - e8m0.exponents(q.scale)).clamp_(0, _DEEPEST)
+    return base, row.to(torch.uint8)
+
+
+def _recode(codes: Tensor, row: Tensor, target: str) -> tuple[Tensor, int]:
+    """Recode every byte (two E2M1 codes) by a row of the target's table.
+
+    codes: uint8 [N, K/2]; row: uint8 [N, K/32]. Returns codes and the number of changed values.
     """
     table, changed = _tables(target)
-    top = {"e4m3": _E4M3_TOP_SHIFT, "e2m1": 0, "int8": 0}[target]
-    row = (top - shift).clamp_(0, _DEEPEST)
     out = torch.empty(codes.shape, dtype=table.dtype, device=codes.device)
     if codes.is_cpu and native.available():
         from v4quant_kernels.native.recode import recode
 
         source, rows = codes.contiguous().numpy(), row.contiguous().numpy()
-        altered = recode(source, rows, table.numpy(), changed.view(-1).numpy(), out.numpy())
+        facts = (table.numpy(), changed.view(-1).numpy())
+        altered = recode(source, rows, target, *facts, out.numpy())
     else:
         altered = _recode_torch(codes, row, table.to(codes.device), changed.to(codes.device), out)
     result = out.view(torch.uint8)
@@ -182,7 +211,7 @@ def _recode_torch(codes: Tensor, row: Tensor, table: Tensor, changed: Tensor, ou
     for start in range(0, codes.shape[0], step):
         part = codes[start : start + step]
         index = part.int().view(part.shape[0], -1, GROUP // 2)
-        index = (index + row[start : start + step].unsqueeze(-1) * 256).view(-1)
+        index = (index + row[start : start + step].int().unsqueeze(-1) * 256).view(-1)
         out[start : start + step] = table[index].view(part.shape)
         altered += int(changed.view(-1)[index].sum())
     return altered
