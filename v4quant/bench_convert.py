@@ -2,7 +2,10 @@
 
 Disks differ by a factor of 50, so a number in MB/s says little; the ratio to a plain copy (read,
 written, fsynced) on the same folder says how far the converter is from the best anybody could do.
-Every conversion runs in a process of its own, as a user runs it, so its peak memory is its own.
+One machine's own speed drifts too, by the state of its disk and memory and by what else runs, so
+every conversion is set against the copy made just before it, and the median of several rounds is
+what counts. Every conversion runs in a process of its own, as a user runs it, so its peak memory is
+its own.
 """
 
 from __future__ import annotations
@@ -10,12 +13,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from v4quant.synthetic.writing import Request, write_checkpoint
 from v4quant_kernels.errors import V4QuantError
@@ -35,11 +40,11 @@ class BenchError(V4QuantError):
 
 @dataclass(frozen=True)
 class ConvertTiming:
-    """One scheme's figures.
+    """One scheme's figures, medians over the rounds.
 
-    bytes_in_per_second: source bytes over wall time of the conversion itself. ratio_in: that over
-    the copy's. ratio_moved: bytes read and written per second, over the copy's. release_minutes:
-    what the whole release would take at this rate.
+    bytes_in_per_second: source bytes over wall time of the conversion itself. ratio_in: the copy's
+    seconds over the conversion's. ratio_moved: the same by bytes read and written. peak_rss_bytes:
+    the largest seen. release_minutes: what the whole release would take at this rate.
     """
 
     scheme: str
@@ -55,15 +60,34 @@ class ConvertTiming:
 
 @dataclass(frozen=True)
 class ConvertBench:
-    """The whole bench: the copy and every scheme."""
+    """The whole bench: the copies and every scheme.
+
+    copy_seconds: the median; fastest_copy, slowest_copy: how far the machine itself drifted.
+    """
 
     width: str
     experts: int | None
     bytes: int
+    rounds: int
     copy_seconds: float
+    fastest_copy: float
+    slowest_copy: float
     copy_bytes_per_second: float
     workers: int
     timings: list[ConvertTiming]
+
+    @property
+    def steady(self) -> bool:
+        """Whether all copies took about the same; ratios of a run that drifted are rough."""
+        return self.slowest_copy <= 1.5 * self.fastest_copy
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One conversion: seconds of the copy before it, and what `quantize --json` said."""
+
+    copy: float
+    result: dict[str, Any]
 
 
 def bench_convert(
@@ -72,14 +96,16 @@ def bench_convert(
     experts: int | None,
     schemes: Sequence[str],
     workers: int,
+    rounds: int,
     progress: Progress,
 ) -> ConvertBench:
-    """Make a layer in `folder`, copy it, convert it to every scheme; removes what it wrote.
+    """Make a layer in `folder`; copy it and convert it, scheme by scheme, in every round.
 
-    The copy is the median of three, spread over the run, because shared disks drift.
+    Removes what it wrote. Raises BenchError.
     """
     source = folder / "bench-source"
-    progress.start("Bench", len(schemes) + 3, "step")
+    progress.start("Bench", len(schemes) * rounds + 1, "step")
+    measured: dict[str, list[_Measured]] = {scheme: [] for scheme in schemes}
     try:
         sizes = dict(_ONE_LAYER)
         if experts is not None:
@@ -88,29 +114,29 @@ def bench_convert(
             source, Request(width, tiny=False, overrides=tuple(sizes.items()))
         )
         progress.advance(1)
-        copies = [_copy(source, folder / "bench-copy")]
-        measured = []
-        for i, scheme in enumerate(schemes):
-            measured.append(_convert(source, folder / "bench-out", scheme, workers))
-            progress.advance(1)
-            if i == len(schemes) // 2:
-                copies.append(_copy(source, folder / "bench-copy"))
+        for _ in range(rounds):
+            for scheme in schemes:
+                copy = _copy(source, folder / "bench-copy")
+                result = _convert(source, folder / "bench-out", scheme, workers)
+                measured[scheme].append(_Measured(copy, result))
                 progress.advance(1)
-        copies.append(_copy(source, folder / "bench-copy"))
-        progress.advance(1)
     finally:
         for name in ("bench-source", "bench-copy", "bench-out"):
             shutil.rmtree(folder / name, ignore_errors=True)
         progress.finish()
-    copy = sorted(copies)[len(copies) // 2]
+    copies = [m.copy for runs in measured.values() for m in runs]
+    typical = statistics.median(copies)
     return ConvertBench(
         width,
         experts,
         written.bytes,
-        copy,
-        written.bytes / copy,
+        rounds,
+        typical,
+        min(copies),
+        max(copies),
+        written.bytes / typical,
         workers,
-        [_timing(m, copy, RELEASE_BYTES[width]) for m in measured],
+        [_timing(runs, RELEASE_BYTES[width]) for runs in measured.values()],
     )
 
 
@@ -130,28 +156,30 @@ def _copy(source: Path, target: Path) -> float:
     return seconds
 
 
-def _convert(source: Path, out: Path, scheme: str, workers: int) -> dict[str, float | int | str]:
+def _convert(source: Path, out: Path, scheme: str, workers: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "v4quant", "quantize", str(source), str(out)]
     command += ["--scheme", scheme, "--workers", str(workers), "--json"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     shutil.rmtree(out, ignore_errors=True)
     if done.returncode != 0:
         raise BenchError(f"converting to {scheme} failed: {done.stderr.strip()[-500:]}")
-    result: dict[str, float | int | str] = json.loads(done.stdout)
+    result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 
-def _timing(result: dict[str, float | int | str], copy: float, release: int) -> ConvertTiming:
-    seconds = float(result["seconds"])
-    bytes_in, bytes_out = int(result["bytes_in"]), int(result["bytes_out"])
+def _timing(runs: Sequence[_Measured], release: int) -> ConvertTiming:
+    first = runs[0].result
+    bytes_in, bytes_out = int(first["bytes_in"]), int(first["bytes_out"])
+    seconds = statistics.median(float(m.result["seconds"]) for m in runs)
+    ratio = statistics.median(m.copy / float(m.result["seconds"]) for m in runs)
     return ConvertTiming(
-        scheme=str(result["scheme"]),
+        scheme=str(first["scheme"]),
         seconds=seconds,
         bytes_in=bytes_in,
         bytes_out=bytes_out,
         bytes_in_per_second=bytes_in / seconds,
-        ratio_in=copy / seconds,
-        ratio_moved=(bytes_in + bytes_out) / (2 * bytes_in) * copy / seconds,
-        peak_rss_bytes=int(result["peak_rss_bytes"]),
+        ratio_in=ratio,
+        ratio_moved=ratio * (bytes_in + bytes_out) / (2 * bytes_in),
+        peak_rss_bytes=max(int(m.result["peak_rss_bytes"]) for m in runs),
         release_minutes=release / bytes_in * seconds / 60,
     )

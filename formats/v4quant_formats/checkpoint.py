@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -120,8 +121,12 @@ class Checkpoint:
 
         Covers config, every tensor's name, dtype, shape and place, file sizes, and 64 evenly spaced
         slices of 4 KiB from each file, so that a fine-tune of equal shapes differs. It says which
-        checkpoint this is, not that every byte is intact; `verify` compares bytes.
+        checkpoint this is, not that every byte is intact; `verify` compares bytes. Read once.
         """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         sha = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True).encode())
         for spec in sorted(self, key=lambda s: s.name):
             sha.update(f"{spec}|{spec.file}|{spec.offset}\n".encode())

@@ -14,7 +14,7 @@ from v4quant.bench_solver import WIDTHS as SOLVER_WIDTHS
 from v4quant.cli import _output
 from v4quant.cli.bench_kernels import indexer, moe
 
-SCHEMES = ("mxfp4", "nvfp4", "fp8", "int8-g32", "int4-g32", "int4-g128")
+SCHEMES = ("mxfp4", "nvfp4", "mxfp8", "fp8", "int8-g32", "int4-g32", "int4-g128")
 
 
 @click.group(epilog="Example: v4quant bench convert --experts 64")
@@ -39,6 +39,8 @@ def bench() -> None:
 @click.option("--experts", type=click.IntRange(1, 4096), help="Fewer experts: a quicker run.")
 @click.option("--scheme", "schemes", multiple=True, help="Only these schemes (repeatable).")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
+@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True,
+              help="Times each scheme is measured; medians are reported.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def convert(
     folder: Path | None,
@@ -46,6 +48,7 @@ def convert(
     experts: int | None,
     schemes: tuple[str, ...],
     workers: int | None,
+    rounds: int,
     as_json: bool,
 ) -> None:
     """Convert a synthetic full-width layer to each scheme and compare with a plain file copy."""
@@ -57,6 +60,7 @@ def convert(
             experts,
             chosen,
             workers or os.cpu_count() or 1,
+            rounds,
             _output.TerminalProgress(),
         )
     if as_json:
@@ -82,9 +86,12 @@ def _as_text(result: ConvertBench) -> str:
               f"{result.width} min")  # fmt: skip
     copy = (
         f"copy of {_output.human_bytes(result.bytes)} ({result.experts or 'all'} experts): "
-        f"{result.copy_seconds:.1f} s, {result.copy_bytes_per_second / 1e6:.0f} MB/s; "
-        f"{result.workers} workers"
+        f"{result.copy_seconds:.1f} s ({result.fastest_copy:.1f} to {result.slowest_copy:.1f}), "
+        f"{result.copy_bytes_per_second / 1e6:.0f} MB/s; "
+        f"{result.workers} workers, {result.rounds} rounds"
     )
+    if not result.steady:
+        copy += "\nThe copies took very different times, so the ratios are rough."
     return copy + "\n\n" + _output.table(rows, header)
 
 
