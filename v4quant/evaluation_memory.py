@@ -106,7 +106,8 @@ def work_of(
 ) -> Work:
     """The work of an evaluation: a reference's with candidates, or a checkpoint's, and floors."""
     models, lengths = 1 + candidates + floors, tuple(len(w) for w in corpus.windows)
-    return Work(models, candidates, lengths, weights, 1 + candidates if draft else 0)
+    drafts = 1 + candidates + min(floors, 1)
+    return Work(models, candidates, lengths, weights, drafts if draft else 0)
 
 
 def _plan(

@@ -33,6 +33,7 @@ UNKNOWN = (
     "{path} has draft stages that cannot be run: neither mtp.0.e_proj of the classic design nor "
     "mtp.0.main_proj with the dspark_* keys of config.json; the draft was not scored"
 )
+OTHER_DESIGN = "{path} drafts by another design than the reference; the drafts were not compared"
 
 
 @dataclass(frozen=True)
@@ -54,22 +55,37 @@ def score_drafts(
     store: StreamStore,
     tile: TileSize,
 ) -> list[dict[str, Any]]:
-    """`draft` of each candidate's result: of the members after the first, or of the only one."""
+    """`draft` of each candidate's result, or of the only member's.
+
+    members: one checkpoint, or the reference, its candidates, and the reference's noise floor.
+    """
     progress.start("Draft", len(members), "model")
     hits: list[DraftHits | None] = []
     for member in members:
         hits.append(_hits(member, config, corpus, store, tile))
         progress.advance(1)
     progress.finish()
-    reference = hits[0] if len(members) > 1 else None
-    drafts: list[dict[str, Any]] = []
-    for member, own in list(zip(members, hits, strict=True))[len(members) > 1 :]:
-        lacking = member if own is None else members[0]
-        if own is None or hits[0] is None:
-            drafts.append({"note": _why_not(lacking.checkpoint)})
-        else:
-            drafts.append(draft_metrics(own, reference))
-    return drafts
+    if len(members) == 1:
+        return [_told(members[0], hits[0], None, None)]
+    missing = members[0].checkpoint if hits[0] is None else None
+    return [
+        {"note": _why_not(missing)} if missing else _told(member, own, hits[0], hits[-1])
+        for member, own in zip(members[1:-1], hits[1:-1], strict=True)
+    ]
+
+
+def _told(
+    member: DraftMember,
+    hits: DraftHits | None,
+    reference: DraftHits | None,
+    noise: DraftHits | None,
+) -> dict[str, Any]:
+    """A member's `draft`."""
+    if hits is None:
+        return {"note": _why_not(member.checkpoint)}
+    if reference is not None and reference.target.shape != hits.target.shape:
+        return {"note": OTHER_DESIGN.format(path=member.checkpoint.path)}
+    return draft_metrics(hits, reference, noise)
 
 
 def _hits(
@@ -93,8 +109,10 @@ def _why_not(checkpoint: Checkpoint) -> str:
     return note.format(path=checkpoint.path)
 
 
-def draft_metrics(hits: DraftHits, reference: DraftHits | None) -> dict[str, Any]:
-    """`draft` of the result: shares with block errors, and their paired change."""
+def draft_metrics(
+    hits: DraftHits, reference: DraftHits | None, noise: DraftHits | None = None
+) -> dict[str, Any]:
+    """`draft` of the result: shares with block errors, their paired change, and noise's."""
     drafts, guesses = hits.target.shape
     metrics: dict[str, Any] = {
         "tokens": drafts * guesses,
@@ -102,15 +120,25 @@ def draft_metrics(hits: DraftHits, reference: DraftHits | None) -> dict[str, Any
         "candidate": _shares(hits),
     }
     if reference is not None:
-        moved = hits.target - reference.target
-        change, error = block_mean(moved.mean(1), hits.block)
         metrics["reference"] = _shares(reference)
-        metrics |= {"change": change, "change_stderr": error}
-        if guesses > 1:
-            longer = accepted_run(hits.target) - accepted_run(reference.target)
-            change, error = block_mean(longer, hits.block)
-            metrics |= {"accepted_length_change": change, "accepted_length_change_stderr": error}
+        metrics |= _changes(hits, reference, "")
+        if noise is not None:
+            metrics |= _changes(noise, reference, "noise_")
     return metrics
+
+
+def _changes(hits: DraftHits, reference: DraftHits, prefix: str) -> dict[str, float]:
+    """Paired changes against the reference, draft by draft."""
+    moved = block_mean((hits.target - reference.target).mean(1), hits.block)
+    longer = accepted_run(hits.target) - accepted_run(reference.target)
+    changes = {"change": moved}
+    if hits.target.shape[1] > 1:
+        changes["accepted_length_change"] = block_mean(longer, hits.block)
+    return {
+        f"{prefix}{key}{part}": value
+        for key, values in changes.items()
+        for part, value in zip(("", "_stderr"), values, strict=True)
+    }
 
 
 def accepted_run(target: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def evaluate_all(
     layers = LayerNotes(room.store, config, original, candidates)
     models, local = [original, *candidates, *floors], range(1, len(candidates) + 1)
     text = measures.with_needles(corpus)
-    taps = measures.taps(config, 1 + len(checkpoints))
+    taps = measures.taps(config, 2 + len(checkpoints))
     streams = _run(models, config, text, progress, room, local, layers, taps)
     scores = score(models, config, text, streams, progress, sink, room.tile)
     told, found = zip(*(_apart(r, corpus) for r in scores.records), strict=True)
@@ -135,9 +135,10 @@ def evaluate_all(
             result["needle"] = needle_figures(measures.needles, found[number], floors_found)
         results.append(result)
     if measures.draft:
+        # The first noise floor, too: what rounding alone does to acceptance.
         members = [
             DraftMember(one, models[n], streams[n], scores.choices[n], taps.of(n))
-            for n, one in enumerate([reference, *checkpoints])
+            for n, one in enumerate([reference, *checkpoints, reference])
         ]
         drafts = score_drafts(members, config, text, progress, room.store, room.tile)
         for result, draft in zip(results, drafts, strict=True):

@@ -187,6 +187,10 @@ def sample(draw: random.Random, layers: int = 6, experts: int = 16) -> dict[str,
             "candidate": drafts(draw),
             "change": draw.uniform(-0.1, 0.1),
             "change_stderr": 0.01,
+            "noise_change": 0.0123,
+            "noise_change_stderr": 0.0045,
+            "noise_accepted_length_change": 0.0678,
+            "noise_accepted_length_change_stderr": 0.0034,
             "accepted_length_change": draw.uniform(-0.5, 0.5),
             "accepted_length_change_stderr": 0.03,
         },
@@ -277,6 +281,7 @@ def test_every_number_appears() -> None:
             expected += [f"{100 * share:.2f} %" for share in side[key]]
         expected.append(with_error(side["accepted_length"], side["accepted_length_stderr"]))
     expected.append(f"{100 * draft['change']:+.2f} ± 1.00 points")
+    expected += ["+1.23 ± 0.45 points", "0.0678 ± 0.0034"]
     expected += ["9.8.7", "2.77", "3.99", "v4quant x y", "Clearly worse than the floor."]
     for value in expected:
         assert value in page, value

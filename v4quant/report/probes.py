@@ -18,6 +18,8 @@ from v4quant.report.text import (
     with_error,
 )
 
+CHANGES = ("change", "noise_change")
+LENGTH = "accepted_length_change"
 Sides = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
@@ -61,27 +63,20 @@ def draft_table(result: Mapping[str, Any]) -> Table | None:
     draft = section(result, "draft")
     sides = section(draft, "reference"), section(draft, "candidate")
     guesses = number(draft, "block_size") or 1
-    moved, error = number(draft, "change"), number(draft, "change_stderr")
-    points = "" if moved is None else f"{100 * moved:+.2f} ± {100 * (error or 0):.2f} points"
     own = "Guess is what the model itself chooses there"
     rows: list[tuple[str, ...]] = [
-        (own, *_shares(sides, "target_agreement"), points),
-        ("Guess is the token of the text", *_shares(sides, "text_agreement"), ""),
+        (own, *_shares(sides, "target_agreement"), *(_points(draft, k) for k in CHANGES)),
+        ("Guess is the token of the text", *_shares(sides, "text_agreement"), "", ""),
     ]
     if guesses > 1:
-        longer = (number(draft, f"accepted_length_change{k}") for k in ("", "_stderr"))
-        lengths = (
-            with_error(number(s, "accepted_length"), number(s, "accepted_length_stderr"))
-            for s in sides
-        )
-        rows.append(
-            (f"Guesses accepted in a row, of {count(guesses)}", *lengths, with_error(*longer))
-        )
+        lengths = (_with_error(side, "accepted_length") for side in sides)
+        changes = (_with_error(draft, k.replace("change", LENGTH)) for k in CHANGES)
+        rows.append((f"Guesses accepted in a row, of {count(guesses)}", *lengths, *changes))
         rows += _positions(sides, "by_position", "Guess {} accepted")
         rows += _positions(sides, "confidence_by_position", "Guess {}: the draft's own estimate")
     rows = [row for row in rows if any(row[1:])]
     if text(draft, "note"):
-        rows.append((text(draft, "note"), "", "", ""))
+        rows.append((text(draft, "note"), "", "", "", ""))
     notes: tuple[str, ...] = ()
     if rows and guesses > 1:
         notes = (
@@ -90,7 +85,7 @@ def draft_table(result: Mapping[str, Any]) -> Table | None:
             "greedy speculative decoding; each round gives one token of the model besides.",
         )
     title = "Draft stages (DSpark)" if guesses > 1 else "Draft stage (MTP)"
-    return build_table(title, ("", *named(result), "Change"), rows, notes)
+    return build_table(title, ("", *named(result), "Change", "Change by noise"), rows, notes)
 
 
 def _shares(sides: Sides, key: str) -> tuple[str, ...]:
@@ -114,6 +109,17 @@ def _positions(sides: Sides, key: str, label: str) -> list[tuple[str, ...]]:
                 percent(before[place]) if before else "",
                 percent(share),
                 moved,
+                "",
             )
         )
     return rows
+
+
+def _points(draft: Mapping[str, Any], key: str) -> str:
+    """A change of a share, in percentage points."""
+    moved, error = number(draft, key), number(draft, f"{key}_stderr")
+    return "" if moved is None else f"{100 * moved:+.2f} ± {100 * (error or 0):.2f} points"
+
+
+def _with_error(values: Mapping[str, Any], key: str) -> str:
+    return with_error(number(values, key), number(values, f"{key}_stderr"))
