@@ -31,7 +31,7 @@ from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.refine import DEFAULT_SWEEPS
 from v4quant_calibration.solve import solve
 from v4quant_calibration.solve_settings import SolveSettings
-from v4quant_calibration.stats import save_stats
+from v4quant_calibration.stats import write_stats
 from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
 from v4quant_formats.model_config import ModelConfig, parse_model_config
 from v4quant_kernels.progress import Progress, SilentProgress
@@ -170,7 +170,7 @@ def _export(
         moments = work / "moments"
         if not moments.exists():
             found = calibrate(source, config, windows, options, 32, progress)
-            moments.write_bytes(save_stats(found.stats))
+            write_stats(moments, found.stats)
         evidence = moments
     recipe = Recipe(scheme, solver="gptq" if solved else solver)
     known, digest = read_evidence(source, evidence, recipe)

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
+from v4quant.calibration_memory import calibration_room, fit_solving, statistics_bytes
 from v4quant.evidence import solved_part
+from v4quant.memory import return_freed_memory
 from v4quant.plan import make_plan
 from v4quant.recipe import Recipe, RecipeError
-from v4quant_calibration.calibrate import Calibration, calibrate
+from v4quant_calibration.calibrate import Calibration, OpenRoom, calibrate, stages_of
 from v4quant_calibration.corpus import Corpus, CorpusError
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.solution import Solution
 from v4quant_calibration.solve import solve
-from v4quant_calibration.solve_settings import DEFAULT_MEMORY, SolveSettings
-from v4quant_calibration.stats import save_stats
+from v4quant_calibration.solve_settings import SolveSettings
+from v4quant_calibration.stats import write_stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import ModelConfig
-from v4quant_formats.shards import write_file_atomically
 from v4quant_formats.spec import BLOCK_DTYPES
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.ref.ggml_blocks import SHAPES
@@ -67,16 +69,14 @@ def check_floor(corpus: DrawnCorpus, config: ModelConfig, floor: int) -> None:
         )
 
 
-def solve_settings(
-    checkpoint: Checkpoint, recipe: Recipe, propagate: bool = True, memory: int = DEFAULT_MEMORY
-) -> SolveSettings:
+def solve_settings(checkpoint: Checkpoint, recipe: Recipe, propagate: bool = True) -> SolveSettings:
     """What a recipe asks a solver for.
 
     For GGUF files the plan says which matrices become which block type: those of the experts, of
     attention and the head, where they do; the others are the encoder's. Raises what planning
     raises, and RecipeError where there is nothing to solve.
     """
-    plain = SolveSettings(recipe.expert_scheme, propagate, memory=memory)
+    plain = SolveSettings(recipe.expert_scheme, propagate)
     if not recipe.layout.mixes:
         return plain
     units = [u for u in make_plan(checkpoint, recipe).units if not u.again]
@@ -101,21 +101,30 @@ def calibrate_to(
     settings: SolveSettings | None,
     out: Path,
     progress: Progress,
+    max_memory: int | None = None,
 ) -> Calibration:
     """Calibrate, and with `settings` solve; writes file or folder `out`.
 
-    Raises what `check_floor`, `calibrate` and `solve` raise.
+    max_memory: the most bytes this may take; streams then go to files beside `out` where they must.
+    Raises what `check_floor`, `calibrate` and `solve` raise, and SizeError for too little memory.
     """
     check_floor(corpus, config, floor)
     windows, first = corpus.windows, {}
+    held = statistics_bytes(config, len(stages_of(checkpoint, config)))
+    rooms: OpenRoom = partial(calibration_room, config, held, max_memory, out)
+    if max_memory is not None:
+        return_freed_memory()
     if settings is None or corpus.reserve:
-        found = calibrate(checkpoint, config, windows, options, floor, progress, corpus.reserve)
+        found = calibrate(
+            checkpoint, config, windows, options, floor, progress, corpus.reserve, rooms
+        )
         if settings is None:
-            write_file_atomically(out, save_stats(found.stats))
+            write_stats(out, found.stats)
             return found
         windows, first = found.windows, dict(found.stats.first)
+    settings, rooms = fit_solving(config, settings, held, windows, max_memory, out)
     solution: Solution = solve(
-        checkpoint, config, windows, options, floor, settings, out, progress, first
+        checkpoint, config, windows, options, floor, settings, out, progress, first, rooms
     )
     solution.close()
     return Calibration(solution.stats, windows)

@@ -43,6 +43,8 @@ class Work:
     """What is to be run: models in all, how many of them candidates, and the text.
 
     drafts: models whose draft stages run, one after the other, if the release is a DSpark one.
+    scored: whether logits are computed. together: whether all tokens of a layer must go through its
+    experts at once. held: bytes that somebody keeps beside the run.
     """
 
     models: int
@@ -50,6 +52,9 @@ class Work:
     lengths: tuple[int, ...]
     weights: bool
     drafts: int = 0
+    scored: bool = True
+    together: bool = False
+    held: int = 0
 
     @property
     def tokens(self) -> int:
@@ -97,7 +102,7 @@ def plan_evaluation(
             return plan
     least = min(plan.nbytes for plan in plans)
     raise SizeError(
-        f"--max-memory {cap / 1e9:.2f} GB is too little: this evaluation needs {least / 1e9:.2f} GB"
+        f"--max-memory {cap / 1e9:.2f} GB is too little: this run needs {least / 1e9:.2f} GB"
     )
 
 
@@ -120,23 +125,25 @@ def _plan(
     rows, queries, tile_rows, tile_columns = pieces
     tile = TileSize(tile_rows, min(tile_columns, config.vocab_size))
     fixed = _BASE_BYTES + _SLACK * (
-        _records(config, work)
+        work.held
+        + _records(config, work)
         + (0 if spill else _streams(config, work))
         + max(
             _attention(config, work, min(rows, max(work.lengths)), queries),
-            _logits(config, work, tile),
+            _logits(config, work, tile) if work.scored else 0,
             _comparison(config) if work.weights and work.candidates else 0,
         )
     )
     # The experts' turn comes after attention's is over.
     base = _BASE_BYTES + _SLACK * (
-        _records(config, work)
+        work.held
+        + _records(config, work)
         + (0 if spill else _streams(config, work))
         + _experts(config, min(rows, work.tokens))
     )
     each = _SLACK * _token(config)
     tokens = work.tokens
-    if cap is not None and base + each * tokens > cap:
+    if cap is not None and not work.together and base + each * tokens > cap:
         fitting = int((cap - base) // each)
         tokens = max(fitting, min(_LEAST_TOKENS, work.tokens)) if spill else tokens
     nbytes = int(max(fixed, base + each * tokens))

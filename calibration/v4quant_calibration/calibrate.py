@@ -8,26 +8,29 @@ too few tokens cause more text to be drawn (`coverage`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from v4quant_calibration.coverage import Demand, next_round
-from v4quant_calibration.draft_stream import drafts_of, stream_drafts
+from v4quant_calibration.draft_stream import Drafts, drafts_of, stream_drafts
 from v4quant_calibration.model.dspark import draft_blocks
 from v4quant_calibration.model.observer import SilentObserver
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.provider import CheckpointParams
 from v4quant_calibration.stats import StageStats, Stats
-from v4quant_calibration.stream import StreamModel, stream_forward
+from v4quant_calibration.stream import MemoryStore, StreamModel, StreamStore, stream_forward
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import trunk_stages
 from v4quant_formats.model_config import ModelConfig
 from v4quant_kernels.progress import Progress
 
 DEFAULT_FLOOR = 32
+# Rows that are in float64 at once.
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,24 @@ class Calibration:
 
     stats: Stats
     windows: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Room:
+    """How a round works: options that say in which pieces, and where its streams live."""
+
+    options: ForwardOptions
+    store: StreamStore
+
+
+OpenRoom = Callable[[Sequence[Tensor], ForwardOptions], AbstractContextManager[Room]]
+"""Makes room for a round over some windows; leaving it drops the round's streams."""
+
+
+@contextmanager
+def all_in_memory(windows: Sequence[Tensor], options: ForwardOptions) -> Iterator[Room]:
+    """Streams in memory, all tokens through the experts at once."""
+    yield Room(options, MemoryStore())
 
 
 class MomentObserver(SilentObserver):
@@ -74,7 +95,8 @@ class MomentObserver(SilentObserver):
 
     def _add(self, layer: str, source: str, expert: int, rows: Tensor) -> None:
         stage = self.stages[layer]
-        stage.sums[source][expert] += rows.double().square().sum(0).cpu()
+        for part in torch.split(rows, _ROWS):
+            stage.sums[source][expert] += part.double().square().sum(0).cpu()
         if rows.numel():
             largest = rows.abs().amax().float().cpu()
             stage.amax[source][expert] = torch.maximum(stage.amax[source][expert], largest)
@@ -88,33 +110,24 @@ def calibrate(
     floor: int,
     progress: Progress,
     reserve: Sequence[Tensor] = (),
+    open_room: OpenRoom = all_in_memory,
 ) -> Calibration:
     """Statistics of every routed expert over the given windows (int64 ids).
 
     floor: experts with fewer tokens are starved; while there are any, windows of `reserve` are
-    drawn too.
+    drawn too. open_room: memory for each round.
     """
-    options = replace(options, expert_tokens=None)  # demand is learned from whole layers
-    drafts = drafts_of(checkpoint, config)
-    stages = [*trunk_stages(config), *drafts.stages]
+    drafts, stages = drafts_of(checkpoint, config), stages_of(checkpoint, config)
     params = CheckpointParams(checkpoint)
     demand = Demand(config, params, floor) if reserve else None
     observer = MomentObserver(config, stages, demand)
-    model = StreamModel(params, options, observer)
     drawn, left, draw = list(windows), list(reserve), list(windows)
     first: dict[str, Tensor] = {}
     while draw:
-        if demand is not None:
-            demand.begin(draw)
         progress.start("Calibrating", len(stages), "layer")
-        taps = drafts.taps(config, 1)
-        streams = stream_forward(
-            [model], config, draw, progress=lambda *_: progress.advance(1), taps=taps
-        )
-        if demand is not None and drafts.kind == "dspark":
-            demand.follow(draft_blocks(draw, config).previous)
-        stream_drafts(drafts, [model], config, draw, streams, taps)
-        progress.advance(len(drafts.stages))
+        with open_room(draw, options) as room:
+            model = StreamModel(params, room.options, observer)
+            _read(model, config, draw, drafts, demand, room.store, progress)
         progress.finish()
         first = first or {name: stage.tokens.clone() for name, stage in observer.stages.items()}
         starved = any(bool((s.tokens < floor).any()) for s in observer.stages.values())
@@ -125,3 +138,30 @@ def calibrate(
             left = [ids for i, ids in enumerate(left) if i not in chosen]
             drawn += draw
     return Calibration(Stats(checkpoint.digest(), floor, observer.stages, first), drawn)
+
+
+def stages_of(checkpoint: Checkpoint, config: ModelConfig) -> list[str]:
+    """The stages a calibration covers: the trunk's layers, and the drafts that can be run."""
+    return [*trunk_stages(config), *drafts_of(checkpoint, config).stages]
+
+
+def _read(
+    model: StreamModel,
+    config: ModelConfig,
+    windows: Sequence[Tensor],
+    drafts: Drafts,
+    demand: Demand | None,
+    store: StreamStore,
+    progress: Progress,
+) -> None:
+    """One round: trunk and drafts over some windows, for what the model's observer sees."""
+    if demand is not None:
+        demand.begin(windows)
+    taps = drafts.taps(config, 1)
+    streams = stream_forward(
+        [model], config, windows, progress=lambda *_: progress.advance(1), store=store, taps=taps
+    )
+    if demand is not None and drafts.kind == "dspark":
+        demand.follow(draft_blocks(windows, config).previous)
+    stream_drafts(drafts, [model], config, windows, streams, taps, store=store)
+    progress.advance(len(drafts.stages))

@@ -7,7 +7,8 @@ promise most to the starved. What a token id promises is learned from the rounds
 layer's table says outright which experts an id visits; in other layers each occurrence tells how
 far an expert's router score lay below the last one chosen, and ids whose occurrences came close are
 the likeliest to get there in another context. All starved experts of all layers vote, each with
-what it lacks of the floor, and one number a token id is all that is kept.
+what it lacks of the floor, and one number a token id is all that is kept. Who is starved is known
+only when a layer's last token has been routed, so a layer's router scores are kept until then.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from v4quant_formats.model_config import ModelConfig
 
 # A round draws this share of what was drawn before, so that there are few rounds.
 _ROUND = 0.5
+# Tokens whose nearness to starved experts is computed at once.
+_ROWS = 4096
 
 
 class Demand:
@@ -32,6 +35,8 @@ class Demand:
         """Nothing wanted yet. floor: tokens an expert must see."""
         self._config, self._params, self._floor = config, params, floor
         self._ids = torch.empty(0, dtype=torch.int64)
+        self._routed = 0
+        self._scores: Tensor | None = None
         self.wanted = torch.zeros(config.vocab_size, dtype=torch.float64)
 
     def begin(self, windows: Sequence[Tensor]) -> None:
@@ -44,24 +49,40 @@ class Demand:
         self._ids = token_ids
 
     def learn(self, layer: str, x: Tensor, tokens: Tensor) -> None:
-        """One layer of the round: expert inputs x `[T, hidden]`, all tokens so far, int64 `[E]`."""
+        """Tokens of one layer of the round, in order: expert inputs x `[n, hidden]`, and how many
+        tokens each expert has so far, these included, int64 `[E]`."""
         lack = (1 - tokens / self._floor).clamp_min(0).double()
         starved = lack.nonzero().squeeze(1)
-        if not len(starved):
-            return
         kind, index = layer.split(".")
-        if kind == "layers" and int(index) < self._config.num_hash_layers:
-            table = self._params(f"{layer}.ffn.gate.tid2eid")
-            self.wanted += lack[table].sum(1)
-        else:
-            self._learn_scores(layer, x, starved, lack[starved])
+        hashed = kind == "layers" and int(index) < self._config.num_hash_layers
+        first, self._routed = self._routed, self._routed + x.shape[0]
+        if len(starved) and not hashed:
+            self._keep_scores(f"{layer}.ffn.gate", x, first)
+        if self._routed < len(self._ids):
+            return
+        if len(starved) and hashed:
+            self.wanted += lack[self._params(f"{layer}.ffn.gate.tid2eid").cpu()].sum(1)
+        elif len(starved):
+            self._learn_scores(starved, lack[starved])
+        self._routed, self._scores = 0, None
 
-    def _learn_scores(self, layer: str, x: Tensor, starved: Tensor, lack: Tensor) -> None:
-        gate = f"{layer}.ffn.gate"
-        biased = softplus(x @ self._params(gate).mT).sqrt() + self._params(f"{gate}.bias")
-        last = biased.topk(self._config.num_experts_per_tok, 1).values[:, -1:]
-        below = (last - biased[:, starved.to(x.device)]).clamp_min(0)
-        near = torch.exp(-below / biased.std().clamp_min(1e-6)).double().cpu() @ lack
+    def _keep_scores(self, gate: str, x: Tensor, first: int) -> None:
+        found = softplus(x @ self._params(gate).mT).sqrt() + self._params(f"{gate}.bias")
+        if self._scores is None:
+            self._scores = torch.empty(len(self._ids), found.shape[1])
+        self._scores[first : self._routed] = found
+
+    def _learn_scores(self, starved: Tensor, lack: Tensor) -> None:
+        assert self._scores is not None
+        unit, near = self._scores.std().clamp_min(1e-6), []
+        for biased in torch.split(self._scores, _ROWS):
+            last = biased.topk(self._config.num_experts_per_tok, 1).values[:, -1:]
+            below = (last - biased[:, starved]).clamp_min(0)
+            near.append(torch.exp(-below / unit).double() @ lack)
+        self._add(torch.cat(near))
+
+    def _add(self, near: Tensor) -> None:
+        """How near each token of the round came, by the ids they stand for."""
         size = self._config.vocab_size
         seen = torch.bincount(self._ids, minlength=size)
         total = torch.bincount(self._ids, weights=near, minlength=size)

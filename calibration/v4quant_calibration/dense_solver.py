@@ -190,3 +190,16 @@ class DenseSolver:
             writer.abort()
             raise
         writer.close()
+
+
+def dense_bytes(config: ModelConfig) -> int:
+    """What solving an attention takes: the moments of what all its matrices multiply, and copies
+    and a factor of the largest."""
+    heads = config.num_attention_heads * config.head_dim // config.o_groups
+    parts = [
+        config.hidden_size**2,
+        config.q_lora_rank**2,
+        config.o_groups * heads**2,
+        (config.o_groups * config.o_lora_rank) ** 2,
+    ]
+    return 8 * sum(parts) + 40 * max(parts)

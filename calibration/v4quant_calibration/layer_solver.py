@@ -156,10 +156,7 @@ class LayerSolver(MomentObserver):
 
     def _batch(self) -> int:
         """Experts solved together within the memory cap."""
-        wide = max(self._config.hidden_size, self._config.moe_intermediate_size)
-        matrix = self._config.hidden_size * self._config.moe_intermediate_size
-        # Moments in float64 with a factor and copies in float32; weights, work space and codes.
-        return max(1, self._settings.memory // (48 * wide * wide + 64 * matrix))
+        return max(1, self._settings.memory // batch_bytes(self._config))
 
     def _solve_group(
         self,
@@ -247,3 +244,10 @@ class LayerSolver(MomentObserver):
             limit = 0.0
         hidden = expert_hidden(x, matrices[0], matrices[1], limit, self._options)
         return quantized_input(hidden * weights.unsqueeze(1), self._options)
+
+
+def batch_bytes(config: ModelConfig) -> int:
+    """What solving one expert takes: its moments in float64 with a factor and copies in float32;
+    weights, work space and codes."""
+    wide = max(config.hidden_size, config.moe_intermediate_size)
+    return 48 * wide * wide + 64 * config.hidden_size * config.moe_intermediate_size

@@ -91,13 +91,15 @@ class FileStreams(Streams):
 class Scratch:
     """A StreamStore in a folder of files. Use it in a `with`, and `remove` it when all is done."""
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, key: str, resumes: bool = True) -> None:
         """Take the folder of the run called `key` (hex) below `folder`, and what it finished.
 
-        Raises OutputError when it cannot be written or another process uses it.
+        Without `resumes` the files are room and nothing else: nothing of an earlier process is
+        taken, and no layer waits for the disk. Raises OutputError when it cannot be written or
+        another process uses it.
         """
         self.folder = folder / f"{PREFIX}{key[:24]}"
-        self._key = key
+        self._key, self._resumes = key, resumes
         self._files: dict[str, FileStreams] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +113,7 @@ class Scratch:
             raise OutputError(
                 f"{self.folder}: the same evaluation is running in another process; wait for it"
             ) from None
-        self.finished, self.notes = self._earlier()
+        self.finished, self.notes = self._earlier() if resumes else (0, {})
 
     def __enter__(self) -> Scratch:
         return self
@@ -137,6 +139,8 @@ class Scratch:
 
     def commit(self, done: int) -> None:
         """Flush, then say so. Raises OutputError."""
+        if not self._resumes:
+            return
         for name, file in self._files.items():
             if name.endswith(f".{done - 1}" if _is_tap(name) else f".{done % 2}"):
                 file.flush()

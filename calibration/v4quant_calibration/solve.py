@@ -21,20 +21,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from v4quant_calibration.calibrate import OpenRoom, all_in_memory
 from v4quant_calibration.dense_solver import DenseSolver
 from v4quant_calibration.draft_stream import drafts_of, stream_drafts
 from v4quant_calibration.layer_solver import LayerSolver
 from v4quant_calibration.model.dspark import draft_blocks, require_blocks
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.provider import CheckpointParams
-from v4quant_calibration.scratch import Scratch
 from v4quant_calibration.solution import (
     HEAD,
     SOLUTION_VERSION,
@@ -48,12 +48,11 @@ from v4quant_calibration.solution import (
 )
 from v4quant_calibration.solve_models import InputKeeper, SolvedParams
 from v4quant_calibration.solve_settings import SolveSettings
-from v4quant_calibration.stats import Stats, save_stats
-from v4quant_calibration.stream import StreamModel, StreamStore, stream_forward
+from v4quant_calibration.stats import Stats, write_stats
+from v4quant_calibration.stream import StreamModel, stream_forward
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import trunk_stages
 from v4quant_formats.model_config import ModelConfig
-from v4quant_formats.shards import write_file_atomically
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.progress import Progress
 
@@ -68,20 +67,20 @@ def solve(
     folder: Path,
     progress: Progress,
     first: Mapping[str, Tensor] | None = None,
+    open_room: OpenRoom = all_in_memory,
 ) -> Solution:
     """Solve what the settings name and windows (int64 ids) can reach; returns the finished folder.
 
-    first: what is known of the first draw (`Stats.first`). The same call again resumes, layer by
-    layer. Raises SolutionError, UnsupportedScheme for a scheme that error feedback is not for,
-    DraftError for text too short for a DSpark block, NonFiniteActivation naming what computed NaN,
-    and OutputError.
+    first: what is known of the first draw (`Stats.first`). open_room: where streams live. The same
+    call again resumes, layer by layer. Raises SolutionError, UnsupportedScheme for a scheme that
+    error feedback is not for, DraftError for text too short for a DSpark block, NonFiniteActivation
+    naming what computed NaN, and OutputError.
     """
     if settings.schemes is None and settings.scheme.element not in ("int", "ggml"):
         raise UnsupportedScheme(
             f"'{settings.scheme.name}' cannot be solved: error feedback is for integers and GGUF's "
             "block types; FP4 and FP8 schemes are cast from MXFP4, most of them exactly"
         )
-    options = replace(options, expert_tokens=None)  # a layer is solved on all its rows
     drafts = drafts_of(checkpoint, config)
     if drafts.kind == "dspark":
         require_blocks(draft_blocks(windows, config))
@@ -92,15 +91,15 @@ def solve(
     keeper = InputKeeper() if settings.propagate else None
     params, original = SolvedParams(checkpoint, folder), CheckpointParams(checkpoint)
     streaming = original if keeper is None else params
-    solver = LayerSolver(
-        checkpoint, config, stages, settings, folder, options, streaming, keeper, progress
-    )
-    models = [StreamModel(streaming, options, solver)]
-    if keeper is not None:
-        models.insert(0, StreamModel(original, options, keeper))
-    with ExitStack() as stack:
-        stack.callback(params.close)
-        store = _stream_store(config, windows, len(models), settings.memory, folder, stack)
+    with closing(params), open_room(windows, options) as room:
+        store = room.store
+        options = replace(room.options, expert_tokens=None)  # a layer is solved on all its rows
+        solver = LayerSolver(
+            checkpoint, config, stages, settings, folder, options, streaming, keeper, progress
+        )
+        models = [StreamModel(streaming, options, solver)]
+        if keeper is not None:
+            models.insert(0, StreamModel(original, options, keeper))
         taps = drafts.taps(config, len(models))
         streams = stream_forward(models, config, windows, store=store, taps=taps)
         dense = DenseSolver(checkpoint, config, settings, folder, options, streaming, keeper)
@@ -111,7 +110,7 @@ def solve(
     stats = Stats(digest, floor, solver.stages)
     if first and not settings.propagate:  # counts of the same routing
         stats = replace(stats, first=first)
-    write_file_atomically(folder / STATS_NAME, save_stats(stats))
+    write_stats(folder / STATS_NAME, stats)
     facts: dict[str, dict[str, Any]] = {
         stage: {"tokens": stats.stages[stage].tokens.tolist()} for stage in stages
     }
@@ -120,28 +119,6 @@ def solve(
             facts[name] = {}
     finish_solution(folder, header, facts)
     return load_solution(folder, digest)
-
-
-def _stream_store(
-    config: ModelConfig,
-    windows: Sequence[Tensor],
-    models: int,
-    memory: int,
-    folder: Path,
-    stack: ExitStack,
-) -> StreamStore | None:
-    """Files for the streams, when they would take more than `memory`; None keeps them in memory.
-
-    What an earlier run left there is not continued from: a solved layer is cheap to pass again,
-    and the moments of its inputs are needed.
-    """
-    row = config.hc_mult * config.hidden_size * 4
-    if 2 * models * row * sum(len(ids) for ids in windows) <= memory:
-        return None
-    scratch = stack.enter_context(Scratch(folder, hashlib.sha256(b"streams").hexdigest()))
-    scratch.finished, scratch.notes = 0, {}
-    stack.callback(scratch.remove)
-    return scratch
 
 
 def _header(

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from v4quant_formats.deepseek_v4 import parse_name
+from v4quant_formats.shards import ShardWriter, plan_shard
+from v4quant_formats.spec import DTYPE_NAMES, TensorSpec
 from v4quant_kernels.errors import V4QuantError
 
 STATS_VERSION = 2
@@ -110,8 +111,11 @@ class Stats:
         return stage, name.expert, source
 
 
-def save_stats(stats: Stats) -> bytes:
-    """The statistics file (safetensors) as bytes; the same statistics give the same bytes."""
+def write_stats(path: Path, stats: Stats) -> None:
+    """Write the statistics file (safetensors), a tensor at a time, whole or not at all.
+
+    The same statistics give the same bytes. Raises OutputError.
+    """
     tensors: dict[str, Tensor] = {}
     for name, stage in stats.stages.items():
         tensors[f"{name}.tokens"] = stage.tokens
@@ -126,7 +130,15 @@ def save_stats(stats: Stats) -> bytes:
         "floor": stats.floor,
         "stages": list(stats.stages),
     }
-    return save(tensors, metadata={"v4quant_stats": json.dumps(header)})
+    specs = [TensorSpec(k, DTYPE_NAMES[v.dtype], tuple(v.shape)) for k, v in tensors.items()]
+    writer = ShardWriter(path, plan_shard(specs, {"v4quant_stats": json.dumps(header)}))
+    try:
+        for name, value in tensors.items():
+            writer.add(name, value)
+    except BaseException:
+        writer.abort()
+        raise
+    writer.close()
 
 
 def load_stats(path: Path, source_digest: str) -> Stats:

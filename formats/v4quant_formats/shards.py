@@ -20,7 +20,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,13 @@ def shard_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     return even + sorted(odd, key=lambda s: -DTYPE_BITS[s.dtype])
 
 
-def shard_header(specs: Iterable[TensorSpec]) -> bytes:
+def shard_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None) -> bytes:
     """The length-prefixed header of a shard holding `specs` in `shard_order`.
 
-    Padded with spaces to a multiple of 8, so that the data starts aligned.
+    metadata: words for readers, beside the usual one. Padded with spaces to a multiple of 8, so
+    that the data starts aligned.
     """
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for spec in shard_order(specs):
         table[spec.name] = {
@@ -88,10 +89,10 @@ def shard_header(specs: Iterable[TensorSpec]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def plan_shard(specs: Iterable[TensorSpec]) -> FilePlan:
-    """A safetensors file holding `specs`."""
+def plan_shard(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None) -> FilePlan:
+    """A safetensors file holding `specs`, with `metadata` in its header."""
     ordered = shard_order(specs)
-    header = shard_header(ordered)
+    header = shard_header(ordered, metadata)
     placed, position = [], len(header)
     for spec in ordered:
         placed.append(replace(spec, offset=position, stride=0))

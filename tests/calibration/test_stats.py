@@ -18,8 +18,8 @@ from v4quant_calibration.stats import (
     StatsError,
     load_stats,
     merge_stats,
-    save_stats,
     stats_digest,
+    write_stats,
 )
 
 
@@ -74,10 +74,11 @@ def test_modules_without_statistics(generator: torch.Generator) -> None:
 
 def test_file_round_trip(tmp_path: Path, generator: torch.Generator) -> None:
     stats = make(generator)
-    data = save_stats(stats)
-    assert data == save_stats(stats) and len(stats_digest(data)) == 64
-    path = tmp_path / "stats.v4q"
-    path.write_bytes(data)
+    path, again = tmp_path / "stats.v4q", tmp_path / "again.v4q"
+    write_stats(path, stats)
+    write_stats(again, stats)
+    data = path.read_bytes()
+    assert data == again.read_bytes() and len(stats_digest(data)) == 64
     back = load_stats(path, "digest")
     assert (back.source_digest, back.floor, set(back.stages)) == ("digest", 10, {"layers.1"})
     a, b = stats.stages["layers.1"], back.stages["layers.1"]
@@ -93,9 +94,9 @@ def test_first_draw_is_kept(tmp_path: Path, generator: torch.Generator) -> None:
     stats = make(generator)
     first = {"layers.1": torch.tensor([60, 3, 0, 50])}
     path = tmp_path / "stats.v4q"
-    path.write_bytes(save_stats(replace(stats, first=first)))
+    write_stats(path, replace(stats, first=first))
     assert torch.equal(load_stats(path, "digest").first["layers.1"], first["layers.1"])
-    path.write_bytes(save_stats(stats))
+    write_stats(path, stats)
     assert load_stats(path, "digest").first == {}
 
 

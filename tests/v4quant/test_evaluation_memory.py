@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.support.conversion import TINY
+from tests.support.peak import peak_of
 from tests.support.synthetic import Request, write_checkpoint
 from v4quant.evaluation_memory import MemoryPlan, Work, plan_evaluation
 from v4quant.sizes import SizeError
@@ -45,7 +43,7 @@ def test_less_memory_first_spills_then_reads_experts_again() -> None:
 
 
 def test_too_little_says_how_much_it_takes() -> None:
-    with pytest.raises(SizeError, match=r"0\.30 GB is too little: this evaluation needs 0\.\d\d"):
+    with pytest.raises(SizeError, match=r"0\.30 GB is too little: this run needs 0\.\d\d"):
         plan(300 * 10**6)
 
 
@@ -67,26 +65,3 @@ def test_peak_stays_below_the_cap(tmp_path: Path) -> None:
     for key in ("tokens", "sequences"):
         assert result[key] == again[key]
     assert again["nll"] == pytest.approx(result["nll"], rel=1e-5)
-
-
-def peak_of(command: list[str], home: Path) -> tuple[int, dict[str, object]]:
-    """Peak resident bytes of a command, and the JSON it printed."""
-    code = (
-        "import json, resource, subprocess, sys; "
-        "done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, check=True); "
-        "peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss; "
-        "print(json.dumps([peak * 1024, json.loads(done.stdout)]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command],
-        stdout=subprocess.PIPE,
-        check=True,
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "XDG_CACHE_HOME": str(home),
-            "OMP_NUM_THREADS": "1",
-        },
-    )
-    peak, result = json.loads(done.stdout)
-    return peak, result

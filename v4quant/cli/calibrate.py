@@ -18,7 +18,6 @@ from v4quant.source import Source, open_source
 from v4quant_calibration.calibrate import DEFAULT_FLOOR
 from v4quant_calibration.corpus import Corpus
 from v4quant_calibration.coverage import spread
-from v4quant_calibration.solve_settings import DEFAULT_MEMORY
 from v4quant_calibration.stats import Stats
 from v4quant_formats.model_config import parse_model_config
 from v4quant_kernels.ref.ggml_blocks import SHAPES
@@ -67,7 +66,8 @@ from v4quant_kernels.ref.ggml_blocks import SHAPES
     show_default=True,
     help="With --solve: later layers are solved on what the already converted ones give them.",
 )
-@click.option("--max-memory", help="With --solve: cap on moments in work, like 6GB (default 4GiB).")
+@click.option("--max-memory", help="Cap on memory, like 6GB: streams go to files, experts' inputs "
+              "in parts, fewer experts are solved at once.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def calibrate(
     source: Source,
@@ -90,18 +90,18 @@ def calibrate(
 
     With --solve an interrupted run is resumed by the same command, layer by layer.
     """
-    memory = parse_size(max_memory) if max_memory else DEFAULT_MEMORY
+    cap = parse_size(max_memory) if max_memory else None
     recipe = _recipe(scheme, dense, recipe_file)
     options, progress = forward_options(activations, products), _output.TerminalProgress()
     with open_source(source) as checkpoint:
         config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
-        settings = solve_settings(checkpoint, recipe, propagate, memory) if recipe else None
+        settings = solve_settings(checkpoint, recipe, propagate) if recipe else None
 
         def load(limit: int | None) -> Corpus:
             return read_corpus(corpus, checkpoint, config, seq_len, limit, mode)
 
         drawn = draw_corpus(load, tokens)
-        done = calibrate_to(checkpoint, config, drawn, options, floor, settings, out, progress)
+        done = calibrate_to(checkpoint, config, drawn, options, floor, settings, out, progress, cap)
     stats, found = done.stats, coverage(done.stats)
     if as_json:
         _output.emit({"stats": str(out), "tokens": sum(map(len, done.windows)), **found})
