@@ -98,17 +98,23 @@ def size_quality_plot(result: Mapping[str, Any]) -> str:
 
 
 def _marks(points: Sequence[tuple[float, float, Any]], axis: svg.LogAxis, place: Any) -> list[str]:
-    """Dots with their names; a name that would touch an earlier one moves down."""
+    """Dots with their names, from above.
+
+    A name that would touch a higher one moves down, or up at the foot of the plot.
+    """
+
+    def height_of(y: float) -> float:
+        return TOP - 8 if not math.isfinite(y) else axis(y) if y > 0 else BOTTOM - 10
+
     parts, taken = [], list[tuple[float, float]]()
-    for x, y, part in points:
-        at = place(x)
-        height = TOP - 8 if not math.isfinite(y) else axis(y) if y > 0 else BOTTOM - 10
+    for x, y, part in sorted(points, key=lambda point: height_of(point[1])):
+        at, height = place(x), height_of(y)
         name = svg.shorten(candidate_name(part), 20)
         tip = f"{candidate_name(part)}: {size(x)}, mean KL {plain(y, 3)} nats"
         parts.append(svg.circle(at, height, 5, "local", tip))
         line = height + 4
         while any(abs(at - a) < 150 and abs(line - b) < _LABEL_HEIGHT for a, b in taken):
-            line -= _LABEL_HEIGHT
+            line += _LABEL_HEIGHT if height < BOTTOM - 4 * _LABEL_HEIGHT else -_LABEL_HEIGHT
         taken.append((at, line))
         parts.append(svg.label(at + 10, max(line, 10), name, "legend", "start"))
     return parts
