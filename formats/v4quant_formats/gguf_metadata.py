@@ -252,7 +252,8 @@ def _yarn_fields(yarn: Yarn | None) -> list[Field]:
 
 
 def _yarn_config(metadata: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-    kind = metadata.get(f"{ARCHITECTURE}.rope.scaling.type", "none")
+    scaled = f"{ARCHITECTURE}.rope.scaling.factor" in metadata
+    kind = metadata.get(f"{ARCHITECTURE}.rope.scaling.type", None if scaled else "none")
     if kind == "none":
         return None
     if kind != "yarn":

@@ -15,7 +15,7 @@ from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.engines import ENGINES, Engine
 from v4quant_formats.model_config import parse_dimensions
 from v4quant_formats.preflight.checks import CHECKS, complete, names
-from v4quant_formats.preflight.containers import container_of, gguf_shapes, onnx_findings
+from v4quant_formats.preflight.containers import container_of, onnx_findings
 from v4quant_formats.preflight.declared import Declaration
 from v4quant_formats.preflight.fit import (
     SPLITS,
@@ -25,6 +25,7 @@ from v4quant_formats.preflight.fit import (
     split_findings,
     split_problems,
 )
+from v4quant_formats.preflight.gguf_checks import GGUF_CHECKS
 from v4quant_formats.preflight.survey import Finding, survey
 from v4quant_kernels.errors import V4QuantError
 
@@ -84,9 +85,12 @@ def preflight(
     declaration = Declaration(engine, checkpoint.config, config.num_hidden_layers)
     arranged = survey(checkpoint, declaration)
     if container == "gguf":
-        findings = [f for check in (names, complete, gguf_shapes) for f in check(arranged)]
+        findings = [f for check in (names, complete) for f in check(arranged)]
+        if not findings:
+            findings = [f for check in GGUF_CHECKS for f in check(arranged)]
         size = memory(arranged, 1, context)
-        runs = () if findings else engine.experts["gguf"]
+        failed = any(f.severity == "error" for f in findings)
+        runs = () if failed else engine.experts["gguf"]
         return Preflight(engine.name, _merge(findings), runs, (1, 2, 4, 8), size)
     findings = [f for check in CHECKS for f in check(arranged)]
     findings += split_findings(arranged, tp)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.support.conversion import SCHEMES, TINY, VARIANTS, convert
+from tests.support.conversion import SCHEMES, TINY, VARIANTS
 from tests.support.defects import DEFECTS, Defect
 from tests.support.more_defects import MORE_DEFECTS, WARNED
 from tests.support.shard_bytes import EditableCheckpoint, StoredTensor
@@ -193,29 +192,3 @@ def test_every_engine_has_rules_that_agree_with_its_tables() -> None:
         assert engine.name in ENGINES and engine.experts and engine.dense
         assert set(engine.wo_a) & set(engine.dense) or engine.container != "safetensors"
         json.dumps([r.key for r in engine.config])
-
-
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = Path(__file__).parents[3] / "v4quant" / "data" / "tiny-v4"
-    folder = tmp_path_factory.mktemp("gguf") / "out"
-    convert(source, folder, "mxfp4/gguf")
-    return folder
-
-
-def test_gguf_is_for_llama_cpp(gguf: Path) -> None:
-    found = check(gguf, "llama.cpp")
-    assert found.loads and not alarms(found) and "sm86" in found.gpus and "CPU" in found.gpus
-    assert found.memory is not None and found.memory.weights > 10**7
-    for engine in ALL:
-        assert not check(gguf, engine).loads
-
-
-def test_gguf_without_a_tensor(gguf: Path) -> None:
-    with open_checkpoint(gguf) as checkpoint:
-        kept = {
-            n: s for n, s in checkpoint.tensors.items() if not n.startswith("layers.1.attn.wq_b")
-        }
-        broken = replace(checkpoint, tensors=kept)
-        found = preflight(broken, "llama.cpp")
-    assert not found.loads and "layers.1.attn.wq_b" in found.findings[0].tensor

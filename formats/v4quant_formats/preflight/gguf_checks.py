@@ -1,0 +1,106 @@
+"""Preflight of GGUF: is the model whole, in the types and with the metadata llama.cpp needs?
+
+A GGUF file describes itself, so there is no declaration to resolve, and its reader has refused what
+is malformed. What is left is what llama.cpp's loader asks for, and what it replaces by a default
+that is not V4's when it is absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from v4quant_formats.errors import FormatError
+from v4quant_formats.gguf_header import read_gguf_header
+from v4quant_formats.gguf_names import ARCHITECTURE
+from v4quant_formats.preflight.survey import Check, Finding, Survey
+from v4quant_formats.weights import find_weight
+
+_REMEDY = "convert again; the file was damaged or written wrongly"
+_TOKENIZER = "tokenizer.ggml"
+
+# Key below the architecture -> value it must have.
+_NEEDED: dict[str, Any] = {
+    "expert_shared_count": 1,
+    "expert_weights_norm": True,
+    "attention.head_count_kv": 1,
+}
+# Key of the tokenizer -> what llama.cpp does without it.
+_WITHOUT = {
+    "pre": "text is split by a default rule into other tokens",
+    "token_type": "special tokens become plain text",
+    "bos_token_id": "another token begins the text",
+    "eos_token_id": "another token ends it",
+}
+
+
+def shapes(survey: Survey) -> Iterator[Finding]:
+    """Every module decodable, and of the shape the metadata implies; hash tables of integers."""
+    for name, module in survey.modules.items():
+        try:
+            shape = find_weight(survey.checkpoint, name).shape
+        except FormatError as error:
+            yield Finding("error", "dtype", name, str(error), _REMEDY)
+            continue
+        if module.shape is not None and shape != module.shape:
+            problem = f"shape is {list(shape)}, the metadata implies {list(module.shape)}"
+            yield Finding("error", "shape", name, problem, _REMEDY)
+        dtype = next(iter(module.parts.values()))[0]
+        if name.endswith(".tid2eid") and dtype != "I32":
+            problem = f"the table of hash-routed experts is {dtype}; llama.cpp reads I32"
+            yield Finding("error", "dtype", name, problem, _REMEDY)
+
+
+def numbers(survey: Survey) -> Iterator[Finding]:
+    """Metadata that no tensor confirms."""
+    metadata, file = _metadata(survey)
+    for key, wanted in _NEEDED.items():
+        value = metadata.get(f"{ARCHITECTURE}.{key}")
+        if isinstance(value, list) and value and value.count(value[0]) == len(value):
+            value = value[0]
+        if value != wanted:
+            problem = f"'{ARCHITECTURE}.{key}' is {value!r}, V4 needs {wanted!r}"
+            yield Finding("error", "metadata", file, problem, _REMEDY)
+    for key in ("sliding_window", "index_topk"):
+        if not survey.checkpoint.config.get(key):
+            problem = f"'{key}' is {survey.checkpoint.config.get(key)!r}; attention sees nothing"
+            yield Finding("error", "metadata", file, problem, _REMEDY)
+
+
+def tokenizer(survey: Survey) -> Iterator[Finding]:
+    """The vocabulary must be there, and as large as the embedding."""
+    metadata, file = _metadata(survey)
+    tokens = metadata.get(f"{_TOKENIZER}.tokens")
+    rows = next(iter(survey.modules["embed"].parts.values()))[1][0]
+    count = len(tokens) if isinstance(tokens, list) else 0
+    if count != rows:
+        problem = f"the tokenizer has {count:,} tokens, the embedding {rows:,} rows"
+        yield Finding("error", "tokenizer", file, problem, _REMEDY)
+    for key in ("model", "merges"):
+        if not metadata.get(f"{_TOKENIZER}.{key}"):
+            problem = f"'{_TOKENIZER}.{key}' is absent; llama.cpp cannot read text"
+            yield Finding("error", "tokenizer", file, problem, _REMEDY)
+    for key, consequence in _WITHOUT.items():
+        if f"{_TOKENIZER}.{key}" not in metadata:
+            problem = f"'{_TOKENIZER}.{key}' is absent: {consequence}"
+            yield Finding("warning", "tokenizer", file, problem, _REMEDY)
+    if not metadata.get("tokenizer.chat_template"):
+        problem = "no chat template; servers fall back to another model's"
+        yield Finding("note", "tokenizer", file, problem, "pass --chat-template-file")
+
+
+def _metadata(survey: Survey) -> tuple[Mapping[str, Any], str]:
+    """Metadata of the trunk's first file, and its name."""
+    checkpoint = survey.checkpoint
+    found: list[tuple[Mapping[str, Any], str]] = []
+    for name in sorted(checkpoint.files):
+        if "-of-" in name and "-00001-of-" not in name:
+            continue
+        header = read_gguf_header(checkpoint.path / name)
+        if header.metadata.get("general.architecture") == ARCHITECTURE:
+            found.append((header.metadata, name))
+    trunk = [f for f in found if not f[0].get(f"{ARCHITECTURE}.nextn_predict_layers")]
+    return (trunk or found)[0]
+
+
+GGUF_CHECKS: tuple[Check, ...] = (shapes, numbers, tokenizer)
