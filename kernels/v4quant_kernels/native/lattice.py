@@ -160,6 +160,7 @@ class _Scratch(NamedTuple):
 
     codes: NDArray[np.uint8]  # [blocks of the tile, 16 bytes], small blocks doubled
     counts: NDArray[np.uint8]  # [blocks, 16]
+    packed_counts: NDArray[np.uint64]  # the same memory, [blocks, 2]
     exponent: NDArray[np.int64]  # [blocks]
     top: NDArray[np.int64]  # [groups]
     features: NDArray[np.float64]  # [depths*16, groups], float32 when unweighted
@@ -171,9 +172,11 @@ class _Scratch(NamedTuple):
 
 
 def _scratch(blocks: int, depths: int, number: type) -> _Scratch:
+    packed_counts = np.empty((_TILE * blocks, _CODES // 8), np.uint64)
     return _Scratch(
         np.empty((_TILE * blocks, _BLOCK // 2), np.uint8),
-        np.empty((_TILE * blocks, _CODES), np.uint8),
+        packed_counts.view(np.uint8),
+        packed_counts,
         np.empty(_TILE * blocks, np.int64),
         np.empty(_TILE, np.int64),
         np.zeros((depths * _CODES, _TILE), number),
@@ -211,7 +214,8 @@ def _round_to_bfloat16(bits):  # type: ignore[no-untyped-def]
 @compiled
 def _load(codes, exponents, start, count, table, s):  # type: ignore[no-untyped-def]
     """Fetch the tile's blocks, count their codes, and double those that use only small ones."""
-    blocks, counts, counters, doubled = s.codes, s.counts, table.counters, table.doubled
+    blocks, counts, doubled = s.codes, s.packed_counts, table.doubled
+    small, large = table.counters[0], table.counters[1]
     byte_mask, half, width = np.uint64(0xFF), np.uint64(32), _BLOCK // 2
     for i in range(count):
         for j in range(width):
@@ -220,8 +224,8 @@ def _load(codes, exponents, start, count, table, s):  # type: ignore[no-untyped-
         for _ in range(3):
             low = high = np.uint64(0)
             for j in range(width):
-                low += counters[0, blocks[i, j]]
-                high += counters[1, blocks[i, j]]
+                low += small[blocks[i, j]]
+                high += large[blocks[i, j]]
             if (low >> half) | (high >> half):
                 break  # a code of 2 or more
             if (low & byte_mask) + (high & byte_mask) == _BLOCK:
@@ -231,9 +235,7 @@ def _load(codes, exponents, start, count, table, s):  # type: ignore[no-untyped-
             for j in range(width):
                 blocks[i, j] = doubled[blocks[i, j]]
         s.exponent[i] = exponent
-        for c in range(_CODES // 2):
-            counts[i, c] = (low >> np.uint64(8 * c)) & byte_mask
-            counts[i, 8 + c] = (high >> np.uint64(8 * c)) & byte_mask
+        counts[i, 0], counts[i, 1] = low, high
 
 
 @compiled
@@ -381,8 +383,10 @@ def _encode(table, s, groups, blocks, out, place):  # type: ignore[no-untyped-de
         depth = min(s.top[g] - s.exponent[i], DEPTHS - 1)
         if table.bits == 4:
             base = (depth * count + assignment) * 256
+            wanted, source = byte_codes[base : base + 256], codes[i]
+            made = out[place + i * width : place + (i + 1) * width]
             for j in range(width):
-                out[place + i * width + j] = byte_codes[base + (codes[i, j] ^ flip)]
+                made[j] = wanted[source[j] ^ flip]
             continue
         stream, filled = 0, 0
         for j in range(width):
