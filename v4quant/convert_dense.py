@@ -106,17 +106,25 @@ def round_to_blocks(
 
 def _dense_rows(plan: Plan, stored: StoredWeight) -> Iterator[tuple[int, Tensor]]:
     """(first row, float32 rows) of a dense matrix, coded or plain."""
+    if stored.scheme is not None:
+        for start, q in _coded_rows(plan, stored):
+            values = codec.dequantize(q)
+            refuse_overflow(plan.checkpoint, stored, values)
+            yield start, values
+        return
     spec = next(iter(stored.parts.values()))
     for start in range(0, stored.shape[0], _DENSE_ROWS):
         stop = min(start + _DENSE_ROWS, stored.shape[0])
-        if stored.scheme is None:
-            values = plan.checkpoint.read_rows(spec.name, start, stop)
-            check_finite(plan.checkpoint, spec, values)
-            yield start, values.float()
-        else:
-            values = codec.dequantize(read_weight(plan.checkpoint, stored, (start, stop)))
-            refuse_overflow(plan.checkpoint, stored, values)
-            yield start, values
+        values = plan.checkpoint.read_rows(spec.name, start, stop)
+        check_finite(plan.checkpoint, spec, values)
+        yield start, values.float()
+
+
+def _coded_rows(plan: Plan, stored: StoredWeight) -> Iterator[tuple[int, QTensor]]:
+    """(first row, rows) of a coded dense matrix."""
+    for start in range(0, stored.shape[0], _DENSE_ROWS):
+        stop = min(start + _DENSE_ROWS, stored.shape[0])
+        yield start, read_weight(plan.checkpoint, stored, (start, stop))
 
 
 def widen_to_bf16(
@@ -124,7 +132,12 @@ def widen_to_bf16(
 ) -> list[TensorRecord]:
     """FP8 in BF16: exact, but for scales near 2^-127."""
     stored, name = unit.sources[0], unit.outputs[0].name
-    columns = stored.shape[1]
+    columns, scale = stored.shape[1], scale_part(stored)
+    assert scale is not None
+    if fp8_block.widens_exactly(plan.checkpoint.read(scale.name)):
+        for start, q in _coded_rows(plan, stored):
+            writer.add_piece(name, start * columns * 2, fp8_block.widen(q))
+        return [make_record(stored, "cast", "bf16")]
     altered, squared, norm, largest = 0, 0.0, 0.0, 0.0
     for start, values in _dense_rows(plan, stored):
         rounded = values.bfloat16()

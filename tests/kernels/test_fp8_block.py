@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from v4quant_kernels import native
 from v4quant_kernels.errors import NonFiniteWeight, UnsupportedScheme
+from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e8m0, fp8_block
 from v4quant_kernels.scheme import SCHEMES
 
@@ -123,6 +125,45 @@ def test_given_scale_is_used_or_refused() -> None:
     for bad in (0.0, torch.nan, torch.inf):
         with pytest.raises(NonFiniteWeight):
             fp8_block.quantize(x, FP8, scale=torch.tensor([[bad]]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_widening_keeps_every_value(
+    shape: tuple[int, int],
+    compiled: bool,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every code under every scale that `widens_exactly` allows, in float64."""
+    if not compiled:
+        monkeypatch.setattr(native, "available", lambda: False)
+    for block in ((128, 128), (32, 32)):
+        scheme = replace(FP8, block=block)
+        tiles = tuple(-(-n // b) for n, b in zip(shape, block, strict=True))
+        exponent = torch.randint(-110, 111, tiles, generator=generator)
+        codes = torch.randint(256, shape, generator=generator).byte()
+        codes[(codes & 0x7F) == 0x7F] = 0x80  # NaN is refused before
+        elements = codes.view(torch.float8_e4m3fn)
+        q = QTensor(scheme, shape, elements, e8m0.encode_exponent(exponent))
+        assert q.scale is not None and fp8_block.widens_exactly(q.scale)
+        each = exponent.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+        wanted = elements.double() * 2.0 ** each[: shape[0], : shape[1]].double()
+        got = fp8_block.widen(q)
+        assert torch.equal(got.double(), wanted)
+        assert torch.equal(got.signbit(), wanted.signbit())
+
+
+def test_which_scales_widen_exactly() -> None:
+    for exponents, exact in (
+        ([0, 110], True),
+        ([-110, 3], True),
+        ([0, 111], False),
+        ([-111], False),
+    ):
+        assert fp8_block.widens_exactly(e8m0.encode_exponent(torch.tensor([exponents]))) == exact
+    assert not fp8_block.widens_exactly(torch.tensor([[255]], dtype=torch.uint8))
+    assert not fp8_block.widens_exactly(torch.ones(1, 1)), "float32 scales may be no powers of two"
 
 
 def test_only_matrices() -> None:

@@ -19,11 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from v4quant_kernels import native
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e4m3, e8m0
 from v4quant_kernels.ref.blocks import absmax, power_of_two_exponent, require_positive
 from v4quant_kernels.scheme import Scheme
+
+# E4M3 runs from 2^-9 to 448, bfloat16 from 2^-126 to 2^127: these exponents keep well inside.
+_WIDEST = (-110, 110)
 
 
 def _tiled(x: Tensor, block: tuple[int, int]) -> Tensor:
@@ -88,3 +92,27 @@ def dequantize(q: QTensor) -> Tensor:
     tiles = _tiled(e4m3.decode(q.codes), q.scheme.block)
     multiplier = decode_scale(q.scale)
     return _untiled(tiles.mul_(multiplier[:, None, :, None]), q.shape)
+
+
+def widens_exactly(scale: Tensor) -> bool:
+    """Whether `widen` may be used: every E8M0 scale keeps E4M3 within bfloat16's normal numbers."""
+    if scale.dtype == torch.float32 or not scale.numel():
+        return False
+    low, high = (int(bound) for bound in torch.aminmax(e8m0.exponents(scale)))
+    return _WIDEST[0] <= low and high <= _WIDEST[1]
+
+
+def widen(q: QTensor) -> Tensor:
+    """bfloat16 `[N, K]`, every value exact, of a matrix for which `widens_exactly` said so."""
+    assert q.scale is not None and widens_exactly(q.scale)
+    if not (q.codes.is_cpu and native.available()):
+        return dequantize(q).bfloat16()
+    from v4quant_kernels.native.widen import widen as loop
+
+    out = torch.empty(q.shape, dtype=torch.bfloat16)
+    codes = q.codes.contiguous().view(torch.uint8).numpy()
+    own = e4m3.decode(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn))
+    table = own.bfloat16().view(torch.int16)
+    exponent = e8m0.exponents(q.scale).contiguous()
+    loop(codes, exponent.numpy(), q.scheme.block, table.numpy(), out.view(torch.int16).numpy())
+    return out
