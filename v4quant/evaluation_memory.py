@@ -158,13 +158,15 @@ def _row(config: ModelConfig) -> int:
 def _streams(config: ModelConfig, work: Work) -> int:
     """All models' streams; the reference's twice, and a candidate's beside it.
 
-    A DSpark draft reads a vector a target layer and model, and adds a model's own rows.
+    A DSpark draft reads a vector a target layer and model, and adds rows of its own: one model's
+    after the other's, or with propagation all models' at once.
     """
     rows = work.models + (2 if work.candidates else 0)
     if not work.drafts or config.dspark is None:
         return rows * work.tokens * _row(config)
-    vectors = work.drafts * len(config.dspark.target_layer_ids) + 1
-    return work.tokens * ((rows + 1) * _row(config) + vectors * _F32 * config.hidden_size)
+    live = work.models if work.together else 1
+    vectors = work.drafts * len(config.dspark.target_layer_ids) + live
+    return work.tokens * ((rows + live) * _row(config) + vectors * _F32 * config.hidden_size)
 
 
 def _records(config: ModelConfig, work: Work) -> int:
