@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from v4quant.calibration_memory import calibration_room, fit_solving, statistics_bytes
+from v4quant.devices import CPU, DeviceError, device_bytes
+from v4quant.evaluation_memory import Limits
 from v4quant.evidence import solved_part
 from v4quant.memory import return_freed_memory
 from v4quant.plan import make_plan
@@ -102,21 +105,26 @@ def calibrate_to(
     out: Path,
     progress: Progress,
     max_memory: int | None = None,
+    device: torch.device = CPU,
 ) -> Calibration:
     """Calibrate, and with `settings` solve; writes file or folder `out`.
 
     max_memory: the most bytes this may take; streams then go to files beside `out` where they must.
-    Raises what `check_floor`, `calibrate` and `solve` raise, and SizeError for too little memory.
+    device: where the pass runs. Raises what `check_floor`, `calibrate` and `solve` raise, SizeError
+    for too little memory, and DeviceError for solving elsewhere than on the CPU.
     """
     check_floor(corpus, config, floor)
+    if settings is not None and device != CPU:
+        raise DeviceError("--solve runs on the CPU: leave --device out")
     windows, first = corpus.windows, {}
     held = statistics_bytes(config, len(stages_of(checkpoint, config)))
-    rooms: OpenRoom = partial(calibration_room, config, held, max_memory, out)
+    limits = Limits.of(max_memory, device_bytes(device))
+    rooms: OpenRoom = partial(calibration_room, config, held, limits, out)
     if max_memory is not None:
         return_freed_memory()
     if settings is None or corpus.reserve:
         found = calibrate(
-            checkpoint, config, windows, options, floor, progress, corpus.reserve, rooms
+            checkpoint, config, windows, options, floor, progress, corpus.reserve, rooms, device
         )
         if settings is None:
             write_stats(out, found.stats)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from v4quant.evaluation_memory import Work, plan_evaluation
+from v4quant.evaluation_memory import Limits, Work, plan_evaluation
 from v4quant_calibration.calibrate import OpenRoom, Room
 from v4quant_calibration.dense_solver import dense_bytes
 from v4quant_calibration.layer_solver import batch_bytes
@@ -42,17 +42,17 @@ def statistics_bytes(config: ModelConfig, stages: int) -> int:
 def calibration_room(
     config: ModelConfig,
     held: int,
-    cap: int | None,
+    limits: Limits,
     out: Path,
     windows: Sequence[Tensor],
     options: ForwardOptions,
 ) -> Iterator[Room]:
-    """Memory for a round of calibration: pieces that fit `cap`, streams beside `out` if need be.
+    """Memory for a round of calibration: pieces within the limits, streams beside `out` if need be.
 
     held: bytes of the statistics. Raises SizeError, and OutputError for files.
     """
     work = _work(config, windows, 1, held)
-    plan = plan_evaluation(config, work, cap)
+    plan = plan_evaluation(config, work, limits)
     with _store(plan.spill, out) as store:
         yield Room(plan.apply(options), store)
 
@@ -81,7 +81,7 @@ def fit_solving(
     dense = any(".attn." in module for module in settings.schemes or ())
     least = max(batch_bytes(config), dense_bytes(config) if dense else 0)
     work = replace(_work(config, windows, models, held + beside + least), together=True)
-    plan = plan_evaluation(config, work, cap)
+    plan = plan_evaluation(config, work, Limits(cap))
     fitted = replace(settings, memory=least + cap - plan.nbytes)
     return fitted, partial(_solving_room, plan.spill, plan.apply, out)
 

@@ -1,4 +1,4 @@
-"""Where experts are recoded and searched: the CPU, or a GPU that computes the same bits."""
+"""Where arithmetic is done: the CPU, or a GPU, which recodes and searches to the same bits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from v4quant_kernels.errors import V4QuantError
 
 CPU = torch.device("cpu")
+_SHARE = 0.8
 
 
 class DeviceError(V4QuantError):
@@ -26,3 +27,13 @@ def find_device(name: str) -> torch.device:
         found = f"{count} CUDA device{'s' * (count > 1)}" if count else "no CUDA device"
         raise DeviceError(f"--device {name}: there is {found} here; use cpu")
     return device
+
+
+def device_bytes(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory that a run may plan with, None for the CPU.
+
+    A share of all of it, not of what is free now, so that the same command plans the same run.
+    """
+    if device.type == "cpu":
+        return None
+    return int(_SHARE * torch.cuda.mem_get_info(device)[1])

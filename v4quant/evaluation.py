@@ -11,14 +11,15 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from v4quant import __version__
-from v4quant.evaluation_memory import plan_evaluation, work_of
+from v4quant.devices import CPU, device_bytes
+from v4quant.evaluation_memory import Limits, plan_evaluation, work_of
 from v4quant.inspection import inspect_checkpoint
 from v4quant.memory import return_freed_memory
 from v4quant.saved_logits import LogitFacts, LogitsError, LogitsFile, SavedLogits
@@ -67,12 +68,15 @@ class Resources:
     """max_memory: the most bytes an evaluation may take. scratch: folder for streams, which then
     always go there, so that the same evaluation goes on when it is started again after a crash.
 
+    device: where the arithmetic is done; a GPU's memory is then limited by `max_memory` as well.
+
     Without a scratch folder, streams go to files only when memory is short, below the user's cache
     folder.
     """
 
     max_memory: int | None = None
     scratch: Path | None = None
+    device: torch.device = CPU
 
 
 UNLIMITED = Resources()
@@ -105,18 +109,19 @@ def evaluate_checkpoint(
     ran = measures.with_needles(corpus)
     config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
     work = work_of(ran, len(candidates) if runs else 0, floors, weights, measures.draft)
-    plan = plan_evaluation(config, work, resources.max_memory, resources.scratch is not None)
+    limits = Limits.of(resources.max_memory, device_bytes(resources.device))
+    plan = plan_evaluation(config, work, limits, resources.scratch is not None)
     in_pieces = plan.apply(options)
     if resources.max_memory is not None:
         return_freed_memory()
     with ExitStack() as opened:
-        room, scratch = Room(tile=plan.tile), None
+        room, scratch = Room(tile=plan.tile, device=resources.device), None
         if plan.spill:
             run = [*candidates, reference] if runs and reference is not None else candidates
-            kind = f"{floors} {bool(files.reference)} {measures.draft}"
+            kind = f"{floors} {bool(files.reference)} {measures.draft} {resources.device.type}"
             key = _run_key(run, ran, in_pieces, kind)
             scratch = opened.enter_context(Scratch(resources.scratch or _cache_folder(), key))
-            room = Room(scratch, plan.tile)
+            room = replace(room, store=scratch)
         if files.reference is not None:
             saved = opened.enter_context(SavedLogits(files.reference))
             _check_saved(saved, checkpoint, reference, corpus, options)
@@ -143,6 +148,7 @@ def evaluate_checkpoint(
         "seq_len": max(lengths),
         "activations": options.activations,
         "products": options.products,
+        "device": resources.device.type,
         **all_figures[0],
     }
     if files.reference is not None:

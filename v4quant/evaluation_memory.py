@@ -6,6 +6,9 @@ through the experts at once, which reads the experts' weights more than once a l
 become smaller, which costs speed. The estimate is made of shapes alone, never of what the process
 happens to hold, so that the same command plans the same run again, and a run that was killed can be
 continued. It is meant to be too high rather than too low: a test measures it from outside.
+
+With the arithmetic on a GPU, weights of a sublayer and the pieces in work are there, the streams
+stay with the host, and a cap holds for either memory.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from v4quant_formats.model_config import CSA_RATIO, HCA_RATIO, ModelConfig
 # Interpreter, torch and the other libraries, threads' stacks, allocator slack.
 _BASE_BYTES = 400 * 2**20
 _SLACK = 1.15
+# What CUDA and its libraries take of a GPU before the first tensor.
+_CONTEXT_BYTES = 700 * 2**20
 # float32, and what decoding a matrix needs beside its result, as multiples of it.
 _F32 = 4
 _DECODING = 2.5
@@ -63,8 +68,24 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """The most bytes of the host's memory, and of a GPU's where one does the arithmetic."""
+
+    host: int | None = None
+    device: int | None = None
+
+    @staticmethod
+    def of(cap: int | None, device_memory: int | None) -> Limits:
+        """A cap for either memory, and the GPU's own size."""
+        if cap is None or device_memory is None:
+            return Limits(cap, device_memory)
+        return Limits(cap, min(cap, device_memory))
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
-    """How an evaluation keeps within its cap; `nbytes` is the estimated peak."""
+    """How an evaluation keeps within its limits: `nbytes` and `device_bytes` are the estimated
+    peaks."""
 
     spill: bool
     row_chunk: int
@@ -72,6 +93,7 @@ class MemoryPlan:
     expert_tokens: int | None
     tile: TileSize
     nbytes: int
+    device_bytes: int = 0
 
     def apply(self, options: ForwardOptions) -> ForwardOptions:
         """Options that work in the plan's pieces."""
@@ -84,23 +106,28 @@ class MemoryPlan:
 
 
 def plan_evaluation(
-    config: ModelConfig, work: Work, cap: int | None, on_disk: bool = False
+    config: ModelConfig, work: Work, limits: Limits, on_disk: bool = False
 ) -> MemoryPlan:
-    """The fastest way within `cap` bytes (None: no cap). on_disk: streams go to files anyway.
+    """The fastest way within the limits. on_disk: streams go to files anyway.
 
     Raises SizeError when even the smallest pieces do not fit.
     """
     plans = [
-        _plan(config, work, cap, spill, pieces)
+        _plan(config, work, limits, spill, pieces)
         for spill in ([True] if on_disk else [False, True])
         for pieces in _PIECES
     ]
-    if cap is None:
-        return plans[0]
     for plan in plans:
-        if plan.nbytes <= cap:
+        host = limits.host is None or plan.nbytes <= limits.host
+        if host and (limits.device is None or plan.device_bytes <= limits.device):
             return plan
-    least = min(plan.nbytes for plan in plans)
+    least = min(plan.device_bytes for plan in plans)
+    if limits.device is not None and least > limits.device:
+        raise SizeError(
+            f"{limits.device / 1e9:.2f} GB of the GPU's memory are too little: this run needs "
+            f"{least / 1e9:.2f} GB there"
+        )
+    least, cap = min(plan.nbytes for plan in plans), limits.host or 0
     raise SizeError(
         f"--max-memory {cap / 1e9:.2f} GB is too little: this run needs {least / 1e9:.2f} GB"
     )
@@ -118,37 +145,38 @@ def work_of(
 def _plan(
     config: ModelConfig,
     work: Work,
-    cap: int | None,
+    limits: Limits,
     spill: bool,
     pieces: tuple[int, int, int, int],
 ) -> MemoryPlan:
     rows, queries, tile_rows, tile_columns = pieces
     tile = TileSize(tile_rows, min(tile_columns, config.vocab_size))
-    fixed = _BASE_BYTES + _SLACK * (
-        work.held
-        + _records(config, work)
-        + (0 if spill else _streams(config, work))
-        + max(
-            _attention(config, work, min(rows, max(work.lengths)), queries),
-            _logits(config, work, tile) if work.scored else 0,
-            _comparison(config) if work.weights and work.candidates else 0,
-        )
+    comparison = _comparison(config) if work.weights and work.candidates else 0
+    records = _records(config, work)
+    kept = work.held + records + (0 if spill else _streams(config, work))
+    fixed = max(
+        _attention(config, work, min(rows, max(work.lengths)), queries),
+        _logits(config, work, tile) if work.scored else 0,
     )
+    if limits.device is None:
+        cap, base = limits.host, _BASE_BYTES + _SLACK * kept
+        fixed = max(fixed, comparison)
+    else:
+        cap, base = limits.device, _CONTEXT_BYTES + _SLACK * records
     # The experts' turn comes after attention's is over.
-    base = _BASE_BYTES + _SLACK * (
-        work.held
-        + _records(config, work)
-        + (0 if spill else _streams(config, work))
-        + _experts(config, min(rows, work.tokens))
-    )
-    each = _SLACK * _token(config)
-    tokens = work.tokens
-    if cap is not None and not work.together and base + each * tokens > cap:
-        fitting = int((cap - base) // each)
-        tokens = max(fitting, min(_LEAST_TOKENS, work.tokens)) if spill else tokens
-    nbytes = int(max(fixed, base + each * tokens))
-    through = None if tokens == work.tokens else tokens
-    return MemoryPlan(spill, rows, queries, through, tile, nbytes)
+    through = base + _SLACK * _experts(config, min(rows, work.tokens))
+    each, tokens = _SLACK * _token(config), work.tokens
+    if cap is not None and not work.together and through + each * tokens > cap:
+        fitting = int((cap - through) // each)
+        may = spill or limits.device is not None
+        tokens = max(fitting, min(_LEAST_TOKENS, work.tokens)) if may else tokens
+    nbytes = int(max(base + _SLACK * fixed, through + each * tokens))
+    at_once = None if tokens == work.tokens else tokens
+    if limits.device is None:
+        return MemoryPlan(spill, rows, queries, at_once, tile, nbytes)
+    beside = max(comparison, _widest(config)) + 2 * rows * _row(config)
+    host = int(_BASE_BYTES + _SLACK * (kept + beside))
+    return MemoryPlan(spill, rows, queries, at_once, tile, host, nbytes)
 
 
 def _row(config: ModelConfig) -> int:
@@ -237,10 +265,14 @@ def _logits(config: ModelConfig, work: Work, tile: TileSize) -> int:
 
 def _comparison(config: ModelConfig) -> int:
     """Two dense matrices and the decoding of one."""
+    return int(_widest(config) * (2 + 2 * _DECODING))
+
+
+def _widest(config: ModelConfig) -> int:
+    """The largest matrix but the vocabulary's, in float32."""
     heads = config.num_attention_heads * config.head_dim
-    largest = max(
+    return _F32 * max(
         heads * config.q_lora_rank,
         config.hidden_size * config.o_groups * config.o_lora_rank,
         config.moe_intermediate_size * config.hidden_size,
     )
-    return int(_F32 * largest * (2 + 2 * _DECODING))

@@ -20,7 +20,7 @@ from v4quant_calibration.draft_stream import Drafts, drafts_of, stream_drafts
 from v4quant_calibration.model.dspark import draft_blocks
 from v4quant_calibration.model.observer import SilentObserver
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_calibration.provider import CheckpointParams
+from v4quant_calibration.provider import CPU, CheckpointParams
 from v4quant_calibration.stats import StageStats, Stats
 from v4quant_calibration.stream import MemoryStore, StreamModel, StreamStore, stream_forward
 from v4quant_formats.checkpoint import Checkpoint
@@ -111,14 +111,15 @@ def calibrate(
     progress: Progress,
     reserve: Sequence[Tensor] = (),
     open_room: OpenRoom = all_in_memory,
+    device: torch.device = CPU,
 ) -> Calibration:
     """Statistics of every routed expert over the given windows (int64 ids).
 
     floor: experts with fewer tokens are starved; while there are any, windows of `reserve` are
-    drawn too. open_room: memory for each round.
+    drawn too. open_room: memory for each round. device: where the arithmetic is done.
     """
     drafts, stages = drafts_of(checkpoint, config), stages_of(checkpoint, config)
-    params = CheckpointParams(checkpoint)
+    params = CheckpointParams(checkpoint, device)
     demand = Demand(config, params, floor) if reserve else None
     observer = MomentObserver(config, stages, demand)
     drawn, left, draw = list(windows), list(reserve), list(windows)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from v4quant_calibration.corpus import Corpus
 from v4quant_calibration.divergence import DivergenceError, TokenRecords, summarise
 from v4quant_calibration.draft import DraftMember, score_drafts
@@ -20,7 +22,7 @@ from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.streams import Streams
 from v4quant_calibration.needle import Needles, needle_figures
 from v4quant_calibration.noise_floor import floor_options
-from v4quant_calibration.provider import CheckpointParams
+from v4quant_calibration.provider import CPU, CheckpointParams
 from v4quant_calibration.scoring import (
     SMALL_TILES,
     LogitSink,
@@ -66,10 +68,12 @@ class Measures:
 
 @dataclass(frozen=True)
 class Room:
-    """Where the run's streams live, and of how many logits at once it may make use."""
+    """Where the run's streams live, of how many logits at once it may make use, and which device
+    does the arithmetic."""
 
     store: StreamStore = field(default_factory=MemoryStore)
     tile: TileSize = SMALL_TILES
+    device: torch.device = CPU
 
 
 def evaluate(
@@ -112,8 +116,9 @@ def evaluate_all(
         _check_same_model(_config(checkpoint), config, checkpoint, reference)
     experts = config.n_routed_experts
     watch = LayerWatch(experts, keep_outputs=True)
-    original = StreamModel(CheckpointParams(reference), options, watch, name=str(reference.path))
-    candidates = [_candidate(c, options, experts) for c in checkpoints]
+    params = CheckpointParams(reference, room.device)
+    original = StreamModel(params, options, watch, name=str(reference.path))
+    candidates = [_candidate(c, options, experts, room.device) for c in checkpoints]
     variants = floor_options(options, measures.floors)
     floors = [replace(original, options=o, observer=None) for _, o in variants]
     layers = LayerNotes(room.store, config, original, candidates)
@@ -150,9 +155,11 @@ def _config(checkpoint: Checkpoint) -> ModelConfig:
     return parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
 
 
-def _candidate(checkpoint: Checkpoint, options: ForwardOptions, experts: int) -> StreamModel:
+def _candidate(
+    checkpoint: Checkpoint, options: ForwardOptions, experts: int, device: torch.device
+) -> StreamModel:
     return StreamModel(
-        CheckpointParams(checkpoint),
+        CheckpointParams(checkpoint, device),
         options,
         LayerWatch(experts, keep_outputs=False),
         LayerWatch(experts, keep_outputs=True, keep_picks=False),
@@ -183,7 +190,8 @@ def _alone(
     room: Room,
 ) -> dict[str, Any]:
     config, text = _config(checkpoint), measures.with_needles(corpus)
-    model = StreamModel(CheckpointParams(checkpoint), options, name=str(checkpoint.path))
+    params = CheckpointParams(checkpoint, room.device)
+    model = StreamModel(params, options, name=str(checkpoint.path))
     taps = measures.taps(config, 1)
     streams = _run([model], config, text, progress, room, taps=taps)
     scores = score([model], config, text, streams, progress, sink, room.tile)
@@ -212,7 +220,8 @@ def evaluate_saved(
     There are no figures of layers, which need the reference's streams. Raises as `evaluate` does.
     """
     config, room = _config(checkpoint), room or Room()
-    model = StreamModel(CheckpointParams(checkpoint), options, name=str(checkpoint.path))
+    params = CheckpointParams(checkpoint, room.device)
+    model = StreamModel(params, options, name=str(checkpoint.path))
     variants = floor_options(options, measures.floors)
     models = [model, *(replace(model, options=o) for _, o in variants)]
     streams = _run(models, config, corpus, progress, room)

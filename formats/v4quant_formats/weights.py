@@ -23,6 +23,7 @@ from v4quant_kernels.ref import e4m3
 from v4quant_kernels.ref.codec import dequantize
 from v4quant_kernels.scheme import SCHEMES, ScaleFormat, Scheme
 
+_CPU = torch.device("cpu")
 _FLOATS = ("BF16", "F32", "F16")
 _SCALE_PARTS = ("scale", "weight_scale", "weight_scale_inv")
 _FP8_SCALES: dict[str, ScaleFormat] = {"F8_E8M0": "e8m0", "U8": "e8m0", "F32": "f32"}
@@ -307,33 +308,35 @@ def _not_finite(checkpoint: Checkpoint, spec: TensorSpec) -> str:
     )
 
 
-def read_dense(checkpoint: Checkpoint, module: str) -> Tensor:
+def read_dense(checkpoint: Checkpoint, module: str, device: torch.device = _CPU) -> Tensor:
     """A module's values in float32 (integer tables as stored): what the forward pass computes with.
 
-    Exact for every stored format. Raises as `find_weight` and `read_weight` do.
+    They are decoded on `device`, so that codes and not values travel there. Exact for every stored
+    format. Raises as `find_weight` and `read_weight` do.
     """
     stored = find_weight(checkpoint, module)
     if stored.scheme is not None:
-        return dequantize(read_weight(checkpoint, stored))
+        return dequantize(read_weight(checkpoint, stored).to(device))
     value = checkpoint.read(next(iter(stored.parts.values())).name)
     if not value.is_floating_point():
-        return value
+        return value.to(device)
     check_finite(checkpoint, next(iter(stored.parts.values())), value)
-    return value.float()
+    return value.to(device).float()
 
 
-def read_dense_rows(checkpoint: Checkpoint, module: str, start: int, stop: int) -> Tensor:
+def read_dense_rows(
+    checkpoint: Checkpoint, module: str, start: int, stop: int, device: torch.device = _CPU
+) -> Tensor:
     """Rows start .. stop - 1 of `read_dense`; only they, and what shares a scale, are read."""
     stored = find_weight(checkpoint, module)
     if stored.scheme is not None:
         height = stored.scheme.block[0]
         first, last = start // height * height, min(-(-stop // height) * height, stored.shape[0])
-        return dequantize(read_weight(checkpoint, stored, (first, last)))[
-            start - first : stop - first
-        ]
+        coded = read_weight(checkpoint, stored, (first, last)).to(device)
+        return dequantize(coded)[start - first : stop - first]
     spec = next(iter(stored.parts.values()))
     value = checkpoint.read_rows(spec.name, start, stop)
     if not value.is_floating_point():
-        return value
+        return value.to(device)
     check_finite(checkpoint, spec, value)
-    return value.float()
+    return value.to(device).float()

@@ -19,6 +19,7 @@ from tests.support.peak import peak_of
 from tests.support.synthetic import Request, write_checkpoint
 from v4quant.calibration import DrawnCorpus, calibrate_to
 from v4quant.calibration_memory import calibration_room, fit_solving, statistics_bytes
+from v4quant.evaluation_memory import Limits
 from v4quant.sizes import SizeError
 from v4quant_calibration.calibrate import Calibration, OpenRoom, Room, all_in_memory, calibrate
 from v4quant_calibration.model.options import ForwardOptions
@@ -63,14 +64,16 @@ def test_pieces_and_files_change_nothing(tmp_path: Path, generator: torch.Genera
 def test_rounds_leave_no_files(tmp_path: Path) -> None:
     windows = [torch.zeros(5000, dtype=torch.int64)] * 40
     held = statistics_bytes(CONFIG, 5)
-    room = partial(calibration_room, CONFIG, held, 600 * 2**20, tmp_path / "stats.v4q")
+    room = partial(calibration_room, CONFIG, held, Limits(600 * 2**20), tmp_path / "stats.v4q")
     with room(windows, ForwardOptions()) as opened:
         assert isinstance(opened.store, Scratch)
         assert list(tmp_path.glob(f"{PREFIX}*"))
         assert opened.options.expert_tokens is not None
     assert not list(tmp_path.iterdir())
     with pytest.raises(SizeError, match="this run needs"):
-        calibration_room(CONFIG, held, 10**6, tmp_path, windows, ForwardOptions()).__enter__()
+        calibration_room(
+            CONFIG, held, Limits(10**6), tmp_path, windows, ForwardOptions()
+        ).__enter__()
 
 
 def test_solving_gets_what_is_left(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from tests.support.conversion import TINY
 from tests.support.peak import peak_of
 from tests.support.synthetic import Request, write_checkpoint
-from v4quant.evaluation_memory import MemoryPlan, Work, plan_evaluation
+from v4quant.evaluation_memory import Limits, MemoryPlan, Work, plan_evaluation
 from v4quant.sizes import SizeError
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_formats.model_config import load_model_config
@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 def plan(cap: int | None, work: Work = WORK, on_disk: bool = False) -> MemoryPlan:
-    return plan_evaluation(CONFIG, work, cap, on_disk)
+    return plan_evaluation(CONFIG, work, Limits(cap), on_disk)
 
 
 def test_less_memory_first_spills_then_reads_experts_again() -> None:
@@ -40,6 +40,19 @@ def test_less_memory_first_spills_then_reads_experts_again() -> None:
     assert through == sorted(through, reverse=True) and through[-1] < WORK.tokens
     options = seen[-1].apply(ForwardOptions(activations="official"))
     assert options.official and options.expert_tokens == through[-1]
+
+
+def test_a_gpu_has_a_limit_of_its_own() -> None:
+    """Streams stay with the host; what is in work fits the GPU, in smaller pieces if it must."""
+    free = plan_evaluation(CONFIG, WORK, Limits(None, 24 * GIB))
+    assert not free.spill and free.expert_tokens is None
+    assert free.device_bytes < 24 * GIB and free.nbytes < plan(None).nbytes
+    small = plan_evaluation(CONFIG, WORK, Limits.of(None, GIB))
+    assert small.device_bytes <= GIB and small.expert_tokens is not None and not small.spill
+    capped = plan_evaluation(CONFIG, WORK, Limits.of(GIB, 24 * GIB))
+    assert capped.nbytes <= GIB >= capped.device_bytes and capped.spill
+    with pytest.raises(SizeError, match=r"0\.10 GB of the GPU's memory are too little.*0\.\d\d GB"):
+        plan_evaluation(CONFIG, WORK, Limits.of(None, 10**8))
 
 
 def test_too_little_says_how_much_it_takes() -> None:

@@ -12,6 +12,7 @@ from v4quant.calibration import calibrate_to, draw_corpus, solve_settings
 from v4quant.cli import _output
 from v4quant.cli._options import corpus_options, forward_options, products_option, read_corpus
 from v4quant.cli._source import SOURCE
+from v4quant.devices import find_device
 from v4quant.recipe import Recipe, read_toml, recipe_from_table
 from v4quant.sizes import parse_size
 from v4quant.source import Source, open_source
@@ -66,6 +67,8 @@ from v4quant_kernels.ref.ggml_blocks import SHAPES
     show_default=True,
     help="With --solve: later layers are solved on what the already converted ones give them.",
 )
+@click.option("--device", default="cpu", show_default=True, help="Where the pass runs: cpu, cuda, "
+              "cuda:0, ...")  # fmt: skip
 @click.option("--max-memory", help="Cap on memory, like 6GB: streams go to files, experts' inputs "
               "in parts, fewer experts are solved at once.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -83,6 +86,7 @@ def calibrate(
     dense: str,
     recipe_file: Path | None,
     propagate: bool,
+    device: str,
     max_memory: str | None,
     as_json: bool,
 ) -> None:
@@ -90,7 +94,7 @@ def calibrate(
 
     With --solve an interrupted run is resumed by the same command, layer by layer.
     """
-    cap = parse_size(max_memory) if max_memory else None
+    cap, where = parse_size(max_memory) if max_memory else None, find_device(device)
     recipe = _recipe(scheme, dense, recipe_file)
     options, progress = forward_options(activations, products), _output.TerminalProgress()
     with open_source(source) as checkpoint:
@@ -101,7 +105,9 @@ def calibrate(
             return read_corpus(corpus, checkpoint, config, seq_len, limit, mode)
 
         drawn = draw_corpus(load, tokens)
-        done = calibrate_to(checkpoint, config, drawn, options, floor, settings, out, progress, cap)
+        done = calibrate_to(
+            checkpoint, config, drawn, options, floor, settings, out, progress, cap, where
+        )
     stats, found = done.stats, coverage(done.stats)
     if as_json:
         _output.emit({"stats": str(out), "tokens": sum(map(len, done.windows)), **found})

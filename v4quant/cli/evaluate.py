@@ -19,6 +19,7 @@ from v4quant.cli._options import (
     tool_facts,
 )
 from v4quant.cli._source import SOURCE
+from v4quant.devices import find_device
 from v4quant.evaluation import LogitFiles, Resources, evaluate_checkpoint
 from v4quant.report import render_html, render_markdown
 from v4quant.sizes import parse_size
@@ -54,6 +55,8 @@ from v4quant_formats.shards import write_file_atomically
 )
 @click.option("--needle", is_flag=True, help="Also hide a sentence in the text at several depths "
               "and ask for it.")  # fmt: skip
+@click.option("--device", default="cpu", show_default=True, help="Where the pass runs: cpu, cuda, "
+              "cuda:0, ...")  # fmt: skip
 @click.option("--max-memory", help="Cap on memory, like 6GB: streams go to files, then pieces "
               "become smaller.")  # fmt: skip
 @click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Keep streams "
@@ -79,6 +82,7 @@ def evaluate(
     floors: int,
     draft: bool,
     needle: bool,
+    device: str,
     max_memory: str | None,
     scratch: Path | None,
     as_json: bool,
@@ -94,7 +98,7 @@ def evaluate(
         raise click.UsageError("--save-logits writes one checkpoint's: leave --candidate out")
     if save_top_k is not None and save_logits is None:
         raise click.UsageError("--save-top-k says how --save-logits writes: give that, too")
-    cap = parse_size(max_memory) if max_memory else None
+    cap, where = parse_size(max_memory) if max_memory else None, find_device(device)
     with ExitStack() as opened:
         checkpoint = opened.enter_context(open_source(source))
         base = opened.enter_context(open_source(reference)) if reference is not None else None
@@ -114,7 +118,7 @@ def evaluate(
             weights,
             Measures(floors, draft, needles),
             [opened.enter_context(open_source(other)) for other in others],
-            Resources(cap, scratch),
+            Resources(cap, scratch, where),
         )
     result = {"tool": tool_facts(), **result}
     if report is not None:

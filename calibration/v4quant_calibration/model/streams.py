@@ -3,7 +3,8 @@
 Between two layers a model is its residual streams, `hc_mult * hidden` numbers a token. The tokens
 of all sequences lie end to end, so that a layer can take any range of them: attention goes sequence
 by sequence, experts take as many tokens as memory allows. Where the rows live is not the layer's
-business: here they live in memory, in `scratch.py` in files.
+business: here they live in memory, in `scratch.py` in files. A GPU gets the rows in work only: the
+streams of all models and tokens are what would not fit there.
 
 Rows are stored in the dtype they are computed in, so storing never changes a result.
 """
@@ -82,16 +83,16 @@ class Streams(ABC, Sequence[Tensor]):
 
 
 class MemoryStreams(Streams):
-    """Rows in memory."""
+    """Rows in the host's memory."""
 
     def __init__(self, shape: StreamShape) -> None:
         """Allocate the rows."""
         super().__init__(shape)
-        self._rows = torch.empty((shape.tokens, *shape.row), dtype=shape.dtype, device=shape.device)
+        self._rows = torch.empty((shape.tokens, *shape.row), dtype=shape.dtype)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """A view of the rows."""
-        return self._rows[start:stop]
+        """A view of the rows; a copy where the arithmetic is on a GPU."""
+        return self._rows[start:stop].to(self.shape.device)
 
     def write(self, start: int, rows: Tensor) -> None:
         """Copy rows in."""

@@ -1,0 +1,120 @@
+"""`--device`: all of a pass happens where it should, tried on a device that is only pretended.
+
+On a real GPU, `TRITON_INTERPRET=0 pytest -m gpu` compares its figures with the CPU's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.support.conversion import TINY
+from tests.support.pretend_device import DEVICE, PretendDevice
+from v4quant import calibration, evaluation
+from v4quant.calibration import DrawnCorpus, calibrate_to
+from v4quant.devices import DeviceError
+from v4quant.evaluation import Resources, evaluate_checkpoint
+from v4quant_calibration.corpus import Corpus, CorpusPart
+from v4quant_calibration.evaluate import Measures
+from v4quant_calibration.model.options import ForwardOptions
+from v4quant_calibration.solve_settings import SolveSettings
+from v4quant_calibration.stats import Stats
+from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_formats.model_config import load_model_config
+from v4quant_kernels.progress import SilentProgress
+from v4quant_kernels.scheme import get_scheme
+
+CONFIG = load_model_config(TINY)
+
+
+@pytest.fixture
+def windows() -> list[Tensor]:
+    ids = load_file(TINY.parent / "tiny-a.reference.safetensors")["input_ids"][0]
+    return [ids[:150], ids[150:217]]  # the first is long enough for the indexer
+
+
+@pytest.fixture(autouse=True)
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (evaluation, calibration):
+        genuine = module.device_bytes
+        monkeypatch.setattr(
+            module, "device_bytes", lambda d, g=genuine: 24 * 2**30 if d == DEVICE else g(d)
+        )
+
+
+def figures(
+    windows: list[Tensor], candidate: Path, options: ForwardOptions, resources: Resources
+) -> dict[str, Any]:
+    corpus = Corpus([CorpusPart("a", windows)])
+    with open_checkpoint(candidate) as mine, open_checkpoint(TINY) as base:
+        return evaluate_checkpoint(
+            mine, base, corpus, options, SilentProgress(), weights=False,
+            measures=Measures(draft=True), resources=resources,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("activations", ["plain", "official"])
+def test_evaluation_elsewhere(
+    windows: list[Tensor], converted: Callable[[str], Path], activations: Any, tmp_path: Path
+) -> None:
+    options = ForwardOptions(activations)
+    here = figures(windows, converted("int4-g128"), options, Resources())
+    with PretendDevice() as pretended:
+        resources = Resources(device=DEVICE, scratch=tmp_path)
+        there = figures(windows, converted("int4-g128"), options, resources)
+    assert here.pop("device") == "cpu" and there.pop("device") == "cuda"
+    assert pretended.products[0] > 500 and pretended.products[1] == 0
+    assert there == here and here["kl_mean"] > 0
+
+
+def statistics(windows: list[Tensor], out: Path, device: torch.device) -> Stats:
+    with open_checkpoint(TINY) as checkpoint:
+        return calibrate_to(
+            checkpoint, CONFIG, DrawnCorpus(windows[:1], windows[1:]), ForwardOptions(), 100, None,
+            out, SilentProgress(), device=device,
+        ).stats  # fmt: skip
+
+
+def test_calibration_elsewhere(windows: list[Tensor], tmp_path: Path) -> None:
+    statistics(windows, tmp_path / "here", torch.device("cpu"))
+    with PretendDevice() as pretended:
+        statistics(windows, tmp_path / "there", DEVICE)
+    assert pretended.products[0] > 100
+    assert (tmp_path / "here").read_bytes() == (tmp_path / "there").read_bytes()
+
+
+def test_the_pretended_device_catches_mixing() -> None:
+    with PretendDevice():
+        there = torch.ones(3, device=DEVICE)
+        assert there.device == DEVICE and (there * 2).is_cuda and not there.cpu().is_cuda
+        with pytest.raises(RuntimeError, match="two devices"):
+            there + torch.ones(3)
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()
+
+
+def test_solving_stays_on_the_cpu(windows: list[Tensor], tmp_path: Path) -> None:
+    with open_checkpoint(TINY) as checkpoint, pytest.raises(DeviceError, match="--solve"):
+        calibrate_to(
+            checkpoint, CONFIG, DrawnCorpus(windows, []), ForwardOptions(), 4,
+            SolveSettings(get_scheme("int4-g32")), tmp_path / "s", SilentProgress(), device=DEVICE,
+        )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_a_gpu_gives_the_same_figures(
+    windows: list[Tensor], converted: Callable[[str], Path], products: torch.dtype
+) -> None:
+    options = ForwardOptions(matmul_dtype=products)
+    here = figures(windows, converted("int4-g128"), options, Resources())
+    there = figures(windows, converted("int4-g128"), options, Resources(device=DEVICE))
+    for key in ("nll", "reference_perplexity", "kl_mean"):
+        assert there[key] == pytest.approx(here[key], rel=1e-3), key
+    assert figures(windows, TINY, options, Resources(device=DEVICE))["kl_mean"] == 0
