@@ -92,6 +92,13 @@ def _time_graph(calls: Sequence[Callable[[], object]]) -> Timing:
     return Timing(statistics.median(times), max(times) - min(times))
 
 
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return platform.processor() or platform.machine()
+
+
 def measure_machine(device: str) -> Machine:
     """The limits of `device`, measured now."""
     cuda = device == "cuda"
@@ -101,7 +108,7 @@ def measure_machine(device: str) -> Machine:
     copy = time_calls([lambda: target.copy_(source)], device)
     return Machine(
         device,
-        torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        device_name(device),
         _driver() if cuda else platform.release(),
         torch.__version__,
         _triton_version(),

@@ -139,7 +139,8 @@ def random_weights(shape: MoeShape, scheme: Scheme, device: str) -> ExpertWeight
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
-def _inputs(shape: MoeShape, tokens: int, seed: int, device: str) -> Inputs:
+def random_inputs(shape: MoeShape, tokens: int, seed: int, device: str) -> Inputs:
+    """(x, expert ids, routing weights) of so many tokens, routed uniformly."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, shape.hidden, generator=generator).bfloat16()
     scores = torch.rand(tokens, shape.experts, generator=generator)
@@ -157,9 +158,12 @@ def _measure(
     machine: Machine,
     alternatives: bool,
 ) -> MoeRow:
-    sets = [_inputs(shape, tokens, s, machine.device) for s in range(_SETS if tokens < 1024 else 2)]
+    sets = [
+        random_inputs(shape, tokens, s, machine.device)
+        for s in range(_SETS if tokens < 1024 else 2)
+    ]
     experts = prepared if machine.device == "cuda" else weights
-    timing = time_calls([partial(_ours, s, experts, mode) for s in sets], machine.device)
+    timing = time_calls([partial(call_moe, s, experts, mode) for s in sets], machine.device)
     active = sum(float(torch.unique(ids).numel()) for _, ids, _ in sets) / len(sets)
     slots = tokens * shape.top_k
     per_expert = (prepared.gate_up.nbytes + prepared.down.nbytes) / shape.experts
@@ -178,7 +182,8 @@ def _measure(
     )  # fmt: skip
 
 
-def _ours(inputs: Inputs, experts: ExpertWeights | RuntimeExperts, mode: Activations) -> Tensor:
+def call_moe(inputs: Inputs, experts: ExpertWeights | RuntimeExperts, mode: Activations) -> Tensor:
+    """The whole mixture, as an engine calls it."""
     x, ids, routing = inputs
     return dispatch.moe(x, ids, routing, experts, _LIMIT, activations=mode)
 

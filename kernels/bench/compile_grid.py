@@ -50,7 +50,7 @@ from v4quant_kernels.gpu import (
 )
 from v4quant_kernels.runtime import RuntimeMatrix, layout_codes
 from v4quant_kernels.scheme import SCHEMES
-from v4quant_kernels.words import columns_per_word
+from v4quant_kernels.words import columns_per_block, columns_per_word
 
 BASELINE = Path(__file__).with_name("instructions.json")
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -113,7 +113,8 @@ def gemm_job(scheme: str, activations: str, size: int, arch: int, epilogue: str)
     if is_native and matrix.code != "t8":
         types["words_ptr"] = "*u8"
     if matrix.scale_code == "bf16":
-        types["scale_ptr"] = "*bf16"
+        several = matrix.scheme.group_size < columns_per_block(matrix.code)
+        types["scale_ptr"] = "*i32" if several else "*bf16"
     kernel = "native_gemm_kernel" if is_native else "gemm_kernel"
     name = f"{scheme} {activations} {size} {epilogue}"
     weights = tile.columns * tile.depth * tile.unroll

@@ -12,6 +12,7 @@ started (`selfcheck.run_isolated` starts such a process).
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -45,6 +46,11 @@ def uses_triton(tensor: Tensor, backend: Backend) -> bool:
             "set TRITON_INTERPRET=1 before starting Python, or use backend='torch'"
         )
     return True
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's GPU the current one, where Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def require_triton() -> None:
@@ -84,7 +90,8 @@ def moe(
     arguments = (x, expert_ids, expert_weights, experts, swiglu_limit, expert_map, activations)
     if not uses_triton(x, backend):
         return ref_moe.moe(*arguments)
-    result: Tensor = _kernels("moe").moe(*arguments, arch=architecture(x))
+    with _on_device_of(x):
+        result: Tensor = _kernels("moe").moe(*arguments, arch=architecture(x))
     return result
 
 
@@ -132,7 +139,8 @@ def indexer_logits(
     if not uses_triton(q_codes, backend):
         return ref_indexer.indexer_logits(*arguments, **which)
     kernels = _kernels("indexer")
-    result: Tensor = kernels.indexer_logits(*arguments, **which, arch=architecture(q_codes))
+    with _on_device_of(q_codes):
+        result: Tensor = kernels.indexer_logits(*arguments, **which, arch=architecture(q_codes))
     return result
 
 
@@ -158,7 +166,8 @@ def index_top_k(
     if not uses_triton(q_codes, backend):
         return ref_indexer.index_top_k(*arguments, **which)
     kernels = _kernels("indexer")
-    result: Tensor = kernels.index_top_k(*arguments, **which, arch=architecture(q_codes))
+    with _on_device_of(q_codes):
+        result: Tensor = kernels.index_top_k(*arguments, **which, arch=architecture(q_codes))
     return result
 
 
@@ -166,7 +175,8 @@ def top_k(logits: Tensor, k: int, *, backend: Backend = "auto") -> Tensor:
     """Exact stable selection, see `ref.indexer.top_k`."""
     if not uses_triton(logits, backend):
         return ref_indexer.top_k(logits, k)
-    result: Tensor = _kernels("topk").top_k(logits, k)
+    with _on_device_of(logits):
+        result: Tensor = _kernels("topk").top_k(logits, k)
     return result
 
 

@@ -23,7 +23,8 @@ Scale forms (`scale_code`):
   bfloat16 by one shift and one addition.
 * `relative`: E8M0 bytes; the kernel takes `byte - reference[row]` as the exponent that an FP8
   number can absorb.
-* `e8m0`, `bf16`: multipliers of a group's sum, as stored.
+* `e8m0`, `bf16`: multipliers of a group's sum, as stored; `bf16` has as many as whole blocks of
+  words have groups, the surplus being 0.
 
 Everything carries the tag of its layout, `LAYOUT/code/scale`; kernels refuse a tag they do not
 know. `RuntimeExperts[e]` undoes the arrangement for one expert and returns its QTensors, bit for
@@ -45,10 +46,10 @@ from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e2m1
 from v4quant_kernels.ref.pack import pack_bits, unpack_bits
 from v4quant_kernels.scheme import Scheme
-from v4quant_kernels.words import PIECES, columns_per_word, from_words, to_words
+from v4quant_kernels.words import PIECES, columns_per_block, from_words, to_words
 
 Operand = Literal["bf16", "fp8", "native", "native8"]
-LAYOUT = "v4q1"
+LAYOUT = "v4q2"
 SCALE_CODES = ("field", "ue5m3", "relative", "e8m0", "bf16", "none")
 
 _ROWS = 8  # gate and up rows alternate in blocks of this many
@@ -63,7 +64,7 @@ class RuntimeMatrix:
     """One or two projections of `E` experts as words.
 
     shape: `[N, K]` of each projection. R is `N` rounded up to eights, times the projections.
-    words: int32 `[E, R, ceil(K/c)]`. scale: uint8 or bfloat16 `[E, R, groups]`. row_scale: float32
+    words: int32 `[E, R, W]`. scale: uint8 or bfloat16 `[E, R, groups]`. row_scale: float32
     `[E, R]`. reference: int32 `[E, R]`. global_scale: float32 `[projections, E]`.
     """
 
@@ -119,6 +120,8 @@ class RuntimeMatrix:
         scale, reference = self.scale[expert], self.reference[expert].unsqueeze(-1)
         if self.scale_code == "field":
             return scale.int() - _BIAS[self.scheme.element] + reference
+        if self.scale_code == "bf16":
+            return scale[:, : -(-self.shape[1] // self.scheme.group_size)]
         return _from_ue5m3(scale) if self.scale_code == "ue5m3" else scale
 
 
@@ -180,11 +183,13 @@ def _arrange(parts: list[StackedMatrix], operand: Operand) -> RuntimeMatrix:
     words, scales, factors, references = [], [], [], []
     for expert in range(parts[0].codes.shape[0]):
         codes = _interleave([_integer_codes(p, expert, code) for p in parts])
-        spare = -codes.shape[1] % columns_per_word(code)
+        spare = -codes.shape[1] % columns_per_block(code)
         words.append(to_words(pad(codes, (0, spare)), code))
         stored = _interleave([_row_scales(p, expert) for p in parts])
         zero = _zero_groups(codes, scheme, stored.shape[1])
         scale, reference, factor = _scale_form(stored, zero, scheme, scale_code)
+        groups = -(-(codes.shape[1] + spare) // max(1, scheme.group_size))
+        scale = pad(scale, (0, groups - scale.shape[1])) if scale_code == "bf16" else scale
         globals_ = [p.global_scale[expert].expand(p.shape[0], 1) for p in parts]
         row_scale = factor * _interleave(globals_).squeeze(1)
         if not bool(torch.isfinite(row_scale).all()):

@@ -3,7 +3,7 @@
 A GPU reads weights as 32-bit words and its cheapest instructions treat a word as two bfloat16 (or
 four FP8) numbers. Decoding codes in the order a file stores them spends most of its time moving
 them to where those numbers have their bits. Here they are put there once, when weights are loaded:
-a word holds `8` (or 4, or 2) consecutive columns of one row, and a *word code* says at which bits.
+a word holds `8` (or 4, or 2) columns of one row, and a *word code* says at which bits.
 
 | code | holds | for | a kernel takes out |
 |---|---|---|---|
@@ -18,6 +18,12 @@ a word holds `8` (or 4, or 2) consecutive columns of one row, and a *word code* 
 
 M is 0x81C081C0: the sign and the `eem` bits of two bfloat16. Column 2j of a word is the low half of
 pair j, column 2j+1 the high half.
+
+Integers are multiplied 32 columns at a time, because their scales multiply the sums of groups of 32
+and more. So their columns are *spread* over blocks of 16 words: pair j of the words of a block
+holds the block's columns 32j to 32j+31, two a word. Shifting and masking all 16 words then gives 32
+neighbouring columns in place, and nothing has to be taken apart. Elsewhere a word's columns are
+neighbours.
 
 A code is a table of pieces `(column, mask, shift)`: the bits `mask` of that column's code move left
 by `shift`. Every bit of a word is used once, so arranging can be undone, and a new code is a new
@@ -71,9 +77,34 @@ def columns_per_word(code: str) -> int:
     return 1 + max(column for column, _, _ in PIECES[code])
 
 
+SPREAD = ("i4", "i8")
+"""Codes whose pairs hold neighbouring columns of a block of 16 words."""
+
+
+def columns_per_block(code: str) -> int:
+    """What the columns of a row are a multiple of: those of a word, or of 16 if they are spread."""
+    return columns_per_word(code) * (16 if code in SPREAD else 1)
+
+
+def _spread(codes: Tensor, code: str) -> Tensor:
+    """Columns of blocks `[pair, word, half]` in the order of words, `[word, pair, half]`."""
+    if code not in SPREAD:
+        return codes
+    blocks = codes.reshape(*codes.shape[:-1], -1, columns_per_word(code) // 2, 16, 2)
+    return blocks.transpose(-3, -2).flatten(-4)
+
+
+def _gather(codes: Tensor, code: str) -> Tensor:
+    """The inverse of `_spread`."""
+    if code not in SPREAD:
+        return codes
+    blocks = codes.reshape(*codes.shape[:-1], -1, 16, columns_per_word(code) // 2, 2)
+    return blocks.transpose(-3, -2).flatten(-4)
+
+
 def to_words(codes: Tensor, code: str) -> Tensor:
-    """int32 `[..., K/c]` words of integer codes `[..., K]`; K is a multiple of the word's c."""
-    by_word = codes.view(*codes.shape[:-1], -1, columns_per_word(code))
+    """int32 `[..., K/c]` words of codes `[..., K]`; K is a multiple of `columns_per_block`."""
+    by_word = _spread(codes, code).view(*codes.shape[:-1], -1, columns_per_word(code))
     words = torch.zeros(by_word.shape[:-1], dtype=torch.int32, device=codes.device)
     for column, mask, shift in PIECES[code]:
         bits = by_word[..., column].int() & mask
@@ -87,4 +118,4 @@ def from_words(words: Tensor, code: str) -> Tensor:
     codes = torch.zeros(*words.shape, columns, dtype=torch.int32, device=words.device)
     for column, mask, shift in PIECES[code]:
         codes[..., column] |= (words >> shift if shift >= 0 else words << -shift) & mask
-    return codes.flatten(-2)
+    return _gather(codes.flatten(-2), code)

@@ -107,10 +107,10 @@ def test_rows_beyond_fp8_fall_back(generator: torch.Generator) -> None:
     experts = random_experts("mxfp4", 2, 64, 32, generator)
     experts.w3.codes[1, 3] = 0x11
     experts.w3.scale[1, 3, 0], experts.w3.scale[1, 3, 1] = 130, 119
-    assert prepare_experts(experts, "fp8").gate_up.tag == "v4q1/t8/relative"
+    assert prepare_experts(experts, "fp8").gate_up.tag == "v4q2/t8/relative"
     experts.w3.scale[1, 3, 1] = 118
     prepared = prepare_experts(experts, "fp8")
-    assert prepared.gate_up.tag == "v4q1/t16/field" and prepared.gate_up.operand == "bf16"
+    assert prepared.gate_up.tag == "v4q2/t16/field" and prepared.gate_up.operand == "bf16"
     assert prepared.down.operand == "fp8"
 
 

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from v4quant_kernels.reference64 import e2m1_values, e4m3_table
 from v4quant_kernels.runtime import _from_ue5m3, _to_ue5m3
-from v4quant_kernels.words import PIECES, columns_per_word, from_words, to_words
+from v4quant_kernels.words import (
+    PIECES,
+    columns_per_block,
+    columns_per_word,
+    from_words,
+    to_words,
+)
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -43,10 +49,18 @@ def scaled_kernel(
 
 @triton.jit
 def plain_kernel(words_ptr, out_ptr, W: tl.constexpr, CODE: tl.constexpr, COMPUTE: tl.constexpr):
-    tile = tl.load(words_ptr + tl.arange(0, W))[None, :]
-    values = words.unscaled(tile, CODE, COMPUTE)
-    K: tl.constexpr = values.shape[1]
-    tl.store(out_ptr + tl.arange(0, K)[None, :], values.to(tl.float32))
+    if CODE == "w16":
+        tile = tl.load(words_ptr + tl.arange(0, W))[None, :]
+        values = words.plain_floats(tile, COMPUTE)
+        tl.store(out_ptr + tl.arange(0, 2 * W)[None, :], values.to(tl.float32))
+    else:
+        PAIRS: tl.constexpr = 4 if CODE == "i4" else 2
+        block = tl.arange(0, W // 16)[:, None]
+        tile = tl.load(words_ptr + block * 16 + tl.arange(0, 16)[None, :])
+        for pair in tl.static_range(PAIRS):
+            values = words.spread_integers(tile, pair, CODE, COMPUTE)
+            column = (block * PAIRS + pair) * 32 + tl.arange(0, 32)[None, :]
+            tl.store(out_ptr + column, values.to(tl.float32))
 
 
 @triton.jit
@@ -100,10 +114,10 @@ def scaled(codes: Tensor, scale: Tensor, code: str, form: str) -> Tensor:
 
 @pytest.mark.parametrize("code", PIECES)
 def test_arranging_can_be_undone_and_wastes_no_bit(code: str, generator: torch.Generator) -> None:
-    columns = columns_per_word(code)
-    codes = torch.randint(1 << 32 // columns, (3, 5, columns * 7), generator=generator).int()
+    columns, block = columns_per_word(code), columns_per_block(code)
+    codes = torch.randint(1 << 32 // columns, (3, 5, block * 7), generator=generator).int()
     arranged = to_words(codes, code)
-    assert arranged.shape == (3, 5, 7)
+    assert arranged.shape == (3, 5, 7 * block // columns)
     assert torch.equal(from_words(arranged, code), codes)
     bits = [mask << shift if shift >= 0 else mask >> -shift for _, mask, shift in PIECES[code]]
     assert sum(b.bit_count() for b in bits) == 32 and sum(bits) == 2**32 - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from v4quant.bench_device import Machine
 from v4quant.bench_indexer import CASES, CONTEXTS, IndexerBench, bench_indexer
 from v4quant.bench_moe import SHAPES, TOKENS, MoeBench, bench_moe
 from v4quant.cli import _output
+from v4quant_kernels import dispatch
 
 _DEVICE = click.option(
     "--device",
@@ -36,6 +38,8 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 @click.option("--tokens", multiple=True, type=click.IntRange(1, 65536),
               help="Tokens in a batch (repeatable; default: 1 to 16384).")  # fmt: skip
 @click.option("--no-alternatives", is_flag=True, help="Only our kernels.")
+@click.option("--tune", type=click.Path(path_type=Path, dir_okay=False),
+              help="First search for faster tiles, write them here and use them.")  # fmt: skip
 @_DEVICE
 @_APPEND
 @_JSON
@@ -45,11 +49,14 @@ def moe(
     modes: tuple[Literal["bf16", "e4m3"], ...],
     tokens: tuple[int, ...],
     no_alternatives: bool,
+    tune: Path | None,
     device: str | None,
     append: Path | None,
     as_json: bool,
 ) -> None:
     """Time the expert kernels against this GPU's copy and matrix speed and against torch."""
+    if tune is not None:
+        _tune(tune, shapes or ("flash",), schemes or ("mxfp4",), modes or ("bf16", "e4m3"), device)
     result = bench_moe(
         shapes or ("flash", "pro"),
         schemes or ("mxfp4",),
@@ -85,6 +92,27 @@ def indexer(
         contexts or CONTEXTS, cases or tuple(CASES), top_k, _output.TerminalProgress(), device
     )
     _report("indexer", result, _indexer_text(result), append, as_json)
+
+
+def _tune(
+    path: Path,
+    shapes: tuple[str, ...],
+    schemes: tuple[str, ...],
+    modes: tuple[Literal["bf16", "e4m3"], ...],
+    device: str | None,
+) -> None:
+    """Write the tuned tiles, and let this process use them."""
+    dispatch.require_triton()
+    from v4quant.tune_moe import tune_moe, write_tiles
+    from v4quant_kernels.gpu.tiles import TILES_VARIABLE, forget_tuned
+
+    tuned = tune_moe(shapes, schemes, modes, _output.TerminalProgress(), device)
+    write_tiles(tuned, path)
+    os.environ[TILES_VARIABLE] = str(path)
+    forget_tuned()
+    for f in tuned.findings:
+        gain = f.seconds_before / f.seconds_after
+        _output.note(f"{f.key}: {f.seconds_before * 1e6:.1f} us, {gain:.2f} times as fast")
 
 
 def _report(

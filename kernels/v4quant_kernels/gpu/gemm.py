@@ -6,8 +6,8 @@ feeds the tensor cores. What differs between formats is constants of the compila
 
 * CODE and SCALE name the word code and the form of the scales (`runtime.py`).
 * Where the scale goes is decided by exactness. `field`, `ue5m3` and `relative` scales are part of
-  the decoded number, exactly. Others multiply the float32 sum of their group, so a step is then one
-  group or a part of it.
+  the decoded number, exactly. Others multiply the float32 sum of their group. A step of integers
+  (`integer_sums`) is a block of 16 words, which holds parts of 32 columns, one or more a group.
 * FP8: activations are E4M3 bytes with an E8M0 scale per 128 columns. A step is 128 columns whose
   sum is scaled once, which is also where Hopper's short FP8 accumulator is emptied.
 * SWAP puts the weights on the left of the product. FP8 tensor cores of sm_90 work on 64 or more
@@ -26,7 +26,7 @@ import triton.language as tl
 
 from v4quant_kernels.gpu.activation import swiglu
 from v4quant_kernels.gpu.decode import cast_to_bf16, load_bf16
-from v4quant_kernels.gpu.words import fp8_numbers, scaled_floats, unscaled
+from v4quant_kernels.gpu.words import fp8_numbers, plain_floats, scaled_floats, spread_integers
 
 
 @triton.jit
@@ -42,15 +42,10 @@ def multiplier_bits(stored, SCALE: tl.constexpr):
 
 
 @triton.jit
-def group_factor(stored, SCALE: tl.constexpr):
-    """float32 multiplier of a group's sum."""
-    if SCALE == "e8m0":
-        code = stored.to(tl.int32)
-        factor = tl.where(code == 0, 0x00400000, code << 23).to(tl.float32, bitcast=True)
-    else:
-        # bfloat16, read as its bits: the interpreter's conversion errs for subnormals.
-        factor = (stored.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return factor
+def group_factor(stored):
+    """float32 multiplier of a group's sum from an E8M0 byte."""
+    code = stored.to(tl.int32)
+    return tl.where(code == 0, 0x00400000, code << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -91,7 +86,8 @@ def decode_tile(
     elif SCALE == "field" or SCALE == "ue5m3":
         w = scaled_floats(words, multiplier_bits(stored, SCALE), CODE, COMPUTE)
     else:
-        w = unscaled(words, CODE, COMPUTE)
+        tl.static_assert(SCALE == "none")
+        w = plain_floats(words, COMPUTE)
     return w
 
 
@@ -115,6 +111,79 @@ def along_rows(values, SWAP: tl.constexpr):
 def along_slots(values, SWAP: tl.constexpr):
     """Per-slot (BM) values, to broadcast over the accumulator."""
     return values[None, :] if SWAP else values[:, None]
+
+
+@triton.jit
+def integer_scale(
+    scale_line, place, index: tl.constexpr, there, PAIRED: tl.constexpr, WHOLE: tl.constexpr
+):
+    """float32 `[rows]` scales of group `place`, the `index`-th of its block."""
+    pointers = scale_line + (place // 2 if PAIRED else place)
+    if WHOLE:
+        stored = tl.load(pointers)
+    else:
+        stored = tl.load(pointers, mask=there, other=0)
+    if not PAIRED:
+        # Read as its bits: the interpreter's conversion errs for subnormals.
+        bits = stored.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    elif index % 2 == 0:
+        bits = stored << 16
+    else:
+        bits = stored & -0x10000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def integer_sums(
+    acc,
+    x_line,
+    real,
+    words_line,
+    scale_line,
+    row,
+    first,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    CODE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SWAP: tl.constexpr,
+    WHOLE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """acc plus the sums of STEPS blocks of integer words from column `first`.
+
+    x_line `[slots, 1]`, words_line and scale_line `[rows]` point at column 0. Scales are pairs of
+    bfloat16 where a block has several groups.
+    """
+    BLOCK: tl.constexpr = 16 * COLUMNS
+    PAIRED: tl.constexpr = GROUP < BLOCK
+    column = tl.arange(0, 32)
+    word = tl.arange(0, 16)
+    x_tile = x_line + (first + column)[None, :]
+    words_tile = words_line[:, None] + first // COLUMNS + word[None, :]
+    for step in tl.range(0, STEPS, num_stages=STAGES, loop_unroll_factor=UNROLL):
+        start = first + step * BLOCK
+        there = row < tl.where(start < K, ROWS, 0)
+        words = load_weights(words_tile, there, word < 16, WHOLE)
+        part = tl.zeros_like(acc)
+        for i in tl.static_range(COLUMNS // 2):
+            x_mask = real[:, None]
+            if not WHOLE:
+                x_mask = x_mask & (start + 32 * i + column < K)[None, :]
+            x = load_bf16(x_tile + 32 * i, x_mask, COMPUTE)
+            part = multiply(part, x, spread_integers(words, i, CODE, COMPUTE), SWAP)
+            if 32 * (i + 1) % GROUP == 0 or i == COLUMNS // 2 - 1:
+                place = start // GROUP + 32 * i // GROUP
+                factor = integer_scale(scale_line, place, 32 * i // GROUP, there, PAIRED, WHOLE)
+                acc += part * along_rows(factor, SWAP)
+                part = tl.zeros_like(acc)
+        x_tile += BLOCK
+        words_tile += 16
+    return acc
 
 
 @triton.jit
@@ -176,6 +245,7 @@ def gemm_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """Sums or h of one tile. Grid: (row tiles, slot tiles, SPLIT).
@@ -188,8 +258,10 @@ def gemm_kernel(
     IN_WEIGHTS: tl.constexpr = SCALE == "field" or SCALE == "ue5m3" or SCALE == "relative"
     STEPS: tl.constexpr = (K + BK * SPLIT - 1) // (BK * SPLIT)
     WHOLE: tl.constexpr = K % (BK * SPLIT) == 0 and ROWS % BN == 0
-    WORDS: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
-    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    # Rows of integers are whole blocks of 16 words, and have two scales to an int32 if possible.
+    BLOCK: tl.constexpr = 16 * COLUMNS if SCALE == "bf16" else COLUMNS
+    WORDS: tl.constexpr = (K + BLOCK - 1) // BLOCK * BLOCK // COLUMNS
+    GROUPS: tl.constexpr = (WORDS * COLUMNS + GROUP - 1) // GROUP
     STEP_GROUPS: tl.constexpr = BK // GROUP if BK > GROUP else 1
 
     slots = tl.load(sorted_slots_ptr + tl.program_id(1) * BM + tl.arange(0, BM))
@@ -203,8 +275,8 @@ def gemm_kernel(
     x_row = (tl.maximum(slots, 0) // SLOTS_PER_ROW).to(tl.int64)
     x_scale_line = x_scale_ptr + x_row * ((K + 127) // 128)
     x_tile = x_ptr + x_row[:, None] * K + (first + column)[None, :]
-    words_line = words_ptr + expert * ROWS * WORDS + first // COLUMNS
-    words_tile = words_line + row[:, None] * WORDS + word[None, :]
+    words_line = words_ptr + expert * ROWS * WORDS + row * WORDS
+    words_tile = words_line[:, None] + first // COLUMNS + word[None, :]
     scale_line = scale_ptr + expert * ROWS * GROUPS + row * GROUPS
     exists = row < ROWS
     reference = row * 0
@@ -215,32 +287,42 @@ def gemm_kernel(
         acc = tl.zeros((BN, BM), dtype=tl.float32)
     else:
         acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
-        start = first + step * BK
-        x_mask = real[:, None]
-        if not WHOLE:
-            x_mask = x_mask & (start + column < K)[None, :]
-        x = load_x(x_tile, x_mask, FP8, COMPUTE)
-        words = load_weights(words_tile, exists, start // COLUMNS + word < WORDS, WHOLE)
-        stored = words
-        if SCALE != "none":
-            place = start // GROUP + group
-            pointers = scale_line[:, None] + place[None, :]
-            stored = load_weights(pointers, exists, place < GROUPS, WHOLE)
-        w = decode_tile(words, stored, reference, CODE, SCALE, FP8, COMPUTE)
-        if SCALE == "none" or (IN_WEIGHTS and not FP8):
-            acc = multiply(acc, x, w, SWAP)
-        else:
-            part = multiply(tl.zeros_like(acc), x, w, SWAP)
-            if FP8:
-                block = tl.minimum(start // 128, (K - 1) // 128)  # beyond K, x is 0
-                x_scale = tl.load(x_scale_line + block, mask=real, other=127)
-                part *= along_slots(group_factor(x_scale, "e8m0"), SWAP)
-            if not IN_WEIGHTS:
-                part *= along_rows(tl.reshape(group_factor(stored, SCALE), (BN,)), SWAP)
-            acc += part
-        x_tile += BK
-        words_tile += BK // COLUMNS
+    if SCALE == "bf16":
+        tl.static_assert(BK == BLOCK)
+        PAIRED: tl.constexpr = GROUP < BLOCK
+        scales = scale_ptr + expert * (ROWS * GROUPS // (2 if PAIRED else 1))
+        acc = integer_sums(
+            acc, x_ptr + x_row[:, None] * K, real, words_line,
+            scales + row * (GROUPS // (2 if PAIRED else 1)), row, first, K, ROWS, STEPS, GROUP,
+            CODE, COLUMNS, SWAP, WHOLE, UNROLL, STAGES, COMPUTE,
+        )  # fmt: skip
+    else:
+        for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
+            start = first + step * BK
+            x_mask = real[:, None]
+            if not WHOLE:
+                x_mask = x_mask & (start + column < K)[None, :]
+            x = load_x(x_tile, x_mask, FP8, COMPUTE)
+            words = load_weights(words_tile, exists, start // COLUMNS + word < WORDS, WHOLE)
+            stored = words
+            if SCALE != "none":
+                place = start // GROUP + group
+                pointers = scale_line[:, None] + place[None, :]
+                stored = load_weights(pointers, exists, place < GROUPS, WHOLE)
+            w = decode_tile(words, stored, reference, CODE, SCALE, FP8, COMPUTE)
+            if SCALE == "none" or (IN_WEIGHTS and not FP8):
+                acc = multiply(acc, x, w, SWAP)
+            else:
+                part = multiply(tl.zeros_like(acc), x, w, SWAP)
+                if FP8:
+                    block = tl.minimum(start // 128, (K - 1) // 128)  # beyond K, x is 0
+                    x_scale = tl.load(x_scale_line + block, mask=real, other=127)
+                    part *= along_slots(group_factor(x_scale), SWAP)
+                if not IN_WEIGHTS:
+                    part *= along_rows(tl.reshape(group_factor(stored), (BN,)), SWAP)
+                acc += part
+            x_tile += BK
+            words_tile += BK // COLUMNS
 
     row_scale = tl.load(row_scale_ptr + expert * ROWS + row, mask=exists, other=0.0)
     acc *= along_rows(row_scale, SWAP)

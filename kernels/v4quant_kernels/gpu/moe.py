@@ -36,7 +36,7 @@ from v4quant_kernels.gpu.native import native_gemm_kernel
 from v4quant_kernels.gpu.routing import Routed, RoutingPlan, local_experts, sort_slots
 from v4quant_kernels.gpu.tiles import SIZES, Tile, choose_split, choose_tile
 from v4quant_kernels.runtime import RuntimeExperts, RuntimeMatrix, check_layout, prepare_experts
-from v4quant_kernels.words import columns_per_word
+from v4quant_kernels.words import columns_per_block, columns_per_word
 
 
 @triton.jit
@@ -87,8 +87,8 @@ def moe(
     `experts` should be prepared once (`runtime.prepare_experts`); ExpertWeights are prepared anew
     in every call. Weights prepared for FP8 or block-scaled operands take activations="e4m3" only.
     `arch` (90 for sm_90) chooses tiles. `tile`, `split` and `compute` are for tests and tuning; a
-    tile's depth must divide, or be a multiple of, the group, must divide it where scales multiply
-    sums, and is 128 for FP8. Nothing is read on the host.
+    tile's depth must divide, or be a multiple of, the group, and is 128 for FP8; for integers it is
+    a block of words whatever the tile says. Nothing is read on the host.
     """
     check_moe_inputs(x, expert_ids, expert_weights, experts)
     if isinstance(experts, ExpertWeights):
@@ -186,15 +186,18 @@ def _gemm(
     epilogue: str,
     compute: tl.dtype,
 ) -> None:
-    codes, scale = (x.codes, x.scale) if isinstance(x, Fp8Rows) else (x, matrix.row_scale)
+    codes, x_scale = (x.codes, x.scale) if isinstance(x, Fp8Rows) else (x, matrix.row_scale)
     native = matrix.operand.startswith("native")
     words = matrix.words
     if native and matrix.code != "t8":
         words = words.view(torch.uint8)
+    scale = matrix.scale
+    if scale.dtype == torch.bfloat16 and matrix.scheme.group_size < columns_per_block(matrix.code):
+        scale = scale.view(torch.int32)  # a block has several: two are read at a time
     grid = (triton.cdiv(matrix.rows, tile.columns), plan.tile_expert.numel(), split)
     kernel = native_gemm_kernel if native else gemm_kernel
     kernel[grid](
-        codes, scale, words, matrix.scale, matrix.row_scale, matrix.reference,
+        codes, x_scale, words, scale, matrix.row_scale, matrix.reference,
         plan.sorted_slots, plan.tile_expert, routing, out, routing.numel(), limit,
         SLOTS_PER_ROW=slots_per_row, SPLIT=split, EPILOGUE=epilogue,
         **constants(matrix, tile, compute),
@@ -222,8 +225,9 @@ def constants(matrix: RuntimeMatrix, tile: Tile, compute: tl.dtype) -> dict[str,
         "SWAP": tile.swap,
         "BM": tile.rows,
         "BN": tile.columns,
-        "BK": tile.depth,
+        "BK": columns_per_block(matrix.code) if matrix.scale_code == "bf16" else tile.depth,
         "UNROLL": tile.unroll,
+        "STAGES": tile.stages,
         "COMPUTE": compute,
         "num_warps": tile.warps,
         "num_stages": tile.stages,

@@ -47,6 +47,7 @@ def native_gemm_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """As `gemm_kernel`, with the same arguments; `words_ptr` points to bytes unless CODE is t8."""

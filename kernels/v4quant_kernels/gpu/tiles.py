@@ -6,8 +6,8 @@ spilling and with the fewest instructions per weight (`kernels/bench/instruction
 sizes of batch for each operand.
 
 The environment variable V4QUANT_TILES may name a JSON file with tiles measured to be better
-(docs/kernels.md shows one). It is read when a kernel is first launched, and ignored with a warning
-when it was made for another device or Triton version.
+(docs/kernels.md shows one; `v4quant bench moe --tune` writes one). It is read when a kernel is
+first launched, and ignored with a warning when it was made for another device or Triton version.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 import triton
 
 from v4quant_kernels.runtime import RuntimeMatrix
+from v4quant_kernels.words import columns_per_block
 
 TILES_VARIABLE = "V4QUANT_TILES"
 SIZES = (16, 64, 128)
@@ -58,8 +61,29 @@ def choose_tile(
     fused: the tile ends in SwiGLU (if it is larger than the smallest), not in sums.
     """
     size = next((s for s in SIZES if slots_per_expert <= s), SIZES[-1])
-    found = _tuned(f"{kind_of(matrix)} {size} {'swiglu' if fused else 'sums'}")
-    return found or static_tile(arch, matrix, size, fused)
+    key = tile_key(matrix, size, fused)
+    return _TRIALS.get(key) or _tuned(key) or static_tile(arch, matrix, size, fused)
+
+
+def tile_key(matrix: RuntimeMatrix, size: int, fused: bool) -> str:
+    """What a tuned table calls this case."""
+    return f"{kind_of(matrix)} {size} {'swiglu' if fused else 'sums'}"
+
+
+_TRIALS: dict[str, Tile] = {}
+
+
+@contextmanager
+def trying(key: str, tile: Tile) -> Iterator[None]:
+    """While this lasts, `choose_tile` answers `tile` for `key`: how tuning measures a tile."""
+    before = _TRIALS.get(key)
+    _TRIALS[key] = tile
+    try:
+        yield
+    finally:
+        del _TRIALS[key]
+        if before is not None:
+            _TRIALS[key] = before
 
 
 def choose_split(tiles: int, matrix: RuntimeMatrix, tile: Tile) -> int:
@@ -80,7 +104,7 @@ def static_tile(arch: int, matrix: RuntimeMatrix, size: int, fused: bool = False
     if matrix.operand == "fp8":
         return _fp8(arch, size, sums)
     if sums:
-        return _group_sums(arch, size, min(128, matrix.scheme.group_size), matrix.code)
+        return _group_sums(arch, size, columns_per_block(matrix.code))
     return _folded(arch, size, matrix, fused)
 
 
@@ -101,14 +125,11 @@ def _folded(arch: int, size: int, matrix: RuntimeMatrix, fused: bool) -> Tile:
     return Tile(128, 128, 64, 8, 2 if arch in _LITTLE_SHARED else 3)
 
 
-def _group_sums(arch: int, size: int, depth: int, code: str) -> Tile:
-    """Scales on the sums of groups: a second accumulator, so smaller tiles."""
+def _group_sums(arch: int, size: int, depth: int) -> Tile:
+    """Integers, scales on the sums of groups: a second accumulator, so smaller tiles."""
     if size == 16:
-        short = depth == 32
-        # Triton 3.9 cannot compile this one tile for sm_100 the other way round.
-        swap = not (short and arch == 100 and code == "i4")
-        return Tile(16, 128, depth, 4, 3, swap, 4 if short else 1)
-    return Tile(64, 128, depth, 8, 2 if arch in _LITTLE_SHARED else 3, swap=arch == 90)
+        return Tile(16, 128, depth, 4, 3, swap=arch in {80, 86, 89})
+    return Tile(64, 128, depth, 8, 2 if arch in _LITTLE_SHARED else 3, swap=90 <= arch < 120)
 
 
 def _fp8(arch: int, size: int, sums: bool) -> Tile:
@@ -142,6 +163,11 @@ def _tuned_table(path: str) -> dict[str, Tile]:
         warnings.warn(f"'{path}' was tuned for {made_for}, this is {here}; ignored", stacklevel=2)
         return {}
     return table
+
+
+def forget_tuned() -> None:
+    """Read the file of tuned tiles anew when a kernel is launched next."""
+    _tuned_table.cache_clear()
 
 
 def triton_version() -> str:

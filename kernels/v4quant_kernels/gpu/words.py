@@ -67,16 +67,10 @@ def pattern_pairs(words, CODE: tl.constexpr):
         rest |= (words >> 7) & 0x00400040
         even = tl.join(words & M, (words << 6) & M)
         pairs = tl.join(even, tl.join((words << 3) & M, rest))
-    elif CODE == "i4":
-        even = tl.join(words & 0x000F000F, (words >> 8) & 0x000F000F)
-        odd = tl.join((words >> 4) & 0x000F000F, (words >> 12) & 0x000F000F)
-        pairs = tl.join(even, odd) | 0x43004300
     elif CODE == "e16":
         low = ((words << 8) & -0x7FFF8000) | ((words << 4) & 0x07F007F0)
         high = (words & -0x7FFF8000) | ((words >> 4) & 0x07F007F0)
         pairs = tl.join(low, high)
-    elif CODE == "i8":
-        pairs = tl.join(words, words >> 8)
     else:
         tl.static_assert(CODE == "w16")
         pairs = words
@@ -147,22 +141,27 @@ def index_vectors(words, scales, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def unscaled(words, CODE: tl.constexpr, COMPUTE: tl.constexpr):
-    """COMPUTE `[R, K]` of integer (offset or two's complement) or bfloat16 words."""
-    pairs = pattern_pairs(words, CODE)
-    if CODE == "w16":
-        values = _halves(pairs, COMPUTE)
+def plain_floats(words, COMPUTE: tl.constexpr):
+    """COMPUTE `[R, K]` of bfloat16 words."""
+    return _halves(pattern_pairs(words, "w16"), COMPUTE)
+
+
+@triton.jit
+def spread_integers(words, pair, CODE: tl.constexpr, COMPUTE: tl.constexpr):
+    """COMPUTE `[R, 2W]`: pair `pair` of offset (i4) or two's complement (i8) integers."""
+    if CODE == "i4":
+        pairs = ((words >> (4 * pair)) & 0x000F000F) | 0x43004300
+        offset = tl.zeros_like(pairs) - 0x3CF73CF8  # 0xC308C308, -136 twice
     else:
-        if CODE == "i4":
-            offset = tl.zeros_like(pairs) - 0x3CF73CF8  # 0xC308C308, -136 twice
-        else:
-            # Seven bits under 128; minus 128, or minus 256 where the sign bit is set.
-            offset = (pairs & 0x00800080) | -0x3CFF3D00  # 0xC300C300
-            pairs = (pairs & 0x007F007F) | 0x43004300
-        if tl.float32 == COMPUTE:
-            values = _halves(pairs, COMPUTE) + _halves(offset, COMPUTE)
-        else:
-            values = _halves(fma2(pairs, 0x3F803F80, offset), COMPUTE)
+        tl.static_assert(CODE == "i8")
+        pairs = words >> (8 * pair)
+        # Seven bits under 128; minus 128, or minus 256 where the sign bit is set.
+        offset = (pairs & 0x00800080) | -0x3CFF3D00  # 0xC300C300
+        pairs = (pairs & 0x007F007F) | 0x43004300
+    if tl.float32 == COMPUTE:
+        values = _halves(pairs, COMPUTE) + _halves(offset, COMPUTE)
+    else:
+        values = _halves(fma2(pairs, 0x3F803F80, offset), COMPUTE)
     return values
 
 
