@@ -1,4 +1,4 @@
-"""Checks of config.json: keys engines read, `quantization_config`, what it promises of drafts."""
+"""Checks of config.json: its keys, `quantization_config`, drafts; and of the files beside it."""
 
 from __future__ import annotations
 
@@ -170,6 +170,20 @@ def drafts(survey: Survey) -> Iterator[Finding]:
         yield Finding("warning", "drafts", "config.json", problem, remedy)
 
 
+def sidecars(survey: Survey) -> Iterator[Finding]:
+    """The tokenizer's two files travel together; a folder with neither is for other tools."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    there = [n for n in names if (survey.checkpoint.path / n).is_file()]
+    remedy = "copy tokenizer.json and tokenizer_config.json from the release"
+    if len(there) == 1:
+        (absent,) = set(names) - set(there)
+        problem = f"'{there[0]}' came without '{absent}'; text is read wrongly or not at all"
+        yield Finding("warning", "sidecar", absent, problem, remedy)
+    elif not there:
+        problem = "no tokenizer lies beside the weights; servers stop, or need --tokenizer"
+        yield Finding("note", "sidecar", names[0], problem, remedy)
+
+
 CONFIG_CHECKS: tuple[Check, ...] = (
     method,
     config_keys,
@@ -178,4 +192,5 @@ CONFIG_CHECKS: tuple[Check, ...] = (
     compressed,
     patterns,
     drafts,
+    sidecars,
 )

@@ -16,7 +16,7 @@ from tests.support.synthetic import RELEASES, make_small
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.engines import ENGINES
 from v4quant_formats.model_config import ConfigError
-from v4quant_formats.preflight import Preflight, UnknownEngine, preflight
+from v4quant_formats.preflight import Finding, Preflight, UnknownEngine, preflight
 
 Converted = Callable[[str], Path]
 ALL = ("vllm", "sglang", "transformers")
@@ -40,8 +40,12 @@ def check(folder: Path, engine: str, **more: int) -> Preflight:
         return preflight(checkpoint, engine, **more)
 
 
+def wrong(found: Preflight) -> list[Finding]:
+    return [f for f in found.findings if f.severity != "note"]
+
+
 def alarms(found: Preflight) -> list[str]:
-    return [f"{f.rule} {f.tensor}: {f.problem}" for f in found.findings if f.severity != "note"]
+    return [f"{f.rule} {f.tensor}: {f.problem}" for f in wrong(found)]
 
 
 @pytest.mark.parametrize(("case", "engine"), PAIRS)
@@ -126,11 +130,11 @@ def test_an_excluded_matrix_that_is_bf16_is_no_alarm(
 
 def test_findings_name_the_tensor_and_merge(converted: Converted, tmp_path: Path) -> None:
     defect = next(d for d in DEFECTS if d.name == "global scales of w1 and w3 differ")
-    (finding,) = seeded(defect, converted, tmp_path / "a").findings
+    (finding,) = wrong(seeded(defect, converted, tmp_path / "a"))
     assert finding.tensor == "layers.1.ffn.experts.2.w3.weight_scale_2"
     assert "keep w1's" in finding.problem and finding.remedy
     defect = next(d for d in DEFECTS if d.name == "input_scale absent")
-    (finding,) = seeded(defect, converted, tmp_path / "b").findings
+    (finding,) = wrong(seeded(defect, converted, tmp_path / "b"))
     assert finding.rule == "missing-part" and finding.count == 60
 
 
@@ -156,10 +160,22 @@ def test_memory_counts_shares_and_context(converted: Converted) -> None:
     assert decoded is not None and decoded.weights > 1.5 * one.weights
 
 
+@pytest.mark.parametrize("kept", ["tokenizer.json", "tokenizer_config.json"])
+def test_half_a_tokenizer_is_found(kept: str, converted: Converted, tmp_path: Path) -> None:
+    folder = EditableCheckpoint.read(converted("mxfp4")).write(tmp_path)
+    assert [f.severity for f in check(folder, "vllm").findings] == ["note"]
+    (folder / kept).write_text("{}")
+    (finding,) = check(folder, "vllm").findings
+    assert finding.severity == "warning" and finding.tensor != kept
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text("{}")
+    assert not check(folder, "vllm").findings
+
+
 def test_gpus_and_containers(converted: Converted) -> None:
     with open_checkpoint(converted("mxfp4")) as checkpoint:
-        wrong = preflight(checkpoint, "vllm", gpu="sm86")
-        assert not wrong.loads and "sm90" in wrong.findings[-1].problem
+        bad = preflight(checkpoint, "vllm", gpu="sm86")
+        assert not bad.loads and any("sm90" in f.problem for f in bad.findings)
         assert preflight(checkpoint, "transformers", gpu="sm86").loads
         for engine in ("llama.cpp", "onnxruntime"):
             found = preflight(checkpoint, engine)
