@@ -10,6 +10,7 @@ is what the reference itself changes when it rounds its streams to BF16; the lim
 a margin for 8-bit activations (see `MARGIN`).
 
     python scripts/check_llama_cpp.py [--schemes mxfp4,q4_k] [--windows 4] [--json]
+    python scripts/check_llama_cpp.py --schemes "" --recipe recipe.toml --stats solved
 
 Exit code 0 when all agree, 1 when one does not, 2 without the package.
 """
@@ -72,6 +73,8 @@ def main() -> int:
     """Check the types asked for and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--schemes", default=",".join(GGUF.schemes))
+    parser.add_argument("--recipe", help="a recipe to convert by as well")
+    parser.add_argument("--stats", help="what calibrate made for that recipe")
     parser.add_argument("--windows", type=int, default=4, help=f"of {LENGTH} tokens")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
@@ -87,10 +90,17 @@ def main() -> int:
     results = []
     with tempfile.TemporaryDirectory(prefix="v4quant-llama-") as scratch:
         source = logits_of(SOURCE, Path(scratch) / "source.safetensors", options.windows)
-        for number, scheme in enumerate(options.schemes.split(",")):
+        for number, scheme in enumerate(filter(None, options.schemes.split(","))):
             # One conversion in pieces and one with 8-bit dense matrices are enough.
             more = {1: ["--split-size", "8MB"], 2: ["--dense", "q8_0"]}.get(number, [])
+            more += ["--scheme", scheme, "--format", "gguf"]
             results.append(check(llama_cpp, scheme, more, Path(scratch), source, options))
+            if not options.json:
+                print(line(results[-1], floor), flush=True)
+        if options.recipe:
+            more = ["--recipe", options.recipe]
+            more += ["--stats", options.stats] if options.stats else []
+            results.append(check(llama_cpp, "recipe", more, Path(scratch), source, options))
             if not options.json:
                 print(line(results[-1], floor), flush=True)
     passed = all(r.passes(floor) for r in results)
@@ -146,7 +156,7 @@ def check(
 ) -> Agreement:
     """Convert, score by both, compare."""
     out = scratch / scheme
-    v4quant("quantize", SOURCE, str(out), "--scheme", scheme, "--format", "gguf", *more)
+    v4quant("quantize", SOURCE, str(out), *more)
     held = logits_of(str(out), scratch / f"{scheme}.safetensors", options.windows)
     main_file = min(out.glob("model-*.gguf"))
     model = load(llama_cpp, main_file, options.threads)
@@ -160,7 +170,7 @@ def check(
     kl, lost = divergence(a, b), divergence(log_softmax(source["logits"]), b)
     return Agreement(
         scheme=scheme,
-        dense="q8_0" if "--dense" in more else "bf16",
+        dense="q8_0" if "--dense" in more else "mixed" if "--recipe" in more else "bf16",
         files=len(list(out.glob("model-*.gguf"))),
         mean_kl=float(kl.mean()),
         median_kl=float(np.median(kl)),
@@ -170,7 +180,7 @@ def check(
         perplexity=perplexity(b, held["input_ids"]),
         perplexity_reference=perplexity(a, held["input_ids"]),
         same_tokens=same_tokens(model),
-        draft_loads=loads(llama_cpp, next(out.glob("mtp-*.gguf"))),
+        draft_loads=all(loads(llama_cpp, file) for file in out.glob("mtp-*.gguf")),
     )
 
 

@@ -46,6 +46,13 @@ class BlockCodes:
         step = self.step().repeat_interleave(size, 1)
         return self.q * step + self.lowest().repeat_interleave(size, 1)
 
+    def sub_values(self, sub: int) -> Tensor:
+        """`values` of one sub-block of a single block, `[B, size, N]`."""
+        size = self.q.shape[1] // self.sc.shape[1]
+        step = self.d * self.sc[:, sub : sub + 1]
+        lowest = -(self.dmin * self.m[:, sub : sub + 1])
+        return self.q[:, sub * size : (sub + 1) * size] * step + lowest
+
     def _spread(self, by_block: Tensor) -> Tensor:
         return by_block.repeat_interleave(self.sc.shape[1] // by_block.shape[1], 1)
 

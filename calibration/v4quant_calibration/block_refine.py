@@ -89,7 +89,7 @@ def _sub_steps(
     for sub in range(shape.subs):
         place = slice(sub * shape.sub, (sub + 1) * shape.sub)
         factor = factors[:, sub]
-        old = codes.values()[:, place]
+        old = codes.sub_values(sub)
         wish = factor @ own[:, place]
         present = wish.square().sum(1)
         tried = grids(codes, shape, sub, _REACH)
@@ -102,7 +102,7 @@ def _sub_steps(
         pairs = zip((sc, m, d, dmin), keep, strict=True)
         sc, m, d, dmin = (torch.where(better, new, old) for new, old in pairs)
         set_grid(codes, sub, (sc, m, d, dmin))
-        own.baddbmm_(gram[:, :, place], codes.values()[:, place] - old, alpha=-1)
+        own.baddbmm_(gram[:, :, place], codes.sub_values(sub) - old, alpha=-1)
     return own
 
 

@@ -3,7 +3,8 @@
 rtn: each group's scale is its largest magnitude over the largest integer, each weight goes to the
 nearest point. What everybody else's converter does without data.
 optimal: the group's best scale, exactly (`scale_search`): MXFP4 values are few, so every assignment
-of values to integers can be listed. Uses the inputs' second moments when they are known.
+of values to integers can be listed. Uses the inputs' second moments when they are known. For GGUF's
+blocks it is the encoder's search, weighted in the same way.
 gptq: codes chosen together, by the full second moments of the inputs (`gptq`, then `refine`). It
 sees a layer's inputs while they stream past, so it runs inside `calibrate --solve` (`solve.py`) and
 leaves a `Solution`; a conversion packs that.
@@ -23,7 +24,7 @@ from v4quant_calibration.coders import BlockCoder, Coder, IntegerCoder
 from v4quant_calibration.refine import DEFAULT_SWEEPS, row_errors
 from v4quant_calibration.scale_search import QuantizedMatrix, search_dense, search_mxfp4
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.ref import codec, intq
+from v4quant_kernels.ref import codec
 from v4quant_kernels.scheme import Scheme
 
 Solver = Callable[[QTensor, Scheme, Tensor | None], QuantizedMatrix]
@@ -31,10 +32,13 @@ Solver = Callable[[QTensor, Scheme, Tensor | None], QuantizedMatrix]
 
 
 def rtn(matrix: QTensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedMatrix:
-    """Largest magnitude over largest integer, round to nearest; `importance` is not used."""
+    """Largest magnitude over largest integer, round to nearest; `importance` is not used.
+
+    GGUF's blocks have no such plain rounding: theirs is the encoder's search without importance.
+    """
     del importance
     values = codec.dequantize(matrix)
-    return measured(values, intq.quantize(values, scheme))
+    return measured(values, codec.quantize(values, scheme))
 
 
 def optimal(matrix: QTensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedMatrix:

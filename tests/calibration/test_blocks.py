@@ -178,6 +178,8 @@ def test_present_grid_comes_first(generator: torch.Generator) -> None:
             tried = grids(codes, shape, sub, 2)
             assert torch.equal(tried.step[:, 0], codes.step()[:, sub])
             assert torch.equal(tried.lowest[:, 0], codes.lowest()[:, sub])
+            own = slice(sub * shape.sub, (sub + 1) * shape.sub)
+            assert torch.equal(codes.sub_values(sub), codes.values()[:, own])
 
 
 def test_nested_order(generator: torch.Generator) -> None:

@@ -17,6 +17,11 @@ def test_every_solver_is_timed() -> None:
         assert found.model_hours == pytest.approx(found.layer_hours * WIDTHS["tiny"].layers)
 
 
+def test_block_types_are_timed() -> None:
+    for solver in BENCHED:
+        assert time_solver("tiny", "q3_k", solver, 64, "cpu").seconds > 0
+
+
 def test_a_process_of_its_own() -> None:
     (found,) = bench_solvers("tiny", "int4-g128", ["rtn"], 16, "cpu", SilentProgress())
     assert found.peak_bytes > 50e6

@@ -1,0 +1,72 @@
+"""The GGUF table: what its stored figures must say, and how drift is told."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from copy import deepcopy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from v4quant.plan import make_plan
+from v4quant.recipe import recipe_from_table
+from v4quant.sizes import parse_size
+from v4quant_formats.checkpoint import open_checkpoint
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "quality_gguf.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("quality_gguf", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def stored(script: ModuleType) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(script.STORED.read_text())
+    return found
+
+
+def test_solved_files_are_smaller_and_much_closer(
+    script: ModuleType, stored: dict[str, Any]
+) -> None:
+    """At no more bytes at most 0.6 of llama.cpp's KL, in every part of the text too."""
+    assert stored["rows"].keys() == script.SIZES.keys()
+    with open_checkpoint(script.TINY) as source:
+        for name, size in script.SIZES.items():
+            row = stored["rows"][name]
+            plan = make_plan(source, recipe_from_table(row["recipe"], name))
+            assert plan.bytes_out == row["bytes"] <= parse_size(size)
+            assert row["bytes"] <= row["llama.cpp"]["bytes"]
+            assert row["solved"]["kl"] <= 0.6 * row["llama.cpp"]["kl"]
+            for part, kl in row["solved"]["parts"].items():
+                assert kl <= 0.6 * row["llama.cpp"]["parts"][part]
+                slack = 2 * row["searched"]["kl_stderr"]
+                assert kl <= row["searched"]["parts"][part] + slack, (name, part)
+
+
+def test_drift_is_told(script: ModuleType, stored: dict[str, Any]) -> None:
+    reduced = stored["reduced"]
+    assert reduced["solved"]["kl"] < 0.7 * reduced["searched"]["kl"]
+    assert script.drift(reduced, deepcopy(reduced)) == []
+    found = deepcopy(reduced)
+    found["solved"]["kl"] *= 1.3
+    (line,) = script.drift(reduced, found)
+    assert line.startswith("solved: mean KL")
+
+
+def test_page_is_of_the_stored_rows(script: ModuleType, stored: dict[str, Any]) -> None:
+    text = script.page(stored["rows"])
+    assert text == script.PAGE.read_text()
+    for row in stored["rows"].values():
+        for name in ("llama.cpp", "searched", "solved"):
+            assert f"{row[name]['kl']:.5f}" in text
