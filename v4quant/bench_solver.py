@@ -14,12 +14,13 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
+from typing import TypeVar
 
 import torch
 
 from v4quant.bench_convert import BenchError
 from v4quant.memory import peak_rss_bytes
-from v4quant_calibration.gram import damped, gram_sum
+from v4quant_calibration.gram import correction, damped, gram_sum
 from v4quant_calibration.refine import DEFAULT_SWEEPS
 from v4quant_calibration.solvers import SOLVERS, solve_batch
 from v4quant_kernels.progress import Progress
@@ -27,7 +28,10 @@ from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import codec
 from v4quant_kernels.scheme import get_scheme
 
-BENCHED = ("rtn", "optimal", "gptq", "gptq + refinement")
+T = TypeVar("T")
+
+_REFINED, _PROPAGATED = "gptq + refinement", "gptq + refinement + propagation"
+BENCHED = ("rtn", "optimal", "gptq", _REFINED, _PROPAGATED)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,10 @@ WIDTHS = {
 
 @dataclass(frozen=True)
 class SolverTiming:
-    """One solver's figures. moments_seconds: forming the moments of `rows` input rows, once."""
+    """One solver's figures. moments_seconds: forming the moments of `rows` input rows, once.
+
+    Seconds are processor time on a CPU, so other work on the machine does not count.
+    """
 
     solver: str
     device: str
@@ -100,21 +107,33 @@ def time_solver(width: str, scheme: str, solver: str, rows: int, device: str) ->
         if solver in SOLVERS:
             importance = x.square().mean(0).cpu()
             plain = SOLVERS[solver]
-            seconds += _timed(lambda: [plain(q, chosen, importance) for q in pair])  # noqa: B023
+            spent, _ = _timed(lambda: [plain(q, chosen, importance) for q in pair])  # noqa: B023
+            seconds += spent
             continue
-        started = time.monotonic()
-        gram = damped(gram_sum(x, x) / rows).float().unsqueeze(0)
-        moments += time.monotonic() - started
+        spent, gram = _timed(lambda: damped(gram_sum(x, x) / rows))  # noqa: B023
+        moments += spent
+        fix = None
+        if solver == _PROPAGATED:
+            lost = x * 0.1 + torch.randn(rows, columns, generator=generator).to(device) * 0.01
+            spent, fix = _timed(lambda: correction(lost, x, gram).unsqueeze(0))  # noqa: B023
+            seconds += spent
         sweeps = 0 if solver == "gptq" else DEFAULT_SWEEPS
-        seconds += _timed(lambda: solve_batch([pair], gram, None, chosen, sweeps))  # noqa: B023
+        narrow = gram.float().unsqueeze(0)
+        spent, _ = _timed(lambda: solve_batch([pair], narrow, fix, chosen, sweeps))  # noqa: B023
+        seconds += spent
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_rss_bytes()
     layer = (seconds + moments) * size.experts / 3600
     return SolverTiming(solver, device, seconds, moments, peak, layer, layer * size.layers)
 
 
-def _timed(work: Callable[[], object]) -> float:
-    started = time.monotonic()
-    work()
+def _timed(work: Callable[[], T]) -> tuple[float, T]:
+    """Seconds and result of some work."""
+    clock = time.process_time
+    if torch.cuda.is_available():
+        clock = time.monotonic
+        torch.cuda.synchronize()
+    started = clock()
+    result = work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.monotonic() - started
+    return clock() - started, result

@@ -22,10 +22,11 @@ from v4quant_calibration.block_codes import BlockCodes, choose, grids
 from v4quant_calibration.block_fit import fit
 from v4quant_calibration.block_gptq import set_grid
 from v4quant_calibration.gptq import feedback_factor
-from v4quant_calibration.refine import DEFAULT_SWEEPS, ENOUGH, FRESH, row_errors
+from v4quant_calibration.refine import DEFAULT_SWEEPS, ENOUGH, row_errors
 from v4quant_kernels.ref.ggml_blocks import SHAPES, BlockShape
 
 _REACH = 2
+_FRESH = 4  # sweeps between two fresh computations of the pull
 
 
 def block_refine(
@@ -43,7 +44,7 @@ def block_refine(
     pull = torch.empty(0)
     for sweep in range(sweeps):
         left = goal - part.values()
-        if sweep % FRESH == 0:
+        if sweep % _FRESH == 0:
             pull = moments @ left
         before = (left * pull).sum((1, 2))
         _sweep(pull, moments, factors, part, shape)

@@ -131,18 +131,36 @@ def activation_order(diagonal: Tensor, group: int) -> Tensor:
 
 
 def feedback_factor(gram: Tensor) -> Tensor:
-    """Upper U with U^T U = gram^-1, float32 `[B, K, K]`, by way of float64, one matrix at a time.
+    """Upper U with U^T U = gram^-1, float32 `[B, K, K]`.
 
-    With J the reversal of channels and J H J = L L^T, U = J L^-1 J, which takes one factorisation
-    and one triangular inverse.
+    With J the reversal of channels and J H J = L L^T, U = J L^-1 J. The factorisation is done in
+    float64, one matrix at a time, because H may be nearly singular; L is much less so (its
+    condition is the root of H's, some hundreds where moments are damped), and float32 inverts it.
     """
-    factors = []
-    for one in gram:
-        lower = torch.linalg.cholesky(one.double().flip((0, 1)))
-        eye = torch.eye(len(one), dtype=torch.float64, device=one.device)
-        inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-        factors.append(inverse.flip((0, 1)).float())
-    return torch.stack(factors)
+    lower = torch.stack(
+        [torch.linalg.cholesky(one.double().flip((0, 1))).to(gram.dtype) for one in gram]
+    )
+    return inverse_lower(lower).flip((1, 2))
+
+
+_SOLVED_AT_ONCE = 256
+
+
+def inverse_lower(lower: Tensor) -> Tensor:
+    """L^-1 of lower triangular L `[B, K, K]`, by halves, so that nearly all is matrix products."""
+    size = lower.shape[-1]
+    if size <= _SOLVED_AT_ONCE:
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        solved: Tensor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+        return solved
+    half = size // 2
+    inverse = torch.zeros_like(lower)
+    first, last = slice(0, half), slice(half, size)
+    inverse[:, first, first] = inverse_lower(lower[:, first, first])
+    inverse[:, last, last] = inverse_lower(lower[:, last, last])
+    between = lower[:, last, first] @ inverse[:, first, first]
+    inverse[:, last, first] = -(inverse[:, last, last] @ between)
+    return inverse
 
 
 def best_scale(values: Tensor, cost: Tensor, grid: Grid) -> Tensor:

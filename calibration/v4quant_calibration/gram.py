@@ -29,15 +29,25 @@ DAMPING = 0.01
 # Rows of the pool an expert's own rows are weighed against, per input channel.
 POOL_ROWS_PER_CHANNEL = 0.5
 _BLOCK = 1024
+_BAND = 512  # channels of a product that is computed from its diagonal on
 
 
 def gram_sum(left: Tensor, right: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sum over rows of w l^T r: float64 `[K, K]` from float32 `[n, K]` rows, weights `[n]`."""
+    """Sum over rows of w l^T r: float64 `[K, K]` from float32 `[n, K]` rows, weights `[n]`.
+
+    Where left and right are one tensor the result is symmetric, and only its upper half computed.
+    """
     total = left.new_zeros((left.shape[1], right.shape[1]), dtype=torch.float64)
+    bands = [slice(i, i + _BAND) for i in range(0, left.shape[1], _BAND)]
+    if left is not right:
+        bands = [slice(0, left.shape[1])]
     for start in range(0, left.shape[0], _BLOCK):
         part = slice(start, start + _BLOCK)
         rows = left[part] if weights is None else left[part] * weights[part].unsqueeze(1)
-        total += rows.mT @ right[part]
+        for band in bands:
+            total[band, band.start :] += rows[:, band].mT @ right[part, band.start :]
+    for band in bands[1:]:
+        total[band, : band.start] = total[: band.start, band].mT
     return total
 
 
@@ -52,7 +62,9 @@ def damped(gram: Tensor) -> Tensor:
     mean = gram.diagonal().mean()
     if not float(mean) > 0:
         return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (DAMPING * mean)
+    result = gram.clone()
+    result.diagonal().add_(DAMPING * mean)
+    return result
 
 
 def correction(lost: Tensor, rows: Tensor, gram: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -100,8 +112,10 @@ class CrossSums:
         """M over the damped moments `gram`, which were mixed with so many rows of a pool."""
         total = self._count + borrowed
         cross = self._cross / max(total, 1.0)
-        factor = torch.linalg.cholesky(gram.double())
-        solved = torch.cholesky_solve(cross.mT, factor).mT
+        # Factorised in float64 (the moments may be nearly singular), solved in float32: an
+        # estimate from so many rows is not worth more digits.
+        factor = torch.linalg.cholesky(gram.double()).float()
+        solved = torch.cholesky_solve(cross.mT.float(), factor).mT
         explained = float((solved * cross).sum()) * total
         if explained <= 0 or self._energy <= 0:
             return torch.zeros_like(gram, dtype=torch.float32)
@@ -109,4 +123,4 @@ class CrossSums:
         # Rows of unequal weights tell as much as (sum w)^2 / sum w^2 equal ones.
         effective = self._weight**2 / self._squares
         chance = (1 - share) / share * len(gram) / effective
-        return (solved * max(0.0, 1 - chance)).float()
+        return solved * max(0.0, 1 - chance)

@@ -4,16 +4,21 @@ GPTQ never comes back to a channel. Refinement does: with all other codes fixed,
 (t - s q) H (t - s q)^T of a row is a parabola in any one code and in any one scale, so each has a
 best value in closed form: the nearest integer to q_i + (r H)_i / (s H_ii), and the nearest
 bfloat16 to s + (q . r H) / (q H q) over the group, where r is the row's remaining error. No step
-can raise the error, and sweeps over all channels and groups stop when a sweep gains next to
-nothing. (The code step is that of QuantEase, arXiv 2309.01885; scale steps between code steps are
-the usual alternating least squares.)
+can raise the error. (The code step is that of QuantEase, arXiv 2309.01885; scale steps between
+code steps are the usual alternating least squares.)
 
-The product r H is carried along with every change. Float32 sums drift, so it is computed afresh
-every few sweeps, and at the end a row whose error in float64 came out higher than it began keeps
-its first codes: the error never rises.
+Nearly all the work is the pull r H, K^2 multiplications a row and sweep. It is formed for a few
+groups when their turn comes, so nothing is carried along that could drift, and what a group's
+change c gains is known exactly: c . (pull before + pull after). Rows do not touch each other:
+each stops for itself when a sweep gains it next to nothing, and later sweeps see few of them. A
+row whose gains are within reach of float32's rounding is compared with its first codes in float64
+and keeps those if they were better: the error never rises.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,10 +27,15 @@ from v4quant_calibration.gptq import Codes, Grid, compiled_for
 from v4quant_kernels.ref.intq import storable_scale
 
 DEFAULT_SWEEPS = 12
-# A sweep that lowers an expert's error by less than this share of it is its last.
 ENOUGH = 2e-3
-FRESH = 4
-"""Sweeps between two fresh computations of the pull."""
+"""A sweep that lowers an error by less than this share of it is the last."""
+
+# Gains are surely gains when they are this share of the error.
+_CLEAR = 1e-3
+# Rows go on in this part of all or multiples of it, filled up with rows that had stopped.
+_PARTS = 32
+# Channels whose pull is formed in one product: large enough for that to be a fast one.
+_SPAN = 512
 
 
 def refine(
@@ -36,26 +46,83 @@ def refine(
     The Gram-weighted error of no row rises. Arguments are left unchanged.
     """
     codes = Codes(start.integers.clone(), start.scale.clone())
-    # Every expert stops for itself, so its codes do not depend on who shares its batch.
-    active = torch.arange(len(target), device=target.device)
-    goal, moments = target, gram
-    part = Codes(start.integers.clone(), start.scale.clone())
-    pull = torch.empty(0)
+    batch, _, rows = target.shape
+    gained, error = target.new_zeros(2, batch, rows)
+    active = torch.ones_like(gained, dtype=torch.bool)
     for sweep in range(sweeps):
-        left = goal - part.values(grid.group)
-        if sweep % FRESH == 0:
-            pull = moments @ left
-        before = (left * pull).sum((1, 2))
-        _sweep(pull, moments, part, grid)
-        left = goal - part.values(grid.group)
-        gained = before - (left * pull).sum((1, 2)) > ENOUGH * before
-        codes.integers[active], codes.scale[active] = part.integers, part.scale
-        active = active[gained]
-        if not len(active):
-            break
-        goal, moments, pull = goal[gained], moments[gained], pull[gained]
-        part = Codes(part.integers[gained], part.scale[gained])
-    better = gram_error(target, gram, codes, grid) <= gram_error(target, gram, start, grid)
+        for some in _still_moving(active):
+            part = Codes(some.take(codes.integers), some.take(codes.scale))
+            moments = gram if some.whole else gram[some.members]
+            gain, present = _sweep(some.take(target), moments, part, grid)
+            some.put(codes.integers, part.integers)
+            some.put(codes.scale, part.scale)
+            some.put(active, gain > ENOUGH * present)
+            some.put(gained, some.take(gained) + gain)
+            if sweep == 0:
+                error = present
+    return _never_worse(target, gram, codes, start, grid, gained > _CLEAR * error)
+
+
+@dataclass(frozen=True)
+class _Some:
+    """Some rows (int64 `[m, n]`) of some members (int64 `[m]`) of a batch; or all of all."""
+
+    members: Tensor
+    rows: Tensor
+    whole: bool
+
+    def take(self, values: Tensor) -> Tensor:
+        """The rows of values `[B, N]` or `[B, K, N]`: themselves, not a copy, where all."""
+        if self.whole:
+            return values
+        pairs = zip(self.members.tolist(), self.rows, strict=True)
+        return torch.stack([values[i].index_select(-1, rows) for i, rows in pairs])
+
+    def put(self, values: Tensor, new: Tensor) -> None:
+        """Store the rows' new values."""
+        if self.whole:
+            values.copy_(new)
+            return
+        for i, rows, one in zip(self.members.tolist(), self.rows, new, strict=True):
+            values[i].index_copy_(-1, rows, one)
+
+
+def _still_moving(active: Tensor) -> Iterator[_Some]:
+    """The rows worth another sweep, those of members with equally many together.
+
+    How many rows of a member go on depends on this member alone, and so do its codes.
+    """
+    total = active.shape[1]
+    step = -(-total // _PARTS)
+    widths = [min(-(-count // step) * step, total) for count in active.sum(1).tolist()]
+    order = active.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    for width in sorted(set(widths) - {0}):
+        chosen = [i for i, w in enumerate(widths) if w == width]
+        members = torch.tensor(chosen, device=active.device)
+        whole = width == total and len(chosen) == len(active)
+        yield _Some(members, order[members, :width], whole)
+
+
+def _never_worse(
+    target: Tensor, gram: Tensor, codes: Codes, start: Codes, grid: Grid, clear: Tensor
+) -> Codes:
+    """`codes`, but those of `start` in rows (not `clear`, `[B, N]`) where these have less error."""
+    moved = (codes.integers != start.integers).any(1) | (codes.scale != start.scale).any(1)
+    doubtful = moved & ~clear
+    better = torch.ones_like(doubtful)
+    for index in doubtful.any(1).nonzero()[:, 0].tolist():
+        rows = doubtful[index].nonzero()[:, 0]
+        one = slice(index, index + 1)
+        new, old = (
+            gram_error(
+                target[one, :, rows],
+                gram[one],
+                Codes(c.integers[one, :, rows], c.scale[one, :, rows]),
+                grid,
+            )
+            for c in (codes, start)
+        )
+        better[index, rows] = (new <= old)[0]
     return choose(better, codes, start)
 
 
@@ -82,26 +149,60 @@ def row_errors(errors: Tensor, gram: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def _sweep(pull: Tensor, gram: Tensor, codes: Codes, grid: Grid) -> None:
+def rough_errors(errors: Tensor, gram: Tensor) -> Tensor:
+    """As `row_errors`, in float32 at half the cost: some five digits."""
+    return (gram @ errors).mul_(errors).sum(1)
+
+
+def _sweep(goal: Tensor, gram: Tensor, codes: Codes, grid: Grid) -> tuple[Tensor, Tensor]:
     """One pass over all groups: the codes of a group in turn, then its scale. In place.
 
-    pull: r H of the remaining errors r, transposed `[B, K, N]`, kept right throughout.
+    Returns what every row gained, and its error as the groups found it, `[B, N]` both.
     """
-    for index, start in enumerate(range(0, pull.shape[1], grid.group)):
-        part = slice(start, start + grid.group)
-        before = codes.integers[:, part] * codes.scale[:, index].unsqueeze(1)
-        own = pull[:, part].clone()
-        _code_steps(own, gram[:, part, part], codes, part, index, grid)
-        _scale_step(own, gram[:, part, part], codes, part, index)
-        change = codes.integers[:, part] * codes.scale[:, index].unsqueeze(1) - before
-        pull.baddbmm_(gram[:, :, part], change, alpha=-1)
+    left = goal - codes.values(grid.group)
+    gained, error = torch.zeros_like(goal[:, 0]), torch.zeros_like(goal[:, 0])
+    columns = goal.shape[1]
+    wide = max(_SPAN // grid.group, 1) * grid.group
+    for start in range(0, columns, grid.group):
+        part, inside = slice(start, start + grid.group), start % wide
+        if not inside:
+            span = slice(start, min(start + wide, columns))
+            pulls = gram[:, span] @ left
+        before = left[:, part].clone()
+        own = pulls[:, inside : inside + grid.group]
+        error += (before * own).sum(1)
+        first = own.clone()
+        _group_steps(goal[:, part], before, own, gram[:, part, part], codes, part, grid)
+        left[:, part] = goal[:, part] - _values(codes, part, grid)
+        change = before.sub_(left[:, part])
+        gained += first.add_(own).mul_(change).sum(1)
+        if part.stop < span.stop:
+            rest = pulls[:, inside + grid.group :]
+            rest.baddbmm_(gram[:, part.stop : span.stop, part], change, alpha=-1)
+    return gained, error
 
 
-def _code_steps(
-    pull: Tensor, gram: Tensor, codes: Codes, part: slice, index: int, grid: Grid
+def _group_steps(
+    goal: Tensor, left: Tensor, pull: Tensor, gram: Tensor, codes: Codes, part: slice, grid: Grid
 ) -> None:
-    """Every code of a group to its best value; keeps the group's `pull` `[B, group, N]` right."""
-    scale = codes.scale[:, index]
+    """The codes and the scale of one group to their best values; keeps its `pull` right.
+
+    goal, left, pull: `[B, group, N]`, left the errors that the pull belongs to.
+    """
+    work = pull.clone()
+    _code_steps(work, gram, codes, part, grid)
+    moved = left - goal + _values(codes, part, grid)
+    pull.baddbmm_(gram, moved, alpha=-1)
+    _scale_step(pull, gram, codes, part, grid)
+
+
+def _values(codes: Codes, part: slice, grid: Grid) -> Tensor:
+    return codes.integers[:, part] * codes.scale[:, part.start // grid.group].unsqueeze(1)
+
+
+def _code_steps(pull: Tensor, gram: Tensor, codes: Codes, part: slice, grid: Grid) -> None:
+    """Every code of a group to its best value in turn; uses `pull` `[B, group, N]` up."""
+    scale = codes.scale[:, part.start // grid.group]
     if compiled_for(pull):
         from v4quant_kernels.native import feedback
 
@@ -117,13 +218,21 @@ def _code_steps(
         new = torch.round(old + pull[:, offset] / (scale * own)).clamp_(grid.low, grid.high)
         step = (new - old).mul_(scale).unsqueeze(1)
         codes.integers[:, channel] = new
-        pull.baddbmm_(gram[:, :, offset].unsqueeze(2), step, alpha=-1)
+        rest = slice(offset + 1, None)
+        pull[:, rest].baddbmm_(gram[:, rest, offset].unsqueeze(2), step, alpha=-1)
 
 
-def _scale_step(pull: Tensor, gram: Tensor, codes: Codes, part: slice, index: int) -> None:
-    """A group's scale to its best bfloat16 value; a group of zero codes keeps its scale."""
+def _scale_step(pull: Tensor, gram: Tensor, codes: Codes, part: slice, grid: Grid) -> None:
+    """A group's scale to its best bfloat16 value; a group of zero codes keeps its scale.
+
+    Keeps the group's pull right.
+    """
+    index = part.start // grid.group
     integers, scale = codes.integers[:, part], codes.scale[:, index]
-    curve = (gram @ integers).mul_(integers).sum(1)
-    best = scale + (integers * pull).sum(1) / curve.clamp_min(torch.finfo(curve.dtype).tiny)
+    curve = gram @ integers
+    steepness = (curve * integers).sum(1)
+    best = scale + (integers * pull).sum(1) / steepness.clamp_min(torch.finfo(curve.dtype).tiny)
     stored = storable_scale(best.abs()).float().copysign(best)
-    codes.scale[:, index] = torch.where((curve > 0) & torch.isfinite(best), stored, scale)
+    new = torch.where((steepness > 0) & torch.isfinite(best), stored, scale)
+    codes.scale[:, index] = new
+    pull.sub_(curve.mul_((new - scale).unsqueeze(1)))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from v4quant_calibration.coders import BlockCoder, Coder, IntegerCoder
-from v4quant_calibration.refine import DEFAULT_SWEEPS, row_errors
+from v4quant_calibration.refine import DEFAULT_SWEEPS, rough_errors
 from v4quant_calibration.scale_search import QuantizedMatrix, search_dense, search_mxfp4
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import codec
@@ -94,7 +94,7 @@ def solve_batch(
         for matrices, m in zip(sources, moments, strict=True)
     ]
     fallback = coder.read(plain, grams.device)
-    first, second = (row_errors(target - coder.values(c), grams) for c in (codes, fallback))
+    first, second = (rough_errors(target - coder.values(c), grams) for c in (codes, fallback))
     codes = coder.refine(target, grams, coder.choose(second < first, fallback, codes), sweeps)
     return [
         coder.write(codes, i, [q.shape[0] for q in matrices]) for i, matrices in enumerate(sources)

@@ -15,7 +15,14 @@ from v4quant_calibration.gptq import (
     gptq,
 )
 from v4quant_calibration.gram import correction, damped, gram_sum, shrunk
-from v4quant_calibration.refine import choose, gram_error, refine
+from v4quant_calibration.refine import (
+    _never_worse,
+    choose,
+    gram_error,
+    refine,
+    rough_errors,
+    row_errors,
+)
 
 BATCH, ROWS, COLUMNS = 3, 5, 64
 
@@ -95,6 +102,22 @@ def test_factor(generator: torch.Generator) -> None:
     )
 
 
+def test_factor_of_many_channels(generator: torch.Generator) -> None:
+    """Above 256 channels the inverse is made by halves; here of moments as bad as they come."""
+    rows = torch.randn(150, 600, generator=generator) * torch.logspace(0, -2, 600)
+    gram = damped(gram_sum(rows, rows) / 150).float().unsqueeze(0)
+    factor = feedback_factor(gram)[0].double()
+    assert torch.equal(factor, factor.triu())
+    product = factor.mT @ factor @ gram[0].double()
+    assert float((product - torch.eye(600).double()).abs().max()) < 2e-3
+
+
+def test_rough_errors(generator: torch.Generator) -> None:
+    weights, gram = problem(generator)
+    exact = row_errors(weights, gram)
+    torch.testing.assert_close(rough_errors(weights, gram).double(), exact, rtol=1e-4, atol=0)
+
+
 def test_order_keeps_groups_whole(generator: torch.Generator) -> None:
     diagonal = torch.rand(BATCH, COLUMNS, generator=generator)
     order = activation_order(diagonal, 16)
@@ -152,6 +175,54 @@ def test_refinement_never_raises_the_error(bits: int, generator: torch.Generator
     )
 
 
+def test_refinement_does_not_depend_on_company(generator: torch.Generator) -> None:
+    """Members of a batch stop at different times, rows of a member too; each as if alone."""
+    weights, gram = problem(generator)
+    weights = torch.randn(BATCH, COLUMNS, 100, generator=generator)
+    grid = Grid(3, 16)
+    start = gptq(weights, gram, grid)
+    together = refine(weights, gram, start, grid)
+    for b in range(BATCH):
+        one = slice(b, b + 1)
+        own = Codes(start.integers[one], start.scale[one])
+        alone = refine(weights[one], gram[one], own, grid)
+        assert torch.equal(alone.integers, together.integers[one])
+        assert torch.equal(alone.scale, together.scale[one])
+
+
+def test_rows_that_stopped_may_be_left_out(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, gram = problem(generator)
+    weights = torch.randn(BATCH, COLUMNS, 100, generator=generator)
+    grid = Grid(3, 16)
+    start = gptq(weights, gram, grid)
+    errors = []
+    for parts, span in ((1, 16), (100, 64)):
+        monkeypatch.setattr("v4quant_calibration.refine._PARTS", parts)
+        monkeypatch.setattr("v4quant_calibration.refine._SPAN", span)
+        codes = refine(weights, gram, start, grid)
+        errors.append(gram_error(weights, gram, codes, grid))
+    every, few = errors
+    # Left out were rows that had next to nothing left to gain.
+    assert bool((few <= every * 1.1).all())
+    assert float(few.sum()) == pytest.approx(float(every.sum()), rel=0.01)
+
+
+def test_a_doubtful_gain_is_settled_in_float64(generator: torch.Generator) -> None:
+    """Codes refined in float32 under another target's error are never kept where they lose."""
+    weights, gram = problem(generator)
+    grid = Grid(4, 16)
+    start = refine(weights, gram, gptq(weights, gram, grid), grid, 50)
+    worse = Codes(start.integers.clone(), start.scale.clone())
+    worse.integers[:, 3] = (worse.integers[:, 3] + 1).clamp(grid.low, grid.high)
+    nothing = torch.zeros(BATCH, ROWS, dtype=torch.bool)
+    kept = _never_worse(weights, gram, worse, start, grid, nothing)
+    first, after = (gram_error(weights, gram, c, grid) for c in (start, kept))
+    assert bool((after <= first).all())
+    assert float((gram_error(weights, gram, worse, grid) > first).float().mean()) > 0.5
+
+
 def test_refined_codes_cannot_be_bettered_alone(generator: torch.Generator) -> None:
     """After many sweeps no single code step lowers the error (brute force in float64)."""
     weights, gram = problem(generator)
@@ -201,6 +272,16 @@ def test_gram_sum_loses_nothing(generator: torch.Generator) -> None:
     torch.testing.assert_close(gram_sum(rows, rows, weights), exact, rtol=1e-6, atol=0)
     parts = gram_sum(rows[:1777], rows[:1777]) + gram_sum(rows[1777:], rows[1777:])
     torch.testing.assert_close(parts, gram_sum(rows, rows), rtol=1e-6, atol=0)
+
+
+def test_moments_are_symmetric(generator: torch.Generator) -> None:
+    """Only the upper half is computed, in bands of channels."""
+    rows = torch.randn(1500, 1100, generator=generator)
+    weights = torch.rand(1500, generator=generator)
+    found = gram_sum(rows, rows, weights)
+    torch.testing.assert_close(found, found.mT, rtol=1e-5, atol=1e-4)
+    exact = (rows.double() * weights.double()[:, None]).mT @ rows.double()
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-4)
 
 
 def test_an_expert_without_rows_gets_the_pool(generator: torch.Generator) -> None:

@@ -18,6 +18,7 @@ from v4quant_kernels.native import compiled
 
 Floats = NDArray[np.float32]
 _TILE = 64  # rows side by side: a group of 128 channels takes 32 KB
+_NARROW = 16  # where few codes move: often none of these does, and the channel is passed over
 
 
 def round_group(
@@ -53,16 +54,16 @@ def _round_group(work, scale, factor, low, high, integers, errors):  # type: ign
 def code_steps(
     pull: Floats, scale: Floats, gram: Floats, low: int, high: int, integers: Floats
 ) -> None:
-    """Every code of a group to its best value, in turn. Changes `pull` and `integers`."""
+    """Every code of a group to its best value, in turn. Uses `pull` up; changes `integers`."""
     _code_steps(pull, scale, gram, np.float32(low), np.float32(high), integers)
 
 
 @compiled
 def _code_steps(pull, scale, gram, low, high, integers):  # type: ignore[no-untyped-def]
     channels, rows = pull.shape
-    step = np.empty(_TILE, np.float32)
-    for first in range(0, rows, _TILE):
-        width = min(_TILE, rows - first)
+    step = np.empty(_NARROW, np.float32)
+    for first in range(0, rows, _NARROW):
+        width = min(_NARROW, rows - first)
         for i in range(channels):
             own = gram[i, i]
             moved = False
@@ -75,7 +76,7 @@ def _code_steps(pull, scale, gram, low, high, integers):  # type: ignore[no-unty
                 moved |= q != old
             if not moved:
                 continue
-            for j in range(channels):
+            for j in range(i + 1, channels):
                 g = gram[j, i]
                 for t in range(width):
                     pull[j, first + t] -= g * step[t]
