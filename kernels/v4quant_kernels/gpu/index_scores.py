@@ -32,6 +32,10 @@ from v4quant_kernels.gpu.index_vectors import (
 )
 from v4quant_kernels.gpu.words import as_fp8, byte_of, fp8_fours, index_vectors
 
+NEEDS_ZERO = tl.constexpr(tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9))
+"""Triton 3.6 cannot compile block-scaled products for sm_100 that start from a constant, 3.9 can;
+what is between was not tried."""
+
 
 @triton.jit
 def load_rows(pointers, inside, MASKED: tl.constexpr):
@@ -63,10 +67,15 @@ def load_packed_bytes(packed_ptr, row, inside):
 
 
 @triton.jit
-def multiply(keys, key_scales, queries, query_scales, OPERAND: tl.constexpr):
-    """float32 `[keys, heads]`."""
+def multiply(keys, key_scales, queries, query_scales, zero, OPERAND: tl.constexpr):
+    """float32 `[keys, heads]`; `zero` is a float32 0 that the compiler does not see through."""
     if OPERAND == "native":
-        out = tl.dot_scaled(keys, key_scales, "e2m1", tl.trans(queries), query_scales, "e2m1")
+        turned = tl.trans(queries)
+        if NEEDS_ZERO:
+            empty = tl.full((keys.shape[0], queries.shape[0]), 0.0, dtype=tl.float32) + zero
+            out = tl.dot_scaled(keys, key_scales, "e2m1", turned, query_scales, "e2m1", empty)
+        else:
+            out = tl.dot_scaled(keys, key_scales, "e2m1", turned, query_scales, "e2m1")
     else:
         out = tl.dot(keys, tl.trans(queries), input_precision="ieee")
     return out
@@ -237,6 +246,7 @@ def shared_kernel(
     weight_line = factor_ptr + begin + lane
     token = first + tl.arange(0, STEP)
     out = line + token.to(tl.int64)[None, :] * columns
+    zero = (tokens < 0).to(tl.float32)
     for _ in tl.range(0, BQ, STEP, num_stages=STAGES):
         queries = as_operands(tl.load(q_tile), OPERAND, COMPUTE)
         query_scales = lane
@@ -244,7 +254,7 @@ def shared_kernel(
             query_scales = tl.load(scale_tile)
         weights = tl.load(weight_line)
         end = tl.load(end_ptr + token)
-        product = multiply(keys, key_scales, queries, query_scales, OPERAND)
+        product = multiply(keys, key_scales, queries, query_scales, zero, OPERAND)
         scores = weighted_sums(product, weights, STEP, ROUND_PRODUCTS)
         scores *= (key_factor * 0.5)[:, None]
         store_scores(out, scores, key, end, exists, token < tokens)
@@ -308,6 +318,7 @@ def score_run(
     out = line + column[:, None]
     left = total_keys - shift - run
     factor = power_of_two(base - 1)
+    zero = (total_keys < 0).to(tl.float32)
     for _ in tl.range(0, TILES, num_stages=STAGES):
         if OPERAND == "native":
             key_scales = load_rows(bytes_tile, slot < left, MASKED)
@@ -324,7 +335,7 @@ def score_run(
                 keys = as_fp8(fp8_fours(words, bytes_, base + 127, COMPUTE))
             else:
                 keys = index_vectors(words, scales, COMPUTE)
-        product = multiply(keys, key_scales, queries, query_scales, OPERAND)
+        product = multiply(keys, key_scales, queries, query_scales, zero, OPERAND)
         scores = weighted_sums(product, weights, STEP, ROUND_PRODUCTS) * factor
         store_scores(out, scores, skipped + column, end, column < columns, seen)
         left -= BS
