@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from v4quant_formats.deepseek_v4 import parse_name
-from v4quant_formats.shards import ShardWriter, plan_shard
+from v4quant_formats.shards import ShardWriter, output_error, plan_shard
 from v4quant_formats.spec import DTYPE_NAMES, TensorSpec
 from v4quant_kernels.errors import V4QuantError
 
@@ -131,6 +131,10 @@ def write_stats(path: Path, stats: Stats) -> None:
         "stages": list(stats.stages),
     }
     specs = [TensorSpec(k, DTYPE_NAMES[v.dtype], tuple(v.shape)) for k, v in tensors.items()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(path, error) from None
     writer = ShardWriter(path, plan_shard(specs, {"v4quant_stats": json.dumps(header)}))
     try:
         for name, value in tensors.items():

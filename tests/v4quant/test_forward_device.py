@@ -22,11 +22,16 @@ from v4quant.devices import DeviceError
 from v4quant.evaluation import Resources, evaluate_checkpoint
 from v4quant_calibration.corpus import Corpus, CorpusPart
 from v4quant_calibration.evaluate import Measures
+from v4quant_calibration.model import indexer
+from v4quant_calibration.model.observer import SilentObserver
 from v4quant_calibration.model.options import ForwardOptions
+from v4quant_calibration.provider import CheckpointParams
 from v4quant_calibration.solve_settings import SolveSettings
 from v4quant_calibration.stats import Stats
+from v4quant_calibration.stream import StreamModel, stream_forward
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import load_model_config
+from v4quant_kernels import dispatch
 from v4quant_kernels.progress import SilentProgress
 from v4quant_kernels.scheme import get_scheme
 
@@ -61,8 +66,13 @@ def figures(
 
 @pytest.mark.parametrize("activations", ["plain", "official"])
 def test_evaluation_elsewhere(
-    windows: list[Tensor], converted: Callable[[str], Path], activations: Any, tmp_path: Path
+    windows: list[Tensor],
+    converted: Callable[[str], Path],
+    activations: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(indexer, "uses_kernel", lambda x, options: False)
     options = ForwardOptions(activations)
     here = figures(windows, converted("int4-g128"), options, Resources())
     with PretendDevice() as pretended:
@@ -71,6 +81,48 @@ def test_evaluation_elsewhere(
     assert here.pop("device") == "cpu" and there.pop("device") == "cuda"
     assert pretended.products[0] > 500 and pretended.products[1] == 0
     assert there == here and here["kl_mean"] > 0
+
+
+class Picks(SilentObserver):
+    """Keeps what the indexer of the first CSA layer chose."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[Tensor]] = {}
+
+    def on_index(self, layer: str, picks: Tensor) -> None:
+        self.found.setdefault(layer, []).append(picks.cpu())
+
+    @property
+    def first(self) -> Tensor:
+        return torch.cat(next(iter(self.found.values())))
+
+
+def picks(windows: list[Tensor], device: torch.device) -> Tensor:
+    seen = Picks()
+    with open_checkpoint(TINY) as checkpoint:
+        model = StreamModel(CheckpointParams(checkpoint, device), ForwardOptions("official"), seen)
+        stream_forward([model], CONFIG, windows)
+    return seen.first
+
+
+def test_the_indexers_kernel_chooses_alike(
+    windows: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its torch twin stands for it; sums in another order may exchange entries of equal score."""
+    here = picks(windows, torch.device("cpu"))
+    asked = []
+    genuine = dispatch.index_top_k
+    monkeypatch.setattr(dispatch, "uses_triton", lambda tensor, backend: False)
+    monkeypatch.setattr(
+        dispatch, "index_top_k", lambda *a, **k: asked.append(a[0].is_cuda) or genuine(*a, **k)
+    )
+    with PretendDevice():
+        there = picks(windows, DEVICE)
+    assert asked and all(asked)
+    assert there.shape == here.shape and float((there == here).float().mean()) > 0.99
+    valid = there >= 0
+    assert bool((valid[:, :-1] | ~valid[:, 1:]).all()), "absent entries come last"
+    assert bool(((there[:, 1:] > there[:, :-1]) | ~valid[:, 1:]).all())
 
 
 def statistics(windows: list[Tensor], out: Path, device: torch.device) -> Stats:

@@ -10,6 +10,9 @@ A query at position s sees s // 4-ish entries, so up to 4 * index_topk tokens ev
 nothing of the indexer, weights included, is touched for shorter sequences. Beyond that, scores
 exist only for one block of queries at a time, and their per-head form only for one block of keys.
 Equal scores (relu makes exact zeros) go to the earlier entry.
+
+On CUDA, keys that are rounded to FP4 are also kept so, as packed rows, and the project's kernel
+scores and selects: the same products, exact in float32, in another order of summing.
 """
 
 from __future__ import annotations
@@ -20,12 +23,20 @@ import torch
 from torch import Tensor
 
 from v4quant_calibration.model.compressor import CompressorWeights, compress, load_compressor
-from v4quant_calibration.model.numerics import linear, product, quantized_input, top_k_lowest_index
+from v4quant_calibration.model.numerics import (
+    linear,
+    product,
+    quantized_input,
+    require_finite,
+    top_k_lowest_index,
+)
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.params import Params
 from v4quant_calibration.model.rope import rotate_tail_
 from v4quant_formats.model_config import CSA_RATIO, ModelConfig
+from v4quant_kernels import dispatch
 from v4quant_kernels.ref.activation import fake_quant_e2m1, hadamard
+from v4quant_kernels.ref.indexer import pack_index_keys
 
 KEY_BLOCK = 4096
 
@@ -55,8 +66,17 @@ def index_keys(
     config: ModelConfig,
     options: ForwardOptions,
 ) -> Tensor:
-    """Index keys of a sequence x `[S, hidden]`: float32 `[S // 4, index_head_dim]`."""
-    return _rounded(compress(x, weights.compressor, CSA_RATIO, table, config), options)
+    """Index keys of a sequence x `[S, hidden]`: float32 `[S // 4, index_head_dim]`, or rows of
+    packed bytes for the kernel."""
+    keys = compress(x, weights.compressor, CSA_RATIO, table, config)
+    if uses_kernel(keys, options):
+        return pack_index_keys(*dispatch.quantize_index_vectors(keys))
+    return _rounded(keys, options)
+
+
+def uses_kernel(x: Tensor, options: ForwardOptions) -> bool:
+    """Whether the kernel that takes FP4 vectors does the work: where they are, on CUDA."""
+    return options.official and x.is_cuda
 
 
 def choose_entries(
@@ -78,8 +98,11 @@ def choose_entries(
     """
     heads, dim = config.index_n_heads, config.index_head_dim
     queries = linear(quantized_input(low_rank, options), weights.wq_b, options)
-    queries = _rounded(rotate_tail_(queries.view(-1, heads, dim), table), options)
+    queries = rotate_tail_(queries.view(-1, heads, dim), table)
     head_weights = linear(x, weights.weights_proj, options) * (dim * heads) ** -0.5
+    if keys.dtype == torch.uint8:
+        return _choose_packed(queries, keys, head_weights, first, config.index_topk, what)
+    queries = _rounded(queries, options)
     scores = torch.cat(
         [_scores(queries, part, head_weights, options) for part in torch.split(keys, KEY_BLOCK)],
         dim=-1,
@@ -89,6 +112,20 @@ def choose_entries(
     hidden = torch.arange(keys.shape[0], device=x.device) >= seen
     picks = top_k_lowest_index(scores.masked_fill_(hidden, -torch.inf), config.index_topk, what)
     return picks.masked_fill_(picks >= seen, -1)
+
+
+def _choose_packed(
+    queries: Tensor, keys: Tensor, head_weights: Tensor, first: int, top_k: int, what: str
+) -> Tensor:
+    """`choose_entries` by the kernel, keys packed."""
+    require_finite(queries, what)  # FP4 has no NaN to tell it later
+    require_finite(head_weights, what)
+    codes, scale = dispatch.quantize_index_vectors(queries)
+    positions = torch.arange(first, first + queries.shape[0], device=queries.device)
+    picks = dispatch.index_top_k(codes, scale, keys, head_weights, top_k, positions)
+    absent = keys.shape[0]
+    ordered = picks.masked_fill(picks < 0, absent).sort(dim=-1).values
+    return ordered.masked_fill_(ordered == absent, -1)
 
 
 def _scores(queries: Tensor, keys: Tensor, head_weights: Tensor, options: ForwardOptions) -> Tensor:
