@@ -31,6 +31,8 @@ _CHOICES = {
 }
 
 MIN_SPLIT = 10**6
+# What to take where a cast may be inexact and its container cannot leave a layer as it was.
+_WIDER = {"fp8": "mxfp8", "int8-g128": "int8-g32"}
 
 
 class RecipeError(V4QuantError):
@@ -76,9 +78,11 @@ class Recipe:
                 )
         object.__setattr__(self, "format", self.layout.name)
         if self.on_inexact == "keep" and not self.layout.can_keep:
+            wider = _WIDER.get(self.scheme)
+            remedy = f", or {wider}, which holds every MXFP4 value" if wider else ""
             raise RecipeError(
                 f"on_inexact = 'keep' does not work with {self.scheme} in {self.format}: that "
-                "format declares one scheme for all experts; use nearest or refuse"
+                f"format declares one scheme for all experts; use nearest or refuse{remedy}"
             )
         self._check_gguf()
         self._check_places()

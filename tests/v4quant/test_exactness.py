@@ -58,8 +58,11 @@ def test_nearest_counts_and_refuse_names_what_keep_keeps(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("scheme", ["fp8", "int8-g128", "int4-g32", "mxfp4"])
 def test_formats_that_cannot_say_it_refuse_keep(scheme: str) -> None:
-    with pytest.raises(RecipeError, match="one scheme for all experts"):
+    with pytest.raises(RecipeError, match="one scheme for all experts") as refused:
         Recipe(scheme, on_inexact="keep")
+    remedy = {"fp8": "mxfp8", "int8-g128": "int8-g32"}.get(scheme)
+    assert ("holds every MXFP4 value" in str(refused.value)) == (remedy is not None)
+    assert remedy is None or f"or {remedy}, which" in str(refused.value)
 
 
 def test_dropped_drafts_leave_no_promise_in_the_config(tmp_path: Path) -> None:
