@@ -293,7 +293,7 @@ class _Planner:
                 kind = stored.scheme.name if stored.scheme else "unquantized"
                 raise WrongDtype(
                     f"{self.checkpoint.path}: expert '{stored.module}' is {kind}; conversion "
-                    "starts from a release's MXFP4 or FP8 experts"
+                    "starts from a release's MXFP4 or FP8 experts; give the release as the source"
                 )
             rows, columns = stored.shape
             projection = stored.module.rpartition(".")[2]
@@ -337,7 +337,7 @@ class _Planner:
         if stored.scheme.element != "e4m3" or scale is None:
             raise WrongDtype(
                 f"{self.checkpoint.path}: dense '{stored.module}' is {stored.scheme.name}; "
-                "conversion starts from a release's FP8 matrices"
+                "conversion starts from a release's FP8 matrices; give the release as the source"
             )
         if rule == "bf16":
             return Unit("bf16", (stored,), (TensorSpec(weight.name, "BF16", weight.shape),))
@@ -373,7 +373,7 @@ class _Planner:
         if stored.scheme is not None and stored.scheme.element != "e4m3":
             raise WrongDtype(
                 f"{self.checkpoint.path}: dense '{stored.module}' is {stored.scheme.name}; "
-                "conversion starts from a release's FP8 matrices"
+                "conversion starts from a release's FP8 matrices; give the release as the source"
             )
         rows, columns = stored.shape
         kind = get_type(fitting_type(dense, columns))
