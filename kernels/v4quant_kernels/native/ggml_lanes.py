@@ -74,18 +74,23 @@ def tile_errors(
 
 
 @compiled
-def load(x: F32, w: F32, blocks: I64, subs: int, tile: F32) -> None:
+def load(x: F32, w: F32, blocks: I64, subs: int, again: bool, tile: F32) -> None:
     """Sub-blocks of some blocks of `x` [B, block] and their weights into tile[0] and tile[1].
 
+    `again`: the tile was loaded before, so weights that are the same for every block are there.
     Lanes that stay empty keep what they had: nobody reads their results.
     """
     size = x.shape[1] // subs
     for k in range(blocks.size):
         xb = x[blocks[k]]
-        wb = w[blocks[k] % w.shape[0]]
         for j in range(subs):
             for i in range(size):
                 tile[0, i * LANES + k * subs + j] = xb[j * size + i]
+        if again and w.shape[0] == 1:
+            continue
+        wb = w[blocks[k] % w.shape[0]]
+        for j in range(subs):
+            for i in range(size):
                 tile[1, i * LANES + k * subs + j] = wb[j * size + i]
 
 

@@ -125,6 +125,7 @@ def search_waiting(
     limit: np.float32,
     family: F32,
     reach: int,
+    again: bool,
     tile: F32,
     s: F32,
     q: I8,
@@ -134,7 +135,7 @@ def search_waiting(
     """q, sc and d of the blocks whose numbers are in `waiting`, at most a tile of them."""
     subs = sc.shape[1]
     size = x.shape[1] // subs
-    load(x, w, waiting, subs, tile)
+    load(x, w, waiting, subs, again, tile)
     real_steps(tile[0], tile[1], size, low, high, family, s)
     for k in range(waiting.size):
         lanes = slice(k * subs, (k + 1) * subs)
@@ -181,6 +182,7 @@ def search_symmetric(
     near = np.empty(subs, np.float32)
     waiting = np.empty(LANES // subs, np.int64)
     held = 0
+    again = False
     for b in range(count):
         finest = lattice_units(x[b], size, bits, SPREAD, near) if bits > 0 else ZERO
         if finest > ZERO:
@@ -193,8 +195,10 @@ def search_symmetric(
             held += 1
         if held == waiting.size or b == count - 1:
             search_waiting(
-                x, w, waiting[:held], low, high, bottom, limit, family, reach, tile, s, q, sc, d
-            )
+                x, w, waiting[:held], low, high, bottom, limit, family, reach, again, tile, s,
+                q, sc, d,
+            )  # fmt: skip
+            again = True
             held = 0
 
 
@@ -215,6 +219,7 @@ def search_single(
     s = np.zeros((7, LANES), np.float32)
     waiting = np.empty(LANES, np.int64)
     held = 0
+    again = False
     for b in range(count):
         top = largest(x[b], 0, block) if bits > 0 else ZERO
         unit = binade_unit(top, bits) if top > ZERO else ZERO
@@ -225,7 +230,8 @@ def search_single(
             waiting[held] = b
             held += 1
         if held == LANES or b == count - 1:
-            load(x, w, waiting[:held], 1, tile)
+            load(x, w, waiting[:held], 1, again, tile)
+            again = True
             real_steps(tile[0], tile[1], block, low, high, family, s)
             reciprocals(s[0], s[2])
             tile_sums(tile[0], tile[1], block, low, high, s[2], s[3], s[4])
