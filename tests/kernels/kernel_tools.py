@@ -101,3 +101,10 @@ def bfloat16_dot(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, widen(a), widen(b), d, *rest)
 
     return create_dot
+
+
+def interprets_block_scaled() -> bool:
+    """Whether this Triton's interpreter knows block-scaled products; that of 3.6 does not."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    return hasattr(InterpreterBuilder, "create_dot_scaled")
