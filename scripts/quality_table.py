@@ -106,8 +106,8 @@ def measure(setting: Setting, progress: Progress) -> dict[str, Any]:
     """All rows of a setting, with the noise floor and the text they were measured on."""
     with tempfile.TemporaryDirectory() as work, open_checkpoint(TINY) as source:
         config = parse_model_config(dict(source.config), "config.json")
-        text = _windows(CALIBRATION, setting.calibration, config)
-        heldout = _windows(HELDOUT, setting.heldout, config)
+        text = windows(CALIBRATION, setting.calibration, config)
+        heldout = windows(HELDOUT, setting.heldout, config)
         made = [
             (scheme, solver, _export(source, config, text, scheme, solver, Path(work), progress))
             for scheme in setting.schemes
@@ -144,7 +144,8 @@ def measure(setting: Setting, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _windows(name: str, count: int, config: ModelConfig) -> Corpus:
+def windows(name: str, count: int, config: ModelConfig) -> Corpus:
+    """The first `count` windows of 512 tokens of a built-in text."""
     request = CorpusRequest(512, count * 512, config.bos_token_id, config.vocab_size)
     return load_corpus(resolve_corpus([name]), TINY / "tokenizer.json", request)
 

@@ -121,8 +121,8 @@ def _base_recipe(options: Options) -> Recipe:
     probe = Recipe("mxfp4", options.format)
     if not probe.layout.mixes:
         raise UnsupportedPair(
-            f"format '{options.format}' declares one scheme for all experts, and the engines that "
-            "load it fuse them under it, so there is nothing to allocate; use --format gguf"
+            f"format '{options.format}' declares one scheme for all experts, so there is nothing "
+            "to allocate; use --format gguf (a [schemes] table for vLLM is written by hand)"
         )
     dense = "" if options.dense in _TAKING_PART else options.dense
     return replace(probe, dense=dense, draft=options.draft, split_size=options.split_size)

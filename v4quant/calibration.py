@@ -32,8 +32,9 @@ from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import ModelConfig
 from v4quant_formats.spec import BLOCK_DTYPES
 from v4quant_kernels.progress import Progress
+from v4quant_kernels.ref.cast import can_cast
 from v4quant_kernels.ref.ggml_blocks import SHAPES
-from v4quant_kernels.scheme import SCHEMES
+from v4quant_kernels.scheme import SCHEMES, Scheme
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,14 @@ def solve_settings(checkpoint: Checkpoint, recipe: Recipe, propagate: bool = Tru
     """What a recipe asks a solver for.
 
     For GGUF files the plan says which matrices become which block type: those of the experts, of
-    attention and the head, where they do; the others are the encoder's. Raises what planning
-    raises, and RecipeError where there is nothing to solve.
+    attention and the head, where they do; the others are the encoder's. Where layers have schemes
+    of their own, they are solved for those. Raises what planning raises, and RecipeError where
+    there is nothing to solve.
     """
     plain = SolveSettings(recipe.expert_scheme, propagate)
-    if not recipe.layout.mixes:
+    if recipe.layout.mixes == "layer" and recipe.places:
+        return replace(plain, schemes=_by_layer(checkpoint, recipe), recipe=solved_part(recipe))
+    if recipe.layout.mixes != "projection":
         return plain
     units = [u for u in make_plan(checkpoint, recipe).units if not u.again]
     schemes = {
@@ -93,6 +97,21 @@ def solve_settings(checkpoint: Checkpoint, recipe: Recipe, propagate: bool = Tru
     if not schemes:
         raise RecipeError("nothing in this recipe is coded by a scheme that could be solved for")
     return replace(plain, schemes=schemes, recipe=solved_part(recipe))
+
+
+def _by_layer(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Scheme]:
+    """The schemes of expert matrices that lose something in theirs."""
+    schemes = {}
+    for unit in make_plan(checkpoint, recipe).units:
+        for stored in unit.sources:
+            stage, expert, place = stored.module.partition(".ffn.experts.")
+            if expert:
+                scheme = recipe.scheme_for(stage, place.rpartition(".")[2])
+                if scheme.element == "int" and not can_cast(scheme):
+                    schemes[stored.module] = scheme
+    if not schemes:
+        raise RecipeError("nothing in this recipe is coded by a scheme that could be solved for")
+    return schemes
 
 
 def calibrate_to(

@@ -104,7 +104,7 @@ def _convert_matrix(
     if scheme.element == "int":
         if q.scheme.name != "mxfp4":
             refuse_overflow(plan.checkpoint, stored, codec.dequantize(q))
-        found = _solve(plan, stored.module, q, stats)
+        found = _solve(plan, stored.module, q, scheme, stats)
     else:
         values = codec.dequantize(q)
         refuse_overflow(plan.checkpoint, stored, values)
@@ -159,14 +159,16 @@ def _rows_of(q: QTensor, start: int, stop: int) -> QTensor:
     return QTensor(q.scheme, (stop - start, q.shape[1]), q.codes[start:stop], scale)
 
 
-def _solve(plan: Plan, module: str, q: QTensor, stats: Evidence | None) -> QuantizedMatrix:
+def _solve(
+    plan: Plan, module: str, q: QTensor, scheme: Scheme, stats: Evidence | None
+) -> QuantizedMatrix:
     """Integer codes: the solution's where it has some, else the recipe's plain solver's."""
     importance = stats.importance(module) if stats else None
     if plan.recipe.solver != "gptq":
-        return SOLVERS[plan.recipe.solver](q, plan.scheme, importance)
-    solved = solved_codes(plan.recipe, stats, module, plan.scheme, q.shape)
+        return SOLVERS[plan.recipe.solver](q, scheme, importance)
+    solved = solved_codes(plan.recipe, stats, module, scheme, q.shape)
     if solved is None:
-        return SOLVERS["optimal"](q, plan.scheme, importance)
+        return SOLVERS["optimal"](q, scheme, importance)
     return measured(codec.dequantize(q), solved)
 
 

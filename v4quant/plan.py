@@ -93,8 +93,18 @@ class Plan:
 
     def output_config(self) -> dict[str, Any]:
         """The output's config.json."""
-        config = self.recipe.layout.config(self.checkpoint.config, self.scheme, self.kept)
+        layout, raw = self.recipe.layout, self.checkpoint.config
+        if self.recipe.places and layout.mixed_config is not None:
+            config = layout.mixed_config(raw, self._stage_schemes())
+        else:
+            config = layout.config(raw, self.scheme, self.kept)
         return without_drafts(config) if self.recipe.draft == "drop" else config
+
+    def _stage_schemes(self) -> dict[str, Scheme]:
+        """The scheme of every stage's experts, where a layer has one."""
+        places = (u.sources[0].module.partition(".ffn.experts.") for u in self.units)
+        stages = dict.fromkeys(stage for stage, found, _ in places if found)
+        return {stage: self.recipe.scheme_for(stage, PROJECTIONS[0]) for stage in stages}
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, stats_digest: str = "") -> Plan:

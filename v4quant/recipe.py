@@ -55,7 +55,8 @@ class Recipe:
     dense: how dense matrices are coded, for formats that leave a choice (gguf); "" is exact BF16.
     split_size: largest file, like 45GB, for formats that write one file (gguf); "" is 45GB.
     schemes: (place, scheme) of layers and projections that differ from `scheme` and `dense`, the
-        table [schemes] of a file (places.py), for formats that can say so (gguf).
+        table [schemes] of a file (places.py), for formats that can say so (gguf; by whole layers
+        compressed-tensors with engine vllm).
     """
 
     scheme: str
@@ -114,9 +115,9 @@ class Recipe:
         """Schemes of places: known, and of a format that can mix them."""
         if self.places and not self.layout.mixes:
             raise RecipeError(
-                f"recipe: [schemes] does not work in {self.format}: its config declares one scheme "
-                "for all experts, and engines load no other; only gguf says the type of every "
-                "tensor"
+                f"recipe: [schemes] does not work in {self.format} for {self.engine}: its config "
+                "declares one scheme for all experts; gguf says the type of every tensor, and "
+                "compressed-tensors with engine = 'vllm' the scheme of every layer"
             )
         for (stage, group), scheme in self.places.items():
             allowed = self.layout.schemes if group in EXPERTS else self.layout.dense_types
@@ -124,8 +125,19 @@ class Recipe:
             if scheme not in allowed:
                 raise RecipeError(
                     f"recipe: [schemes] {place_name((stage, group))} = '{scheme}' is not one of "
-                    f"{', '.join(allowed)}"
+                    f"{', '.join(allowed) or 'none: dense matrices are as the format has them'}"
                 )
+            if group in EXPERTS and self.layout.mixes == "layer":
+                self._check_layer(stage)
+
+    def _check_layer(self, stage: str) -> None:
+        """A layer's experts have one scheme, where the engine fuses them under one."""
+        gate, down = self.scheme_for(stage, "w1").name, self.scheme_for(stage, "w2").name
+        if gate != down:
+            raise RecipeError(
+                f"recipe: [schemes] gives {stage}.gate_up {gate} and {stage}.down {down}; "
+                f"{self.engine} builds a layer's experts in one scheme, so give both the same"
+            )
 
     @cached_property
     def places(self) -> dict[Place, str]:

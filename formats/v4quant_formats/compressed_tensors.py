@@ -11,6 +11,11 @@ what SGLang would otherwise refuse as unmatched. The experts' group comes first,
 target spells `shared_exper[t]s`: transformers takes as the experts' scheme the first group whose
 target contains the text `experts`, and as the dense one the first whose targets do not.
 
+vLLM asks the targets layer by layer, for one expert's three matrices, which must get one answer. So
+in its variant experts of different layers may have different schemes, each scheme a group that
+lists its layers. transformers would decode all of them by the first group, hence not in the neutral
+variant; SGLang has not been read for this.
+
 In the vLLM variant draft stages are BF16: vLLM builds them as layers beyond the trunk's, and
 DSpark's `context_wkv_proj`, loaded from every stage's wkv, has a name that no target of wkv meets.
 """
@@ -124,9 +129,9 @@ def _activations(scheme: Scheme) -> dict[str, Any] | None:
     }
 
 
-def _group(scheme: Scheme) -> dict[str, Any]:
+def _group(scheme: Scheme, target: str = EXPERT_TARGET) -> dict[str, Any]:
     return {
-        "targets": [EXPERT_TARGET],
+        "targets": [target],
         "format": _format(scheme),
         "weights": _weights(scheme),
         "input_activations": _activations(scheme),
@@ -198,6 +203,32 @@ def _vllm_config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str]) ->
     return config
 
 
+def _vllm_mixed(raw: Mapping[str, Any], stages: Mapping[str, Scheme]) -> dict[str, Any]:
+    """As `_vllm_config`, with one group for each scheme that experts of some stages have."""
+    by_scheme: dict[str, list[str]] = {}
+    for stage, scheme in stages.items():
+        by_scheme.setdefault(scheme.name, []).append(stage)
+    config = _vllm_config(raw, next(iter(stages.values())), ())
+    groups = config["quantization_config"]["config_groups"]
+    dense = groups.pop("group_1")
+    layers = int(raw["num_hidden_layers"])
+    for number, names in enumerate(by_scheme.values()):
+        groups[f"group_{number}"] = _group(stages[names[0]], _stages_target(names, layers))
+    groups[f"group_{len(by_scheme)}"] = dense
+    return config
+
+
+def _stages_target(stages: Sequence[str], layers: int) -> str:
+    """A pattern of the experts of some stages; vLLM numbers draft stages on from the trunk's."""
+    trunk = [int(s.removeprefix("layers.")) for s in stages if s.startswith("layers.")]
+    drafts = [int(s.removeprefix("mtp.")) for s in stages if s.startswith("mtp.")]
+    numbers = "|".join(str(n) for n in [*trunk, *(layers + n for n in drafts)])
+    places = rf"layers\.({numbers})"
+    if drafts:
+        places = rf"({places}|mtp\.({'|'.join(map(str, drafts))}))"
+    return EXPERT_TARGET.replace(r"re:.*\.experts", rf"re:(.*\.)?{places}\..*\.experts")
+
+
 def _sglang_config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
     config = _declare(raw, scheme, kept, IGNORE)
     own = raw.get("quantization_config")
@@ -264,6 +295,8 @@ _VLLM = replace(
     engines="vLLM on sm90 and newer; transformers with CompressedTensorsConfig(dequantize=True)",
     dense_scale="weight_scale",
     engine="vllm",
+    mixes="layer",
+    mixed_config=_vllm_mixed,
 )
 _SGLANG_VARIANT = replace(
     _NEUTRAL,

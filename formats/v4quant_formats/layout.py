@@ -50,7 +50,9 @@ class Layout:
         stages whose experts stay in the source format.
     stores_input_scale: whether `expert_tensors` uses `input_amax` (0 is passed otherwise).
     can_keep: whether the format can say that some stages' experts are in the source format.
-    mixes: whether layers and projections may have schemes of their own.
+    mixes: what may have a scheme of its own: every "projection" of a layer, a "layer" (its experts
+        alike), or nothing ("").
+    mixed_config(raw, stage -> scheme) -> as `config`, where stages' experts differ.
     keeps_drafts: draft stages' experts stay in the source's MXFP4.
     dense_scale: the part name of dense FP8 scales.
     engines: what loads it, for people. engine: which variant this is.
@@ -74,7 +76,8 @@ class Layout:
     engines: str
     serve: str
     can_keep: bool = False
-    mixes: bool = False
+    mixes: Literal["", "layer", "projection"] = ""
+    mixed_config: Callable[[Mapping[str, Any], Mapping[str, Scheme]], dict[str, Any]] | None = None
     stores_input_scale: bool = False
     keeps_drafts: bool = False
     dense_scale: str = "scale"

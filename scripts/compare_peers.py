@@ -1,0 +1,263 @@
+"""Other people's quantizers and ours: same model, same text, same bits, same measurement.
+
+    scripts/compare_peers.py --work FOLDER --llm-compressor PYTHON --auto-round PYTHON
+    scripts/compare_peers.py --work FOLDER --schemes int4-g128      only some rows
+
+Each peer is optional and named by an interpreter that has it (a virtual environment of its own). It
+gets the built-in tiny V4 as BF16 and the calibration windows as token ids, and returns its routed
+experts' weights as it would decode them (`scripts/peers/`). These take the experts' places in a
+checkpoint, and `evaluate`'s own functions score it against the source on the windows of
+docs/quality.md, which nobody calibrated with; our own figures are that table's. What a peer left
+in FOLDER is not computed again. Figures and versions go to docs/peers.json, the table to
+docs/peers.md; rows not asked for are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from quality_table import FULL, ROOT, TINY, windows
+from quality_table import STORED as QUALITY
+
+from v4quant.builtin import CALIBRATION, HELDOUT
+from v4quant.evaluation import evaluate_checkpoint
+from v4quant.job import run_job
+from v4quant.plan import make_plan
+from v4quant.recipe import Recipe
+from v4quant_calibration.model.options import ForwardOptions
+from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.model_config import ModelConfig, parse_model_config
+from v4quant_kernels.progress import SilentProgress
+from v4quant_kernels.scheme import get_scheme
+
+STORED = ROOT / "docs" / "peers.json"
+PAGE = ROOT / "docs" / "peers.md"
+SCHEMES = ("int4-g32", "int4-g128", "int3-g128", "int2-g64")
+OURS = {"optimal": "v4quant, optimal scales", "propagated": "v4quant"}
+PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A quantizer of others: its name and method for people, and the script that runs it."""
+
+    name: str
+    worker: str
+
+
+PEERS = {
+    "llm-compressor": Peer("llm-compressor, GPTQ", "with_llm_compressor.py"),
+    "auto-round": Peer("auto-round, weighted scales", "with_auto_round.py"),
+}
+
+
+class PeerFailed(Exception):
+    """A peer's process ended with an error."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the peers named, score all, write figures and page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="Folder for what peers return.")
+    parser.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES)
+    for peer in PEERS:
+        parser.add_argument(f"--{peer}", metavar="PYTHON", help=f"Interpreter with {peer}.")
+    options = parser.parse_args(arguments)
+    pythons = {p: python for p in PEERS if (python := getattr(options, p.replace("-", "_")))}
+    for peer in PEERS:
+        found = pythons.get(peer)
+        sys.stderr.write(f"{peer}: {found or 'left out, no interpreter named'}\n")
+    options.work.mkdir(parents=True, exist_ok=True)
+    fresh = compare(options.work, options.schemes, pythons)
+    stored = json.loads(STORED.read_text()) if STORED.exists() else {"rows": []}
+    renewed = {(row["scheme"], row["who"]) for row in fresh["rows"]}
+    old = [row for row in stored["rows"] if (row["scheme"], row["who"]) not in renewed]
+    found = {**fresh, "rows": sorted([*old, *fresh["rows"]], key=_order)}
+    STORED.write_text(json.dumps(found, indent=1) + "\n")
+    PAGE.write_text(page(found))
+    return 0
+
+
+def _order(row: dict[str, Any]) -> tuple[int, int]:
+    return SCHEMES.index(row["scheme"]), list(PEERS).index(row["who"])
+
+
+def compare(work: Path, schemes: Sequence[str], pythons: dict[str, str]) -> dict[str, Any]:
+    """Figures of every scheme by every peer named; ours are those of the quality table."""
+    with open_checkpoint(TINY) as source:
+        config = parse_model_config(dict(source.config), "config.json")
+        text = windows(CALIBRATION, FULL.calibration, config)
+        heldout = windows(HELDOUT, FULL.heldout, config)
+        run_job(make_plan(source, Recipe("bf16"), ""), work / "bf16", None, 1)
+        (work / "windows.json").write_text(json.dumps([ids.tolist() for ids in text.windows]))
+        made = [
+            (scheme, peer, *run_peer(peer, python, scheme, work, config))
+            for scheme in schemes
+            for peer, python in pythons.items()
+        ]
+        if not made:
+            raise PeerFailed("no interpreter of any peer was named; nothing to compare")
+        opened = [open_checkpoint(folder) for _, _, folder, _ in made]
+        found = evaluate_checkpoint(
+            opened[0], source, heldout, ForwardOptions(), SilentProgress(), weights=False,
+            others=opened[1:],
+        )  # fmt: skip
+        for checkpoint in opened:
+            checkpoint.close()
+    results = [found, *found.get("others", [])]
+    rows = [
+        _row(scheme, peer, facts, result)
+        for (scheme, peer, _, facts), result in zip(made, results, strict=True)
+    ]
+    return {
+        "calibration_tokens": text.tokens,
+        "heldout_tokens": heldout.tokens,
+        "floor_kl": found["noise_floor"]["kl_mean"],
+        "rows": rows,
+    }
+
+
+def our_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The quality table's rows. Raises PeerFailed when they are of other text."""
+    table = json.loads(QUALITY.read_text())["full"]
+    for key in ("calibration_tokens", "heldout_tokens"):
+        if table[key] != found[key]:
+            raise PeerFailed(f"{QUALITY} has other {key}; run scripts/quality_table.py first")
+    return [{**row, "who": row["solver"]} for row in table["rows"] if row["solver"] in OURS]
+
+
+def _row(scheme: str, who: str, facts: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "scheme": scheme,
+        "who": who,
+        "kl": result["kl_mean"],
+        "kl_stderr": result["kl_mean_stderr"],
+        "perplexity": result["perplexity"],
+        "top1": result["top1_agreement"],
+        "parts": {part["name"]: part["kl_mean"] for part in result["corpora"]},
+        **facts,
+    }
+
+
+def run_peer(
+    peer: str, python: str, scheme: str, work: Path, config: ModelConfig
+) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint with a peer's experts, and what it said of itself. Raises PeerFailed."""
+    kind = get_scheme(scheme)
+    weights, said = work / f"{peer}-{scheme}.safetensors", work / f"{peer}-{scheme}.json"
+    if not (weights.exists() and said.exists()):
+        command = [
+            python, str(ROOT / "scripts" / "peers" / PEERS[peer].worker), str(work / "bf16"),
+            str(work / "windows.json"), str(kind.bits), str(kind.group_size), str(weights),
+        ]  # fmt: skip
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode:
+            raise PeerFailed(f"{peer} failed on {scheme}:\n{done.stderr[-2000:]}")
+        said.write_text(done.stdout.strip().rpartition("\n")[2])
+    folder = work / f"{peer}-{scheme}"
+    with open_checkpoint(work / "bf16") as plain:
+        put_experts(plain, load_file(weights), folder, config)
+    facts: dict[str, Any] = json.loads(said.read_text())
+    return folder, facts
+
+
+def put_experts(
+    plain: Checkpoint, found: dict[str, Any], folder: Path, config: ModelConfig
+) -> None:
+    """A copy of a BF16 checkpoint with the trunk's experts replaced by float32 matrices.
+
+    found: by transformers' names. Raises PeerFailed when one is missing or has another shape.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(plain.path, folder, ignore=shutil.ignore_patterns("v4quant.json"))
+    wanted = {
+        f"layers.{n}.ffn.experts.{e}.{ours}.weight": f"model.layers.{n}.mlp.experts.{e}.{theirs}"
+        for n in range(config.num_hidden_layers)
+        for e in range(config.n_routed_experts)
+        for theirs, ours in PROJECTIONS.items()
+    }
+    if missing := [name for name in wanted.values() if name not in found]:
+        raise PeerFailed(f"{len(missing)} matrices are missing, the first {missing[0]}")
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        for name in tensors.keys() & wanted.keys():
+            if found[wanted[name]].shape != tensors[name].shape:
+                raise PeerFailed(f"{wanted[name]} has shape {tuple(found[wanted[name]].shape)}")
+            tensors[name] = found[wanted[name]].float().contiguous()
+        save_file(tensors, file)
+        total += sum(t.numel() * t.element_size() for t in tensors.values())
+    index = folder / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    table["metadata"]["total_size"] = total
+    index.write_text(json.dumps(table))
+
+
+def page(found: dict[str, Any]) -> str:
+    """The comparison as Markdown."""
+    names = {peer: facts.name for peer, facts in PEERS.items()} | OURS
+    every = [*found["rows"], *our_rows(found)]
+    columns = [who for who in names if any(row["who"] == who for row in every)]
+    versions: dict[str, dict[str, str]] = {row["who"]: row["versions"] for row in found["rows"]}
+    lines = [
+        "# Beside other quantizers",
+        "",
+        "Mean KL divergence from the source, nats per token, of the built-in tiny V4 with only its",
+        f"routed experts converted, on {found['heldout_tokens']:,} held-out tokens of prose and "
+        "code.",
+        f"Everybody had the same {found['calibration_tokens']:,} tokens to calibrate with, in "
+        "windows of 512, and the",
+        "same bits: symmetric integers, one 16-bit scale a group. Weights as each one decodes them "
+        "are",
+        "scored by `evaluate`'s own functions, so nothing of an engine is in the figures. The "
+        "noise floor is",
+        f"{found['floor_kl']:.5f}. `scripts/compare_peers.py` writes this page.",
+        "",
+        "| scheme | " + " | ".join(names[who] for who in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for scheme in SCHEMES:
+        rows = {row["who"]: row for row in every if row["scheme"] == scheme}
+        cells = [
+            f"{rows[who]['kl']:.5f} ± {rows[who]['kl_stderr']:.5f}" if who in rows else "not run"
+            for who in columns
+        ]
+        if rows:
+            lines.append(f"| {scheme} | " + " | ".join(cells) + " |")
+    lines.append("")
+    for who, packages in versions.items():
+        told = ", ".join(f"{name} {number}" for name, number in packages.items())
+        lines.append(f"- {names[who]}: {told}.")
+    lines += [
+        "",
+        "What each one is. *llm-compressor*: `oneshot` with `GPTQModifier` and its defaults "
+        "(static activation",
+        "order, damping 0.01, all experts calibrated on all tokens), float32 throughout. "
+        "*auto-round*: its search of",
+        "scales weighted by activations; its tuning of rounding, which is what it is known for, "
+        "cannot be run on V4",
+        "(`scripts/peers/with_auto_round.py` says why). *v4quant, optimal scales*: `optimal` "
+        "weighted by second moments.",
+        "*v4quant*: `calibrate --solve` with its defaults. One model, one text: what wins here by "
+        "less than the error",
+        "bars has not won.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
