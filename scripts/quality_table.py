@@ -202,6 +202,18 @@ def page(found: dict[str, Any]) -> str:
         lines.append(start + " | ".join(cells) + " |")
         ppl.append(start + " | ".join(f"{rows[s]['perplexity']:.3f}" for s in SOLVERS) + " |")
     lines += ["", "Perplexity on the same text:", "", *lines[9:11], *ppl, ""]
+    lines += ["Mean KL of each part of the text, with optimal scales and with all there is:", ""]
+    parts = sorted(found["rows"][0]["parts"])
+    lines += ["| scheme | " + " | ".join(f"{part}: optimal, all" for part in parts) + " |"]
+    lines += ["|---|" + "---|" * len(parts)]
+    for scheme in SCHEMES:
+        plain, best = (
+            next(r["parts"] for r in found["rows"] if (r["scheme"], r["solver"]) == (scheme, s))
+            for s in ("optimal", SOLVERS[-1])
+        )
+        cells = [f"{plain[part]:.5f}, {best[part]:.5f}" for part in parts]
+        lines.append(f"| {scheme} | " + " | ".join(cells) + " |")
+    lines.append("")
     return "\n".join(lines)
 
 

@@ -40,6 +40,17 @@ def test_solving_pays_in_the_stored_rows(stored: dict[str, Any]) -> None:
         assert kl < plain["parts"][part]
 
 
+def test_calibration_loses_on_no_part_of_the_text(script: ModuleType) -> None:
+    """Beyond the error bar of the uncalibrated row, in the stored full table."""
+    rows = json.loads(script.STORED.read_text())["full"]["rows"]
+    by = {(row["scheme"], row["solver"]): row for row in rows}
+    for scheme in script.SCHEMES:
+        plain = by[scheme, "optimal"]
+        for solver in ("gptq", "refined", "propagated"):
+            for part, kl in by[scheme, solver]["parts"].items():
+                assert kl <= plain["parts"][part] + plain["kl_stderr"], (scheme, solver, part)
+
+
 def test_drift_is_told_by_row(script: ModuleType, stored: dict[str, Any]) -> None:
     assert script.drift(stored, deepcopy(stored)) == []
     found = deepcopy(stored)
@@ -53,7 +64,7 @@ def test_drift_is_told_by_row(script: ModuleType, stored: dict[str, Any]) -> Non
 def test_page_has_every_row(script: ModuleType) -> None:
     rows = [
         {"scheme": scheme, "solver": solver, "bits": 3.125, "kl": 0.001 * i, "kl_stderr": 1e-4,
-         "perplexity": 40.0 + i}
+         "perplexity": 40.0 + i, "parts": {"heldout-code": 0.1}}
         for i, (scheme, solver) in enumerate(
             (scheme, solver) for scheme in script.SCHEMES for solver in script.SOLVERS
         )
