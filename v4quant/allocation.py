@@ -10,13 +10,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from v4quant import __version__
-from v4quant.places import AS_STORED, EXPERTS, WHOLE, Place, place_of, write_places
-from v4quant.plan import Plan, make_plan
-from v4quant.recipe import Recipe
+from v4quant.places import (
+    AS_STORED,
+    EXPERTS,
+    LAYER,
+    WHOLE,
+    Place,
+    layer_of,
+    place_of,
+    read_places,
+    write_places,
+)
+from v4quant.plan import Plan, fits_rows, make_plan
+from v4quant.recipe import Recipe, RecipeError
 from v4quant.sensitivity import Sample, errors, measured_effects
 from v4quant_calibration.allocate import BudgetError, Choice, allocate
 from v4quant_calibration.corpus import Corpus
@@ -24,14 +34,17 @@ from v4quant_calibration.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import parse_name
 from v4quant_formats.errors import UnsupportedPair
+from v4quant_formats.layout import NEUTRAL
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress, SilentProgress
+from v4quant_kernels.scheme import get_scheme
 
 _MOST_ROUNDS = 4  # of correction, should headers of split files differ
 AUTO, ALL = "auto", "all"
 """What a choice of dense type says when there shall be one for every stage, embedding and head; or
 one for the compressors' and hyper-connections' matrices too, which else stay as they are."""
 
+_CODED = (*EXPERTS, LAYER)  # groups of routed experts
 _TAKING_PART = {AUTO: ("dense", *WHOLE), ALL: ("dense", *WHOLE, "compressor", "hyper")}
 
 
@@ -43,11 +56,13 @@ class NothingMeasured(V4QuantError):
 class Options:
     """What may be chosen, and from what.
 
+    engine: as in a recipe; with vllm, layers of compressed-tensors may differ.
     dense: the dense matrices' type, or "auto" or "all" to choose for what these take part.
     draft, split_size: as in a recipe. sample: what errors are measured on.
     """
 
     format: str = "gguf"
+    engine: str = NEUTRAL
     dense: str = ""
     draft: str = "convert"
     split_size: str = ""
@@ -58,11 +73,13 @@ class Options:
 class Allocation:
     """A recipe and what is known of it.
 
-    losses: predicted loss of every place in the scheme chosen; nats where effects were measured.
+    chosen: the scheme of every place, layers' experts as one where the format asks that.
+    losses: predicted loss of every place in it; nats where effects were measured.
     nbytes: exact size of the output's model files; smallest, largest: of any that could be chosen.
     """
 
     recipe: Recipe
+    chosen: Mapping[Place, str]
     budget: int
     nbytes: int
     smallest: int
@@ -97,8 +114,13 @@ def find_costs(checkpoint: Checkpoint, options: Options) -> Costs:
     recipe = _base_recipe(options)
     base = make_plan(checkpoint, recipe)
     own_bytes = _place_bytes(base)
-    groups = (*EXPERTS, *_TAKING_PART.get(options.dense, ()))
-    menus = {place: _menu(recipe, place) for place in own_bytes if place[1] in groups}
+    groups = (*_CODED, *_TAKING_PART.get(options.dense, ()))
+    experts = _expert_menu(base)
+    menus = {
+        place: experts if place[1] in _CODED else _menu(recipe, place)
+        for place in own_bytes
+        if place[1] in groups
+    }
     costs: dict[Place, dict[str, int]] = {place: {} for place in menus}
     for index in range(max(map(len, menus.values()))):
         schemes = {place: menu[min(index, len(menu) - 1)] for place, menu in menus.items()}
@@ -109,31 +131,53 @@ def find_costs(checkpoint: Checkpoint, options: Options) -> Costs:
     return Costs(base, costs, base.bytes_out - sum(own_bytes[p] for p in costs))
 
 
+def _expert_menu(base: Plan) -> tuple[str, ...]:
+    """The layout's schemes whose groups all experts' rows are made of."""
+    experts = [u for u in base.units if u.action == "experts"]
+    widths = {stored.shape[1] for unit in experts for stored in unit.sources}
+    return tuple(
+        name
+        for name in base.recipe.layout.schemes
+        if all(fits_rows(get_scheme(name), columns) for columns in widths)
+    )
+
+
 def _menu(recipe: Recipe, place: Place) -> tuple[str, ...]:
-    """What a place may become; as it is first, where that is an option."""
-    if place[1] in EXPERTS:
-        return recipe.layout.schemes
+    """What a dense place may become; as it is first, where that is an option."""
     types = [t for t in recipe.layout.dense_types if t != "bf16"]
     return (AS_STORED.get(place[1], "bf16"), *types)
 
 
 def _base_recipe(options: Options) -> Recipe:
-    probe = Recipe("mxfp4", options.format)
+    probe = Recipe("mxfp4", options.format, engine=options.engine)
     if not probe.layout.mixes:
         raise UnsupportedPair(
             f"format '{options.format}' declares one scheme for all experts, so there is nothing "
-            "to allocate; use --format gguf (a [schemes] table for vLLM is written by hand)"
+            "to allocate; use --format gguf, or compressed-tensors with --engine vllm"
+        )
+    if options.dense in _TAKING_PART and not probe.layout.dense_types:
+        raise RecipeError(
+            f"dense = '{options.dense}' has no effect in {options.format}: dense matrices are as "
+            "the format has them"
         )
     dense = "" if options.dense in _TAKING_PART else options.dense
     return replace(probe, dense=dense, draft=options.draft, split_size=options.split_size)
 
 
 def _place_bytes(plan: Plan) -> Counter[Place]:
+    """Bytes of what is chosen as one: projections, or whole layers' experts."""
+    by_layer = plan.recipe.layout.mixes == "layer"
     found: Counter[Place] = Counter()
-    for unit in plan.units:
-        for spec in unit.outputs:
+    for shard in plan.shards:
+        own: Counter[Place] = Counter()
+        for spec in shard.outputs:
             if (place := place_of(parse_name(spec.name))) is not None:
-                found[place] += spec.nbytes
+                own[layer_of(place) if by_layer else place] += spec.nbytes
+        found.update(own)
+        # Integers are three tensors where MXFP4 is two: a file's header is its layer's.
+        layers = [place for place in own if place[1] == LAYER]
+        header = shard.nbytes - sum(spec.nbytes for spec in shard.outputs) if layers else 0
+        found.update({place: header // len(layers) for place in layers})
     return found
 
 
@@ -171,9 +215,10 @@ def allocate_recipe(
         effects = measured_effects(checkpoint, found, corpus, stats, progress)
     losses = {p: {s: effects[p] * e for s, e in found[p].items()} for p in found}
     recipe, nbytes = _fit(costs, losses, budget)
-    chosen = dict(recipe.places)
+    chosen = _chosen(recipe.schemes, costs)
     return Allocation(
         recipe,
+        chosen,
         budget,
         nbytes,
         smallest,
@@ -213,11 +258,17 @@ def _fit(
 def _recipe(costs: Costs, chosen: Mapping[Place, str]) -> Recipe:
     weight: Counter[str] = Counter()
     for place, scheme in chosen.items():
-        if place[1] in EXPERTS:
+        if place[1] in _CODED:
             weight[scheme] += costs.places[place][scheme]
     # llama.cpp's name for the whole file is that of the scheme most bytes have.
     main = weight.most_common(1)[0][0]
     return replace(costs.base.recipe, scheme=main, schemes=tuple(write_places(chosen)))
+
+
+def _chosen(schemes: Iterable[tuple[str, str]], costs: Costs) -> dict[Place, str]:
+    """What lines of [schemes] say of the places that are chosen as one."""
+    own = read_places(schemes)
+    return {p if p in costs.places else layer_of(p): scheme for p, scheme in own.items()}
 
 
 def recipe_toml(allocation: Allocation, costs: Costs) -> str:
@@ -232,11 +283,12 @@ def recipe_toml(allocation: Allocation, costs: Costs) -> str:
         f'format = "{recipe.format}"',
         f'draft = "{recipe.draft}"',
     ]
+    lines += [f'engine = "{recipe.engine}"'] if recipe.engine != NEUTRAL else []
     lines += [f'dense = "{recipe.dense}"'] if recipe.dense else []
     lines += [f'split_size = "{recipe.split_size}"'] if recipe.split_size else []
     lines += ["", f"[schemes]  # place = scheme  # bytes, predicted loss ({unit})"]
     for key, scheme in recipe.schemes:
-        members = list(replace(recipe, schemes=((key, scheme),)).places)
+        members = _chosen([(key, scheme)], costs)
         nbytes = sum(costs.places[p][scheme] for p in members)
         loss = sum(allocation.losses[p] for p in members)
         lines.append(f'"{key}" = "{scheme}"  # {nbytes:,} B, {loss:.3g}')

@@ -9,30 +9,32 @@ A recipe's table `[schemes]` maps places to schemes:
     "head" = "q6_k"
 
 A place is a stage, or a range of them, and a group: `gate_up` (w1 and w3, which engines fuse),
-`down` (w2), `dense` (the stage's linear matrices that are no routed expert's), and two that stay
-as the source has them unless a recipe names them: `compressor` (the projections of compressor and
-indexer that the release keeps in BF16) and `hyper` (the matrices of the hyper-connections, in
-float32). `embed` and `head` are places too, of no stage. Finer does not exist in the files: GGUF
-stacks all experts of a layer and projection in one tensor, of one type. No place may be named
-twice, so that the order of lines means nothing.
+`down` (w2), `experts` (short for both), `dense` (the stage's linear matrices that are no routed
+expert's), and two that stay as the source has them unless a recipe names them: `compressor` (the
+projections of compressor and indexer that the release keeps in BF16) and `hyper` (the matrices of
+the hyper-connections, in float32). `embed` and `head` are places too, of no stage. Finer does not
+exist in the files: GGUF stacks all experts of a layer and projection in one tensor, of one type. No
+place may be named twice, so that the order of lines means nothing.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from v4quant_formats.deepseek_v4 import TensorName
 from v4quant_kernels.errors import V4QuantError
 
 EXPERTS = ("gate_up", "down")
 GROUPS = (*EXPERTS, "dense", "compressor", "hyper")
+LAYER = "experts"
+"""Short for both of EXPERTS, and the group of places whose experts are chosen as one."""
 WHOLE = ("embed", "head")
 AS_STORED = {"compressor": "bf16", "hyper": "f32", "embed": "bf16", "head": "bf16"}
 """What a place that is only re-encoded on demand is stored as otherwise."""
 
 _GROUP_OF = {"w1": "gate_up", "w3": "gate_up", "w2": "down"}
-_KEY = re.compile(r"(layers|mtp)\.(\d{1,4})(?:-(\d{1,4}))?\.(" + "|".join(GROUPS) + ")")
+_KEY = re.compile(r"(layers|mtp)\.(\d{1,4})(?:-(\d{1,4}))?\.(" + "|".join((*GROUPS, LAYER)) + ")")
 _BELOW = {
     "compressor": re.compile(r"attn\.((indexer\.)?compressor\.(wkv|wgate)|indexer\.weights_proj)"),
     "hyper": re.compile(r"hc_(attn|ffn)_fn"),
@@ -69,11 +71,28 @@ def read_places(schemes: Iterable[tuple[str, str]]) -> dict[Place, str]:
         if last < first:
             raise PlaceError(f"recipe: [schemes] '{key}' is an empty range")
         for number in range(first, last + 1):
-            place = (f"{match[1]}.{number}", match[4])
-            if place in found:
-                raise PlaceError(f"recipe: [schemes] '{key}' names {'.'.join(place)} again")
-            found[place] = scheme
+            stage = f"{match[1]}.{number}"
+            for place in _meant(stage, match[4]):
+                if place in found:
+                    raise PlaceError(f"recipe: [schemes] '{key}' names {'.'.join(place)} again")
+                found[place] = scheme
     return found
+
+
+def _meant(stage: str, group: str) -> list[Place]:
+    return [(stage, g) for g in (EXPERTS if group == LAYER else (group,))]
+
+
+def layer_of(place: Place) -> Place:
+    """The place of a layer's experts chosen as one; other places are their own."""
+    return (place[0], LAYER) if place[1] in EXPERTS else place
+
+
+def place_among(name: TensorName | None, places: Container[Place]) -> Place | None:
+    """Which of `places` a tensor belongs to: its own, or that of its layer's experts."""
+    own = place_of(name)
+    candidates = () if own is None else (own, layer_of(own))
+    return next((place for place in candidates if place in places), None)
 
 
 def place_of(name: TensorName | None) -> Place | None:
@@ -118,9 +137,9 @@ def check_places(wanted: Iterable[Place], present: Iterable[Place]) -> None:
 
 
 def write_places(schemes: Mapping[Place, str]) -> list[tuple[str, str]]:
-    """The inverse of `read_places`, with neighbours of one scheme joined into ranges."""
+    """What `read_places` reads as these, with neighbours of one scheme joined into ranges."""
     lines: list[tuple[str, str]] = []
-    for group in GROUPS:
+    for group in (LAYER, *GROUPS):
         run: list[tuple[str, int, str]] = []  # (kind, number, scheme)
         members = sorted((p for p in schemes if p[1] == group), key=lambda p: _order(p[0]))
         for stage, _ in members:

@@ -308,8 +308,7 @@ class _Planner:
             rows, columns = stored.shape
             projection = stored.module.rpartition(".")[2]
             wanted = self.recipe.scheme_for(stage, projection)
-            scheme = expert_scheme(wanted, columns)
-            if columns % scheme.group_size and scheme.block[0] == 1:
+            if not fits_rows(wanted, columns):
                 raise UnsupportedPair(
                     f"'{stored.module}' has {columns} input channels, no multiple of "
                     f"{wanted.name}'s group_size {wanted.group_size}; "
@@ -404,6 +403,12 @@ def expert_scheme(scheme: Scheme, columns: int) -> Scheme:
         return scheme
     fitting = fitting_type(scheme.name, columns)
     return scheme if fitting == "bf16" else SCHEMES[fitting]
+
+
+def fits_rows(scheme: Scheme, columns: int) -> bool:
+    """Whether rows of `columns` are whole groups of a scheme, or of what stands for it."""
+    fitting = expert_scheme(scheme, columns)
+    return fitting.block[0] > 1 or columns % fitting.group_size == 0
 
 
 def _copy(*sources: StoredWeight) -> Unit:

@@ -7,7 +7,8 @@ a matrix W [N, K] with inputs of second moments h [K],
 
 with h = 1 where nothing was calibrated; over a layer's experts numerator and denominator are summed
 with each expert's share of tokens. A place has the sum of its matrices' e: noise in gate and up
-reaches their product independently, and to first order adds relative to it, as down's does.
+reaches their product independently, and to first order adds relative to it, as down's does. Where
+a layer's experts are one place, all three matrices' are summed.
 
 The *effect* is what relative noise in this place does to predictions. Unmeasured it is 1 for all:
 layers count alike. Measured, it is KL / e with only this place rounded, to the scheme of the most
@@ -23,19 +24,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from v4quant.places import Place, place_of
+from v4quant.places import Place, place_among
 from v4quant_calibration.corpus import Corpus
 from v4quant_calibration.effect import measure_effects
+from v4quant_calibration.scale_search import search_dense
+from v4quant_calibration.solvers import optimal
 from v4quant_calibration.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import TensorName, parse_name
 from v4quant_formats.gguf_layout import fitting_type
 from v4quant_formats.weights import read_dense_rows
+from v4quant_kernels.ggml import GGML_TYPES
 from v4quant_kernels.progress import Progress
+from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import codec
-from v4quant_kernels.scheme import get_scheme
+from v4quant_kernels.scheme import SCHEMES, Scheme, get_scheme
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,7 @@ def _matrices(
     names: dict[Place, list[TensorName]] = {place: [] for place in places}
     for module in shapes:
         name = parse_name(f"{module}.weight")
-        place = place_of(name)
-        if name is not None and place in names:
+        if name is not None and (place := place_among(name, names)) is not None:
             names[place].append(name)
     return {
         place: [_matrix(n, shapes[n.module], stats) for n in _sampled(members, sample.experts)]
@@ -149,11 +154,23 @@ def _summed(members: Sequence[Matrix], values: Sequence[Tensor]) -> dict[str, fl
 
 def rounded(values: Tensor, scheme: str, importance: Tensor | None) -> Tensor:
     """Float32 [N, K] as the export would hold it."""
-    fitting = fitting_type(scheme, values.shape[1])
+    known = SCHEMES.get(scheme)
+    if known is not None and known.element == "int":
+        return codec.dequantize(_integers(values, known, importance))
+    fitting = fitting_type(scheme, values.shape[1]) if scheme in GGML_TYPES else scheme
     if fitting in ("bf16", "f32"):
         return values.bfloat16().float() if fitting == "bf16" else values
-    weighted = {} if fitting == "mxfp4" else {"importance": importance}
-    return codec.dequantize(codec.quantize(values, get_scheme(fitting), **weighted))
+    found = get_scheme(fitting)
+    weighted = {"importance": importance} if found.element == "ggml" else {}
+    return codec.dequantize(codec.quantize(values, found, **weighted))
+
+
+def _integers(values: Tensor, scheme: Scheme, importance: Tensor | None) -> QTensor:
+    """By the solver that needs no data, which takes MXFP4 for what it is."""
+    coded = codec.quantize(values, get_scheme("mxfp4"))
+    if torch.equal(codec.dequantize(coded), values):
+        return optimal(coded, scheme, importance).tensor
+    return search_dense(values, scheme, importance).tensor
 
 
 def measured_effects(
@@ -168,7 +185,7 @@ def measured_effects(
     worst = {p: max(found[p], key=lambda s: found[p][s]) for p in places}
 
     def alter(place: Place, base: str, value: Tensor) -> Tensor:
-        if place_of(parse_name(f"{base}.weight")) != place:
+        if place_among(parse_name(f"{base}.weight"), (place,)) is None:
             return value
         return rounded(value, worst[place], stats.importance(base) if stats else None)
 

@@ -12,7 +12,7 @@ from gguf import GGUFReader
 
 from tests.support.conversion import convert
 from v4quant.builtin import TINY_V4, resolve_source
-from v4quant.places import GROUPS, PlaceError, read_places, write_places
+from v4quant.places import GROUPS, LAYER, PlaceError, read_places, write_places
 from v4quant.plan import make_plan
 from v4quant.recipe import Recipe, RecipeError, recipe_from_table
 from v4quant.verify import verify
@@ -37,6 +37,17 @@ def test_ranges_are_written_out() -> None:
     }
 
 
+def test_a_layers_experts_in_one_word() -> None:
+    schemes = {("layers.1", LAYER): "int3-g128", ("layers.2", LAYER): "int3-g128"}
+    lines = write_places({**schemes, ("mtp.0", LAYER): "mxfp4"})
+    assert lines == [("layers.1-2.experts", "int3-g128"), ("mtp.0.experts", "mxfp4")]
+    assert read_places(lines[:1]) == {
+        (f"layers.{n}", group): "int3-g128" for n in (1, 2) for group in ("gate_up", "down")
+    }
+    with pytest.raises(PlaceError, match=r"'layers\.0\.experts' names layers\.0\.down again"):
+        read_places([("layers.0.down", "q2_k"), ("layers.0.experts", "q2_k")])
+
+
 def test_written_places_are_read_again() -> None:
     seed = secrets.randbits(32)
     rng = Random(seed)
@@ -56,6 +67,7 @@ def test_written_places_are_read_again() -> None:
     ("key", "text"),
     [
         ("layers.0", "no place"),
+        ("experts", "no place"),
         ("layers.0.w1", "no place"),
         ("layers.x.down", "no place"),
         ("layers.0-99999999999.down", "no place"),

@@ -30,6 +30,7 @@ from v4quant_calibration.solution import is_solution, load_solution
 from v4quant_calibration.stats import Stats, load_stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.gguf_layout import DENSE_TYPES
+from v4quant_formats.layout import ENGINE_CHOICES, NEUTRAL
 from v4quant_formats.layouts import LAYOUTS
 from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.shards import write_file_atomically
@@ -47,11 +48,14 @@ from v4quant_formats.shards import write_file_atomically
 @click.option("--context", type=click.IntRange(1), default=32768, show_default=True,
               help="Tokens of one sequence kept beside the weights, for --fits.")  # fmt: skip
 @click.option("--format", "format_", type=click.Choice(list(LAYOUTS)), default="gguf",
-              show_default=True, help="Container; only gguf can mix.")  # fmt: skip
-@click.option("--dense", type=click.Choice([*DENSE_TYPES, AUTO, ALL]), default="bf16",
-              show_default=True, help="Type of dense matrices; auto: one a layer, for embedding "
-              "and head; all: compressors and hyper-connections take part too. Both need "
-              "--measure-kl.")  # fmt: skip
+              show_default=True, help="Container; gguf mixes layers and projections, "
+              "compressed-tensors with --engine vllm whole layers.")  # fmt: skip
+@click.option("--engine", type=click.Choice(ENGINE_CHOICES), default=NEUTRAL, show_default=True,
+              help="Write what this engine wants, as of quantize.")  # fmt: skip
+@click.option("--dense", type=click.Choice([*DENSE_TYPES, AUTO, ALL]),
+              help="Type of dense matrices, for gguf (default bf16); auto: one a layer, for "
+              "embedding and head; all: compressors and hyper-connections take part too. Both "
+              "need --measure-kl.")  # fmt: skip
 @click.option("--draft", type=click.Choice(["convert", "drop"]), default="convert",
               show_default=True, help="MTP / DSpark stages.")  # fmt: skip
 @click.option("--split-size", default="", help="Largest file, like 45GB (default 45GB).")
@@ -74,7 +78,8 @@ def allocate(
     fits: str | None,
     context: int,
     format_: str,
-    dense: str,
+    engine: str,
+    dense: str | None,
     draft: str,
     split_size: str,
     stats_file: Path | None,
@@ -91,7 +96,7 @@ def allocate(
     """
     if sum(x is not None for x in (budget, bpw, fits)) != 1:
         raise click.UsageError("give one of --budget, --bpw and --fits")
-    options = Options(format_, dense, draft, split_size, Sample(experts))
+    options = Options(format_, engine, dense or "", draft, split_size, Sample(experts))
     with open_source(source) as checkpoint:
         costs = find_costs(checkpoint, options)
         if bpw is not None:
@@ -140,7 +145,7 @@ def _facts(found: Allocation) -> dict[str, object]:
 
 
 def _rows(found: Allocation, out: Path) -> list[tuple[str, str]]:
-    counts = Counter(scheme for _, scheme in found.recipe.places.items())
+    counts = Counter(found.chosen.values())
     unit = "nats of KL" if found.measured else "relative noise, layers counted alike"
     rows = [
         ("recipe", str(out)),
