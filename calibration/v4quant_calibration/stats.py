@@ -152,7 +152,8 @@ def load_stats(path: Path, source_digest: str) -> Stats:
             header = json.loads((file.metadata() or {}).get("v4quant_stats", "null"))
             if not isinstance(header, dict) or header.get("version") != STATS_VERSION:
                 raise StatsError(
-                    f"{path}: not a v4quant statistics file of version {STATS_VERSION}"
+                    f"{path}: not a v4quant statistics file of version {STATS_VERSION}; run "
+                    "calibrate with this version"
                 )
             digest, floor = str(header["source_digest"]), header["floor"]
             if type(floor) is not int or floor < 1:
@@ -161,7 +162,9 @@ def load_stats(path: Path, source_digest: str) -> Stats:
             first = _read_first(path, file, stages)
             stats = Stats(digest, floor, stages, first)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise StatsError(f"{path}: cannot be read as statistics ({error})") from None
+        raise StatsError(
+            f"{path}: cannot be read as statistics ({error}); give what calibrate --out wrote"
+        ) from None
     if stats.source_digest != source_digest:
         raise StatsError(
             f"{path}: was calibrated on another checkpoint (digest {stats.source_digest[:12]}, "

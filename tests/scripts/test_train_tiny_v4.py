@@ -290,7 +290,7 @@ def test_bundled_calibration_text_does_not_repeat_heldout_text() -> None:
     folder = ROOT / "v4quant" / "data" / "text"
     heldout = [d for p in folder.glob("heldout-*.txt") for d in text.from_path(p).documents]
     sources = [text.from_path(p) for p in folder.glob("calibration-*.txt")]
-    assert len(heldout) == 2 and len(sources) == 2
+    assert len(heldout) == 4 and len(sources) == 4
     assert text.without_heldout(sources, heldout)[1] == []
 
 

@@ -261,6 +261,7 @@ def make_config(
     config["compress_ratios"] = _ratios(release, layers) + [0] * drafts
     if drafts == 3:
         config["dspark_target_layer_ids"] = list(range(max(0, layers - 3), layers))
+        config |= _noise_token(overrides, config)
     return config
 
 
@@ -271,6 +272,12 @@ def _known(overrides: Mapping[str, int], config: Mapping[str, Any]) -> dict[str,
     return dict(overrides)
 
 
+def _noise_token(overrides: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, int]:
+    """The noise token moves into a smaller vocabulary, unless it was asked for by name."""
+    name = "dspark_noise_token_id"
+    return {} if name in overrides else {name: min(config[name], config["vocab_size"] - 1)}
+
+
 def _ratios(release: str, layers: int) -> list[int]:
     """Two window (Flash) or HCA (Pro) layers, then CSA and HCA in turn."""
     first = 128 if release.startswith("pro") else 0
@@ -279,6 +286,7 @@ def _ratios(release: str, layers: int) -> list[int]:
 
 def _v41(tiny: bool, overrides: Mapping[str, int], engram_rows: int | None) -> dict[str, Any]:
     text = {**_V41_TEXT, **(_TINY | _TINY_V41 if tiny else {}), **_known(overrides, _V41_TEXT)}
+    text |= _noise_token(overrides, text)
     layers = text["num_hidden_layers"]
     if layers != 40:
         text |= _v41_schedule(layers)
