@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from v4quant.bench_device import choose_device
 from v4quant.bench_moe import SHAPES, random_weights
-from v4quant.cli.bench_kernels import indexer, moe
+from v4quant.cli import cli
 from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
 from v4quant_kernels.ref.codec import dequantize
 from v4quant_kernels.scheme import SCHEMES
@@ -28,9 +28,10 @@ def test_without_a_gpu_the_message_says_what_to_do() -> None:
 
 def test_moe_on_the_cpu(tmp_path: Path) -> None:
     file = tmp_path / "baselines.jsonl"
-    command = ["--shape", "tiny", "--tokens", "1", "--tokens", "5", "--device", "cpu", "--json"]
+    command = ["bench", "moe", "--shape", "tiny", "--device", "cpu", "--json"]
+    command += ["--tokens", "1", "--tokens", "5"]
     for scheme in ("mxfp4", "int4-g32"):
-        done = CliRunner().invoke(moe, [*command, "--scheme", scheme, "--append", str(file)])
+        done = CliRunner().invoke(cli, [*command, "--scheme", scheme, "--append", str(file)])
         assert done.exit_code == 0, done.output
         result = json.loads(done.stdout)
         assert [r["tokens"] for r in result["rows"]] == [1, 5, 1, 5]
@@ -49,8 +50,9 @@ def test_moe_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_indexer_on_the_cpu() -> None:
-    command = ["--context", "512", "--case", "one", "--case", "requests", "--top-k", "7"]
-    done = CliRunner().invoke(indexer, [*command, "--device", "cpu"])
+    command = ["bench", "indexer", "--context", "512", "--top-k", "7"]
+    command += ["--case", "one", "--case", "requests"]
+    done = CliRunner().invoke(cli, [*command, "--device", "cpu"])
     assert done.exit_code == 0, done.output
     assert "% of one read" in done.stdout and "requests" in done.stdout
 

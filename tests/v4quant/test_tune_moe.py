@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from v4quant import tune_moe
 from v4quant.bench_device import Timing
 from v4quant.bench_moe import SHAPES, random_inputs, random_weights
-from v4quant.cli.bench_kernels import moe
+from v4quant.cli import cli
 from v4quant_kernels import dispatch
 from v4quant_kernels.gpu import tiles
 from v4quant_kernels.gpu.tiles import Tile
@@ -107,7 +107,8 @@ def test_the_file_is_read_back_and_added_to(
 
 
 def test_without_a_gpu_it_is_refused(tmp_path: Path) -> None:
-    command = ["--shape", "tiny", "--device", "cpu", "--tune", str(tmp_path / "tiles.json")]
-    done = CliRunner().invoke(moe, command)
+    command = ["bench", "moe", "--shape", "tiny", "--device", "cpu"]
+    command += ["--tune", str(tmp_path / "tiles.json")]
+    done = CliRunner().invoke(cli, command)
     assert done.exit_code != 0 and "CUDA GPU" in str(done.exception or done.output)
     assert not (tmp_path / "tiles.json").exists()
