@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -20,11 +21,14 @@ from torch import Tensor
 
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.experts import Activations, ExpertWeights
+from v4quant_kernels.ref import bf16_product as ref_product
 from v4quant_kernels.ref import indexer as ref_indexer
 from v4quant_kernels.ref import moe as ref_moe
 from v4quant_kernels.runtime import Operand, RuntimeExperts, prepare_experts
 
 Backend = Literal["auto", "triton", "torch"]
+Products = Literal["auto", "f32", "bf16"]
+"""What the torch twins multiply; "auto": BF16 where a CPU has units for it, else float32."""
 
 
 class BackendUnavailable(V4QuantError):
@@ -46,6 +50,28 @@ def uses_triton(tensor: Tensor, backend: Backend) -> bool:
             "set TRITON_INTERPRET=1 before starting Python, or use backend='torch'"
         )
     return True
+
+
+@cache
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies BF16 faster than float32."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    found = (getattr(torch.cpu, name, None) for name in names)
+    return any(bool(supported()) for supported in found if supported is not None)
+
+
+def product_way(tensor: Tensor, products: Products) -> ref_product.Way:
+    """How torch should take products on this tensor's device."""
+    units = not tensor.is_cuda and has_bf16_units()
+    if products == "f32" or (products == "auto" and not units):
+        return "f32"
+    return "cuda" if tensor.is_cuda else "units" if units else "rounded"
+
+
+def bf16_product(a: Tensor, b: Tensor) -> Tensor:
+    """float32 a @ b of operands rounded to BF16, see `ref.bf16_product`."""
+    way = product_way(a, "bf16")
+    return ref_product.bf16_product(a, b, way)
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -80,16 +106,18 @@ def moe(
     expert_map: Tensor | None = None,
     activations: Activations = "bf16",
     *,
+    products: Products = "auto",
     backend: Backend = "auto",
 ) -> Tensor:
     """Mixture of the routed experts; see `ref.moe.moe` for shapes and the formula.
 
+    products: what torch multiplies, exactly either way; Triton multiplies what `prepare` laid out.
     To call it more than once on a GPU, pass `prepare(experts, activations)`: the kernels' layout is
     otherwise made anew in every call.
     """
     arguments = (x, expert_ids, expert_weights, experts, swiglu_limit, expert_map, activations)
     if not uses_triton(x, backend):
-        return ref_moe.moe(*arguments)
+        return ref_moe.moe(*arguments, way=product_way(x, products))
     with _on_device_of(x):
         result: Tensor = _kernels("moe").moe(*arguments, arch=architecture(x))
     return result

@@ -31,7 +31,6 @@ from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
 from v4quant_kernels.experts import Activations, ExpertWeights, StackedMatrix
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import indexer as ref_indexer
-from v4quant_kernels.ref import moe as ref_moe
 from v4quant_kernels.ref.codec import dequantize
 from v4quant_kernels.reference64 import indexer64, moe64
 from v4quant_kernels.scheme import get_scheme
@@ -76,7 +75,9 @@ def check_moe(
     rms = gate.square().mean().sqrt().clamp(min=1e-20)
     x = (x * (SWIGLU_LIMIT / 2 / rms)).bfloat16()
     value, bound = moe64(x, ids, routing, experts_cpu, SWIGLU_LIMIT, activations)
-    twin = ref_moe.moe(x, ids, routing, experts_cpu, SWIGLU_LIMIT, None, activations)
+    twin = dispatch.moe(
+        x, ids, routing, experts_cpu, SWIGLU_LIMIT, activations=activations, backend="torch"
+    )
     device = experts.w1.codes.device
     prepared = dispatch.prepare(experts, activations)
     if prepared.gate_up.operand == "fp8":

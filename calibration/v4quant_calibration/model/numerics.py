@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from v4quant_calibration.model.bf16_product import bf16_product
 from v4quant_calibration.model.options import ForwardOptions
+from v4quant_kernels import dispatch
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.ref.activation import fake_quant_e4m3
 
@@ -58,7 +58,7 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32:
         return a @ b
     assert dtype == torch.bfloat16, dtype
-    return bf16_product(a, b)
+    return dispatch.bf16_product(a, b)
 
 
 def linear(x: Tensor, weight: Tensor, options: ForwardOptions) -> Tensor:

@@ -25,7 +25,7 @@ class ForwardOptions:
         (the April kernels cast to BF16 and so rounded nothing).
     shared_clamp: clamp the shared expert like the routed ones (all code but April's).
     matmul_dtype: what the operands of products are rounded to that the release runs in FP8, FP4 or
-        BF16: float32 or bfloat16. Sums and results are float32 (`bf16_product.py`).
+        BF16: float32 or bfloat16. Sums and results are float32 (`dispatch.bf16_product`).
     round_streams: round the residual streams to BF16 after every layer, as served models do.
     query_chunk: queries handled at once by attention; bounds memory, does not change the meaning.
     row_chunk: tokens of a sequence whose streams are in use at once, a multiple of 128; as above.

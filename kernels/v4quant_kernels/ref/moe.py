@@ -15,7 +15,8 @@ does before every quantized linear layer and as the model was trained; "bf16" is
 the reference.
 
 Only the experts that some token chose are decoded, one at a time, so memory stays at one expert's
-three float32 matrices.
+three float32 matrices. `way` says how products are taken: in float32, or from BF16 operands, which
+loses nothing (`bf16_product.exact_product`): the error bound is the same.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from v4quant_kernels.experts import (
     local_expert_ids,
 )
 from v4quant_kernels.ref.activation import fake_quant_e4m3
-from v4quant_kernels.ref.codec import dequantize
+from v4quant_kernels.ref.bf16_product import Way, exact_product
 
 ACTIVATION_BLOCK = 128
 
@@ -43,13 +44,16 @@ def moe(
     swiglu_limit: float,
     expert_map: Tensor | None = None,
     activations: Activations = "bf16",
+    *,
+    way: Way = "f32",
 ) -> Tensor:
     """Mixture of the routed experts, bfloat16 `[T, hidden]`.
 
     x: bfloat16 `[T, hidden]`. expert_ids: integer `[T, top_k]`. expert_weights: float32
     `[T, top_k]`. swiglu_limit: the clamp (10 in every release; `math.inf` for none).
     expert_map: integer `[all experts]`, the local row of each global expert or -1: slots of foreign
-    experts add nothing. Raises V4QuantError for other shapes or dtypes.
+    experts add nothing. way: how products are taken.
+    Raises V4QuantError for other shapes or dtypes.
     """
     check_moe_inputs(x, expert_ids, expert_weights, experts)
     ids = local_expert_ids(expert_ids, experts.num_experts, expert_map).flatten()
@@ -59,12 +63,12 @@ def moe(
     outputs = torch.zeros(tokens * top_k, experts.hidden_size, device=x.device)
     for expert in torch.unique(ids[ids >= 0]).tolist():
         slots = (ids == expert).nonzero().squeeze(1)
-        w1, w3, w2 = (dequantize(q) for q in experts[expert])
+        w1, w3, w2 = experts[expert]
         rows = x[slots // top_k]
-        gate = (rows @ w1.T).clamp(max=swiglu_limit)
-        up = (rows @ w3.T).clamp(-swiglu_limit, swiglu_limit)
+        gate = exact_product(rows, w1, way).clamp(max=swiglu_limit)
+        up = exact_product(rows, w3, way).clamp(-swiglu_limit, swiglu_limit)
         h = (routing[slots, None] * torch.nn.functional.silu(gate) * up).bfloat16()
-        outputs[slots] = _round_activations(h, activations).float() @ w2.T
+        outputs[slots] = exact_product(_round_activations(h, activations).float(), w2, way)
     return outputs.view(tokens, top_k, experts.hidden_size).sum(dim=1).bfloat16()
 
 
