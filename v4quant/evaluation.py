@@ -109,6 +109,7 @@ def evaluate_checkpoint(
     ran = measures.with_needles(corpus)
     config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
     work = work_of(ran, len(candidates) if runs else 0, floors, weights, measures.draft)
+    work = replace(work, kernels=options.expert_kernels)
     limits = Limits.of(resources.max_memory, device_bytes(resources.device))
     plan = plan_evaluation(config, work, limits, resources.scratch is not None)
     in_pieces = plan.apply(options)

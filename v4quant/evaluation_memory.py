@@ -21,6 +21,7 @@ from v4quant_calibration.logits import TILE_ROWS
 from v4quant_calibration.model.attention import DENSE_FACTOR, indexer_matters
 from v4quant_calibration.model.experts import ROWS
 from v4quant_calibration.model.options import ForwardOptions
+from v4quant_calibration.model.packed_experts import GROUP
 from v4quant_calibration.scoring import TileSize
 from v4quant_formats.model_config import CSA_RATIO, HCA_RATIO, ModelConfig
 
@@ -32,6 +33,8 @@ _CONTEXT_BYTES = 700 * 2**20
 # float32, and what decoding a matrix needs beside its result, as multiples of it.
 _F32 = 4
 _DECODING = 2.5
+# Bytes a weight of a group of coded experts takes: read, stacked and arranged, BF16 at the worst.
+_ARRANGING = 6
 # Fewer tokens through the experts at once would read them over and over.
 _LEAST_TOKENS = 512
 # Pieces from comfortable to small: rows of streams, queries, positions and entries of a logit tile.
@@ -50,6 +53,7 @@ class Work:
     drafts: models whose draft stages run, one after the other, if the release is a DSpark one.
     scored: whether logits are computed. together: whether all tokens of a layer must go through its
     experts at once. held: bytes that somebody keeps beside the run.
+    kernels: whether routed experts are multiplied as they are stored.
     """
 
     models: int
@@ -60,6 +64,7 @@ class Work:
     scored: bool = True
     together: bool = False
     held: int = 0
+    kernels: bool = False
 
     @property
     def tokens(self) -> int:
@@ -164,7 +169,7 @@ def _plan(
     else:
         cap, base = limits.device, _CONTEXT_BYTES + _SLACK * records
     # The experts' turn comes after attention's is over.
-    through = base + _SLACK * _experts(config, min(rows, work.tokens))
+    through = base + _SLACK * _experts(config, min(rows, work.tokens), work.kernels)
     each, tokens = _SLACK * _token(config), work.tokens
     if cap is not None and not work.together and through + each * tokens > cap:
         fitting = int((cap - through) // each)
@@ -238,10 +243,12 @@ def _attention(config: ModelConfig, work: Work, rows: int, queries: int) -> int:
     return int(weights + entries + work_rows + block)
 
 
-def _experts(config: ModelConfig, rows: int) -> int:
-    """One expert's weights, its rows, and a piece of the streams."""
+def _experts(config: ModelConfig, rows: int, kernels: bool) -> int:
+    """One expert's weights, its rows, and a piece of the streams; or a group's, coded."""
     inner, hidden = config.moe_intermediate_size, config.hidden_size
     weights = _F32 * inner * hidden * (3 + _DECODING)
+    if kernels:
+        weights += _ARRANGING * GROUP * 3 * inner * hidden
     products = _F32 * min(ROWS, 4 * rows) * (4 * inner + 3 * hidden)
     return int(weights + products + rows * 4 * _row(config))
 

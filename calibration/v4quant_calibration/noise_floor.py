@@ -28,8 +28,9 @@ def floor_options(options: ForwardOptions, count: int) -> list[tuple[str, Forwar
     assert 1 <= count <= MOST_FLOORS
     coarse = options.matmul_dtype == torch.bfloat16
     other = torch.float32 if coarse else torch.bfloat16
+    exact = replace(options, matmul_dtype=other, expert_kernels=False)
     variants = [
         (STREAMS, replace(options, round_streams=True)),
-        (EXACT if coarse else PRODUCTS, replace(options, matmul_dtype=other)),
+        (EXACT if coarse else PRODUCTS, exact),
     ]
     return variants[:count]

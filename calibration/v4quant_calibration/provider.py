@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.weights import read_dense, read_dense_rows
+from v4quant_formats.weights import read_coded, read_dense, read_dense_rows
+from v4quant_kernels.qtensor import QTensor
 
 CPU = torch.device("cpu")
 
@@ -26,6 +27,10 @@ class CheckpointParams:
     def __call__(self, base: str, /) -> Tensor:
         """The tensor called `base`; raises what `read_dense` raises."""
         return read_dense(self.checkpoint, base, self._device)
+
+    def packed(self, base: str, /) -> QTensor:
+        """The matrix called `base` as it is stored; raises what `read_coded` raises."""
+        return read_coded(self.checkpoint, base, self._device)
 
     def rows(self, base: str, start: int, stop: int, /) -> Tensor:
         """Rows start .. stop - 1 of the matrix called `base`; raises what `read_dense` raises."""

@@ -324,6 +324,23 @@ def read_dense(checkpoint: Checkpoint, module: str, device: torch.device = _CPU)
     return value.to(device).float()
 
 
+def read_coded(checkpoint: Checkpoint, module: str, device: torch.device = _CPU) -> QTensor:
+    """A module's codes and scales, or its BF16 values, on `device`.
+
+    Raises WrongDtype for a matrix of another kind, else as `find_weight` and `read_weight` do.
+    """
+    stored = find_weight(checkpoint, module)
+    if stored.scheme is not None:
+        return read_weight(checkpoint, stored).to(device)
+    spec = next(iter(stored.parts.values()))
+    if spec.dtype != "BF16":
+        raise WrongDtype(f"{spec.file}: '{spec}' is neither quantized nor BF16")
+    rows, columns = _matrix(spec)
+    value = checkpoint.read(spec.name)
+    check_finite(checkpoint, spec, value)
+    return QTensor(SCHEMES["bf16"], (rows, columns), value).to(device)
+
+
 def read_dense_rows(
     checkpoint: Checkpoint, module: str, start: int, stop: int, device: torch.device = _CPU
 ) -> Tensor:

@@ -132,6 +132,18 @@ def prepare(experts: ExpertWeights, activations: Activations = "bf16") -> Runtim
     return prepare_experts(experts, operand_for(arch, activations))
 
 
+def arrange(
+    experts: ExpertWeights, activations: Activations = "bf16", *, backend: Backend = "auto"
+) -> ExpertWeights | RuntimeExperts:
+    """Experts as `moe` multiplies them fastest where they are: prepared for Triton, else as given.
+
+    Raises what `prepare` raises.
+    """
+    if uses_triton(experts.w1.codes, backend):
+        return prepare(experts, activations)
+    return experts
+
+
 def operand_for(arch: int, activations: Activations) -> Operand:
     """What the tensor cores of an architecture (90 for sm_90) should multiply."""
     if activations == "bf16" or arch < 89:

@@ -71,23 +71,29 @@ def read_corpus(
     return load_corpus(resolve_corpus(list(names)), checkpoint.path / "tokenizer.json", request)
 
 
-def products_option(command: Command) -> Command:
-    """`--products`."""
+def products_option(*more: str) -> Callable[[Command], Command]:
+    """`--products`; more: "kernels" where nobody watches single experts."""
+    told = (
+        "f32: exact operands; bf16: rounded to BF16, sums in float32, faster where the processor "
+        "multiplies BF16"
+    )
+    if "kernels" in more:
+        told += "; kernels: as bf16, the routed experts by the kernels that serve them"
     return click.option(
         "--products",
-        type=click.Choice(["f32", "bf16"]),
+        type=click.Choice(["f32", "bf16", *more]),
         default="f32",
         show_default=True,
-        help="f32: exact operands; bf16: rounded to BF16, sums in float32, faster where the "
-        "processor multiplies BF16.",
-    )(command)
+        help=f"{told}.",
+    )
 
 
 def forward_options(activations: str, products: str = "f32") -> ForwardOptions:
     """Options of the forward pass."""
     return ForwardOptions(
         activations="official" if activations == "official" else "plain",
-        matmul_dtype=torch.bfloat16 if products == "bf16" else torch.float32,
+        matmul_dtype=torch.float32 if products == "f32" else torch.bfloat16,
+        expert_kernels=products == "kernels",
     )
 
 

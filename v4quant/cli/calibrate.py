@@ -35,7 +35,7 @@ from v4quant_kernels.ref.ggml_blocks import SHAPES
     help="Statistics file; with --solve the solution's folder.",
 )
 @corpus_options(MIXED_CALIBRATION)
-@products_option
+@products_option()
 @click.option(
     "--floor",
     type=click.IntRange(1),

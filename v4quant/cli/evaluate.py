@@ -38,7 +38,7 @@ from v4quant_formats.shards import write_file_atomically
 @click.option("--candidate", "others", type=SOURCE, multiple=True, help="Another conversion to "
               "score in the same run; may be repeated.")  # fmt: skip
 @corpus_options(MIXED_HELDOUT)
-@products_option
+@products_option("kernels")
 @click.option("--save-logits", type=click.Path(path_type=Path), help="Write SOURCE's logits.")
 @click.option("--save-top-k", type=click.IntRange(min=5), help="Save only the K most probable "
               "tokens of each position.")  # fmt: skip

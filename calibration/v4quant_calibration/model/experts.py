@@ -4,6 +4,8 @@ Tokens of all sequences are sorted by expert, so that each active expert is deco
 however many sequences run, multiplied with its rows, and dropped. The clamp is one-sided for the
 gate and two-sided for the other branch. The routing weight multiplies the hidden rows before w2,
 as in the release, because there it passes through w2's activation rounding.
+
+`ForwardOptions.expert_kernels` takes the routed experts elsewhere: `packed_experts.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch.nn.functional import silu
 from v4quant_calibration.model.numerics import linear, quantized_input, require_finite
 from v4quant_calibration.model.observer import Observer
 from v4quant_calibration.model.options import ForwardOptions
+from v4quant_calibration.model.packed_experts import add_routed_experts
 from v4quant_calibration.model.params import Params
 from v4quant_calibration.model.router import Routing
 from v4quant_formats.model_config import ModelConfig
@@ -39,6 +42,9 @@ def mixture_of_experts(
         observer.on_experts(layer, x, routing.expert_ids, routing.weights)
     output = _shared_expert(x, params, module, config, options)
     require_finite(output, module)
+    if options.expert_kernels:
+        add_routed_experts(x, routing, output, params, layer, config, options)
+        return output
     top_k = routing.expert_ids.shape[1]
     flat = routing.expert_ids.flatten()
     order = flat.argsort(stable=True)

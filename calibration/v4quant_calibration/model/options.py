@@ -26,6 +26,8 @@ class ForwardOptions:
     shared_clamp: clamp the shared expert like the routed ones (all code but April's).
     matmul_dtype: what the operands of products are rounded to that the release runs in FP8, FP4 or
         BF16: float32 or bfloat16. Sums and results are float32 (`dispatch.bf16_product`).
+    expert_kernels: multiply the routed experts as they are stored, by the kernels that serve them
+        (`packed_experts.py`).
     round_streams: round the residual streams to BF16 after every layer, as served models do.
     query_chunk: queries handled at once by attention; bounds memory, does not change the meaning.
     row_chunk: tokens of a sequence whose streams are in use at once, a multiple of 128; as above.
@@ -37,6 +39,7 @@ class ForwardOptions:
     kv_rounding: bool = True
     shared_clamp: bool = True
     matmul_dtype: torch.dtype = torch.float32
+    expert_kernels: bool = False
     round_streams: bool = False
     query_chunk: int = 128
     row_chunk: int = 4096
@@ -49,7 +52,9 @@ class ForwardOptions:
 
     @property
     def products(self) -> str:
-        """What products multiply, by its short name: "f32" or "bf16"."""
+        """What products multiply, by its short name: "f32", "bf16" or "kernels"."""
+        if self.expert_kernels:
+            return "kernels"
         return "bf16" if self.matmul_dtype == torch.bfloat16 else "f32"
 
     @property

@@ -13,6 +13,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from v4quant_kernels.qtensor import QTensor
+
 
 class Params(Protocol):
     """Answers an official tensor name, without its `.weight` suffix, with a dense tensor."""
@@ -32,6 +34,15 @@ class RowParams(Params, Protocol):
 
     def rows(self, base: str, start: int, stop: int, /) -> Tensor:
         """Rows start .. stop - 1 of the tensor called `base`."""
+        ...
+
+
+@runtime_checkable
+class PackedParams(Params, Protocol):
+    """A provider that can also give a matrix as it is stored, for kernels that decode it."""
+
+    def packed(self, base: str, /) -> QTensor:
+        """The matrix called `base`, on the device of the arithmetic."""
         ...
 
 
