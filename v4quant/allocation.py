@@ -59,6 +59,7 @@ class Options:
     engine: as in a recipe; with vllm, layers of compressed-tensors may differ.
     dense: the dense matrices' type, or "auto" or "all" to choose for what these take part.
     draft, split_size: as in a recipe. sample: what errors are measured on.
+    parts: into how many an engine cuts rows of w2, so that schemes' groups must fit a part's.
     """
 
     format: str = "gguf"
@@ -67,6 +68,7 @@ class Options:
     draft: str = "convert"
     split_size: str = ""
     sample: Sample = Sample()  # noqa: RUF009  (frozen)
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def find_costs(checkpoint: Checkpoint, options: Options) -> Costs:
     base = make_plan(checkpoint, recipe)
     own_bytes = _place_bytes(base)
     groups = (*_CODED, *_TAKING_PART.get(options.dense, ()))
-    experts = _expert_menu(base)
+    experts = _expert_menu(base, options.parts)
     menus = {
         place: experts if place[1] in _CODED else _menu(recipe, place)
         for place in own_bytes
@@ -131,15 +133,26 @@ def find_costs(checkpoint: Checkpoint, options: Options) -> Costs:
     return Costs(base, costs, base.bytes_out - sum(own_bytes[p] for p in costs))
 
 
-def _expert_menu(base: Plan) -> tuple[str, ...]:
-    """The layout's schemes whose groups all experts' rows are made of."""
+def _expert_menu(base: Plan, parts: int) -> tuple[str, ...]:
+    """The layout's schemes whose groups all experts' rows, or parts of them, are made of."""
     experts = [u for u in base.units if u.action == "experts"]
-    widths = {stored.shape[1] for unit in experts for stored in unit.sources}
-    return tuple(
+    widths = {
+        stored.shape[1] // (parts if stored.module.endswith(".w2") else 1)
+        for unit in experts
+        for stored in unit.sources
+    }
+    found = tuple(
         name
         for name in base.recipe.layout.schemes
         if all(fits_rows(get_scheme(name), columns) for columns in widths)
     )
+    if not found:
+        raise UnsupportedPair(
+            f"no scheme of {base.recipe.format} has groups that experts' rows of "
+            f"{', '.join(map(str, sorted(widths)))} channels are made of"
+            + (f", with w2 cut into {parts}" if parts > 1 else "")
+        )
+    return found
 
 
 def _menu(recipe: Recipe, place: Place) -> tuple[str, ...]:

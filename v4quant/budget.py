@@ -14,9 +14,7 @@ streams, in float32. This is an estimate; the size it leads to is exact.
 
 from __future__ import annotations
 
-import re
-
-from v4quant.sizes import parse_size
+from v4quant.card_budget import parse_cards
 from v4quant_calibration.allocate import BudgetError
 from v4quant_formats.model_config import Dimensions
 
@@ -35,10 +33,7 @@ def bits_budget(bits: float, weights: int) -> int:
 
 def cards_budget(text: str, context: int, config: Dimensions) -> int:
     """Bytes of weights that fit `text`, like `4x24GB`, beside a context. Raises BudgetError."""
-    match = re.fullmatch(r"\s*(\d{1,4})\s*x\s*(.+)", text, re.IGNORECASE)
-    if match is None or not int(match[1]):
-        raise BudgetError(f"'{text}' names no cards; write it like 4x24GB")
-    cards, size = int(match[1]), parse_size(match[2])
+    cards, size = parse_cards(text)
     per_token = config.kv_bytes_per_token()
     if per_token is None:
         raise BudgetError("the KV cache of V4.1 is not known; give --budget instead of --fits")

@@ -134,12 +134,14 @@ class ModelConfig(Dimensions):
     compress_rope_theta: float
     yarn: Yarn | None
     bos_token_id: int
+    max_position_embeddings: int
 
     def layer_kind(self, layer: int) -> LayerKind:
         """Attention kind of a trunk layer: 0 -> swa, 4 -> csa, 128 -> hca."""
         return _KINDS[self.compress_ratios[layer]]
 
 
+_POSITIONS = 2**20
 CSA_RATIO = 4
 HCA_RATIO = 128
 _KINDS: dict[int, LayerKind] = {0: "swa", CSA_RATIO: "csa", HCA_RATIO: "hca"}
@@ -190,6 +192,10 @@ def parse_model_config(raw: dict[str, Any], where: str = "config.json") -> Model
     values |= {k: _integer(raw, k, where) for k in _FORWARD_INTS}
     values |= {k: _number(raw, k, where) for k in _FORWARD_FLOATS}
     values["bos_token_id"] = _integer(raw, "bos_token_id", where, minimum=0, default=0)
+    # No part of the arithmetic, only of what engines make tables for.
+    values["max_position_embeddings"] = _integer(
+        raw, "max_position_embeddings", where, default=_POSITIONS
+    )
     values["yarn"] = _yarn(raw.get("rope_scaling"), where)
     config = ModelConfig(raw=raw, **values)
     _check_dimensions(config, where)

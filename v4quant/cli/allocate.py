@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -18,9 +19,19 @@ from v4quant.allocation import (
 )
 from v4quant.budget import bits_budget, cards_budget
 from v4quant.builtin import MIXED_CALIBRATION
+from v4quant.card_budget import (
+    CardMemory,
+    Cards,
+    card_memory,
+    cards_bytes,
+    check_split,
+    model_config,
+    parse_cards,
+)
 from v4quant.cli import _output
 from v4quant.cli._options import read_corpus
 from v4quant.cli._source import SOURCE
+from v4quant.plan import make_plan
 from v4quant.sensitivity import Sample
 from v4quant.sizes import parse_size
 from v4quant.source import Source, open_source
@@ -29,6 +40,7 @@ from v4quant_calibration.encoding import DEFAULT_MODE
 from v4quant_calibration.solution import is_solution, load_solution
 from v4quant_calibration.stats import Stats, load_stats
 from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.engines.vllm_memory import UTILIZATION, Serving, default_batch
 from v4quant_formats.gguf_layout import DENSE_TYPES
 from v4quant_formats.layout import ENGINE_CHOICES, NEUTRAL
 from v4quant_formats.layouts import LAYOUTS
@@ -45,8 +57,18 @@ from v4quant_formats.shards import write_file_atomically
 @click.option("--budget", help="Size of the output at most, like 96GB.")
 @click.option("--bpw", type=float, help="The same as bits a weight, over all parameters.")
 @click.option("--fits", help="The same as cards it must fit, like 4x24GB, with --context.")
-@click.option("--context", type=click.IntRange(1), default=32768, show_default=True,
+@click.option("--context", type=click.IntRange(1, 2**24), default=32768, show_default=True,
               help="Tokens of one sequence kept beside the weights, for --fits.")  # fmt: skip
+@click.option("--sequences", type=click.IntRange(1, 2**16), default=1, show_default=True,
+              help="How many such sequences, for --fits with --engine vllm.")  # fmt: skip
+@click.option("--batched-tokens", type=click.IntRange(16, 2**20),
+              help="vLLM's --max-num-batched-tokens, for --fits (default: its own for such cards); "
+              "fewer leave more room.")  # fmt: skip
+@click.option("--gpu-memory-utilization", "utilization", default=UTILIZATION, show_default=True,
+              type=click.FloatRange(0, 1, min_open=True),
+              help="The share of a card that vLLM may take, for --fits.")  # fmt: skip
+@click.option("--expert-parallel", is_flag=True, help="For --fits: vLLM keeps experts whole and "
+              "shares them out, so that no scale group is cut.")  # fmt: skip
 @click.option("--format", "format_", type=click.Choice(list(LAYOUTS)), default="gguf",
               show_default=True, help="Container; gguf mixes layers and projections, "
               "compressed-tensors with --engine vllm whole layers.")  # fmt: skip
@@ -77,6 +99,10 @@ def allocate(
     bpw: float | None,
     fits: str | None,
     context: int,
+    sequences: int,
+    batched_tokens: int | None,
+    utilization: float,
+    expert_parallel: bool,
     format_: str,
     engine: str,
     dense: str | None,
@@ -96,11 +122,28 @@ def allocate(
     """
     if sum(x is not None for x in (budget, bpw, fits)) != 1:
         raise click.UsageError("give one of --budget, --bpw and --fits")
-    options = Options(format_, engine, dense or "", draft, split_size, Sample(experts))
+    cards = None
+    if fits is not None and engine == "vllm":
+        number, size = parse_cards(fits)
+        batch = batched_tokens or default_batch(size)
+        cards = Cards(
+            size, Serving(number, context, batch, sequences, utilization, expert_parallel)
+        )
+    elif batched_tokens or sequences > 1 or expert_parallel or utilization != UTILIZATION:
+        raise click.UsageError(
+            "--sequences, --batched-tokens, --gpu-memory-utilization and --expert-parallel belong "
+            "to --fits with --engine vllm"
+        )
+    parts = 1 if cards is None or expert_parallel else cards.serving.gpus
+    options = Options(format_, engine, dense or "", draft, split_size, Sample(experts), parts)
     with open_source(source) as checkpoint:
+        if cards is not None:
+            check_split(model_config(checkpoint), cards.serving)
         costs = find_costs(checkpoint, options)
         if bpw is not None:
             most = bits_budget(bpw, costs.weights)
+        elif cards is not None:
+            most = cards_bytes(costs, cards)
         elif fits is not None:
             most = cards_budget(fits, context, costs.base.config)
         else:
@@ -110,10 +153,45 @@ def allocate(
         progress = _output.TerminalProgress()
         found = allocate_recipe(checkpoint, costs, most, options, stats, text, progress)
         write_file_atomically(out, recipe_toml(found, costs).encode())
+        memory = None
+        if cards is not None:
+            memory = card_memory(make_plan(checkpoint, found.recipe), cards)
     if as_json:
-        _output.emit(_facts(found))
-    else:
-        _output.data(_output.table(_rows(found, out)))
+        facts = _facts(found)
+        if memory is not None:
+            facts["card"] = {**asdict(memory), "free": memory.free}
+        _output.emit(facts)
+        return
+    _output.data(_output.table(_rows(found, out)))
+    if cards is not None and memory is not None:
+        _output.data(f"\nEach of {cards.serving.gpus} cards, by tensor parallelism:")
+        _output.data(_output.table(_card_rows(memory, cards.serving)))
+        _output.data("\n" + _serve(cards.serving))
+
+
+def _card_rows(memory: CardMemory, serving: Serving) -> list[tuple[str, str]]:
+    experts = "whole experts, shared out" if serving.expert_parallel else "experts"
+    tokens = f"{serving.sequences} x {serving.context:,} tokens"
+    rows = [
+        (memory.split, f"weights cut: {experts}, heads, vocabulary"),
+        (memory.whole, "weights on every card: latents, indexer, compressors, router, norms"),
+        (memory.kv_cache, f"KV cache: {tokens}, 2 x {serving.batched_tokens:,} in flight"),
+        (memory.buffers, "buffers: rotary tables, workspaces, activations of a batch"),
+        (memory.runtime, "CUDA, communication and graphs: an estimate"),
+        (memory.reserve, f"left alone by vLLM ({1 - serving.utilization:.0%})"),
+        (memory.free, "free"),
+        (memory.size, "in all"),
+    ]
+    return [(f"{nbytes / 1e9:.2f} GB", text) for nbytes, text in rows]
+
+
+def _serve(serving: Serving) -> str:
+    return (
+        f"vllm serve OUT --tensor-parallel-size {serving.gpus} --max-model-len {serving.context} "
+        f"--max-num-seqs {serving.sequences} --max-num-batched-tokens {serving.batched_tokens} "
+        f"--gpu-memory-utilization {serving.utilization:g} --kv-cache-dtype fp8"
+        + (" --enable-expert-parallel" if serving.expert_parallel else "")
+    )
 
 
 def _text(checkpoint: Checkpoint, names: tuple[str, ...], seq_len: int, tokens: int) -> Corpus:

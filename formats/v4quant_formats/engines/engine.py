@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from v4quant_formats.model_config import ModelConfig
+
 GPUS = {
     "sm80": "A100",
     "sm86": "RTX 3090, A40",
@@ -100,6 +102,7 @@ class Engine:
     reads_linear_fp8: it reads `linear_fp8_config`.
     reads_ignore_for_nvfp4: `ignore` can keep stages of a ModelOpt hybrid in MXFP4.
     shards: it splits a model over GPUs by tensor parallelism.
+    kv_cache(config, gpus, context) -> bytes on each GPU, where more is known than entries' sizes.
     decodes: it holds every weight in BF16, whatever the file holds.
     reads_architectures: it chooses the model class by `architectures`, not by `model_type`.
     container: what it loads; "safetensors", or a file type this package writes elsewhere.
@@ -122,6 +125,7 @@ class Engine:
     reads_linear_fp8: bool = False
     reads_ignore_for_nvfp4: bool = False
     shards: bool = True
+    kv_cache: Callable[[ModelConfig, int, int], int] | None = None
     decodes: bool = False
     reads_architectures: bool = True
     container: str = "safetensors"

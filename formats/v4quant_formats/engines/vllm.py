@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 from v4quant_formats.engines.engine import V4_ATTENTION, Engine
+from v4quant_formats.engines.vllm_memory import Serving, kv_cache_bytes
+from v4quant_formats.model_config import ModelConfig
 
 _TOP = {"embed": "model.embed_tokens", "head": "lm_head", "norm": "model.norm"}
 
@@ -17,6 +19,13 @@ def _module_name(module: str, layers: int) -> str:
             return f"model.{match[2]}"
         module = f"layers.{layers + int(match[1])}.{match[2]}"
     return "model." + module.replace(".shared_experts.w2", ".shared_experts.down_proj")
+
+
+_BATCHED_TOKENS = 8192  # its default on cards of 70 GB and more
+
+
+def _kv_cache(config: ModelConfig, gpus: int, context: int) -> int:
+    return kv_cache_bytes(config, Serving(gpus, context, _BATCHED_TOKENS))
 
 
 _EXPERTS = (
@@ -37,5 +46,6 @@ VLLM = Engine(
         "fp8-tensor": "vLLM's V4 class wants scales of 128x128 tiles (weight_scale_inv)",
         "ct-fp8-tensor": "vLLM's V4 class wants scales of tiles or channels",
     },
+    kv_cache=_kv_cache,
     advice="no attention kernels for sm80 to sm89: use llama.cpp there",
 )

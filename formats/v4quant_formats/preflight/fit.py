@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
+from v4quant_formats.model_config import ConfigError, parse_model_config
 from v4quant_formats.preflight.survey import Finding, Survey
+from v4quant_formats.tensor_parallel import is_split, split_refusals, tile_refusals
 
 SPLITS = (1, 2, 4, 8)
 _WINDOW = 128
-# Split over GPUs by tensor parallelism; everything else is on each of them.
-_SHARDED = ("wq_b", "wo_a", "wo_b", "embed", "head", "tok_emb")
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,12 @@ def split_problems(survey: Survey, tp: int) -> Iterator[str]:
     if tp > 1 and not survey.declaration.engine.shards:
         yield f"{survey.declaration.engine.title} does not split it"
         return
-    for what, size in (("attention heads", c.num_attention_heads), ("o_groups", c.o_groups)):
-        if size % tp:
-            yield f"{size} {what} do not divide by {tp}"
+    refusals = list(split_refusals(c, tp))
+    if any(not expert and storage.kind == "ct-fp8-block" for expert, _, storage in survey.declared):
+        refusals += tile_refusals(c, tp)
+    yield from refusals
     inner = c.moe_intermediate_size
     if inner % tp:
-        yield f"experts of width {inner} do not divide by {tp}"
         return
     storages = {storage for expert, _, storage in survey.declared if expert}
     for storage in sorted(storages, key=str):
@@ -73,18 +74,24 @@ def memory(survey: Survey, tp: int, context: int) -> Memory:
     """Memory of one GPU, from headers."""
     engine, weights = survey.declaration.engine, 0
     tp = tp if engine.shards else 1
-    for name, module in survey.modules.items():
+    for module in survey.modules.values():
         nbytes = module.nbytes
         if module.name.is_draft and engine.drafts == "ignored":
             continue
         if engine.decodes and module.shape is not None and module.name.is_linear:
             nbytes = 2 * math.prod(module.shape)
-        last = name.rpartition(".")[2]
-        split = module.name.expert is not None or "shared_experts" in name or last in _SHARDED
-        weights += nbytes // tp if split else nbytes
+        weights += nbytes // tp if is_split(module.name) else nbytes
+    return Memory(tp, context, weights, _kv_cache(survey, tp, context))
+
+
+def _kv_cache(survey: Survey, tp: int, context: int) -> int:
+    """By the engine's own arithmetic; else, or where config.json lacks fields, entries in BF16."""
     c = survey.config
+    if survey.declaration.engine.kv_cache is not None and c.v41 is None:
+        with suppress(ConfigError):
+            return survey.declaration.engine.kv_cache(parse_model_config(c.raw), tp, context)
     window = c.num_hidden_layers * 2 * c.head_dim * min(context, _WINDOW)
-    return Memory(tp, context, weights, window + context * (c.kv_bytes_per_token() or 0))
+    return window + context * (c.kv_bytes_per_token() or 0)
 
 
 def split_findings(survey: Survey, tp: int) -> Iterator[Finding]:
