@@ -2,8 +2,10 @@
 
 An expert's three matrices are random MXFP4, its inputs random rows with a decaying spectrum, so the
 work is the real one; only the codes mean nothing. Every solver runs in a process of its own for its
-own peak memory. A layer and a model cost as many times one expert as they have experts, because
-solving is done in batches whose size the memory cap decides and whose time is that of its members.
+own peak memory. A layer and a model cost as many times one expert as they have experts: solving is
+done in batches whose size memory decides. On a CPU a batch takes the time of its members one by
+one, so one is measured; on a GPU many take little longer than one, so as many are as fit, alike
+but solved one and all.
 """
 
 from __future__ import annotations
@@ -13,14 +15,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from typing import TypeVar
 
 import torch
 
 from v4quant.bench_convert import BenchError
+from v4quant.devices import device_bytes
 from v4quant.memory import peak_rss_bytes
 from v4quant_calibration.gram import correction, damped, gram_sum
+from v4quant_calibration.layer_solver import expert_bytes
 from v4quant_calibration.refine import DEFAULT_SWEEPS
 from v4quant_calibration.solvers import SOLVERS, solve_batch
 from v4quant_kernels.progress import Progress
@@ -55,11 +60,13 @@ WIDTHS = {
 class SolverTiming:
     """One solver's figures. moments_seconds: forming the moments of `rows` input rows, once.
 
-    Seconds are processor time on a CPU, so other work on the machine does not count.
+    Seconds are an expert's; processor time on a CPU, so other work on the machine does not count.
+    batch: experts solved together.
     """
 
     solver: str
     device: str
+    batch: int
     seconds: float
     moments_seconds: float
     peak_bytes: int
@@ -90,6 +97,7 @@ def bench_solvers(
 def time_solver(width: str, scheme: str, solver: str, rows: int, device: str) -> SolverTiming:
     """Time one solver on one expert, in this process."""
     size, chosen = WIDTHS[width], get_scheme(scheme)
+    batch = _batch(size, torch.device(device)) if solver not in SOLVERS else 1
     generator = torch.Generator().manual_seed(0)
 
     def matrix(height: int, columns: int) -> QTensor:
@@ -117,13 +125,23 @@ def time_solver(width: str, scheme: str, solver: str, rows: int, device: str) ->
             lost = x * 0.1 + torch.randn(rows, columns, generator=generator).to(device) * 0.01
             spent, fix = _timed(lambda: correction(lost, x, gram).unsqueeze(0))  # noqa: B023
             seconds += spent
+            fix = fix.repeat(batch, 1, 1)
         sweeps = 0 if solver == "gptq" else DEFAULT_SWEEPS
-        narrow = gram.float().unsqueeze(0)
-        spent, _ = _timed(lambda: solve_batch([pair], narrow, fix, chosen, sweeps))  # noqa: B023
-        seconds += spent
+        grams = gram.float().repeat(batch, 1, 1)
+        work = partial(solve_batch, [pair] * batch, grams, fix, chosen, sweeps)
+        spent, _ = _timed(work)
+        seconds += spent / batch
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_rss_bytes()
     layer = (seconds + moments) * size.experts / 3600
-    return SolverTiming(solver, device, seconds, moments, peak, layer, layer * size.layers)
+    return SolverTiming(solver, device, batch, seconds, moments, peak, layer, layer * size.layers)
+
+
+def _batch(size: Width, device: torch.device) -> int:
+    """Experts solved together."""
+    memory = device_bytes(device)
+    if memory is None:
+        return 1
+    return max(1, min(size.experts, memory // expert_bytes(size.hidden, size.intermediate)))
 
 
 def _timed(work: Callable[[], T]) -> tuple[float, T]:

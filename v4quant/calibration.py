@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from v4quant.calibration_memory import calibration_room, fit_solving, statistics_bytes
-from v4quant.devices import CPU, DeviceError, device_bytes
+from v4quant.devices import CPU, device_bytes
 from v4quant.evaluation_memory import Limits
 from v4quant.evidence import solved_part
 from v4quant.memory import return_freed_memory
@@ -129,12 +129,10 @@ def calibrate_to(
     """Calibrate, and with `settings` solve; writes file or folder `out`.
 
     max_memory: the most bytes this may take; streams then go to files beside `out` where they must.
-    device: where the pass runs. Raises what `check_floor`, `calibrate` and `solve` raise, SizeError
-    for too little memory, and DeviceError for solving elsewhere than on the CPU.
+    device: where passes run and solvers work. Raises what `check_floor`, `calibrate` and `solve`
+    raise, and SizeError for too little memory.
     """
     check_floor(corpus, config, floor)
-    if settings is not None and device != CPU:
-        raise DeviceError("--solve runs on the CPU: leave --device out")
     windows, first = corpus.windows, {}
     held = statistics_bytes(config, len(stages_of(checkpoint, config)))
     limits = Limits.of(max_memory, device_bytes(device))
@@ -149,9 +147,9 @@ def calibrate_to(
             write_stats(out, found.stats)
             return found
         windows, first = found.windows, dict(found.stats.first)
-    settings, rooms = fit_solving(config, settings, held, windows, max_memory, out)
+    settings, rooms = fit_solving(config, settings, held, windows, limits, out)
     solution: Solution = solve(
-        checkpoint, config, windows, options, floor, settings, out, progress, first, rooms
+        checkpoint, config, windows, options, floor, settings, out, progress, first, rooms, device
     )
     solution.close()
     return Calibration(solution.stats, windows)

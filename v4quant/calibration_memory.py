@@ -20,7 +20,7 @@ from torch import Tensor
 from v4quant.evaluation_memory import Limits, Work, plan_evaluation
 from v4quant_calibration.calibrate import OpenRoom, Room
 from v4quant_calibration.dense_solver import dense_bytes
-from v4quant_calibration.layer_solver import batch_bytes
+from v4quant_calibration.layer_solver import expert_bytes
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.scratch import Scratch
 from v4quant_calibration.solve_settings import SolveSettings
@@ -62,27 +62,32 @@ def fit_solving(
     settings: SolveSettings,
     held: int,
     windows: Sequence[Tensor],
-    cap: int | None,
+    limits: Limits,
     out: Path,
 ) -> tuple[SolveSettings, OpenRoom]:
-    """Settings whose moments fit what a pass over `windows` leaves of `cap`, and its room.
+    """Settings whose moments fit what a pass over `windows` leaves within the limits, and its room.
 
     Raises SizeError.
     """
     models = 1 + settings.propagate
     row = 4 * config.hc_mult * config.hidden_size
-    if cap is None:
-        spill = 2 * models * row * sum(map(len, windows)) > _MOST_STREAMS
+    spill = limits.host is None and 2 * models * row * sum(map(len, windows)) > _MOST_STREAMS
+    if limits == Limits():
         return settings, partial(_solving_room, spill, lambda options: options, out)
     # The layer's inputs of the model that streams beside, attention's and the experts'; moments of
     # the experts' over all tokens, and a copy.
     beside = 2 * 4 * config.hidden_size * sum(map(len, windows)) * (models - 1)
     beside += 2 * _F64 * config.hidden_size**2
     dense = any(".attn." in module for module in settings.schemes or ())
-    least = max(batch_bytes(config), dense_bytes(config) if dense else 0)
-    work = replace(_work(config, windows, models, held + beside + least), together=True)
-    plan = plan_evaluation(config, work, Limits(cap))
-    fitted = replace(settings, memory=least + cap - plan.nbytes)
+    least = expert_bytes(config.hidden_size, config.moe_intermediate_size)
+    if dense:
+        least = max(least, dense_bytes(config))
+    work = replace(_work(config, windows, models, held), together=True, working=beside + least)
+    plan = plan_evaluation(config, work, limits, on_disk=spill)
+    left = limits.host - plan.nbytes if limits.host is not None else 0
+    if limits.device is not None:
+        left = limits.device - plan.device_bytes
+    fitted = replace(settings, memory=least + left)
     return fitted, partial(_solving_room, plan.spill, plan.apply, out)
 
 

@@ -52,8 +52,9 @@ class Work:
 
     drafts: models whose draft stages run, one after the other, if the release is a DSpark one.
     scored: whether logits are computed. together: whether all tokens of a layer must go through its
-    experts at once. held: bytes that somebody keeps beside the run.
-    kernels: whether routed experts are multiplied as they are stored.
+    experts at once. held: bytes that somebody keeps beside the run, with the host. working: bytes
+    that somebody needs during it where the arithmetic is. kernels: whether routed experts are
+    multiplied as they are stored.
     """
 
     models: int
@@ -64,6 +65,7 @@ class Work:
     scored: bool = True
     together: bool = False
     held: int = 0
+    working: int = 0
     kernels: bool = False
 
     @property
@@ -164,10 +166,10 @@ def _plan(
         _logits(config, work, tile) if work.scored else 0,
     )
     if limits.device is None:
-        cap, base = limits.host, _BASE_BYTES + _SLACK * kept
+        cap, base = limits.host, _BASE_BYTES + _SLACK * (kept + work.working)
         fixed = max(fixed, comparison)
     else:
-        cap, base = limits.device, _CONTEXT_BYTES + _SLACK * records
+        cap, base = limits.device, _CONTEXT_BYTES + _SLACK * (records + work.working)
     # The experts' turn comes after attention's is over.
     through = base + _SLACK * _experts(config, min(rows, work.tokens), work.kernels)
     each, tokens = _SLACK * _token(config), work.tokens

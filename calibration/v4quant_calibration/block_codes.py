@@ -211,7 +211,7 @@ def write_codes(
     columns = codes.q.shape[1]
 
     def rows_of(t: Tensor, each: int) -> Tensor:
-        return t[index].mT.cpu().contiguous().view(-1, each)
+        return t[index].mT.contiguous().view(-1, each)
 
     scaled = shape.sc is not None
     dmin = None

@@ -35,12 +35,12 @@ def fit(
 
     factor: `[B, size, size]`, upper; step, lowest: `[B, grids, N]`. Values are left unchanged.
     """
-    integers, errors = torch.zeros_like(values), torch.zeros_like(values)
     cost = values.new_full((values.shape[0], values.shape[2]), torch.inf)
     choice = torch.zeros_like(cost, dtype=torch.int64)
     if compiled_for(values):
         from v4quant_kernels.native import block_fit
 
+        integers, errors = torch.zeros_like(values), torch.zeros_like(values)
         for b in range(len(values)):
             block_fit.fit(
                 values[b].numpy(), factor[b].contiguous().numpy(), step[b].numpy(),
@@ -48,30 +48,30 @@ def fit(
                 errors[b].numpy(), cost[b].numpy(),
             )  # fmt: skip
         return Fit(choice, integers, errors, cost)
-    for k in range(step.shape[1]):
-        tried, missed = _round(values, factor, step[:, k], lowest[:, k], limits)
-        total = missed.square().sum(1)
+    tried, missed = _round(values, factor, step, lowest, limits)
+    for k, total in enumerate(missed.square().sum(1).unbind(1)):
         better = total < cost
-        where = better.unsqueeze(1)
         cost = torch.where(better, total, cost)
         choice = choice.masked_fill(better, k)
-        integers = torch.where(where, tried, integers)
-        errors = torch.where(where, missed, errors)
+    index = choice.view(len(values), 1, 1, -1).expand(-1, values.shape[1], 1, -1)
+    integers, errors = (
+        t.gather(2, index).squeeze(2).masked_fill_(cost.isinf().unsqueeze(1), 0.0)
+        for t in (tried, missed)
+    )
     return Fit(choice, integers, errors, cost)
 
 
 def _round(
     values: Tensor, factor: Tensor, step: Tensor, lowest: Tensor, limits: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Integers and errors over pivots under one grid a row, step and lowest `[B, N]`."""
-    work, integers = values.clone(), torch.empty_like(values)
-    errors = torch.empty_like(values)
+    """Integers and errors over pivots under all grids, `[B, size, grids, N]` both."""
+    work = values.unsqueeze(2).repeat(1, 1, step.shape[1], 1)
+    integers, errors = torch.empty_like(work), torch.empty_like(work)
     inverse = torch.where(step != 0, 1 / step, 0.0)
+    rows = factor.view(*factor.shape, 1, 1)
     for i in range(values.shape[1]):
         rounded = torch.round((work[:, i] - lowest) * inverse).clamp_(*limits)
         integers[:, i] = rounded
-        error = (work[:, i] - (rounded * step + lowest)) / factor[:, i, i].unsqueeze(1)
-        errors[:, i] = error
-        rest = factor[:, i, i + 1 :].unsqueeze(2)
-        work[:, i + 1 :].baddbmm_(rest, error.unsqueeze(1), alpha=-1)
+        errors[:, i] = (work[:, i] - (rounded * step + lowest)) / rows[:, i, i]
+        work[:, i + 1 :].addcmul_(rows[:, i, i + 1 :], errors[:, i].unsqueeze(1), value=-1)
     return integers, errors

@@ -85,7 +85,7 @@ class IntegerCoder:
 
     def write(self, codes: Codes, index: int, heights: Sequence[int]) -> list[QTensor]:
         """As the protocol says."""
-        integers, scale = codes.integers[index].mT.cpu(), codes.scale[index].mT.cpu()
+        integers, scale = codes.integers[index].mT, codes.scale[index].mT
         result = []
         cut = list(heights)
         for part, factors in zip(integers.split(cut), scale.split(cut), strict=True):

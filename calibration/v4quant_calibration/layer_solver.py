@@ -156,7 +156,9 @@ class LayerSolver(MomentObserver):
 
     def _batch(self) -> int:
         """Experts solved together within the memory cap."""
-        return max(1, self._settings.memory // batch_bytes(self._config))
+        config = self._config
+        each = expert_bytes(config.hidden_size, config.moe_intermediate_size)
+        return max(1, self._settings.memory // each)
 
     def _solve_group(
         self,
@@ -169,7 +171,8 @@ class LayerSolver(MomentObserver):
         gate, down = schemes.get(f"{experts[0]}.w1"), schemes.get(f"{experts[0]}.w2")
         if gate is None and down is None:
             return
-        gate_up = {e: [self._read(f"{e}.{p}") for p in ("w1", "w3")] for e in experts}
+        device = given.x.device
+        gate_up = {e: [self._read(f"{e}.{p}", device) for p in ("w1", "w3")] for e in experts}
         solved = gate_up if gate is None else self._solve_gate_up(given, gate_up, gate)
         if gate is not None:
             for expert, (w1, w3) in solved.items():
@@ -177,13 +180,13 @@ class LayerSolver(MomentObserver):
                 add_matrix(writer, f"{expert}.w3", w3)
         if down is None:
             return
-        sources = [[self._read(f"{e}.w2")] for e in experts]
+        sources = [[self._read(f"{e}.w2", device)] for e in experts]
         moments = [self._hidden_moments(given, e, gate_up[e], solved[e]) for e in experts]
         for expert, (w2,) in zip(experts, self._solved(sources, moments, down), strict=True):
             add_matrix(writer, f"{expert}.w2", w2)
 
-    def _read(self, module: str) -> QTensor:
-        return source_matrix(self._checkpoint, module)
+    def _read(self, module: str, device: torch.device) -> QTensor:
+        return source_matrix(self._checkpoint, module).to(device)
 
     def _solved(
         self,
@@ -221,9 +224,8 @@ class LayerSolver(MomentObserver):
         self, given: _Layer, expert: str, source: list[QTensor], solved: list[QTensor]
     ) -> tuple[Tensor, Tensor | None]:
         """Damped moments of what w2 multiplies, and the correction of its target."""
-        device = given.x.device
-        before = [dequantize(q).to(device) for q in source]
-        after = before if self._reference is None else [dequantize(q).to(device) for q in solved]
+        before = [dequantize(q) for q in source]
+        after = before if self._reference is None else [dequantize(q) for q in solved]
         tokens, weights = given.rows_of(expert)
         hidden = self._hidden(expert, given.x[tokens], after, weights)
         step = max(1, given.x.shape[0] // _POOL_SAMPLE)
@@ -246,8 +248,8 @@ class LayerSolver(MomentObserver):
         return quantized_input(hidden * weights.unsqueeze(1), self._options)
 
 
-def batch_bytes(config: ModelConfig) -> int:
+def expert_bytes(hidden: int, intermediate: int) -> int:
     """What solving one expert takes: its moments in float64 with a factor and copies in float32;
     weights, work space and codes."""
-    wide = max(config.hidden_size, config.moe_intermediate_size)
-    return 48 * wide * wide + 64 * config.hidden_size * config.moe_intermediate_size
+    wide = max(hidden, intermediate)
+    return 48 * wide * wide + 64 * hidden * intermediate

@@ -91,7 +91,8 @@ def stage_specs(
 
 
 def add_matrix(writer: ShardWriter, module: str, q: QTensor) -> None:
-    """Write one coded matrix into a stage's file."""
+    """Write one coded matrix, from wherever it is, into a stage's file."""
+    q = q.to(torch.device("cpu"))
     if q.scheme.element == "ggml":
         writer.add(f"{module}.{_BLOCKS}{q.scheme.name}", q.codes)
         return

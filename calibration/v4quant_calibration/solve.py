@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from v4quant_calibration.calibrate import OpenRoom, all_in_memory
@@ -34,7 +35,7 @@ from v4quant_calibration.draft_stream import drafts_of, stream_drafts
 from v4quant_calibration.layer_solver import LayerSolver
 from v4quant_calibration.model.dspark import draft_blocks, require_blocks
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_calibration.provider import CheckpointParams
+from v4quant_calibration.provider import CPU, CheckpointParams
 from v4quant_calibration.solution import (
     HEAD,
     SOLUTION_VERSION,
@@ -68,13 +69,15 @@ def solve(
     progress: Progress,
     first: Mapping[str, Tensor] | None = None,
     open_room: OpenRoom = all_in_memory,
+    device: torch.device = CPU,
 ) -> Solution:
     """Solve what the settings name and windows (int64 ids) can reach; returns the finished folder.
 
-    first: what is known of the first draw (`Stats.first`). open_room: where streams live. The same
-    call again resumes, layer by layer. Raises SolutionError, UnsupportedScheme for a scheme that
-    error feedback is not for, DraftError for text too short for a DSpark block, NonFiniteActivation
-    naming what computed NaN, and OutputError.
+    first: what is known of the first draw (`Stats.first`). open_room: where streams live. device:
+    where passes run and solvers work; sums are taken in another order there, so codes may differ
+    where two are as good. The same call again resumes, layer by layer. Raises SolutionError,
+    UnsupportedScheme for a scheme that error feedback is not for, DraftError for text too short for
+    a DSpark block, NonFiniteActivation naming what computed NaN, and OutputError.
     """
     if settings.schemes is None and settings.scheme.element not in ("int", "ggml"):
         raise UnsupportedScheme(
@@ -89,7 +92,8 @@ def solve(
     begin_solution(folder, header)
     progress.start("Solving", len(stages) * config.n_routed_experts, "expert")
     keeper = InputKeeper() if settings.propagate else None
-    params, original = SolvedParams(checkpoint, folder), CheckpointParams(checkpoint)
+    params = SolvedParams(checkpoint, folder, device)
+    original = CheckpointParams(checkpoint, device)
     streaming = original if keeper is None else params
     with closing(params), open_room(windows, options) as room:
         store = room.store

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from v4quant_calibration.model.observer import SilentObserver
-from v4quant_calibration.provider import CheckpointParams
+from v4quant_calibration.provider import CPU, CheckpointParams
 from v4quant_calibration.solution import files_of, holds, open_stage, stage_file
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.weights import find_weight, read_weight
@@ -46,10 +46,10 @@ class InputKeeper(SilentObserver):
 class SolvedParams:
     """A checkpoint's weights, with matrices that are solved read from the solution."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
-        """`checkpoint` stays the caller's to close."""
-        self._original = CheckpointParams(checkpoint)
-        self._folder = folder
+    def __init__(self, checkpoint: Checkpoint, folder: Path, device: torch.device = CPU) -> None:
+        """`checkpoint` stays the caller's to close. device: where tensors are wanted."""
+        self._original = CheckpointParams(checkpoint, device)
+        self._folder, self._device = folder, device
         self._open: dict[str, Checkpoint] = {}
 
     def __call__(self, base: str, /) -> Tensor:
@@ -61,9 +61,8 @@ class SolvedParams:
             if name not in self._open and stage_file(self._folder, name).exists():
                 self._open[name] = open_stage(self._folder, name)
             if name in self._open and holds(self._open[name], base):
-                return dequantize(
-                    read_weight(self._open[name], find_weight(self._open[name], base))
-                )
+                coded = read_weight(self._open[name], find_weight(self._open[name], base))
+                return dequantize(coded.to(self._device))
         return self._original(base)
 
     def close(self) -> None:

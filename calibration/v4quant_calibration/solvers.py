@@ -44,7 +44,7 @@ def rtn(matrix: QTensor, scheme: Scheme, importance: Tensor | None = None) -> Qu
 def optimal(matrix: QTensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedMatrix:
     """The best scale of every group, weighted by `importance` where it is given."""
     if scheme.element == "ggml":
-        values = codec.dequantize(matrix)
+        values = codec.dequantize(matrix).cpu()  # where the encoder is
         return measured(values, codec.quantize(values, scheme, importance=importance))
     if matrix.scheme.name == "mxfp4" and scheme.bits <= 4:
         return search_mxfp4(matrix, scheme, importance)
@@ -77,13 +77,14 @@ def solve_batch(
     sources: for each expert, the matrices that multiply the same rows (w1 with w3, or w2 alone).
     grams: damped second moments of those rows, float32 `[B, K, K]`. corrections: M of `gram`,
     `[B, K, K]`, added as W + W M to the target; None aims at the source itself. sweeps: the most
-    passes of refinement.
+    passes of refinement. The work is done, and the result left, where the moments are.
 
     Where the optimal plain scales leave a row a lower Gram-weighted error than GPTQ does,
     refinement starts from them instead: the result is never worse than uncalibrated codes on the
     moments it was given.
     """
-    target = torch.stack([_columns(matrices, grams.device) for matrices in sources])
+    sources = [[q.to(grams.device) for q in matrices] for matrices in sources]
+    target = torch.stack([_columns(matrices) for matrices in sources])
     if corrections is not None:
         target += corrections.mT @ target
     coder: Coder[Any] = BlockCoder(scheme) if scheme.element == "ggml" else IntegerCoder(scheme)
@@ -101,6 +102,6 @@ def solve_batch(
     ]
 
 
-def _columns(matrices: Sequence[QTensor], device: torch.device) -> Tensor:
+def _columns(matrices: Sequence[QTensor]) -> Tensor:
     """Values of stacked matrices, transposed: float32 `[K, sum of N]`."""
-    return torch.cat([codec.dequantize(q) for q in matrices]).to(device).mT.contiguous()
+    return torch.cat([codec.dequantize(q) for q in matrices]).mT.contiguous()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from v4quant import bench_solver
 from v4quant.bench_solver import BENCHED, WIDTHS, bench_solvers, time_solver
 from v4quant_kernels.progress import SilentProgress
 
@@ -20,6 +22,14 @@ def test_every_solver_is_timed() -> None:
 def test_block_types_are_timed() -> None:
     for solver in BENCHED:
         assert time_solver("tiny", "q3_k", solver, 64, "cpu").seconds > 0
+
+
+def test_a_gpu_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"cpu": None, "cuda": 24 * 2**30}
+    monkeypatch.setattr(bench_solver, "device_bytes", lambda device: sizes[device.type])
+    assert bench_solver._batch(WIDTHS["flash"], torch.device("cpu")) == 1
+    assert 10 < bench_solver._batch(WIDTHS["flash"], torch.device("cuda")) < 24
+    assert bench_solver._batch(WIDTHS["tiny"], torch.device("cuda")) == 16
 
 
 def test_a_process_of_its_own() -> None:

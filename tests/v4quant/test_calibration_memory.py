@@ -79,15 +79,17 @@ def test_rounds_leave_no_files(tmp_path: Path) -> None:
 def test_solving_gets_what_is_left(tmp_path: Path) -> None:
     windows = [torch.zeros(500, dtype=torch.int64)] * 8
     settings = SolveSettings(get_scheme("int4-g32"))
-    few, _ = fit_solving(CONFIG, settings, 10**6, windows, GIB, tmp_path)
-    more, room = fit_solving(CONFIG, settings, 10**6, windows, 2 * GIB, tmp_path)
+    few, _ = fit_solving(CONFIG, settings, 10**6, windows, Limits(GIB), tmp_path)
+    more, room = fit_solving(CONFIG, settings, 10**6, windows, Limits(2 * GIB), tmp_path)
     assert more.memory - few.memory == GIB and few.memory < GIB
     with room(windows, ForwardOptions()) as opened:
         assert opened.options.expert_tokens is None
     with pytest.raises(SizeError, match="this run needs"):
-        fit_solving(CONFIG, settings, 10**6, windows * 1000, GIB, tmp_path)
-    free, _ = fit_solving(CONFIG, settings, 10**6, windows * 1000, None, tmp_path)
+        fit_solving(CONFIG, settings, 10**6, windows * 1000, Limits(GIB), tmp_path)
+    free, _ = fit_solving(CONFIG, settings, 10**6, windows * 1000, Limits(), tmp_path)
     assert free == settings
+    gpu, _ = fit_solving(CONFIG, settings, 10**6, windows, Limits(None, 24 * GIB), tmp_path)
+    assert 20 * GIB < gpu.memory < 24 * GIB
 
 
 def test_solving_under_a_cap(tmp_path: Path, generator: torch.Generator) -> None:

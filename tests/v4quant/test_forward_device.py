@@ -6,6 +6,7 @@ On a real GPU, `TRITON_INTERPRET=0 pytest -m gpu` compares its figures with the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,24 @@ from torch import Tensor
 from tests.support.conversion import TINY
 from tests.support.pretend_device import DEVICE, PretendDevice
 from v4quant import calibration, evaluation
-from v4quant.calibration import DrawnCorpus, calibrate_to
-from v4quant.devices import DeviceError
+from v4quant.calibration import DrawnCorpus, calibrate_to, solve_settings
 from v4quant.evaluation import Resources, evaluate_checkpoint
+from v4quant.recipe import Recipe
+from v4quant_calibration import block_fit, gptq, refine
 from v4quant_calibration.corpus import Corpus, CorpusPart
 from v4quant_calibration.evaluate import Measures
 from v4quant_calibration.model import indexer
 from v4quant_calibration.model.observer import SilentObserver
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.provider import CheckpointParams
-from v4quant_calibration.solve_settings import SolveSettings
+from v4quant_calibration.solvers import solve_batch
 from v4quant_calibration.stats import Stats
 from v4quant_calibration.stream import StreamModel, stream_forward
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import load_model_config
 from v4quant_kernels import dispatch
 from v4quant_kernels.progress import SilentProgress
+from v4quant_kernels.ref import codec
 from v4quant_kernels.scheme import get_scheme
 
 CONFIG = load_model_config(TINY)
@@ -151,12 +154,53 @@ def test_the_pretended_device_catches_mixing() -> None:
             there.numpy()
 
 
-def test_solving_stays_on_the_cpu(windows: list[Tensor], tmp_path: Path) -> None:
-    with open_checkpoint(TINY) as checkpoint, pytest.raises(DeviceError, match="--solve"):
+def solved(
+    windows: list[Tensor], recipe: Recipe, propagate: bool, out: Path, device: torch.device
+) -> dict[str, bytes]:
+    """Files of a solution."""
+    with open_checkpoint(TINY) as checkpoint:
+        settings = replace(solve_settings(checkpoint, recipe, propagate), sweeps=1)
         calibrate_to(
-            checkpoint, CONFIG, DrawnCorpus(windows, []), ForwardOptions(), 4,
-            SolveSettings(get_scheme("int4-g32")), tmp_path / "s", SilentProgress(), device=DEVICE,
+            checkpoint, CONFIG, DrawnCorpus(windows, []), ForwardOptions(), 4, settings, out,
+            SilentProgress(), device=device,
         )  # fmt: skip
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.fixture
+def no_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled loops sum in another order than torch."""
+    for module in (gptq, refine, block_fit):
+        monkeypatch.setattr(module, "compiled_for", lambda values: False)
+
+
+@pytest.mark.usefixtures("no_loops")
+@pytest.mark.parametrize("propagate", [True, False])
+def test_solving_elsewhere(windows: list[Tensor], propagate: bool, tmp_path: Path) -> None:
+    """Moments, GPTQ, refinement, plain codes and packing, in one pass with two models or one."""
+    recipe = Recipe("int3-g64" if propagate else "int4-g128", solver="gptq")
+    here = solved(windows[1:], recipe, propagate, tmp_path / "here", torch.device("cpu"))
+    with PretendDevice() as pretended:
+        there = solved(windows[1:], recipe, propagate, tmp_path / "there", DEVICE)
+    assert pretended.products[0] > 100 and pretended.products[1] == 0
+    assert there == here and len(here) > CONFIG.num_hidden_layers
+
+
+@pytest.mark.usefixtures("no_loops")
+@pytest.mark.parametrize("name", ["q3_k", "q4_k"])
+def test_block_types_are_solved_elsewhere(name: str, generator: torch.Generator) -> None:
+    values = torch.randn(2, 9, 256, generator=generator)
+    sources = [[codec.quantize(one, get_scheme("mxfp4"))] for one in values]
+    rows = torch.randn(2, 300, 256, generator=generator)
+    grams, fix = rows.mT @ rows / 300, 0.01 * rows[:, :256]
+    here = solve_batch(sources, grams, fix, get_scheme(name), 1)
+    with PretendDevice():
+        there = solve_batch(
+            sources, grams.to(DEVICE), fix.to(DEVICE), get_scheme(name), 1
+        )  # fmt: skip
+        assert all(q.codes.is_cuda for (q,) in there)
+        found = [q.codes.cpu() for (q,) in there]
+    assert all(torch.equal(a, q.codes) for a, (q,) in zip(found, here, strict=True))
 
 
 @pytest.mark.gpu

@@ -134,6 +134,7 @@ def solver(
     table = [
         (
             t.solver,
+            str(t.batch),
             f"{t.seconds:.2f}",
             f"{t.moments_seconds:.2f}",
             _output.human_bytes(t.peak_bytes),
@@ -142,7 +143,15 @@ def solver(
         )
         for t in found
     ]
-    header = ("solver", "s an expert", "moments s", "peak memory", "h a layer", "h a model")
+    header = (
+        "solver",
+        "at once",
+        "s an expert",
+        "moments s",
+        "peak memory",
+        "h a layer",
+        "h a model",
+    )
     _output.data(_output.table(table, header))
 
 

@@ -67,8 +67,8 @@ from v4quant_kernels.ref.ggml_blocks import SHAPES
     show_default=True,
     help="With --solve: later layers are solved on what the already converted ones give them.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where the pass runs: cpu, cuda, "
-              "cuda:0, ...")  # fmt: skip
+@click.option("--device", default="cpu", show_default=True, help="Where passes run and solvers "
+              "work: cpu, cuda, cuda:0, ...")  # fmt: skip
 @click.option("--max-memory", help="Cap on memory, like 6GB: streams go to files, experts' inputs "
               "in parts, fewer experts are solved at once.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
