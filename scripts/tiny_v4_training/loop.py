@@ -24,6 +24,7 @@ from transformers import DeepseekV4ForCausalLM
 from tiny_v4_training.model import IndexerDistillation, RouterBalance
 from tiny_v4_training.mtp import MtpStage, trunk_streams
 from tiny_v4_training.muon import make_optimisers
+from tiny_v4_training.precision import product_dtype
 from tiny_v4_training.text import Stream, draw_windows
 
 WARM_UP = 25
@@ -182,7 +183,8 @@ def _one_step(
     rows = max(1, settings.tokens_per_step // length)
     seed = settings.seed * 2**32 + phase.step * 2 + (phase.name == "mtp")
     windows = draw_windows(streams, rows, length + 2, settings.bos, seed)
-    with torch.autocast("cpu", torch.bfloat16):
+    dtype = product_dtype()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         loss, side = phase.loss(windows, progress)
     torch.autograd.backward(loss + side)
     factor = rate(phase.step, progress)

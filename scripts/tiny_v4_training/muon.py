@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiny_v4_training.precision import product_dtype
+
 MUON_RATE = 0.02
 ADAM_RATE = 3e-3
 # Coefficients of the published iteration: steep at 0, so that small singular values grow fast.
@@ -66,7 +68,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """`U V^T` of each matrix `[..., m, n]`, roughly: singular values end between 0.7 and 1.2."""
     a, b, c = _COEFFICIENTS
-    x: Tensor = matrices.bfloat16()
+    x: Tensor = matrices.to(product_dtype())
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT

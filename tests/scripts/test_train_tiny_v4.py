@@ -372,3 +372,13 @@ def test_learning_rate_schedule() -> None:
     assert rate(100, 1.0) == 0
     assert Budget(10, None).progress(5, 1e9) == 0.5
     assert Budget(10, 1.0).progress(5, 45.0) == 0.75
+
+
+def test_products_are_taken_in_the_faster_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny_v4_training import precision
+
+    for fast, slow in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        precision.product_dtype.cache_clear()
+        monkeypatch.setattr(precision, "_seconds", {fast: 0.1, slow: 0.2}.__getitem__)
+        assert precision.product_dtype() == fast
+    precision.product_dtype.cache_clear()
