@@ -3,17 +3,20 @@
 A folder with one safetensors file a stage (each matrix as packed codes, scales and shape, like
 compressed-tensors' `pack-quantized`; GGUF's blocks as bytes under the name of their type) and
 `solution.json`, which says for which checkpoint, scheme and settings they are and what each
-stage's file hashes to. It is written first without stages and last with all of them: a folder
-whose `finished` is false resumes, stage by stage, and nothing unfinished is taken for a result.
-Moments of the experts' inputs lie beside it, for what a solver does not cover.
+stage's file hashes to; a file is held against that when the first of its matrices is asked for, so
+that no other layer's file and no damaged one is packed. The header is written first without stages
+and last with all of them: a folder whose `finished` is false resumes, stage by stage, and nothing
+unfinished is taken for a result. Moments of the experts' inputs lie beside it, for what a solver
+does not cover.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -128,15 +131,19 @@ def _as_read(spec: TensorSpec) -> TensorSpec:
 class Solution:
     """Coded matrices of every stage the solver covered, and the statistics beside them.
 
-    recipe: what of a recipe decided the schemes of matrices, where more than one did.
+    recipe: what of a recipe decided the schemes of matrices, where more than one did. hashes: what
+    the stages' files hash to.
     """
 
     folder: Path
     scheme: str
     recipe: Mapping[str, Any] | None
     stages: Mapping[str, Checkpoint]
+    hashes: Mapping[str, str]
     stats: Stats
     digest: str
+    _intact: set[str] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def importance(self, module: str) -> Tensor | None:
         """As `Stats.importance`."""
@@ -149,10 +156,13 @@ class Solution:
     def solved(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> QTensor | None:
         """The solver's codes of a matrix; None for one that was not solved.
 
-        Raises SolutionError when the solution is for another scheme or shape.
+        Raises SolutionError when the solution is for another scheme or shape, or its file is not
+        the one that was solved.
         """
-        files = [self.stages[name] for name in files_of(module) if name in self.stages]
-        stage = next((file for file in files if holds(file, module)), None)
+        names = [name for name in files_of(module) if name in self.stages]
+        for name in names:
+            self._require_intact(name)
+        stage = next((s for s in map(self.stages.__getitem__, names) if holds(s, module)), None)
         if stage is None:
             return None
         q = read_weight(stage, find_weight(stage, module))
@@ -162,6 +172,19 @@ class Solution:
                 f"{scheme.name} {list(shape)}; calibrate again with --solve {scheme.name}"
             )
         return q
+
+    def _require_intact(self, name: str) -> None:
+        """Hash a file, once: a conversion reads it whole anyway. Raises SolutionError."""
+        with self._lock:
+            if name in self._intact:
+                return
+            path = stage_file(self.folder, name)
+            if hash_file(path) != self.hashes[name]:
+                raise SolutionError(
+                    f"{path}: is not the file that was solved (another layer's, or damaged); copy "
+                    "the folder again, or calibrate again into a new one"
+                )
+            self._intact.add(name)
 
     def close(self) -> None:
         """Close the stage files."""
@@ -224,16 +247,19 @@ def load_solution(folder: Path, source_digest: str) -> Solution:
     stages, scheme = found.get("stages"), found.get("scheme")
     if found.get("finished") is not True or not isinstance(stages, dict):
         raise SolutionError(f"{folder}: is unfinished; run the same calibrate command again")
-    if not isinstance(scheme, str) or not all(_plain(stage) for stage in stages):
+    if not isinstance(scheme, str) or not all(_plain(*entry) for entry in stages.items()):
         raise SolutionError(f"{folder / SOLUTION_NAME}: is damaged; calibrate again")
+    hashes = {name: facts["sha256"] for name, facts in stages.items()}
     opened = {stage: open_stage(folder, stage) for stage in stages}
     stats = load_stats(folder / STATS_NAME, source_digest)
     digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-    return Solution(folder, scheme, found.get("recipe"), opened, stats, digest)
+    return Solution(folder, scheme, found.get("recipe"), opened, hashes, stats, digest)
 
 
-def _plain(stage: object) -> bool:
-    return isinstance(stage, str) and stage.replace(".", "").isalnum()
+def _plain(stage: str, facts: object) -> bool:
+    """Whether a stage is named as one and its file's hash is told."""
+    told = isinstance(facts, dict) and isinstance(facts.get("sha256"), str)
+    return told and stage.replace(".", "").isalnum()
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from v4quant_calibration.model.numerics import NonFiniteActivation
@@ -27,32 +25,20 @@ from v4quant_calibration.solve import solve
 from v4quant_calibration.solve_models import SolvedParams
 from v4quant_calibration.solve_settings import SolveSettings
 from v4quant_calibration.solvers import measured, optimal, rtn
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import FormatError
 from v4quant_formats.model_config import load_model_config
 from v4quant_formats.weights import find_weight, read_weight
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.progress import SilentProgress
+from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref.codec import dequantize
 from v4quant_kernels.scheme import SCHEMES
 
-DATA = Path(__file__).parent.parent / "data"
-TINY = DATA / "tiny-a"
+TINY = Path(__file__).parent.parent / "data" / "tiny-a"
 CONFIG = load_model_config(TINY)
 STAGES = ["layers.0", "layers.1", "layers.2", "layers.3", "mtp.0"]
 SCHEME = SCHEMES["int3-g64"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint() -> Iterator[Checkpoint]:
-    with open_checkpoint(TINY) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def windows() -> list[Tensor]:
-    ids = load_file(DATA / "tiny-a.reference.safetensors")["input_ids"][0]
-    return list(ids.split(40))
 
 
 def run(
@@ -263,6 +249,7 @@ def test_schemes_by_module(checkpoint: Checkpoint, windows: list[Tensor], tmp_pa
         lambda h: h.update(stages=3),
         lambda h: h.update(stages={"../evil": {}}),
         lambda h: h.update(stages={"": {}}),
+        lambda h: h["stages"]["layers.0"].pop("sha256"),
         lambda h: h.update(scheme=7),
         lambda h: h.update(finished="yes"),
         lambda h: h.pop("source_digest"),
@@ -292,3 +279,29 @@ def test_damaged_stage_files(checkpoint: Checkpoint, solved: Path, tmp_path: Pat
     file.unlink()
     with pytest.raises(FormatError, match=r"layers\.1\.safetensors"):
         load_solution(folder, checkpoint.digest())
+
+
+def test_files_must_be_those_that_were_solved(
+    checkpoint: Checkpoint, solved: Path, tmp_path: Path
+) -> None:
+    """A flipped bit, or two layers' files exchanged: refused when the first matrix is asked for,
+    not packed, and not taken for a layer without codes."""
+
+    def ask(folder: Path) -> QTensor | None:
+        module = "layers.1.ffn.experts.2.w3"
+        with closing(load_solution(folder, checkpoint.digest())) as solution:
+            shape = find_weight(checkpoint, module).shape
+            return solution.solved(module, SCHEME, (shape[0], shape[1]))
+
+    folder = tmp_path / "out"
+    shutil.copytree(solved, folder)
+    assert ask(folder) is not None
+    mine, other = stage_file(folder, "layers.1"), stage_file(folder, "layers.2")
+    data = bytearray(mine.read_bytes())
+    data[-1] ^= 1
+    mine.write_bytes(data)
+    with pytest.raises(SolutionError, match=r"layers\.1\.safetensors: is not the file"):
+        ask(folder)
+    mine.write_bytes(other.read_bytes())
+    with pytest.raises(SolutionError, match=r"layers\.1\.safetensors: is not the file"):
+        ask(folder)
