@@ -1,7 +1,7 @@
 """Other people's quantizers and ours: same model, same text, same bits, same measurement.
 
     scripts/compare_peers.py --work FOLDER --llm-compressor PYTHON --auto-round PYTHON
-    scripts/compare_peers.py --work FOLDER --schemes int4-g128      only some rows
+    scripts/compare_peers.py --work FOLDER ... --schemes int4-g128 --who llm-compressor   some cells
 
 Each peer is optional and named by an interpreter that has it (a virtual environment of its own). It
 gets the built-in tiny V4 as BF16 and the calibration windows as token ids, and returns its routed
@@ -9,7 +9,8 @@ experts' weights as it would decode them (`scripts/peers/`). These take the expe
 checkpoint, and `evaluate`'s own functions score it against the source on the windows of
 docs/quality.md, which nobody calibrated with; our own figures are that table's. What a peer left
 in FOLDER is not computed again. Figures and versions go to docs/peers.json, the table to
-docs/peers.md; rows not asked for are kept.
+docs/peers.md; cells not asked for are kept. auto-round's tuning of rounding takes most of the time
+(half an hour a scheme and core); `--iterations 50`, its "light" setting, takes a quarter of it.
 """
 
 from __future__ import annotations
@@ -25,11 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from quality_table import FULL, ROOT, TINY, windows
 from quality_table import STORED as QUALITY
+from safetensors.torch import load_file, save_file
+from script_tools.figures import figures
 
 from v4quant.builtin import CALIBRATION, HELDOUT
 from v4quant.evaluation import evaluate_checkpoint
@@ -51,15 +51,20 @@ PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 @dataclass(frozen=True)
 class Peer:
-    """A quantizer of others: its name and method for people, and the script that runs it."""
+    """A quantizer of others: its name and method for people, its package, whose interpreter runs
+    it, and the script that does; `tunes`: iterations are an argument of that."""
 
     name: str
+    package: str
     worker: str
+    tunes: bool = False
 
 
+PACKAGES = ("llm-compressor", "auto-round")
 PEERS = {
-    "llm-compressor": Peer("llm-compressor, GPTQ", "with_llm_compressor.py"),
-    "auto-round": Peer("auto-round, weighted scales", "with_auto_round.py"),
+    "llm-compressor": Peer("llm-compressor, GPTQ", "llm-compressor", "with_llm_compressor.py"),
+    "auto-round": Peer("auto-round, weighted scales", "auto-round", "with_auto_round.py"),
+    "auto-round tuned": Peer("auto-round, tuned", "auto-round", "with_auto_round.py", tunes=True),
 }
 
 
@@ -72,15 +77,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="Folder for what peers return.")
     parser.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES)
-    for peer in PEERS:
-        parser.add_argument(f"--{peer}", metavar="PYTHON", help=f"Interpreter with {peer}.")
+    parser.add_argument("--who", nargs="+", default=tuple(PEERS), choices=tuple(PEERS))
+    parser.add_argument("--iterations", type=int, default=200, help="Of auto-round's tuning.")
+    for package in PACKAGES:
+        parser.add_argument(f"--{package}", metavar="PYTHON", help=f"Interpreter with {package}.")
     options = parser.parse_args(arguments)
-    pythons = {p: python for p in PEERS if (python := getattr(options, p.replace("-", "_")))}
-    for peer in PEERS:
-        found = pythons.get(peer)
-        sys.stderr.write(f"{peer}: {found or 'left out, no interpreter named'}\n")
+    runs = {}
+    for who in options.who:
+        python = getattr(options, PEERS[who].package.replace("-", "_"))
+        sys.stderr.write(f"{who}: {python or 'left out, no interpreter named'}\n")
+        if python:
+            more = [str(options.iterations)] if PEERS[who].tunes else []
+            runs[who] = [python, str(ROOT / "scripts" / "peers" / PEERS[who].worker), *more]
     options.work.mkdir(parents=True, exist_ok=True)
-    fresh = compare(options.work, options.schemes, pythons)
+    fresh = compare(options.work, options.schemes, runs)
     stored = json.loads(STORED.read_text()) if STORED.exists() else {"rows": []}
     renewed = {(row["scheme"], row["who"]) for row in fresh["rows"]}
     old = [row for row in stored["rows"] if (row["scheme"], row["who"]) not in renewed]
@@ -94,8 +104,11 @@ def _order(row: dict[str, Any]) -> tuple[int, int]:
     return SCHEMES.index(row["scheme"]), list(PEERS).index(row["who"])
 
 
-def compare(work: Path, schemes: Sequence[str], pythons: dict[str, str]) -> dict[str, Any]:
-    """Figures of every scheme by every peer named; ours are those of the quality table."""
+def compare(work: Path, schemes: Sequence[str], runs: dict[str, list[str]]) -> dict[str, Any]:
+    """Figures of every scheme by every peer named; ours are those of the quality table.
+
+    runs: by peer, the interpreter, the script, and what the script is given behind the file.
+    """
     with open_checkpoint(TINY) as source:
         config = parse_model_config(dict(source.config), "config.json")
         text = windows(CALIBRATION, FULL.calibration, config)
@@ -103,9 +116,9 @@ def compare(work: Path, schemes: Sequence[str], pythons: dict[str, str]) -> dict
         run_job(make_plan(source, Recipe("bf16"), ""), work / "bf16", None, 1)
         (work / "windows.json").write_text(json.dumps([ids.tolist() for ids in text.windows]))
         made = [
-            (scheme, peer, *run_peer(peer, python, scheme, work, config))
+            (scheme, who, *run_peer(who, run, scheme, work, config))
             for scheme in schemes
-            for peer, python in pythons.items()
+            for who, run in runs.items()
         ]
         if not made:
             raise PeerFailed("no interpreter of any peer was named; nothing to compare")
@@ -142,32 +155,30 @@ def _row(scheme: str, who: str, facts: dict[str, Any], result: dict[str, Any]) -
     return {
         "scheme": scheme,
         "who": who,
-        "kl": result["kl_mean"],
-        "kl_stderr": result["kl_mean_stderr"],
-        "perplexity": result["perplexity"],
-        "top1": result["top1_agreement"],
-        "parts": {part["name"]: part["kl_mean"] for part in result["corpora"]},
+        **figures(result),
         **facts,
     }
 
 
 def run_peer(
-    peer: str, python: str, scheme: str, work: Path, config: ModelConfig
+    who: str, run: Sequence[str], scheme: str, work: Path, config: ModelConfig
 ) -> tuple[Path, dict[str, Any]]:
     """A checkpoint with a peer's experts, and what it said of itself. Raises PeerFailed."""
     kind = get_scheme(scheme)
-    weights, said = work / f"{peer}-{scheme}.safetensors", work / f"{peer}-{scheme}.json"
+    python, script, *more = run
+    name = "-".join([*who.split(), *more, scheme])
+    weights, said = work / f"{name}.safetensors", work / f"{name}.json"
     if not (weights.exists() and said.exists()):
         command = [
-            python, str(ROOT / "scripts" / "peers" / PEERS[peer].worker), str(work / "bf16"),
-            str(work / "windows.json"), str(kind.bits), str(kind.group_size), str(weights),
+            python, script, str(work / "bf16"), str(work / "windows.json"), str(kind.bits),
+            str(kind.group_size), str(weights), *more,
         ]  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
-            raise PeerFailed(f"{peer} failed on {scheme}:\n{done.stderr[-2000:]}")
+            raise PeerFailed(f"{who} failed on {scheme}:\n{done.stderr[-2000:]}")
         said.write_text(done.stdout.strip().rpartition("\n")[2])
-    folder = work / f"{peer}-{scheme}"
+    folder = work / name
     with open_checkpoint(work / "bf16") as plain:
         put_experts(plain, load_file(weights), folder, config)
     facts: dict[str, Any] = json.loads(said.read_text())
@@ -206,12 +217,18 @@ def put_experts(
     index.write_text(json.dumps(table))
 
 
+def _facts(row: dict[str, Any]) -> str:
+    told = [f"{name} {number}" for name, number in row["versions"].items()]
+    if row.get("iterations"):
+        told.append(f"{row['iterations']} iterations")
+    return ", ".join(told)
+
+
 def page(found: dict[str, Any]) -> str:
     """The comparison as Markdown."""
     names = {peer: facts.name for peer, facts in PEERS.items()} | OURS
     every = [*found["rows"], *our_rows(found)]
     columns = [who for who in names if any(row["who"] == who for row in every)]
-    versions: dict[str, dict[str, str]] = {row["who"]: row["versions"] for row in found["rows"]}
     lines = [
         "# Beside other quantizers",
         "",
@@ -238,22 +255,22 @@ def page(found: dict[str, Any]) -> str:
         if rows:
             lines.append(f"| {scheme} | " + " | ".join(cells) + " |")
     lines.append("")
-    for who, packages in versions.items():
-        told = ", ".join(f"{name} {number}" for name, number in packages.items())
-        lines.append(f"- {names[who]}: {told}.")
+    for who in PEERS:
+        if told := sorted({_facts(row) for row in found["rows"] if row["who"] == who}):
+            lines.append(f"- {names[who]}: {'; '.join(told)}.")
     lines += [
         "",
         "What each one is. *llm-compressor*: `oneshot` with `GPTQModifier` and its defaults "
         "(static activation",
         "order, damping 0.01, all experts calibrated on all tokens), float32 throughout. "
         "*auto-round*: its search of",
-        "scales weighted by activations; its tuning of rounding, which is what it is known for, "
-        "cannot be run on V4",
-        "(`scripts/peers/with_auto_round.py` says why). *v4quant, optimal scales*: `optimal` "
-        "weighted by second moments.",
-        "*v4quant*: `calibrate --solve` with its defaults. One model, one text: what wins here by "
-        "less than the error",
-        "bars has not won.",
+        "scales weighted by activations; *tuned*: its tuning of rounding and range, a block at a "
+        "time, by the sign",
+        "of gradients (`scripts/peers/with_auto_round.py` hands V4's layers over as it takes them)."
+        " *v4quant, optimal",
+        "scales*: `optimal` weighted by second moments. *v4quant*: `calibrate --solve` with its "
+        "defaults. One model,",
+        "one text: what wins here by less than the error bars has not won.",
         "",
     ]
     return "\n".join(lines)

@@ -1,11 +1,13 @@
 """Quantize a DeepSeek-V4's routed experts with auto-round, in an interpreter that has it.
 
-    python with_auto_round.py SOURCE WINDOWS.json BITS GROUP OUT.safetensors
+    python with_auto_round.py SOURCE WINDOWS.json BITS GROUP OUT.safetensors [ITERATIONS]
 
-Its search of scales weighted by activations (`iters=0`, `enable_opt_rtn`). Its tuning of rounding
-(`iters=200`) cannot be run: auto-round 0.16.1 takes a V4 layer's four streams for tokens when it
-compares outputs. It also drops the inputs of a layer that are dictionaries, which V4's rotary
-tables are; they are handed over one by one here. Prints one JSON object.
+Without iterations its search of scales weighted by activations (`iters=0`, `enable_opt_rtn`); with
+them its tuning of rounding and of the range by the sign of gradients (200 is its default).
+auto-round 0.16.1 does not know V4, and two things of a layer are handed over in another form here.
+It drops inputs that are dictionaries, which the rotary tables are: they come as single tensors. And
+it weighs outputs by tokens as if they were [batch, tokens, width]: the four streams of a token lie
+side by side between layers. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 KINDS = ("main", "compress")
 
 
-def main(source: str, windows: str, bits: str, group: str, out: str) -> None:
+def main(source: str, windows: str, bits: str, group: str, out: str, iterations: str = "0") -> None:
     """Quantize, and save the experts' weights as they are after it."""
     ids = json.loads(Path(windows).read_text())
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for layer in model.model.layers:
-        flatten_inputs(layer)
+        flatten(layer)
+    model.model.hc_head.register_forward_pre_hook(_as_streams)
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     rounding = AutoRound(
         model,
@@ -39,8 +42,8 @@ def main(source: str, windows: str, bits: str, group: str, out: str) -> None:
         bits=int(bits),
         group_size=int(group),
         sym=True,
-        iters=0,
-        enable_opt_rtn=True,
+        iters=int(iterations),
+        enable_opt_rtn=iterations == "0",
         disable_model_free=True,
         enable_torch_compile=False,
         amp=False,
@@ -60,14 +63,17 @@ def main(source: str, windows: str, bits: str, group: str, out: str) -> None:
     }
     save_file(found, out)
     packages = ("auto-round", "transformers", "torch")
-    print(json.dumps({"versions": {p: version(p) for p in packages}, "core_seconds": seconds}))
+    facts = {"versions": {p: version(p) for p in packages}, "core_seconds": seconds}
+    print(json.dumps({**facts, "iterations": int(iterations)}))
 
 
-def flatten_inputs(layer: Any) -> None:
-    """Let a decoder layer take its rotary tables, and its token ids, as single tensors."""
+def flatten(layer: Any) -> None:
+    """Let a decoder layer take its rotary tables, and its token ids, as single tensors, and pass
+    streams on as one row a token."""
     kind = type(layer)
     if not hasattr(kind, "plain_forward"):
         kind.plain_forward = kind.forward
+        kind.streams = layer.attn_hc.hc_mult
 
         def forward(self: Any, hidden_states: Any, **inputs: Any) -> Any:
             if "token_ids" in inputs:
@@ -75,10 +81,16 @@ def flatten_inputs(layer: Any) -> None:
                 inputs["position_embeddings"] = {
                     k: (inputs.pop(f"{k}_cos"), inputs.pop(f"{k}_sin")) for k in KINDS
                 }
-            return self.plain_forward(hidden_states, **inputs)
+            if hidden_states.dim() == 3:
+                hidden_states = hidden_states.unflatten(-1, (self.streams, -1))
+            return self.plain_forward(hidden_states, **inputs).flatten(-2)
 
         kind.forward = forward
     layer.register_forward_pre_hook(_flat, with_kwargs=True)
+
+
+def _as_streams(head: Any, args: Any) -> Any:
+    return (args[0].unflatten(-1, (head.hc_mult, -1)),)
 
 
 def _flat(layer: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
