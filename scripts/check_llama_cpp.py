@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
+from script_tools.program import v4quant
 
 from v4quant.builtin import resolve_source
 from v4quant_formats.gguf_layout import GGUF
@@ -120,16 +120,6 @@ def line(found: Agreement, floor: float) -> str:
         f"perplexity {found.perplexity:.3f} / {found.perplexity_reference:.3f}, "
         f"tokens {found.same_tokens}, draft {found.draft_loads}: {verdict}"
     )
-
-
-def v4quant(*arguments: str) -> dict[str, Any]:
-    """Run a command and return its JSON."""
-    done = subprocess.run(
-        [sys.executable, "-m", "v4quant", *arguments, "--json"],
-        check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def noise_floor(windows: int) -> float:

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
+from script_tools.program import v4quant
 
 SOURCE = "builtin:tiny-v4"
 LENGTH = 256
@@ -70,16 +71,6 @@ def main() -> int:
         text_of = f"llama.cpp accepts {theirs['agreement']:.4f} of {theirs['guesses']} guesses"
     print(json.dumps(result) if options.json else f"{text_of}; ours: {ours:.4f}")
     return code
-
-
-def v4quant(*arguments: str) -> dict[str, Any]:
-    """Run a command and return its JSON."""
-    done = subprocess.run(
-        [sys.executable, "-m", "v4quant", *arguments, "--json"],
-        check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def agreement(folder: Path, tokens: Path) -> dict[str, Any]:

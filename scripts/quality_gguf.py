@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from script_tools.figures import drift, figures
+
 from v4quant.allocation import ALL, Options, allocate_recipe, find_costs
 from v4quant.builtin import CALIBRATION, HELDOUT, resolve_corpus
 from v4quant.calibration import solve_settings
@@ -57,8 +59,6 @@ REDUCED = {
         "head": "q3_k",
     },
 }  # fmt: skip
-# Mean KL of a reduced run may differ by this much between machines before it counts as drift.
-TOLERANCE = 0.15
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _stored() -> dict[str, Any]:
     found: dict[str, Any] = json.loads(STORED.read_text()) if STORED.exists() else {}
     return found
-
-
-def drift(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Figures that are not what was stored, told one a line."""
-    return [
-        f"{name}: mean KL {found[name]['kl']:.5f}, stored {old['kl']:.5f}"
-        for name, old in stored.items()
-        if abs(found[name]["kl"] / old["kl"] - 1) > TOLERANCE
-    ]
 
 
 def measure_reduced() -> dict[str, Any]:
@@ -209,16 +200,7 @@ def _measure(
     results = [found, *found.get("others", [])]
     for checkpoint in opened:
         checkpoint.close()
-    return {
-        name: {
-            "kl": result["kl_mean"],
-            "kl_stderr": result["kl_mean_stderr"],
-            "perplexity": result["perplexity"],
-            "top1": result["top1_agreement"],
-            "parts": {part["name"]: part["kl_mean"] for part in result["corpora"]},
-        }
-        for name, result in zip(files, results, strict=True)
-    }
+    return {name: figures(result) for name, result in zip(files, results, strict=True)}
 
 
 def llama_file(source: Checkpoint, name: str, work: Path) -> Path | None:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from script_tools.figures import drift, figures
+
 from v4quant.builtin import CALIBRATION, HELDOUT, resolve_corpus
 from v4quant.evaluation import evaluate_checkpoint
 from v4quant.evidence import read_evidence
@@ -50,8 +52,6 @@ LABELS = {
     "refined": "+ refinement",
     "propagated": "+ propagation",
 }
-# Mean KL of a reduced run may differ by this much between machines before it counts as drift.
-TOLERANCE = 0.15
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     stored = json.loads(STORED.read_text()) if STORED.exists() else {}
     if options.check:
-        problems = drift(stored["reduced"], measure(REDUCED, SilentProgress()))
+        problems = drift(by_name(stored["reduced"]), by_name(measure(REDUCED, SilentProgress())))
         sys.stderr.writelines(f"{line}\n" for line in problems)
         return 1 if problems else 0
     stored["reduced"] = measure(REDUCED, SilentProgress())
@@ -90,16 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def drift(stored: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """Rows whose mean KL is not what was stored, told one a line."""
-    problems = []
-    for row, old in zip(found["rows"], stored["rows"], strict=True):
-        name = f"{row['scheme']} {row['solver']}"
-        if (row["scheme"], row["solver"]) != (old["scheme"], old["solver"]):
-            problems.append(f"{name}: the stored row is another; run scripts/quality_table.py")
-        elif abs(row["kl"] / old["kl"] - 1) > TOLERANCE:
-            problems.append(f"{name}: mean KL {row['kl']:.5f}, stored {old['kl']:.5f}")
-    return problems
+def by_name(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of a table by scheme and solver."""
+    return {f"{row['scheme']} {row['solver']}": row for row in found["rows"]}
 
 
 def measure(setting: Setting, progress: Progress) -> dict[str, Any]:
@@ -125,11 +118,7 @@ def measure(setting: Setting, progress: Progress) -> dict[str, Any]:
                 "scheme": scheme,
                 "solver": solver,
                 "bits": round(result["candidate"]["expert_bits_per_weight"], 3),
-                "kl": result["kl_mean"],
-                "kl_stderr": result["kl_mean_stderr"],
-                "perplexity": result["perplexity"],
-                "top1": result["top1_agreement"],
-                "parts": {part["name"]: part["kl_mean"] for part in result["corpora"]},
+                **figures(result),
             }
             for (scheme, solver, _), result in zip(made, results, strict=True)
         ]

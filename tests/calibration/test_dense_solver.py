@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from v4quant_calibration.dense_solver import source_matrix
@@ -23,14 +21,13 @@ from v4quant_calibration.solve_models import SolvedParams
 from v4quant_calibration.solve_settings import SolveSettings
 from v4quant_calibration.solvers import optimal
 from v4quant_calibration.stream import StreamModel, stream_forward
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import load_model_config
 from v4quant_kernels.progress import SilentProgress
 from v4quant_kernels.ref.codec import dequantize
 from v4quant_kernels.scheme import SCHEMES
 
-DATA = Path(__file__).parent.parent / "data"
-TINY = DATA / "tiny-a"
+TINY = Path(__file__).parent.parent / "data" / "tiny-a"
 CONFIG = load_model_config(TINY)
 LAYER = "layers.1"  # with compressor and indexer
 ATTENTION = [f"{LAYER}.attn.{m}" for m in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "indexer.wq_b")]
@@ -38,18 +35,6 @@ SHARED = [f"{LAYER}.ffn.shared_experts.{w}" for w in ("w1", "w2", "w3")]
 COMPRESSOR = [f"{LAYER}.attn.compressor.{m}" for m in ("wkv", "wgate")]
 SCHEME, FINER = SCHEMES["q4_0"], SCHEMES["q5_0"]
 SCHEMES_OF = dict.fromkeys([*ATTENTION, *SHARED, "head"], SCHEME) | dict.fromkeys(COMPRESSOR, FINER)
-
-
-@pytest.fixture(scope="module")
-def checkpoint() -> Iterator[Checkpoint]:
-    with open_checkpoint(TINY) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def windows() -> list[Tensor]:
-    ids = load_file(DATA / "tiny-a.reference.safetensors")["input_ids"][0]
-    return list(ids.split(40))
 
 
 def run(checkpoint: Checkpoint, windows: list[Tensor], folder: Path, propagate: bool) -> Solution:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import click
 import pytest
 
+from tests.support.scripts import load_script
+
 ROOT = Path(__file__).parents[2]
 
 
-def load_generator() -> ModuleType:
-    path = ROOT / "scripts" / "gen_cli_docs.py"
-    spec = importlib.util.spec_from_file_location("gen_cli_docs", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-GENERATOR = load_generator()
+GENERATOR = load_script("gen_cli_docs")
 COMMANDS: dict[str, click.Context] = dict(GENERATOR.commands())
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from tests.support.scripts import SCRIPTS
+
 SCRIPT = SCRIPTS / "check_llama_cpp.py"
 DRAFT = SCRIPTS / "check_llama_draft.py"
 

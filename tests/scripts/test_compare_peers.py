@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,22 +10,17 @@ import pytest
 import torch
 
 from tests.support.conversion import convert
+from tests.support.scripts import load_script
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.weights import read_dense
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_peers.py"
 TINY_A = Path(__file__).parents[1] / "data" / "tiny-a"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_peers", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("compare_peers")
 
 
 def test_the_page_is_that_of_the_stored_figures(script: ModuleType) -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tests.support.conversion import convert, folder_bytes
+from tests.support.scripts import SCRIPTS
 from tests.support.synthetic import (
-    SCRIPTS,
     Faults,
     Request,
     RequestError,

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from copy import deepcopy
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from tests.support.scripts import load_script
 from v4quant.plan import make_plan
 from v4quant.recipe import recipe_from_table
 from v4quant.sizes import parse_size
 from v4quant_formats.checkpoint import open_checkpoint
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "quality_gguf.py"
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quality_gguf", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    return load_script("quality_gguf")
 
 
 @pytest.fixture
@@ -62,6 +53,9 @@ def test_drift_is_told(script: ModuleType, stored: dict[str, Any]) -> None:
     found["solved"]["kl"] *= 1.3
     (line,) = script.drift(reduced, found)
     assert line.startswith("solved: mean KL")
+    found["solved again"] = found.pop("solved")
+    gone, new = script.drift(reduced, found)
+    assert gone == "solved: stored, but not measured now" and "not stored" in new
 
 
 def test_page_is_of_the_stored_rows(script: ModuleType, stored: dict[str, Any]) -> None:

@@ -10,11 +10,8 @@ from v4quant.synthetic.inventory import shards_of
 from v4quant.synthetic.values import Faults, pieces
 from v4quant.synthetic.writing import Request, Written, write_checkpoint
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
 __all__ = [
     "RELEASES",
-    "SCRIPTS",
     "Faults",
     "Request",
     "RequestError",
