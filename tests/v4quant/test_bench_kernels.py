@@ -9,9 +9,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from v4quant.bench_device import choose_device
-from v4quant.bench_moe import SHAPES, random_weights
 from v4quant.cli import cli
+from v4quant.kernel_bench.cases import INDEX_CASES, SHAPES, random_weights
+from v4quant.kernel_bench.device import choose_device
 from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
 from v4quant_kernels.ref.codec import dequantize
 from v4quant_kernels.scheme import SCHEMES
@@ -45,11 +45,13 @@ def test_moe_on_the_cpu(tmp_path: Path) -> None:
                 assert packed < row["bytes"] < packed * 1.06 + 4 * 256
             assert row["flop"] == 2 * 3 * 256 * 128 * 2 * row["tokens"]
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [line["bench"] for line in lines] == ["moe", "moe"]
+    assert [line["bench"] for line in lines] == ["moe"] * 8, "a line a row"
     assert lines[0]["machine"]["copy_bytes_per_second"] > 0
+    assert lines[7]["row"] == row
 
 
-def test_indexer_on_the_cpu() -> None:
+def test_indexer_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(INDEX_CASES, "requests", (5, 1))
     command = ["bench", "indexer", "--context", "512", "--top-k", "7"]
     command += ["--case", "one", "--case", "requests"]
     done = CliRunner().invoke(cli, [*command, "--device", "cpu"])

@@ -14,10 +14,10 @@ from click.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from v4quant import tune_moe
-from v4quant.bench_device import Timing
-from v4quant.bench_moe import SHAPES, random_inputs, random_weights
 from v4quant.cli import cli
+from v4quant.kernel_bench import tune_moe
+from v4quant.kernel_bench.cases import SHAPES, random_inputs, random_weights
+from v4quant.kernel_bench.device import Timing
 from v4quant_kernels import dispatch
 from v4quant_kernels.gpu import tiles
 from v4quant_kernels.gpu.tiles import Tile

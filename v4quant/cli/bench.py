@@ -12,7 +12,7 @@ from v4quant.bench_convert import WIDTHS, ConvertBench, bench_convert
 from v4quant.bench_solver import BENCHED, bench_solvers
 from v4quant.bench_solver import WIDTHS as SOLVER_WIDTHS
 from v4quant.cli import _output
-from v4quant.cli.bench_kernels import indexer, moe
+from v4quant.cli.bench_kernels import gpu, indexer, moe
 
 SCHEMES = ("mxfp4", "nvfp4", "mxfp8", "fp8", "int8-g32", "int4-g32", "int4-g128")
 
@@ -155,5 +155,6 @@ def solver(
     _output.data(_output.table(table, header))
 
 
+bench.add_command(gpu)
 bench.add_command(moe)
 bench.add_command(indexer)

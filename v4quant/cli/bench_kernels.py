@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import click
 
-from v4quant.bench_device import Machine
-from v4quant.bench_indexer import CASES, CONTEXTS, IndexerBench, bench_indexer
-from v4quant.bench_moe import SHAPES, TOKENS, MoeBench, bench_moe
-from v4quant.cli import _output
+from v4quant.cli import _exit, _output
+from v4quant.kernel_bench.cases import INDEX_CASES, SHAPES
+from v4quant.kernel_bench.device import Machine, choose_device
+from v4quant.kernel_bench.indexer import CONTEXTS, IndexerBench, bench_indexer
+from v4quant.kernel_bench.indexer_peers import SCORERS
+from v4quant.kernel_bench.moe import TOKENS, Compare, MoeBench, bench_moe
+from v4quant.kernel_bench.session import STEPS, run_session
 from v4quant_kernels import dispatch
 
 _DEVICE = click.option(
@@ -27,6 +29,16 @@ _APPEND = click.option(
     help="Also append the result to this JSON-lines file, e.g. kernels/bench/baselines.jsonl.",
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+_PEERS = click.option(
+    "--peers",
+    type=click.Choice(get_args(Compare)),
+    default="also",
+    show_default=True,
+    help="Time other people's kernels, where they are installed: also, only or none.",
+)
+_MINUTES = click.option(
+    "--minutes", type=click.FloatRange(min=0), help="Begin nothing after so many minutes."
+)
 
 
 @click.command(epilog="Example: v4quant bench moe --shape flash --append baselines.jsonl")
@@ -37,9 +49,10 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
               help="Activations (repeatable; default: both).")  # fmt: skip
 @click.option("--tokens", multiple=True, type=click.IntRange(1, 65536),
               help="Tokens in a batch (repeatable; default: 1 to 16384).")  # fmt: skip
-@click.option("--no-alternatives", is_flag=True, help="Only our kernels.")
+@_PEERS
 @click.option("--tune", type=click.Path(path_type=Path, dir_okay=False),
               help="First search for faster tiles, write them here and use them.")  # fmt: skip
+@_MINUTES
 @_DEVICE
 @_APPEND
 @_JSON
@@ -48,13 +61,17 @@ def moe(
     schemes: tuple[str, ...],
     modes: tuple[Literal["bf16", "e4m3"], ...],
     tokens: tuple[int, ...],
-    no_alternatives: bool,
+    peers: Compare,
     tune: Path | None,
+    minutes: float | None,
     device: str | None,
     append: Path | None,
     as_json: bool,
 ) -> None:
-    """Time the expert kernels against this GPU's copy and matrix speed and against torch."""
+    """Time the expert kernels against this GPU's copy and matrix speed and against other kernels.
+
+    What cannot be measured is named, and the rest goes on.
+    """
     if tune is not None:
         _tune(tune, shapes or ("flash",), schemes or ("mxfp4",), modes or ("bf16", "e4m3"), device)
     result = bench_moe(
@@ -64,18 +81,22 @@ def moe(
         tokens or TOKENS,
         _output.TerminalProgress(),
         device,
-        not no_alternatives,
+        peers,
+        append,
+        minutes,
     )
-    _report("moe", result, _moe_text(result), append, as_json)
+    _report(result, _moe_text(result), as_json)
 
 
 @click.command(epilog="Example: v4quant bench indexer --context 131072")
 @click.option("--context", "contexts", multiple=True, type=click.IntRange(8, 2**22),
               help="Tokens of context (repeatable; default: 128k and 1M).")  # fmt: skip
-@click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)),
-              help="Situation (repeatable; default: all).")  # fmt: skip
-@click.option("--top-k", default=512, show_default=True, type=click.IntRange(1, 2048),
-              help="Keys each token takes.")  # fmt: skip
+@click.option("--case", "cases", multiple=True, type=click.Choice(list(INDEX_CASES)),
+              help="Situations (repeatable; default: all).")  # fmt: skip
+@click.option("--top-k", type=click.IntRange(1, 2048), default=512, show_default=True,
+              help="Keys chosen for each token.")  # fmt: skip
+@_PEERS
+@_MINUTES
 @_DEVICE
 @_APPEND
 @_JSON
@@ -83,15 +104,48 @@ def indexer(
     contexts: tuple[int, ...],
     cases: tuple[str, ...],
     top_k: int,
+    peers: Compare,
+    minutes: float | None,
     device: str | None,
     append: Path | None,
     as_json: bool,
 ) -> None:
-    """Time the FP4 indexer's scores and its exact top-k."""
+    """Time the FP4 indexer's scores and its exact top-k, beside other kernels.
+
+    What cannot be measured is named, and the rest goes on.
+    """
     result = bench_indexer(
-        contexts or CONTEXTS, cases or tuple(CASES), top_k, _output.TerminalProgress(), device
+        contexts or CONTEXTS,
+        cases or tuple(INDEX_CASES),
+        top_k,
+        _output.TerminalProgress(),
+        device,
+        peers,
+        append,
+        minutes,
     )
-    _report("indexer", result, _indexer_text(result), append, as_json)
+    _report(result, _indexer_text(result), as_json)
+
+
+@click.command(epilog="Example: v4quant bench gpu --append kernels/bench/baselines.jsonl")
+@click.option("--minutes", type=click.FloatRange(min=0.5), default=9.0, show_default=True,
+              help="How long the GPU is there.")  # fmt: skip
+@click.option("--append", type=click.Path(path_type=Path, dir_okay=False), required=True,
+              help="Append every row to this JSON-lines file as soon as it exists.")  # fmt: skip
+@click.pass_context
+def gpu(ctx: click.Context, minutes: float, append: Path) -> None:
+    """Measure all kernels in the time there is, most important first.
+
+    Steps are processes of their own: one that crashes or hangs does not stop the others. Exit code
+    1 if one did not finish.
+    """
+    choose_device("cuda")
+    results = run_session(STEPS, append, minutes, _output.heading)
+    rows = [(r.name, f"{r.seconds:.0f}", r.outcome) for r in results]
+    _output.data(_output.table(rows, ("step", "seconds", "outcome")))
+    _output.data(f"rows in {append}")
+    if any(r.outcome != "done" for r in results):
+        ctx.exit(_exit.FAILED)
 
 
 def _tune(
@@ -103,7 +157,7 @@ def _tune(
 ) -> None:
     """Write the tuned tiles, and let this process use them."""
     dispatch.require_triton()
-    from v4quant.tune_moe import tune_moe, write_tiles
+    from v4quant.kernel_bench.tune_moe import tune_moe, write_tiles
     from v4quant_kernels.gpu.tiles import TILES_VARIABLE, forget_tuned
 
     tuned = tune_moe(shapes, schemes, modes, _output.TerminalProgress(), device)
@@ -115,16 +169,13 @@ def _tune(
         _output.note(f"{f.key}: {f.seconds_before * 1e6:.1f} us, {gain:.2f} times as fast")
 
 
-def _report(
-    name: str, result: MoeBench | IndexerBench, text: str, append: Path | None, as_json: bool
-) -> None:
-    if append is not None:
-        with append.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"bench": name, **asdict(result)}) + "\n")
+def _report(result: MoeBench | IndexerBench, text: str, as_json: bool) -> None:
     if as_json:
         _output.emit(result)
-    else:
-        _output.data(f"{_machine(result.machine)}\n\n{text}")
+        return
+    lines = [_machine(result.machine), "", text]
+    lines += [f"not measured: {m.cell}: {m.reason}" for m in result.missing]
+    _output.data("\n".join(lines))
 
 
 def _machine(machine: Machine) -> str:
@@ -150,12 +201,31 @@ def _moe_text(result: MoeBench) -> str:
         )
         for r in result.rows
     ]
-    lines = [_output.table(rows, header)]
-    for r in result.rows:
-        for name, value in r.others.items():
-            shown = value if isinstance(value, str) else f"{value / r.seconds:.2f} times as long"
-            lines.append(f"{r.shape} {r.scheme} {r.activations} {r.tokens}: {name}: {shown}")
-    return "\n".join(lines)
+    own = {(r.shape, r.scheme, r.tokens): r.seconds for r in reversed(result.rows)}
+    own |= {(r.shape, "bf16", r.tokens): r.seconds for r in reversed(result.rows)}
+    others = [
+        (
+            f"{p.shape} {p.scheme}, {p.peer}",
+            str(p.tokens),
+            f"{p.seconds * 1e6:.1f}",
+            _ratio(p.seconds, own.get((p.shape, p.scheme, p.tokens))),
+            f"{p.deviation:.1e}",
+            "graph" if p.graph else "launched",
+        )
+        for p in result.peers
+    ]
+    return _tables((rows, header), (others, ("other kernel", "tokens", *_OTHERS)))
+
+
+_OTHERS = ("us", "times ours", "deviation", "timed as")
+
+
+def _ratio(theirs: float, ours: float | None) -> str:
+    return "-" if ours is None else f"{theirs / ours:.2f}"
+
+
+def _tables(*tables: tuple[Sequence[Sequence[str]], Sequence[str]]) -> str:
+    return "\n\n".join(_output.table(rows, header) for rows, header in tables if rows)
 
 
 def _indexer_text(result: IndexerBench) -> str:
@@ -172,4 +242,19 @@ def _indexer_text(result: IndexerBench) -> str:
         )
         for r in result.rows
     ]
-    return _output.table(rows, header)
+    own = {(r.case, r.context): r for r in result.rows}
+    others = []
+    for p in result.peers:
+        mine, scores = own.get((p.case, p.context)), p.peer in {s.name for s in SCORERS}
+        ours = None if mine is None else mine.score_seconds if scores else mine.select_seconds
+        others.append(
+            (
+                f"{p.case}, {p.peer}",
+                str(p.context),
+                f"{p.seconds * 1e6:.1f}",
+                _ratio(p.seconds, ours),
+                f"{p.deviation:.1e}",
+                "graph" if p.graph else "launched",
+            )
+        )
+    return _tables((rows, header), (others, ("other kernel", "context", *_OTHERS)))

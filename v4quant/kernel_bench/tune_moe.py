@@ -22,8 +22,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from v4quant.bench_device import choose_device, device_name, time_calls
-from v4quant.bench_moe import SHAPES, Inputs, call_moe, random_inputs, random_weights
+from v4quant.kernel_bench.cases import SHAPES, Inputs, random_inputs, random_weights
+from v4quant.kernel_bench.device import choose_device, device_name, time_calls
+from v4quant.kernel_bench.moe import call_moe
 from v4quant_kernels import dispatch
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.experts import Activations

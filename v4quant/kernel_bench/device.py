@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,10 +40,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median and spread (largest minus smallest) of the repeats."""
+    """Seconds of one call: median and spread (largest minus smallest) of the repeats.
+
+    graph: whether launches were replayed from a CUDA graph; else their cost is in the figure.
+    """
 
     seconds: float
     spread: float
+    graph: bool = False
 
 
 def choose_device(device: str | None) -> str:
@@ -72,6 +77,22 @@ def time_calls(calls: Sequence[Callable[[], object]], device: str) -> Timing:
     return Timing(statistics.median(times), max(times) - min(times))
 
 
+def time_foreign(calls: Sequence[Callable[[], object]], device: str) -> Timing:
+    """`time_calls` for calls that may not be capturable: then launched one by one."""
+    if device != "cuda":
+        return time_calls(calls, device)
+    try:
+        return _time_graph(calls)
+    except Exception:  # noqa: BLE001  # what a capture forbids, packages report as they like
+        torch.cuda.synchronize()
+
+    def once() -> None:
+        for call in calls:
+            call()
+
+    return _time_events(once, len(calls), graph=False)
+
+
 def _time_graph(calls: Sequence[Callable[[], object]]) -> Timing:
     for call in calls:
         call()  # compiles, and allocates
@@ -80,16 +101,20 @@ def _time_graph(calls: Sequence[Callable[[], object]]) -> Timing:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
+    return _time_events(graph.replay, len(calls), graph=True)
+
+
+def _time_events(run: Callable[[], object], calls: int, graph: bool) -> Timing:
     times = []
     for _ in range(_REPEATS + 2):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        graph.replay()
+        run()
         end.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / len(calls))
+        times.append(begin.elapsed_time(end) / 1e3 / calls)
     times = times[2:]
-    return Timing(statistics.median(times), max(times) - min(times))
+    return Timing(statistics.median(times), max(times) - min(times), graph)
 
 
 def device_name(device: str) -> str:
@@ -113,13 +138,24 @@ def measure_machine(device: str) -> Machine:
         torch.__version__,
         _triton_version(),
         2 * size / copy.seconds,
-        _matrix_rate(device, 8192 if cuda else 1024),
+        _matrix_rate(device, 8192 if cuda else 256),
         _fp8_rate(8192) if cuda else 0.0,
     )
 
 
 def _driver() -> str:
-    return f"CUDA {torch.version.cuda}, sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
+    arch = "".join(map(str, torch.cuda.get_device_capability()))
+    return f"driver {_driver_version()}, CUDA {torch.version.cuda}, sm_{arch}"
+
+
+def _driver_version() -> str:
+    """What nvidia-smi says, which need not be there."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return (done.stdout.splitlines() or ["unknown"])[0].strip()
 
 
 def _triton_version() -> str:
@@ -136,6 +172,7 @@ def _matrix_rate(device: str, size: int) -> float:
 
 
 def _fp8_rate(size: int) -> float:
+    """0 where there are no FP8 tensor cores, or torch has no product for them."""
     if torch.cuda.get_device_capability() < (8, 9):
         return 0.0
     a, b = (torch.randn(size, size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
@@ -144,4 +181,7 @@ def _fp8_rate(size: int) -> float:
     def product() -> object:
         return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    return 2 * size**3 / time_calls([product], "cuda").seconds
+    try:
+        return 2 * size**3 / time_calls([product], "cuda").seconds
+    except RuntimeError:
+        return 0.0
