@@ -28,7 +28,7 @@ from v4quant.places import (
 from v4quant.plan import Plan, fits_rows, make_plan
 from v4quant.recipe import Recipe, RecipeError
 from v4quant.sensitivity import Sample, errors, measured_effects
-from v4quant_calibration.allocate import BudgetError, Choice, allocate
+from v4quant_calibration.allocate import BudgetError, Choice, allocate, fullest
 from v4quant_calibration.corpus import Corpus
 from v4quant_calibration.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint
@@ -39,6 +39,7 @@ from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress, SilentProgress
 from v4quant_kernels.scheme import get_scheme
 
+_FILLED = 0.995  # of the budget is as good as all
 _MOST_ROUNDS = 4  # of correction, should headers of split files differ
 AUTO, ALL = "auto", "all"
 """What a choice of dense type says when there shall be one for every stage, embedding and head; or
@@ -78,6 +79,7 @@ class Allocation:
     chosen: the scheme of every place, layers' experts as one where the format asks that.
     losses: predicted loss of every place in it; nats where effects were measured.
     nbytes: exact size of the output's model files; smallest, largest: of any that could be chosen.
+    fullest: the most bytes within the budget that any choices would take, whatever they lose.
     """
 
     recipe: Recipe
@@ -86,9 +88,23 @@ class Allocation:
     nbytes: int
     smallest: int
     largest: int
+    fullest: int
     weights: int
     losses: Mapping[Place, float]
     measured: bool
+
+    @property
+    def room_left(self) -> str:
+        """Why more than half a percent of the budget is not taken; "" where it is."""
+        if not sum(self.losses.values()):
+            return "every place is exact; more bytes would change nothing"
+        if self.nbytes >= _FILLED * self.budget:
+            return ""
+        if self.fullest >= _FILLED * self.budget:
+            return f"choices that fill it, up to {self.fullest:,} bytes, would lose more"
+        return (
+            f"the schemes' steps are coarse here: no choice fills more than {self.fullest:,} bytes"
+        )
 
     @property
     def bits_per_weight(self) -> float:
@@ -228,6 +244,7 @@ def allocate_recipe(
         effects = measured_effects(checkpoint, found, corpus, stats, progress)
     losses = {p: {s: effects[p] * e for s, e in found[p].items()} for p in found}
     recipe, nbytes = _fit(costs, losses, budget)
+    most = costs.fixed + fullest(list(_menus(costs, losses).values()), budget - costs.fixed)
     chosen = _chosen(recipe.schemes, costs)
     return Allocation(
         recipe,
@@ -236,6 +253,7 @@ def allocate_recipe(
         nbytes,
         smallest,
         costs.fixed + sum(max(c.values()) for c in costs.places.values()),
+        most,
         costs.weights,
         {p: losses[p][chosen[p]] for p in chosen},
         corpus is not None,
@@ -254,18 +272,25 @@ def _fit(
     costs: Costs, losses: Mapping[Place, Mapping[str, float]], budget: int
 ) -> tuple[Recipe, int]:
     """The best recipe that fits, checked against its own plan."""
-    places = list(losses)
-    menu = [[Choice(costs.places[p][s], loss) for s, loss in losses[p].items()] for p in places]
+    menus = _menus(costs, losses)
     room = budget - costs.fixed
     for _ in range(_MOST_ROUNDS):
-        picked = allocate(menu, room)
-        chosen = {p: list(losses[p])[i] for p, i in zip(places, picked, strict=True)}
+        picked = allocate(list(menus.values()), room)
+        chosen = {p: list(losses[p])[i] for p, i in zip(menus, picked, strict=True)}
         recipe = _recipe(costs, chosen)
         nbytes = make_plan(costs.base.checkpoint, recipe).bytes_out
         if nbytes <= budget:
             return recipe, nbytes
         room -= nbytes - budget
     raise BudgetError(f"no recipe of at most {budget:,} bytes was found; give a little more")
+
+
+def _menus(costs: Costs, losses: Mapping[Place, Mapping[str, float]]) -> dict[Place, list[Choice]]:
+    """What each place may become; nothing larger than what is exact."""
+    return {
+        place: [Choice(costs.places[place][s], loss) for s, loss in own.items()]
+        for place, own in losses.items()
+    }
 
 
 def _recipe(costs: Costs, chosen: Mapping[Place, str]) -> Recipe:

@@ -40,17 +40,7 @@ def allocate(places: Sequence[Sequence[Choice]], budget: int) -> list[int]:
 
     Of equal losses the smaller is taken. Raises BudgetError naming the smallest possible size.
     """
-    least = [min(c.nbytes for c in place) for place in places]
-    room = budget - sum(least)
-    if room < 0:
-        raise BudgetError(
-            f"a budget of {budget:,} bytes is below the smallest possible, {sum(least):,}"
-        )
-    extra = [[c.nbytes - low for c in place] for place, low in zip(places, least, strict=True)]
-    room = min(room, sum(max(e) for e in extra))
-    unit = math.gcd(*(e for place in extra for e in place)) or 1
-    unit = max(unit, -(-room * len(places) // MOST_CELLS))
-    units = room // unit
+    extra, unit, units = _in_units(places, budget)
     best, taken = np.zeros(units + 1), []
     for place, own in zip(places, extra, strict=True):
         new = np.full(units + 1, np.inf)
@@ -66,6 +56,36 @@ def allocate(places: Sequence[Sequence[Choice]], budget: int) -> list[int]:
         best = new
         taken.append(chosen)
     return _follow(taken, extra, unit, int(best.argmin()))
+
+
+def fullest(places: Sequence[Sequence[Choice]], budget: int) -> int:
+    """The most bytes, up to the budget, that any choices take together, whatever they lose."""
+    extra, unit, units = _in_units(places, budget)
+    reached = np.zeros(units + 1, dtype=bool)
+    reached[0] = True
+    for own in extra:
+        new = np.zeros_like(reached)
+        for cost in {-(-more // unit) for more in own}:
+            if cost <= units:
+                new[cost:] |= reached[: units + 1 - cost]
+        reached = new
+    most = int(np.flatnonzero(reached)[-1]) * unit
+    return sum(min(c.nbytes for c in place) for place in places) + most
+
+
+def _in_units(places: Sequence[Sequence[Choice]], budget: int) -> tuple[list[list[int]], int, int]:
+    """Bytes of each choice above its place's smallest; the unit; units there is room for."""
+    least = [min(c.nbytes for c in place) for place in places]
+    room = budget - sum(least)
+    if room < 0:
+        raise BudgetError(
+            f"a budget of {budget:,} bytes is below the smallest possible, {sum(least):,}"
+        )
+    extra = [[c.nbytes - low for c in place] for place, low in zip(places, least, strict=True)]
+    room = min(room, sum(max(e) for e in extra))
+    unit = math.gcd(*(e for place in extra for e in place)) or 1
+    unit = max(unit, -(-room * len(places) // MOST_CELLS))
+    return extra, unit, room // unit
 
 
 def _follow(

@@ -9,7 +9,7 @@ import secrets
 import pytest
 
 from v4quant_calibration import allocate as module
-from v4quant_calibration.allocate import BudgetError, Choice, allocate
+from v4quant_calibration.allocate import BudgetError, Choice, allocate, fullest
 
 
 def _totals(places: list[list[Choice]], picked: tuple[int, ...] | list[int]) -> tuple[float, int]:
@@ -41,6 +41,7 @@ def test_as_good_as_every_combination(unit: int) -> None:
         best = min(found for found in tried if found[1] <= budget)
         assert nbytes <= budget, seed
         assert loss == pytest.approx(best[0], rel=1e-12), seed
+        assert fullest(places, budget) == max(n for _, n in tried if n <= budget), seed
 
 
 def test_coarse_units_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -320,3 +320,61 @@ def test_releases(release: str, options: Options, best: str, tmp_path: Path) -> 
     assert least <= found.nbytes <= found.budget
     assert convert(source, tmp_path / "out", found.recipe).bytes_out == found.nbytes
     assert {s for _, s in rich.recipe.schemes} == {best}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SMALL,
+        replace(SMALL, draft="convert", dense="q8_0"),
+        replace(SMALL, dense=AUTO),
+        replace(SMALL, dense=ALL),
+        VLLM,
+        replace(VLLM, draft="convert"),
+        replace(VLLM, parts=4),
+    ],
+    ids=["gguf", "gguf-q8_0", "gguf-auto", "gguf-all", "vllm", "vllm-draft", "vllm-cut"],
+)
+def test_a_sweep_of_budgets(
+    options: Options, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the smallest to past the largest: within half a percent from below, or told why not."""
+    costs, seed = find_costs(checkpoint, options), secrets.randbits(32)
+    generator = torch.Generator().manual_seed(seed)
+    # Losses fall with size, unequally between places, and never to zero.
+    losses = {}
+    for place, sizes in costs.places.items():
+        effect, base = torch.rand(2, generator=generator).tolist()
+        ordered = sorted(sizes, key=lambda s: sizes[s])
+        losses[place] = {s: effect * (0.2 + 0.6 * base) ** i for i, s in enumerate(ordered)}
+    monkeypatch.setattr("v4quant.allocation.errors", lambda *_: losses)
+    monkeypatch.setattr("v4quant.allocation.measured_effects", lambda *_: dict.fromkeys(losses, 1))
+    monkeypatch.setattr("v4quant.allocation.make_plan", lambda _, recipe: _Sized(costs, recipe))
+    monkeypatch.setattr("v4quant_calibration.allocate.MOST_CELLS", 1_000_000)
+    text = _text(checkpoint, CALIBRATION, 128)
+    least = costs.fixed + sum(min(c.values()) for c in costs.places.values())
+    most = costs.fixed + sum(max(c.values()) for c in costs.places.values())
+    filled = 0
+    for step in range(9):
+        budget = least + (most - least) * step // 8
+        found = allocate_recipe(checkpoint, costs, budget, options, None, text)
+        assert found.nbytes <= found.fullest <= budget, seed
+        short = found.nbytes < 0.995 * budget
+        filled += not short
+        assert bool(found.room_left) == short, seed
+        if short:
+            coarse = found.fullest < 0.995 * budget
+            assert ("coarse" in found.room_left) == coarse, seed
+            assert f"{found.fullest:,}" in found.room_left
+    assert filled > 2, (filled, seed)
+    with pytest.raises(BudgetError, match=f"{least:,}"):
+        allocate_recipe(checkpoint, costs, least - 1, options, None, text)
+
+
+class _Sized:
+    """A plan known by its size alone: other tests compare that with real plans."""
+
+    def __init__(self, costs: Costs, recipe: Recipe) -> None:
+        own = dict(recipe.places)
+        sizes = (costs.places[p][own.get(p) or own[p[0], "down"]] for p in costs.places)
+        self.bytes_out = costs.fixed + sum(sizes)

@@ -217,6 +217,7 @@ def _facts(found: Allocation) -> dict[str, object]:
         "smallest": found.smallest,
         "largest": found.largest,
         "bits_per_weight": found.bits_per_weight,
+        "room_left": found.room_left,
         "loss": sum(found.losses.values()),
         "loss_is_measured": found.measured,
     }
@@ -232,6 +233,6 @@ def _rows(found: Allocation, out: Path) -> list[tuple[str, str]]:
         ("places", ", ".join(f"{n} {s}" for s, n in counts.most_common())),
         ("predicted loss", f"{sum(found.losses.values()):.4g} ({unit})"),
     ]
-    if not sum(found.losses.values()):
-        rows.append(("room left", "every place is exact; more bytes would change nothing"))
+    if found.room_left:
+        rows.append(("room left", found.room_left))
     return rows
