@@ -1,20 +1,13 @@
 """The indexer's score kernels: a small GEMM, a relu and a weighted sum over heads, in registers.
 
-A program multiplies a tile of BS keys with the heads of STEP tokens at a time: keys are on the left
-of the product, so that a key's scores with all heads lie in few lanes and their sum stays there.
-relu(x) is taken as (x + |x|) / 2 with the half applied to the finished score: one instruction at
-full rate, where a maximum runs at half, and a NaN stays visible.
+A program multiplies a tile of BS keys with the heads of STEP tokens at a time (`index_parts.py`).
 
 * `shared_kernel` keeps its tile of keys and walks over BQ tokens, whose heads arrive in a pipeline.
 * `own_kernel` keeps its STEP tokens and walks over TILES tiles of keys, decoding them on the way:
   68 bytes a key are read and nothing else. In a ragged batch a token has keys of its own.
 
-What is multiplied, OPERAND, is explained in `index_vectors.py`. Where a factor of FP8 is NaN,
-or a scale lies outside the window, the program takes `exact_scores` instead: every group of 32
-channels is multiplied by itself, unscaled, and the float32 sum is scaled, whatever the exponents.
-
-A tile that no token of the program sees is not multiplied, only filled with -inf, so that results
-are defined everywhere.
+What is multiplied, OPERAND, is explained in `index_vectors.py`. Where a factor of FP8 is NaN, or a
+scale lies outside the window, the program takes `exact_tile` instead (`index_exact.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +15,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from v4quant_kernels.gpu.decode import is_nan, round_to_bf16
+from v4quant_kernels.gpu.decode import is_nan
+from v4quant_kernels.gpu.index_exact import exact_tile
+from v4quant_kernels.gpu.index_parts import (
+    as_operands,
+    hide,
+    load_packed_bytes,
+    load_rows,
+    multiply,
+    store_scores,
+    weighted_sums,
+)
 from v4quant_kernels.gpu.index_vectors import (
     LEAST_R,
     MOST_R,
@@ -31,151 +34,6 @@ from v4quant_kernels.gpu.index_vectors import (
     scale_bytes,
 )
 from v4quant_kernels.gpu.words import as_fp8, byte_of, fp8_fours, index_vectors
-
-NEEDS_ZERO = tl.constexpr(tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9))
-"""Triton 3.6 cannot compile block-scaled products for sm_100 that start from a constant, 3.9 can;
-what is between was not tried."""
-
-
-@triton.jit
-def load_rows(pointers, inside, MASKED: tl.constexpr):
-    """A tile, 0 in rows that are not inside."""
-    if MASKED:
-        tile = tl.load(pointers, mask=inside[:, None], other=0)
-    else:
-        tile = tl.load(pointers)
-    return tile
-
-
-@triton.jit
-def as_operands(tile, OPERAND: tl.constexpr, COMPUTE: tl.constexpr):
-    """What `expand_kernel` wrote, as numbers; COMPUTE holds bfloat16 exactly."""
-    if OPERAND == "fp8":
-        tile = tile.to(tl.float8e4nv, bitcast=True)
-    if OPERAND == "bf16" and tl.float32 == COMPUTE:
-        tile = (tile.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return tile
-
-
-@triton.jit
-def load_packed_bytes(packed_ptr, row, inside):
-    """(code bytes `[rows, 64]`, scale bytes `[rows, 4]`) of packed keys."""
-    line = packed_ptr + row[:, None] * 68
-    codes = tl.load(line + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0)
-    scales = tl.load(line + 64 + tl.arange(0, 4)[None, :], mask=inside[:, None], other=127)
-    return codes, scales
-
-
-@triton.jit
-def multiply(keys, key_scales, queries, query_scales, zero, OPERAND: tl.constexpr):
-    """float32 `[keys, heads]`; `zero` is a float32 0 that the compiler does not see through."""
-    if OPERAND == "native":
-        turned = tl.trans(queries)
-        if NEEDS_ZERO:
-            empty = tl.full((keys.shape[0], queries.shape[0]), 0.0, dtype=tl.float32) + zero
-            out = tl.dot_scaled(keys, key_scales, "e2m1", turned, query_scales, "e2m1", empty)
-        else:
-            out = tl.dot_scaled(keys, key_scales, "e2m1", turned, query_scales, "e2m1")
-    else:
-        out = tl.dot(keys, tl.trans(queries), input_precision="ieee")
-    return out
-
-
-@triton.jit
-def weighted_sums(product, weights, STEP: tl.constexpr, ROUND_PRODUCTS: tl.constexpr):
-    """float32 `[keys, STEP]`: twice the scores of products `[keys, STEP * heads]`."""
-    if ROUND_PRODUCTS:
-        product = round_to_bf16(product)
-    twice = product + tl.abs(product)
-    KEYS: tl.constexpr = product.shape[0]
-    HEADS: tl.constexpr = product.shape[1] // STEP
-    twice = tl.reshape(twice, (KEYS, STEP, HEADS))
-    return tl.sum(twice * tl.reshape(weights, (STEP, HEADS))[None, :, :], axis=2)
-
-
-@triton.jit
-def store_scores(out, scores, key, ends, exists, seen):
-    """Store `[keys, STEP]` scores at `out`, -inf for keys at or beyond a token's end."""
-    scores = tl.where(key[:, None] < ends[None, :], scores, float("-inf"))
-    tl.store(out, scores, mask=exists[:, None] & seen[None, :])
-
-
-@triton.jit
-def hide(line, first, tokens, columns, exists, TOKENS: tl.constexpr):
-    """Store -inf at `line` `[keys, 1]` for TOKENS tokens from `first`."""
-    for i in range(TOKENS):
-        token = first + i + tl.arange(0, 1)
-        out = line + token.to(tl.int64)[None, :] * columns
-        mask = exists[:, None] & (token < tokens)[None, :]
-        tl.store(out, tl.full(mask.shape, float("-inf"), dtype=tl.float32), mask=mask)
-
-
-@triton.jit
-def two_factors(byte):
-    """Two float32 numbers whose product is the E8M0 number `byte`, NaN for 255."""
-    half = (byte - 127) >> 1
-    rest = power_of_two(byte - 127 - half)
-    return power_of_two(half), tl.where(byte == 255, float("nan"), rest)
-
-
-@triton.jit
-def exact_tile(
-    q_words_ptr,
-    q_scale_ptr,
-    weight_ptr,
-    k_words_ptr,
-    end_ptr,
-    logits_ptr,
-    first,
-    tokens,
-    start,
-    columns,
-    skipped,
-    shift,
-    total_keys,
-    REAL: tl.constexpr,
-    HEADS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    KEYS: tl.constexpr,
-    ROUND_PRODUCTS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """logits of TOKENS tokens from `first` and KEYS columns from `start` by FP8, any exponents.
-
-    Every group of 32 channels is multiplied unscaled and its float32 sum is scaled.
-    """
-    PART: tl.constexpr = 64 if KEYS > 64 else KEYS
-    head = tl.arange(0, HEADS)
-    for i in range(TOKENS * (KEYS // PART)):
-        number = first + i // (KEYS // PART)
-        token = number + tl.arange(0, 1)
-        vector = number * REAL + head
-        real = head < tl.where(number < tokens, REAL, 0)
-        column = start + i % (KEYS // PART) * PART + tl.arange(0, PART)
-        row = shift + column
-        inside = (column < columns) & (row < total_keys)
-        k_word = k_words_ptr + row.to(tl.int64)[:, None] * 17
-        q_word = q_words_ptr + vector.to(tl.int64)[:, None] * 16
-        k_scales = tl.load(k_words_ptr + row.to(tl.int64) * 17 + 16, mask=inside, other=0x7F7F7F7F)
-        q_scales = tl.load(q_scale_ptr + vector, mask=real, other=0x7F7F7F7F)
-        product = tl.zeros((PART, HEADS), dtype=tl.float32)
-        for group in range(4):
-            word = 4 * group + tl.arange(0, 4)[None, :]
-            k = tl.load(k_word + word, mask=inside[:, None], other=0)
-            q = tl.load(q_word + word, mask=real[:, None], other=0)
-            k_numbers = as_fp8(fp8_fours(k, tl.zeros_like(row)[:, None], 0, COMPUTE))
-            q_numbers = as_fp8(fp8_fours(q, tl.zeros_like(vector)[:, None], 0, COMPUTE))
-            part = tl.dot(k_numbers, tl.trans(q_numbers))
-            # Half of each exponent at a time: no step leaves float32's range before the result.
-            k_half, k_rest = two_factors((k_scales >> (8 * group)) & 255)
-            q_half, q_rest = two_factors((q_scales >> (8 * group)) & 255)
-            part = part * k_half[:, None] * q_half[None, :]
-            product += part * k_rest[:, None] * q_rest[None, :]
-        weights = tl.load(weight_ptr + vector, mask=real, other=0.0)
-        scores = weighted_sums(product, weights, 1, ROUND_PRODUCTS) * 0.5
-        end = tl.load(end_ptr + token, mask=token < tokens, other=0)
-        out = logits_ptr + token.to(tl.int64)[None, :] * columns + column[:, None]
-        store_scores(out, scores, skipped + column, end, column < columns, token < tokens)
 
 
 @triton.jit
