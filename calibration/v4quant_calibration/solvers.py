@@ -15,6 +15,7 @@ The function below is what GPTQ does to one batch of matrices once their inputs 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from v4quant_calibration.coders import BlockCoder, Coder, IntegerCoder
 from v4quant_calibration.refine import DEFAULT_SWEEPS, rough_errors
 from v4quant_calibration.scale_search import QuantizedMatrix, search_dense, search_mxfp4
+from v4quant_kernels.native.threads import side_by_side
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import codec
 from v4quant_kernels.scheme import Scheme
@@ -90,16 +92,20 @@ def solve_batch(
     coder: Coder[Any] = BlockCoder(scheme) if scheme.element == "ggml" else IntegerCoder(scheme)
     codes = coder.gptq(target, grams)
     moments = grams.diagonal(dim1=1, dim2=2).cpu()
-    plain = [
-        [SOLVERS["optimal"](q, scheme, m).tensor for q in matrices]
-        for matrices, m in zip(sources, moments, strict=True)
+    jobs = [
+        partial(_optimal_each, matrices, scheme, own)
+        for matrices, own in zip(sources, moments, strict=True)
     ]
-    fallback = coder.read(plain, grams.device)
+    fallback = coder.read(side_by_side(jobs), grams.device)
     first, second = (rough_errors(target - coder.values(c), grams) for c in (codes, fallback))
     codes = coder.refine(target, grams, coder.choose(second < first, fallback, codes), sweeps)
     return [
         coder.write(codes, i, [q.shape[0] for q in matrices]) for i, matrices in enumerate(sources)
     ]
+
+
+def _optimal_each(matrices: Sequence[QTensor], scheme: Scheme, moments: Tensor) -> list[QTensor]:
+    return [optimal(q, scheme, moments).tensor for q in matrices]
 
 
 def _columns(matrices: Sequence[QTensor]) -> Tensor:

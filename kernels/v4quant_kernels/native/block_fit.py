@@ -9,10 +9,13 @@ two grids cost the same.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
 from v4quant_kernels.native import compiled
+from v4quant_kernels.native.threads import over_rows
 
 Floats = NDArray[np.float32]
 _TILE = 64  # rows side by side: values, codes and errors of 32 channels take 24 KB
@@ -37,14 +40,15 @@ def fit(
     wins.
     """
     bounds = np.float32(low), np.float32(high)
-    _fit(values, factor, step, lowest, *bounds, choice, integers, errors, cost)
+    found = choice, integers, errors, cost
+    over_rows(values.shape[1], partial(_fit, values, factor, step, lowest, *bounds, *found))
 
 
 @compiled
 def _fit(  # type: ignore[no-untyped-def]
-    values, factor, step, lowest, low, high, choice, integers, errors, cost
+    values, factor, step, lowest, low, high, choice, integers, errors, cost, start, stop
 ):
-    channels, rows = values.shape
+    channels = len(values)
     work = np.empty((channels, _TILE), np.float32)
     codes = np.empty((channels, _TILE), np.float32)
     missed = np.empty((channels, _TILE), np.float32)
@@ -52,8 +56,8 @@ def _fit(  # type: ignore[no-untyped-def]
     base, total = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
     least = np.empty(_TILE, np.float32)
     zero, one = np.float32(0), np.float32(1)
-    for first in range(0, rows, _TILE):
-        width = min(_TILE, rows - first)
+    for first in range(start, stop, _TILE):
+        width = min(_TILE, stop - first)
         least[:] = np.inf
         for k in range(step.shape[0]):
             for t in range(width):

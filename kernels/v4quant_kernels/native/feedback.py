@@ -11,10 +11,13 @@ factors `[group, group]`.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
 from v4quant_kernels.native import compiled
+from v4quant_kernels.native.threads import over_rows
 
 Floats = NDArray[np.float32]
 _TILE = 64  # rows side by side: a group of 128 channels takes 32 KB
@@ -29,15 +32,19 @@ def round_group(
     Changes `work`; fills `integers`.
     """
     errors = np.empty_like(work)
-    _round_group(work, scale, factor, np.float32(low), np.float32(high), integers, errors)
+    bounds = np.float32(low), np.float32(high)
+    loop = partial(_round_group, work, scale, factor, *bounds, integers, errors)
+    over_rows(work.shape[1], loop)
     return errors
 
 
 @compiled
-def _round_group(work, scale, factor, low, high, integers, errors):  # type: ignore[no-untyped-def]
-    channels, rows = work.shape
-    for first in range(0, rows, _TILE):
-        last = min(first + _TILE, rows)
+def _round_group(  # type: ignore[no-untyped-def]
+    work, scale, factor, low, high, integers, errors, start, stop
+):
+    channels = len(work)
+    for first in range(start, stop, _TILE):
+        last = min(first + _TILE, stop)
         for i in range(channels):
             pivot = factor[i, i]
             for n in range(first, last):
@@ -55,15 +62,18 @@ def code_steps(
     pull: Floats, scale: Floats, gram: Floats, low: int, high: int, integers: Floats
 ) -> None:
     """Every code of a group to its best value, in turn. Uses `pull` up; changes `integers`."""
-    _code_steps(pull, scale, gram, np.float32(low), np.float32(high), integers)
+    bounds = np.float32(low), np.float32(high)
+    over_rows(pull.shape[1], partial(_code_steps, pull, scale, gram, *bounds, integers))
 
 
 @compiled
-def _code_steps(pull, scale, gram, low, high, integers):  # type: ignore[no-untyped-def]
-    channels, rows = pull.shape
+def _code_steps(  # type: ignore[no-untyped-def]
+    pull, scale, gram, low, high, integers, start, stop
+):
+    channels = len(pull)
     step = np.empty(_NARROW, np.float32)
-    for first in range(0, rows, _NARROW):
-        width = min(_NARROW, rows - first)
+    for first in range(start, stop, _NARROW):
+        width = min(_NARROW, stop - first)
         for i in range(channels):
             own = gram[i, i]
             moved = False
@@ -89,18 +99,21 @@ def best_scale(values: Floats, cost: Floats, magnitudes: Floats, low: int, high:
     before negative.
     """
     best = np.empty(values.shape[1], np.float32)
-    _best_scale(values, cost, magnitudes, np.float32(low), np.float32(high), best)
+    bounds = np.float32(low), np.float32(high)
+    over_rows(values.shape[1], partial(_best_scale, values, cost, magnitudes, *bounds, best))
     return best
 
 
 @compiled
-def _best_scale(values, cost, magnitudes, low, high, best):  # type: ignore[no-untyped-def]
-    channels, rows = values.shape
+def _best_scale(  # type: ignore[no-untyped-def]
+    values, cost, magnitudes, low, high, best, start, stop
+):
+    channels = len(values)
     least = np.empty(_TILE, np.float32)
     error = np.empty(_TILE, np.float32)
     candidate = np.empty(_TILE, np.float32)
-    for first in range(0, rows, _TILE):
-        width = min(_TILE, rows - first)
+    for first in range(start, stop, _TILE):
+        width = min(_TILE, stop - first)
         least[:] = np.inf
         for k in range(2 * magnitudes.shape[0]):
             for t in range(width):
