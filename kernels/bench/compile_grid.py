@@ -170,7 +170,7 @@ def small_kernels(archs: tuple[int, ...]) -> Iterator[Job]:
 
 def score_job(arch: int, shared: bool, operand: str, ragged: bool = False) -> Job:
     """Instructions are counted per score and head: what a lane spends on one product."""
-    tile = indexer.index_tile(arch, shared)
+    tile = tiles.index_tile(arch, shared)
     constants = {
         "REAL": 64, "HEADS": 64, "BS": tile.keys, "STEP": tile.step, "STAGES": tile.stages,
         "OPERAND": operand, "ROUND_PRODUCTS": False, "COMPUTE": tl.bfloat16,

@@ -87,7 +87,7 @@ OPERANDS = ("bf16", "fp8", "native")
 
 def small_tile(**changes: int) -> Any:
     """Few keys and tokens a program, so that small inputs have edges and several programs."""
-    from v4quant_kernels.gpu.indexer import IndexTile
+    from v4quant_kernels.gpu.tiles import IndexTile
 
     return IndexTile(**{"keys": 16, "tokens": 4, "step": 2, "tiles": 2, **changes})
 

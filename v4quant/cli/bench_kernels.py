@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import click
 
@@ -17,6 +17,9 @@ from v4quant.kernel_bench.indexer_peers import SCORERS
 from v4quant.kernel_bench.moe import TOKENS, Compare, MoeBench, bench_moe
 from v4quant.kernel_bench.session import STEPS, run_session
 from v4quant_kernels import dispatch
+
+if TYPE_CHECKING:  # needs Triton
+    from v4quant.kernel_bench.tune import Tuned
 
 _DEVICE = click.option(
     "--device",
@@ -36,6 +39,11 @@ _PEERS = click.option(
     show_default=True,
     help="Time other people's kernels, where they are installed: also, only or none.",
 )
+_TUNE = click.option(
+    "--tune",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="First search for faster tiles, write them here and use them.",
+)
 _MINUTES = click.option(
     "--minutes", type=click.FloatRange(min=0), help="Begin nothing after so many minutes."
 )
@@ -50,8 +58,7 @@ _MINUTES = click.option(
 @click.option("--tokens", multiple=True, type=click.IntRange(1, 65536),
               help="Tokens in a batch (repeatable; default: 1 to 16384).")  # fmt: skip
 @_PEERS
-@click.option("--tune", type=click.Path(path_type=Path, dir_okay=False),
-              help="First search for faster tiles, write them here and use them.")  # fmt: skip
+@_TUNE
 @_MINUTES
 @_DEVICE
 @_APPEND
@@ -73,7 +80,11 @@ def moe(
     What cannot be measured is named, and the rest goes on.
     """
     if tune is not None:
-        _tune(tune, shapes or ("flash",), schemes or ("mxfp4",), modes or ("bf16", "e4m3"), device)
+        dispatch.require_triton()
+        from v4quant.kernel_bench.tune_moe import tune_moe
+
+        what = shapes or ("flash",), schemes or ("mxfp4",), modes or ("bf16", "e4m3")
+        _use(tune_moe(*what, _output.TerminalProgress(), device), tune)
     result = bench_moe(
         shapes or ("flash", "pro"),
         schemes or ("mxfp4",),
@@ -96,6 +107,7 @@ def moe(
 @click.option("--top-k", type=click.IntRange(1, 2048), default=512, show_default=True,
               help="Keys chosen for each token.")  # fmt: skip
 @_PEERS
+@_TUNE
 @_MINUTES
 @_DEVICE
 @_APPEND
@@ -105,6 +117,7 @@ def indexer(
     cases: tuple[str, ...],
     top_k: int,
     peers: Compare,
+    tune: Path | None,
     minutes: float | None,
     device: str | None,
     append: Path | None,
@@ -114,6 +127,11 @@ def indexer(
 
     What cannot be measured is named, and the rest goes on.
     """
+    if tune is not None:
+        dispatch.require_triton()
+        from v4quant.kernel_bench.tune_indexer import tune_indexer
+
+        _use(tune_indexer(_output.TerminalProgress(), device), tune)
     result = bench_indexer(
         contexts or CONTEXTS,
         cases or tuple(INDEX_CASES),
@@ -148,19 +166,11 @@ def gpu(ctx: click.Context, minutes: float, append: Path) -> None:
         ctx.exit(_exit.FAILED)
 
 
-def _tune(
-    path: Path,
-    shapes: tuple[str, ...],
-    schemes: tuple[str, ...],
-    modes: tuple[Literal["bf16", "e4m3"], ...],
-    device: str | None,
-) -> None:
+def _use(tuned: Tuned, path: Path) -> None:
     """Write the tuned tiles, and let this process use them."""
-    dispatch.require_triton()
-    from v4quant.kernel_bench.tune_moe import tune_moe, write_tiles
+    from v4quant.kernel_bench.tune import write_tiles
     from v4quant_kernels.gpu.tiles import TILES_VARIABLE, forget_tuned
 
-    tuned = tune_moe(shapes, schemes, modes, _output.TerminalProgress(), device)
     write_tiles(tuned, path)
     os.environ[TILES_VARIABLE] = str(path)
     forget_tuned()

@@ -1,30 +1,17 @@
-"""Tile sizes chosen by measurement: `bench moe --tune FILE`.
-
-For each scheme, kind of activations and size of batch (few, some, many slots an expert) the tiles
-of both GEMMs are improved one property at a time: other values of it are tried in the running
-mixture, the fastest stays, until a round changes nothing. That takes some dozen compilations a
-tile instead of some hundred. A tile that does not compile or run, or whose result strays from the
-static tile's, is passed over.
-
-The file is what V4QUANT_TILES names (docs/kernels.md): it says for which device and Triton version
-it holds. Tiles found before for the same two are kept, unless found anew.
-"""
+"""`bench moe --tune FILE`: for each scheme, kind of activations and size of batch (few, some, many
+slots an expert) the tiles of both GEMMs are searched (`tune.py`), in the running mixture."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-
-from torch import Tensor
 
 from v4quant.kernel_bench.cases import SHAPES, Inputs, random_inputs, random_weights
-from v4quant.kernel_bench.device import choose_device, device_name, time_calls
+from v4quant.kernel_bench.device import choose_device, device_name
 from v4quant.kernel_bench.moe import call_moe
+from v4quant.kernel_bench.tune import Finding, Tuned, improve, seconds_with
 from v4quant_kernels import dispatch
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.experts import Activations
@@ -37,28 +24,7 @@ from v4quant_kernels.scheme import get_scheme
 TOKENS = {16: 32, 64: 2048, 128: 8192}
 """For each size of tile a batch that takes it, in Flash and in Pro."""
 
-_GAIN = 0.99  # less than a hundredth is noise
-_ROUNDS = 3
 _STRAY = 2.0**-6  # of the largest output: sums in another order, h rounded to bfloat16
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A tile that was looked for: seconds of the whole mixture before and after."""
-
-    key: str
-    tile: Tile
-    seconds_before: float
-    seconds_after: float
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """All findings, and the device and Triton version they hold for."""
-
-    device: str
-    triton: str
-    findings: tuple[Finding, ...]
 
 
 VALUES: dict[str, tuple[int | bool, ...]] = {
@@ -81,27 +47,6 @@ def variants(tile: Tile, name: str, size: int, matrix: RuntimeMatrix) -> list[Ti
     if name == "rows":
         values = [v for v in values if size // 2 <= v <= size and (v > 16) == (size > 16)]
     return [replace(tile, **{name: v}) for v in values]  # type: ignore[arg-type]
-
-
-def improve(
-    start: Tile, size: int, matrix: RuntimeMatrix, seconds: Callable[[Tile], float]
-) -> tuple[Tile, float, float]:
-    """(best tile found, its seconds, seconds of `start`); `seconds` is infinite for failures."""
-    known = {start: seconds(start)}
-    best = start
-    for _ in range(_ROUNDS):
-        before = best
-        for name in VALUES:
-            others = variants(best, name, size, matrix)
-            for tile in others:
-                if tile not in known:
-                    known[tile] = seconds(tile)
-            fastest = min(others, key=lambda t: known[t], default=best)
-            if known[fastest] < _GAIN * known[best]:
-                best = fastest
-        if best == before:
-            break
-    return best, known[best], known[start]
 
 
 def tune_moe(
@@ -142,39 +87,10 @@ def _tune_size(
     with ExitStack() as chosen:
         for matrix, fused in ((prepared.gate_up, True), (prepared.down, False)):
             key = tiles.tile_key(matrix, size, fused)
-            seconds = partial(_seconds, calls, expected, key)
+            seconds = partial(seconds_with, key=key, calls=calls, expected=expected, stray=_STRAY)
             start = tiles.static_tile(arch, matrix, size, fused)
-            best, after, before = improve(start, size, matrix, seconds)
+            suited = partial(variants, size=size, matrix=matrix)
+            best, after, before = improve(start, VALUES, suited, seconds)
             chosen.enter_context(tiles.trying(key, best))
             progress.advance(1)
             yield Finding(key, best, before, after)
-
-
-def _seconds(
-    calls: Sequence[Callable[[], Tensor]], expected: Tensor, key: str, tile: Tile
-) -> float:
-    """Seconds of a mixture with `tile`; infinite if it fails or strays."""
-    with tiles.trying(key, tile):
-        try:
-            error = (calls[0]() - expected).abs().max() / expected.abs().max()
-            if not float(error) <= _STRAY:
-                return math.inf
-            return time_calls(calls, "cuda").seconds
-        except (RuntimeError, ValueError, TypeError, AssertionError):  # what compilers raise
-            return math.inf
-        except Exception as error:
-            # Triton's own: resources, compilation. Anything else is a mistake of this program.
-            if not type(error).__module__.startswith("triton"):
-                raise
-            return math.inf
-
-
-def write_tiles(tuned: Tuned, path: Path) -> None:
-    """Write, or add to, the file that V4QUANT_TILES names."""
-    content = {"device": tuned.device, "triton": tuned.triton, "tiles": {}}
-    if path.exists():
-        stored = json.loads(path.read_text())
-        if (stored.get("device"), stored.get("triton")) == (tuned.device, tuned.triton):
-            content["tiles"] = stored["tiles"]
-    content["tiles"] |= {f.key: asdict(f.tile) for f in tuned.findings}  # type: ignore[operator]
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")

@@ -31,6 +31,7 @@ from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.gpu.index_scores import own_kernel, shared_kernel
 from v4quant_kernels.gpu.index_vectors import expand_keys, expand_queries
 from v4quant_kernels.gpu.interpreter import compute_type
+from v4quant_kernels.gpu.tiles import IndexTile, choose_index_tile
 from v4quant_kernels.gpu.topk import indices_of, merge_words, top_k_words
 from v4quant_kernels.ref.indexer import WORKSPACE, check_indexer_inputs, pieces, visible_keys
 
@@ -40,32 +41,9 @@ _PREFILL_TOKENS = 8
 """From so many tokens on one set of keys, expanding them once pays."""
 
 
-@dataclass(frozen=True)
-class IndexTile:
-    """Keys of a tile, tokens of a program, tokens of one product, and launch options.
-
-    `tokens` is how many walk past a tile of shared keys; for a token's own keys, `tiles` is how
-    many tiles of them walk past it.
-    """
-
-    keys: int = 128
-    tokens: int = 16
-    step: int = 1
-    tiles: int = 4
-    warps: int = 4
-    stages: int = 3
-
-
 def index_operand(arch: int) -> IndexOperand:
     """What an architecture (90 for sm_90) multiplies."""
     return "bf16" if arch < 89 else "fp8" if arch < 100 else "native"
-
-
-def index_tile(arch: int, shared: bool) -> IndexTile:
-    """The static choice: fewest instructions a score that compile without spilling."""
-    if shared:
-        return IndexTile(step=2 if arch == 90 or arch >= 120 else 1)
-    return IndexTile(keys=64 if arch in {89, 90} else 128, stages=2)
 
 
 @dataclass(frozen=True)
@@ -188,10 +166,9 @@ def _how(
         width = 2 * q_codes.shape[2]
         raise V4QuantError(f"indexer kernels take vectors of 128 channels, not {width}")
     shared = first_key is None and q_codes.shape[0] >= _PREFILL_TOKENS
-    return How(
-        operand or index_operand(arch), shared, tile or index_tile(arch, shared),
-        compute or compute_type(),
-    )  # fmt: skip
+    multiplied = operand or index_operand(arch)
+    chosen = tile or choose_index_tile(arch, multiplied, shared)
+    return How(multiplied, shared, chosen, compute or compute_type())
 
 
 def _scores(

@@ -6,8 +6,9 @@ spilling and with the fewest instructions per weight (`kernels/bench/instruction
 sizes of batch for each operand.
 
 The environment variable V4QUANT_TILES may name a JSON file with tiles measured to be better
-(docs/kernels.md shows one; `v4quant bench moe --tune` writes one). It is read when a kernel is
-first launched, and ignored with a warning when it was made for another device or Triton version.
+(docs/kernels.md shows one; `--tune` of `v4quant bench moe` and `bench indexer` writes one). It is
+read when a kernel is first launched, and ignored with a warning when it was made for another device
+or Triton version.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -70,12 +72,12 @@ def tile_key(matrix: RuntimeMatrix, size: int, fused: bool) -> str:
     return f"{kind_of(matrix)} {size} {'swiglu' if fused else 'sums'}"
 
 
-_TRIALS: dict[str, Tile] = {}
+_TRIALS: dict[str, Any] = {}
 
 
 @contextmanager
-def trying(key: str, tile: Tile) -> Iterator[None]:
-    """While this lasts, `choose_tile` answers `tile` for `key`: how tuning measures a tile."""
+def trying(key: str, tile: Tile | IndexTile) -> Iterator[None]:
+    """While this lasts, `tile` is chosen for `key`: how tuning measures a tile."""
     before = _TRIALS.get(key)
     _TRIALS[key] = tile
     try:
@@ -149,11 +151,52 @@ def _native(arch: int, size: int, fused: bool) -> Tile:
     return Tile(size, 128, 128, 4 if fused or size < 128 else 8, 3, swap=size < 128)
 
 
+@dataclass(frozen=True)
+class IndexTile:
+    """Of the indexer: keys of a tile, tokens of a program, tokens of one product, launch options.
+
+    `tokens` is how many walk past a tile of shared keys; for a token's own keys, `tiles` is how
+    many tiles of them walk past it.
+    """
+
+    keys: int = 128
+    tokens: int = 16
+    step: int = 1
+    tiles: int = 4
+    warps: int = 4
+    stages: int = 3
+
+
+_INDEX = "index "
+
+
+def index_key(operand: str, shared: bool) -> str:
+    """What a tuned table calls the indexer's case: keys that tokens share, or their own."""
+    return f"{_INDEX}{operand} {'shared' if shared else 'own'}"
+
+
+def choose_index_tile(arch: int, operand: str, shared: bool) -> IndexTile:
+    """The tile for scores on this architecture."""
+    key = index_key(operand, shared)
+    found: IndexTile = _TRIALS.get(key) or _tuned(key) or index_tile(arch, shared)
+    return found
+
+
+def index_tile(arch: int, shared: bool) -> IndexTile:
+    """The static choice: fewest instructions a score that compile without spilling."""
+    if shared:
+        return IndexTile(step=2 if arch == 90 or arch >= 120 else 1)
+    return IndexTile(keys=64 if arch in {89, 90} else 128, stages=2)
+
+
 @cache
-def _tuned_table(path: str) -> dict[str, Tile]:
+def _tuned_table(path: str) -> dict[str, Any]:
     try:
         stored = json.loads(Path(path).read_text())
-        table = {k: Tile(**v) for k, v in stored["tiles"].items()}
+        table = {
+            k: (IndexTile if k.startswith(_INDEX) else Tile)(**v)
+            for k, v in stored["tiles"].items()
+        }
         made_for = stored["device"], stored["triton"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(f"{TILES_VARIABLE}: cannot read '{path}' ({error}); ignored", stacklevel=2)
@@ -175,6 +218,6 @@ def triton_version() -> str:
     return str(triton.__version__)
 
 
-def _tuned(key: str) -> Tile | None:
+def _tuned(key: str) -> Any:
     path = os.environ.get(TILES_VARIABLE)
     return _tuned_table(path).get(key) if path else None
