@@ -96,6 +96,23 @@ def test_an_indexer_that_strays_has_no_time(monkeypatch: pytest.MonkeyPatch) -> 
     assert not found.rows and "is not the twin's" in found.missing[0].reason
 
 
+def test_what_cannot_be_made_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that do not fit fail once, not once a number of tokens."""
+    asked: list[int] = []
+
+    def fail(*_: object) -> Any:
+        asked.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(moe.dispatch, "prepare", fail)
+    found = moe.bench_moe(["tiny"], ["mxfp4"], ["bf16"], [1, 2, 3], SilentProgress(), "cpu")
+    assert not found.rows and len(asked) == 1
+    assert [m.reason for m in found.missing] == [
+        "OutOfMemoryError: CUDA out of memory",
+        *["V4QuantError: as before: OutOfMemoryError: CUDA out of memory"] * 2,
+    ]
+
+
 def test_an_error_becomes_one_line() -> None:
     assert told(ValueError("a\n b ")) == "ValueError: a b"
     assert len(told(ValueError("x" * 5000))) == 300

@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from v4quant.kernel_bench.device import Machine
+from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress
 
 Row = TypeVar("Row")
@@ -92,6 +93,27 @@ class Cells:
             torch.cuda.empty_cache()
         except RuntimeError as error:
             self._broken = f"the GPU failed before: {told(error)}"
+
+
+class Once(Generic[Row]):
+    """Something that several cells need, made when the first asks; a failure is not repeated."""
+
+    def __init__(self, make: Callable[[], Row]) -> None:
+        """make: called once."""
+        self._make, self._made = make, list[Row]()
+        self._failure = ""
+
+    def __call__(self) -> Row:
+        """The thing. Raises what making it raised, and V4QuantError with the same words later."""
+        if self._failure:
+            raise V4QuantError(f"as before: {self._failure}")
+        if not self._made:
+            try:
+                self._made.append(self._make())
+            except Exception as error:
+                self._failure = told(error)
+                raise
+        return self._made[0]
 
 
 def told(error: BaseException) -> str:

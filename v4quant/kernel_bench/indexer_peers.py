@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from v4quant.kernel_bench.cases import CHANNELS, IndexCase, index_case
-from v4quant.kernel_bench.cells import Cells, told
+from v4quant.kernel_bench.cells import Cells, Once, told
 from v4quant.kernel_bench.device import Timing, time_foreign
 from v4quant.kernel_bench.peers import package_version
 from v4quant_kernels import dispatch
@@ -68,14 +68,12 @@ class Selector:
 
 def measure_peers(name: str, context: int, k: int, cells: Cells) -> list[IndexerPeerRow]:
     """A row for each kernel that can be imported."""
-    made: list[IndexCase] = []
 
-    def small() -> IndexCase:
-        if not made:
-            case = index_case(name, context, cells.machine.device)
-            made.append(case.piece(max(1, min(case.tokens, WORKSPACE // case.keys))))
-        return made[0]
+    def make() -> IndexCase:
+        case = index_case(name, context, cells.machine.device)
+        return case.piece(max(1, min(case.tokens, WORKSPACE // case.keys)))
 
+    small = Once(make)
     kernels = [(p.name, p.package, partial(_score, p)) for p in SCORERS]
     kernels += [(p.name, p.package, partial(_select, p, k=k)) for p in SELECTORS]
     rows = []

@@ -30,7 +30,7 @@ from v4quant.kernel_bench.cases import (
     random_inputs,
     random_weights,
 )
-from v4quant.kernel_bench.cells import Cells, Missing
+from v4quant.kernel_bench.cells import Cells, Missing, Once
 from v4quant.kernel_bench.device import Machine, choose_device, measure_machine, time_calls
 from v4quant.kernel_bench.moe_peers import PEERS
 from v4quant.kernel_bench.peers import PeerRow, PeerWeights, measure_peer
@@ -123,14 +123,15 @@ def _own(
     shape: MoeShape, scheme: str, mode: Activations, tokens: Sequence[int], cells: Cells
 ) -> list[MoeRow]:
     """The rows of one scheme and kind of activations."""
-    device = cells.machine.device
-    made: list[tuple[ExpertWeights, RuntimeExperts]] = []
+
+    def make() -> tuple[ExpertWeights, RuntimeExperts]:
+        weights = random_weights(shape, get_scheme(scheme), cells.machine.device)
+        return weights, dispatch.prepare(weights, mode)
+
+    made = Once(make)
 
     def measure(count: int) -> MoeRow:
-        if not made:
-            weights = random_weights(shape, get_scheme(scheme), device)
-            made.append((weights, dispatch.prepare(weights, mode)))
-        return _measure(shape, *made[0], mode, count, cells.machine)
+        return _measure(shape, *made(), mode, count, cells.machine)
 
     found = []
     for count in tokens:
