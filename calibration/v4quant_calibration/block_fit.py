@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from v4quant_calibration.gptq import compiled_for
+from v4quant_kernels import dispatch
 
 
 class Fit(NamedTuple):
@@ -37,7 +37,7 @@ def fit(
     """
     cost = values.new_full((values.shape[0], values.shape[2]), torch.inf)
     choice = torch.zeros_like(cost, dtype=torch.int64)
-    if compiled_for(values):
+    if dispatch.uses_loops(values):
         from v4quant_kernels.native import block_fit
 
         integers, errors = torch.zeros_like(values), torch.zeros_like(values)

@@ -16,7 +16,7 @@ bits there are. And the search weighs channel i by 1 / U_ii^2, what its error co
 channels have done their best to make up for it.
 
 All arithmetic is batched over experts and written in torch: the same function runs on CPU and GPU.
-On the CPU the steps inside a group are compiled loops (v4quant_kernels.native.feedback).
+The steps inside a group are loops and kernels of their own (`v4quant_kernels.ref.feedback`).
 Matrices lie transposed, `[B, K, N]`, so that a channel of all rows is contiguous.
 """
 
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from v4quant_kernels import native
+from v4quant_kernels import dispatch
 from v4quant_kernels.ref.intq import storable_scale
 
 # Scales tried, as multiples of amax / 2^(bits - 1): from clipping two thirds to clipping nothing.
@@ -79,7 +79,10 @@ def gptq(weights: Tensor, gram: Tensor, grid: Grid) -> Codes:
     for index, start in enumerate(range(0, columns, grid.group)):
         part = slice(start, start + grid.group)
         scale[:, index] = best_scale(work[:, part], cost[:, part], grid)
-        errors = _round_group(work, integers, scale[:, index], factor, part, grid)
+        errors = dispatch.round_group(
+            work[:, part], scale[:, index], factor[:, part, part], grid.low, grid.high,
+            integers[:, part],
+        )  # fmt: skip
         if part.stop < columns:
             work[:, part.stop :].baddbmm_(factor[:, part, part.stop :].mT, errors, alpha=-1)
     inverse = order.argsort(1)
@@ -89,35 +92,6 @@ def gptq(weights: Tensor, gram: Tensor, grid: Grid) -> Codes:
         integers.gather(1, inverse.unsqueeze(2).expand_as(integers)),
         scale.gather(1, groups.unsqueeze(2).expand_as(scale)),
     )
-
-
-def _round_group(
-    work: Tensor, integers: Tensor, scale: Tensor, factor: Tensor, part: slice, grid: Grid
-) -> Tensor:
-    """Round one group's channels in turn; returns errors over U_ii, `[B, group, N]`."""
-    errors = torch.empty_like(work[:, part])
-    if compiled_for(work):
-        from v4quant_kernels.native import feedback
-
-        for b in range(len(work)):
-            block = factor[b, part, part].contiguous().numpy()
-            done = feedback.round_group(
-                work[b, part].numpy(), scale[b].contiguous().numpy(), block, grid.low, grid.high,
-                integers[b, part].numpy(),
-            )  # fmt: skip
-            errors[b] = torch.from_numpy(done)
-        return errors
-    for offset, channel in enumerate(range(part.start, part.stop)):
-        value = work[:, channel]
-        rounded = torch.round(value / scale).clamp_(grid.low, grid.high)
-        integers[:, channel] = rounded
-        pivot = factor[:, channel, channel].unsqueeze(1)
-        error = errors[:, offset] = (value - rounded * scale) / pivot
-        rest = slice(channel + 1, part.stop)
-        if rest.start < rest.stop:
-            row = factor[:, channel, rest].unsqueeze(2)
-            work[:, rest].baddbmm_(row, error.unsqueeze(1), alpha=-1)
-    return errors
 
 
 def activation_order(diagonal: Tensor, group: int) -> Tensor:
@@ -140,7 +114,7 @@ def feedback_factor(gram: Tensor) -> Tensor:
     lower = torch.stack(
         [torch.linalg.cholesky(one.double().flip((0, 1))).to(gram.dtype) for one in gram]
     )
-    return inverse_lower(lower).flip((1, 2))
+    return inverse_lower(lower).flip((1, 2)).contiguous()
 
 
 _SOLVED_AT_ONCE = 256
@@ -170,36 +144,11 @@ def best_scale(values: Tensor, cost: Tensor, grid: Grid) -> Tensor:
     zero; a group of zeros gets 1.
     """
     largest = torch.maximum(values.amax(1), values.amin(1).neg_())
-    unit = largest / (1 << (grid.bits - 1))
-    best = torch.full_like(unit, torch.inf)
-    scale = torch.ones_like(unit)
-    ratios = torch.linspace(_LOWEST, _HIGHEST, _STEPS).tolist()
-    if compiled_for(values):
-        from v4quant_kernels.native import feedback
-
-        for b in range(len(values)):
-            magnitudes = torch.stack([storable_scale(unit[b] * r).float() for r in ratios])
-            found = feedback.best_scale(
-                values[b].numpy(), cost[b].contiguous().numpy(), magnitudes.numpy(),
-                grid.low, grid.high,
-            )  # fmt: skip
-            scale[b] = torch.from_numpy(found)
-        return scale.masked_fill_(largest == 0, 1.0)
-    cost = cost.unsqueeze(2)
-    for ratio in ratios:
-        magnitude = storable_scale(unit * ratio).float().unsqueeze(1)
-        for candidate in (magnitude, -magnitude):
-            rounded = torch.round(values / candidate).clamp_(grid.low, grid.high)
-            error = rounded.mul_(candidate).sub_(values).square_().mul_(cost).sum(1)
-            better = error < best
-            best = torch.where(better, error, best)
-            scale = torch.where(better, candidate.squeeze(1), scale)
+    unit = (largest / (1 << (grid.bits - 1))).unsqueeze(1)
+    ratios = torch.linspace(_LOWEST, _HIGHEST, _STEPS, device=unit.device).unsqueeze(1)
+    magnitudes = storable_scale(unit * ratios).float()
+    scale = dispatch.best_scale(values, cost, magnitudes, grid.low, grid.high)
     return scale.masked_fill_(largest == 0, 1.0)
-
-
-def compiled_for(values: Tensor) -> bool:
-    """Whether the compiled loops take these values; torch does on GPUs and without Numba."""
-    return values.device.type == "cpu" and native.available()
 
 
 def permuted(gram: Tensor, order: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from v4quant_calibration.gptq import Codes, Grid, compiled_for
+from v4quant_calibration.gptq import Codes, Grid
+from v4quant_kernels import dispatch
 from v4quant_kernels.ref.intq import storable_scale
 
 DEFAULT_SWEEPS = 12
@@ -189,8 +190,9 @@ def _group_steps(
 
     goal, left, pull: `[B, group, N]`, left the errors that the pull belongs to.
     """
-    work = pull.clone()
-    _code_steps(work, gram, codes, part, grid)
+    scale = codes.scale[:, part.start // grid.group]
+    integers = codes.integers[:, part]
+    dispatch.code_steps(pull.clone(), scale, gram, grid.low, grid.high, integers)
     moved = left - goal + _values(codes, part, grid)
     pull.baddbmm_(gram, moved, alpha=-1)
     _scale_step(pull, gram, codes, part, grid)
@@ -198,28 +200,6 @@ def _group_steps(
 
 def _values(codes: Codes, part: slice, grid: Grid) -> Tensor:
     return codes.integers[:, part] * codes.scale[:, part.start // grid.group].unsqueeze(1)
-
-
-def _code_steps(pull: Tensor, gram: Tensor, codes: Codes, part: slice, grid: Grid) -> None:
-    """Every code of a group to its best value in turn; uses `pull` `[B, group, N]` up."""
-    scale = codes.scale[:, part.start // grid.group]
-    if compiled_for(pull):
-        from v4quant_kernels.native import feedback
-
-        for b in range(len(pull)):
-            feedback.code_steps(
-                pull[b].numpy(), scale[b].contiguous().numpy(), gram[b].contiguous().numpy(),
-                grid.low, grid.high, codes.integers[b, part].numpy(),
-            )  # fmt: skip
-        return
-    for offset, channel in enumerate(range(part.start, part.stop)):
-        old = codes.integers[:, channel]
-        own = gram[:, offset, offset].unsqueeze(1)
-        new = torch.round(old + pull[:, offset] / (scale * own)).clamp_(grid.low, grid.high)
-        step = (new - old).mul_(scale).unsqueeze(1)
-        codes.integers[:, channel] = new
-        rest = slice(offset + 1, None)
-        pull[:, rest].baddbmm_(gram[:, rest, offset].unsqueeze(2), step, alpha=-1)
 
 
 def _scale_step(pull: Tensor, gram: Tensor, codes: Codes, part: slice, grid: Grid) -> None:

@@ -38,6 +38,7 @@ from triton.compiler import ASTSource
 from v4quant_kernels.dispatch import operand_for
 from v4quant_kernels.gpu import (
     activation,
+    feedback,
     gemm,
     index_scores,
     index_vectors,
@@ -202,14 +203,28 @@ def indexer_jobs(full: bool) -> Iterator[Job]:
             yield Job("collect_kernel", "", arch, selection, {})
 
 
+def feedback_jobs(archs: tuple[int, ...]) -> Iterator[Job]:
+    floats = ("values_ptr", "cost_ptr", "size_ptr", "work_ptr", "factor_ptr", "integers_ptr",
+              "errors_ptr", "pull_ptr", "gram_ptr", "scale_ptr")  # fmt: skip
+    types = {**dict.fromkeys(floats, "*fp32"), "low": "fp32", "high": "fp32"}
+    constants = {"GROUP": 128, "TILE": feedback.TILE, "num_warps": feedback.WARPS}
+    for arch in archs:
+        yield Job("best_scale_kernel", "", arch, {**constants, "CANDIDATES": 41}, types)
+        yield Job("round_group_kernel", "", arch, constants, types)
+        yield Job("code_steps_kernel", "", arch, constants, types)
+
+
 def jobs(full: bool) -> list[Job]:
     found = list(full_gemms() if full else sampled_gemms())
     found += indexer_jobs(full)
+    found += feedback_jobs(ARCHITECTURES if full else (90,))
     return found + list(small_kernels(ARCHITECTURES if full else (80,)))
 
 
 def compile_one(job: Job) -> dict[str, Any]:
-    modules = (gemm, native, moe, index_vectors, index_scores, routing, activation, topk)
+    modules = (
+        gemm, native, moe, index_vectors, index_scores, routing, activation, topk, feedback,
+    )  # fmt: skip
     function = next(getattr(m, job.kernel) for m in modules if hasattr(m, job.kernel))
     options = {k: v for k, v in job.constants.items() if k in {"num_warps", "num_stages"}}
     constants = {k: v for k, v in job.constants.items() if k not in options}

@@ -14,14 +14,17 @@ from __future__ import annotations
 import importlib
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from v4quant_kernels import native
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.experts import Activations, ExpertWeights
 from v4quant_kernels.ref import bf16_product as ref_product
+from v4quant_kernels.ref import feedback as ref_feedback
 from v4quant_kernels.ref import indexer as ref_indexer
 from v4quant_kernels.ref import moe as ref_moe
 from v4quant_kernels.runtime import Operand, RuntimeExperts, prepare_experts
@@ -77,6 +80,11 @@ def bf16_product(a: Tensor, b: Tensor) -> Tensor:
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's GPU the current one, where Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None
 
 
 def require_triton() -> None:
@@ -223,3 +231,42 @@ def top_k(logits: Tensor, k: int, *, backend: Backend = "auto") -> Tensor:
 def quantize_index_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of indexer vectors, see `ref.indexer`; torch on every device for now."""
     return ref_indexer.quantize_index_vectors(x)
+
+
+def uses_loops(tensor: Tensor) -> bool:
+    """Whether compiled loops take this tensor."""
+    return not tensor.is_cuda and native.available()
+
+
+def best_scale(values: Tensor, cost: Tensor, magnitudes: Tensor, low: int, high: int) -> Tensor:
+    """The scale of each row of a group; see `ref.feedback.best_scale`."""
+    found: Tensor = _feedback("best_scale", values, cost, magnitudes, low, high)
+    return found
+
+
+def round_group(
+    work: Tensor, scale: Tensor, factor: Tensor, low: int, high: int, integers: Tensor
+) -> Tensor:
+    """Round a group's channels in turn; see `ref.feedback.round_group`."""
+    errors: Tensor = _feedback("round_group", work, scale, factor, low, high, integers)
+    return errors
+
+
+def code_steps(
+    pull: Tensor, scale: Tensor, gram: Tensor, low: int, high: int, integers: Tensor
+) -> None:
+    """A group's codes to their best values in turn; see `ref.feedback.code_steps`."""
+    _feedback("code_steps", pull, scale, gram, low, high, integers)
+
+
+def _feedback(name: str, values: Tensor, *rest: Any) -> Any:
+    """Error feedback on `[B, group, N]`: by loops, by kernels, or by torch where neither can."""
+    if uses_loops(values):
+        loops = importlib.import_module("v4quant_kernels.native.feedback")
+        return getattr(loops, name)(values, *rest)
+    if uses_triton(values, "auto") and has_triton():
+        kernels = _kernels("feedback")
+        if kernels.takes(values):
+            with _on_device_of(values):
+                return getattr(kernels, name)(values, *rest)
+    return getattr(ref_feedback, name)(values, *rest)

@@ -23,6 +23,7 @@ from v4quant_calibration.refine import (
     rough_errors,
     row_errors,
 )
+from v4quant_kernels import dispatch
 
 BATCH, ROWS, COLUMNS = 3, 5, 64
 
@@ -331,3 +332,25 @@ def test_correction_does_not_learn_noise(generator: torch.Generator) -> None:
     none = torch.zeros(0, 32)
     assert not bool(correction(none, none, gram).any())
     assert not bool(correction(rows * 0, rows, gram).any())
+
+
+def test_kernels_solve_as_well(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole of GPTQ and refinement with Triton's kernels in its interpreter."""
+    pytest.importorskip("triton")
+    weights, gram = problem(generator)
+    grid = Grid(3, 32)
+
+    def solved() -> tuple[Tensor, Tensor]:
+        first = gptq(weights, gram, grid)
+        both = first, refine(weights, gram, first, grid, 2)
+        one, two = (gram_error(weights, gram, codes, grid) for codes in both)
+        assert bool((two <= one).all())
+        return one, two
+
+    here = solved()
+    monkeypatch.setattr(dispatch, "uses_loops", lambda tensor: False)
+    monkeypatch.setattr(dispatch, "uses_triton", lambda tensor, backend: True)
+    for kernels, expected in zip(solved(), here, strict=True):
+        # Ties aside these are the same codes.
+        assert float((kernels - expected).abs().median()) <= 1e-4 * float(expected.mean())
+        assert float(kernels.sum()) == pytest.approx(float(expected.sum()), rel=0.02)

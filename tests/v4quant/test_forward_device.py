@@ -21,7 +21,6 @@ from v4quant import calibration, evaluation
 from v4quant.calibration import DrawnCorpus, calibrate_to, solve_settings
 from v4quant.evaluation import Resources, evaluate_checkpoint
 from v4quant.recipe import Recipe
-from v4quant_calibration import block_fit, gptq, refine
 from v4quant_calibration.corpus import Corpus, CorpusPart
 from v4quant_calibration.evaluate import Measures
 from v4quant_calibration.model import indexer
@@ -170,8 +169,8 @@ def solved(
 @pytest.fixture
 def no_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled loops sum in another order than torch."""
-    for module in (gptq, refine, block_fit):
-        monkeypatch.setattr(module, "compiled_for", lambda values: False)
+    monkeypatch.setattr(dispatch, "uses_loops", lambda tensor: False)
+    monkeypatch.setattr(dispatch, "uses_triton", lambda tensor, backend: False)
 
 
 @pytest.mark.usefixtures("no_loops")

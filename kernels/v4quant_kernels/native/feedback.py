@@ -1,12 +1,9 @@
-"""Error feedback on the CPU: the three loops of GPTQ and its refinement, a tile of rows at a time.
+"""Error feedback on the CPU: the three loops of `ref.feedback`, a tile of rows at a time.
 
-`v4quant_calibration.gptq` and `refine` have the arithmetic; in torch each of their channel steps
-passes over a whole group of all rows. Here a tile of rows stays in the cache while all channels of
-the group go by, with the row as the fastest index, so that inner loops become vector instructions.
-Sums are taken in another order than torch's, so codes may differ where a value lies on a tie.
-
-Arrays are float32, channels first: values, integers, pull `[group, N]`; scale `[N]`; moments and
-factors `[group, group]`.
+In torch each channel step passes over a whole group of all rows. Here a tile of rows stays in the
+cache while all channels of the group go by, with the row as the fastest index, so that inner loops
+become vector instructions. Sums are taken in another order than torch's, so codes may differ where
+a value lies on a tie. The loops see one member of the batch at a time.
 """
 
 from __future__ import annotations
@@ -14,27 +11,28 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 from v4quant_kernels.native import compiled
 from v4quant_kernels.native.threads import over_rows
 
-Floats = NDArray[np.float32]
 _TILE = 64  # rows side by side: a group of 128 channels takes 32 KB
 _NARROW = 16  # where few codes move: often none of these does, and the channel is passed over
 
 
 def round_group(
-    work: Floats, scale: Floats, factor: Floats, low: int, high: int, integers: Floats
-) -> Floats:
-    """Round a group's channels in turn, moving later ones; returns errors over the pivots.
-
-    Changes `work`; fills `integers`.
-    """
-    errors = np.empty_like(work)
+    work: Tensor, scale: Tensor, factor: Tensor, low: int, high: int, integers: Tensor
+) -> Tensor:
+    """As `ref.feedback.round_group`."""
+    errors = torch.empty_like(work)
     bounds = np.float32(low), np.float32(high)
-    loop = partial(_round_group, work, scale, factor, *bounds, integers, errors)
-    over_rows(work.shape[1], loop)
+    for b in range(len(work)):
+        loop = partial(
+            _round_group, work[b].numpy(), scale[b].numpy(), factor[b].numpy(), *bounds,
+            integers[b].numpy(), errors[b].numpy(),
+        )  # fmt: skip
+        over_rows(work.shape[2], loop)
     return errors
 
 
@@ -59,11 +57,16 @@ def _round_group(  # type: ignore[no-untyped-def]
 
 
 def code_steps(
-    pull: Floats, scale: Floats, gram: Floats, low: int, high: int, integers: Floats
+    pull: Tensor, scale: Tensor, gram: Tensor, low: int, high: int, integers: Tensor
 ) -> None:
-    """Every code of a group to its best value, in turn. Uses `pull` up; changes `integers`."""
+    """As `ref.feedback.code_steps`."""
     bounds = np.float32(low), np.float32(high)
-    over_rows(pull.shape[1], partial(_code_steps, pull, scale, gram, *bounds, integers))
+    for b in range(len(pull)):
+        loop = partial(
+            _code_steps, pull[b].numpy(), scale[b].numpy(), gram[b].numpy(), *bounds,
+            integers[b].numpy(),
+        )  # fmt: skip
+        over_rows(pull.shape[2], loop)
 
 
 @compiled
@@ -92,15 +95,16 @@ def _code_steps(  # type: ignore[no-untyped-def]
                     pull[j, first + t] -= g * step[t]
 
 
-def best_scale(values: Floats, cost: Floats, magnitudes: Floats, low: int, high: int) -> Floats:
-    """The best of the candidates of either sign for each row: float32 `[N]`.
-
-    cost: `[group]`; magnitudes: `[candidates, N]`, positive. The first of equals wins, positive
-    before negative.
-    """
-    best = np.empty(values.shape[1], np.float32)
+def best_scale(values: Tensor, cost: Tensor, magnitudes: Tensor, low: int, high: int) -> Tensor:
+    """As `ref.feedback.best_scale`."""
+    best = torch.empty_like(values[:, 0])
     bounds = np.float32(low), np.float32(high)
-    over_rows(values.shape[1], partial(_best_scale, values, cost, magnitudes, *bounds, best))
+    for b in range(len(values)):
+        loop = partial(
+            _best_scale, values[b].numpy(), cost[b].numpy(), magnitudes[b].numpy(), *bounds,
+            best[b].numpy(),
+        )  # fmt: skip
+        over_rows(values.shape[2], loop)
     return best
 
 
