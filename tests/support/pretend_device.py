@@ -76,7 +76,10 @@ def _target(name: str, args: Any, kwargs: Any) -> torch.device | None:
     wanted = kwargs.get("device")
     if name == "to" and wanted is None:
         wanted = next((a for a in args[1:] if isinstance(a, torch.device | str)), None)
-    return None if wanted is None else torch.device(wanted)
+    if wanted is None:
+        return None
+    found = torch.device(wanted)
+    return DEVICE if found.type == "cuda" else found
 
 
 def _without_device(args: Any, kwargs: Any) -> tuple[Any, Any]:

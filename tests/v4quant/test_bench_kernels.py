@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+from tests.support.pretend_device import PretendDevice
 from v4quant.cli import cli
+from v4quant.kernel_bench import indexer, indexer_peers, moe, peers
 from v4quant.kernel_bench.cases import INDEX_CASES, SHAPES, random_weights
-from v4quant.kernel_bench.device import choose_device
+from v4quant.kernel_bench.device import Machine, Timing, choose_device
+from v4quant_kernels import dispatch
 from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
+from v4quant_kernels.progress import SilentProgress
 from v4quant_kernels.ref.codec import dequantize
 from v4quant_kernels.scheme import SCHEMES
 
@@ -65,6 +70,43 @@ def test_made_up_weights_are_numbers(scheme: str) -> None:
     for q in weights[3]:
         values = dequantize(q)
         assert bool(values.isfinite().all()) and 1e-3 < float(values.std()) < 10
+
+
+def test_on_a_pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that happens on a GPU but the kernels and clocks: no tensor is left on another device.
+
+    The twins stand for the kernels.
+    """
+
+    def once(calls: Sequence[Callable[[], object]], device: str) -> Timing:
+        assert device == "cuda"
+        for call in calls:
+            call()
+        return Timing(1.0, 0.0)
+
+    gpu = Machine("cuda", "a GPU", "", "", "", 1e9, 1e9, 1e9)
+    for module in (moe, indexer):
+        monkeypatch.setattr(module, "time_calls", once)
+        monkeypatch.setattr(module, "choose_device", lambda device: "cuda")
+        monkeypatch.setattr(module, "measure_machine", lambda device: gpu)
+    for module in (peers, indexer_peers):
+        monkeypatch.setattr(module, "time_foreign", once)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    plain = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": plain())
+    monkeypatch.setattr(dispatch, "uses_triton", lambda tensor, backend: False)
+    monkeypatch.setattr(dispatch, "architecture", lambda tensor: 90)
+    monkeypatch.setattr(indexer, "_L2_BYTES", 2**14)
+    for case in ("requests", "prefill"):
+        monkeypatch.setitem(INDEX_CASES, case, (3, 1) if case == "requests" else (1, 9))
+    with PretendDevice():
+        rows = moe.bench_moe(["tiny"], ["mxfp4"], ["bf16", "e4m3"], [3], SilentProgress())
+        found = indexer.bench_indexer([256], list(INDEX_CASES), 5, SilentProgress())
+    assert len(rows.rows) == 2 and len(found.rows) == 3
+    assert [p.peer[:13] for p in rows.peers] == ["torch grouped"] * 2
+    assert [p.peer for p in found.peers] == ["torch.topk"] * 3
+    assert all("ModuleNotFoundError" in m.reason for m in (*rows.missing, *found.missing))
 
 
 def test_weights_without_codes_are_refused() -> None:
