@@ -44,11 +44,17 @@ def _moe(shape: str, schemes: Sequence[str], tokens: Sequence[int], peers: str) 
     return ("moe", "--shape", shape, *chosen, *counts, "--peers", peers)
 
 
-_OTHER_FORMATS = ("int4-g32", "nvfp4", "fp8", "int8-g128", "mxfp8", "int4-g128")
+_BF16_ONLY = ("int4-g32", "nvfp4", "int8-g128", "int4-g128")
+"""Formats that BF16 tensor cores multiply, whatever the activations are rounded to."""
 STEPS = (
     Step("experts of Flash, MXFP4", _moe("flash", ["mxfp4"], (), "none"), 2.5),
     Step("indexer", ("indexer", "--peers", "none"), 1.5),
-    Step("other formats", _moe("flash", _OTHER_FORMATS, (1, 32, 4096), "none"), 3.5),
+    Step(
+        "integers and NVFP4",
+        (*_moe("flash", _BF16_ONLY, (1, 32, 4096), "none"), "--activations", "bf16"),
+        2.0,
+    ),
+    Step("FP8 formats", _moe("flash", ("fp8", "mxfp8"), (1, 32, 4096), "none"), 1.5),
     Step("others' experts", _moe("flash", ["mxfp4", "fp8"], (8, 128, 4096), "only"), 1.5),
     Step("others' indexers", ("indexer", "--peers", "only"), 1.0),
     Step("experts of Pro, MXFP4", _moe("pro", ["mxfp4"], (), "none"), 2.0),
