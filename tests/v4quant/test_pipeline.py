@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from tests.support.conversion import TINY, convert, folder_bytes
 from v4quant.cli import cli
+from v4quant.evaluation import Resources
 from v4quant.pipeline import PRESETS, CorpusStep, VerifyStep, load_pipeline
 from v4quant.recipe import RecipeError
 from v4quant.steps import FinishedSteps, step_key
@@ -255,6 +257,32 @@ def test_the_second_run_repeats_nothing(
     assert result.stderr.count("reused") == 2
     for told in ("perplexity", "serve with:", "report.html"):
         assert told in result.stdout
+
+
+def test_cap_and_device_reach_every_step(
+    first: tuple[Path, Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, _, _ = first
+    seen: dict[str, Any] = {}
+    calibrate, evaluate, convert = RUN.calibrate_to, RUN.evaluate_checkpoint, RUN.run_job
+    monkeypatch.setattr(
+        RUN, "calibrate_to", lambda *a: seen.update(calibrate=a[-2:]) or calibrate(*a)
+    )
+    monkeypatch.setattr(
+        RUN,
+        "evaluate_checkpoint",
+        lambda *a, resources: seen.update(evaluate=resources) or evaluate(*a, resources=resources),
+    )
+    monkeypatch.setattr(
+        RUN, "run_job", lambda plan, *a, **k: seen.update(job=plan.device) or convert(plan, *a, **k)
+    )
+    result = run(file, tmp_path / "out", "--max-memory", "3GB", "--device", "cpu")
+    assert result.exit_code == 0, (result.output, result.exception)
+    cpu = torch.device("cpu")
+    assert seen == {"calibrate": (3 * 10**9, cpu), "evaluate": Resources(3 * 10**9), "job": cpu}
+    refused = run(file, tmp_path / "none", "--device", "cuda:7")
+    assert refused.exit_code == 1 and "use cpu" in str(refused.exception)
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_interrupted_run_ends_in_the_same_bytes(

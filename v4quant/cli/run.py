@@ -19,7 +19,8 @@ from v4quant.cli._options import forward_options, read_corpus, tool_facts
 from v4quant.cli.calibrate import coverage, coverage_text
 from v4quant.cli.evaluate import finding_lines, has_findings, write_report
 from v4quant.cli.quantize import summary
-from v4quant.evaluation import evaluate_checkpoint
+from v4quant.devices import find_device
+from v4quant.evaluation import Resources, evaluate_checkpoint
 from v4quant.evidence import read_evidence, solved_part
 from v4quant.hub.card import CardRequest
 from v4quant.hub.conversion import open_target, share_cap, update_card
@@ -44,7 +45,9 @@ from v4quant_formats.model_config import ModelConfig, parse_model_config
 @click.argument("recipe")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for all results.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
-@click.option("--max-memory", help="Cap on the conversion's memory, like 6GB.")
+@click.option("--device", default="cpu", show_default=True, help="Where experts are recoded, "
+              "passes run and solvers work: cpu, cuda, cuda:0, ...")  # fmt: skip
+@click.option("--max-memory", help="Cap on every step's memory, like 6GB.")
 @click.option("--disk-cap", help="Disk for shards coming from or going to the hub.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
@@ -53,6 +56,7 @@ def run(
     recipe: str,
     out: Path | None,
     workers: int | None,
+    device: str,
     max_memory: str | None,
     disk_cap: str | None,
     as_json: bool,
@@ -65,7 +69,7 @@ def run(
     pipeline = load_pipeline(recipe)
     folder = out or Path(f"v4quant-{Path(recipe).stem}")
     started = time.monotonic()
-    cap = parse_size(max_memory) if max_memory else None
+    limits = Resources(parse_size(max_memory) if max_memory else None, None, find_device(device))
     disk = parse_size(disk_cap) if disk_cap else None
     where = resolve_source(pipeline.source)
     repo = parse_hub(pipeline.target).repo if pipeline.target else None
@@ -75,10 +79,10 @@ def run(
         make_plan(source, pipeline.recipe)
         if not (target / (pipeline.recipe.layout.index or MANIFEST_NAME)).exists():
             check_folder(target)
-        stats, digest = _calibrate(pipeline, source, folder)
-        plan = make_plan(source, pipeline.recipe, digest)
+        stats, digest = _calibrate(pipeline, source, folder, limits)
+        plan = replace(make_plan(source, pipeline.recipe, digest), device=limits.device)
         _output.heading(f"Quantize to {pipeline.recipe.scheme} ({pipeline.recipe.format})")
-        threads = fit_workers(plan, workers or os.cpu_count() or 1, cap)
+        threads = fit_workers(plan, workers or os.cpu_count() or 1, limits.max_memory)
         share = share_cap(plan, disk, repo is not None)
         delivery = None
         if repo is not None:
@@ -96,7 +100,9 @@ def run(
         result = None
         if pipeline.evaluate is not None:
             with open_source(place, folder / "candidate", share) as candidate:
-                result = _evaluate(pipeline.evaluate, source, candidate, stats, digest, folder)
+                result = _evaluate(
+                    pipeline.evaluate, source, candidate, stats, digest, folder, limits
+                )
         if repo is not None and result is not None:
             update_card(repo, CardRequest(repo, result))
     for folder_of_shards in (scratch, folder / "candidate"):
@@ -111,7 +117,9 @@ def run(
         ctx.exit(_exit.DIFFERENT)
 
 
-def _calibrate(pipeline: Pipeline, source: Checkpoint, folder: Path) -> tuple[Evidence | None, str]:
+def _calibrate(
+    pipeline: Pipeline, source: Checkpoint, folder: Path, limits: Resources
+) -> tuple[Evidence | None, str]:
     step, recipe = pipeline.calibrate, pipeline.recipe
     if step is None:
         return read_evidence(source, None, recipe)
@@ -133,7 +141,10 @@ def _calibrate(pipeline: Pipeline, source: Checkpoint, folder: Path) -> tuple[Ev
     _output.note(f"{sum(map(len, corpus.windows)):,} tokens in {len(corpus.windows)} windows")
     settings = solve_settings(source, recipe) if solves else None
     options, progress = forward_options(step.activations), _output.TerminalProgress()
-    found = calibrate_to(source, config, corpus, options, step.floor, settings, out, progress)
+    found = calibrate_to(
+        source, config, corpus, options, step.floor, settings, out, progress,
+        limits.max_memory, limits.device,
+    )  # fmt: skip
     done.add(key, file)
     _output.note(coverage_text(found.stats))
     return read_evidence(source, out, recipe)
@@ -170,6 +181,7 @@ def _evaluate(
     stats: Evidence | None,
     moments: str,
     folder: Path,
+    limits: Resources,
 ) -> dict[str, Any]:
     _output.heading("Evaluate: perplexity and KL against the source, with a noise floor")
     file, done = folder / "evaluation.json", FinishedSteps(folder)
@@ -181,7 +193,9 @@ def _evaluate(
         config = parse_model_config(dict(source.config))
         corpus = _corpus(step, source, config)
         options, progress = forward_options(step.activations), _output.TerminalProgress()
-        figures = evaluate_checkpoint(candidate, source, corpus, options, progress)
+        figures = evaluate_checkpoint(
+            candidate, source, corpus, options, progress, resources=limits
+        )
         result = {"tool": tool_facts(), **figures}
         if stats is not None:
             result["coverage"] = coverage(stats.stats if isinstance(stats, Solution) else stats)
