@@ -51,7 +51,7 @@ from v4quant_kernels.gpu import (
 )
 from v4quant_kernels.runtime import RuntimeMatrix, layout_codes
 from v4quant_kernels.scheme import SCHEMES
-from v4quant_kernels.words import columns_per_block, columns_per_word
+from v4quant_kernels.words import SPREAD, STEP, columns_per_word
 
 BASELINE = Path(__file__).with_name("instructions.json")
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -113,12 +113,11 @@ def gemm_job(scheme: str, activations: str, size: int, arch: int, epilogue: str)
     is_native = matrix.operand.startswith("native")
     if is_native and matrix.code != "t8":
         types["words_ptr"] = "*u8"
-    if matrix.scale_code == "bf16":
-        several = matrix.scheme.group_size < columns_per_block(matrix.code)
-        types["scale_ptr"] = "*i32" if several else "*bf16"
+    if matrix.code in SPREAD:
+        types["scale_ptr"] = "*i32"
     kernel = "native_gemm_kernel" if is_native else "gemm_kernel"
     name = f"{scheme} {activations} {size} {epilogue}"
-    weights = tile.columns * tile.depth * tile.unroll
+    weights = tile.columns * STEP * tile.unroll
     return Job(kernel, name, arch, constants, types, weights)
 
 
@@ -138,18 +137,22 @@ def full_gemms() -> Iterator[Job]:
                         yield gemm_job(scheme, activations, size, arch, epilogue)
 
 
+SAMPLE = {
+    80: ("mxfp4 bf16 16 sums", "int4-g64 bf16 128 swiglu"),
+    89: ("mxfp4 e4m3 16 sums", "nvfp4 bf16 128 swiglu"),
+    90: ("int8-g128 bf16 16 sums", "mxfp4 bf16 128 swiglu", "mxfp4 e4m3 16 sums",
+         "fp8 e4m3 128 swiglu"),
+    100: ("int4-g32 bf16 16 sums", "fp8 bf16 128 swiglu", "mxfp4 e4m3 128 swiglu"),
+    120: ("mxfp8 bf16 16 sums", "int4-g128 bf16 128 swiglu", "mxfp4 e4m3 16 sums"),
+}  # fmt: skip
+"""Both GEMM kernels where they exist, both ends of the batch, every word and scale code once."""
+
+
 def sampled_gemms() -> Iterator[Job]:
-    """Every kernel kind on every architecture, every format once, both ends of the batch."""
-    for arch in ARCHITECTURES:
-        yield gemm_job("mxfp4", "bf16", 16, arch, "sums")
-        if arch in {80, 90}:
-            yield gemm_job("mxfp4", "bf16", 128, arch, "swiglu")
-        if arch > 80:
-            yield gemm_job("mxfp4", "e4m3", 16, arch, "sums")
-            yield gemm_job("mxfp4", "e4m3", 128, arch, "swiglu")
-    for scheme in ("nvfp4", "int4-g32", "int4-g128", "int8-g128", "fp8"):
-        yield gemm_job(scheme, "bf16", 16, 90, "sums")
-    yield gemm_job("fp8", "e4m3", 128, 90, "swiglu")
+    for arch, names in SAMPLE.items():
+        for name in names:
+            scheme, activations, size, epilogue = name.split()
+            yield gemm_job(scheme, activations, int(size), arch, epilogue)
 
 
 def small_kernels(archs: tuple[int, ...]) -> Iterator[Job]:
@@ -300,7 +303,7 @@ def main() -> None:
     full, write = "--full" in sys.argv, "--write" in sys.argv
     only = next((a.removeprefix("--only=") for a in sys.argv if a.startswith("--only=")), "")
     workers = min(8, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
         records = list(pool.map(compile_one, [j for j in jobs(full) if re.search(only, j.name)]))
     if write:
         stored = json.loads(BASELINE.read_text()) if only else {"kernels": {}}

@@ -5,7 +5,7 @@
 * codes become *words* (`words.py`), which decode with few instructions;
 * gate and up rows alternate in blocks of eight in one matrix, so that one GEMM computes both and a
   program finds a channel's gate and up in its own registers;
-* scales get one row per weight row, in the form the kernel multiplies by (below);
+* scales get one row per weight row, in the form the kernel multiplies by (`scale_forms.py`);
 * whatever is common to a row (global scale, exponent shifts) becomes one float32 `row_scale`, which
   multiplies the finished sums.
 
@@ -14,17 +14,6 @@ meet FP8 tensor cores (sm_89, sm_90) and the weights fit; "native" where the mac
 block-scaled numbers of four and eight bits itself (sm_100), "native8" where only eight (sm_120). A
 format that cannot serve an operand exactly is laid
 out for "bf16", with the same result.
-
-Scale forms (`scale_code`):
-
-* `field`: the exponent field of the bfloat16 that turns a bit pattern into the scaled weight,
-  `byte + bias - reference[row]`. The reference is 0 unless a row has huge scales.
-* `ue5m3`: the E4M3 scale of NVFP4 renormalized (no subnormals; 0 stays 0), so that it becomes a
-  bfloat16 by one shift and one addition.
-* `relative`: E8M0 bytes; the kernel takes `byte - reference[row]` as the exponent that an FP8
-  number can absorb.
-* `e8m0`, `bf16`: multipliers of a group's sum, as stored; `bf16` has as many as whole blocks of
-  words have groups, the surplus being 0.
 
 Everything carries the tag of its layout, `LAYOUT/code/scale`; kernels refuse a tag they do not
 know. `RuntimeExperts[e]` undoes the arrangement for one expert and returns its QTensors, bit for
@@ -45,18 +34,24 @@ from v4quant_kernels.experts import ExpertQTensors, ExpertWeights, StackedMatrix
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e2m1
 from v4quant_kernels.ref.pack import pack_bits, unpack_bits
+from v4quant_kernels.scale_forms import (
+    BIAS,
+    FP8_EXPONENTS,
+    SCALE_CODES,
+    from_pieces,
+    from_ue5m3,
+    in_pieces,
+    scale_form,
+    value_range,
+    zero_groups,
+)
 from v4quant_kernels.scheme import Scheme
-from v4quant_kernels.words import PIECES, columns_per_block, from_words, to_words
+from v4quant_kernels.words import PIECES, SPREAD, columns_per_block, from_words, to_words
 
 Operand = Literal["bf16", "fp8", "native", "native8"]
-LAYOUT = "v4q2"
-SCALE_CODES = ("field", "ue5m3", "relative", "e8m0", "bf16", "none")
+LAYOUT = "v4q3"
 
 _ROWS = 8  # gate and up rows alternate in blocks of this many
-_BIAS = {"e2m1": 126, "e4m3": 120}  # exponents a bare bit pattern lacks as a bfloat16
-_LEAST_FIELD = {"e2m1": 121, "e4m3": 123}  # below it a product is no bfloat16 subnormal any more
-_UE5M3_ONE = 10  # exponent field of 1.0: E4M3's smallest number, 2^-9, has field 1
-_FP8_EXPONENTS = (-5, 6)  # what an E2M1 number in E4M3 can absorb without subnormals
 
 
 @dataclass(frozen=True)
@@ -118,11 +113,12 @@ class RuntimeMatrix:
 
     def _stored_scale(self, expert: int) -> Tensor:
         scale, reference = self.scale[expert], self.reference[expert].unsqueeze(-1)
+        if self.code in SPREAD and self.scale_code != "none":
+            group = self.scheme.group_size
+            scale = from_pieces(scale, group, -(-self.shape[1] // group))
         if self.scale_code == "field":
-            return scale.int() - _BIAS[self.scheme.element] + reference
-        if self.scale_code == "bf16":
-            return scale[:, : -(-self.shape[1] // self.scheme.group_size)]
-        return _from_ue5m3(scale) if self.scale_code == "ue5m3" else scale
+            return scale.int() - BIAS[self.scheme.element] + reference
+        return from_ue5m3(scale) if self.scale_code == "ue5m3" else scale
 
 
 @dataclass(frozen=True)
@@ -186,10 +182,10 @@ def _arrange(parts: list[StackedMatrix], operand: Operand) -> RuntimeMatrix:
         spare = -codes.shape[1] % columns_per_block(code)
         words.append(to_words(pad(codes, (0, spare)), code))
         stored = _interleave([_row_scales(p, expert) for p in parts])
-        zero = _zero_groups(codes, scheme, stored.shape[1])
-        scale, reference, factor = _scale_form(stored, zero, scheme, scale_code)
-        groups = -(-(codes.shape[1] + spare) // max(1, scheme.group_size))
-        scale = pad(scale, (0, groups - scale.shape[1])) if scale_code == "bf16" else scale
+        zero = zero_groups(codes, scheme, stored.shape[1])
+        scale, reference, factor = scale_form(stored, zero, scheme, scale_code)
+        if code in SPREAD and scale_code != "none":
+            scale = in_pieces(scale, scheme.group_size)
         globals_ = [p.global_scale[expert].expand(p.shape[0], 1) for p in parts]
         row_scale = factor * _interleave(globals_).squeeze(1)
         if not bool(torch.isfinite(row_scale).all()):
@@ -238,12 +234,12 @@ def layout_codes(scheme: Scheme, operand: Operand) -> tuple[str, str]:
 
 def _fits_fp8(matrix: StackedMatrix) -> bool:
     """Whether in every row the exponents of groups that are not zero fit an FP8 number."""
-    low, high = _FP8_EXPONENTS
+    low, high = FP8_EXPONENTS
     for expert in range(matrix.codes.shape[0]):
         stored = _row_scales(matrix, expert)
         codes = _integer_codes(matrix, expert, "t8")
-        zero = _zero_groups(codes, matrix.scheme, stored.shape[1])
-        least, most = _range(stored, zero)
+        zero = zero_groups(codes, matrix.scheme, stored.shape[1])
+        least, most = value_range(stored, zero)
         if bool((most - least > high - low).any()):
             return False
     return True
@@ -262,7 +258,7 @@ def _integer_codes(matrix: StackedMatrix, expert: int, code: str) -> Tensor:
             raise NonFiniteWeight(f"expert {expert} holds E4M3 codes that are not numbers")
         return codes
     integers = unpack_bits(stored, scheme.bits, matrix.shape[1]).int()
-    return integers & 255 if code == "i8" else integers + 8
+    return integers + (128 if code == "i8" else 8)
 
 
 def _row_scales(matrix: StackedMatrix, expert: int) -> Tensor:
@@ -285,72 +281,6 @@ def _row_scales(matrix: StackedMatrix, expert: int) -> Tensor:
         if bool((scale >= nan).any()):
             raise NonFiniteWeight(f"expert {expert} has a scale that is NaN or negative")
     return scale.repeat_interleave(matrix.scheme.block[0], 0)[:rows]
-
-
-def _zero_groups(codes: Tensor, scheme: Scheme, groups: int) -> Tensor:
-    """bool `[R, groups]`: whether all elements of a group are zero of either sign."""
-    if groups == 0 or scheme.element == "int":
-        return torch.zeros(codes.shape[0], groups, dtype=torch.bool, device=codes.device)
-    magnitude = codes & ((1 << (scheme.bits - 1)) - 1)
-    whole = pad(magnitude, (0, groups * scheme.group_size - codes.shape[1]))
-    return (whole.view(codes.shape[0], groups, -1) == 0).all(-1)
-
-
-def _range(stored: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """(least, largest) E8M0 byte of each row among groups that are not zero; 127 if all are."""
-    most = stored.masked_fill(zero, -1).amax(1)
-    least = stored.masked_fill(zero, 256).amin(1)
-    empty = most < 0
-    return least.masked_fill(empty, 127), most.masked_fill(empty, 127)
-
-
-def _scale_form(
-    stored: Tensor, zero: Tensor, scheme: Scheme, scale_code: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(scale, reference int32 `[R]`, factor float32 `[R]`) of one expert."""
-    reference = torch.zeros(stored.shape[0], dtype=torch.int32, device=stored.device)
-    factor = torch.ones(stored.shape[0], dtype=torch.float32, device=stored.device)
-    if scale_code == "field":
-        bias = _BIAS[scheme.element]
-        reference = (stored.amax(1) + bias - 254).clamp(min=0)
-        field = stored + bias - reference.unsqueeze(1)
-        if bool(((field < _LEAST_FIELD[scheme.element]) & ~zero).any()):
-            raise UnsupportedScheme(
-                "the scales of one row are more than 2^130 apart, which no kernel multiplies "
-                "exactly; use backend='torch'"
-            )
-        return field.to(torch.uint8), reference, _power_of_two(reference)
-    if scale_code == "relative":
-        reference = (_range(stored, zero)[1] - _FP8_EXPONENTS[1]).clamp(min=1)
-        return stored.to(torch.uint8), reference, _power_of_two(reference - 127)
-    if scale_code == "ue5m3":
-        return _to_ue5m3(stored), reference, factor * 2.0**8  # the kernel's multiplier is 2^-8 low
-    if scale_code == "bf16":
-        return stored, reference, factor
-    return stored.to(torch.uint8), reference, factor
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """float32 2^exponent for -126..127."""
-    return ((exponent.int() + 127) << 23).view(torch.float32)
-
-
-def _to_ue5m3(byte: Tensor) -> Tensor:
-    """uint8 five exponent and three mantissa bits of non-negative E4M3 bytes; 0 stays 0."""
-    field, mantissa = byte >> 3, byte & 7
-    # A subnormal m * 2^-9 is (m / 2^p) * 2^(p-9), p the place of its leading one.
-    place = (mantissa >= 2).int() + (mantissa >= 4).int()
-    small = ((place + 1) << 3) | ((mantissa << (3 - place)) & 7)
-    normal = ((field - 7 + _UE5M3_ONE) << 3) | mantissa
-    return torch.where(field > 0, normal, small.masked_fill(mantissa == 0, 0)).to(torch.uint8)
-
-
-def _from_ue5m3(code: Tensor) -> Tensor:
-    """int32 E4M3 bytes; the inverse of `_to_ue5m3`."""
-    field, mantissa = code.int() >> 3, code.int() & 7
-    normal = ((field + 7 - _UE5M3_ONE) << 3) | mantissa
-    small = (8 | mantissa) >> (4 - field).clamp(min=0)
-    return torch.where(field > 3, normal, small.masked_fill(code == 0, 0))
 
 
 def _interleave(parts: list[Tensor]) -> Tensor:
@@ -379,7 +309,7 @@ def _qtensor(matrix: RuntimeMatrix, codes: Tensor, scale: Tensor, global_scale: 
     elif scheme.element == "e4m3":
         stored = codes.to(torch.uint8).view(torch.float8_e4m3fn)
     else:
-        integers = codes.to(torch.int8) if matrix.code == "i8" else (codes - 8).to(torch.int8)
+        integers = (codes - (128 if matrix.code == "i8" else 8)).to(torch.int8)
         stored = pack_bits(integers, scheme.bits)
     scale = scale[:: scheme.block[0]]
     if matrix.stored_scale == torch.float32:

@@ -7,11 +7,11 @@ a word holds `8` (or 4, or 2) columns of one row, and a *word code* says at whic
 
 | code | holds | for | a kernel takes out |
 |---|---|---|---|
-| t16 | 8 E2M1 | bfloat16 pairs | `x & M`, `x<<3 & M`, `x<<6 & M`, and one pair in three pieces |
+| t16 | 8 E2M1 | bfloat16 pairs | `x<<2 & M`, `x<<6 & M`, `rotate(x, 12) & M`, and the rest |
 | t8 | 8 E2M1 | FP8 by a table of bytes | selectors `x & 0x77777777`, signs `x` and `x<<4` |
-| i4 | 8 integers | bfloat16 pairs | `x & 0x000F000F`, `x>>4 & ..`, put under the exponent of 128 |
-| i8 | 4 integers | bfloat16 pairs | `x & 0x007F007F` and sign bits likewise; `x>>8` |
-| e16 | 4 E4M3 | bfloat16 pairs | signs in place, the rest shifted by 4 |
+| i4 | 8 integers + 8 | bfloat16 pairs | `x & 0x000F000F`, `x & 0x00F000F0`, and these of `x>>8` |
+| i8 | 4 integers + 128 | bfloat16 pairs | `x & 0x00FF00FF`, and its other bytes |
+| e16 | 4 E4M3 | bfloat16 pairs | `x & 0x87F087F0`, and one pair in two pieces |
 | b8 | 4 E4M3 | FP8 as it is | the word |
 | n4 | 8 E2M1 | block-scaled tensor cores | the word (the bytes of a checkpoint) |
 | w16 | 2 bfloat16 | bfloat16 as it is | the word |
@@ -19,11 +19,10 @@ a word holds `8` (or 4, or 2) columns of one row, and a *word code* says at whic
 M is 0x81C081C0: the sign and the `eem` bits of two bfloat16. Column 2j of a word is the low half of
 pair j, column 2j+1 the high half.
 
-Integers are multiplied 32 columns at a time, because their scales multiply the sums of groups of 32
-and more. So their columns are *spread* over blocks of 16 words: pair j of the words of a block
-holds the block's columns 32j to 32j+31, two a word. Shifting and masking all 16 words then gives 32
-neighbouring columns in place, and nothing has to be taken apart. Elsewhere a word's columns are
-neighbours.
+Codes for bfloat16 are multiplied 32 columns at a time. So their columns are *spread* over blocks of
+16 words: pair j of the words of a block holds the block's columns 32j to 32j+31, two a word.
+Shifting and masking all 16 words then gives 32 neighbouring columns in place, the operand of one
+short product, and nothing has to be taken apart. In codes for FP8 a word's columns are neighbours.
 
 A code is a table of pieces `(column, mask, shift)`: the bits `mask` of that column's code move left
 by `shift`. Every bit of a word is used once, so arranging can be undone, and a new code is a new
@@ -39,19 +38,36 @@ Piece = tuple[int, int, int]
 
 
 def _t16() -> list[Piece]:
+    """The sign of each number at bit 15 of a half, the others at 8 to 6, moved as the table says.
+
+    Left by 2 or 6 two pairs, rotated left by 12 another; what is left of each half, bits 15, 14, 8
+    and 7, is the first pair but for its lowest bit.
+    """
     pieces = []
-    for column in range(8):
-        pair, half = column // 2, 16 * (column % 2)
-        if pair < 3:
-            pieces += [(column, 8, half + 12 - 3 * pair), (column, 7, half + 6 - 3 * pair)]
-        else:  # what is left of each half: bits 14, 13, 11 and 10
-            pieces += [(column, 8, half + 11), (column, 6, half + 9), (column, 1, half + 13)]
+    for half in (0, 16):
+        column = half // 16
+        pieces += [(column, 8, half + 12), (column, 6, half + 6), (column, 1, half + 14)]
+        for pair, left in ((1, 2), (2, 6)):
+            pieces += [(2 * pair + column, 8, half + 12 - left)]
+            pieces += [(2 * pair + column, 7, half + 6 - left)]
+        # Rotated by 12 the sign stays in its half, and the rest comes from the other one.
+        pieces += [(6 + column, 8, half), (6 + column, 7, 26 - half)]
     return pieces
 
 
 def _t8() -> list[Piece]:
     signs = [(c, 8, 8 * c + 4 if c < 4 else 8 * (c - 4)) for c in range(8)]
     return [(c, 7, 4 * c) for c in range(8)] + signs
+
+
+def _e16() -> list[Piece]:
+    pieces = []
+    for half in (0, 16):
+        pieces += [(half // 16, 128, half + 8), (half // 16, 127, half + 4)]
+        # What is left of each half: bits 14 to 11 and 3 to 0, four places from where they belong.
+        second = 2 + half // 16
+        pieces += [(second, 128, half + 4), (second, 15, half), (second, 112, half + 8)]
+    return pieces
 
 
 def _by_pairs(bits: int) -> list[Piece]:
@@ -64,7 +80,7 @@ PIECES: dict[str, list[Piece]] = {
     "t8": _t8(),
     "i4": _by_pairs(4),
     "i8": _by_pairs(8),
-    "e16": _by_pairs(8),
+    "e16": _e16(),
     "n4": [(c, 15, 4 * c) for c in range(8)],
     "b8": [(c, 255, 8 * c) for c in range(4)],
     "w16": [(c, 65535, 16 * c) for c in range(2)],
@@ -77,7 +93,10 @@ def columns_per_word(code: str) -> int:
     return 1 + max(column for column, _, _ in PIECES[code])
 
 
-SPREAD = ("i4", "i8")
+STEP = 128
+"""Columns that kernels multiply at a step: as many activations as share a scale."""
+
+SPREAD = ("t16", "e16", "i4", "i8", "w16")
 """Codes whose pairs hold neighbouring columns of a block of 16 words."""
 
 

@@ -11,6 +11,7 @@ from tests.docs.pages import ROOT
 
 BASELINE = json.loads((ROOT / "kernels" / "bench" / "instructions.json").read_text())["kernels"]
 ARCHITECTURES = (80, 89, 90, 100, 120)
+LIMIT = 3.8
 CELL = re.compile(r"(\d+\.\d) \((\d+)\)")
 
 
@@ -50,3 +51,25 @@ def test_counts(tiles: str, title: str, cells: list[str]) -> None:
             assert cell == "-"
         else:
             assert cell == f"{stored['per_weight']:.1f} ({stored['registers']})"
+
+
+def affordable() -> list[tuple[str, list[str]]]:
+    """Rows of the table that says which counts are at most 3.8."""
+    lines = (ROOT / "docs" / "kernels.md").read_text().splitlines()
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in lines]
+    return [(c[0], c[1:]) for c in cells if len(c) == 6 and set(c[1:]) & {"both", "decode"}]
+
+
+def test_what_the_issue_slots_afford() -> None:
+    assert len(affordable()) == 12
+    for title, cells in affordable():
+        for arch, cell in zip(ARCHITECTURES, cells, strict=True):
+            decode, prefill = (
+                baseline(f"Tiles of {tiles}", title, arch) for tiles in ("16 slots", "up to 128")
+            )
+            if decode is None or prefill is None:
+                assert cell == "-"
+                continue
+            fits = decode["per_weight"] <= LIMIT, prefill["per_weight"] <= LIMIT
+            names = {(True, True): "both", (True, False): "decode", (False, True): "prefill"}
+            assert cell == names.get(fits, "neither"), (title, arch)

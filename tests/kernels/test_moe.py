@@ -137,7 +137,7 @@ def test_large_tiles_apply_swiglu_themselves(
 ) -> None:
     experts = random_experts(scheme, 2, *sizes(scheme), generator)
     arguments = inputs(experts, 7, 2, generator)
-    tile = gpu.Tile(32, 64, 32, swap=swap)
+    tile = gpu.Tile(32, 64, swap=swap)
     with poisoned_allocations(monkeypatch):
         out = gpu.moe(
             *(t.to(device) for t in arguments), to_device(experts, device), LIMIT, tile=tile
@@ -167,7 +167,7 @@ def test_eight_bit_tensor_cores(
     prepared = prepare_experts(to_device(experts, device), operand)
     assert prepared.down.operand == operand and prepared.gate_up.operand == operand
     arguments = inputs(experts, 6, 2, generator)
-    for tile in (gpu.Tile(16, 128, 128, swap=True), gpu.Tile(32, 128, 128)):
+    for tile in (gpu.Tile(16, 128, swap=True), gpu.Tile(32, 128)):
         with poisoned_allocations(monkeypatch):
             out = gpu.moe(
                 *(t.to(device) for t in arguments), prepared, LIMIT, None, "e4m3", tile=tile
@@ -197,7 +197,7 @@ def test_uneven_routing(
         ids = ids % 2 * 3
     else:
         ids[::3, 0], ids[1::4, 1], ids[5] = -1, -1, -1
-    tile = gpu.Tile(rows, 64, 32, swap=rows == 16)
+    tile = gpu.Tile(rows, 64, swap=rows == 16)
     with poisoned_allocations(monkeypatch):
         out = gpu.moe(
             x.to(device),

@@ -107,10 +107,10 @@ def test_rows_beyond_fp8_fall_back(generator: torch.Generator) -> None:
     experts = random_experts("mxfp4", 2, 64, 32, generator)
     experts.w3.codes[1, 3] = 0x11
     experts.w3.scale[1, 3, 0], experts.w3.scale[1, 3, 1] = 130, 119
-    assert prepare_experts(experts, "fp8").gate_up.tag == "v4q2/t8/relative"
+    assert prepare_experts(experts, "fp8").gate_up.tag == "v4q3/t8/relative"
     experts.w3.scale[1, 3, 1] = 118
     prepared = prepare_experts(experts, "fp8")
-    assert prepared.gate_up.tag == "v4q2/t16/field" and prepared.gate_up.operand == "bf16"
+    assert prepared.gate_up.tag == "v4q3/t16/field" and prepared.gate_up.operand == "bf16"
     assert prepared.down.operand == "fp8"
 
 
@@ -131,7 +131,8 @@ def test_gate_and_up_alternate_in_eights(generator: torch.Generator) -> None:
     down = random_qtensor("bf16", 8, 20, generator)
     matrix = prepare_experts(stack_experts([(q[0], q[1], down)])).gate_up
     rows = matrix.words[0].view(torch.bfloat16)
-    assert rows.shape == (48, 8)
+    assert rows.shape == (48, 32) and not rows[:, 8:].any()
+    rows = rows[:, :8]
     assert torch.equal(rows[:8], q[0].codes[:8]) and torch.equal(rows[8:16], q[1].codes[:8])
     assert torch.equal(rows[16:24], q[0].codes[8:16]) and torch.equal(rows[32:36], q[0].codes[16:])
     assert not rows[36:40].any()

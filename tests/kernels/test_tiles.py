@@ -35,11 +35,12 @@ def test_larger_batches_take_larger_tiles(tiles: Any, matrix: RuntimeMatrix) -> 
 def test_few_tiles_are_shared(tiles: Any, generator: torch.Generator) -> None:
     """Whole steps for every program, and no sharing where there is work for all anyway."""
     matrix = prepare_experts(random_experts("mxfp4", 1, 1024, 128, generator)).gate_up
-    tile = tiles.Tile(16, 128, 64)
-    assert [tiles.choose_split(n, matrix, tile) for n in (1, 150, 1000)] == [4, 2, 1]
-    assert tiles.choose_split(1, matrix, tiles.Tile(16, 128, 128)) == 2
+    tile = tiles.Tile(16, 128)
+    longer = prepare_experts(random_experts("mxfp4", 1, 2048, 128, generator)).gate_up
+    assert [tiles.choose_split(n, longer, tile) for n in (1, 150, 1000)] == [4, 2, 1]
+    assert tiles.choose_split(1, matrix, tile) == 2
     odd = prepare_experts(random_experts("mxfp4", 1, 992, 128, generator)).gate_up
-    assert tiles.choose_split(1, odd, tiles.Tile(16, 128, 32)) == 1
+    assert tiles.choose_split(1, odd, tile) == 1
 
 
 def test_a_tuned_table(
@@ -49,7 +50,7 @@ def test_a_tuned_table(
     content = {
         "device": device,
         "triton": tiles.triton_version(),
-        "tiles": {"t16/field/32 16 sums": {"rows": 16, "columns": 32, "depth": 64}},
+        "tiles": {"t16/field/32 16 sums": {"rows": 16, "columns": 32}},
     }
     good, foreign, broken = (tmp_path / name for name in ("good", "foreign", "broken"))
     good.write_text(json.dumps(content))
@@ -57,7 +58,7 @@ def test_a_tuned_table(
     broken.write_text('{"tiles": 3')
     static = tiles.choose_tile(90, matrix, 1)
     monkeypatch.setenv(tiles.TILES_VARIABLE, str(good))
-    assert tiles.choose_tile(90, matrix, 1) == tiles.Tile(16, 32, 64)
+    assert tiles.choose_tile(90, matrix, 1) == tiles.Tile(16, 32)
     assert tiles.choose_tile(90, matrix, 40) == tiles.static_tile(90, matrix, 64)
     for path, message in ((foreign, "was tuned for"), (broken, "cannot read")):
         monkeypatch.setenv(tiles.TILES_VARIABLE, str(path))

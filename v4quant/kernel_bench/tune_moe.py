@@ -18,7 +18,7 @@ from v4quant_kernels.experts import Activations
 from v4quant_kernels.gpu import tiles
 from v4quant_kernels.gpu.tiles import Tile
 from v4quant_kernels.progress import Progress
-from v4quant_kernels.runtime import RuntimeExperts, RuntimeMatrix
+from v4quant_kernels.runtime import RuntimeExperts
 from v4quant_kernels.scheme import get_scheme
 
 TOKENS = {16: 32, 64: 2048, 128: 8192}
@@ -31,7 +31,6 @@ VALUES: dict[str, tuple[int | bool, ...]] = {
     "swap": (False, True),
     "warps": (4, 8),
     "columns": (64, 128, 256),
-    "depth": (64, 128),
     "rows": (16, 32, 64, 128),
     "stages": (2, 3, 4, 5),
     "unroll": (1, 2),
@@ -39,10 +38,8 @@ VALUES: dict[str, tuple[int | bool, ...]] = {
 """What is tried of each property, the most telling first."""
 
 
-def variants(tile: Tile, name: str, size: int, matrix: RuntimeMatrix) -> list[Tile]:
-    """The tiles that differ from `tile` in one property and suit the size and the weights."""
-    if name == "depth" and (matrix.operand != "bf16" or matrix.scale_code == "bf16"):
-        return []  # it follows from the format
+def variants(tile: Tile, name: str, size: int) -> list[Tile]:
+    """The tiles that differ from `tile` in one property and suit the size."""
     values = [v for v in VALUES[name] if v != getattr(tile, name)]
     if name == "rows":
         values = [v for v in values if size // 2 <= v <= size and (v > 16) == (size > 16)]
@@ -89,7 +86,7 @@ def _tune_size(
             key = tiles.tile_key(matrix, size, fused)
             seconds = partial(seconds_with, key=key, calls=calls, expected=expected, stray=_STRAY)
             start = tiles.static_tile(arch, matrix, size, fused)
-            suited = partial(variants, size=size, matrix=matrix)
+            suited = partial(variants, size=size)
             best, after, before = improve(start, VALUES, suited, seconds)
             chosen.enter_context(tiles.trying(key, best))
             progress.advance(1)

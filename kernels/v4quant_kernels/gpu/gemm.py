@@ -1,17 +1,18 @@
 """The grouped GEMM: one template for every format, both projections and every operand.
 
-A program multiplies BM slots of one expert with BN rows of that expert's words. Per step along K it
-loads a tile of activations and a tile of words, decodes the words in registers (`gpu/words.py`) and
-feeds the tensor cores. What differs between formats is constants of the compilation:
+A program multiplies BM slots of one expert with BN rows of that expert's words, 128 columns a step.
+What differs between formats is constants of the compilation:
 
-* CODE and SCALE name the word code and the form of the scales (`runtime.py`).
-* Where the scale goes is decided by exactness. `field`, `ue5m3` and `relative` scales are part of
-  the decoded number, exactly. Others multiply the float32 sum of their group. A step of integers
-  (`integer_sums`) is a block of 16 words, which holds parts of 32 columns, one or more a group.
-* FP8: activations are E4M3 bytes with an E8M0 scale per 128 columns. A step is 128 columns whose
-  sum is scaled once, which is also where Hopper's short FP8 accumulator is emptied.
-* SWAP puts the weights on the left of the product. FP8 tensor cores of sm_90 work on 64 or more
-  rows of the left operand: for few slots the weights must be there.
+* CODE and SCALE name the word code (`words.py`) and the form of the scales (`scale_forms.py`).
+* Words for bfloat16 are decoded in registers 32 columns at a time, each a short product of its own
+  (`spread_sums`). Where the scale goes is decided by exactness: `field` and `ue5m3` scales are part
+  of the decoded number; a bfloat16 scale multiplies the float32 sum of its group.
+* FP8: activations are E4M3 bytes with an E8M0 scale per 128 columns (`fp8_sums`). The sum of a step
+  is scaled once, which is also where Hopper's short FP8 accumulator is emptied. `relative` scales
+  are part of the number, `e8m0` ones multiply the sum.
+* SWAP puts the weights on the left of the product: the tensor cores of sm_90 work on 64 or more
+  rows of the left operand, and take them from registers; those of older ones share out the rows
+  among warps, so that none decodes what another has decoded.
 * SPLIT programs share one tile along K; each writes its own part of the sums.
 
 EPILOGUE "swiglu" turns the interleaved gate and up sums of a tile into h = bf16(routing *
@@ -26,19 +27,33 @@ import triton.language as tl
 
 from v4quant_kernels.gpu.activation import swiglu
 from v4quant_kernels.gpu.decode import cast_to_bf16, load_bf16
-from v4quant_kernels.gpu.words import fp8_numbers, plain_floats, scaled_floats, spread_integers
+from v4quant_kernels.gpu.words import (
+    fp8_numbers,
+    plain_floats,
+    spread_floats,
+    spread_integers,
+)
 
 
 @triton.jit
-def multiplier_bits(stored, SCALE: tl.constexpr):
-    """int32 bits of the bfloat16 that a pattern is multiplied by (`runtime.py` on scale forms)."""
-    code = stored.to(tl.int32)
+def multiplier(piece, place, SCALE: tl.constexpr):
+    """int32: the bfloat16 that patterns are multiplied by, in both halves; byte `place` of a piece.
+
+    `scale_forms.py` says what the byte is.
+    """
+    byte = (piece >> 8 * place) & 255
     if SCALE == "field":
-        bits = code << 7
+        twice = byte * 0x00800080
     else:
         tl.static_assert(SCALE == "ue5m3")
-        bits = ((code << 4) + (235 << 7)) & ((0 - code) >> 31)  # 0 for code 0, without a predicate
-    return bits
+        twice = byte * 0x00100010 + 0x75807580
+    return twice
+
+
+@triton.jit
+def sum_factor(piece, place):
+    """float32 of the bfloat16 in half `place` of a piece."""
+    return ((piece << 16 * (1 - place)) & -0x10000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -49,46 +64,13 @@ def group_factor(stored):
 
 
 @triton.jit
-def load_x(pointers, mask, FP8: tl.constexpr, COMPUTE: tl.constexpr):
-    """A tile of activations: E4M3 from bytes, or bfloat16 as COMPUTE."""
-    if FP8:
-        x = tl.load(pointers, mask=mask, other=0).to(tl.float8e4nv, bitcast=True)
-    else:
-        x = load_bf16(pointers, mask, COMPUTE)
-    return x
-
-
-@triton.jit
 def load_weights(pointers, rows, columns, WHOLE: tl.constexpr):
-    """A tile of words or scales, 0 outside the masks; WHOLE tiles need no masks."""
+    """A tile of words or scales, 0 outside the masks; WHOLE tiles need none."""
     if WHOLE:
         tile = tl.load(pointers)
     else:
         tile = tl.load(pointers, mask=rows[:, None] & columns[None, :], other=0)
     return tile
-
-
-@triton.jit
-def decode_tile(
-    words,
-    stored,
-    reference,
-    CODE: tl.constexpr,
-    SCALE: tl.constexpr,
-    FP8: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """`[BN, BK]` weights, with their group scales where those can be part of them."""
-    if FP8:
-        exponent = stored.to(tl.int32) - reference[:, None]
-        exponent = tl.minimum(tl.maximum(exponent, -5), 6)  # outside only for groups of zeros
-        w = fp8_numbers(words, exponent, CODE, COMPUTE)
-    elif SCALE == "field" or SCALE == "ue5m3":
-        w = scaled_floats(words, multiplier_bits(stored, SCALE), CODE, COMPUTE)
-    else:
-        tl.static_assert(SCALE == "none")
-        w = plain_floats(words, COMPUTE)
-    return w
 
 
 @triton.jit
@@ -114,27 +96,21 @@ def along_slots(values, SWAP: tl.constexpr):
 
 
 @triton.jit
-def integer_scale(
-    scale_line, place, index: tl.constexpr, there, PAIRED: tl.constexpr, WHOLE: tl.constexpr
-):
-    """float32 `[rows]` scales of group `place`, the `index`-th of its block."""
-    pointers = scale_line + (place // 2 if PAIRED else place)
+def load_pieces(scale_line, index, NEXT: tl.constexpr, there, WHOLE: tl.constexpr):
+    """int32 scales: `[rows]` if there is one piece to a part of 32 columns, or `[rows, NEXT]`."""
+    pointers = scale_line + index * NEXT
+    if NEXT > 1:
+        pointers = pointers[:, None] + tl.arange(0, NEXT)[None, :]
+        there = there[:, None]
     if WHOLE:
-        stored = tl.load(pointers)
+        pieces = tl.load(pointers)
     else:
-        stored = tl.load(pointers, mask=there, other=0)
-    if not PAIRED:
-        # Read as its bits: the interpreter's conversion errs for subnormals.
-        bits = stored.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    elif index % 2 == 0:
-        bits = stored << 16
-    else:
-        bits = stored & -0x10000
-    return bits.to(tl.float32, bitcast=True)
+        pieces = tl.load(pointers, mask=there, other=0)
+    return pieces
 
 
 @triton.jit
-def integer_sums(
+def spread_sums(
     acc,
     x_line,
     real,
@@ -144,45 +120,119 @@ def integer_sums(
     first,
     K: tl.constexpr,
     ROWS: tl.constexpr,
+    STEP: tl.constexpr,
     STEPS: tl.constexpr,
-    GROUP: tl.constexpr,
     CODE: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
     SWAP: tl.constexpr,
     WHOLE: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """acc plus the sums of STEPS blocks of integer words from column `first`.
+    """acc plus the products of STEPS steps from column `first`, of words decoded to bfloat16.
 
-    x_line `[slots, 1]`, words_line and scale_line `[rows]` point at column 0. Scales are pairs of
-    bfloat16 where a block has several groups.
+    x_line `[slots, 1]`, words_line `[rows, 1]` and scale_line `[rows]` point at column 0. Scales
+    are read in pieces of int32, NEXT of them for a part of 32 columns that holds so many groups.
     """
-    BLOCK: tl.constexpr = 16 * COLUMNS
-    PAIRED: tl.constexpr = GROUP < BLOCK
+    PAIRS: tl.constexpr = COLUMNS // 2
+    SUMS: tl.constexpr = SCALE == "bf16"
+    NEXT: tl.constexpr = 32 // GROUP if GROUP < 32 else 1
+    SPAN: tl.constexpr = GROUP * NEXT
+    PIECE: tl.constexpr = (2 if SUMS else 4) * SPAN  # columns whose scales a piece holds
     column = tl.arange(0, 32)
     word = tl.arange(0, 16)
     x_tile = x_line + (first + column)[None, :]
-    words_tile = words_line[:, None] + first // COLUMNS + word[None, :]
+    words_tile = words_line + first // COLUMNS + word[None, :]
     for step in tl.range(0, STEPS, num_stages=STAGES, loop_unroll_factor=UNROLL):
-        start = first + step * BLOCK
-        there = row < tl.where(start < K, ROWS, 0)
-        words = load_weights(words_tile, there, word < 16, WHOLE)
+        start = first + step * STEP
         part = tl.zeros_like(acc)
-        for i in tl.static_range(COLUMNS // 2):
+        for i in tl.static_range(STEP // 32):
+            there = row < tl.where(start + 32 * i < K, ROWS, 0)
             x_mask = real[:, None]
             if not WHOLE:
                 x_mask = x_mask & (start + 32 * i + column < K)[None, :]
             x = load_bf16(x_tile + 32 * i, x_mask, COMPUTE)
-            part = multiply(part, x, spread_integers(words, i, CODE, COMPUTE), SWAP)
-            if 32 * (i + 1) % GROUP == 0 or i == COLUMNS // 2 - 1:
-                place = start // GROUP + 32 * i // GROUP
-                factor = integer_scale(scale_line, place, 32 * i // GROUP, there, PAIRED, WHOLE)
-                acc += part * along_rows(factor, SWAP)
-                part = tl.zeros_like(acc)
-        x_tile += BLOCK
-        words_tile += 16
+            if i % PAIRS == 0:
+                words = load_weights(words_tile + i // PAIRS * 16, there, word < 16, WHOLE)
+            if SCALE != "none" and 32 * i % PIECE == 0:
+                piece = load_pieces(scale_line, (start + 32 * i) // PIECE, NEXT, there, WHOLE)
+            # Known when compiling, unless several steps share a piece.
+            place = (32 * i if PIECE <= STEP else start) % PIECE // SPAN
+            if SUMS:
+                part = multiply(part, x, spread_integers(words, i % PAIRS, CODE, COMPUTE), SWAP)
+                if 32 * (i + 1) % GROUP == 0:
+                    acc += part * along_rows(sum_factor(piece, place), SWAP)
+                    part = tl.zeros_like(acc)
+            elif SCALE == "none":
+                acc = multiply(acc, x, plain_floats(words, COMPUTE), SWAP)
+            else:
+                twice = multiplier(piece, place, SCALE)
+                if NEXT == 1:
+                    twice = twice[:, None]
+                w = spread_floats(words, twice, i % PAIRS, CODE, COMPUTE)
+                acc = multiply(acc, x, w, SWAP)
+        x_tile += STEP
+        words_tile += STEP // COLUMNS
+    return acc
+
+
+@triton.jit
+def fp8_sums(
+    acc,
+    x_line,
+    x_scale_line,
+    real,
+    words_line,
+    scale_line,
+    reference,
+    row,
+    first,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    STEPS: tl.constexpr,
+    CODE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    SWAP: tl.constexpr,
+    WHOLE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """As `spread_sums`, of E4M3 activations and words decoded to E4M3."""
+    WORDS: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
+    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    column = tl.arange(0, STEP)
+    word = tl.arange(0, STEP // COLUMNS)
+    group = tl.arange(0, STEP // GROUP)
+    exists = row < ROWS
+    x_tile = x_line + (first + column)[None, :]
+    words_tile = words_line + first // COLUMNS + word[None, :]
+    for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
+        start = first + step * STEP
+        x_mask = real[:, None]
+        if not WHOLE:
+            x_mask = x_mask & (start + column < K)[None, :]
+        x = tl.load(x_tile, mask=x_mask, other=0).to(tl.float8e4nv, bitcast=True)
+        words = load_weights(words_tile, exists, start // COLUMNS + word < WORDS, WHOLE)
+        place = start // GROUP + group
+        stored = load_weights(scale_line[:, None] + place[None, :], exists, place < GROUPS, WHOLE)
+        exponent = stored.to(tl.int32) - reference[:, None]
+        exponent = tl.minimum(tl.maximum(exponent, -5), 6)  # outside only for groups of zeros
+        w = fp8_numbers(words, exponent, CODE, COMPUTE)
+        part = multiply(tl.zeros_like(acc), x, w, SWAP)
+        block = tl.minimum(start // STEP, (K - 1) // STEP)  # beyond K, x is 0
+        x_scale = tl.load(x_scale_line + block, mask=real, other=127)
+        part *= along_slots(group_factor(x_scale), SWAP)
+        if SCALE == "e8m0":
+            part *= along_rows(tl.reshape(group_factor(stored), (row.shape[0],)), SWAP)
+        acc += part
+        x_tile += STEP
+        words_tile += STEP // COLUMNS
     return acc
 
 
@@ -243,7 +293,7 @@ def gemm_kernel(
     EPILOGUE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    BK: tl.constexpr,
+    STEP: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -255,74 +305,42 @@ def gemm_kernel(
     expert = tl.load(tile_expert_ptr + tl.program_id(1)).to(tl.int64)
     if expert < 0:
         return
-    IN_WEIGHTS: tl.constexpr = SCALE == "field" or SCALE == "ue5m3" or SCALE == "relative"
-    STEPS: tl.constexpr = (K + BK * SPLIT - 1) // (BK * SPLIT)
-    WHOLE: tl.constexpr = K % (BK * SPLIT) == 0 and ROWS % BN == 0
-    # Rows of integers are whole blocks of 16 words, and have two scales to an int32 if possible.
-    BLOCK: tl.constexpr = 16 * COLUMNS if SCALE == "bf16" else COLUMNS
+    STEPS: tl.constexpr = (K + STEP * SPLIT - 1) // (STEP * SPLIT)
+    WHOLE: tl.constexpr = K % (STEP * SPLIT) == 0 and ROWS % BN == 0
+    # How a row of the layout is filled up, in words and in scales (pieces of them).
+    BLOCK: tl.constexpr = COLUMNS if FP8 else 16 * COLUMNS
     WORDS: tl.constexpr = (K + BLOCK - 1) // BLOCK * BLOCK // COLUMNS
-    GROUPS: tl.constexpr = (WORDS * COLUMNS + GROUP - 1) // GROUP
-    STEP_GROUPS: tl.constexpr = BK // GROUP if BK > GROUP else 1
+    PIECE: tl.constexpr = GROUP if FP8 else (2 if SCALE == "bf16" else 4) * GROUP
+    HELD: tl.constexpr = 8 * GROUP if GROUP == 16 else PIECE
+    GROUPS: tl.constexpr = (K + HELD - 1) // HELD * (HELD // PIECE)
 
     slots = tl.load(sorted_slots_ptr + tl.program_id(1) * BM + tl.arange(0, BM))
     row = tl.program_id(0) * BN + tl.arange(0, BN)
-    first = tl.program_id(2) * (STEPS * BK)
-    column = tl.arange(0, BK)
-    word = tl.arange(0, BK // COLUMNS)
-    group = tl.arange(0, STEP_GROUPS)
-
+    first = tl.program_id(2) * (STEPS * STEP)
     real = slots >= 0
     x_row = (tl.maximum(slots, 0) // SLOTS_PER_ROW).to(tl.int64)
-    x_scale_line = x_scale_ptr + x_row * ((K + 127) // 128)
-    x_tile = x_ptr + x_row[:, None] * K + (first + column)[None, :]
-    words_line = words_ptr + expert * ROWS * WORDS + row * WORDS
-    words_tile = words_line[:, None] + first // COLUMNS + word[None, :]
+    x_line = x_ptr + x_row[:, None] * K
+    words_line = (words_ptr + expert * ROWS * WORDS + row * WORDS)[:, None]
     scale_line = scale_ptr + expert * ROWS * GROUPS + row * GROUPS
     exists = row < ROWS
-    reference = row * 0
-    if SCALE == "relative":
-        reference = tl.load(reference_ptr + expert * ROWS + row, mask=exists, other=0)
-
     if SWAP:
         acc = tl.zeros((BN, BM), dtype=tl.float32)
     else:
         acc = tl.zeros((BM, BN), dtype=tl.float32)
-    if SCALE == "bf16":
-        tl.static_assert(BK == BLOCK)
-        PAIRED: tl.constexpr = GROUP < BLOCK
-        scales = scale_ptr + expert * (ROWS * GROUPS // (2 if PAIRED else 1))
-        acc = integer_sums(
-            acc, x_ptr + x_row[:, None] * K, real, words_line,
-            scales + row * (GROUPS // (2 if PAIRED else 1)), row, first, K, ROWS, STEPS, GROUP,
-            CODE, COLUMNS, SWAP, WHOLE, UNROLL, STAGES, COMPUTE,
+    if FP8:
+        reference = row * 0
+        if SCALE == "relative":
+            reference = tl.load(reference_ptr + expert * ROWS + row, mask=exists, other=0)
+        acc = fp8_sums(
+            acc, x_line, x_scale_ptr + x_row * ((K + 127) // 128), real, words_line, scale_line,
+            reference, row, first, K, ROWS, STEP, STEPS, CODE, COLUMNS, SCALE, GROUP, SWAP, WHOLE,
+            UNROLL, COMPUTE,
         )  # fmt: skip
     else:
-        for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
-            start = first + step * BK
-            x_mask = real[:, None]
-            if not WHOLE:
-                x_mask = x_mask & (start + column < K)[None, :]
-            x = load_x(x_tile, x_mask, FP8, COMPUTE)
-            words = load_weights(words_tile, exists, start // COLUMNS + word < WORDS, WHOLE)
-            stored = words
-            if SCALE != "none":
-                place = start // GROUP + group
-                pointers = scale_line[:, None] + place[None, :]
-                stored = load_weights(pointers, exists, place < GROUPS, WHOLE)
-            w = decode_tile(words, stored, reference, CODE, SCALE, FP8, COMPUTE)
-            if SCALE == "none" or (IN_WEIGHTS and not FP8):
-                acc = multiply(acc, x, w, SWAP)
-            else:
-                part = multiply(tl.zeros_like(acc), x, w, SWAP)
-                if FP8:
-                    block = tl.minimum(start // 128, (K - 1) // 128)  # beyond K, x is 0
-                    x_scale = tl.load(x_scale_line + block, mask=real, other=127)
-                    part *= along_slots(group_factor(x_scale), SWAP)
-                if not IN_WEIGHTS:
-                    part *= along_rows(tl.reshape(group_factor(stored), (BN,)), SWAP)
-                acc += part
-            x_tile += BK
-            words_tile += BK // COLUMNS
+        acc = spread_sums(
+            acc, x_line, real, words_line, scale_line, row, first, K, ROWS, STEP, STEPS, CODE,
+            COLUMNS, SCALE, GROUP, SWAP, WHOLE, UNROLL, STAGES, COMPUTE,
+        )  # fmt: skip
 
     row_scale = tl.load(row_scale_ptr + expert * ROWS + row, mask=exists, other=0.0)
     acc *= along_rows(row_scale, SWAP)

@@ -36,7 +36,7 @@ from v4quant_kernels.gpu.native import native_gemm_kernel
 from v4quant_kernels.gpu.routing import Routed, RoutingPlan, local_experts, sort_slots
 from v4quant_kernels.gpu.tiles import SIZES, Tile, choose_split, choose_tile
 from v4quant_kernels.runtime import RuntimeExperts, RuntimeMatrix, check_layout, prepare_experts
-from v4quant_kernels.words import columns_per_block, columns_per_word
+from v4quant_kernels.words import SPREAD, STEP, columns_per_word
 
 
 @triton.jit
@@ -87,8 +87,7 @@ def moe(
     `experts` should be prepared once (`runtime.prepare_experts`); ExpertWeights are prepared anew
     in every call. Weights prepared for FP8 or block-scaled operands take activations="e4m3" only.
     `arch` (90 for sm_90) chooses tiles. `tile`, `split` and `compute` are for tests and tuning; a
-    tile's depth must divide, or be a multiple of, the group, and is 128 for FP8; for integers it is
-    a block of words whatever the tile says. Nothing is read on the host.
+    Nothing is read on the host.
     """
     check_moe_inputs(x, expert_ids, expert_weights, experts)
     if isinstance(experts, ExpertWeights):
@@ -192,8 +191,8 @@ def _gemm(
     if native and matrix.code != "t8":
         words = words.view(torch.uint8)
     scale = matrix.scale
-    if scale.dtype == torch.bfloat16 and matrix.scheme.group_size < columns_per_block(matrix.code):
-        scale = scale.view(torch.int32)  # a block has several: two are read at a time
+    if matrix.code in SPREAD and matrix.scale_code != "none":
+        scale = scale.view(torch.int32)  # in pieces of four bytes
     grid = (triton.cdiv(matrix.rows, tile.columns), plan.tile_expert.numel(), split)
     kernel = native_gemm_kernel if native else gemm_kernel
     kernel[grid](
@@ -220,12 +219,12 @@ def constants(matrix: RuntimeMatrix, tile: Tile, compute: tl.dtype) -> dict[str,
         "CODE": matrix.code,
         "COLUMNS": columns or columns_per_word(matrix.code),
         "SCALE": matrix.scale_code,
-        "GROUP": matrix.scheme.group_size if matrix.scale_code != "none" else tile.depth,
+        "GROUP": matrix.scheme.group_size if matrix.scale_code != "none" else STEP,
         "FP8": matrix.operand == "fp8",
         "SWAP": tile.swap,
         "BM": tile.rows,
         "BN": tile.columns,
-        "BK": columns_per_block(matrix.code) if matrix.scale_code == "bf16" else tile.depth,
+        "STEP": STEP,
         "UNROLL": tile.unroll,
         "STAGES": tile.stages,
         "COMPUTE": compute,

@@ -45,7 +45,7 @@ def native_gemm_kernel(
     EPILOGUE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    BK: tl.constexpr,
+    STEP: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -56,18 +56,18 @@ def native_gemm_kernel(
         return
     tl.static_assert(SCALE == "e8m0")
     tl.static_assert(GROUP == 32)
-    STEPS: tl.constexpr = (K + BK * SPLIT - 1) // (BK * SPLIT)
+    STEPS: tl.constexpr = (K + STEP * SPLIT - 1) // (STEP * SPLIT)
     # Units of weight storage: words of 8 for t8, otherwise bytes of 2 (n4) or 1 (b8).
-    STEP_UNITS: tl.constexpr = BK // COLUMNS
+    STEP_UNITS: tl.constexpr = STEP // COLUMNS
     UNITS: tl.constexpr = K // COLUMNS
     GROUPS: tl.constexpr = K // 32
 
     slots = tl.load(sorted_slots_ptr + tl.program_id(1) * BM + tl.arange(0, BM))
     row = tl.program_id(0) * BN + tl.arange(0, BN)
-    first = tl.program_id(2) * (STEPS * BK)
-    column = tl.arange(0, BK)
+    first = tl.program_id(2) * (STEPS * STEP)
+    column = tl.arange(0, STEP)
     unit = tl.arange(0, STEP_UNITS)
-    group = tl.arange(0, BK // 32)
+    group = tl.arange(0, STEP // 32)
     real = slots >= 0
     x_row = (tl.maximum(slots, 0) // SLOTS_PER_ROW).to(tl.int64)
     x_line = x_ptr + x_row[:, None] * K
@@ -82,7 +82,7 @@ def native_gemm_kernel(
         acc = tl.zeros((BM, BN), dtype=tl.float32)
     W_FORMAT: tl.constexpr = "e2m1" if CODE == "n4" else "e4m3"
     for step in range(STEPS):
-        start = first + step * BK
+        start = first + step * STEP
         x_mask = real[:, None] & (start + column < K)[None, :]
         x = tl.load(x_line + (start + column)[None, :], mask=x_mask, other=0)
         places = start // 32 + group

@@ -27,7 +27,7 @@ import torch
 import triton
 
 from v4quant_kernels.runtime import RuntimeMatrix
-from v4quant_kernels.words import columns_per_block
+from v4quant_kernels.words import STEP
 
 TILES_VARIABLE = "V4QUANT_TILES"
 SIZES = (16, 64, 128)
@@ -36,14 +36,13 @@ SIZES = (16, 64, 128)
 
 @dataclass(frozen=True)
 class Tile:
-    """Slots (`rows`), weight rows (`columns`) and inner steps (`depth`) of one program.
+    """Slots (`rows`) and weight rows (`columns`) of one program.
 
     `swap` puts weights on the left of the product, `unroll` repeats a step in the loop's body.
     """
 
     rows: int
     columns: int
-    depth: int
     warps: int = 4
     stages: int = 3
     swap: bool = False
@@ -91,64 +90,66 @@ def trying(key: str, tile: Tile | IndexTile) -> Iterator[None]:
 def choose_split(tiles: int, matrix: RuntimeMatrix, tile: Tile) -> int:
     """How many programs share a tile along K: enough to fill a GPU when there are few tiles."""
     programs = tiles * -(-matrix.rows // tile.columns)
-    steps = max(1, matrix.shape[1] // tile.depth)
+    steps = max(1, matrix.shape[1] // STEP)
     wanted = 4 if programs <= 256 else 2 if programs <= 512 else 1
-    while wanted > 1 and (steps < 4 * wanted or matrix.shape[1] % (tile.depth * wanted)):
+    while wanted > 1 and (steps < 4 * wanted or matrix.shape[1] % (STEP * wanted)):
         wanted //= 2
     return wanted
 
 
 def static_tile(arch: int, matrix: RuntimeMatrix, size: int, fused: bool = False) -> Tile:
     """The built-in choice for a tile of `size` slots."""
-    sums = matrix.scale_code in {"bf16", "e8m0"}  # scales multiply sums: a step is one group
     if matrix.operand in {"native", "native8"}:
         return _native(arch, size, fused)
     if matrix.operand == "fp8":
-        return _fp8(arch, size, sums)
-    if sums:
-        return _group_sums(arch, size, columns_per_block(matrix.code))
-    return _folded(arch, size, matrix, fused)
+        return _fp8(arch, size, matrix.scale_code == "e8m0")
+    if matrix.scale_code == "bf16":
+        return _group_sums(arch, size, matrix.scheme.group_size)
+    return _folded(arch, size, matrix.code)
 
 
 _LITTLE_SHARED = {86, 89, 120}
 """Architectures with 99 KiB of shared memory a program."""
 
+_WARPS_MULTIPLY = {80, 86, 89, 120}
+"""Architectures whose matrix instructions are a warp's, with all operands in registers."""
 
-def _folded(arch: int, size: int, matrix: RuntimeMatrix, fused: bool) -> Tile:
-    """Scales inside bfloat16 weights."""
-    stages = 3 if arch in _LITTLE_SHARED else 4
+
+def _folded(arch: int, size: int, code: str) -> Tile:
+    """Scales inside bfloat16 weights, or none at all."""
+    small = arch in _WARPS_MULTIPLY
+    stages = 2 if arch in _LITTLE_SHARED else 3
     if size == 16:
-        swap = arch < 90 or (arch == 90 and matrix.scale_code == "ue5m3")
-        return Tile(16, 128, 64 if matrix.code == "w16" else 128, 4, stages, swap)
-    if size == 64 or (matrix.code == "w16" and arch in _LITTLE_SHARED):
-        return Tile(64, 128, 64, 4, 3)
-    if arch == 90 and fused:
-        return Tile(128, 256, 64, 8, 3)
-    return Tile(128, 128, 64, 8, 2 if arch in _LITTLE_SHARED else 3)
+        return Tile(16, 128, 4, stages if code == "w16" else stages + 1, swap=small)
+    if size == 64 or (small and code != "t16"):
+        return Tile(64, 128, 4, stages, swap=arch >= 90 or code == "e16")
+    return Tile(128, 128, 8 if small else 4, stages, swap=True)
 
 
-def _group_sums(arch: int, size: int, depth: int) -> Tile:
+def _group_sums(arch: int, size: int, group: int) -> Tile:
     """Integers, scales on the sums of groups: a second accumulator, so smaller tiles."""
+    small = arch in _WARPS_MULTIPLY
     if size == 16:
-        return Tile(16, 128, depth, 4, 3, swap=arch in {80, 86, 89})
-    return Tile(64, 128, depth, 8, 2 if arch in _LITTLE_SHARED else 3, swap=90 <= arch < 120)
+        return Tile(16, 128, 4, 3, swap=small)
+    stages = 2 if arch in _LITTLE_SHARED else 3
+    return Tile(64, 128, 4 if group == 128 or arch == 100 else 8, stages, swap=not small)
 
 
 def _fp8(arch: int, size: int, sums: bool) -> Tile:
     """FP8 tensor cores; a step is one block of 128 activations."""
     stages = 2 if arch in _LITTLE_SHARED else 3
     if size == 16:
-        return Tile(16, 128, 128, 4, stages + 1, swap=True)
+        return Tile(16, 128, 4, stages + 1, swap=True)
     if size == 64 or sums or arch == 89:
-        return Tile(64, 128, 128, 8, stages)
-    return Tile(128, 128, 128, 8, stages)
+        return Tile(64, 128, 8, stages)
+    return Tile(128, 128, 8, stages)
 
 
 def _native(arch: int, size: int, fused: bool) -> Tile:
     """Block-scaled tensor cores."""
     if arch >= 120:
-        return Tile(size, 128, 128, 8 if size > 16 else 4, 2)
-    return Tile(size, 128, 128, 4 if fused or size < 128 else 8, 3, swap=size < 128)
+        return Tile(size, 128, 8 if size > 16 else 4, 2)
+    return Tile(size, 128, 4 if fused or size < 128 else 8, 3, swap=size < 128)
 
 
 @dataclass(frozen=True)

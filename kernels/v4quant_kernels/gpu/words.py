@@ -1,10 +1,13 @@
 """Words to numbers inside a kernel; the word codes are those of `v4quant_kernels.words`.
 
 For bfloat16 a word becomes one, two or four *pairs*: int32 values holding two bfloat16 side by
-side, so that every instruction works on two weights. E2M1 and E4M3 patterns shifted into place are
-bfloat16 numbers too small by a power of two (2^126 and 2^120); the multiplication that repairs this
-also applies the group's scale, both being one bfloat16 `multiplier`. Integers are put under the
-exponent of 128, and 136 (or 128, 256) is subtracted. All of it is exact.
+side, so that every instruction works on two weights. A pair of a block of 16 words is 32
+neighbouring columns, which are decoded and multiplied before the next pair is looked at. E2M1 and
+E4M3 patterns shifted into place are bfloat16 numbers too small by a power of two (2^126 and 2^120);
+the multiplication that repairs this also applies the group's scale, both being one bfloat16
+`multiplier`. Integers with an offset (8 or 128) are left where bfloat16's subnormals have their
+bits, and their last exponent: there a pattern n is n * 2^-133, and 2^127 times that, minus 2^-6 of
+the offset, is 2^-6 of the integer in one instruction. All of it is exact.
 
 For FP8 an E2M1 word becomes two words of four E4M3 numbers by a byte table of eight magnitudes.
 The group's scale is part of the table: 2^r adds `r` to every exponent field, which works for
@@ -58,26 +61,6 @@ def _flatten(parts):
 
 
 @triton.jit
-def pattern_pairs(words, CODE: tl.constexpr):
-    """int32 `[R, K/2]` pairs of `words` `[R, W]`: bits in place, nothing multiplied."""
-    if CODE == "t16":
-        M: tl.constexpr = -0x7E3F7E40  # 0x81C081C0
-        rest = (words << 1) & -0x7FFF8000  # 0x80008000
-        rest |= (words >> 3) & 0x01800180
-        rest |= (words >> 7) & 0x00400040
-        even = tl.join(words & M, (words << 6) & M)
-        pairs = tl.join(even, tl.join((words << 3) & M, rest))
-    elif CODE == "e16":
-        low = ((words << 8) & -0x7FFF8000) | ((words << 4) & 0x07F007F0)
-        high = (words & -0x7FFF8000) | ((words >> 4) & 0x07F007F0)
-        pairs = tl.join(low, high)
-    else:
-        tl.static_assert(CODE == "w16")
-        pairs = words
-    return _flatten(pairs)
-
-
-@triton.jit
 def _halves(pairs, COMPUTE: tl.constexpr):
     """COMPUTE `[R, K]` numbers of int32 `[R, K/2]` bfloat16 pairs."""
     if tl.float32 == COMPUTE:
@@ -87,27 +70,6 @@ def _halves(pairs, COMPUTE: tl.constexpr):
         low = (pairs & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
         high = (pairs >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return _flatten(tl.join(low, high))
-
-
-@triton.jit
-def scaled_floats(words, multiplier, CODE: tl.constexpr, COMPUTE: tl.constexpr):
-    """COMPUTE `[R, K]`: E2M1 or E4M3 words times `multiplier`, bfloat16 bits `[R, G]` per group."""
-    pairs = pattern_pairs(words, CODE)
-    ROWS: tl.constexpr = pairs.shape[0]
-    PAIRS: tl.constexpr = pairs.shape[1]
-    GROUPS: tl.constexpr = multiplier.shape[1]
-    grouped = tl.reshape(pairs, (ROWS, GROUPS, PAIRS // GROUPS))
-    if tl.float32 == COMPUTE:
-        factor = (multiplier << 16).to(tl.float32, bitcast=True)[:, :, None]
-        low = (grouped << 16).to(tl.float32, bitcast=True) * factor
-        high = (grouped & -0x10000).to(tl.float32, bitcast=True) * factor
-        values = _flatten(tl.join(low, high))
-    else:
-        twice = (multiplier | (multiplier << 16))[:, :, None]
-        # -0 leaves products as they are, signs of zero included.
-        products = fma2(grouped, tl.broadcast_to(twice, grouped.shape), -0x7FFF8000)
-        values = _halves(tl.reshape(products, (ROWS, PAIRS)), COMPUTE)
-    return values
 
 
 @triton.jit
@@ -154,28 +116,81 @@ def whole_operands(values):
 
 
 @triton.jit
-def plain_floats(words, COMPUTE: tl.constexpr):
-    """COMPUTE `[R, K]` of bfloat16 words."""
-    return _halves(pattern_pairs(words, "w16"), COMPUTE)
+def spread_integers(words, pair: tl.constexpr, CODE: tl.constexpr, COMPUTE: tl.constexpr):
+    """COMPUTE `[R, 2W]`: 2^-6 times pair `pair` of integers, which are stored with an offset."""
+    # Both nibbles of a byte are subnormal; only bytes need be moved.
+    UPPER: tl.constexpr = CODE == "i4" and pair % 2 == 1
+    to_sixtyfourths: tl.constexpr = 0x7D007D00 if UPPER else 0x7F007F00  # 2^123 or 2^127
+    # 0xBE00BE00, -8 / 64, or 0xC000C000, -128 / 64
+    offset: tl.constexpr = -0x41FF4200 if CODE == "i4" else -0x3FFF4000
+    if CODE == "i4":
+        moved = words >> (8 * (pair // 2))
+        pairs = moved & 0x00F000F0 if UPPER else moved & 0x000F000F
+    elif pair == 0:
+        tl.static_assert(CODE == "i8")
+        pairs = words & 0x00FF00FF
+    else:
+        none = tl.zeros_like(words)
+        pairs = select_bytes(words, none, none + 0x4341, COMPUTE)  # bytes 1 and 3
+    if tl.float32 == COMPUTE:
+        factor = _halves(tl.zeros_like(pairs) + to_sixtyfourths, COMPUTE)
+        values = _halves(pairs, COMPUTE) * factor + _halves(tl.zeros_like(pairs) + offset, COMPUTE)
+    else:
+        values = _halves(fma2(pairs, to_sixtyfourths, offset), COMPUTE)
+    return values
 
 
 @triton.jit
-def spread_integers(words, pair, CODE: tl.constexpr, COMPUTE: tl.constexpr):
-    """COMPUTE `[R, 2W]`: pair `pair` of offset (i4) or two's complement (i8) integers."""
-    if CODE == "i4":
-        pairs = ((words >> (4 * pair)) & 0x000F000F) | 0x43004300
-        offset = tl.zeros_like(pairs) - 0x3CF73CF8  # 0xC308C308, -136 twice
+def spread_patterns(words, pair: tl.constexpr, CODE: tl.constexpr):
+    """int32 pair `pair` of E2M1 or E4M3 words, bits in place, nothing multiplied."""
+    if CODE == "t16":
+        if pair == 0:
+            pairs = (words & -0x7E7F7E80) | ((words >> 8) & 0x00400040)  # 0x81808180
+        elif pair < 3:
+            pairs = (words << (4 * pair - 2)) & -0x7E3F7E40  # 0x81C081C0
+        else:
+            # A rotation is one instruction, as a shift is.
+            turned = words.to(tl.uint32, bitcast=True) >> 20
+            turned = (words << 12) | turned.to(tl.int32, bitcast=True)
+            pairs = turned & -0x7E3F7E40
     else:
-        tl.static_assert(CODE == "i8")
-        pairs = words >> (8 * pair)
-        # Seven bits under 128; minus 128, or minus 256 where the sign bit is set.
-        offset = (pairs & 0x00800080) | -0x3CFF3D00  # 0xC300C300
-        pairs = (pairs & 0x007F007F) | 0x43004300
+        tl.static_assert(CODE == "e16")
+        if pair == 0:
+            pairs = words & -0x780F7810  # 0x87F087F0
+        else:
+            pairs = (words << 4) & -0x7F0F7F10  # 0x80F080F0
+            pairs |= (words >> 4) & 0x07000700
+    return pairs
+
+
+@triton.jit
+def spread_floats(words, multiplier, pair: tl.constexpr, CODE: tl.constexpr, COMPUTE: tl.constexpr):
+    """COMPUTE `[R, 2W]`: pair `pair` of E2M1 or E4M3 words times `multiplier`.
+
+    multiplier: int32 `[R, G]`, twice the bits of a bfloat16, for G groups of neighbouring columns.
+    """
+    pairs = spread_patterns(words, pair, CODE)
+    if multiplier.shape[1] == 1:
+        twice = tl.broadcast_to(multiplier, pairs.shape)
+    else:
+        EACH: tl.constexpr = words.shape[1] // multiplier.shape[1]
+        shape: tl.constexpr = (words.shape[0], multiplier.shape[1], EACH)
+        twice = tl.reshape(tl.broadcast_to(multiplier[:, :, None], shape), pairs.shape)
     if tl.float32 == COMPUTE:
-        values = _halves(pairs, COMPUTE) + _halves(offset, COMPUTE)
+        factor = (twice << 16).to(tl.float32, bitcast=True)
+        low = (pairs << 16).to(tl.float32, bitcast=True) * factor
+        high = (pairs & -0x10000).to(tl.float32, bitcast=True) * factor
+        values = _flatten(tl.join(low, high))
     else:
-        values = _halves(fma2(pairs, 0x3F803F80, offset), COMPUTE)
+        # -0 leaves products as they are, signs of zero included.
+        values = _halves(fma2(pairs, twice, -0x7FFF8000), COMPUTE)
     return values
+
+
+@triton.jit
+def plain_floats(words, COMPUTE: tl.constexpr):
+    """COMPUTE `[R, 2W]` of bfloat16 words."""
+    return _halves(words, COMPUTE)
 
 
 @triton.jit
