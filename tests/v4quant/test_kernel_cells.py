@@ -28,8 +28,9 @@ class Row:
 
 
 def test_a_failing_cell_is_named_and_the_next_one_runs(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
+    file = tmp_path / "not there yet" / "rows.jsonl"
     cells = Cells("moe", HERE, SilentProgress(), file)
+    assert file.exists(), "a place that cannot be written to fails first"
 
     def fail() -> Row:
         raise RuntimeError("ptxas: too many registers\n\n  in line 3\nand so on\nand on")

@@ -46,7 +46,11 @@ class Cells:
         append: Path | None = None,
         minutes: float | None = None,
     ) -> None:
-        """append: a file that gets a line of JSON for each row. minutes: from now on."""
+        """append: a file that gets a line of JSON for each row; its folder is made, so that what
+        cannot be written fails before anything is measured. minutes: from now on."""
+        if append is not None:
+            append.parent.mkdir(parents=True, exist_ok=True)
+            append.touch()
         self.machine, self.missing = machine, list[Missing]()
         self._bench, self._progress, self._append = bench, progress, append
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
