@@ -3,8 +3,9 @@
     VLLM_PY=folder python scripts/check_vllm_load.py CHECKPOINT... [--sm 90 --sm 100]
 
 Says for every checkpoint and GPU generation how many parameters the model has, how many the loader
-filled, and which quantization methods vLLM chose. Exit code 3 when something did not load. It shows
-that names, shapes, dtypes and quantization_config are what vLLM expects; it computes nothing.
+filled, and which quantization methods vLLM chose for how many layers. Exit code 3 when something
+did not load. It shows that names, shapes, dtypes and quantization_config are what vLLM expects; it
+computes nothing.
 
 vLLM cannot be imported without a GPU, so a GPU is pretended. `VLLM_PY` is a folder that holds the
 Python files of the vLLM wheel (`unzip vllm-*.whl '*.py' '*.dist-info/*' -d folder`). The
@@ -192,7 +193,7 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def methods(model: Any) -> dict[str, str]:
-    """Which quantization method, scheme and kernel family each kind of module got."""
+    """Which quantization method, scheme and kernel family each module got."""
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
@@ -203,7 +204,9 @@ def methods(model: Any) -> dict[str, str]:
             parts.append(type(scheme).__name__)
         keys = ("wna16_backend", "nvfp4_backend", "mxfp4_backend", "fp8_backend", "mxfp8_backend")
         parts += [str(getattr(method, k)) for k in keys if hasattr(method, k)]
-        found[name.split(".", 3)[3]] = " ".join(parts)
+        if hasattr(method, "num_bits"):
+            parts.append(f"{method.num_bits} bits in groups of {method.group_size}")
+        found[name] = " ".join(parts)
     return found
 
 
@@ -266,7 +269,7 @@ def summary(seen: dict[str, Any]) -> str:
         f"{'experts' if name.endswith('experts') else 'dense'}: {kind}"
         for name, kind in seen["methods"].items()
     )
-    text = "; ".join(kind for kind, _ in kinds.most_common())
+    text = "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
     first = f", without {', '.join(seen['unfilled'][:3])}" if seen["unfilled"] else ""
     return f"{filled}/{seen['parameters']} parameters{first}; {seen['quantization']}; {text}"
 

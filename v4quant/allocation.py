@@ -232,9 +232,10 @@ def allocate_recipe(
         )
     smallest = costs.fixed + sum(min(c.values()) for c in costs.places.values())
     if budget < smallest:
+        dense = "; --dense q8_0 or less lowers it" if _holds_bf16(options, costs) else ""
         raise BudgetError(
             f"a budget of {budget:,} bytes is below the smallest possible of these choices, "
-            f"{smallest:,}"
+            f"{smallest:,} ({8 * smallest / costs.weights:.3f} bits a weight){dense}"
         )
     shapes = {s.module: s.shape for u in costs.base.units for s in u.sources}
     wanted = {place: _distinct(sizes) for place, sizes in costs.places.items()}
@@ -258,6 +259,11 @@ def allocate_recipe(
         {p: losses[p][chosen[p]] for p in chosen},
         corpus is not None,
     )
+
+
+def _holds_bf16(options: Options, costs: Costs) -> bool:
+    """Whether dense matrices are BF16 where they need not be."""
+    return bool(costs.base.recipe.layout.dense_types) and options.dense in ("", "bf16")
 
 
 def _distinct(sizes: Mapping[str, int]) -> list[str]:

@@ -38,6 +38,8 @@ from v4quant_formats.tensor_parallel import (
     tile_refusals,
 )
 
+_LEAST_SIZE = 10**6  # smaller is a forgotten unit
+
 
 @dataclass(frozen=True)
 class Cards:
@@ -84,7 +86,10 @@ def parse_cards(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"\s*(\d{1,4})\s*x\s*(.+)", text, re.IGNORECASE)
     if match is None or not int(match[1]):
         raise BudgetError(f"'{text}' names no cards; write it like 4x24GB")
-    return int(match[1]), parse_size(match[2])
+    size = parse_size(match[2])
+    if size < _LEAST_SIZE:
+        raise BudgetError(f"'{text}' are cards of {size:,} bytes; write it like 4x24GB")
+    return int(match[1]), size
 
 
 def check_split(config: ModelConfig, serving: Serving) -> None:
