@@ -69,6 +69,8 @@ TYPES = {
 }
 MATRIX = r"\b((?:[UHQI]*G?MMA|OMMA|UTC\w*MMA|UTCQMMA|QMMA)[\w.]*)"
 
+PTX_MATRIX = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -244,25 +246,29 @@ def compile_one(job: Job) -> dict[str, Any]:
         compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
     except Exception as error:  # noqa: BLE001  # any failure to compile is the finding
         return {"name": job.name, "arch": job.arch, "error": f"{type(error).__name__}: {error}"}
-    usage, sass = _disassemble(compiled.asm["cubin"])
+    usage, sass = _disassemble(compiled.asm["cubin"], bool(job.weights))
     body = matrix_loop(sass)
     threads = 32 * options.get("num_warps", 4)
     ptx = compiled.asm["ptx"]
+    matrix = re.findall(MATRIX, "\n".join(sass)) if sass else re.findall(PTX_MATRIX, ptx)
     return {
         **{k: v for k, v in asdict(job).items() if k in {"kernel", "variant", "arch"}},
         "name": job.name,
+        "layout": f"{constants.get('CODE')}/{constants.get('SCALE')}",
+        "slots": constants.get("BM") if job.weights else None,
         "swap": bool(constants.get("SWAP")),
         "registers": usage["REG"],
         "spilled_bytes": usage["STACK"] + usage["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
-        "mma": sorted(set(re.findall(MATRIX, "\n".join(sass)))),
+        "mma": sorted(set(matrix)),
         "per_weight": round(len(body) * threads / job.weights, 2) if job.weights else None,
         "flushing": re.findall(r"\b(?:mul|fma|add)\S*\.ftz\S*", ptx),
         "atomics": re.findall(r"\b(?:atom|red)\.global\S*", ptx),
     }
 
 
-def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[str]]:
+def _disassemble(cubin: bytes, listed: bool) -> tuple[dict[str, int], list[str]]:
+    """Resources, and the code if it is wanted: the disassembler takes half a second to start."""
     tools = Path(triton.backends.nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -275,7 +281,7 @@ def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[str]]:
             ).stdout  # fmt: skip
 
         resources = run("cuobjdump", "--dump-resource-usage")
-        listing = run("nvdisasm", "-c")
+        listing = run("nvdisasm", "-c") if listed else ""
     usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", resources)}
     return usage, listing.splitlines()
 
@@ -308,7 +314,7 @@ def main() -> None:
     if write:
         stored = json.loads(BASELINE.read_text()) if only else {"kernels": {}}
         counts = stored["kernels"] | {
-            r["name"]: {"per_weight": r["per_weight"], "registers": r["registers"]}
+            r["name"]: {k: r[k] for k in ("per_weight", "registers", "slots") if r[k]}
             for r in records
             if r.get("per_weight")
         }

@@ -54,7 +54,7 @@ def test_counts(tiles: str, title: str, cells: list[str]) -> None:
 
 
 def affordable() -> list[tuple[str, list[str]]]:
-    """Rows of the table that says which counts are at most 3.8."""
+    """Rows of the table of counts at most 3.8, in prefill for 64 slots."""
     lines = (ROOT / "docs" / "kernels.md").read_text().splitlines()
     cells = [[c.strip() for c in line.split("|")[1:-1]] for line in lines]
     return [(c[0], c[1:]) for c in cells if len(c) == 6 and set(c[1:]) & {"both", "decode"}]
@@ -70,6 +70,7 @@ def test_what_the_issue_slots_afford() -> None:
             if decode is None or prefill is None:
                 assert cell == "-"
                 continue
-            fits = decode["per_weight"] <= LIMIT, prefill["per_weight"] <= LIMIT
+            shared = prefill["slots"] / 64  # so often the 64 slots are in a tile
+            fits = decode["per_weight"] <= LIMIT, prefill["per_weight"] <= LIMIT * shared
             names = {(True, True): "both", (True, False): "decode", (False, True): "prefill"}
             assert cell == names.get(fits, "neither"), (title, arch)

@@ -66,6 +66,9 @@ def test_every_kernel_on_every_architecture(records: list[dict[str, Any]]) -> No
     wanted |= {("native_gemm_kernel", 100), ("native_gemm_kernel", 120)}
     wanted |= {("shared_kernel", a) for a in SHARED_LIMIT} | {("own_kernel", a) for a in (80, 90)}
     assert wanted <= compiled
+    layouts = {f"{code}/field" for code in ("t16", "e16")} | {"t16/ue5m3", "i4/bf16", "i8/bf16"}
+    layouts |= {"t8/relative", "b8/e8m0", "n4/e8m0", "t8/e8m0"}
+    assert layouts <= {r["layout"] for r in records}
     small = {
         "expand_kernel",
         "count_kernel",

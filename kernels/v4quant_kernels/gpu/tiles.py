@@ -132,6 +132,8 @@ def _group_sums(arch: int, size: int, group: int) -> Tile:
     if size == 16:
         return Tile(16, 128, 4, 3, swap=small)
     stages = 2 if arch in _LITTLE_SHARED else 3
+    if size == 128 and group == 128 and not small:
+        return Tile(128, 128, 8, stages, swap=True)
     return Tile(64, 128, 4 if group == 128 or arch == 100 else 8, stages, swap=not small)
 
 
