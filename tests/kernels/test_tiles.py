@@ -26,10 +26,20 @@ def matrix(generator: torch.Generator) -> RuntimeMatrix:
     return prepare_experts(random_experts("mxfp4", 1, 64, 32, generator)).gate_up
 
 
-def test_larger_batches_take_larger_tiles(tiles: Any, matrix: RuntimeMatrix) -> None:
+def test_larger_batches_take_larger_tiles(
+    tiles: Any, matrix: RuntimeMatrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "triton_version", lambda: "3.10.0")
     for arch in (80, 89, 90, 100, 120):
         rows = [tiles.choose_tile(arch, matrix, n).rows for n in (0.02, 16, 16.1, 64, 65, 4000)]
         assert rows == [16, 16, 64, 64, 128, 128]
+
+
+def test_older_tritons_have_room_for_smaller_tiles_on_sm_100(
+    tiles: Any, matrix: RuntimeMatrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "triton_version", lambda: "3.6.0")
+    assert [tiles.choose_tile(a, matrix, 4000).rows for a in (90, 100, 120)] == [128, 64, 128]
 
 
 def test_few_tiles_are_shared(tiles: Any, generator: torch.Generator) -> None:

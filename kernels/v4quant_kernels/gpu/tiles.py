@@ -103,9 +103,20 @@ def static_tile(arch: int, matrix: RuntimeMatrix, size: int, fused: bool = False
         return _native(arch, size, fused)
     if matrix.operand == "fp8":
         return _fp8(arch, size, matrix.scale_code == "e8m0")
+    if size == 128 and 100 <= arch < 120 and not _sums_stay():
+        size = 64
     if matrix.scale_code == "bf16":
         return _group_sums(arch, size, matrix.scheme.group_size)
     return _folded(arch, size, matrix.code)
+
+
+def _sums_stay() -> bool:
+    """Whether this Triton adds the products of a step in one place of sm_100's tensor memory.
+
+    That of 3.6 gives each of the four a place of its own, and four of 128 slots do not fit.
+    """
+    major, minor = triton_version().split(".")[:2]
+    return (int(major), int(minor)) >= (3, 9)
 
 
 _LITTLE_SHARED = {86, 89, 120}
