@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from v4quant_calibration.gram import CrossSums, damped, gram_sum
+from v4quant_calibration.gram import CrossSums, damped, gram_sum, pooled, rows_of_no_direction
 from v4quant_calibration.logits import head_inputs
 from v4quant_calibration.model.block import attention_sublayer
 from v4quant_calibration.model.observer import SilentObserver
@@ -88,7 +88,9 @@ class _Moments(SilentObserver):
 
     def damped(self, matrix: str) -> Tensor:
         """Damped moments, float64 `[groups, K, K]`."""
-        return torch.stack([damped(total / self.counts[matrix]) for total in self.sums[matrix]])
+        total, count = self.sums[matrix], self.counts[matrix]
+        moments = pooled(total, count, rows_of_no_direction(total.shape[-1], count))
+        return torch.stack([damped(one) for one in moments])
 
 
 class DenseSolver:
@@ -125,7 +127,10 @@ class DenseSolver:
             if not modules:
                 continue
             gram = seen.damped(shared)
-            lost = seen.lost.correction(gram[0]) if seen.lost and shared == "wkv" else None
+            lost = None
+            if seen.lost and shared == "wkv":
+                borrowed = rows_of_no_direction(gram.shape[-1], seen.counts[shared])
+                lost = seen.lost.correction(gram[0], borrowed)
             found |= self._solved(modules, gram.float(), lost, wanted)
         self._write(attention_file(layer), found)
 
@@ -147,8 +152,9 @@ class DenseSolver:
                 lost = lost or CrossSums(x.shape[1], x.device)
                 lost.add(rows[0] - x, x)
         assert total is not None, "there is text"
-        gram = damped(total / tokens)
-        correction = None if lost is None else lost.correction(gram)
+        borrowed = rows_of_no_direction(len(total), tokens)
+        gram = damped(pooled(total, tokens, borrowed))
+        correction = None if lost is None else lost.correction(gram, borrowed)
         self._write(HEAD, self._solved([HEAD], gram.float().unsqueeze(0), correction, wanted))
 
     def _wanted(self, modules: Iterable[str]) -> dict[str, Scheme]:

@@ -11,7 +11,12 @@ look free, and a solver dumps its errors there. So the expert's own moments H ar
 layer's pooled moments P by count, (n H + m P) / (n + m) with m = K / 2 rows' worth of pool: an
 expert with thousands of tokens is hardly touched, one with none gets the pool. P of w1 and w3 is
 taken over all tokens of the layer; hidden channels of different experts have nothing in common, so
-P of w2 comes from a sample of the layer's tokens sent through this expert.
+P of w2 comes from a sample of the layer's tokens sent through this expert. A pool may be of few
+rows itself (a short text, a sample smaller than w2 has channels), and directions it does not show
+are no more free than before. So P is mixed in the same way, with K / 2 rows that are alike in all
+channels and directions. Without that, K / 2 tokens gave codes with twice the error of uncalibrated
+ones on other text (built-in model, 3 and 2 bits); with it the error is 7 % below theirs, and with
+4 K tokens still a tenth lower than without.
 
 *Damping.* One percent of the mean second moment is added to the diagonal (as GPTQ does), so that
 the matrix is positive definite whatever the rows were.
@@ -26,7 +31,8 @@ import torch
 from torch import Tensor
 
 DAMPING = 0.01
-# Rows of the pool an expert's own rows are weighed against, per input channel.
+# Rows of the pool an expert's own rows are weighed against, and the pool's rows against rows of no
+# direction, per input channel.
 POOL_ROWS_PER_CHANNEL = 0.5
 _BLOCK = 1024
 _BAND = 512  # channels of a product that is computed from its diagonal on
@@ -51,10 +57,32 @@ def gram_sum(left: Tensor, right: Tensor, weights: Tensor | None = None) -> Tens
     return total
 
 
+def borrowed_rows(moments: Tensor) -> float:
+    """How many rows' worth moments `[..., K, K]` are mixed with."""
+    return POOL_ROWS_PER_CHANNEL * moments.shape[-1]
+
+
 def shrunk(total: Tensor, count: float, pool: Tensor) -> Tensor:
     """(n H + m P) / (n + m): total = n H `[K, K]`, count = n, pool = P `[K, K]`."""
-    borrowed = POOL_ROWS_PER_CHANNEL * len(pool)
+    borrowed = borrowed_rows(pool)
     return (total + borrowed * pool) / (count + borrowed)
+
+
+def rows_of_no_direction(columns: int, count: float) -> float:
+    """How many of them count rows of a matrix that all tokens visit are mixed with: K / 2, and
+    fewer where there are more rows than channels. Its moments are its own, not a pool that stands
+    for others, and inputs of attention and head have directions of very little energy, which a
+    few percent of the mean would hide (seen: a tenth more KL at 12 K rows)."""
+    return POOL_ROWS_PER_CHANNEL * columns * min(1.0, columns / max(count, 1))
+
+
+def pooled(total: Tensor, count: float, borrowed: float) -> Tensor:
+    """(n P + m p I) / (n + m): total = n P `[..., K, K]`, count = n, borrowed = m, p the mean of
+    P's diagonal."""
+    level = total.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) / max(count, 1)
+    result = total / (count + borrowed)
+    result.diagonal(dim1=-2, dim2=-1).add_(level * (borrowed / (count + borrowed)))
+    return result
 
 
 def damped(gram: Tensor) -> Tensor:
@@ -75,7 +103,7 @@ def correction(lost: Tensor, rows: Tensor, gram: Tensor, weights: Tensor | None 
     """
     sums = CrossSums(rows.shape[1], rows.device)
     sums.add(lost, rows, weights)
-    return sums.correction(gram, POOL_ROWS_PER_CHANNEL * len(gram))
+    return sums.correction(gram, borrowed_rows(gram))
 
 
 class CrossSums:

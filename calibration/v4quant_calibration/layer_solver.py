@@ -17,7 +17,7 @@ from torch import Tensor
 
 from v4quant_calibration.calibrate import MomentObserver
 from v4quant_calibration.dense_solver import DenseSolver, source_matrix
-from v4quant_calibration.gram import correction, damped, gram_sum, shrunk
+from v4quant_calibration.gram import borrowed_rows, correction, damped, gram_sum, pooled, shrunk
 from v4quant_calibration.model.experts import expert_hidden
 from v4quant_calibration.model.numerics import quantized_input
 from v4quant_calibration.model.options import ForwardOptions
@@ -117,7 +117,8 @@ class LayerSolver(MomentObserver):
         if self._reference is not None:
             assert self._reference.layer == layer, (self._reference.layer, layer)
             original = self._reference.x
-        pool = gram_sum(x, x, weights.square().mean(1)) / x.shape[0]
+        total = gram_sum(x, x, weights.square().mean(1))
+        pool = pooled(total, x.shape[0], borrowed_rows(total))
         given = _Layer(layer, x, original, expert_ids, weights, pool)
         schemes = self._wanted(layer)
         shapes = {module: self._shape(module) for module in schemes}
@@ -232,8 +233,9 @@ class LayerSolver(MomentObserver):
         # The root of the mean square over the layer's own weights keeps the pool's scale right.
         typical = given.weights.square().mean().sqrt()
         sample = given.x[::step]
-        pooled = self._hidden(expert, sample, after, typical.expand(sample.shape[0]))
-        pool = gram_sum(pooled, pooled) / sample.shape[0]
+        rows = self._hidden(expert, sample, after, typical.expand(sample.shape[0]))
+        total = gram_sum(rows, rows)
+        pool = pooled(total, sample.shape[0], borrowed_rows(total))
         gram = damped(shrunk(gram_sum(hidden, hidden), len(tokens), pool))
         if self._reference is None:
             return gram.float(), None

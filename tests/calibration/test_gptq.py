@@ -14,7 +14,7 @@ from v4quant_calibration.gptq import (
     feedback_factor,
     gptq,
 )
-from v4quant_calibration.gram import correction, damped, gram_sum, shrunk
+from v4quant_calibration.gram import correction, damped, gram_sum, pooled, shrunk
 from v4quant_calibration.refine import (
     _never_worse,
     choose,
@@ -23,7 +23,11 @@ from v4quant_calibration.refine import (
     rough_errors,
     row_errors,
 )
+from v4quant_calibration.solvers import optimal, solve_batch
 from v4quant_kernels import dispatch
+from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.ref.codec import dequantize, quantize
+from v4quant_kernels.scheme import SCHEMES
 
 BATCH, ROWS, COLUMNS = 3, 5, 64
 
@@ -293,6 +297,43 @@ def test_an_expert_without_rows_gets_the_pool(generator: torch.Generator) -> Non
     many = 1e6 * torch.eye(16, dtype=torch.float64)
     torch.testing.assert_close(shrunk(many, 1e6, pool), many / 1e6, atol=1e-4, rtol=0)
     assert torch.equal(damped(torch.zeros(4, 4).double()), torch.eye(4).double())
+
+
+def test_a_pool_of_few_rows_is_mixed_with_no_direction(generator: torch.Generator) -> None:
+    x = torch.randn(3, 4, 16, generator=generator)
+    total = torch.stack([gram_sum(rows, rows) for rows in x])
+    found = pooled(total, 4, 8)
+    for one, rows in zip(found, x.double(), strict=True):
+        level = rows.square().mean() * torch.eye(16)
+        torch.testing.assert_close(one, (rows.mT @ rows + 8 * level) / 12, check_dtype=False)
+    assert not bool(pooled(total * 0, 0, 8).any())
+
+
+@pytest.mark.parametrize("tokens", [8, 64, 128])
+def test_few_tokens_are_no_worse_than_none(tokens: int, generator: torch.Generator) -> None:
+    """Error on the inputs' true moments, where 128 channels saw few rows: codes solved on them are
+    not worse than uncalibrated ones, as they are on the bare moments."""
+    columns, scheme = 128, SCHEMES["int3-g64"]
+    spectrum = torch.linspace(0, -3, columns).exp()
+    turn = torch.linalg.qr(torch.randn(columns, columns, generator=generator)).Q
+    true = ((turn * spectrum) @ turn.mT).double()
+    rows = torch.randn(tokens, columns, generator=generator) * spectrum.sqrt() @ turn.mT
+    source = quantize(torch.randn(64, columns, generator=generator), SCHEMES["mxfp4"])
+
+    def error(q: QTensor) -> float:
+        lost = (dequantize(q) - dequantize(source)).double()
+        return float(((lost @ true) * lost).sum())
+
+    def solved(moments: Tensor) -> float:
+        gram = damped(moments).float().unsqueeze(0)
+        return error(solve_batch([[source]], gram, None, scheme)[0][0])
+
+    total, plain = gram_sum(rows, rows), error(optimal(source, scheme).tensor)
+    found = solved(pooled(total, tokens, columns / 2)) / plain
+    print(f"{tokens} tokens: {found:.3f}, bare moments {solved(total / tokens) / plain:.3f}")
+    assert found < 1.05
+    if tokens == 64:
+        assert solved(total / tokens) > 1.3 * plain
 
 
 def test_rank_deficient_moments_are_safe(generator: torch.Generator) -> None:
