@@ -1,11 +1,11 @@
 """Load checkpoints with vLLM's own DeepSeek-V4 model class and weight loader, on a CPU.
 
-    VLLM_PY=folder python scripts/check_vllm_load.py CHECKPOINT... [--sm 90 --sm 100]
+    VLLM_PY=folder python scripts/check_vllm_load.py CHECKPOINT... [--sm 90 --sm 100] [--tp 2]
 
 Says for every checkpoint and GPU generation how many parameters the model has, how many the loader
-filled, and which quantization methods vLLM chose for how many layers. Exit code 3 when something
-did not load. It shows that names, shapes, dtypes and quantization_config are what vLLM expects; it
-computes nothing.
+filled, which quantization methods vLLM chose for how many layers, and how many bytes the first of
+`--tp` GPUs holds. Exit code 3 when something did not load. It shows that names, shapes, dtypes,
+quantization_config and cuts are what vLLM expects; it computes nothing.
 
 vLLM cannot be imported without a GPU, so a GPU is pretended. `VLLM_PY` is a folder that holds the
 Python files of the vLLM wheel (`unzip vllm-*.whl '*.py' '*.dist-info/*' -d folder`). The
@@ -50,6 +50,9 @@ COMPILED = (
     "fs_io_C",
 )
 MEMORY = 80 * 2**30
+COMMUNICATOR = (
+    "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase"
+)
 
 
 class AnyModule(types.ModuleType):
@@ -96,7 +99,7 @@ def pretend_cuda(major: int, minor: int) -> None:
     cuda.get_device_capability = lambda *_, **__: (major, minor)
     cuda.get_device_properties = lambda *_, **__: facts
     cuda.current_device = lambda: 0
-    cuda.device_count = lambda: 1
+    cuda.device_count = lambda: 64
 
 
 def pretend_operators() -> None:
@@ -136,6 +139,7 @@ def pretend_platform(major: int, minor: int) -> None:
         "has_device_capability": classmethod(has),
         "get_device_name": classmethod(lambda _, device_id=0: "pretended"),
         "get_device_total_memory": classmethod(lambda _, device_id=0: MEMORY),
+        "get_device_communicator_cls": classmethod(lambda _: COMMUNICATOR),
         "log_warnings": classmethod(lambda _: None),
         "num_compute_units": classmethod(lambda _, device_id=0: 132),
     }
@@ -154,8 +158,11 @@ def skip_indexer_workspace() -> None:
     indexer.SparseAttnIndexer.__init__ = build
 
 
-def load(folder: Path) -> dict[str, Any]:
-    """Build the model for a checkpoint's config and run the loader over its files."""
+def load(folder: Path, tp: int, rank: int, port: int) -> dict[str, Any]:
+    """Build the model for a checkpoint's config and run the loader over its files.
+
+    Of `tp` processes that meet at `port` this is number `rank`.
+    """
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
@@ -173,11 +180,12 @@ def load(folder: Path) -> dict[str, Any]:
         max_num_seqs=2,
         max_num_batched_tokens=512,
         kv_cache_dtype="fp8",
+        tensor_parallel_size=tp,
+        distributed_executor_backend="mp" if tp > 1 else None,
     ).create_engine_config()
     with set_current_vllm_config(config):
-        port = 20000 + os.getpid() % 20000
-        init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, backend="gloo")
-        ensure_model_parallel_initialized(1, 1)
+        init_distributed_environment(tp, rank, f"tcp://127.0.0.1:{port}", 0, backend="gloo")
+        ensure_model_parallel_initialized(tp, 1)
         with set_default_torch_dtype(torch.bfloat16):
             model = initialize_model(vllm_config=config)
         wanted = set(dict(model.named_parameters()))
@@ -188,6 +196,7 @@ def load(folder: Path) -> dict[str, Any]:
         "quantization": config.model_config.quantization,
         "parameters": len(wanted),
         "unfilled": sorted(wanted - set(filled)),
+        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "methods": methods(model),
     }
 
@@ -210,32 +219,38 @@ def methods(model: Any) -> dict[str, str]:
     return found
 
 
-def child(folder: Path, sm: int) -> dict[str, Any]:
-    """One load in this process."""
+def child(folder: Path, sm: int, tp: int, rank: int, port: int) -> dict[str, Any]:
+    """One load in this process, or one rank of it."""
     major, minor = divmod(sm, 10)
     sys.path.insert(0, os.environ["VLLM_PY"])
     pretend_cuda(major, minor)
     pretend_operators()
     pretend_platform(major, minor)
     skip_indexer_workspace()
-    return load(folder)
+    return load(folder, tp, rank, port)
 
 
-def run(folder: Path, sm: int) -> dict[str, Any]:
-    """One load in a fresh process; its result, or the last line of its error."""
+def run(folder: Path, sm: int, tp: int) -> dict[str, Any]:
+    """One load, in a fresh process a rank; the first's result, or the last line of its error."""
     cache = f"/tmp/vllm-load-check-{os.getpid()}"
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder), "--sm", str(sm), "--child"],
-        env={"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CACHE_ROOT": cache, **os.environ},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    for line in reversed(done.stdout.splitlines()):
+    port = 20000 + (os.getpid() + sm) % 20000
+    command = [sys.executable, __file__, str(folder), "--sm", str(sm), "--tp", str(tp)]
+    ranks = [
+        subprocess.Popen(
+            [*command, "--child", str(rank), "--port", str(port)],
+            env={"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CACHE_ROOT": cache, **os.environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(tp)
+    ]
+    outputs = [process.communicate() for process in ranks]
+    for line in reversed(outputs[0][0].splitlines()):
         if line.startswith("{"):
             result: dict[str, Any] = json.loads(line)
             return result
-    return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+    return {"error": (outputs[0][1].strip().splitlines() or ["no output"])[-1]}
 
 
 def main() -> int:
@@ -243,17 +258,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("checkpoint", nargs="+", type=Path)
     parser.add_argument("--sm", action="append", type=int, help="90, 100, ... (default both)")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--tp", type=int, default=1, help="GPUs to split it over (default 1)")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if "VLLM_PY" not in os.environ:
         parser.error("VLLM_PY must name the folder with vLLM's Python files")
-    if args.child:
-        print(json.dumps(child(args.checkpoint[0], args.sm[0])))
+    if args.child is not None:
+        print(json.dumps(child(args.checkpoint[0], args.sm[0], args.tp, args.child, args.port)))
         return 0
     failed = False
     for folder in args.checkpoint:
         for sm in args.sm or (90, 100):
-            seen = run(folder, sm)
+            seen = run(folder, sm, args.tp)
             bad = "error" in seen or bool(seen["unfilled"])
             failed |= bad
             print(f"{folder.name} sm{sm}: {'FAILED' if bad else 'ok'} {summary(seen)}", flush=True)
@@ -271,7 +288,8 @@ def summary(seen: dict[str, Any]) -> str:
     )
     text = "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
     first = f", without {', '.join(seen['unfilled'][:3])}" if seen["unfilled"] else ""
-    return f"{filled}/{seen['parameters']} parameters{first}; {seen['quantization']}; {text}"
+    loaded = f"{filled}/{seen['parameters']} parameters{first}, {seen['bytes']:,} bytes"
+    return f"{loaded}; {seen['quantization']}; {text}"
 
 
 if __name__ == "__main__":

@@ -49,12 +49,12 @@ from v4quant_formats.shards import write_file_atomically
 
 
 @click.command(
-    epilog="Example: v4quant allocate DeepSeek-V4-Flash --out recipe.toml --budget 96GB "
+    epilog="Example: v4quant allocate DeepSeek-V4-Flash --out recipe.toml --budget 128GB "
     "--stats stats.v4q"
 )
 @click.argument("source", type=SOURCE)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Recipe to write.")
-@click.option("--budget", help="Size of the output at most, like 96GB.")
+@click.option("--budget", help="Size of the output at most, like 128GB.")
 @click.option("--bpw", type=float, help="The same as bits a weight, over all parameters.")
 @click.option("--fits", help="The same as cards it must fit, like 4x24GB, with --context.")
 @click.option("--context", type=click.IntRange(1, 2**24), default=32768, show_default=True,
