@@ -60,11 +60,12 @@ class Peer:
     tunes: bool = False
 
 
-PACKAGES = ("llm-compressor", "auto-round")
+PACKAGES = ("llm-compressor", "auto-round", "gptqmodel")
 PEERS = {
     "llm-compressor": Peer("llm-compressor, GPTQ", "llm-compressor", "with_llm_compressor.py"),
     "auto-round": Peer("auto-round, weighted scales", "auto-round", "with_auto_round.py"),
     "auto-round tuned": Peer("auto-round, tuned", "auto-round", "with_auto_round.py", tunes=True),
+    "gptqmodel": Peer("GPTQModel", "gptqmodel", "with_gptqmodel.py"),
 }
 
 
@@ -218,10 +219,24 @@ def put_experts(
 
 
 def _facts(row: dict[str, Any]) -> str:
-    told = [f"{name} {number}" for name, number in row["versions"].items()]
+    # What follows a plus says how a package was built.
+    told = [f"{name} {number.partition('+')[0]}" for name, number in row["versions"].items()]
     if row.get("iterations"):
         told.append(f"{row['iterations']} iterations")
     return ", ".join(told)
+
+
+def _missing(columns: Sequence[str]) -> list[str]:
+    """What the page says of peers without figures."""
+    found = []
+    for who, peer in PEERS.items():
+        if who not in columns:
+            found += [
+                f"{peer.name}: runs on V4 with `scripts/peers/{peer.worker}`; not run on the whole",
+                "text yet, so it has no figures here.",
+                "",
+            ]
+    return found
 
 
 def page(found: dict[str, Any]) -> str:
@@ -272,6 +287,7 @@ def page(found: dict[str, Any]) -> str:
         "defaults. One model,",
         "one text: what wins here by less than the error bars has not won.",
         "",
+        *_missing(columns),
     ]
     return "\n".join(lines)
 
