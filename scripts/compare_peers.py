@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             more = [str(options.iterations)] if PEERS[who].tunes else []
             runs[who] = [python, str(ROOT / "scripts" / "peers" / PEERS[who].worker), *more]
     options.work.mkdir(parents=True, exist_ok=True)
-    fresh = compare(options.work, options.schemes, runs)
+    fresh = compare(options.work.resolve(), options.schemes, runs)
     stored = json.loads(STORED.read_text()) if STORED.exists() else {"rows": []}
     renewed = {(row["scheme"], row["who"]) for row in fresh["rows"]}
     old = [row for row in stored["rows"] if (row["scheme"], row["who"]) not in renewed]
@@ -175,7 +175,9 @@ def run_peer(
             str(kind.group_size), str(weights), *more,
         ]  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(  # some leave logs where they are run
+            command, capture_output=True, text=True, env=environment, check=False, cwd=work
+        )
         if done.returncode:
             raise PeerFailed(f"{who} failed on {scheme}:\n{done.stderr[-2000:]}")
         said.write_text(done.stdout.strip().rpartition("\n")[2])
