@@ -153,8 +153,11 @@ def test_whole_layers_for_vllm(checkpoint: Checkpoint, tmp_path: Path) -> None:
     losses = []
     for budget in [least, *sorted(budgets), exact]:
         found = allocate_recipe(checkpoint, costs, budget, options)
-        assert found.nbytes <= budget < found.nbytes * 1.005, seed
-        losses.append(sum(found.losses.values()))
+        # At random budgets a step may be too coarse, or what fits may lose more: that is told.
+        assert found.nbytes <= budget < found.nbytes * 1.01, seed
+        lost = sum(found.losses.values())
+        assert bool(found.room_left) == (found.nbytes < 0.995 * budget or not lost), seed
+        losses.append(lost)
     assert losses == sorted(losses, reverse=True) and losses[-1] == 0.0, seed
     found = allocate_recipe(checkpoint, costs, (least + exact) // 2, options)
     text = recipe_toml(found, costs)
