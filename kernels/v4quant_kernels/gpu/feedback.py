@@ -26,6 +26,21 @@ def nearest(x, low, high):
 
 
 @triton.jit
+def load_tile(start, rows, row, GROUP: tl.constexpr):
+    """float32 `[GROUP, TILE]`: all channels of these rows of a member that begins at `start`."""
+    channel = tl.arange(0, GROUP).to(tl.int64)
+    place = start + channel[:, None] * rows + row[None, :]
+    return tl.load(place, mask=(row < rows)[None, :], other=0.0)
+
+
+@triton.jit
+def channel_of(tile, i):
+    """Channel i of a tile `[GROUP, TILE]`, `[TILE]`."""
+    channel = tl.arange(0, tile.shape[0])
+    return tl.sum(tl.where((channel == i)[:, None], tile, 0.0), axis=0)
+
+
+@triton.jit
 def best_scale_kernel(
     values_ptr, cost_ptr, size_ptr, scale_ptr, rows, values_batch, cost_batch, low, high,
     CANDIDATES: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
@@ -35,8 +50,7 @@ def best_scale_kernel(
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     channel = tl.arange(0, GROUP)
     inside = row < rows
-    place = batch * values_batch + channel.to(tl.int64)[:, None] * rows + row[None, :]
-    values = tl.load(values_ptr + place, mask=inside[None, :], other=0.0)
+    values = load_tile(values_ptr + batch * values_batch, rows, row, GROUP)
     cost = tl.load(cost_ptr + batch * cost_batch + channel)
     least = tl.full([TILE], float("inf"), tl.float32)
     found = tl.full([TILE], 1.0, tl.float32)
@@ -63,14 +77,13 @@ def round_group_kernel(
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     channel = tl.arange(0, GROUP)
     inside = row < rows
-    place = batch * work_batch + channel.to(tl.int64)[:, None] * rows + row[None, :]
-    work = tl.load(work_ptr + place, mask=inside[None, :], other=0.0)
+    work = load_tile(work_ptr + batch * work_batch, rows, row, GROUP)
     scale = tl.load(scale_ptr + batch * scale_batch + row, mask=inside, other=1.0)
     factor_ptr += batch * factor_batch
     integers_ptr += batch * integers_batch
     errors_ptr += batch * GROUP * rows
     for i in range(GROUP):
-        value = tl.sum(tl.where((channel == i)[:, None], work, 0.0), axis=0)
+        value = channel_of(work, i)
         integers = nearest(tl.div_rn(value, scale), low, high)
         error = tl.div_rn(value - integers * scale, tl.load(factor_ptr + i * factor_row + i))
         here = i * rows + row
@@ -91,8 +104,7 @@ def code_steps_kernel(
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     channel = tl.arange(0, GROUP)
     inside = row < rows
-    place = batch * pull_batch + channel.to(tl.int64)[:, None] * rows + row[None, :]
-    pull = tl.load(pull_ptr + place, mask=inside[None, :], other=0.0)
+    pull = load_tile(pull_ptr + batch * pull_batch, rows, row, GROUP)
     scale = tl.load(scale_ptr + batch * scale_batch + row, mask=inside, other=1.0)
     gram_ptr += batch * gram_batch
     integers_ptr += batch * integers_batch
@@ -100,7 +112,7 @@ def code_steps_kernel(
         own = scale * tl.load(gram_ptr + i * gram_row + i)
         here = i * rows + row
         old = tl.load(integers_ptr + here, mask=inside, other=0.0)
-        present = tl.sum(tl.where((channel == i)[:, None], pull, 0.0), axis=0)
+        present = channel_of(pull, i)
         new = nearest(old + tl.div_rn(present, own), low, high)
         tl.store(integers_ptr + here, new, mask=inside)
         later = tl.load(gram_ptr + i * gram_row + channel, mask=channel > i, other=0.0)
