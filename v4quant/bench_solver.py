@@ -25,7 +25,7 @@ from v4quant.bench_convert import BenchError
 from v4quant.devices import device_bytes
 from v4quant.memory import peak_rss_bytes
 from v4quant_calibration.gram import correction, damped, gram_sum
-from v4quant_calibration.layer_solver import expert_bytes
+from v4quant_calibration.layer_solver import experts_at_once
 from v4quant_calibration.refine import DEFAULT_SWEEPS
 from v4quant_calibration.solvers import SOLVERS, solve_batch
 from v4quant_kernels.progress import Progress
@@ -141,7 +141,7 @@ def _batch(size: Width, device: torch.device) -> int:
     memory = device_bytes(device)
     if memory is None:
         return 1
-    return max(1, min(size.experts, memory // expert_bytes(size.hidden, size.intermediate)))
+    return min(size.experts, experts_at_once(memory, size.hidden, size.intermediate))
 
 
 def _timed(work: Callable[[], T]) -> tuple[float, T]:

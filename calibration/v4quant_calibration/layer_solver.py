@@ -157,9 +157,8 @@ class LayerSolver(MomentObserver):
 
     def _batch(self) -> int:
         """Experts solved together within the memory cap."""
-        config = self._config
-        each = expert_bytes(config.hidden_size, config.moe_intermediate_size)
-        return max(1, self._settings.memory // each)
+        config, memory = self._config, self._settings.memory
+        return experts_at_once(memory, config.hidden_size, config.moe_intermediate_size)
 
     def _solve_group(
         self,
@@ -248,6 +247,11 @@ class LayerSolver(MomentObserver):
             limit = 0.0
         hidden = expert_hidden(x, matrices[0], matrices[1], limit, self._options)
         return quantized_input(hidden * weights.unsqueeze(1), self._options)
+
+
+def experts_at_once(memory: int, hidden: int, intermediate: int) -> int:
+    """Experts solved together in so many bytes, one at least."""
+    return max(1, memory // expert_bytes(hidden, intermediate))
 
 
 def expert_bytes(hidden: int, intermediate: int) -> int:
