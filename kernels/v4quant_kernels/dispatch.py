@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from v4quant_kernels import native
+from v4quant_kernels.cpu_products import has_bf16_units
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.experts import Activations, ExpertWeights
 from v4quant_kernels.ref import bf16_product as ref_product
@@ -31,7 +31,7 @@ from v4quant_kernels.runtime import Operand, RuntimeExperts, prepare_experts
 
 Backend = Literal["auto", "triton", "torch"]
 Products = Literal["auto", "f32", "bf16"]
-"""What the torch twins multiply; "auto": BF16 where a CPU has units for it, else float32."""
+"""What the torch twins multiply; "auto": BF16 where a probe found it faster, else float32."""
 
 
 class BackendUnavailable(V4QuantError):
@@ -53,14 +53,6 @@ def uses_triton(tensor: Tensor, backend: Backend) -> bool:
             "set TRITON_INTERPRET=1 before starting Python, or use backend='torch'"
         )
     return True
-
-
-@cache
-def has_bf16_units() -> bool:
-    """Whether this CPU multiplies BF16 faster than float32."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    found = (getattr(torch.cpu, name, None) for name in names)
-    return any(bool(supported()) for supported in found if supported is not None)
 
 
 def product_way(tensor: Tensor, products: Products) -> ref_product.Way:

@@ -13,7 +13,7 @@ from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.noise_floor import EXACT, PRODUCTS, floor_options
 from v4quant_calibration.provider import CheckpointParams
 from v4quant_formats.checkpoint import open_checkpoint
-from v4quant_kernels.dispatch import has_bf16_units
+from v4quant_kernels.cpu_products import has_bf16_units
 from v4quant_kernels.ref.bf16_product import rounded
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-a"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.kernel_tools import KERNEL_SCHEMES, poisoned_allocations, random_qtensor
-from v4quant_kernels import dispatch
+from v4quant_kernels import cpu_products, dispatch
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import bf16_product as module
 from v4quant_kernels.ref.bf16_product import Way, bf16_product, exact_product, rounded
@@ -36,12 +37,40 @@ def test_operands_are_rounded_and_sums_are_not(
     left: tuple[int, ...], right: tuple[int, ...], way: Way, generator: torch.Generator
 ) -> None:
     a, b = (torch.randn(shape, generator=generator) for shape in (left, right))
-    if way == "units" and not dispatch.has_bf16_units():
-        b = rounded(b)  # oneDNN rounds large ones only where the units are
     found = bf16_product(a, b, way)
     assert_sums_are_float32(found, rounded(a), rounded(b))
     assert not torch.equal(found, rounded(found)), "a result rounded to BF16 would lose the sum"
     assert not torch.equal(found, a @ b)
+
+
+@pytest.mark.parametrize("way", ["rounded", "units"])
+def test_results_do_not_depend_on_the_number_of_rows(way: Way, generator: torch.Generator) -> None:
+    """A library may round many rows and not a few: a row's product is the same in any company."""
+    a, b = (torch.randn(shape, generator=generator) for shape in ((300, 512), (384, 512)))
+    for weight in (b.T, b.T.contiguous()):
+        for rows in (1, 2, 15, 64, 300):
+            found = bf16_product(a[:rows], weight, way)
+            assert_sums_are_float32(found, rounded(a[:rows]), rounded(weight))
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_permission_alone_is_not_a_unit(takes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe looks at the numbers: a library that ignores the permission has no units."""
+
+    def library(a: Tensor, b: Tensor, way: Way) -> Tensor:
+        taken = way == "units" and takes
+        return rounded(a) @ rounded(b) if taken else a @ b
+
+    monkeypatch.setattr(cpu_products, "product_of_bf16", library)
+    assert cpu_products.takes_bf16() == takes
+
+
+def test_units_are_used_only_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_products, "takes_bf16", lambda: True)
+    for seconds, expected in ((0.5, True), (1.0, False), (3.0, False)):
+        times = cycle((seconds, 1.0))
+        monkeypatch.setattr(cpu_products, "_seconds", lambda *_, t=times: next(t))
+        assert cpu_products.has_bf16_units.__wrapped__() == expected
 
 
 def test_oneDNN_is_left_as_it_was() -> None:
@@ -73,7 +102,7 @@ def test_weights_are_multiplied_exactly(
 ) -> None:
     """No scheme loses a bit to BF16 operands, integers times BF16 scales included."""
     taken = []
-    monkeypatch.setattr(module, "bf16_product", lambda *a: taken.append(1) or flushing(*a))
+    monkeypatch.setattr(module, "product_of_bf16", lambda *a: taken.append(1) or flushing(*a))
     weight = random_qtensor(scheme, 270, 2 * max(128, SCHEMES[scheme].group_size), generator)
     x = torch.randn(7, weight.shape[1], generator=generator).bfloat16().float()
     with poisoned_allocations(monkeypatch):
@@ -93,7 +122,7 @@ def with_scale(weight: QTensor, byte: int) -> QTensor:
 def test_numbers_that_units_would_lose_are_multiplied_in_float32(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "bf16_product", flushing)
+    monkeypatch.setattr(module, "product_of_bf16", flushing)
     for byte, size in ((1, 1.0), (127, 2.0**-126), (60, 2.0**-50), (127, 1.0)):
         weight = with_scale(random_qtensor("mxfp4", 16, 64, generator), byte)
         x = (torch.randn(3, 64, generator=generator) * size).bfloat16().float()

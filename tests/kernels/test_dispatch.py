@@ -9,9 +9,10 @@ import sys
 SCRIPT = """
 import sys
 import torch
-from v4quant_kernels import dispatch, experts, qtensor, scheme, selfcheck
+from v4quant_kernels import cpu_products, dispatch, experts, qtensor, scheme, selfcheck
 assert not [m for m in sys.modules if m.split(".")[0] == "triton"], "importing must not need Triton"
 assert not torch.cuda.is_initialized()
+assert not cpu_products.has_bf16_units.cache_info().currsize, "importing must not probe the CPU"
 
 matrix = qtensor.QTensor(scheme.SCHEMES["bf16"], (8, 8), torch.eye(8).bfloat16())
 one = experts.stack_experts([(matrix, matrix, matrix)])

@@ -5,8 +5,9 @@ a product of exact operands loses. Three ways lead around it, to the same number
 of their sums; `dispatch` knows which suits a device:
 
 * "cuda": BF16 operands, float32 asked for as the result.
-* "units": on a CPU with BF16 units (AVX512_BF16, AMX), float32 operands that oneDNN is allowed to
-  take as BF16.
+* "units": on a CPU whose BF16 units oneDNN uses (AMX), float32 operands that it is allowed to take
+  as BF16. It treats that as a hint, and which shapes it follows it for is its own affair, so
+  operands are rounded before: whether it does or not, the product is the same.
 * "rounded": anywhere, the ordinary float32 product of rounded operands. It is no faster than an
   exact one, but measures the same thing.
 
@@ -37,8 +38,6 @@ from v4quant_kernels.ref.codec import dequantize
 Way = Literal["f32", "cuda", "units", "rounded"]
 """How a product is taken; "f32" multiplies the operands as they are."""
 
-# Below this many multiplications oneDNN is not asked, and would not have rounded.
-_LARGE = 1 << 20
 _NORMAL = 2.0**-126
 _LEAST_PRODUCT = 2.0**-100  # what flushing may lose is then below a rounding of any product
 _SPLIT = {("e2m1", "e8m0"), ("e2m1", "e4m3"), ("e4m3", "e8m0"), ("int", "bf16"), ("bf16", "none")}
@@ -51,13 +50,17 @@ def bf16_product(a: Tensor, b: Tensor, way: Way) -> Tensor:
     `[g, k, n]`. way: any but "f32"."""
     if way == "cuda":
         return _cuda_product(a.bfloat16(), b.bfloat16())
-    a = rounded(a)
-    if way == "rounded":
-        return a @ rounded(b)
-    # oneDNN rounds a large matrix itself, to nearest: no need of a pass of ours over a weight.
-    large = b.dim() == 2 and a.numel() * b.shape[-1] >= _LARGE
-    with _units_allowed():
-        return a @ (b if large else rounded(b))
+    return product_of_bf16(rounded(a), rounded(b), way)
+
+
+def product_of_bf16(a: Tensor, b: Tensor, way: Way) -> Tensor:
+    """float32 a @ b of float32 operands that hold BF16 values, shaped as for `bf16_product`."""
+    if way == "cuda":
+        return _cuda_product(a.bfloat16(), b.bfloat16())
+    if way == "units":
+        with _units_allowed():
+            return a @ b
+    return a @ b
 
 
 def exact_product(x: Tensor, weight: QTensor, way: Way) -> Tensor:
@@ -75,10 +78,10 @@ def exact_product(x: Tensor, weight: QTensor, way: Way) -> Tensor:
     matrix = dequantize(weight)
     if weight.scheme.element == "int":
         large = rounded(matrix)
-        out = bf16_product(x, large.T, way)
-        out += bf16_product(x, matrix.sub_(large).T, way)
+        out = product_of_bf16(x, large.T, way)
+        out += product_of_bf16(x, matrix.sub_(large).T, way)
     else:
-        out = bf16_product(x, matrix.T, way)
+        out = product_of_bf16(x, matrix.T, way)
     return out if factor is None else out.mul_(factor)
 
 
