@@ -30,11 +30,11 @@ from torch import Tensor
 from v4quant.builtin import TINY_V4, resolve_source
 from v4quant.cli._options import forward_options
 from v4quant.synthetic.writing import Request, write_checkpoint
-from v4quant_calibration.logits import stream_logits
+from v4quant_calibration.forward.checkpoint_params import CheckpointParams
+from v4quant_calibration.forward.logits import stream_logits
+from v4quant_calibration.forward.stream import StreamModel, stream_forward
 from v4quant_calibration.model import attention, numerics
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_calibration.provider import CheckpointParams
-from v4quant_calibration.stream import StreamModel, stream_forward
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import parse_model_config
 

@@ -31,7 +31,7 @@ from safetensors.numpy import load_file
 from script_tools.program import v4quant
 
 from v4quant.builtin import resolve_source
-from v4quant_formats.gguf_layout import GGUF
+from v4quant_formats.layouts.gguf import GGUF
 
 SOURCE = "builtin:tiny-v4"
 LENGTH = 256

@@ -28,8 +28,8 @@ from script_tools.figures import figures
 from torch import Tensor
 
 from v4quant.builtin import resolve_corpus, resolve_source
-from v4quant.evaluation import evaluate_checkpoint
-from v4quant_calibration.corpus import Corpus, CorpusRequest, load_corpus
+from v4quant.evaluation.evaluate import evaluate_checkpoint
+from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import parse_model_config

@@ -32,9 +32,9 @@ from safetensors.torch import load_file, save_file
 from script_tools.figures import figures
 
 from v4quant.builtin import CALIBRATION, HELDOUT
-from v4quant.evaluation import evaluate_checkpoint
-from v4quant.job import run_job
-from v4quant.plan import make_plan
+from v4quant.conversion.job import run_job
+from v4quant.conversion.plan import make_plan
+from v4quant.evaluation.evaluate import evaluate_checkpoint
 from v4quant.recipe import Recipe
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_formats.checkpoint import Checkpoint, open_checkpoint

@@ -29,12 +29,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from v4quant.inspection import inspect_checkpoint
-from v4quant.job import run_job
-from v4quant.plan import make_plan
+from v4quant.checks.inspection import inspect_checkpoint
+from v4quant.checks.verify import verify
+from v4quant.conversion.job import run_job
+from v4quant.conversion.plan import make_plan
 from v4quant.recipe import Recipe
 from v4quant.sizes import parse_size
-from v4quant.verify import verify
 from v4quant_formats.checkpoint import INDEX_NAME, open_checkpoint
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import SilentProgress

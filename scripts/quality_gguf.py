@@ -27,18 +27,18 @@ from typing import Any
 
 from script_tools.figures import drift, figures
 
-from v4quant.allocation import ALL, Options, allocate_recipe, find_costs
+from v4quant.allocation.allocate import ALL, Options, allocate_recipe, find_costs
 from v4quant.builtin import CALIBRATION, HELDOUT, resolve_corpus
-from v4quant.calibration import solve_settings
-from v4quant.evaluation import evaluate_checkpoint
-from v4quant.evidence import read_evidence
-from v4quant.job import run_job
-from v4quant.plan import make_plan
+from v4quant.calibration.collect import solve_settings
+from v4quant.conversion.calibrated import read_evidence
+from v4quant.conversion.job import run_job
+from v4quant.conversion.plan import make_plan
+from v4quant.evaluation.evaluate import evaluate_checkpoint
 from v4quant.recipe import Recipe, recipe_from_table
 from v4quant.sizes import parse_size
-from v4quant_calibration.corpus import Corpus, CorpusRequest, load_corpus
+from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_calibration.solve import solve
+from v4quant_calibration.solve.solve import solve
 from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
 from v4quant_formats.model_config import parse_model_config
 from v4quant_kernels.progress import SilentProgress

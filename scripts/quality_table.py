@@ -22,18 +22,18 @@ from typing import Any
 from script_tools.figures import drift, figures
 
 from v4quant.builtin import CALIBRATION, HELDOUT, resolve_corpus
-from v4quant.evaluation import evaluate_checkpoint
-from v4quant.evidence import read_evidence
-from v4quant.job import run_job
-from v4quant.plan import make_plan
+from v4quant.conversion.calibrated import read_evidence
+from v4quant.conversion.job import run_job
+from v4quant.conversion.plan import make_plan
+from v4quant.evaluation.evaluate import evaluate_checkpoint
 from v4quant.recipe import Recipe
-from v4quant_calibration.calibrate import calibrate
-from v4quant_calibration.corpus import Corpus, CorpusRequest, load_corpus
+from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_calibration.refine import DEFAULT_SWEEPS
-from v4quant_calibration.solve import solve
-from v4quant_calibration.solve_settings import SolveSettings
-from v4quant_calibration.stats import write_stats
+from v4quant_calibration.rounding.refine import DEFAULT_SWEEPS
+from v4quant_calibration.solve.settings import SolveSettings
+from v4quant_calibration.solve.solve import solve
+from v4quant_calibration.statistics.collect import calibrate
+from v4quant_calibration.statistics.stats import write_stats
 from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
 from v4quant_formats.model_config import ModelConfig, parse_model_config
 from v4quant_kernels.progress import Progress, SilentProgress

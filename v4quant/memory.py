@@ -7,7 +7,7 @@ import resource
 import sys
 from pathlib import Path
 
-from v4quant.plan import Plan
+from v4quant.conversion.plan import Plan
 from v4quant.sizes import SizeError
 
 # Interpreter, torch and its libraries, measured; thread pools and buffers included.

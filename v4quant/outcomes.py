@@ -10,12 +10,12 @@ import math
 import torch
 from torch import Tensor
 
-from v4quant.plan import Plan
-from v4quant.records import Disposition, TensorRecord
-from v4quant_calibration.scale_search import QuantizedMatrix
+from v4quant.conversion.plan import Plan
+from v4quant.conversion.records import Disposition, TensorRecord
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.weights import StoredWeight
 from v4quant_kernels.errors import NonFiniteWeight, V4QuantError
+from v4quant_kernels.scale_search import QuantizedMatrix
 from v4quant_kernels.scheme import Scheme
 
 

@@ -171,7 +171,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     DuplicateTensor, or what `read_header` raises. The index and the shards must agree exactly.
     """
     folder = Path(path)
-    from v4quant_formats.gguf_checkpoint import is_gguf, open_gguf  # which makes Checkpoints too
+    from v4quant_formats.gguf.checkpoint import is_gguf, open_gguf  # which makes Checkpoints too
 
     if is_gguf(folder):
         return open_gguf(folder)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from v4quant_formats.errors import OutputError
-from v4quant_formats.following import FollowingHash
+from v4quant_formats.file_hash import FollowingHash
 from v4quant_formats.spec import DTYPE_BITS, TensorSpec, torch_dtype
 
 TEMPORARY_SUFFIX = ".part"

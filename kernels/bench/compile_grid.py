@@ -44,11 +44,11 @@ from v4quant_kernels.gpu import (
     index_vectors,
     indexer,
     moe,
-    native,
     routing,
     tiles,
     topk,
 )
+from v4quant_kernels.gpu import scaled_gemm as native
 from v4quant_kernels.runtime import RuntimeMatrix, layout_codes
 from v4quant_kernels.scheme import SCHEMES
 from v4quant_kernels.words import SPREAD, STEP, columns_per_word

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from v4quant_kernels.ref.bf16_product import Way, product_of_bf16
+from v4quant_kernels.twins.bf16_product import Way, product_of_bf16
 
 _ROWS, _K, _COLUMNS = 128, 1024, 1024
 _TRIES = 5

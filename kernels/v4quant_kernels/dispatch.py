@@ -23,11 +23,11 @@ from v4quant_kernels import native
 from v4quant_kernels.cpu_products import has_bf16_units
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.experts import Activations, ExpertWeights
-from v4quant_kernels.ref import bf16_product as ref_product
-from v4quant_kernels.ref import feedback as ref_feedback
-from v4quant_kernels.ref import indexer as ref_indexer
-from v4quant_kernels.ref import moe as ref_moe
 from v4quant_kernels.runtime import Operand, RuntimeExperts, prepare_experts
+from v4quant_kernels.twins import bf16_product as ref_product
+from v4quant_kernels.twins import feedback as ref_feedback
+from v4quant_kernels.twins import indexer as ref_indexer
+from v4quant_kernels.twins import moe as ref_moe
 
 Backend = Literal["auto", "triton", "torch"]
 Products = Literal["auto", "f32", "bf16"]

@@ -126,7 +126,7 @@ def _put_together(blocks: Blocks, type_name: str) -> Tensor:
 
     if not native.available() or blocks.q.device.type != "cpu":
         return put_together(blocks, type_name)
-    from v4quant_kernels.native.ggml_join import join
+    from v4quant_kernels.native.ggml.join import join
 
     return put_together(blocks, type_name, join)
 
@@ -140,7 +140,7 @@ def search_blocks(x: Tensor, type_name: str, importance: Tensor | None) -> Block
 
     if not native.available():
         return ggml_plain.round_blocks(x.view(-1, SHAPES[type_name].block), type_name)
-    from v4quant_kernels.native.ggml_search import search
+    from v4quant_kernels.native.ggml.search import search
 
     return search(x.cpu(), type_name, None if importance is None else importance.cpu())
 

@@ -26,14 +26,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from v4quant_kernels import dispatch
+from v4quant_kernels.codec import dequantize
 from v4quant_kernels.dispatch import Backend, BackendUnavailable
 from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
 from v4quant_kernels.experts import Activations, ExpertWeights, StackedMatrix
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.ref import indexer as ref_indexer
-from v4quant_kernels.ref.codec import dequantize
 from v4quant_kernels.reference64 import indexer64, moe64
 from v4quant_kernels.scheme import get_scheme
+from v4quant_kernels.twins import indexer as ref_indexer
 
 SWIGLU_LIMIT = 10.0
 _TOKENS = 5

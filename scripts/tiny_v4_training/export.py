@@ -19,7 +19,7 @@ from torch import Tensor
 from v4quant_formats.deepseek_v4 import expert_module, parse_name
 from v4quant_formats.shards import ShardWriter, plan_shard, write_file_atomically
 from v4quant_formats.spec import DTYPE_NAMES, TensorSpec
-from v4quant_kernels.ref.codec import quantize
+from v4quant_kernels.codec import quantize
 from v4quant_kernels.scheme import SCHEMES
 
 GENERATION_CONFIG = {

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.docs.pages import ROOT, Page
-from v4quant_formats.layouts import LAYOUTS
+from v4quant_formats.layouts.table import LAYOUTS
 from v4quant_formats.manifest import read_manifest
 from v4quant_formats.spec import DTYPE_BITS
 from v4quant_kernels.scheme import SCHEMES

@@ -2,7 +2,7 @@
 
 What is claimed: the graphs pass onnx's checker (shapes inferred), load, and compute what the
 calibration model's router and experts compute on the same weights, whatever the number of tokens;
-the indexer's scores are those of `v4quant_kernels.ref.indexer`.
+the indexer's scores are those of `v4quant_kernels.twins.indexer`.
 
 Tolerance: 2e-6 of the largest output, a few float32 roundings of sums in another order. Measured:
 up to 4e-7 on the trained model in MXFP4. A token whose router is undecided to 1e-5 may choose
@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from tests.support.conversion import TINY, convert
-from v4quant.onnx_export import export_onnx
-from v4quant.onnx_plan import make_onnx_plan
+from v4quant.onnx_export.export import export_onnx
+from v4quant.onnx_export.plan import make_onnx_plan
+from v4quant_calibration.forward.checkpoint_params import CheckpointParams
 from v4quant_calibration.model.experts import mixture_of_experts
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.router import Routing, route
-from v4quant_calibration.provider import CheckpointParams
 from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import load_model_config
-from v4quant_formats.onnx_check import check_onnx_folder
-from v4quant_formats.onnx_experts import (
+from v4quant_formats.onnx.check import check_onnx_folder
+from v4quant_formats.onnx.experts import (
     CODES2,
     CODES13,
     KERNELS,
@@ -40,15 +40,15 @@ from v4quant_formats.onnx_experts import (
     expert_pieces,
     expert_specs,
 )
-from v4quant_formats.onnx_graph import Graph
-from v4quant_formats.onnx_indexer import indexer_model
-from v4quant_formats.onnx_moe import MoeLayer, experts_model
+from v4quant_formats.onnx.graph import Graph
+from v4quant_formats.onnx.indexer import indexer_model
+from v4quant_formats.onnx.moe import MoeLayer, experts_model
 from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shards import ShardWriter, plan_shard
+from v4quant_kernels import codec
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.ref import codec
-from v4quant_kernels.ref.indexer import indexer_logits, pack_index_keys, quantize_index_vectors
 from v4quant_kernels.scheme import SCHEMES
+from v4quant_kernels.twins.indexer import indexer_logits, pack_index_keys, quantize_index_vectors
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

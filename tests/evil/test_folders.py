@@ -172,8 +172,8 @@ def test_json_that_would_grow_in_memory(folder: Path) -> None:
 @pytest.mark.parametrize("value", [10**12, 10**30, -1, 0, 1.5, "4", None, True, [4], {"a": 1}])
 def test_config_numbers_meant_to_exhaust(tmp_path: Path, key: str, value: object) -> None:
     """Planning and inspecting end soon, with an error or defects, whatever the numbers claim."""
-    from v4quant.inspection import inspect_checkpoint
-    from v4quant.plan import make_plan
+    from v4quant.checks.inspection import inspect_checkpoint
+    from v4quant.conversion.plan import make_plan
     from v4quant.recipe import Recipe
     from v4quant_kernels.progress import SilentProgress
 

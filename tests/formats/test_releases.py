@@ -21,14 +21,14 @@ import torch
 
 from tests.support.conversion import convert, recipe_of
 from tests.support.synthetic import RELEASES, make_small
-from v4quant.inspection import inspect_checkpoint
+from v4quant.checks.inspection import inspect_checkpoint
+from v4quant.checks.verify import verify
 from v4quant.outcomes import ScaleNotPowerOfTwo
 from v4quant.recipe import Recipe
-from v4quant.verify import verify
 from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
 from v4quant_formats.deepseek_v4 import expected_modules, module_shape, parse_name
 from v4quant_formats.errors import UnsupportedPair
-from v4quant_formats.layouts import LAYOUTS
+from v4quant_formats.layouts.table import LAYOUTS
 from v4quant_formats.manifest import read_manifest
 from v4quant_formats.model_config import ConfigError, parse_dimensions, parse_model_config
 from v4quant_formats.weights import find_weight
@@ -51,7 +51,7 @@ KINDS = {
     "pro": {"hca": 3, "csa": 1},
     "v41": {"swa": 2, "csa2/2": 1, "csa2/1": 1},
 }
-# GGUF files: tests/formats/test_gguf.py.
+# GGUF files: tests/formats/gguf/test_gguf.py.
 PAIRS = [(x.name, s) for x in LAYOUTS.values() if x.index for s in x.schemes]
 # Group sizes differ in nothing else, and Pro from Flash in sizes only.
 REST = {"int3-g128", "int2-g64", "int4-g64", "int8-g128"}

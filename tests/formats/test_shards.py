@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from v4quant_formats.errors import OutputError
-from v4quant_formats.following import hash_file
+from v4quant_formats.file_hash import hash_file
 from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shards import (
     ShardWriter,

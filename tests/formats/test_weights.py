@@ -14,8 +14,8 @@ from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
 from v4quant_formats.deepseek_v4 import split_part
 from v4quant_formats.errors import MissingTensor, WrongDtype
 from v4quant_formats.weights import find_weight, read_dense, read_weight
+from v4quant_kernels.codec import dequantize
 from v4quant_kernels.errors import NonFiniteWeight
-from v4quant_kernels.ref.codec import dequantize
 from v4quant_kernels.scheme import SCHEMES as TABLE
 
 SIZES = {"F8_E4M3": 8, "F8_E8M0": 8, "U8": 8, "I8": 8, "BF16": 16, "F32": 32, "I32": 32, "I64": 64,

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from v4quant_kernels import native
+from v4quant_kernels import cast, codec, native
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.ref import cast, codec
 from v4quant_kernels.scheme import SCHEMES
 
 CASTS = ["mxfp8", "nvfp4", "fp8", "int8-g32", "int8-g128"]

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from v4quant_kernels import codec
 from v4quant_kernels.errors import NonFiniteWeight, UnsupportedScheme
-from v4quant_kernels.ref import codec
 from v4quant_kernels.scheme import SCHEMES, Scheme
 
 EVERY = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)

@@ -12,9 +12,9 @@ from tests.kernels.kernel_tools import KERNEL_SCHEMES, random_experts, random_qt
 from v4quant_kernels import dispatch
 from v4quant_kernels.errors import NonFiniteWeight, UnsupportedScheme, V4QuantError
 from v4quant_kernels.experts import ExpertWeights, stack_experts
-from v4quant_kernels.ref import moe as ref_moe
 from v4quant_kernels.runtime import check_layout, layout_codes, prepare_experts
 from v4quant_kernels.scheme import SCHEMES
+from v4quant_kernels.twins import moe as ref_moe
 
 OPERANDS: tuple[Any, ...] = ("bf16", "fp8", "native", "native8")
 

@@ -10,9 +10,9 @@ import torch
 
 from tests.kernels.kernel_tools import KERNEL_SCHEMES, random_experts, random_qtensor
 from v4quant_kernels import dispatch, selfcheck
+from v4quant_kernels.codec import dequantize
 from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
 from v4quant_kernels.experts import ExpertQTensors, stack_experts
-from v4quant_kernels.ref.codec import dequantize
 from v4quant_kernels.scheme import SCHEMES
 
 

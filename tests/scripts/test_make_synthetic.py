@@ -25,10 +25,10 @@ from tests.support.synthetic import (
     shards_of,
     write_checkpoint,
 )
-from v4quant.inspection import Inspection, inspect_checkpoint
-from v4quant.plan import make_plan
+from v4quant.checks.inspection import Inspection, inspect_checkpoint
+from v4quant.checks.verify import verify
+from v4quant.conversion.plan import make_plan
 from v4quant.recipe import Recipe
-from v4quant.verify import verify
 from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
 from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.errors import NonFiniteWeight

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.scripts import load_script
-from v4quant.plan import make_plan
+from v4quant.conversion.plan import make_plan
 from v4quant.recipe import recipe_from_table
 from v4quant.sizes import parse_size
 from v4quant_formats.checkpoint import open_checkpoint

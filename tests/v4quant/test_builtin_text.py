@@ -17,8 +17,8 @@ from v4quant.builtin import (
     resolve_corpus,
     resolve_source,
 )
-from v4quant_calibration.corpus import CorpusRequest, load_corpus
-from v4quant_calibration.encoding import MODES
+from v4quant_calibration.corpus.chat_encoding import MODES
+from v4quant_calibration.corpus.corpus import CorpusRequest, load_corpus
 
 DATA = Path(v4quant.__file__).parent / "data"
 SHINGLE = 64

@@ -9,7 +9,7 @@ import pytest
 from tests.support.conversion import SCHEMES
 from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
 from v4quant_formats.errors import UnsupportedPair
-from v4quant_formats.layouts import LAYOUTS
+from v4quant_formats.layouts.table import LAYOUTS
 from v4quant_kernels.errors import UnsupportedScheme
 
 

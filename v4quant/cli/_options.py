@@ -14,8 +14,8 @@ import torch
 
 from v4quant import __version__
 from v4quant.builtin import resolve_corpus
-from v4quant_calibration.corpus import Corpus, CorpusRequest, load_corpus
-from v4quant_calibration.encoding import DEFAULT_MODE, MODES
+from v4quant_calibration.corpus.chat_encoding import DEFAULT_MODE, MODES
+from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import ModelConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from v4quant.allocation import (
+from v4quant.allocation.allocate import (
     ALL,
     AUTO,
     Allocation,
@@ -17,9 +17,8 @@ from v4quant.allocation import (
     find_costs,
     recipe_toml,
 )
-from v4quant.budget import bits_budget, cards_budget
-from v4quant.builtin import MIXED_CALIBRATION
-from v4quant.card_budget import (
+from v4quant.allocation.budget import bits_budget, cards_budget
+from v4quant.allocation.card_budget import (
     CardMemory,
     Cards,
     card_memory,
@@ -28,22 +27,23 @@ from v4quant.card_budget import (
     model_config,
     parse_cards,
 )
+from v4quant.allocation.sensitivity import Sample
+from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.cli import _output
 from v4quant.cli._options import read_corpus
 from v4quant.cli._source import SOURCE
-from v4quant.plan import make_plan
-from v4quant.sensitivity import Sample
+from v4quant.conversion.plan import make_plan
 from v4quant.sizes import parse_size
 from v4quant.source import Source, open_source
-from v4quant_calibration.corpus import Corpus
-from v4quant_calibration.encoding import DEFAULT_MODE
-from v4quant_calibration.solution import is_solution, load_solution
-from v4quant_calibration.stats import Stats, load_stats
+from v4quant_calibration.corpus.chat_encoding import DEFAULT_MODE
+from v4quant_calibration.corpus.corpus import Corpus
+from v4quant_calibration.solve.solution import is_solution, load_solution
+from v4quant_calibration.statistics.stats import Stats, load_stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.engines.vllm_memory import UTILIZATION, Serving, default_batch
-from v4quant_formats.gguf_layout import DENSE_TYPES
-from v4quant_formats.layout import ENGINE_CHOICES, NEUTRAL
-from v4quant_formats.layouts import LAYOUTS
+from v4quant_formats.layouts.gguf import DENSE_TYPES
+from v4quant_formats.layouts.layout import ENGINE_CHOICES, NEUTRAL
+from v4quant_formats.layouts.table import LAYOUTS
 from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.shards import write_file_atomically
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from v4quant.bench_convert import WIDTHS, ConvertBench, bench_convert
-from v4quant.bench_solver import BENCHED, bench_solvers
-from v4quant.bench_solver import WIDTHS as SOLVER_WIDTHS
+from v4quant.bench.convert import WIDTHS, ConvertBench, bench_convert
+from v4quant.bench.solver import BENCHED, bench_solvers
+from v4quant.bench.solver import WIDTHS as SOLVER_WIDTHS
 from v4quant.cli import _output
 from v4quant.cli.bench_kernels import gpu, indexer, moe
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import click
 
+from v4quant.bench.kernels.cases import INDEX_CASES, SHAPES
+from v4quant.bench.kernels.device import Machine, choose_device
+from v4quant.bench.kernels.indexer import CONTEXTS, IndexerBench, bench_indexer
+from v4quant.bench.kernels.indexer_peers import SCORERS
+from v4quant.bench.kernels.moe import TOKENS, Compare, MoeBench, bench_moe
+from v4quant.bench.kernels.session import STEPS, run_session
 from v4quant.cli import _exit, _output
-from v4quant.kernel_bench.cases import INDEX_CASES, SHAPES
-from v4quant.kernel_bench.device import Machine, choose_device
-from v4quant.kernel_bench.indexer import CONTEXTS, IndexerBench, bench_indexer
-from v4quant.kernel_bench.indexer_peers import SCORERS
-from v4quant.kernel_bench.moe import TOKENS, Compare, MoeBench, bench_moe
-from v4quant.kernel_bench.session import STEPS, run_session
 from v4quant_kernels import dispatch
 
 if TYPE_CHECKING:  # needs Triton
-    from v4quant.kernel_bench.tune import Tuned
+    from v4quant.bench.kernels.tune import Tuned
 
 _DEVICE = click.option(
     "--device",
@@ -81,7 +81,7 @@ def moe(
     """
     if tune is not None:
         dispatch.require_triton()
-        from v4quant.kernel_bench.tune_moe import tune_moe
+        from v4quant.bench.kernels.tune_moe import tune_moe
 
         what = shapes or ("flash",), schemes or ("mxfp4",), modes or ("bf16", "e4m3")
         _use(tune_moe(*what, _output.TerminalProgress(), device), tune)
@@ -129,7 +129,7 @@ def indexer(
     """
     if tune is not None:
         dispatch.require_triton()
-        from v4quant.kernel_bench.tune_indexer import tune_indexer
+        from v4quant.bench.kernels.tune_indexer import tune_indexer
 
         _use(tune_indexer(_output.TerminalProgress(), device), tune)
     result = bench_indexer(
@@ -168,7 +168,7 @@ def gpu(ctx: click.Context, minutes: float, append: Path) -> None:
 
 def _use(tuned: Tuned, path: Path) -> None:
     """Write the tuned tiles, and let this process use them."""
-    from v4quant.kernel_bench.tune import write_tiles
+    from v4quant.bench.kernels.tune import write_tiles
     from v4quant_kernels.gpu.tiles import TILES_VARIABLE, forget_tuned
 
     write_tiles(tuned, path)

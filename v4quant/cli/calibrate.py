@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from v4quant.builtin import MIXED_CALIBRATION
-from v4quant.calibration import calibrate_to, draw_corpus, solve_settings
+from v4quant.calibration.collect import calibrate_to, draw_corpus, solve_settings
 from v4quant.cli import _output
 from v4quant.cli._options import corpus_options, forward_options, products_option, read_corpus
 from v4quant.cli._source import SOURCE
@@ -16,10 +16,10 @@ from v4quant.devices import find_device
 from v4quant.recipe import Recipe, read_toml, recipe_from_table
 from v4quant.sizes import parse_size
 from v4quant.source import Source, open_source
-from v4quant_calibration.calibrate import DEFAULT_FLOOR
-from v4quant_calibration.corpus import Corpus
-from v4quant_calibration.coverage import spread
-from v4quant_calibration.stats import Stats
+from v4quant_calibration.corpus.corpus import Corpus
+from v4quant_calibration.statistics.collect import DEFAULT_FLOOR
+from v4quant_calibration.statistics.coverage import spread
+from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.model_config import parse_model_config
 from v4quant_kernels.ref.ggml_blocks import SHAPES
 

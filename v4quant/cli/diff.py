@@ -6,9 +6,9 @@ from dataclasses import asdict
 
 import click
 
+from v4quant.checks.diff import DiffResult, diff_checkpoints
 from v4quant.cli import _exit, _output
 from v4quant.cli._source import SOURCE
-from v4quant.diff import DiffResult, diff_checkpoints
 from v4quant.source import Source, open_source
 
 _SHOWN = 40

@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from v4quant.cli import _output
-from v4quant_calibration.chat_messages import EncodingError
-from v4quant_calibration.encoding import MODES, RELEASES, encode_messages
-from v4quant_calibration.text_tokenizer import TextTokenizer
+from v4quant_calibration.corpus.chat_encoding import MODES, RELEASES, encode_messages
+from v4quant_calibration.corpus.chat_messages import EncodingError
+from v4quant_calibration.corpus.tokenizer import TextTokenizer
 
 MAX_MESSAGES_BYTES = 2**28
 

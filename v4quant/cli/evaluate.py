@@ -20,14 +20,14 @@ from v4quant.cli._options import (
 )
 from v4quant.cli._source import SOURCE
 from v4quant.devices import find_device
-from v4quant.evaluation import LogitFiles, Resources, evaluate_checkpoint
-from v4quant.report import render_html, render_markdown
+from v4quant.evaluation.evaluate import LogitFiles, Resources, evaluate_checkpoint
+from v4quant.evaluation.report import render_html, render_markdown
 from v4quant.sizes import parse_size
 from v4quant.source import Source, open_source
-from v4quant_calibration.evaluate import Measures
-from v4quant_calibration.needle import make_needles
-from v4quant_calibration.noise_floor import MOST_FLOORS
-from v4quant_calibration.text_tokenizer import TextTokenizer
+from v4quant_calibration.corpus.tokenizer import TextTokenizer
+from v4quant_calibration.evaluation.evaluate import Measures
+from v4quant_calibration.evaluation.needle import make_needles
+from v4quant_calibration.evaluation.noise_floor import MOST_FLOORS
 from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.shards import write_file_atomically
 

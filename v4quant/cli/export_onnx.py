@@ -9,11 +9,11 @@ import click
 
 from v4quant.cli import _output
 from v4quant.cli._source import SOURCE
-from v4quant.onnx_export import OnnxResult, export_onnx
-from v4quant.onnx_plan import OnnxPlan, make_onnx_plan
+from v4quant.onnx_export.export import OnnxResult, export_onnx
+from v4quant.onnx_export.plan import OnnxPlan, make_onnx_plan
 from v4quant.source import Source, open_source
-from v4quant_calibration.stats import load_stats, stats_digest
-from v4quant_formats.onnx_experts import KERNELS
+from v4quant_calibration.statistics.stats import load_stats, stats_digest
+from v4quant_formats.onnx.experts import KERNELS
 
 _KERNELS = list(dict.fromkeys(k for kernels in KERNELS.values() for k in kernels))
 

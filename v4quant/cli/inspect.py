@@ -6,9 +6,9 @@ from dataclasses import asdict
 
 import click
 
+from v4quant.checks.inspection import ByteClass, Inspection, inspect_checkpoint
 from v4quant.cli import _output
 from v4quant.cli._source import SOURCE
-from v4quant.inspection import ByteClass, Inspection, inspect_checkpoint
 from v4quant.source import Source, open_source
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
+from v4quant.checks.verify import verify
 from v4quant.cli import _output
-from v4quant.hub.card import CardRequest, license_of, render_card
 from v4quant.hub.client import HubError
-from v4quant.hub.publish import CommitPlan, Parcel, card_parcel, parcels_of, plan_commits
-from v4quant.hub.publish import push as push_files
 from v4quant.hub.refs import SCHEME, parse_hub
-from v4quant.hub.serving import accepted_engines
-from v4quant.verify import verify
+from v4quant.publishing.card import CardRequest, license_of, render_card
+from v4quant.publishing.publisher import CommitPlan, Parcel, card_parcel, parcels_of, plan_commits
+from v4quant.publishing.publisher import push as push_files
+from v4quant.publishing.serving import accepted_engines
 from v4quant_formats.checkpoint import INDEX_NAME, open_checkpoint
 from v4quant_formats.manifest import read_manifest
 

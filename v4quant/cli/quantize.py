@@ -12,21 +12,21 @@ import click
 
 from v4quant.cli import _output
 from v4quant.cli._source import OUT, SOURCE
+from v4quant.conversion.calibrated import read_evidence
+from v4quant.conversion.job import JobResult, run_job
+from v4quant.conversion.plan import Plan, make_plan
+from v4quant.conversion.ranks import current_ranks
 from v4quant.devices import find_device
-from v4quant.evidence import read_evidence
-from v4quant.hub.card import CardRequest
-from v4quant.hub.conversion import Destination, find_places, open_target, share_cap
-from v4quant.job import JobResult, run_job
 from v4quant.memory import fit_workers
-from v4quant.plan import Plan, make_plan
-from v4quant.ranks import current_ranks
+from v4quant.publishing.card import CardRequest
+from v4quant.publishing.hub_folders import Destination, find_places, open_target, share_cap
 from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
 from v4quant.sizes import parse_size
 from v4quant.source import Source, open_source
-from v4quant_calibration.solution import is_solution
-from v4quant_calibration.solvers import SOLVER_NAMES
-from v4quant_formats.layout import ENGINE_CHOICES
-from v4quant_formats.layouts import LAYOUTS
+from v4quant_calibration.rounding.solvers import SOLVER_NAMES
+from v4quant_calibration.solve.solution import is_solution
+from v4quant_formats.layouts.layout import ENGINE_CHOICES
+from v4quant_formats.layouts.table import LAYOUTS
 from v4quant_kernels.progress import SilentProgress
 from v4quant_kernels.scheme import SCHEMES
 

@@ -24,7 +24,7 @@ from v4quant.hub.client import HubError, HubOffline, is_offline
 from v4quant.hub.download import download
 from v4quant.hub.refs import HubRef
 from v4quant.hub.remote import Remote, open_remote, require
-from v4quant.hub.shelf import Shelf
+from v4quant.hub.shard_cache import Shelf
 from v4quant_formats.checkpoint import (
     INDEX_NAME,
     MAX_INDEX_BYTES,

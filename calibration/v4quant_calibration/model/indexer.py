@@ -35,8 +35,8 @@ from v4quant_calibration.model.params import Params
 from v4quant_calibration.model.rope import rotate_tail_
 from v4quant_formats.model_config import CSA_RATIO, ModelConfig
 from v4quant_kernels import dispatch
-from v4quant_kernels.ref.activation import fake_quant_e2m1, hadamard
-from v4quant_kernels.ref.indexer import pack_index_keys
+from v4quant_kernels.twins.activation import fake_quant_e2m1, hadamard
+from v4quant_kernels.twins.indexer import pack_index_keys
 
 KEY_BLOCK = 4096
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_kernels import dispatch
 from v4quant_kernels.errors import V4QuantError
-from v4quant_kernels.ref.activation import fake_quant_e4m3
+from v4quant_kernels.twins.activation import fake_quant_e4m3
 
 LINEAR_INPUT_BLOCK = 128
 KV_BLOCK = 64

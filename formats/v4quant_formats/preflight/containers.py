@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.onnx_check import check_onnx_folder
+from v4quant_formats.onnx.check import check_onnx_folder
 from v4quant_formats.preflight.survey import Finding
 
 

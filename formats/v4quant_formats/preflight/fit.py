@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
+from v4quant_formats.engines.vllm_split import is_split, split_refusals, tile_refusals
 from v4quant_formats.model_config import ConfigError, parse_model_config
 from v4quant_formats.preflight.survey import Finding, Survey
-from v4quant_formats.tensor_parallel import is_split, split_refusals, tile_refusals
 
 SPLITS = (1, 2, 4, 8)
 _WINDOW = 128

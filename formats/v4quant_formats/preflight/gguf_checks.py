@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from v4quant_formats.errors import FormatError
-from v4quant_formats.gguf_header import read_gguf_header
-from v4quant_formats.gguf_names import ARCHITECTURE
+from v4quant_formats.gguf.header import read_gguf_header
+from v4quant_formats.gguf.names import ARCHITECTURE
 from v4quant_formats.preflight.survey import Check, Finding, Survey
 from v4quant_formats.weights import find_weight
 

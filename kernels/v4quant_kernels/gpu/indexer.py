@@ -33,7 +33,7 @@ from v4quant_kernels.gpu.index_vectors import expand_keys, expand_queries
 from v4quant_kernels.gpu.interpreter import compute_type
 from v4quant_kernels.gpu.tiles import IndexTile, choose_index_tile
 from v4quant_kernels.gpu.topk import indices_of, merge_words, top_k_words
-from v4quant_kernels.ref.indexer import WORKSPACE, check_indexer_inputs, pieces, visible_keys
+from v4quant_kernels.twins.indexer import WORKSPACE, check_indexer_inputs, pieces, visible_keys
 
 IndexOperand = Literal["bf16", "fp8", "native"]
 

@@ -32,8 +32,8 @@ from v4quant_kernels.gpu.activation import Fp8Rows, activate, fake_quant_e4m3, q
 from v4quant_kernels.gpu.decode import cast_to_bf16
 from v4quant_kernels.gpu.gemm import gemm_kernel
 from v4quant_kernels.gpu.interpreter import compute_type
-from v4quant_kernels.gpu.native import native_gemm_kernel
 from v4quant_kernels.gpu.routing import Routed, RoutingPlan, local_experts, sort_slots
+from v4quant_kernels.gpu.scaled_gemm import native_gemm_kernel
 from v4quant_kernels.gpu.tiles import SIZES, Tile, choose_split, choose_tile
 from v4quant_kernels.runtime import RuntimeExperts, RuntimeMatrix, check_layout, prepare_experts
 from v4quant_kernels.words import SPREAD, STEP, columns_per_word

@@ -1,7 +1,7 @@
 """Choosing among grids by rounding with error feedback, a tile of rows at a time.
 
-`v4quant_calibration.block_fit` has the arithmetic and the torch twin. A sub-block has 16 or 32
-channels and some twenty grids to try, and each try rounds all channels in turn: small triangular
+`v4quant_calibration.rounding.block_fit` has the arithmetic and the torch twin. A sub-block has 16
+or 32 channels and some twenty grids to try, and each try rounds all channels in turn: triangular
 work that torch would do in thousands of calls. The row is the fastest index, so inner loops become
 vector instructions. Sums are taken in another order than torch's, so the choice may differ where
 two grids cost the same.

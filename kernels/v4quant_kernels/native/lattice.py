@@ -7,7 +7,7 @@ so the sums A and B of all groups are carried along and changed by those few.
 
 A and B are exact: products of small integers, powers of two and (with statistics) channel weights
 that are multiples of 2^-14. So they do not depend on the order of additions, and the torch search
-in `v4quant_calibration.lattice_search` finds the same bits.
+in `v4quant_kernels.ref.lattice_search` finds the same bits.
 """
 
 from __future__ import annotations

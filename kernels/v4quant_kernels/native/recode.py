@@ -1,4 +1,4 @@
-"""The loops behind `v4quant_kernels.ref.cast`: depths of blocks from scales, and recoded bytes.
+"""The loops behind `v4quant_kernels.cast`: depths of blocks from scales, and recoded bytes.
 
 Four bytes (eight E2M1 codes) are taken as one word, spread so that every code has its own byte, and
 turned into the target's bytes by shifts and masks on all eight at once; the compiler does the same

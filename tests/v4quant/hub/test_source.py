@@ -24,7 +24,7 @@ from v4quant.hub.client import (
     HubOffline,
 )
 from v4quant.hub.refs import HubRef, HubReferenceError, parse_hub
-from v4quant.hub.shelf import DiskCapError
+from v4quant.hub.shard_cache import DiskCapError
 from v4quant.hub.source import open_hub
 from v4quant_formats.checkpoint import INDEX_NAME, open_checkpoint
 from v4quant_formats.errors import FormatError, MissingShard, SourceChanged, UnsafePath

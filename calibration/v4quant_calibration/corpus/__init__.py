@@ -1,0 +1,1 @@
+"""Text: files read, chats rendered, tokens counted and cut into windows."""

@@ -1,0 +1,270 @@
+"""Corpora: text, JSONL or token ids, cut into windows a model is scored or calibrated on.
+
+A corpus file becomes a *part* with a name, so that results can be broken down. Text is tokenized
+in one pass per document with the checkpoint's own tokenizer.json and cut into windows of
+`seq_len` tokens that start with BOS, which the release's tokenizer does not add by itself. A chat
+(a JSONL row with `messages`) becomes text by the release's encoding; the BOS that brings along is
+the first window's, not a second one. Chats of one file and mode are a part named after both.
+Token ids (.npy, or safetensors with `input_ids`) are taken as they are, a row a window, nothing
+added. When fewer tokens are wanted than a file holds, windows are taken evenly from its whole
+length. Several files share the tokens evenly, as far as they hold so many; where one does not, all
+of it is taken, and the others make up for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from v4quant_calibration.corpus.chat_encoding import DEFAULT_MODE, encode_messages
+from v4quant_calibration.corpus.chat_messages import BOS, EncodingError
+from v4quant_calibration.corpus.tokenizer import TextTokenizer
+from v4quant_kernels.errors import V4QuantError
+
+MAX_CORPUS_BYTES = 4 * 2**30
+DEFAULT_SEQ_LEN = 512
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+
+
+class CorpusError(V4QuantError):
+    """A corpus that cannot be read, is too short, or does not fit the model's vocabulary."""
+
+
+@dataclass(frozen=True)
+class CorpusPart:
+    """Windows of one file, and of one mode if they are chats: int64 ids [length] with BOS."""
+
+    name: str
+    windows: list[Tensor]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens over all windows."""
+        return sum(len(w) for w in self.windows)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Parts in the order given. `windows` flattens them; `part_of` names each window's part."""
+
+    parts: list[CorpusPart]
+
+    @property
+    def windows(self) -> list[Tensor]:
+        """All windows, part by part."""
+        return [w for part in self.parts for w in part.windows]
+
+    @property
+    def part_of(self) -> list[int]:
+        """Index of the part each window belongs to."""
+        return [i for i, part in enumerate(self.parts) for _ in part.windows]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens over all parts."""
+        return sum(part.tokens for part in self.parts)
+
+
+@dataclass(frozen=True)
+class CorpusRequest:
+    """What to cut: window length (None: 512 for text, whole rows for ids), and how many tokens in
+    all (None: everything).
+
+    `bos_token_id` is prepended to every window of text; `vocab_size` bounds the ids. `mode` is how
+    chats are encoded whose row names none: non-think, think-high or think-max.
+    """
+
+    seq_len: int | None
+    tokens: int | None
+    bos_token_id: int
+    vocab_size: int
+    mode: str = DEFAULT_MODE
+
+
+def load_corpus(files: Sequence[Path], tokenizer: Path, request: CorpusRequest) -> Corpus:
+    """Read files into windows; the token budget is shared evenly, as far as files hold so much.
+
+    tokenizer: the checkpoint's tokenizer.json, needed for text. Raises CorpusError naming the file
+    when it cannot be read or holds ids outside the vocabulary, and when all together are too short
+    for what was asked.
+    """
+    if not files:
+        raise CorpusError("no corpus given; use --corpus FILE")
+    if request.seq_len is not None and request.seq_len < 2:
+        raise CorpusError(f"--seq-len {request.seq_len} leaves nothing to predict; use at least 2")
+    if request.tokens is not None and request.tokens < 2:
+        raise CorpusError(f"--tokens {request.tokens} leaves nothing to predict; use at least 2")
+    encode = TextTokenizer(tokenizer)
+    held = [_windows(file, encode, request) for file in files]
+    parts: list[CorpusPart] = []
+    for windows, share in zip(held, _shares(files, held, request.tokens), strict=True):
+        parts += _by_part(windows if share is None else _choose(windows, share))
+    return Corpus(parts)
+
+
+@dataclass(frozen=True)
+class _Document:
+    """Token ids of one document without BOS, or as a file of ids gives them (`as_is`)."""
+
+    part: str
+    ids: Tensor
+    as_is: bool = False
+
+
+@dataclass(frozen=True)
+class _Window:
+    """One window, and the name of the part it belongs to."""
+
+    part: str
+    ids: Tensor
+
+
+def _by_part(windows: list[_Window]) -> list[CorpusPart]:
+    """Windows grouped by part, in the order in which parts first occur."""
+    grouped: dict[str, list[Tensor]] = {}
+    for window in windows:
+        grouped.setdefault(window.part, []).append(window.ids)
+    return [CorpusPart(name, ids) for name, ids in grouped.items()]
+
+
+def _read_documents(file: Path, encode: TextTokenizer, request: CorpusRequest) -> list[_Document]:
+    """The documents of a file, tokenized."""
+    try:
+        if file.stat().st_size > MAX_CORPUS_BYTES:
+            raise CorpusError(f"{file}: larger than {MAX_CORPUS_BYTES >> 30} GiB; split it")
+        if file.suffix == ".npy":
+            return _rows(file, torch.from_numpy(np.load(file, allow_pickle=False)))
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                return _rows(file, opened.get_tensor("input_ids"))
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CorpusError(f"{file}: no such corpus file") from None
+    except (OSError, EOFError, TypeError, ValueError, SafetensorError) as error:
+        raise CorpusError(f"{file}: cannot be read as a corpus ({error})") from None
+    if file.suffix in JSONL_SUFFIXES:
+        return _jsonl_documents(file, text, encode, request)
+    return [_Document(file.stem, encode(text))]
+
+
+def _rows(file: Path, ids: Tensor) -> list[_Document]:
+    integral = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if ids.dim() not in (1, 2) or not integral:
+        raise CorpusError(f"{file}: token ids must be integers of shape [sequences, length]")
+    return [_Document(file.stem, row, as_is=True) for row in torch.atleast_2d(ids.long())]
+
+
+def _jsonl_documents(
+    file: Path, content: str, encode: TextTokenizer, request: CorpusRequest
+) -> list[_Document]:
+    documents = []
+    # Not splitlines: JSON strings may hold U+2028 and other characters it would break lines at.
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{file}: line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise CorpusError(f"{where} is not JSON") from None
+        if not isinstance(row, dict) or ("messages" in row) == isinstance(row.get("text"), str):
+            raise CorpusError(f'{where} has no "text" string, nor "messages" instead')
+        if "messages" in row:
+            documents.append(_chat(where, file.stem, row, encode, request))
+        else:
+            documents.append(_Document(file.stem, encode(row["text"])))
+    return documents
+
+
+def _chat(
+    where: str, name: str, row: dict[str, Any], encode: TextTokenizer, request: CorpusRequest
+) -> _Document:
+    """A chat's prompt, tokenized in one pass; BOS is checked and taken off for the windows."""
+    mode = request.mode if row.get("mode") is None else row["mode"]
+    try:
+        prompt = encode_messages(row["messages"], mode, tools=row.get("tools"))
+    except EncodingError as error:
+        raise CorpusError(f"{where}: {error}") from None
+    ids = encode(prompt)
+    if ids[:1].tolist() != [request.bos_token_id]:
+        raise CorpusError(
+            f"{where}: the tokenizer does not make {BOS} the model's BOS, token "
+            f"{request.bos_token_id}; chats need the tokenizer.json of a DeepSeek-V4"
+        )
+    return _Document(f"{name} ({mode})", ids[1:])
+
+
+def _cut(file: Path, document: _Document, request: CorpusRequest) -> list[_Window]:
+    """Windows of one document. A shorter last piece is kept only when it is the only one."""
+    ids, part = document.ids, document.part
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < request.vocab_size:
+        raise CorpusError(
+            f"{file}: holds token ids {int(ids.min())} to {int(ids.max())}, but the model's "
+            f"vocabulary has {request.vocab_size}; corpus and model do not belong together"
+        )
+    if document.as_is:
+        return [_Window(part, p) for p in ids.split(request.seq_len or max(len(ids), 1))]
+    body = (request.seq_len or DEFAULT_SEQ_LEN) - 1
+    bos = torch.tensor([request.bos_token_id])
+    kept = [p for i, p in enumerate(ids.split(body)) if len(p) == body or i == 0]
+    return [_Window(part, torch.cat((bos, p))) for p in kept]
+
+
+def _windows(file: Path, encode: TextTokenizer, request: CorpusRequest) -> list[_Window]:
+    """All windows of a file. Raises CorpusError when there is none."""
+    documents = _read_documents(file, encode, request)
+    windows = [w for d in documents for w in _cut(file, d, request) if len(w.ids) >= 2]
+    if not windows:
+        raise CorpusError(f"{file}: is too short: it gives no window of at least 2 tokens")
+    return windows
+
+
+def _shares(
+    files: Sequence[Path], held: Sequence[list[_Window]], tokens: int | None
+) -> list[int | None]:
+    """Tokens to take of each file; None for all of it."""
+    if tokens is None:
+        return [None] * len(files)
+    available = [_tokens(windows) for windows in held]
+    if sum(available) < tokens:
+        names = ", ".join(str(file) for file in files)
+        raise CorpusError(
+            f"{names}: is too short: its windows hold {sum(available):,} tokens, but {tokens:,} "
+            "were asked of it; give more text or fewer --tokens"
+        )
+    whole: set[int] = set()
+    while True:
+        rest = tokens - sum(available[i] for i in whole)
+        share = -(-rest // max(1, len(files) - len(whole)))
+        short = {i for i, n in enumerate(available) if i not in whole and n < share}
+        if not short:
+            return [None if i in whole else share for i in range(len(files))]
+        whole |= short
+
+
+def _choose(windows: list[_Window], share: int) -> list[_Window]:
+    """Windows spread evenly over a file until they hold `share` tokens, which it does."""
+    available = _tokens(windows)
+    count = min(len(windows), -(-share * len(windows) // available))
+    chosen = _spread(windows, count)
+    # Windows of unequal length: those chosen may hold less than their number promises.
+    while (held := _tokens(chosen)) < share:
+        count = min(len(windows), count * share // held + 1)
+        chosen = _spread(windows, count)
+    return chosen
+
+
+def _spread(windows: list[_Window], count: int) -> list[_Window]:
+    return [windows[i * len(windows) // count] for i in range(count)]
+
+
+def _tokens(windows: list[_Window]) -> int:
+    return sum(len(w.ids) for w in windows)

@@ -1,0 +1,1 @@
+"""The reference forward pass, streamed layer by layer over a checkpoint."""

@@ -1,0 +1,1 @@
+"""Solvers of one matrix: codes and scales that cost least on its inputs."""

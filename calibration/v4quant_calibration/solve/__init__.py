@@ -1,0 +1,1 @@
+"""Solving a checkpoint layer by layer while the text passes through it."""

@@ -1,0 +1,223 @@
+"""DenseSolver: matrices outside the experts, solved on the rows they multiply.
+
+A layer's attention is run once more before the layer itself, on the rows the model being converted
+gives it, only to sum the moments of what its matrices multiply; then they are solved and the layer
+runs with the result. wq_a and wkv share their rows with the compressors' projections, wq_b with the
+indexer's; wo_a has a part for every group of heads, each with inputs of its own. So attention is
+solved on what the layers before it lost, and what wq_a or wo_a lose is not made up for further on.
+The target of those that read the layer's input is corrected for that input's error, as experts'
+are. Moments of all tokens are summed in float64: about 1.8 GB for Flash's widest layer.
+
+The head comes last, on the rows of both models behind the trunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from v4quant_calibration.forward.logits import head_inputs
+from v4quant_calibration.model.block import attention_sublayer
+from v4quant_calibration.model.observer import SilentObserver
+from v4quant_calibration.model.options import ForwardOptions
+from v4quant_calibration.model.params import Params
+from v4quant_calibration.model.streams import Streams, spans
+from v4quant_calibration.rounding.second_moments import (
+    CrossSums,
+    damped,
+    gram_sum,
+    pooled,
+    rows_of_no_direction,
+)
+from v4quant_calibration.rounding.solvers import solve_batch
+from v4quant_calibration.solve.models import InputKeeper
+from v4quant_calibration.solve.settings import SolveSettings
+from v4quant_calibration.solve.solution import (
+    HEAD,
+    add_matrix,
+    attention_file,
+    stage_file,
+    stage_specs,
+)
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.model_config import ModelConfig
+from v4quant_formats.shards import ShardWriter, plan_shard
+from v4quant_formats.weights import find_weight, read_dense, read_weight
+from v4quant_kernels.codec import dequantize
+from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.scheme import SCHEMES, Scheme
+
+# Matrices of an attention by the one whose rows they share.
+_SHARING = {
+    "wkv": (
+        "wq_a", "wkv", "compressor.wkv", "compressor.wgate", "indexer.compressor.wkv",
+        "indexer.compressor.wgate", "indexer.weights_proj",
+    ),
+    "wq_b": ("wq_b", "indexer.wq_b"),
+    "wo_a": ("wo_a",),
+    "wo_b": ("wo_b",),
+}  # fmt: skip
+_ROWS = 4096
+
+
+def source_matrix(checkpoint: Checkpoint, module: str) -> QTensor:
+    """A matrix of the source, coded or plain."""
+    stored = find_weight(checkpoint, module)
+    if stored.scheme is not None:
+        return read_weight(checkpoint, stored)
+    return _plain(read_dense(checkpoint, module))
+
+
+def _plain(values: Tensor) -> QTensor:
+    # BF16's decoder widens whatever float it finds, so float32 values pass through it unchanged.
+    return QTensor(SCHEMES["bf16"], (values.shape[0], values.shape[1]), values)
+
+
+class _Moments(SilentObserver):
+    """Sums the moments of what an attention's matrices multiply, `[groups, K, K]` by matrix."""
+
+    def __init__(self, original: Sequence[Tensor] | None) -> None:
+        """original: pieces of the reference's rows of the layer's input, in order; None without."""
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.lost: CrossSums | None = None
+        self._original = None if original is None else iter(original)
+
+    def on_linear(self, module: str, x: Tensor) -> None:
+        """Add the rows."""
+        matrix = module.rpartition(".")[2]
+        grouped = x if x.ndim == 3 else x.unsqueeze(0)
+        found = torch.stack([gram_sum(rows, rows) for rows in grouped])
+        self.sums[matrix] = self.sums[matrix] + found if matrix in self.sums else found
+        self.counts[matrix] = self.counts.get(matrix, 0) + grouped.shape[1]
+        if matrix == "wkv" and self._original is not None:
+            if self.lost is None:
+                self.lost = CrossSums(x.shape[1], x.device)
+            self.lost.add(next(self._original) - x, x)
+
+    def damped(self, matrix: str) -> Tensor:
+        """Damped moments, float64 `[groups, K, K]`."""
+        total, count = self.sums[matrix], self.counts[matrix]
+        moments = pooled(total, count, rows_of_no_direction(total.shape[-1], count))
+        return torch.stack([damped(one) for one in moments])
+
+
+class DenseSolver:
+    """Solves attentions and the head for the schemes that the settings name; writes their files."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        settings: SolveSettings,
+        folder: Path,
+        options: ForwardOptions,
+        params: Params,
+        reference: InputKeeper | None,
+    ) -> None:
+        """As `LayerSolver`."""
+        self._checkpoint, self._config, self._settings = checkpoint, config, settings
+        self._folder, self._options, self._params = folder, options, params
+        self._reference = reference
+
+    def solve_attention(self, layer: str, before: Streams) -> None:
+        """Solve a layer's attention on the rows it is about to run on, unless its file is there."""
+        wanted = self._wanted(
+            f"{layer}.attn.{name}" for names in _SHARING.values() for name in names
+        )
+        if not wanted or stage_file(self._folder, attention_file(layer)).exists():
+            return
+        original = None if self._reference is None else self._reference.attention
+        seen = _Moments(original)
+        attention_sublayer(self._params, self._config, layer, before, None, self._options, seen)
+        found: dict[str, QTensor] = {}
+        for shared, names in _SHARING.items():
+            modules = [m for name in names if (m := f"{layer}.attn.{name}") in wanted]
+            if not modules:
+                continue
+            gram = seen.damped(shared)
+            lost = None
+            if seen.lost and shared == "wkv":
+                borrowed = rows_of_no_direction(gram.shape[-1], seen.counts[shared])
+                lost = seen.lost.correction(gram[0], borrowed)
+            found |= self._solved(modules, gram.float(), lost, wanted)
+        self._write(attention_file(layer), found)
+
+    def solve_head(self, params: Sequence[Params], streams: Sequence[Streams]) -> None:
+        """Solve the head on the trunk's last rows; the last model is the one being converted."""
+        wanted = self._wanted([HEAD])
+        if not wanted or stage_file(self._folder, HEAD).exists():
+            return
+        total, lost = None, None
+        tokens = streams[0].shape.tokens
+        for start, stop in spans(0, tokens, _ROWS):
+            rows = [
+                head_inputs(p, s.read(start, stop), self._config)
+                for p, s in zip(params, streams, strict=True)
+            ]
+            x = rows[-1]
+            total = gram_sum(x, x) if total is None else total + gram_sum(x, x)
+            if len(rows) > 1:
+                lost = lost or CrossSums(x.shape[1], x.device)
+                lost.add(rows[0] - x, x)
+        assert total is not None, "there is text"
+        borrowed = rows_of_no_direction(len(total), tokens)
+        gram = damped(pooled(total, tokens, borrowed))
+        correction = None if lost is None else lost.correction(gram, borrowed)
+        self._write(HEAD, self._solved([HEAD], gram.float().unsqueeze(0), correction, wanted))
+
+    def _wanted(self, modules: Iterable[str]) -> dict[str, Scheme]:
+        schemes = self._settings.schemes or {}
+        return {module: schemes[module] for module in modules if module in schemes}
+
+    def _solved(
+        self,
+        modules: Sequence[str],
+        gram: Tensor,
+        correction: Tensor | None,
+        wanted: Mapping[str, Scheme],
+    ) -> dict[str, QTensor]:
+        """Matrices that multiply the same rows; where moments are grouped, so are their rows."""
+        found: dict[str, QTensor] = {}
+        groups = len(gram)
+        corrections = None if correction is None else correction.unsqueeze(0)
+        for scheme in dict.fromkeys(wanted[m] for m in modules):
+            own = [m for m in modules if wanted[m] == scheme]
+            sources = [source_matrix(self._checkpoint, m) for m in own]
+            batch = [sources]
+            if groups > 1:
+                batch = [[_plain(part)] for part in dequantize(sources[0]).chunk(groups)]
+            solved = solve_batch(batch, gram, corrections, scheme, self._settings.sweeps)
+            if groups > 1:
+                codes = torch.cat([q.codes for (q,) in solved])
+                solved = [[QTensor(scheme, sources[0].shape, codes)]]
+            found |= dict(zip(own, solved[0], strict=True))
+        return found
+
+    def _write(self, name: str, found: Mapping[str, QTensor]) -> None:
+        shapes = {module: q.shape for module, q in found.items()}
+        specs = stage_specs(shapes, {module: q.scheme for module, q in found.items()})
+        writer = ShardWriter(stage_file(self._folder, name), plan_shard(specs))
+        try:
+            for module, q in found.items():
+                add_matrix(writer, module, q)
+        except BaseException:
+            writer.abort()
+            raise
+        writer.close()
+
+
+def dense_bytes(config: ModelConfig) -> int:
+    """What solving an attention takes: the moments of what all its matrices multiply, and copies
+    and a factor of the largest."""
+    heads = config.num_attention_heads * config.head_dim // config.o_groups
+    parts = [
+        config.hidden_size**2,
+        config.q_lora_rank**2,
+        config.o_groups * heads**2,
+        (config.o_groups * config.o_lora_rank) ** 2,
+    ]
+    return 8 * sum(parts) + 40 * max(parts)

@@ -1,0 +1,150 @@
+"""solve: calibrate and quantize in one pass, layer by layer, storing no statistics.
+
+The full moments of one Flash expert's inputs take 80 MB, those of all experts 900 GB; even a
+sample of 2,048 rows an expert would be 270 GB, more than the model. But a layer's inputs are all
+there at the moment the streams reach its experts. So the moments are formed then, for a few experts
+at a time within the memory cap, the experts' codes solved and written to the stage's file, and the
+moments dropped. What remains is the result.
+
+That also gives error propagation for nothing. Two models stream side by side: the reference, and
+a candidate whose provider answers solved matrices from the files just written, so each layer is
+solved on the inputs that the *converted* model will give it. Targets are corrected for the inputs'
+error (`gram.CrossSums`). With propagation off there is one model, and every layer sees the
+original's inputs.
+
+What a layer does when its turn comes is told in layer_solver.py, what becomes of attention and head
+in dense_solver.py. A layer whose file exists is only read, so an interrupted run repeats forward
+passes but no solving.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v4quant_calibration.forward.checkpoint_params import CPU, CheckpointParams
+from v4quant_calibration.forward.drafts import drafts_of, stream_drafts
+from v4quant_calibration.forward.stream import StreamModel, stream_forward
+from v4quant_calibration.model.dspark import draft_blocks, require_blocks
+from v4quant_calibration.model.options import ForwardOptions
+from v4quant_calibration.solve.dense_solver import DenseSolver
+from v4quant_calibration.solve.layer_solver import LayerSolver
+from v4quant_calibration.solve.models import InputKeeper, SolvedParams
+from v4quant_calibration.solve.settings import SolveSettings
+from v4quant_calibration.solve.solution import (
+    HEAD,
+    SOLUTION_VERSION,
+    STATS_NAME,
+    Solution,
+    attention_file,
+    begin_solution,
+    finish_solution,
+    load_solution,
+    stage_file,
+)
+from v4quant_calibration.statistics.collect import OpenRoom, all_in_memory
+from v4quant_calibration.statistics.stats import Stats, write_stats
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.deepseek_v4 import trunk_stages
+from v4quant_formats.model_config import ModelConfig
+from v4quant_kernels.errors import UnsupportedScheme
+from v4quant_kernels.progress import Progress
+
+
+def solve(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    windows: Sequence[Tensor],
+    options: ForwardOptions,
+    floor: int,
+    settings: SolveSettings,
+    folder: Path,
+    progress: Progress,
+    first: Mapping[str, Tensor] | None = None,
+    open_room: OpenRoom = all_in_memory,
+    device: torch.device = CPU,
+) -> Solution:
+    """Solve what the settings name and windows (int64 ids) can reach; returns the finished folder.
+
+    first: what is known of the first draw (`Stats.first`). open_room: where streams live. device:
+    where passes run and solvers work; sums are taken in another order there, so codes may differ
+    where two are as good. The same call again resumes, layer by layer. Raises SolutionError,
+    UnsupportedScheme for a scheme that error feedback is not for, DraftError for text too short for
+    a DSpark block, NonFiniteActivation naming what computed NaN, and OutputError.
+    """
+    if settings.schemes is None and settings.scheme.element not in ("int", "ggml"):
+        raise UnsupportedScheme(
+            f"'{settings.scheme.name}' cannot be solved: error feedback is for integers and GGUF's "
+            "block types; FP4 and FP8 schemes are cast from MXFP4, most of them exactly"
+        )
+    drafts = drafts_of(checkpoint, config)
+    if drafts.kind == "dspark":
+        require_blocks(draft_blocks(windows, config))
+    stages = [*trunk_stages(config), *drafts.stages]
+    header = _header(checkpoint, windows, options, floor, settings)
+    begin_solution(folder, header)
+    progress.start("Solving", len(stages) * config.n_routed_experts, "expert")
+    keeper = InputKeeper() if settings.propagate else None
+    params = SolvedParams(checkpoint, folder, device)
+    original = CheckpointParams(checkpoint, device)
+    streaming = original if keeper is None else params
+    with closing(params), open_room(windows, options) as room:
+        store = room.store
+        options = replace(room.options, expert_tokens=None)  # a layer is solved on all its rows
+        solver = LayerSolver(
+            checkpoint, config, stages, settings, folder, options, streaming, keeper, progress
+        )
+        models = [StreamModel(streaming, options, solver)]
+        if keeper is not None:
+            models.insert(0, StreamModel(original, options, keeper))
+        taps = drafts.taps(config, len(models))
+        streams = stream_forward(models, config, windows, store=store, taps=taps)
+        dense = DenseSolver(checkpoint, config, settings, folder, options, streaming, keeper)
+        dense.solve_head([model.params for model in models], streams)
+        stream_drafts(drafts, models, config, windows, streams, taps, store=store)
+    progress.finish()
+    digest = checkpoint.digest()
+    stats = Stats(digest, floor, solver.stages)
+    if first and not settings.propagate:  # counts of the same routing
+        stats = replace(stats, first=first)
+    write_stats(folder / STATS_NAME, stats)
+    facts: dict[str, dict[str, Any]] = {
+        stage: {"tokens": stats.stages[stage].tokens.tolist()} for stage in stages
+    }
+    for name in (*map(attention_file, stages), HEAD):
+        if stage_file(folder, name).exists():
+            facts[name] = {}
+    finish_solution(folder, header, facts)
+    return load_solution(folder, digest)
+
+
+def _header(
+    checkpoint: Checkpoint,
+    windows: Sequence[Tensor],
+    options: ForwardOptions,
+    floor: int,
+    settings: SolveSettings,
+) -> dict[str, Any]:
+    """What a solution depends on; a folder begun with another header is not resumed."""
+    sha = hashlib.sha256()
+    for window in windows:
+        sha.update(window.numpy().tobytes())
+        sha.update(b"|")
+    return {
+        "version": SOLUTION_VERSION,
+        "source_digest": checkpoint.digest(),
+        **settings.described(),
+        "activations": options.activations,
+        "products": options.products,
+        "floor": floor,
+        "windows": len(windows),
+        "tokens": sum(len(w) for w in windows),
+        "corpus_digest": sha.hexdigest(),
+    }

@@ -1,0 +1,1 @@
+"""What experts see of a text: statistics, their collection, their coverage."""

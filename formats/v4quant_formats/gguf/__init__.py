@@ -1,0 +1,1 @@
+"""GGUF: names, metadata, tokenizer, files written and read."""

@@ -1,0 +1,251 @@
+"""GGUF files opened as a Checkpoint: official names, slices of the stored tensors, a config.
+
+A GGUF model is its own description, so config.json is made from its metadata, whoever wrote it.
+Every stored tensor becomes the official tensors it holds: an expert is a slice of a stack, `e_proj`
+a strided half of `eh_proj`. After that nothing else in v4quant needs to know what the file was.
+
+A path is one .gguf file (all parts of a split model belong to it) or a folder holding one model,
+with or without its draft stage in a file of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from v4quant_formats.checkpoint import Checkpoint, check_link
+from v4quant_formats.errors import (
+    DuplicateTensor,
+    FormatError,
+    MissingShard,
+    UnexpectedTensor,
+    WrongMetadata,
+)
+from v4quant_formats.gguf.header import GgufHeader, GgufTensor, read_gguf_header
+from v4quant_formats.gguf.metadata import config_from_fields, dspark_config
+from v4quant_formats.gguf.names import (
+    DSPARK_ARCHITECTURE,
+    Meaning,
+    dspark_meaning_of,
+    meaning_of,
+    tensor_name,
+)
+from v4quant_formats.shard_files import FileState, LocalShards, file_state
+from v4quant_formats.spec import DTYPE_BITS, TensorSpec
+
+SUFFIX = ".gguf"
+MAX_FILES = 1000
+MAX_EXPERTS = 99_999
+_MARKOV = "markov_w1.weight"
+_MeaningOf = Callable[[str], Meaning | None]
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The files of one model, metadata first."""
+
+    files: dict[str, GgufHeader]
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return next(iter(self.files.values())).metadata
+
+    @property
+    def is_dspark(self) -> bool:
+        """DSpark's stages, a model of another architecture."""
+        return bool(self.metadata.get("general.architecture") == DSPARK_ARCHITECTURE)
+
+    @property
+    def is_draft(self) -> bool:
+        """Draft stages alone: DSpark's, or it counts draft stages and lacks the trunk."""
+        if self.is_dspark:
+            return True
+        draft = self.metadata.get("deepseek4.nextn_predict_layers", 0)
+        first = "blk.0.attn_norm.weight"
+        return bool(draft) and not any(first in h.tensors for h in self.files.values())
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is to be opened here: a .gguf file, or a folder with some and no index."""
+    if path.is_file():
+        return path.suffix == SUFFIX
+    others = ("model.safetensors", "model.safetensors.index.json")
+    if not path.is_dir() or any((path / name).exists() for name in others):
+        return False
+    return next(path.glob("*" + SUFFIX), None) is not None
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """Open a GGUF model. Raises MissingShard, UnexpectedTensor, DuplicateTensor, WrongMetadata,
+    UnsafePath, or what `read_gguf_header` raises.
+    """
+    folder = path if path.is_dir() else path.parent
+    models = [_open_model(folder, names) for names in _file_groups(path)]
+    models = [m for m in models if m.metadata.get("general.architecture") != "clip"]
+    trunks = [m for m in models if not m.is_draft]
+    drafts = [m for m in models if m.is_draft]
+    if len(trunks) > 1 or len(drafts) > 1 or not models:
+        names = ", ".join(sorted(next(iter(m.files)) for m in models)[:4])
+        raise FormatError(f"{path}: holds several models ({names}); give one of the files")
+    if not trunks and drafts[0].is_dspark:
+        raise FormatError(f"{path}: holds DSpark's stages only; give their folder, with the model")
+    main, _ = config_from_fields((trunks or drafts)[0].metadata, _where(folder, models[0]))
+    tensors: dict[str, TensorSpec] = {}
+    for model in [*trunks, *drafts]:
+        meaning, more = _reading(folder, model)
+        main |= more
+        for spec in _official(folder, model, meaning, copies=bool(trunks) and model.is_draft):
+            if spec.name in tensors:
+                raise DuplicateTensor(
+                    f"{folder}: '{spec.name}' is in {tensors[spec.name].file} and in {spec.file}"
+                )
+            tensors[spec.name] = spec
+    files: dict[str, FileState] = {}
+    for model in models:
+        files |= {name: file_state((folder / name).stat()) for name in model.files}
+    shards = LocalShards(folder, files)
+    return Checkpoint(folder, MappingProxyType(main), MappingProxyType(tensors), files, shards)
+
+
+def _where(folder: Path, model: _Model) -> str:
+    return str(folder / next(iter(model.files)))
+
+
+def _reading(folder: Path, model: _Model) -> tuple[_MeaningOf, dict[str, Any]]:
+    """How a model's tensor names are read, and what its metadata adds to config.json."""
+    where = _where(folder, model)
+    if model.is_dspark:
+        tables = [
+            h.tensors["markov_w1.weight"] for h in model.files.values() if _MARKOV in h.tensors
+        ]
+        if len(tables) != 1:
+            raise WrongMetadata(f"{where}: has no '{_MARKOV}', which DSpark's stages need")
+        added, stages = dspark_config(model.metadata, tables[0].shape[-1], where)
+        return partial(dspark_meaning_of, stages=stages), added
+    config, drafts = config_from_fields(model.metadata, where)
+    layers = int(config["num_hidden_layers"])
+    added = {"num_nextn_predict_layers": drafts} if drafts else {}
+    return partial(meaning_of, layers=layers, draft_file=model.is_draft), added
+
+
+def _file_groups(path: Path) -> list[list[str]]:
+    """Names of the files of each model at a path, in order of parts."""
+    folder = path if path.is_dir() else path.parent
+    found = sorted(p.name for p in folder.glob("*" + SUFFIX)) if path.is_dir() else [path.name]
+    if len(found) > MAX_FILES:
+        raise FormatError(f"{folder}: holds more than {MAX_FILES} .gguf files")
+    groups: dict[str, list[str]] = {}
+    for name in found:
+        match = _PART.fullmatch(name)
+        if match is None:
+            groups[name] = [name]
+            continue
+        count = int(match[3])
+        if not 1 <= count <= MAX_FILES:
+            raise FormatError(f"{folder / name}: its name says {count} parts")
+        parts = [f"{match[1]}-{i:05d}-of-{match[3]}{SUFFIX}" for i in range(1, count + 1)]
+        for part in parts:
+            if not (folder / part).is_file():
+                raise MissingShard(f"{folder / part}: missing; all {count} parts are needed")
+        groups[parts[0]] = parts
+    for names in groups.values():
+        for name in names:
+            check_link(folder, name)
+    return list(groups.values())
+
+
+def _open_model(folder: Path, names: Sequence[str]) -> _Model:
+    files = {name: read_gguf_header(folder / name) for name in names}
+    total = sum(len(h.tensors) for h in files.values())
+    for number, (name, header) in enumerate(files.items()):
+        said = [header.metadata.get(f"split.{k}", d) for k, d in (("no", 0), ("count", 1))]
+        if said != [number, len(names)] and not (len(names) == 1 and said == [0, 0]):
+            raise WrongMetadata(
+                f"{folder / name}: says it is part {said[0]} (from 0) of {said[1]}, its name says "
+                f"{number} of {len(names)}; the file was renamed or is another model's"
+            )
+        if header.metadata.get("split.tensors.count", total) != total:
+            raise WrongMetadata(
+                f"{folder / name}: the model has {header.metadata['split.tensors.count']} tensors, "
+                f"its parts hold {total}"
+            )
+    seen: dict[str, str] = {}
+    for name, header in files.items():
+        for tensor in header.tensors:
+            if tensor in seen:
+                raise DuplicateTensor(f"{folder}: '{tensor}' is in {seen[tensor]} and in {name}")
+            seen[tensor] = name
+    return _Model(files)
+
+
+def _official(
+    folder: Path, model: _Model, meaning_of: _MeaningOf, copies: bool
+) -> Iterator[TensorSpec]:
+    """The official tensors in a model's files; `copies`: the trunk's are elsewhere."""
+    for file, header in model.files.items():
+        for tensor in header.tensors.values():
+            meaning = meaning_of(tensor.name)
+            if meaning is None:
+                raise UnexpectedTensor(
+                    f"{folder / file}: tensor {tensor.name[:80]!r} is none of DeepSeek-V4's"
+                )
+            first = meaning.modules[0]
+            if copies and not first.startswith("mtp."):
+                continue
+            if meaning.stacked:
+                yield from _experts(folder, file, tensor, first)
+            elif len(meaning.modules) > 1:
+                yield from _halves(folder, file, tensor, meaning.modules)
+            else:
+                yield TensorSpec(
+                    tensor_name(first), tensor.dtype, _byte_shape(tensor), file, tensor.offset
+                )
+
+
+def _byte_shape(tensor: GgufTensor, shape: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """Block types are bytes: the last dimension counts a row's."""
+    shape = shape or tensor.shape
+    if tensor.dtype in DTYPE_BITS:
+        return shape
+    rows = 1
+    for length in tensor.shape[:-1]:
+        rows *= length
+    row_bytes = tensor.nbytes // rows
+    return (*shape[:-1], row_bytes * shape[-1] // tensor.shape[-1])
+
+
+def _experts(folder: Path, file: str, tensor: GgufTensor, pattern: str) -> Iterator[TensorSpec]:
+    if len(tensor.shape) != 3 or tensor.shape[0] > MAX_EXPERTS:
+        raise WrongMetadata(f"{folder / file}: {tensor.name!r} is no stack of expert matrices")
+    experts = tensor.shape[0]
+    size = tensor.nbytes // experts
+    shape = _byte_shape(tensor, tensor.shape[1:])
+    for expert in range(experts):
+        name = tensor_name(pattern.format(expert))
+        yield TensorSpec(name, tensor.dtype, shape, file, tensor.offset + expert * size)
+
+
+def _halves(
+    folder: Path, file: str, tensor: GgufTensor, modules: Sequence[str]
+) -> Iterator[TensorSpec]:
+    if len(tensor.shape) != 2 or tensor.shape[1] % 2:
+        raise WrongMetadata(f"{folder / file}: {tensor.name!r} is not two matrices side by side")
+    whole = _byte_shape(tensor)
+    row = tensor.nbytes // tensor.shape[0]
+    if row % 2:
+        raise WrongMetadata(f"{folder / file}: {tensor.name!r} cannot be cut in half")
+    for index, module in enumerate(modules):
+        name, shape = tensor_name(module), (whole[0], whole[1] // 2)
+        place = tensor.offset + index * row // 2
+        yield TensorSpec(name, tensor.dtype, shape, file, place, stride=row)
+
+
+def metadata_of(path: Path) -> Mapping[str, Any]:
+    """The key-value pairs of a GGUF file, or of the first part of a split one."""
+    return read_gguf_header(path).metadata

@@ -1,0 +1,1 @@
+"""What each container's tensors and configuration look like."""

@@ -1,0 +1,309 @@
+"""Layout `compressed-tensors`: experts by `config_groups`, everything dense BF16 or block FP8.
+
+Three variants of one file. *neutral* carries the dense matrices as exact BF16 and is read by vLLM,
+SGLang and transformers alike. *vllm* keeps the trunk's dense matrices as the block FP8 they are,
+declared as a second group, with scales under `.weight_scale`. *sglang* keeps all of them under
+their native names and says so in `linear_fp8_config`, which no other engine reads.
+
+Targets and ignores are regular expressions over *module* names, and each engine renames modules
+differently, so targets cover both worlds (w1/w2/w3 and gate/up/down_proj) and the ignore list names
+what SGLang would otherwise refuse as unmatched. The experts' group comes first, and the dense
+target spells `shared_exper[t]s`: transformers takes as the experts' scheme the first group whose
+target contains the text `experts`, and as the dense one the first whose targets do not.
+
+vLLM asks the targets layer by layer, for one expert's three matrices, which must get one answer. So
+in its variant experts of different layers may have different schemes, each scheme a group that
+lists its layers. transformers would decode all of them by the first group, hence not in the neutral
+variant; SGLang has not been read for this.
+
+In the vLLM variant draft stages are BF16: vLLM builds them as layers beyond the trunk's, and
+DSpark's `context_wkv_proj`, loaded from every stage's wkv, has a name that no target of wkv meets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v4quant_formats.errors import UnsupportedPair
+from v4quant_formats.layouts.deepseek import QUANTIZATION_CONFIG
+from v4quant_formats.layouts.layout import DenseRule, Layout, Parts
+from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.scheme import Scheme
+
+EXPERT_TARGET = r"re:.*\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj)$"
+DENSE_TARGETS = (
+    r"re:.*attn\.(wq_a|wq_b|wkv|wo_a|wo_b|q_a_proj|q_b_proj|kv_proj|o_a_proj|o_b_proj)$",
+    r"re:.*indexer\.(wq_b|q_b_proj)$",
+    r"re:.*\.shared_exper[t]s\.(w1|w2|w3|gate_proj|up_proj|down_proj)$",
+)
+_NEVER = (
+    r"re:.*\.gate$",
+    # With the dot: gate_proj, an expert's name in SGLang, ends in e_proj too.
+    r"re:.*\.(e_proj|h_proj|main_proj)$",
+    "re:.*(markov_head|confidence_head).*",
+    "re:.*engram.*",
+    r"re:.*(vision|aligner)\..*",
+    "lm_head",
+    "head",
+    "embed",
+)
+IGNORE = ("re:.*attn.*", "re:.*shared_experts.*", *_NEVER)
+_DRAFT_STAGES = 8  # more than any release has
+
+
+def _is_integer(scheme: Scheme) -> bool:
+    return scheme.element == "int"
+
+
+def _expert_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:
+    rows, columns = shape
+    groups = (rows, columns // scheme.group_size)
+    if scheme.name == "mxfp4":
+        return {"weight_packed": ("U8", (rows, columns // 2)), "weight_scale": ("U8", groups)}
+    if scheme.name == "mxfp8":
+        return {"weight": ("F8_E4M3", shape), "weight_scale": ("U8", groups)}
+    return {
+        "weight_packed": ("I32", (rows, -(-columns * scheme.bits // 32))),
+        "weight_scale": ("BF16", groups),
+        "weight_shape": ("I64", (2,)),
+    }
+
+
+def _expert_tensors(q: QTensor, input_amax: float) -> dict[str, Tensor]:
+    del input_amax  # weight-only
+    assert q.scale is not None
+    if q.scheme.name == "mxfp4":
+        return {"weight_packed": q.codes, "weight_scale": q.scale.view(torch.uint8)}
+    if q.scheme.name == "mxfp8":
+        return {"weight": q.codes, "weight_scale": q.scale.view(torch.uint8)}
+    return {
+        "weight_packed": q.codes.view(torch.int32),
+        "weight_scale": q.scale,
+        "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
+    }
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    """The `weights` object of the experts' group."""
+    weights: dict[str, Any] = {
+        "num_bits": scheme.bits,
+        "type": "int" if _is_integer(scheme) else "float",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+        "actorder": None,
+    }
+    if not _is_integer(scheme):
+        weights["scale_dtype"] = "torch.uint8"
+    return weights
+
+
+def _format(scheme: Scheme) -> str:
+    formats = {"mxfp4": "mxfp4-pack-quantized", "mxfp8": "mxfp8-quantized"}
+    return formats.get(scheme.name, "pack-quantized")
+
+
+def _activations(scheme: Scheme) -> dict[str, Any] | None:
+    """MX schemes ask for FP8 activations in groups, as the release's own kernels do.
+
+    Without them vLLM would run MXFP4 with FP4 activations on sm100 and newer.
+    """
+    if _is_integer(scheme):
+        return None
+    return {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 32 if scheme.name == "mxfp8" else 128,
+        "dynamic": True,
+        "actorder": None,
+        "observer": None,
+        **({"scale_dtype": "torch.uint8"} if scheme.name == "mxfp8" else {}),
+    }
+
+
+def _group(scheme: Scheme, target: str = EXPERT_TARGET) -> dict[str, Any]:
+    return {
+        "targets": [target],
+        "format": _format(scheme),
+        "weights": _weights(scheme),
+        "input_activations": _activations(scheme),
+        "output_activations": None,
+    }
+
+
+def _dense_group() -> dict[str, Any]:
+    activations = {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 128,
+        "dynamic": True,
+        "actorder": None,
+        "observer": None,
+    }
+    return {
+        "targets": list(DENSE_TARGETS),
+        "format": "float-quantized",
+        "weights": {
+            "num_bits": 8,
+            "type": "float",
+            "symmetric": True,
+            "strategy": "block",
+            "block_structure": [128, 128],
+            "dynamic": False,
+            "actorder": None,
+        },
+        "input_activations": activations,
+        "output_activations": None,
+    }
+
+
+def _declare(
+    raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str], ignore: Sequence[str]
+) -> dict[str, Any]:
+    assert not kept, "this format declares one scheme for all experts"
+    config = {k: v for k, v in raw.items() if k != "expert_dtype"}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": _format(scheme),
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+        "ignore": list(ignore),
+        "config_groups": {"group_0": _group(scheme)},
+    }
+    return config
+
+
+def _neutral_config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
+    return _declare(raw, scheme, kept, IGNORE)
+
+
+def _vllm_config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
+    if isinstance(raw.get("text_config"), dict):
+        raise UnsupportedPair(
+            "format 'compressed-tensors' for vLLM declares 128x128 FP8 tiles, and V4.1's are "
+            "32x32; use --engine neutral, which carries them as exact BF16"
+        )
+    first = int(raw["num_hidden_layers"])
+    drafts = "|".join(str(n) for n in range(first, first + _DRAFT_STAGES))
+    stages = rf"re:.*(layers\.({drafts})|mtp\.\d+)\.(attn|ffn\.shared_exper[t]s)\..*"
+    config = _declare(raw, scheme, kept, [*_NEVER, stages])
+    quantization = config["quantization_config"]
+    quantization["config_groups"]["group_1"] = _dense_group()
+    quantization["format"] = "mixed-precision"
+    return config
+
+
+def _vllm_mixed(raw: Mapping[str, Any], stages: Mapping[str, Scheme]) -> dict[str, Any]:
+    """As `_vllm_config`, with one group for each scheme that experts of some stages have."""
+    by_scheme: dict[str, list[str]] = {}
+    for stage, scheme in stages.items():
+        by_scheme.setdefault(scheme.name, []).append(stage)
+    config = _vllm_config(raw, next(iter(stages.values())), ())
+    groups = config["quantization_config"]["config_groups"]
+    dense = groups.pop("group_1")
+    layers = int(raw["num_hidden_layers"])
+    for number, names in enumerate(by_scheme.values()):
+        groups[f"group_{number}"] = _group(stages[names[0]], _stages_target(names, layers))
+    groups[f"group_{len(by_scheme)}"] = dense
+    return config
+
+
+def _stages_target(stages: Sequence[str], layers: int) -> str:
+    """A pattern of the experts of some stages; vLLM numbers draft stages on from the trunk's."""
+    trunk = [int(s.removeprefix("layers.")) for s in stages if s.startswith("layers.")]
+    drafts = [int(s.removeprefix("mtp.")) for s in stages if s.startswith("mtp.")]
+    numbers = "|".join(str(n) for n in [*trunk, *(layers + n for n in drafts)])
+    places = rf"layers\.({numbers})"
+    if drafts:
+        places = rf"({places}|mtp\.({'|'.join(map(str, drafts))}))"
+    return EXPERT_TARGET.replace(r"re:.*\.experts", rf"re:(.*\.)?{places}\..*\.experts")
+
+
+def _sglang_config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
+    config = _declare(raw, scheme, kept, IGNORE)
+    own = raw.get("quantization_config")
+    tile = own.get("weight_block_size") if isinstance(own, dict) else None
+    config["quantization_config"]["linear_fp8_config"] = {
+        key: QUANTIZATION_CONFIG[key] for key in ("quant_method", "activation_scheme", "fmt")
+    } | {"weight_block_size": tile or [128, 128]}
+    return config
+
+
+def _dense_bf16(scheme: Scheme, draft: bool) -> DenseRule:
+    del scheme, draft
+    return "bf16"
+
+
+def _dense_vllm(scheme: Scheme, draft: bool) -> DenseRule:
+    del scheme
+    return "bf16" if draft else "f32_scale"
+
+
+def _dense_sglang(scheme: Scheme, draft: bool) -> DenseRule:
+    del scheme, draft
+    return "copy"
+
+
+_INTEGERS = (
+    "int4-g32",
+    "int4-g64",
+    "int4-g128",
+    "int3-g64",
+    "int3-g128",
+    "int2-g64",
+    "int2-g128",
+    "int8-g32",
+    "int8-g128",
+)
+_SGLANG = "SGLang's kernels for packed integers take 4 and 8 bits"
+_SGLANG_MX = "SGLang loads MX experts only in the release's own format"
+_REFUSED = {
+    **{
+        ("sglang", s): f"{_SGLANG}; int4-g32, int4-g128 and int8 work, or use vLLM for 2 and 3 bits"
+        for s in _INTEGERS
+        if s.startswith(("int2", "int3"))
+    },
+    ("sglang", "mxfp4"): f"{_SGLANG_MX}; use --format deepseek",
+    ("sglang", "mxfp8"): f"{_SGLANG_MX}; mxfp4 or fp8 in --format deepseek work",
+}
+
+_NEUTRAL = Layout(
+    name="compressed-tensors",
+    schemes=(*_INTEGERS, "mxfp4", "mxfp8"),
+    expert_parts=_expert_parts,
+    expert_tensors=_expert_tensors,
+    dense=_dense_bf16,
+    config=_neutral_config,
+    engines="vLLM and (4 and 8 bits) SGLang on sm90 and newer, transformers anywhere",
+    serve="vllm serve {path}",
+    refused=_REFUSED,
+)
+_VLLM = replace(
+    _NEUTRAL,
+    dense=_dense_vllm,
+    config=_vllm_config,
+    engines="vLLM on sm90 and newer; transformers with CompressedTensorsConfig(dequantize=True)",
+    dense_scale="weight_scale",
+    engine="vllm",
+    mixes="layer",
+    mixed_config=_vllm_mixed,
+)
+_SGLANG_VARIANT = replace(
+    _NEUTRAL,
+    dense=_dense_sglang,
+    config=_sglang_config,
+    engines="SGLang on sm90 and newer, with SGLANG_DSV4_FP4_EXPERTS=0",
+    serve="SGLANG_DSV4_FP4_EXPERTS=0 python -m sglang.launch_server --model-path {path}",
+    engine="sglang",
+)
+COMPRESSED_TENSORS = replace(_NEUTRAL, variants={"vllm": _VLLM, "sglang": _SGLANG_VARIANT})

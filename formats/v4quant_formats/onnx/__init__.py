@@ -1,0 +1,1 @@
+"""ONNX graphs of single layers, and whether onnxruntime loads them."""

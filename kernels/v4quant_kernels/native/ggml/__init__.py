@@ -1,0 +1,1 @@
+"""Compiled searches for the scales and minima of GGML blocks."""

@@ -1,0 +1,1 @@
+"""The torch twin of every Triton kernel: same signature, same meaning."""

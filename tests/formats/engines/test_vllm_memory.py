@@ -1,0 +1,114 @@
+"""What vLLM keeps on a GPU: its cache groups as published, weights as loaded, splits refused.
+
+`scripts/check_vllm_memory.py` compares the cache with vLLM's own planner, for random layers.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+from dataclasses import replace
+
+import pytest
+
+from v4quant.synthetic.configs import make_config
+from v4quant_formats.deepseek_v4 import parse_name
+from v4quant_formats.engines.vllm_memory import (
+    Serving,
+    buffer_bytes,
+    default_batch,
+    kv_cache_bytes,
+    runtime_estimate,
+)
+from v4quant_formats.engines.vllm_split import (
+    is_split,
+    possible_splits,
+    split_refusals,
+    tile_refusals,
+)
+from v4quant_formats.model_config import ModelConfig, parse_model_config
+
+# Of V4-Flash, as vLLM's own log names them: bytes of a block of each group, tokens of a page.
+BLOCK = 1_002_240
+FLASH = Serving(gpus=4, context=32768, batched_tokens=2048)
+
+
+def config(release: str = "flash", **fields: object) -> ModelConfig:
+    return parse_model_config({**make_config(release, False, {}), **fields})
+
+
+def test_a_sequence_owns_blocks_of_all_groups() -> None:
+    """Flash: two groups of windows, one of compressed entries, one of each compressor's sums."""
+    flight = 2 * 2048
+    blocks = 32768 // 256 + 2 * (-(-(127 + flight) // 64) + 1)
+    blocks += -(-(7 + flight) // 4) + 1 + -(-(127 + flight) // 8) + 1
+    assert kv_cache_bytes(config(), FLASH) == BLOCK * (blocks + 1)
+    longer = replace(FLASH, context=2**20)
+    assert kv_cache_bytes(config(), longer) - kv_cache_bytes(config(), FLASH) == BLOCK * (
+        (2**20 - 32768) // 256
+    )
+    # A second sequence is decoded: its window, and sums of the last tokens only.
+    another = kv_cache_bytes(config(), replace(FLASH, sequences=2)) - kv_cache_bytes(
+        config(), FLASH
+    )
+    assert another == BLOCK * (128 + 2 * 4 + 4 + 18)
+    # 44 windows are two groups of 22 as well, so a draft stage costs nothing here.
+    assert kv_cache_bytes(config(), FLASH, drafts=1) == kv_cache_bytes(config(), FLASH)
+
+
+def test_random_layers_have_whole_blocks_and_grow() -> None:
+    seed = secrets.randbits(32)
+    rng = random.Random(seed)
+    for _ in range(50):
+        layers = rng.randint(1, 64)
+        ratios = [rng.choice((0, 4, 128)) for _ in range(layers)]
+        c = config(num_hidden_layers=layers, num_hash_layers=0, compress_ratios=ratios)
+        small = Serving(1, rng.randint(1, 9999), rng.choice((256, 2048)))
+        sizes = [
+            kv_cache_bytes(c, s)
+            for s in (small, replace(small, context=20000), replace(small, context=2**20),
+                      replace(small, context=2**20, batched_tokens=8192))
+        ]  # fmt: skip
+        assert sizes == sorted(sizes) and sizes[0] > 0, (seed, ratios)
+
+
+def test_what_is_cut_and_what_every_gpu_has() -> None:
+    cut = ("layers.3.ffn.experts.7.w2.weight_packed", "layers.3.ffn.shared_experts.w1.weight",
+           "layers.3.attn.wq_b.weight", "layers.3.attn.wo_a.scale", "layers.3.attn.wo_b.weight",
+           "layers.3.attn.attn_sink", "embed.weight", "head.weight",
+           "mtp.0.attn.wq_b.weight")  # fmt: skip
+    whole = ("layers.4.attn.indexer.wq_b.weight", "layers.3.attn.wq_a.weight", "norm.weight",
+             "layers.3.attn.wkv.weight", "layers.4.attn.compressor.wkv.weight",
+             "layers.3.ffn.gate.weight", "layers.0.ffn.gate.tid2eid", "layers.3.hc_attn_fn",
+             "mtp.0.e_proj.weight", "layers.4.attn.indexer.weights_proj.weight")  # fmt: skip
+    for names, expected in ((cut, True), (whole, False)):
+        for name in names:
+            parsed = parse_name(name)
+            assert parsed is not None and is_split(parsed) is expected, name
+
+
+def test_splits_that_are_refused() -> None:
+    flash, pro = config(), config("pro")
+    assert possible_splits(flash) == [1, 2, 4, 8] and possible_splits(pro) == [1, 2, 4, 8, 16]
+    assert list(split_refusals(flash, 16)) == ["8 o_groups do not divide by 16"]
+    assert [p.split()[0] for p in split_refusals(flash, 3)] == ["64", "8", "experts"]
+    assert not list(tile_refusals(flash, 8)) and not list(tile_refusals(pro, 8))
+    (problem,) = tile_refusals(pro, 16)
+    assert "shared expert: a share of 192 channels" in problem
+
+
+@pytest.mark.parametrize(("gb", "tokens"), [(24, 2048), (80, 8192), (141, 8192), (180, 16384)])
+def test_batches_follow_the_card(gb: int, tokens: int) -> None:
+    assert default_batch(gb * 10**9) == tokens
+
+
+def test_buffers_follow_batch_and_cards() -> None:
+    """Rotary tables of both kinds are always there; attention pads heads, so cards hardly help."""
+    c = config()
+    tables = 2 * 2**20 * 64 * 4
+    small = buffer_bytes(c, replace(FLASH, batched_tokens=16))
+    assert tables + 512 * 2**20 < small < tables + 1.3 * 512 * 2**20
+    large = buffer_bytes(c, replace(FLASH, batched_tokens=8192))
+    assert buffer_bytes(c, FLASH) < large
+    assert buffer_bytes(c, replace(FLASH, gpus=8)) <= buffer_bytes(c, replace(FLASH, gpus=1))
+    assert runtime_estimate(FLASH) < runtime_estimate(replace(FLASH, sequences=256)) < 4e9

@@ -1,0 +1,1 @@
+"""A scheme for every place of the model, within a size."""

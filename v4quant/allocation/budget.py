@@ -1,0 +1,49 @@
+"""budget: how many bytes an output may have, from what people know.
+
+A size; bits a weight, over all parameters of the output as llama.cpp counts them; or cards and the
+context they shall serve. For the last, what else must fit is estimated from the release's own
+dimensions, in llama.cpp's way of sharing out whole layers:
+
+    room  = cards * size * 0.95 - KV(context) - cards * (runtime + activations)
+    bytes = room * L / (L + cards - 1)
+
+since each card but one may be left with a gap of nearly a layer. KV is the BF16 cache of one
+sequence; activations are a batch of 512 tokens: logits and sixteen copies of the hyper-connection
+streams, in float32. This is an estimate; the size it leads to is exact.
+"""
+
+from __future__ import annotations
+
+from v4quant.allocation.card_budget import parse_cards
+from v4quant.allocation.knapsack import BudgetError
+from v4quant_formats.model_config import Dimensions
+
+_USABLE = 0.95
+_RUNTIME_BYTES = 600 * 10**6
+_BATCH = 512
+_STREAM_COPIES = 16
+
+
+def bits_budget(bits: float, weights: int) -> int:
+    """Bytes of `weights` parameters at `bits` each."""
+    if not 0 < bits < 64:
+        raise BudgetError(f"--bpw {bits} is no number of bits a weight")
+    return int(bits * weights / 8)
+
+
+def cards_budget(text: str, context: int, config: Dimensions) -> int:
+    """Bytes of weights that fit `text`, like `4x24GB`, beside a context. Raises BudgetError."""
+    cards, size = parse_cards(text)
+    per_token = config.kv_bytes_per_token()
+    if per_token is None:
+        raise BudgetError("the KV cache of V4.1 is not known; give --budget instead of --fits")
+    hidden = _STREAM_COPIES * config.hc_mult * config.hidden_size
+    own = _RUNTIME_BYTES + 4 * _BATCH * (config.vocab_size + hidden)
+    room = int(cards * size * _USABLE) - per_token * context - cards * own
+    if room <= 0:
+        raise BudgetError(
+            f"{text} hold no weights beside a context of {context}: KV cache and activations take "
+            f"{(per_token * context + cards * own) / 1e9:.2f} GB"
+        )
+    layers = config.num_hidden_layers
+    return room * layers // (layers + cards - 1)

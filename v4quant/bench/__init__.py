@@ -1,0 +1,1 @@
+"""What conversions, solvers and kernels cost on this machine."""

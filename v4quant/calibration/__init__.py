@@ -1,0 +1,1 @@
+"""`calibrate`: which text, how much memory, what is written."""

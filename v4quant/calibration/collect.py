@@ -1,0 +1,155 @@
+"""calibration: which text a run reads, and the one call behind `calibrate` and `run`.
+
+The corpus is loaded twice when a number of tokens is given: those windows first, the rest as the
+reserve from which starved experts are fed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from v4quant.calibration.memory import calibration_room, fit_solving, statistics_bytes
+from v4quant.conversion.calibrated import solved_part
+from v4quant.conversion.plan import make_plan
+from v4quant.devices import CPU, device_bytes
+from v4quant.evaluation.memory import Limits
+from v4quant.memory import return_freed_memory
+from v4quant.recipe import Recipe, RecipeError
+from v4quant_calibration.corpus.corpus import Corpus, CorpusError
+from v4quant_calibration.model.options import ForwardOptions
+from v4quant_calibration.solve.settings import SolveSettings
+from v4quant_calibration.solve.solution import Solution
+from v4quant_calibration.solve.solve import solve
+from v4quant_calibration.statistics.collect import Calibration, OpenRoom, calibrate, stages_of
+from v4quant_calibration.statistics.stats import write_stats
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.model_config import ModelConfig
+from v4quant_formats.spec import BLOCK_DTYPES
+from v4quant_kernels.cast import can_cast
+from v4quant_kernels.progress import Progress
+from v4quant_kernels.ref.ggml_blocks import SHAPES
+from v4quant_kernels.scheme import SCHEMES, Scheme
+
+
+@dataclass(frozen=True)
+class DrawnCorpus:
+    """Windows to read first, and those to draw from while experts are starved."""
+
+    windows: list[Tensor]
+    reserve: list[Tensor]
+
+
+def draw_corpus(load: Callable[[int | None], Corpus], tokens: int | None) -> DrawnCorpus:
+    """Cut a corpus in two. load: reads it, with so many tokens or (None) whole.
+
+    Raises what `load` raises.
+    """
+    first = load(tokens).windows
+    if tokens is None:
+        return DrawnCorpus(first, [])
+    taken = {ids.numpy().tobytes() for ids in first}
+    rest = [ids for ids in load(None).windows if ids.numpy().tobytes() not in taken]
+    return DrawnCorpus(first, rest)
+
+
+def check_floor(corpus: DrawnCorpus, config: ModelConfig, floor: int) -> None:
+    """Refuse a corpus that could not feed every expert even if routing were perfectly even.
+
+    Raises CorpusError.
+    """
+    tokens = sum(len(ids) for ids in (*corpus.windows, *corpus.reserve))
+    most = tokens * config.num_experts_per_tok // config.n_routed_experts
+    if most < floor:
+        raise CorpusError(
+            f"the corpus holds {tokens:,} tokens, {most} for each of {config.n_routed_experts} "
+            f"experts if all got the same, and the floor is {floor}; give more text or a lower "
+            "--floor"
+        )
+
+
+def solve_settings(checkpoint: Checkpoint, recipe: Recipe, propagate: bool = True) -> SolveSettings:
+    """What a recipe asks a solver for.
+
+    For GGUF files the plan says which matrices become which block type: those of the experts, of
+    attention and the head, where they do; the others are the encoder's. Where layers have schemes
+    of their own, they are solved for those. Raises what planning raises, and RecipeError where
+    there is nothing to solve.
+    """
+    plain = SolveSettings(recipe.expert_scheme, propagate)
+    if recipe.layout.mixes == "layer" and recipe.places:
+        return replace(plain, schemes=_by_layer(checkpoint, recipe), recipe=solved_part(recipe))
+    if recipe.layout.mixes != "projection":
+        return plain
+    units = [u for u in make_plan(checkpoint, recipe).units if not u.again]
+    schemes = {
+        stored.module: SCHEMES[kind]
+        for unit in units
+        if unit.action in ("experts", "blocks")
+        for stored, wanted in zip(unit.sources, unit.outputs, strict=True)
+        if (kind := BLOCK_DTYPES.get(wanted.dtype, "")) in SHAPES
+    }
+    if not schemes:
+        raise RecipeError("nothing in this recipe is coded by a scheme that could be solved for")
+    return replace(plain, schemes=schemes, recipe=solved_part(recipe))
+
+
+def _by_layer(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Scheme]:
+    """The schemes of expert matrices that lose something in theirs."""
+    schemes = {}
+    for unit in make_plan(checkpoint, recipe).units:
+        for stored in unit.sources:
+            stage, expert, place = stored.module.partition(".ffn.experts.")
+            if expert:
+                scheme = recipe.scheme_for(stage, place.rpartition(".")[2])
+                if scheme.element == "int" and not can_cast(scheme):
+                    schemes[stored.module] = scheme
+    if not schemes:
+        raise RecipeError("nothing in this recipe is coded by a scheme that could be solved for")
+    return schemes
+
+
+def calibrate_to(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    corpus: DrawnCorpus,
+    options: ForwardOptions,
+    floor: int,
+    settings: SolveSettings | None,
+    out: Path,
+    progress: Progress,
+    max_memory: int | None = None,
+    device: torch.device = CPU,
+) -> Calibration:
+    """Calibrate, and with `settings` solve; writes file or folder `out`.
+
+    max_memory: the most bytes this may take; streams then go to files beside `out` where they must.
+    device: where passes run and solvers work. Raises what `check_floor`, `calibrate` and `solve`
+    raise, and SizeError for too little memory.
+    """
+    check_floor(corpus, config, floor)
+    windows, first = corpus.windows, {}
+    held = statistics_bytes(config, len(stages_of(checkpoint, config)))
+    limits = Limits.of(max_memory, device_bytes(device))
+    rooms: OpenRoom = partial(calibration_room, config, held, limits, out)
+    if max_memory is not None:
+        return_freed_memory()
+    if settings is None or corpus.reserve:
+        found = calibrate(
+            checkpoint, config, windows, options, floor, progress, corpus.reserve, rooms, device
+        )
+        if settings is None:
+            write_stats(out, found.stats)
+            return found
+        windows, first = found.windows, dict(found.stats.first)
+    settings, rooms = fit_solving(config, settings, held, windows, limits, out)
+    solution: Solution = solve(
+        checkpoint, config, windows, options, floor, settings, out, progress, first, rooms, device
+    )
+    solution.close()
+    return Calibration(solution.stats, windows)

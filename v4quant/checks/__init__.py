@@ -1,0 +1,1 @@
+"""What is true of a checkpoint: inspect, verify, diff, kernels on its tensors."""

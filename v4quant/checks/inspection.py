@@ -1,0 +1,261 @@
+"""inspect: what a checkpoint is, from its headers alone (or, deep, from every byte).
+
+Unlike the converter, inspection does not stop at the first defect: it lists all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.deepseek_v4 import (
+    TensorName,
+    detect_release,
+    draft_stages,
+    expected_modules,
+    module_shape,
+    parse_name,
+)
+from v4quant_formats.errors import FormatError
+from v4quant_formats.model_config import ConfigError, Dimensions, parse_dimensions
+from v4quant_formats.weights import StoredWeight, check_finite, find_weight, read_weight
+from v4quant_kernels.cast import nonzero_exponents
+from v4quant_kernels.errors import NonFiniteWeight
+from v4quant_kernels.progress import Progress
+
+MAX_DEFECTS = 1000
+
+
+@dataclass
+class ByteClass:
+    """Tensors of one role. `weights` counts logical elements of matrices and tables."""
+
+    role: str
+    tensors: int = 0
+    nbytes: int = 0
+    weights: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per logical element, scales included."""
+        return 8 * self.nbytes / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class ScaleStatistics:
+    """Exponents of the routed experts' E8M0 scales over groups that hold a nonzero code.
+
+    `span_fp8` and `span_nvfp4` are the largest spreads (octaves) inside a 128x128 tile and inside a
+    matrix: at most 14 and 17 make the casts to fp8 and nvfp4 exact.
+    """
+
+    lowest: int
+    highest: int
+    span_fp8: int
+    span_nvfp4: int
+    matrices: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found."""
+
+    path: str
+    release: str
+    files: int
+    tensors: int
+    nbytes: int
+    layer_kinds: dict[str, int]
+    hash_layers: int
+    draft_stages: list[str]
+    experts: int
+    experts_per_token: int
+    classes: list[ByteClass]
+    kv_bytes_per_token: int | None
+    scales: ScaleStatistics | None
+    defects: list[str]
+
+
+def inspect_checkpoint(
+    checkpoint: Checkpoint, progress: Progress, deep: bool = False
+) -> Inspection:
+    """Describe a checkpoint. `deep` also reads every coded matrix and every float tensor."""
+    defects: list[str] = []
+    names = {spec.name: parse_name(spec.name) for spec in checkpoint}
+    config = _config(checkpoint, defects)
+    stored = _find_all(checkpoint, names, defects)
+    if config is not None:
+        _check_model(config, names, stored, defects)
+    defects += [f"'{n}': belongs to no V4 release v4quant knows" for n, p in names.items() if not p]
+    scales = _read_all(checkpoint, config, names, stored, progress, defects) if deep else None
+    expert_dtypes = {
+        w.parts["weight"].dtype
+        for w in stored.values()
+        if (n := parse_name(f"{w.module}.weight")) and n.expert is not None and "weight" in w.parts
+    }
+    kinds = (
+        Counter(config.layer_kind(i) for i in range(config.num_hidden_layers))
+        if config
+        else Counter()
+    )
+    return Inspection(
+        path=checkpoint.label,
+        release=detect_release(
+            checkpoint.tensors, expert_dtypes, str(checkpoint.config.get("model_type", ""))
+        ),
+        files=len(checkpoint.files),
+        tensors=len(checkpoint.tensors),
+        nbytes=checkpoint.nbytes,
+        layer_kinds={str(k): v for k, v in kinds.items()},
+        hash_layers=config.num_hash_layers if config else 0,
+        draft_stages=draft_stages(checkpoint.tensors),
+        experts=config.n_routed_experts if config else 0,
+        experts_per_token=config.num_experts_per_tok if config else 0,
+        classes=_classes(names, stored),
+        kv_bytes_per_token=config.kv_bytes_per_token() if config else None,
+        scales=scales,
+        defects=defects[:MAX_DEFECTS],
+    )
+
+
+def _config(checkpoint: Checkpoint, defects: list[str]) -> Dimensions | None:
+    try:
+        return parse_dimensions(dict(checkpoint.config))
+    except ConfigError as error:
+        defects.append(str(error))
+        return None
+
+
+def _find_all(
+    checkpoint: Checkpoint, names: dict[str, TensorName | None], defects: list[str]
+) -> dict[str, StoredWeight]:
+    found: dict[str, StoredWeight] = {}
+    for module in dict.fromkeys(n.module if n else name for name, n in names.items()):
+        try:
+            found[module] = find_weight(checkpoint, module)
+        except FormatError as error:
+            defects.append(str(error))
+    return found
+
+
+def _check_model(
+    config: Dimensions,
+    names: dict[str, TensorName | None],
+    stored: dict[str, StoredWeight],
+    defects: list[str],
+) -> None:
+    # A hostile config may require billions of modules.
+    absent = (m for m in expected_modules(config, names) if m not in stored)
+    defects += [f"'{m}': missing, but config.json requires it" for m in islice(absent, MAX_DEFECTS)]
+    for module, weight in stored.items():
+        wanted = module_shape(config, module)
+        if wanted is not None and weight.shape != wanted:
+            defects.append(
+                f"'{module}': shape {list(weight.shape)}, config.json implies {list(wanted)}"
+            )
+
+
+def _classes(
+    names: dict[str, TensorName | None], stored: dict[str, StoredWeight]
+) -> list[ByteClass]:
+    classes: dict[str, ByteClass] = {}
+    counts: defaultdict[str, int] = defaultdict(int)
+    roles: dict[str, str] = {}
+    for name, parsed in names.items():
+        module = parsed.module if parsed else name
+        roles[module] = role_of(parsed)
+        counts[module] += 1
+    for module, weight in stored.items():
+        entry = classes.setdefault(roles[module], ByteClass(roles[module]))
+        entry.tensors += counts[module]
+        entry.nbytes += weight.nbytes
+        elements = math.prod(weight.shape)
+        entry.weights += elements
+        kind = weight.scheme.name if weight.scheme else next(iter(weight.parts.values())).dtype
+        entry.formats[kind] += elements
+    return sorted(classes.values(), key=lambda c: -c.nbytes)
+
+
+def role_of(parsed: TensorName | None) -> str:
+    """The class of bytes a tensor belongs to, for tables."""
+    if parsed is None:
+        return "unknown"
+    if parsed.is_draft:
+        return "draft: routed experts" if parsed.expert is not None else "draft: rest"
+    return parsed.role
+
+
+def _read_all(
+    checkpoint: Checkpoint,
+    config: Dimensions | None,
+    names: dict[str, TensorName | None],
+    stored: dict[str, StoredWeight],
+    progress: Progress,
+    defects: list[str],
+) -> ScaleStatistics | None:
+    """Read every module: NaN anywhere, E8M0 spreads, routing tables in range."""
+    progress.start("Reading", checkpoint.nbytes, "B")
+    experts = config.n_routed_experts if config else None
+    routed = {n.module for n in names.values() if n and n.expert is not None}
+    spans: list[tuple[int, int, int]] = []
+    for module, weight in stored.items():
+        try:
+            if weight.scheme is not None:
+                q = read_weight(checkpoint, weight)
+                if module in routed and weight.scheme.name == "mxfp4":
+                    spans.append(_spans(nonzero_exponents(q)))
+            else:
+                _check_plain(checkpoint, weight, experts, defects)
+        except (FormatError, NonFiniteWeight) as error:
+            defects.append(str(error))
+        progress.advance(weight.nbytes)
+    progress.finish()
+    return _summarise(spans)
+
+
+def _check_plain(
+    checkpoint: Checkpoint, weight: StoredWeight, experts: int | None, defects: list[str]
+) -> None:
+    spec = next(iter(weight.parts.values()))
+    largest, smallest = 0, 0
+    for _, piece in checkpoint.read_chunks(spec.name):
+        check_finite(checkpoint, spec, piece)
+        if weight.module.endswith(".tid2eid") and piece.numel():
+            largest, smallest = max(largest, int(piece.max())), min(smallest, int(piece.min()))
+    if smallest < 0 or (experts is not None and largest >= experts):
+        defects.append(f"'{weight.module}': expert ids run {smallest}..{largest} of {experts}")
+
+
+def _spans(exponents: Tensor) -> tuple[int, int, int]:
+    """(lowest, highest, largest spread in a 128x128 tile) of nonzero groups' exponents."""
+    none = -127
+    rows, groups = exponents.shape
+    present = exponents[exponents > none]
+    if present.numel() == 0:
+        return 0, 0, 0
+    padded = torch.nn.functional.pad(exponents, (0, -groups % 4, 0, -rows % 128), value=none)
+    tiles = padded.view(padded.shape[0] // 128, 128, -1, 4)
+    high = tiles.amax((1, 3))
+    low = tiles.masked_fill(tiles == none, 128).amin((1, 3))
+    return int(present.min()), int(present.max()), int((high - low).clamp_min(0).max())
+
+
+def _summarise(spans: Iterable[tuple[int, int, int]]) -> ScaleStatistics | None:
+    spans = list(spans)
+    if not spans:
+        return None
+    return ScaleStatistics(
+        lowest=min(s[0] for s in spans),
+        highest=max(s[1] for s in spans),
+        span_fp8=max(s[2] for s in spans),
+        span_nvfp4=max(s[1] - s[0] for s in spans),
+        matrices=len(spans),
+    )

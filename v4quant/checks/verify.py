@@ -1,0 +1,208 @@
+"""verify: does a converted checkpoint hold what its manifest says, in every byte and value?
+
+Without a source: structure, completeness for its config, and every file's SHA-256. With one: every
+module is decoded from both sides by the second decoder and compared; exactness claims must hold in
+every element, and the error of quantized matrices must be what the manifest says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from v4quant.checks.independent_decoder import decode_rows
+from v4quant.conversion.records import TensorRecord, record_from_dict
+from v4quant.source import Source, open_source
+from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.deepseek_v4 import expected_modules, split_part
+from v4quant_formats.file_hash import hash_file
+from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
+from v4quant_formats.model_config import parse_dimensions
+from v4quant_formats.weights import find_weight
+from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.progress import Progress
+
+MAX_FINDINGS = 1000
+_ROWS = 512  # compared at a time; a multiple of every tile height
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it should be."""
+
+    where: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """Outcome of a verification; `findings` empty means all held."""
+
+    files: int
+    modules: int
+    compared: int
+    exact: int
+    findings: tuple[Finding, ...]
+
+
+def verify(out: Path, source: Source | Checkpoint | None, progress: Progress) -> VerifyResult:
+    """Check a folder written by `quantize`, against its source (open or not) when that is given.
+
+    Raises ManifestError without a readable v4quant.json, and V4QuantError for a bad source.
+    """
+    manifest = read_manifest(out)
+    findings = list(_check_files(out, manifest, progress))
+    records = {r.module: r for r in map(record_from_dict, manifest["tensors"])}
+    findings += _check_claims(manifest, records)
+    compared = exact = 0
+    try:
+        output = open_checkpoint(out)
+    except V4QuantError as error:
+        findings.append(Finding(str(out), str(error)))
+        return VerifyResult(len(manifest["files"]), len(records), 0, 0, tuple(findings))
+    with output:
+        findings += _check_structure(output, records)
+        if source is not None:
+            opened = nullcontext(source) if isinstance(source, Checkpoint) else open_source(source)
+            with opened as original:
+                findings += _check_identity(original, manifest)
+                compared, exact, more = _compare_all(original, output, records, manifest, progress)
+                findings += more
+    return VerifyResult(len(manifest["files"]), len(records), compared, exact, tuple(findings))
+
+
+def _check_claims(manifest: dict[str, Any], records: dict[str, TensorRecord]) -> Iterator[Finding]:
+    """What the manifest says twice must agree."""
+    if len(records) != len(manifest["tensors"]):
+        yield Finding(MANIFEST_NAME, "names a module twice")
+    for row in manifest["tensors"]:
+        if row.get("exact") != records[row["module"]].as_dict().get("exact"):
+            yield Finding(row["module"], "its 'exact' contradicts the rest of its record")
+
+
+def _check_files(out: Path, manifest: dict[str, Any], progress: Progress) -> Iterator[Finding]:
+    progress.start("Hashing", sum(f["bytes"] for f in manifest["files"]), "B")
+    for entry in manifest["files"]:
+        name = entry["name"]
+        path = out / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            yield Finding(name, "manifest names a file outside the folder")
+        elif not path.is_file():
+            yield Finding(name, "file is missing")
+        elif path.stat().st_size != entry["bytes"] or hash_file(path) != entry["sha256"]:
+            yield Finding(name, "bytes differ from the manifest (size or SHA-256)")
+        progress.advance(entry["bytes"])
+    progress.finish()
+
+
+def _check_structure(output: Checkpoint, records: dict[str, TensorRecord]) -> Iterator[Finding]:
+    config = parse_dimensions(dict(output.config), str(output.path / "config.json"))
+    modules = {split_part(spec.name)[0] for spec in output}
+    absent = (m for m in expected_modules(config, output.tensors) if m not in modules)
+    for module in islice(absent, MAX_FINDINGS):
+        yield Finding(module, "missing, but config.json requires it")
+    for module in sorted(modules ^ records.keys()):
+        yield Finding(module, "in the shards or in the manifest, but not in both")
+
+
+def _check_identity(original: Checkpoint, manifest: dict[str, Any]) -> Iterator[Finding]:
+    said = manifest.get("source")
+    if not isinstance(said, dict):
+        yield Finding(MANIFEST_NAME, "does not name its source")
+        return
+    facts = (len(original.tensors), original.nbytes)
+    if (said.get("tensors"), said.get("bytes")) != facts:
+        yield Finding(MANIFEST_NAME, f"the source has {facts[0]} tensors of {facts[1]:,} bytes")
+    if said.get("digest") != original.digest():
+        yield Finding(str(original.path), "is not the checkpoint the manifest names as its source")
+
+
+def _compare_all(
+    original: Checkpoint,
+    output: Checkpoint,
+    records: dict[str, TensorRecord],
+    manifest: dict[str, Any],
+    progress: Progress,
+) -> tuple[int, int, list[Finding]]:
+    findings: list[Finding] = []
+    dropped = {str(d.get("name")) for d in manifest.get("dropped", [])}
+    by_module: dict[str, int] = {}
+    for spec in original:
+        if spec.name not in dropped:
+            module = split_part(spec.name)[0]
+            by_module[module] = by_module.get(module, 0) + spec.nbytes
+    progress.start("Comparing", sum(by_module.values()), "B")
+    exact = 0
+    for module, nbytes in by_module.items():
+        record = records.get(module)
+        if record is None:
+            findings.append(Finding(module, "is in the source, but nothing says what became of it"))
+            continue
+        try:
+            problem = _compare(original, output, record)
+        except V4QuantError as error:
+            problem = str(error)
+        if problem:
+            findings.append(Finding(module, problem))
+        elif record.exact:
+            exact += 1
+        progress.advance(nbytes)
+    progress.finish()
+    return len(by_module), exact, findings
+
+
+def _compare(original: Checkpoint, output: Checkpoint, record: TensorRecord) -> str | None:
+    """Compare one module; the problem in words, or None."""
+    a, b = find_weight(original, record.module), find_weight(output, record.module)
+    if math.prod(a.shape) != record.elements:
+        return f"has {math.prod(a.shape)} elements, the manifest says {record.elements}"
+    if a.scheme is None and b.scheme is None and record.disposition == "copied":
+        return _compare_bytes(original, output, a.parts, b.parts)
+    if a.shape != b.shape:
+        return f"shape {list(b.shape)} differs from the source's {list(a.shape)}"
+    altered, squared, norm, largest = 0, 0.0, 0.0, 0.0
+    for start in range(0, a.shape[0], _ROWS):
+        stop = min(start + _ROWS, a.shape[0])
+        x = decode_rows(original, a.parts, start, stop)
+        y = decode_rows(output, b.parts, start, stop)
+        # Integers have no -0; every float target must keep it.
+        signed = not record.target.startswith(("int", "q"))
+        differ = (x != y) | (signed & (np.signbit(x) != np.signbit(y)) & record.exact)
+        altered += int(differ.sum())
+        error = y - x
+        squared += float((error * error).sum())
+        norm += float((x * x).sum())
+        largest = max(largest, float(np.abs(error).max()))
+    if record.exact and altered:
+        return f"declared exact, but {altered} elements differ (largest by {largest:.3g})"
+    if not record.exact:
+        rms = (squared / norm) ** 0.5 if norm else 0.0
+        if abs(rms - record.relative_rms) > 1e-4 * rms + 1e-12:
+            return f"relative RMS error is {rms:.6g}, the manifest says {record.relative_rms:.6g}"
+        if abs(largest - record.max_error) > 1e-6 * largest:
+            return f"largest error is {largest:.6g}, the manifest says {record.max_error:.6g}"
+        if record.disposition == "cast" and altered != record.altered:
+            return f"{altered} elements differ, the manifest says {record.altered}"
+    return None
+
+
+def _compare_bytes(
+    original: Checkpoint, output: Checkpoint, a: dict[str, Any], b: dict[str, Any]
+) -> str | None:
+    for part, spec in a.items():
+        other = b.get(part)
+        if other is None or (other.dtype, other.shape) != (spec.dtype, spec.shape):
+            return f"'{spec.name}' was to be copied, but dtype or shape differ"
+        pieces = zip(original.read_chunks(spec.name), output.read_chunks(other.name), strict=True)
+        for (at, x), (_, y) in pieces:
+            if not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
+                return f"'{spec.name}' was to be copied, but bytes differ after byte {at}"
+    return None

@@ -1,0 +1,76 @@
+"""evidence: what calibration left, opened for one conversion and checked against its recipe.
+
+`--stats` takes either file that `calibrate` writes: statistics, or the folder of a solution. Only
+the solver `gptq` packs a solution's codes, and only for the scheme they were solved for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from v4quant.recipe import Recipe, RecipeError
+from v4quant_calibration.solve.solution import Evidence, Solution, is_solution, load_solution
+from v4quant_calibration.statistics.stats import load_stats, stats_digest
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.scheme import Scheme
+
+
+def read_evidence(
+    checkpoint: Checkpoint, path: Path | None, recipe: Recipe
+) -> tuple[Evidence | None, str]:
+    """Statistics or solution at `path` and its digest; (None, "") without a path.
+
+    Raises StatsError, and RecipeError when recipe and evidence do not belong together.
+    """
+    if path is None or not is_solution(path):
+        if recipe.solver == "gptq":
+            raise RecipeError(
+                "solver = 'gptq' needs a solution: run `v4quant calibrate SOURCE --solve "
+                f"{recipe.scheme} --out solved` and give --stats solved"
+            )
+        if path is None:
+            return None, ""
+        return load_stats(path, checkpoint.digest()), stats_digest(path.read_bytes())
+    solution = load_solution(path, checkpoint.digest())
+    if recipe.solver == "gptq":
+        _check_recipe(path, solution, recipe)
+    return solution, solution.digest
+
+
+def _check_recipe(path: Path, solution: Solution, recipe: Recipe) -> None:
+    if solution.scheme != recipe.scheme:
+        raise RecipeError(
+            f"{path}: was solved for {solution.scheme}, not for {recipe.scheme}; calibrate with "
+            f"--solve {recipe.scheme}"
+        )
+    if solution.recipe is None:
+        return
+    wanted = solved_part(recipe)
+    if not solution.recipe["dense"]:
+        wanted["dense"] = ""  # dense matrices were left alone, and any type may be had unsolved
+    if solution.recipe != wanted:
+        raise RecipeError(
+            f"{path}: was solved for other dense types or [schemes] than the recipe's; calibrate "
+            "with --recipe and the same file, or --solve and the same --dense"
+        )
+
+
+def solved_part(recipe: Recipe) -> dict[str, object]:
+    """What of a recipe decides how matrices are solved, as a solution states it."""
+    whole = recipe.as_dict()
+    return {key: whole[key] for key in ("scheme", "format", "dense", "schemes")}
+
+
+def solved_codes(
+    recipe: Recipe, evidence: Evidence | None, module: str, scheme: Scheme, shape: tuple[int, int]
+) -> QTensor | None:
+    """The solution's codes of a matrix, where the recipe packs one that has them.
+
+    None otherwise: such a matrix is for the plain solver (a draft stage that calibration cannot
+    run, a matrix that was not solved). Raises SolutionError for codes of another scheme or shape.
+    """
+    if recipe.solver != "gptq":
+        return None
+    assert isinstance(evidence, Solution), "checked when the solution was read"
+    return evidence.solved(module, scheme, shape)

@@ -1,0 +1,80 @@
+"""Delivery: where finished shards go.
+
+A conversion into a folder leaves them where they are written. A conversion to the hub sends each as
+soon as it is journaled and deletes it here, so that a small disk takes a large model
+(`v4quant.publishing.hub_delivery`). The job knows only this interface, and one way of working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from v4quant_formats.checkpoint import INDEX_NAME
+from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
+from v4quant_formats.shards import WrittenFile
+
+
+class Delivery(Protocol):
+    """What the job asks of a destination."""
+
+    def manifest(self, out: Path) -> dict[str, Any] | None:
+        """The manifest of a whole checkpoint at the destination, if one is there."""
+
+    def has(self, file: WrittenFile) -> bool:
+        """Whether a shard that is not in the output folder needs no more work."""
+
+    def space(self, sizes: Sequence[int]) -> int:
+        """Bytes of disk that shards of these sizes will take at one time."""
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether another shard may be written now."""
+
+    def make_room(self, nbytes: int) -> None:
+        """Wait until another shard may be written, and count it."""
+
+    def take(self, file: WrittenFile) -> None:
+        """A shard lies whole in the output folder, counted before."""
+
+    def finish(self, out: Path, manifest: dict[str, Any]) -> None:
+        """All shards are taken and every other file of the checkpoint is in `out`."""
+
+    def stop(self) -> None:
+        """The job failed: end what runs in the background."""
+
+
+class StayHere:
+    """The output folder is the destination."""
+
+    def manifest(self, out: Path) -> dict[str, Any] | None:
+        """The folder's own, when its index, if it has one, says that it is whole."""
+        if not (out / MANIFEST_NAME).exists():
+            return None
+        found = read_manifest(out)
+        indexed = any(f["name"] == INDEX_NAME for f in found["files"])
+        return found if (out / INDEX_NAME).exists() or not indexed else None
+
+    def has(self, file: WrittenFile) -> bool:
+        """Only the folder has shards."""
+        return False
+
+    def space(self, sizes: Sequence[int]) -> int:
+        """All of them."""
+        return sum(sizes)
+
+    def has_room(self, nbytes: int) -> bool:
+        """The disk was asked at the beginning."""
+        return True
+
+    def make_room(self, nbytes: int) -> None:
+        """Nothing to wait for."""
+
+    def take(self, file: WrittenFile) -> None:
+        """It stays."""
+
+    def finish(self, out: Path, manifest: dict[str, Any]) -> None:
+        """The index, written last, was all."""
+
+    def stop(self) -> None:
+        """Nothing runs."""

@@ -1,0 +1,197 @@
+"""The routed experts: one Unit is an expert's w1, w3 and w2.
+
+Three ways for a matrix, tried in this order: the codes already are what is wanted (copy); the
+target holds MXFP4's values, so they are recoded exactly (kernels.ref.cast); otherwise a solver
+finds codes (calibration.solvers), or has found them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from v4quant.conversion.calibrated import solved_codes
+from v4quant.conversion.plan import Plan, expert_scheme
+from v4quant.conversion.records import TensorRecord
+from v4quant.conversion.units import Unit
+from v4quant.devices import CPU
+from v4quant.outcomes import lossy_record, make_record, refuse_inexact, refuse_overflow
+from v4quant_calibration.rounding.solvers import SOLVERS, measured
+from v4quant_calibration.solve.solution import Evidence
+from v4quant_formats.shards import ShardWriter
+from v4quant_formats.weights import StoredWeight, read_weight
+from v4quant_kernels import codec
+from v4quant_kernels.cast import can_cast, cast_mxfp4, top_exponent
+from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.scale_search import QuantizedMatrix
+from v4quant_kernels.scheme import Scheme
+
+_ROWS = 512  # rows of a matrix searched for GGUF blocks at a time
+
+
+def convert_experts(
+    plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
+) -> list[TensorRecord]:
+    """Convert one expert's matrices and write what the layout makes of them."""
+    records = []
+    device = _device(plan)
+    matrices = [read_weight(plan.checkpoint, stored).to(device) for stored in unit.sources]
+    tops = _nvfp4_tops(plan, matrices)
+    layout = plan.recipe.layout
+    for stored, q, top in zip(unit.sources, matrices, tops, strict=True):
+        result, record = _convert_matrix(plan, stored, q, stats, top)
+        amax = _input_amax(plan, stored, stats) if layout.stores_input_scale else 0.0
+        for suffix, tensor in layout.expert_tensors(result, amax).items():
+            writer.add(f"{stored.module}.{suffix}", tensor.cpu())
+        records.append(record)
+    return records
+
+
+def _device(plan: Plan) -> torch.device:
+    """Solutions are read ready-made and GGUF's blocks are searched by compiled CPU loops."""
+    blocks = any(scheme.element == "ggml" for scheme in plan.recipe.expert_schemes)
+    here = plan.recipe.solver == "gptq" or blocks
+    return CPU if here else plan.device
+
+
+@dataclass(frozen=True)
+class _Top:
+    """What w1 and w3 must agree on for NVFP4: the top exponent (MXFP4) or the largest value."""
+
+    exponent: int | None = None
+    amax: float | None = None
+
+
+def _nvfp4_tops(plan: Plan, matrices: list[QTensor]) -> list[_Top]:
+    """Engines fuse w1 and w3 and keep one second-level scale, so both are built on the larger."""
+    if plan.scheme.name != "nvfp4":
+        return [_Top()] * len(matrices)
+    own = []
+    for q in matrices:
+        if q.scheme.name == "mxfp4":
+            own.append(_Top(exponent=top_exponent(q)))
+        else:
+            own.append(_Top(amax=float(codec.dequantize(q).abs().max())))
+    gate, up, down = own
+    if gate.exponent is not None and up.exponent is not None:
+        shared = _Top(exponent=max(gate.exponent, up.exponent))
+    else:
+        shared = _Top(amax=max(gate.amax or 0.0, up.amax or 0.0))
+    return [shared, shared, down]
+
+
+def _convert_matrix(
+    plan: Plan, stored: StoredWeight, q: QTensor, stats: Evidence | None, top: _Top
+) -> tuple[QTensor, TensorRecord]:
+    stage, _, place = stored.module.partition(".ffn.experts.")
+    scheme = expert_scheme(plan.recipe.scheme_for(stage, place.rpartition(".")[2]), q.shape[1])
+    if q.scheme.name == scheme.name:
+        return q, make_record(stored, "copied", scheme.name)
+    if q.scheme.name == "mxfp4" and can_cast(scheme):
+        cast = cast_mxfp4(q, scheme, top.exponent)
+        refuse_inexact(plan, stored, cast.altered, scheme.name)
+        if not cast.altered:
+            return cast.tensor, make_record(stored, "cast", scheme.name)
+        loss = measured(codec.dequantize(q), cast.tensor)
+        return cast.tensor, lossy_record(stored, scheme, loss, "cast", cast.altered)
+    if scheme.name == "bf16":
+        return _to_bf16(plan, stored, q)
+    if scheme.element == "ggml":
+        return _to_blocks(plan, stored, q, scheme, stats)
+    if scheme.element == "int":
+        if q.scheme.name != "mxfp4":
+            refuse_overflow(plan.checkpoint, stored, codec.dequantize(q))
+        found = _solve(plan, stored.module, q, scheme, stats)
+    else:
+        values = codec.dequantize(q)
+        refuse_overflow(plan.checkpoint, stored, values)
+        found = _quantize_floats(values, scheme, top)
+    return found.tensor, lossy_record(stored, scheme, found, "quantized", 0)
+
+
+def _to_bf16(plan: Plan, stored: StoredWeight, q: QTensor) -> tuple[QTensor, TensorRecord]:
+    """An expert matrix in bfloat16: exact, but for scales beyond bfloat16's normal numbers."""
+    values = codec.dequantize(q)
+    refuse_overflow(plan.checkpoint, stored, values)
+    found = measured(values, codec.quantize(values, plan.scheme))
+    altered = int((codec.dequantize(found.tensor) != values).sum())
+    refuse_inexact(plan, stored, altered, "bf16")
+    if not altered:
+        return found.tensor, make_record(stored, "cast", "bf16")
+    return found.tensor, lossy_record(stored, plan.scheme, found, "cast", altered)
+
+
+def _to_blocks(
+    plan: Plan, stored: StoredWeight, q: QTensor, scheme: Scheme, stats: Evidence | None
+) -> tuple[QTensor, TensorRecord]:
+    """An expert matrix in GGUF's block type: the solution's codes where it has some, else searched
+    in pieces of rows; FP4 values that fit are counted.
+    """
+    if (solved := solved_codes(plan.recipe, stats, stored.module, scheme, q.shape)) is not None:
+        found = measured(codec.dequantize(q), solved)
+        if not found.squared_error:
+            return solved, make_record(stored, "cast", scheme.name)
+        return solved, lossy_record(stored, scheme, found, "quantized", 0)
+    importance = stats.importance(stored.module) if stats else None
+    pieces, squared, norm, largest = [], 0.0, 0.0, 0.0
+    for start in range(0, q.shape[0], _ROWS):
+        values = codec.dequantize(_rows_of(q, start, min(start + _ROWS, q.shape[0])))
+        refuse_overflow(plan.checkpoint, stored, values)
+        found = measured(values, codec.quantize(values, scheme, importance=importance))
+        pieces.append(found.tensor.codes)
+        squared, norm = squared + found.squared_error, norm + found.squared_norm
+        largest = max(largest, found.max_error)
+    result = QTensor(scheme, q.shape, torch.cat(pieces))
+    if not squared:
+        return result, make_record(stored, "cast", scheme.name)
+    whole = QuantizedMatrix(result, squared, norm, largest)
+    return result, lossy_record(stored, scheme, whole, "quantized", 0)
+
+
+def _rows_of(q: QTensor, start: int, stop: int) -> QTensor:
+    """Rows of a coded matrix; `start` is a multiple of its block's height."""
+    assert q.scale is not None
+    height = q.scheme.block[0]
+    scale = q.scale[start // height : -(-stop // height)]
+    return QTensor(q.scheme, (stop - start, q.shape[1]), q.codes[start:stop], scale)
+
+
+def _solve(
+    plan: Plan, module: str, q: QTensor, scheme: Scheme, stats: Evidence | None
+) -> QuantizedMatrix:
+    """Integer codes: the solution's where it has some, else the recipe's plain solver's."""
+    importance = stats.importance(module) if stats else None
+    if plan.recipe.solver != "gptq":
+        return SOLVERS[plan.recipe.solver](q, scheme, importance)
+    solved = solved_codes(plan.recipe, stats, module, scheme, q.shape)
+    if solved is None:
+        return SOLVERS["optimal"](q, scheme, importance)
+    return measured(codec.dequantize(q), solved)
+
+
+def _quantize_floats(x: Tensor, scheme: Scheme, top: _Top) -> QuantizedMatrix:
+    extra = {}
+    if scheme.name == "nvfp4" and top.amax is not None:
+        extra["global_scale"] = torch.tensor(max(top.amax, 2.0**-100) / (6 * 448), device=x.device)
+    return measured(x, codec.quantize(x, scheme, **extra))
+
+
+def _input_amax(plan: Plan, stored: StoredWeight, stats: Evidence | None) -> float:
+    """Largest input magnitude an expert matrix must expect: measured, or a proven bound.
+
+    w1 and w3 see an RMS-normalised row times the norm's weight, so |x_i| <= sqrt(d) * max|w|. w2
+    sees routing weight * silu(gate) * up with gate <= limit and |up| <= limit, so
+    <= routed_scaling_factor * limit^2.
+    """
+    seen = stats.input_amax(stored.module) if stats else None
+    if seen:
+        return seen
+    config = plan.config
+    if stored.module.endswith(".w2"):
+        return config.routed_scaling_factor * config.swiglu_limit**2
+    stage = stored.module.split(".ffn.", maxsplit=1)[0]
+    norm = plan.checkpoint.read(f"{stage}.ffn_norm.weight").float().abs().max()
+    return float(norm) * math.sqrt(config.hidden_size)

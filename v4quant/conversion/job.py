@@ -1,0 +1,345 @@
+"""Job: a Plan being carried out, safe against kill, full disks and changing sources.
+
+Units of a shard run on worker threads (torch releases the GIL), each single-threaded, and write to
+their planned places; while a finished shard is flushed and hashed, the next one is computed. A
+shard counts once it is renamed and journaled; the index is written last and makes the folder a
+checkpoint. The same plan gives the same bytes whatever the number of workers or interruptions,
+because every unit is computed alone, in fixed pieces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from v4quant import __version__
+from v4quant.conversion.delivery import Delivery, StayHere
+from v4quant.conversion.journal import FOLDER, FinishedShard, Journal, journal_files, locked_output
+from v4quant.conversion.plan import Plan
+from v4quant.conversion.ranks import Ranks
+from v4quant.conversion.records import TensorRecord, record_from_dict
+from v4quant.conversion.size_by_role import byte_classes
+from v4quant.conversion.unit import convert_unit
+from v4quant.conversion.units import ShardPlan
+from v4quant.memory import peak_rss_bytes
+from v4quant_calibration.solve.solution import Evidence
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.deepseek_v4 import detect_release
+from v4quant_formats.errors import OutputError
+from v4quant_formats.manifest import (
+    MANIFEST_NAME,
+    MANIFEST_VERSION,
+    index_json,
+    to_json,
+)
+from v4quant_formats.shards import (
+    ShardWriter,
+    WrittenFile,
+    temporary_path,
+    write_file_atomically,
+)
+from v4quant_formats.sidecars import find_sidecars, read_sidecar
+from v4quant_kernels.progress import Progress, SilentProgress
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What `quantize` reports (`--json`)."""
+
+    output: str
+    format: str
+    scheme: str
+    tensors: int
+    bytes_in: int
+    bytes_out: int
+    exact_tensors: int
+    lossy_tensors: int
+    copied_tensors: int
+    dropped_tensors: int
+    altered_elements: int
+    worst_relative_rms: float
+    mean_relative_rms: float
+    seconds: float
+    peak_rss_bytes: int
+
+
+def run_job(
+    plan: Plan,
+    out: Path,
+    stats: Evidence | None = None,
+    workers: int = 2,
+    progress: Progress | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
+    delivery: Delivery | None = None,
+) -> JobResult:
+    """Carry a plan out into folder `out`; the same call again resumes or confirms.
+
+    With several ranks each calls this with the same plan and folder, and writes its share. With a
+    `delivery` the shards leave `out` as they are finished. Raises OutputError (not empty, locked,
+    full, not writable), what `convert_unit` raises and what the delivery raises.
+    """
+    started = time.monotonic()
+    progress = progress or SilentProgress()
+    delivery = delivery or StayHere()
+    complete = None if journal_files(out) else delivery.manifest(out)
+    if complete is not None and complete.get("plan") == plan.digest:
+        records = [record_from_dict(row) for row in complete["tensors"]]
+        # Left when the run that finished was killed between its last two steps.
+        shutil.rmtree(out / FOLDER, ignore_errors=True)
+        return _result(plan, out, records, started)
+    with ExitStack() as stack:
+        if ranks.is_first:
+            check_folder(out)
+            stack.enter_context(locked_output(out))
+        ranks.barrier()
+        journal = Journal(out, plan.digest, ranks.rank, delivery.has)
+        todo = [s for s in plan.shards if s.file not in journal.finished]
+        _check_space(out, delivery.space([s.nbytes for s in todo]))
+        # Every rank divides the same list: nobody may finish a shard before all have read it.
+        ranks.barrier()
+        stack.callback(delivery.stop)
+        _deliver_again(out, journal, delivery)
+        _write_shards(plan, ranks.share(todo), out, stats, workers, journal, delivery, progress)
+        ranks.barrier()
+        journal.refresh()
+        shards = [journal.finished[s.file] for s in plan.shards]
+        if ranks.is_first:
+            delivery.finish(out, _finish(plan, out, shards))
+            journal.remove()
+        ranks.barrier()
+    return _result(plan, out, [r for s in shards for r in s.records], started)
+
+
+def check_folder(out: Path) -> None:
+    """Create the output folder, or see that it is empty or has work to resume.
+
+    Raises OutputError.
+    """
+    if not out.exists():
+        try:
+            out.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"{out}: cannot be created ({error.strerror})") from None
+    if not out.is_dir():
+        raise OutputError(f"{out}: is not a folder")
+    foreign = [p.name for p in out.iterdir() if p.name != FOLDER]
+    if foreign and not journal_files(out):
+        raise OutputError(
+            f"{out}: folder is not empty ({sorted(foreign)[0]}, ...) and holds no unfinished "
+            "conversion to resume; choose a new folder"
+        )
+
+
+def _check_space(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise OutputError(
+            f"{out}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on this "
+            "disk; free space or choose another folder"
+        )
+
+
+def _deliver_again(out: Path, journal: Journal, delivery: Delivery) -> None:
+    """Hand over what an earlier run finished but could not deliver."""
+    for shard in journal.finished.values():
+        if (out / shard.file.name).exists():
+            delivery.make_room(shard.file.nbytes)
+            delivery.take(shard.file)
+
+
+def _write_shards(
+    plan: Plan,
+    shards: list[ShardPlan],
+    out: Path,
+    stats: Evidence | None,
+    workers: int,
+    journal: Journal,
+    delivery: Delivery,
+    progress: Progress,
+) -> None:
+    progress.start("Converting", sum(u.bytes_in for s in shards for u in s.units), "B")
+    pool = ThreadPoolExecutor(workers, "convert", initializer=_one_thread)
+    finisher = ThreadPoolExecutor(1, "finish")
+    closing: Future[None] | None = None
+    sources, needed = plan.checkpoint.shards, _last_use(shards)
+    sources.expect(list(needed))
+    try:
+        for number, shard in enumerate(shards):
+            if closing is not None and not delivery.has_room(shard.nbytes):
+                closing.result()
+            delivery.make_room(shard.nbytes)
+            sources.acquire(shard.source_files)
+            writer = ShardWriter(out / shard.file, shard.file_plan())
+            try:
+                records = _convert_shard(plan, shard, writer, stats, pool, progress)
+            except BaseException:
+                writer.abort()
+                raise
+            for file in shard.source_files:
+                if needed[file] == number:
+                    sources.release(file)
+            if closing is not None:
+                closing.result()
+            closing = finisher.submit(_close_shard, writer, records, journal, delivery)
+        if closing is not None:
+            closing.result()
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        finisher.shutdown()
+        # An interrupt may fall between a file's creation and the writer that would remove it.
+        for shard in shards:
+            temporary_path(out / shard.file).unlink(missing_ok=True)
+        raise
+    finally:
+        pool.shutdown()
+        finisher.shutdown()
+        progress.finish()
+
+
+def _last_use(shards: list[ShardPlan]) -> dict[str, int]:
+    """Source shards in the order they are first needed, and who needs each last."""
+    return {file: number for number, shard in enumerate(shards) for file in shard.source_files}
+
+
+def _close_shard(
+    writer: ShardWriter, records: list[TensorRecord], journal: Journal, delivery: Delivery
+) -> None:
+    """Flush, rename, journal, hand over: in this order, beside the next shard's conversion."""
+    written = writer.close()
+    journal.add(FinishedShard(written, tuple(records)))
+    delivery.take(written)
+
+
+def _convert_shard(
+    plan: Plan,
+    shard: ShardPlan,
+    writer: ShardWriter,
+    stats: Evidence | None,
+    pool: ThreadPoolExecutor,
+    progress: Progress,
+) -> list[TensorRecord]:
+    futures = [pool.submit(convert_unit, plan, u, writer, stats) for u in shard.units]
+    records: list[TensorRecord] = []
+    try:
+        for unit, future in zip(shard.units, futures, strict=True):
+            done = future.result()
+            records += [] if unit.again else done
+            progress.advance(unit.bytes_in)
+    except BaseException:
+        # Nothing may still write when the caller removes the file.
+        _cancel(futures)
+        raise
+    return records
+
+
+def _cancel(futures: Iterable[Future[Any]]) -> None:
+    running = [f for f in futures if not f.cancel()]
+    for future in running:
+        future.exception()
+
+
+def _one_thread() -> None:
+    # Per thread in torch: fixed partitioning keeps sums, and so bytes, the same for any workers.
+    torch.set_num_threads(1)
+
+
+def _finish(plan: Plan, out: Path, shards: list[FinishedShard]) -> dict[str, Any]:
+    """Write sidecars, config, manifest and, last, the index, if any; the manifest."""
+    files = [s.file for s in shards]
+    for name in find_sidecars(plan.checkpoint.path):
+        data = read_sidecar(plan.checkpoint.path, name)
+        written = write_file_atomically(out / name, data)
+        files.append(WrittenFile(name, written.nbytes, written.sha256))
+    files.append(write_file_atomically(out / "config.json", to_json(plan.output_config())))
+    index = _index(plan)
+    if index:
+        name = plan.recipe.layout.index
+        files.append(WrittenFile(name, len(index), hashlib.sha256(index).hexdigest()))
+    manifest = _manifest(plan, files, [r for s in shards for r in s.records])
+    write_file_atomically(out / MANIFEST_NAME, to_json(manifest))
+    if index:
+        write_file_atomically(out / plan.recipe.layout.index, index)
+    return manifest
+
+
+def _index(plan: Plan) -> bytes:
+    if not plan.recipe.layout.index:
+        return b""
+    specs = [(spec, shard.file) for shard in plan.shards for spec in shard.outputs]
+    return index_json({s.name: f for s, f in specs}, sum(s.nbytes for s, _ in specs))
+
+
+def _manifest(plan: Plan, files: list[WrittenFile], records: list[TensorRecord]) -> dict[str, Any]:
+    experts = {
+        next(iter(s.parts.values())).dtype
+        for u in plan.units
+        if u.action == "experts"
+        for s in u.sources
+    }
+    release = detect_release(
+        plan.checkpoint.tensors, experts, str(plan.checkpoint.config.get("model_type", ""))
+    )
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "tool": {
+            "v4quant": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "source": {
+            **_source_name(plan.checkpoint),
+            "release": release,
+            "digest": plan.source_digest,
+            "tensors": len(plan.checkpoint.tensors),
+            "bytes": plan.checkpoint.nbytes,
+        },
+        "recipe": plan.recipe.as_dict(),
+        "stats": plan.stats_digest or None,
+        "plan": plan.digest,
+        "files": [{"name": f.name, "bytes": f.nbytes, "sha256": f.sha256} for f in files],
+        "classes": [vars(c) for c in byte_classes(plan)],
+        "dropped": [{"name": d.name, "reason": d.reason} for d in plan.dropped],
+        "tensors": [r.as_dict() for r in records],
+    }
+
+
+def _source_name(checkpoint: Checkpoint) -> dict[str, str]:
+    origin = checkpoint.origin
+    if origin is None:
+        return {"name": checkpoint.path.resolve().name}
+    told = {"repo": origin.repo, "revision": origin.revision, "license": origin.license}
+    return {"name": origin.repo.partition("/")[2], **{k: v for k, v in told.items() if v}}
+
+
+def _result(plan: Plan, out: Path, records: list[TensorRecord], started: float) -> JobResult:
+    kinds = Counter("copied" if r.disposition == "copied" else r.exact for r in records)
+    losses = [r.relative_rms for r in records if not r.exact]
+    return JobResult(
+        output=os.fspath(out),
+        format=plan.recipe.format,
+        scheme=plan.recipe.scheme,
+        tensors=sum(len(s.outputs) for s in plan.shards),
+        bytes_in=plan.checkpoint.file_bytes,
+        bytes_out=plan.bytes_out,
+        exact_tensors=kinds[True],
+        lossy_tensors=kinds[False],
+        copied_tensors=kinds["copied"],
+        dropped_tensors=len(plan.dropped),
+        altered_elements=sum(r.altered for r in records),
+        worst_relative_rms=max(losses, default=0.0),
+        mean_relative_rms=sum(losses) / len(losses) if losses else 0.0,
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=peak_rss_bytes(),
+    )

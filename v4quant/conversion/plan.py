@@ -1,0 +1,416 @@
+"""Plan: every output tensor, its shard, size and treatment, decided before a byte is read.
+
+The plan maps source shards to output shards one to one (one layer a shard, as released), groups
+tensors that must be seen together into Units (an expert's w1, w3 and w2; a weight and its scale)
+and accounts for every source tensor: it is copied, re-encoded exactly, quantized, or dropped with a
+reason. What is missing, unknown or of the wrong kind is an error here, not after hours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from v4quant import __version__
+from v4quant.conversion.exactness import inexact_stages
+from v4quant.conversion.gguf_files import gguf_shards
+from v4quant.conversion.units import Action, Dropped, ShardPlan, Unit
+from v4quant.devices import CPU
+from v4quant.recipe import Recipe
+from v4quant.targets import check_places, place_of, places_of
+from v4quant_formats.checkpoint import SINGLE_NAME, Checkpoint
+from v4quant_formats.deepseek_v4 import (
+    PROJECTIONS,
+    TensorName,
+    draft_stages,
+    expected_modules,
+    expert_module,
+    module_shape,
+    parse_name,
+)
+from v4quant_formats.errors import MissingTensor, UnexpectedTensor, UnsupportedPair, WrongDtype
+from v4quant_formats.layouts.gguf import fitting_type
+from v4quant_formats.model_config import Dimensions, parse_dimensions
+from v4quant_formats.spec import BLOCK_DTYPES, TORCH_DTYPES, TensorSpec
+from v4quant_formats.weights import StoredWeight, find_weight, scale_part
+from v4quant_kernels.ggml import get_type
+from v4quant_kernels.scheme import SCHEMES, Scheme
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole conversion. `digest` keys the journal: same digest, same output bytes.
+
+    kept: stages whose experts stay in the source format because a cast would change them.
+    device: where experts are computed; not part of the digest, because the bytes are the same.
+    """
+
+    checkpoint: Checkpoint
+    config: Dimensions
+    recipe: Recipe
+    shards: tuple[ShardPlan, ...]
+    dropped: tuple[Dropped, ...]
+    stats_digest: str
+    kept: tuple[str, ...] = ()
+    device: torch.device = CPU
+
+    @property
+    def scheme(self) -> Scheme:
+        """The experts' scheme."""
+        return self.recipe.expert_scheme
+
+    @property
+    def units(self) -> Iterator[Unit]:
+        """All units, in output order."""
+        return (unit for shard in self.shards for unit in shard.units)
+
+    @cached_property
+    def bytes_in(self) -> int:
+        """Bytes of tensor data that will be read."""
+        return sum(u.bytes_in for u in self.units)
+
+    @cached_property
+    def bytes_out(self) -> int:
+        """Bytes of shards that will be written."""
+        return sum(s.nbytes for s in self.shards)
+
+    @cached_property
+    def source_digest(self) -> str:
+        """Identity of the source."""
+        return self.checkpoint.digest()
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the conversion: source, recipe, statistics and tool version."""
+        parts = [self.source_digest, repr(self.recipe.as_dict()), self.stats_digest, __version__]
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+    def output_config(self) -> dict[str, Any]:
+        """The output's config.json."""
+        layout, raw = self.recipe.layout, self.checkpoint.config
+        if self.recipe.places and layout.mixed_config is not None:
+            config = layout.mixed_config(raw, self._stage_schemes())
+        else:
+            config = layout.config(raw, self.scheme, self.kept)
+        return without_drafts(config) if self.recipe.draft == "drop" else config
+
+    def _stage_schemes(self) -> dict[str, Scheme]:
+        """The scheme of every stage's experts, where a layer has one."""
+        places = (u.sources[0].module.partition(".ffn.experts.") for u in self.units)
+        stages = dict.fromkeys(stage for stage, found, _ in places if found)
+        return {stage: self.recipe.scheme_for(stage, PROJECTIONS[0]) for stage in stages}
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, stats_digest: str = "") -> Plan:
+    """Plan the conversion of a checkpoint; reads no tensor data.
+
+    (With `on_inexact = "keep"` it reads the experts' scales, to know which stages stay.)
+    Raises MissingTensor, UnexpectedTensor, WrongDtype, UnsupportedPair or ConfigError naming the
+    tensor and the remedy.
+    """
+    config = parse_dimensions(dict(checkpoint.config), str(checkpoint.path / "config.json"))
+    names = _parse_names(checkpoint, recipe)
+    _check_complete(checkpoint, config, names)
+    kept: tuple[str, ...] = ()
+    if recipe.on_inexact == "keep":
+        experts = {(n.stage, n.expert) for n in names.values() if n and n.expert is not None}
+        kept = inexact_stages(checkpoint, recipe.expert_scheme, sorted(experts))
+    if recipe.layout.keeps_drafts and recipe.draft != "drop":
+        kept += tuple(s for s in draft_stages(names) if s not in kept)
+    recipe.layout.check(config, draft_stages(names) if recipe.draft == "convert" else [])
+    check_places(recipe.places, places_of(names.values(), recipe.draft != "drop"))
+    planner = _Planner(checkpoint, config, recipe, names, kept)
+    units = [unit for module in planner.leading_modules() if (unit := planner.unit(module))]
+    if recipe.layout.index:
+        shards = _shards_as_source(units)
+    else:
+        shards = gguf_shards(checkpoint, units, recipe.scheme, recipe.split_bytes)
+    _check_accounted(checkpoint, shards, planner.dropped)
+    plan = Plan(checkpoint, config, recipe, shards, tuple(planner.dropped), stats_digest, kept)
+    plan.output_config()  # what config.json cannot say is refused now
+    return plan
+
+
+def _shards_as_source(units: Iterable[Unit]) -> tuple[ShardPlan, ...]:
+    by_file: dict[str, list[Unit]] = {}
+    for unit in units:
+        file = next(iter(unit.sources[0].parts.values())).file
+        by_file.setdefault(file, []).append(unit)
+    return tuple(
+        ShardPlan(_output_file(file), tuple(members)) for file, members in sorted(by_file.items())
+    )
+
+
+def without_drafts(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that promises no draft stages, so that no engine looks for them."""
+    kept = {k: v for k, v in config.items() if not k.startswith("dspark_")}
+    if "num_nextn_predict_layers" in kept:
+        kept["num_nextn_predict_layers"] = 0
+    if isinstance(kept.get("text_config"), dict):
+        kept["text_config"] = without_drafts(kept["text_config"])
+    return kept
+
+
+def _output_file(file: str) -> str:
+    # Always with an index, so that only the index, written last, makes the folder a checkpoint.
+    if file == SINGLE_NAME:
+        return "model-00001-of-00001.safetensors"
+    return file.removesuffix(".gguf") + ".safetensors" if file.endswith(".gguf") else file
+
+
+def _parse_names(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, TensorName | None]:
+    names = {spec.name: parse_name(spec.name) for spec in checkpoint}
+    for name, parsed in names.items():
+        if parsed is None and recipe.unknown == "refuse":
+            raise UnexpectedTensor(
+                f"{checkpoint.path / checkpoint.tensors[name].file}: tensor '{name}' belongs to no "
+                "V4 release v4quant knows; --unknown copy carries such tensors byte for byte"
+            )
+    return names
+
+
+def _check_complete(
+    checkpoint: Checkpoint, config: Dimensions, names: dict[str, TensorName | None]
+) -> None:
+    for name, n in names.items():
+        layer = int(n.stage.rpartition(".")[2]) if n and n.stage.startswith("layers.") else 0
+        if layer >= config.num_hidden_layers:
+            raise UnexpectedTensor(
+                f"{checkpoint.path / checkpoint.tensors[name].file}: tensor '{name}' is beyond the "
+                f"{config.num_hidden_layers} layers of config.json; it belongs to another model"
+            )
+    present = {n.module for n in names.values() if n}
+    for module in expected_modules(config, names):
+        if module not in present:
+            raise MissingTensor(
+                f"{checkpoint.path}: '{module}' is missing, which config.json requires; "
+                "the download is incomplete or config.json belongs to another model"
+            )
+
+
+def _check_accounted(
+    checkpoint: Checkpoint, shards: Iterable[ShardPlan], dropped: list[Dropped]
+) -> None:
+    """Every source tensor is used by exactly one unit, or dropped with a reason."""
+    used = Counter(
+        part.name
+        for shard in shards
+        for unit in shard.units
+        if not unit.again
+        for stored in unit.sources
+        for part in stored.parts.values()
+    )
+    used.update(d.name for d in dropped)
+    for name in checkpoint.tensors:
+        if used[name] != 1:
+            raise UnexpectedTensor(
+                f"{checkpoint.path / checkpoint.tensors[name].file}: tensor '{name}' does not fit "
+                "the model config.json describes; the files belong to different models"
+            )
+
+
+class _Planner:
+    """Turns modules into units for one recipe, collecting what is dropped."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: Dimensions,
+        recipe: Recipe,
+        names: dict[str, TensorName | None],
+        kept: tuple[str, ...],
+    ) -> None:
+        self.kept = kept
+        self.checkpoint = checkpoint
+        self.config = config
+        self.recipe = recipe
+        self.layout = recipe.layout
+        self.scheme = recipe.expert_scheme
+        self.names = names
+        self.dropped: list[Dropped] = []
+        self.by_module = {n.module: n for n in names.values() if n}
+        self.unknown = [n for n, parsed in names.items() if parsed is None]
+
+    def leading_modules(self) -> Iterator[str]:
+        """One module per unit: w1 leads its expert; every other module leads itself."""
+        for module, name in self.by_module.items():
+            if name.expert is None or name.projection == PROJECTIONS[0]:
+                yield module
+        yield from self.unknown
+
+    def unit(self, module: str) -> Unit | None:
+        """The unit a module leads, or None when it is dropped."""
+        name = self.by_module.get(module)
+        if name is None:
+            spec = self.checkpoint.spec(module)
+            if spec.dtype not in TORCH_DTYPES:
+                raise WrongDtype(
+                    f"{self.checkpoint.path / spec.file}: unknown tensor '{spec}' has a dtype that "
+                    "cannot be copied; remove it from the source"
+                )
+            return _copy(StoredWeight(module, {"": spec}, spec.shape, None))
+        if name.is_draft and self.recipe.draft == "drop":
+            self._drop(module, name, "draft stages are dropped by the recipe")
+            return None
+        if reason := self.layout.leaves_out(name, self.config):
+            self._drop(module, name, reason)
+            return None
+        if name.expert is not None:
+            return self._expert(name.stage, name.expert)
+        return self._dense(name, self._find(module))
+
+    def _find(self, module: str) -> StoredWeight:
+        """How a module is stored, refused when its shape is not what config.json implies."""
+        stored = find_weight(self.checkpoint, module)
+        wanted = module_shape(self.config, module)
+        first = next(iter(stored.parts.values()))
+        if wanted is not None and stored.shape != wanted:
+            raise WrongDtype(
+                f"{self.checkpoint.path / first.file}: '{module}' has shape {list(stored.shape)}, "
+                f"but config.json implies {list(wanted)}; the files belong to different models"
+            )
+        integer = module.endswith(".tid2eid")
+        kinds = ("I64", "I32") if integer else ("F32", "BF16", "F16")
+        if stored.scheme is None and first.dtype not in kinds:
+            raise WrongDtype(
+                f"{self.checkpoint.path / first.file}: '{first.name}' is {first.dtype}, expected "
+                f"{'I64' if integer else 'a float dtype'}; the file was written wrongly"
+            )
+        return stored
+
+    def _drop(self, module: str, name: TensorName, reason: str) -> None:
+        modules = [module]
+        if name.expert is not None:
+            modules = [expert_module(name.stage, name.expert, p) for p in PROJECTIONS]
+        for m in modules:
+            parts = find_weight(self.checkpoint, m).parts.values()
+            self.dropped += [Dropped(p.name, reason) for p in parts]
+
+    def _expert(self, stage: str, expert: int) -> Unit:
+        sources = tuple(self._find(expert_module(stage, expert, p)) for p in PROJECTIONS)
+        if stage in self.kept:
+            self._check_kept(sources[0])
+            return _copy(*sources)
+        outputs: list[TensorSpec] = []
+        for stored in sources:
+            if stored.scheme is None or stored.scheme.name not in ("mxfp4", "fp8"):
+                kind = stored.scheme.name if stored.scheme else "unquantized"
+                raise WrongDtype(
+                    f"{self.checkpoint.path}: expert '{stored.module}' is {kind}; conversion "
+                    "starts from a release's MXFP4 or FP8 experts; give the release as the source"
+                )
+            rows, columns = stored.shape
+            projection = stored.module.rpartition(".")[2]
+            wanted = self.recipe.scheme_for(stage, projection)
+            if not fits_rows(wanted, columns):
+                raise UnsupportedPair(
+                    f"'{stored.module}' has {columns} input channels, no multiple of "
+                    f"{wanted.name}'s group_size {wanted.group_size}; "
+                    "choose a smaller group"
+                )
+            parts = self.layout.expert_parts(wanted, (rows, columns))
+            outputs += [
+                TensorSpec(f"{stored.module}.{suffix}", dtype, shape)
+                for suffix, (dtype, shape) in parts.items()
+            ]
+        return Unit("experts", sources, tuple(outputs))
+
+    def _check_kept(self, stored: StoredWeight) -> None:
+        if stored.scheme is None or stored.scheme.name != "mxfp4" or "scale" not in stored.parts:
+            raise UnsupportedPair(
+                f"{self.checkpoint.path}: '{stored.module}' must stay MXFP4 for "
+                f"{self.layout.engines}, but the source does not hold it so; use --draft drop"
+            )
+
+    def _dense(self, name: TensorName, stored: StoredWeight) -> Unit:
+        dense = self.recipe.dense_for(place_of(name))
+        if dense in BLOCK_DTYPES.values() or (dense == "bf16" and not name.is_linear):
+            return self._blocks(stored, dense)
+        if not name.is_linear:
+            return self._plain(name, stored)
+        rule = self.layout.dense(self.scheme, name.is_draft)
+        if stored.scheme is None:
+            if rule == "bf16":
+                return _copy(stored)
+            raise UnsupportedPair(
+                f"{self.checkpoint.path}: '{stored.module}' is not FP8, but format "
+                f"'{self.layout.name}' declares dense matrices FP8; use compressed-tensors"
+            )
+        weight, scale = stored.parts["weight"], scale_part(stored)
+        if stored.scheme.element != "e4m3" or scale is None:
+            raise WrongDtype(
+                f"{self.checkpoint.path}: dense '{stored.module}' is {stored.scheme.name}; "
+                "conversion starts from a release's FP8 matrices; give the release as the source"
+            )
+        if rule == "bf16":
+            return Unit("bf16", (stored,), (TensorSpec(weight.name, "BF16", weight.shape),))
+        if stored.scheme.block != (128, 128) and rule == "f32_scale":
+            tile = "x".join(map(str, stored.scheme.block))
+            raise UnsupportedPair(
+                f"{self.checkpoint.path}: '{stored.module}' has {tile} tiles, but scheme "
+                f"'{self.scheme.name}' in format '{self.layout.name}' declares 128x128; use mxfp4, "
+                "nvfp4 or a compressed-tensors scheme, which carry it exactly"
+            )
+        action: Action = "f32_scale" if rule == "f32_scale" else "e8m0_scale"
+        wanted = "F32" if rule == "f32_scale" else "F8_E8M0"
+        name_out = f"{stored.module}.{self.layout.dense_scale}"
+        if scale.dtype == wanted and scale.name == name_out:
+            return _copy(stored)
+        outputs = (
+            TensorSpec(weight.name, weight.dtype, weight.shape),
+            TensorSpec(name_out, wanted, scale.shape),
+        )
+        return Unit(action, (stored,), outputs)
+
+    def _plain(self, name: TensorName, stored: StoredWeight) -> Unit:
+        """A tensor outside all matrices: as it is, or the same numbers in the layout's dtype."""
+        spec = next(iter(stored.parts.values()))
+        dtype = self.layout.plain(name, spec) if self.layout.plain else spec.dtype
+        if dtype == spec.dtype or stored.scheme is not None:
+            return _copy(stored)
+        return Unit("recast", (stored,), (TensorSpec(spec.name, dtype, spec.shape),))
+
+    def _blocks(self, stored: StoredWeight, dense: str) -> Unit:
+        """A matrix that is no routed expert's, in the type the recipe names for it."""
+        weight = next(iter(stored.parts.values()))
+        if stored.scheme is not None and stored.scheme.element != "e4m3":
+            raise WrongDtype(
+                f"{self.checkpoint.path}: dense '{stored.module}' is {stored.scheme.name}; "
+                "conversion starts from a release's FP8 matrices; give the release as the source"
+            )
+        rows, columns = stored.shape
+        kind = get_type(fitting_type(dense, columns))
+        if stored.scheme is None and weight.dtype == kind.name.upper():
+            return _copy(stored)
+        if kind.name == "bf16":
+            shape = stored.shape
+        else:
+            shape = (rows, kind.row_bytes(columns))
+        dtype = kind.name.upper()
+        action: Action = "bf16" if kind.name == "bf16" else "blocks"
+        return Unit(action, (stored,), (TensorSpec(weight.name, dtype, shape),))
+
+
+def expert_scheme(scheme: Scheme, columns: int) -> Scheme:
+    """The scheme for rows of `columns`: GGUF's types have others for rows they cannot hold."""
+    if scheme.element != "ggml":
+        return scheme
+    fitting = fitting_type(scheme.name, columns)
+    return scheme if fitting == "bf16" else SCHEMES[fitting]
+
+
+def fits_rows(scheme: Scheme, columns: int) -> bool:
+    """Whether rows of `columns` are whole groups of a scheme, or of what stands for it."""
+    fitting = expert_scheme(scheme, columns)
+    return fitting.block[0] > 1 or columns % fitting.group_size == 0
+
+
+def _copy(*sources: StoredWeight) -> Unit:
+    parts = [part for stored in sources for part in stored.parts.values()]
+    return Unit("copy", sources, tuple(TensorSpec(s.name, s.dtype, s.shape) for s in parts))

@@ -1,0 +1,1 @@
+"""`evaluate`: candidates against a reference, and the report."""

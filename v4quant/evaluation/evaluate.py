@@ -1,0 +1,333 @@
+"""Evaluation as users see it: the forward pass's figures plus sizes, weight errors and logits.
+
+`calibration.evaluate` knows models and tokens; this adds what only files know (bytes, schemes, the
+manifest's weight errors) so that JSON, HTML and Markdown come from one object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from v4quant import __version__
+from v4quant.checks.inspection import inspect_checkpoint
+from v4quant.devices import CPU, device_bytes
+from v4quant.evaluation.memory import Limits, plan_evaluation, work_of
+from v4quant.evaluation.saved_logits import LogitFacts, LogitsError, LogitsFile, SavedLogits
+from v4quant.memory import return_freed_memory
+from v4quant_calibration.corpus.corpus import Corpus
+from v4quant_calibration.evaluation.evaluate import (
+    Measures,
+    Room,
+    evaluate,
+    evaluate_all,
+    evaluate_saved,
+)
+from v4quant_calibration.evaluation.weight_error import WeightComparison, compare_weights
+from v4quant_calibration.forward.scratch import Scratch
+from v4quant_calibration.model.options import ForwardOptions
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
+from v4quant_formats.model_config import parse_model_config
+from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.progress import Progress, SilentProgress
+
+
+class EvaluationError(V4QuantError):
+    """A combination of requests that makes no sense."""
+
+
+SCORES_ONLY = Measures()
+# What all candidates of a run have in common is told once.
+SHARED = ("noise_floor", "coverage")
+
+
+@dataclass(frozen=True)
+class LogitFiles:
+    """save: where to write the checkpoint's logits, `top_k` of them if given. reference: logits
+    saved earlier, to compare with instead of running the reference."""
+
+    save: Path | None = None
+    top_k: int | None = None
+    reference: Path | None = None
+
+
+NO_FILES = LogitFiles()
+
+
+@dataclass(frozen=True)
+class Resources:
+    """max_memory: the most bytes an evaluation may take. scratch: folder for streams, which then
+    always go there, so that the same evaluation goes on when it is started again after a crash.
+
+    device: where the arithmetic is done; a GPU's memory is then limited by `max_memory` as well.
+
+    Without a scratch folder, streams go to files only when memory is short, below the user's cache
+    folder.
+    """
+
+    max_memory: int | None = None
+    scratch: Path | None = None
+    device: torch.device = CPU
+
+
+UNLIMITED = Resources()
+
+
+def evaluate_checkpoint(
+    checkpoint: Checkpoint,
+    reference: Checkpoint | None,
+    corpus: Corpus,
+    options: ForwardOptions,
+    progress: Progress,
+    files: LogitFiles = NO_FILES,
+    weights: bool = True,
+    measures: Measures = SCORES_ONLY,
+    others: Sequence[Checkpoint] = (),
+    resources: Resources = UNLIMITED,
+) -> dict[str, Any]:
+    """The full evaluation object (the schema of `evaluate --json` and of reports).
+
+    weights: with a reference, also compare every matrix with its source and list what does not
+    fit as `findings`. others: further conversions of the reference, evaluated in the same run;
+    their figures are the entries of `others`. With `files.reference` the reference, if given, only
+    lends its weights for that comparison. Raises what `evaluate` and `compare_weights` raise,
+    LogitsError, EvaluationError, SizeError for too little memory and OutputError for scratch files.
+    """
+    _check_request(reference, others, files, measures)
+    candidates = [checkpoint, *others]
+    runs = reference is not None and files.reference is None
+    floors = measures.floors if reference is not None or files.reference is not None else 0
+    ran = measures.with_needles(corpus)
+    config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
+    work = work_of(ran, len(candidates) if runs else 0, floors, weights, measures.draft)
+    work = replace(work, kernels=options.expert_kernels)
+    limits = Limits.of(resources.max_memory, device_bytes(resources.device))
+    plan = plan_evaluation(config, work, limits, resources.scratch is not None)
+    in_pieces = plan.apply(options)
+    if resources.max_memory is not None:
+        return_freed_memory()
+    with ExitStack() as opened:
+        room, scratch = Room(tile=plan.tile, device=resources.device), None
+        if plan.spill:
+            run = [*candidates, reference] if runs and reference is not None else candidates
+            kind = f"{floors} {bool(files.reference)} {measures.draft} {resources.device.type}"
+            key = _run_key(run, ran, in_pieces, kind)
+            scratch = opened.enter_context(Scratch(resources.scratch or _cache_folder(), key))
+            room = replace(room, store=scratch)
+        if files.reference is not None:
+            saved = opened.enter_context(SavedLogits(files.reference))
+            _check_saved(saved, checkpoint, reference, corpus, options)
+            all_figures = [
+                evaluate_saved(checkpoint, saved, corpus, in_pieces, progress, measures, room)
+            ]
+        else:
+            all_figures = _figures(
+                candidates, reference, corpus, in_pieces, progress, files, measures, room
+            )
+        compared = None
+        if reference is not None and weights:
+            compared = compare_weights(reference, candidates, progress)
+        if scratch is not None:
+            scratch.remove()
+    if reference is not None:
+        for index, (figures, candidate) in enumerate(zip(all_figures, candidates, strict=True)):
+            _add_weights(figures, None if compared is None else compared[index], candidate)
+    lengths = [len(w) for w in corpus.windows]
+    result = {
+        "reference": _facts(reference) if reference is not None else None,
+        "candidate": _facts(checkpoint),
+        "sequences": len(lengths),
+        "seq_len": max(lengths),
+        "activations": options.activations,
+        "products": options.products,
+        "device": resources.device.type,
+        **all_figures[0],
+    }
+    if files.reference is not None:
+        result["reference_logits"] = _saved_facts(saved)
+    if others:
+        result["others"] = [
+            {"candidate": _facts(c)} | {k: v for k, v in f.items() if k not in SHARED}
+            for c, f in zip(others, all_figures[1:], strict=True)
+        ]
+    return result
+
+
+def _check_request(
+    reference: Checkpoint | None,
+    others: Sequence[Checkpoint],
+    files: LogitFiles,
+    measures: Measures,
+) -> None:
+    if others and (reference is None or files != NO_FILES):
+        raise EvaluationError(
+            "several candidates need a --reference, and --save-logits takes only one"
+        )
+    if files.reference is not None and (measures.draft or measures.needles or files.save):
+        raise EvaluationError(
+            "--reference-logits knows next tokens of its own text only: leave --draft, --needle "
+            "and --save-logits out"
+        )
+    if files.save is not None and measures.needles is not None:
+        raise EvaluationError("--save-logits writes the corpus' logits: leave --needle out")
+
+
+def _check_saved(
+    saved: SavedLogits,
+    checkpoint: Checkpoint,
+    reference: Checkpoint | None,
+    corpus: Corpus,
+    options: ForwardOptions,
+) -> None:
+    """Raise LogitsError unless the logits are of this text and of the right source."""
+    saved.check(corpus, int(checkpoint.config["vocab_size"]))
+    facts = saved.facts
+    if facts is None:
+        return
+    if facts.activations != options.activations:
+        raise LogitsError(
+            f"{saved.path}: was saved with --activations {facts.activations}; use the same here"
+        )
+    if facts.products != options.products:
+        raise LogitsError(
+            f"{saved.path}: was saved with --products {facts.products}; use the same here"
+        )
+    sources = {
+        "the --reference": reference.digest() if reference is not None else None,
+        "the source this was converted from": _source_digest(checkpoint),
+    }
+    for what, digest in sources.items():
+        if digest is not None and facts.checkpoint not in (digest, checkpoint.digest()):
+            raise LogitsError(
+                f"{saved.path}: these logits are of {facts.path}, which is not {what}; save the "
+                "logits of the right checkpoint"
+            )
+
+
+def _source_digest(checkpoint: Checkpoint) -> str | None:
+    if not (checkpoint.path / MANIFEST_NAME).exists():
+        return None
+    source = read_manifest(checkpoint.path).get("source")
+    digest = source.get("digest") if isinstance(source, dict) else None
+    return digest if isinstance(digest, str) else None
+
+
+def _saved_facts(saved: SavedLogits) -> dict[str, Any]:
+    facts = saved.facts
+    return {
+        "file": str(saved.path),
+        "checkpoint": None if facts is None else facts.path,
+        "top_k": saved.top_k,
+        "kl": "whole vocabulary" if saved.top_k is None else "lower bound",
+    }
+
+
+def _figures(
+    candidates: Sequence[Checkpoint],
+    reference: Checkpoint | None,
+    corpus: Corpus,
+    options: ForwardOptions,
+    progress: Progress,
+    files: LogitFiles,
+    measures: Measures,
+    room: Room,
+) -> list[dict[str, Any]]:
+    """Each candidate's figures; logits are saved on the way, or nothing of them is left."""
+    sink = None
+    if files.save is not None:
+        first = candidates[0]
+        facts = LogitFacts(first.digest(), str(first.path), options.activations, options.products)
+        vocab_size = int(first.config["vocab_size"])
+        sink = LogitsFile(files.save, corpus, vocab_size, facts, files.top_k)
+    try:
+        if reference is None:
+            found = [evaluate(candidates[0], None, corpus, options, progress, sink, measures, room)]
+        else:
+            found = evaluate_all(
+                candidates, reference, corpus, options, progress, sink, measures, room
+            )
+    except BaseException:
+        if sink is not None:
+            sink.abort()
+        raise
+    if sink is not None:
+        sink.close()
+    return found
+
+
+def _run_key(
+    checkpoints: Sequence[Checkpoint],
+    corpus: Corpus,
+    options: ForwardOptions,
+    kind: str,
+) -> str:
+    """SHA-256 of all that decides a run's numbers and files: checkpoints, text, options, versions,
+    and what `kind` says of models beside them."""
+    sha = hashlib.sha256()
+    for part in (__version__, torch.__version__, repr(options), kind):
+        sha.update(part.encode() + b"\0")
+    for checkpoint in checkpoints:
+        sha.update(checkpoint.digest().encode())
+    for number, window in zip(corpus.part_of, corpus.windows, strict=True):
+        sha.update(f"{number} {len(window)}:".encode())
+        sha.update(window.numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "v4quant"
+
+
+def _add_weights(
+    figures: dict[str, Any], compared: WeightComparison | None, checkpoint: Checkpoint
+) -> None:
+    """Weight errors by group, their mean and worst by layer, and the findings."""
+    if compared is None:
+        means = _manifest_errors(checkpoint)
+        for row in figures["layers"]:
+            row["weight_relative_rms"] = means.get(row["name"])
+        return
+    figures["findings"] = [vars(finding) for finding in compared.findings]
+    figures["weights"] = [vars(group) for group in compared.groups]
+    for row in figures.get("layers", []):
+        experts = [g for g in compared.groups if g.stage == row["name"] and "*" in g.where]
+        matrices = sum(g.matrices for g in experts)
+        worst = max(experts, key=lambda g: g.largest)
+        row["weight_relative_rms"] = sum(g.mean * g.matrices for g in experts) / matrices
+        row["weight_largest"] = worst.largest
+        row["weight_worst"] = worst.worst.rpartition(".ffn.experts.")[2]
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    found = inspect_checkpoint(checkpoint, SilentProgress())
+    experts = [c for c in found.classes if "routed experts" in c.role]
+    nbytes, weights = sum(c.nbytes for c in experts), sum(c.weights for c in experts)
+    schemes = {kind for c in experts for kind in c.formats}
+    return {
+        "path": checkpoint.label,
+        "scheme": ", ".join(sorted(schemes)),
+        "bytes": checkpoint.file_bytes,
+        "expert_bits_per_weight": 8 * nbytes / weights if weights else None,
+    }
+
+
+def _manifest_errors(checkpoint: Checkpoint) -> dict[str, float]:
+    """Mean relative RMS of the expert matrices of each stage, from the manifest if there is one."""
+    if not (checkpoint.path / MANIFEST_NAME).exists():
+        return {}
+    by_stage: defaultdict[str, list[float]] = defaultdict(list)
+    for row in read_manifest(checkpoint.path)["tensors"]:
+        stage, found, _ = str(row.get("module")).partition(".ffn.experts.")
+        if found:
+            by_stage[stage].append(float(row.get("relative_rms", 0.0)))
+    return {stage: sum(v) / len(v) for stage, v in by_stage.items()}

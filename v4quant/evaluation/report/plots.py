@@ -1,0 +1,312 @@
+"""The three plots of an evaluation report, as inline SVG.
+
+Layer errors answer "where does it hurt": the local error is a layer's own doing (both versions get
+the same input), the stream error is what has piled up by then. The KL histogram answers "how many
+tokens, how badly" against the noise floor. The coverage strips answer "was every expert seen":
+a quantized expert that no token reached has not been evaluated at all.
+
+Error and KL axes are logarithmic, since both range over decades. An exact zero has no place on such
+an axis and gets a row of its own; a value that is not finite becomes a cross at the upper edge.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from v4quant.evaluation.report import svg
+from v4quant.evaluation.report.text import (
+    ReportError,
+    count,
+    number,
+    numbers,
+    percent,
+    plain,
+    records,
+    section,
+    text,
+)
+
+WIDTH = 960.0
+LEFT, RIGHT = 76.0, 944.0
+SERIES = (
+    ("stream_relative_error", "stream", "stream relative error (accumulated so far)"),
+    ("local_relative_error", "local", "local relative error (this layer alone)"),
+)
+KINDS = (("swa", "sliding window"), ("csa", "CSA"), ("hca", "HCA"), ("mtp", "MTP"))
+STRIP_STEPS = (1, 2, 4, 8, 16, 32)
+
+
+def layer_error_plot(result: Mapping[str, Any]) -> str:
+    """Local and stream relative error of every layer on a log axis; empty without data."""
+    layers = records(result, "layers")
+    series = {key: [number(layer, key) for layer in layers] for key, _, _ in SERIES}
+    values = [v for column in series.values() for v in column if v is not None]
+    positive = [v for v in values if math.isfinite(v) and v > 0]
+    if not positive:
+        return ""
+    top, bottom = 60.0, 330.0
+    has_zero = any(v == 0 for v in values)
+    axis = svg.log_axis(positive, bottom - (30 if has_zero else 0), top)
+    slot = (RIGHT - LEFT) / len(layers)
+    parts = _error_grid(axis, has_zero, bottom)
+    for key, css, meaning in SERIES:
+        points = [
+            (LEFT + slot * (i + 0.5), _place(axis, v, top, bottom), v, text(layer, "name"))
+            for i, (layer, v) in enumerate(zip(layers, series[key], strict=True))
+            if v is not None
+        ]
+        if points:
+            parts += _error_series(points, css, meaning)
+    parts += _layer_labels(layers, slot, bottom) + _error_legend(series)
+    parts.append(svg.label((LEFT + RIGHT) / 2, bottom + 52, "layer", "axis"))
+    described = f"Relative error of {len(layers)} layers, logarithmic axis"
+    return svg.figure(WIDTH, bottom + 86, described, parts)
+
+
+def kl_histogram_plot(result: Mapping[str, Any]) -> str:
+    """Share of tokens per bin of log10 KL, with the noise floor's outline; empty without data."""
+    histogram = section(result, "kl_histogram")
+    edges, counts = numbers(histogram, "log10_edges"), numbers(histogram, "counts")
+    floor = numbers(histogram, "floor_counts")
+    if not counts or sum(counts) <= 0:
+        return ""
+    _check_histogram(edges, counts, floor)
+    shares = [c / sum(counts) for c in counts]
+    floor_shares = [c / sum(floor) for c in floor] if sum(floor) > 0 else []
+    top, bottom = 44.0, 320.0
+    ticks = svg.even_ticks(100 * max(shares + floor_shares))
+    scale = (bottom - top) / ticks[-1]
+
+    def x(edge: float) -> float:
+        return LEFT + (edge - edges[0]) / (edges[-1] - edges[0]) * (RIGHT - LEFT)
+
+    parts = _share_grid(ticks, scale, bottom)
+    for i, share in enumerate(shares):
+        span = f"KL {plain(10 ** edges[i], 2)} to {plain(10 ** edges[i + 1], 2)} nats"
+        height = 100 * share * scale
+        tip = f"{span}: {count(counts[i])} tokens ({percent(share)})"
+        width = max(0.0, x(edges[i + 1]) - x(edges[i]) - 1)
+        parts.append(svg.rect(x(edges[i]), bottom - height, width, height, "bar", tip))
+    if floor_shares:
+        outline = [(x(edges[0]), bottom)]
+        for i, share in enumerate(floor_shares):
+            y = bottom - 100 * share * scale
+            outline += [(x(edges[i]), y), (x(edges[i + 1]), y)]
+        parts.append(svg.polyline([*outline, (x(edges[-1]), bottom)], "floor"))
+    parts += _power_ticks(edges, x, bottom)
+    parts += _kl_markers(result, edges, x, bottom) + _kl_legend(bool(floor_shares))
+    parts.append(svg.label((LEFT + RIGHT) / 2, 362, "KL divergence of one token (nats)", "axis"))
+    return svg.figure(WIDTH, 374, "Histogram of the per-token KL divergence", parts)
+
+
+def coverage_plot(result: Mapping[str, Any]) -> str:
+    """One strip a layer: its experts from most to least used, coloured by the tokens they saw."""
+    coverage = section(result, "coverage")
+    layers = [
+        (text(r, "name"), numbers(r, "tokens_per_expert")) for r in records(coverage, "layers")
+    ]
+    layers = [(name, sorted(found, reverse=True)) for name, found in layers if found]
+    if not layers:
+        return ""
+    for name, found in layers:
+        if not all(math.isfinite(v) and v >= 0 for v in found):
+            raise ReportError(f"coverage of '{name}' holds a count that is not a number >= 0")
+    floor = number(coverage, "floor") or 0.0
+    bands = _coverage_bands(floor, max(found[0] for _, found in layers))
+    step, top, right = 16.0, 52.0, 770.0
+    parts = _band_legend(bands, floor)
+    for row, (name, found) in enumerate(layers):
+        y = top + row * step
+        parts.append(svg.label(LEFT - 8, y + 11, svg.shorten(_layer_label(name), 10), anchor="end"))
+        parts += _strip(name, found, bands, y, right)
+        starved = sum(v < floor for v in found)
+        told = f"min {count(found[-1])}, median {count(statistics.median_low(found))}"
+        parts.append(svg.label(right + 8, y + 11, told, anchor="start"))
+        if starved:
+            parts.append(svg.label(WIDTH - 4, y + 11, count(starved), "tick alarm", anchor="end"))
+    end = top + len(layers) * step
+    experts = max(len(found) for _, found in layers)
+    axis = f"experts of a layer, from most to least used (up to {experts:,})"
+    parts.append(svg.label((LEFT + right) / 2, end + 18, axis, "axis"))
+    parts.append(svg.label(4, 46, "layer", "axis", anchor="start"))
+    parts.append(svg.label(right + 8, 46, "tokens per expert", "axis", anchor="start"))
+    if floor > 0:
+        parts.append(svg.label(WIDTH - 4, 46, "starved", "axis", anchor="end"))
+    return svg.figure(WIDTH, end + 30, "Tokens seen per expert, one strip a layer", parts)
+
+
+def _place(axis: svg.LogAxis, value: float, top: float, bottom: float) -> float:
+    if not math.isfinite(value):
+        return top - 8
+    return axis(value) if value > 0 else bottom - 10
+
+
+def _error_grid(axis: svg.LogAxis, has_zero: bool, bottom: float) -> list[str]:
+    parts = [svg.label(4, 44, "relative error (no unit)", "axis", anchor="start")]
+    for value, shown in axis.ticks():
+        y = axis(value)
+        parts.append(svg.line(LEFT, y, RIGHT, y, "grid"))
+        parts.append(svg.label(LEFT - 8, y + 4, shown, anchor="end"))
+    if has_zero:
+        parts.append(svg.line(LEFT, bottom - 20, RIGHT, bottom - 20, "break"))
+        parts.append(svg.label(LEFT - 8, bottom - 6, "0 exact", anchor="end"))
+    parts.append(svg.line(LEFT, bottom, RIGHT, bottom, "frame"))
+    return parts
+
+
+def _error_series(
+    points: list[tuple[float, float, float, str]], css: str, meaning: str
+) -> list[str]:
+    drawn = [(x, y) for x, y, v, _ in points if math.isfinite(v)]
+    parts = [svg.polyline(drawn, f"{css}-line")] if len(drawn) > 1 else []
+    for x, y, value, name in points:
+        tip = f"{name}: {meaning} {plain(value, 3)}"
+        if not math.isfinite(value):
+            parts += [
+                svg.line(x - 4, y - 4, x + 4, y + 4, "cross"),
+                svg.line(x - 4, y + 4, x + 4, y - 4, "cross"),
+                svg.circle(x, y, 5, "invisible", tip),
+            ]
+        else:
+            parts.append(_mark(x, y, css, tip))
+    return parts
+
+
+def _mark(x: float, y: float, css: str, tip: str = "") -> str:
+    if css == "local":
+        return svg.circle(x, y, 4, css, tip)
+    return svg.polygon([(x, y - 5), (x + 5, y), (x, y + 5), (x - 5, y)], css, tip)
+
+
+def _error_legend(series: Mapping[str, list[float | None]]) -> list[str]:
+    parts, x = [], LEFT
+    for key, css, meaning in reversed(SERIES):
+        if any(v is not None for v in series[key]):
+            parts += [_mark(x + 6, 14, css), svg.label(x + 18, 18, meaning, "legend", "start")]
+            x += 40 + len(meaning) * svg.CHARACTER_WIDTH
+    if any(v is not None and not math.isfinite(v) for column in series.values() for v in column):
+        parts.append(svg.label(x, 18, "× not finite", "legend alarm", "start"))
+    return parts
+
+
+def _layer_labels(layers: list[Mapping[str, Any]], slot: float, bottom: float) -> list[str]:
+    """Layer names below the axis, as many as fit, above a strip that tells the attention kind."""
+    names = [_layer_label(text(layer, "name")) for layer in layers]
+    longest = min(12, max(len(name) for name in names))
+    every = math.ceil((longest * svg.CHARACTER_WIDTH + 4) / slot)
+    known = dict(KINDS)
+    parts, x = [], LEFT
+    for i, (name, layer) in enumerate(zip(names, layers, strict=True)):
+        center, kind = LEFT + slot * (i + 0.5), text(layer, "kind")
+        if i % every == 0 and center + longest * svg.CHARACTER_WIDTH / 2 < WIDTH:
+            parts.append(svg.label(center, bottom + 32, svg.shorten(name, 12)))
+        if kind in known:
+            tip = f"{text(layer, 'name')}: {known[kind]}"
+            parts.append(svg.rect(center - slot / 2, bottom + 6, slot - 1, 8, f"kind-{kind}", tip))
+    present = {text(layer, "kind") for layer in layers}
+    for kind, meaning in (k for k in KINDS if k[0] in present):
+        parts.append(svg.rect(x, bottom + 70, 12, 8, f"kind-{kind}"))
+        parts.append(svg.label(x + 18, bottom + 78, meaning, "legend", "start"))
+        x += 44 + len(meaning) * svg.CHARACTER_WIDTH
+    return parts
+
+
+def _layer_label(name: str) -> str:
+    numbered = re.fullmatch(r"layers\.(\d+)", name)
+    return numbered.group(1) if numbered else name
+
+
+def _check_histogram(edges: list[float], counts: list[float], floor: list[float]) -> None:
+    if len(edges) != len(counts) + 1 or (floor and len(floor) != len(counts)):
+        raise ReportError("kl_histogram needs n + 1 log10_edges for n counts and floor_counts")
+    rising = all(math.isfinite(b) and a < b for a, b in itertools.pairwise(edges))
+    if not rising or not math.isfinite(edges[0]):
+        raise ReportError("kl_histogram.log10_edges must be finite and rising")
+    if not all(math.isfinite(c) and c >= 0 for c in counts + floor):
+        raise ReportError("kl_histogram counts must be finite and not negative")
+
+
+def _share_grid(ticks: list[float], scale: float, bottom: float) -> list[str]:
+    parts = [svg.label(4, 32, "share of tokens (%)", "axis", anchor="start")]
+    for tick in ticks:
+        y = bottom - tick * scale
+        parts.append(svg.line(LEFT, y, RIGHT, y, "grid" if tick else "frame"))
+        parts.append(svg.label(LEFT - 8, y + 4, f"{tick:g}", anchor="end"))
+    return parts
+
+
+def _power_ticks(edges: list[float], x: Any, bottom: float) -> list[str]:
+    powers = range(math.ceil(edges[0]), math.floor(edges[-1]) + 1)
+    every = max(1, math.ceil(len(powers) / 12))
+    parts = []
+    for power in powers[::every]:
+        parts.append(svg.line(x(power), bottom, x(power), bottom + 5, "frame"))
+        parts.append(svg.label(x(power), bottom + 20, f"1e{power}" if power else "1"))
+    return parts
+
+
+def _kl_markers(result: Mapping[str, Any], edges: list[float], x: Any, bottom: float) -> list[str]:
+    """Dashed lines at the candidate's median and 99th percentile."""
+    parts = []
+    for key, name, anchor in (("kl_median", "median", "end"), ("kl_p99", "p99", "start")):
+        value = number(result, key)
+        if value is None or not value > 0 or not edges[0] <= math.log10(value) <= edges[-1]:
+            continue
+        place = x(math.log10(value))
+        side = anchor if LEFT + 120 < place < RIGHT - 120 else ("start", "end")[place > 500]
+        parts.append(svg.line(place, 36, place, bottom, "marker"))
+        shift = 5 if side == "start" else -5
+        parts.append(svg.label(place + shift, 46, f"{name} {plain(value, 2)}", "legend", side))
+    return parts
+
+
+def _kl_legend(with_floor: bool) -> list[str]:
+    parts = [
+        svg.rect(LEFT + 110, 8, 14, 10, "bar"),
+        svg.label(LEFT + 130, 18, "candidate", "legend", "start"),
+    ]
+    if with_floor:
+        parts += [
+            svg.polyline([(LEFT + 220, 13), (LEFT + 244, 13)], "floor"),
+            svg.label(LEFT + 250, 18, "noise floor (same weights)", "legend", "start"),
+        ]
+    return parts
+
+
+def _coverage_bands(floor: float, most: float) -> list[tuple[float, str]]:
+    """(lowest count, CSS class) from few tokens to many; the first band starts at 0."""
+    unit = floor if floor > 0 else max(1.0, most / STRIP_STEPS[-1] / 2)
+    lowest = (0.0, "starved" if floor > 0 else "heat0")
+    return [lowest, *((unit * step, f"heat{i + 1}") for i, step in enumerate(STRIP_STEPS))]
+
+
+def _strip(
+    name: str, found: list[float], bands: list[tuple[float, str]], y: float, right: float
+) -> list[str]:
+    """Equal-coloured neighbours share one rectangle, so 256 experts cost at most eight."""
+    width = (right - LEFT) / len(found)
+    parts, start = [], 0
+    for css, run in itertools.groupby(
+        found, key=lambda v: [css for low, css in bands if v >= low][-1]
+    ):
+        seen = list(run)
+        spread = f"{count(seen[-1])} to {count(seen[0])} tokens each"
+        tip = f"{name}: {len(seen)} experts with {spread}"
+        parts.append(svg.rect(LEFT + start * width, y, len(seen) * width, 14, css, tip))
+        start += len(seen)
+    return parts
+
+
+def _band_legend(bands: list[tuple[float, str]], floor: float) -> list[str]:
+    below = f"under {count(bands[1][0])}" + (" (starved)" if floor > 0 else "")
+    entries = [(bands[0][1], below), *((css, f"{count(low)}+") for low, css in bands[1:])]
+    parts, x = [svg.label(LEFT, 18, "tokens:", "legend", "start")], LEFT + 56
+    for css, shown in entries:
+        parts += [svg.rect(x, 8, 14, 12, css), svg.label(x + 20, 18, shown, "legend", "start")]
+        x += 36 + len(shown) * svg.CHARACTER_WIDTH
+    return parts

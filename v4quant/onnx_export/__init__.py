@@ -1,0 +1,1 @@
+"""Single layers as ONNX graphs."""

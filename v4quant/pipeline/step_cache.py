@@ -1,0 +1,55 @@
+"""Steps: which results of an earlier `run` still answer what is asked now.
+
+A result is reused when two things hold: its key, a digest of everything it depends on (settings,
+corpus bytes, checkpoints, version), is the one recorded with it, and its file has the recorded
+hash. Anything else, a record that cannot be read included, means the step is done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+
+from v4quant import __version__
+from v4quant.pipeline.recipe_file import CorpusStep
+from v4quant_formats.file_hash import hash_file
+from v4quant_formats.shards import write_file_atomically
+
+RECORD_NAME = "steps.json"
+
+
+def step_key(step: CorpusStep, files: Sequence[Path], *digests: str) -> str:
+    """Identity of a step: settings, the bytes of `files`, digests of checkpoints, the version.
+
+    A file that is not there counts as such; whoever reads it for the step says so properly.
+    """
+    contents = [hash_file(file) if file.is_file() else "absent" for file in files]
+    facts = [__version__, astuple(step), contents, digests]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+class FinishedSteps:
+    """The record of finished steps in a run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` need not exist yet."""
+        self._path = folder / RECORD_NAME
+        self._entries: dict[str, list[str]] = {}
+        try:
+            found = json.loads(self._path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return
+        if isinstance(found, dict):
+            self._entries = found
+
+    def has(self, key: str, file: Path) -> bool:
+        """Whether `file` is the result of the step with this key."""
+        return file.is_file() and self._entries.get(file.name) == [key, hash_file(file)]
+
+    def add(self, key: str, file: Path) -> None:
+        """Record `file`, which is written, as the result of the step. Raises OutputError."""
+        self._entries[file.name] = [key, hash_file(file)]
+        write_file_atomically(self._path, (json.dumps(self._entries, indent=1) + "\n").encode())

@@ -1,0 +1,1 @@
+"""From finished folders to a model repository: card, commits, delivery."""

@@ -1,0 +1,319 @@
+"""The model card: what a stranger must know before downloading 150 GB, and nothing else.
+
+Made from the manifest and, when there is one, the evaluation's JSON, both of which are data of
+measurements; no sentence here claims a quality, a speed or a size that is not in them. What was not
+measured is said to be unmeasured. Every name comes from somebody's file and is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from v4quant.conversion.records import TensorRecord, record_from_dict
+from v4quant.evaluation.report.probes import draft_table
+from v4quant.evaluation.report.tables import Table, distribution_table, summary_table
+from v4quant.evaluation.report.text import escape_markdown, section, text, visible
+from v4quant.hub.client import HubError
+from v4quant.publishing.serving import serving_lines
+from v4quant.recipe import recipe_from_table
+from v4quant_formats.engines import ENGINES
+from v4quant_formats.layouts.layout import Layout
+from v4quant_formats.preflight import Preflight
+from v4quant_kernels.errors import V4QuantError
+
+PROJECT = "v4quant"
+_LICENSES = {"MIT License": "mit", "Apache License": "apache-2.0"}
+
+
+@dataclass(frozen=True)
+class CardRequest:
+    """What the card is about besides the manifest.
+
+    engines: what the preflight accepts. base_model, license: only where the manifest does not know
+        them (a conversion of a local folder); a repository's own answer stands.
+    """
+
+    repo: str
+    evaluation: Mapping[str, Any] | None = None
+    base_model: str = ""
+    license: str = ""
+    engines: tuple[Preflight, ...] = ()
+
+
+def render_card(manifest: Mapping[str, Any], request: CardRequest) -> str:
+    """The whole README.md: front matter that huggingface_hub accepts, then Markdown.
+
+    Raises HubError when the evaluation is of another checkpoint, ReportError for a damaged one.
+    """
+    evaluation = request.evaluation
+    if evaluation is not None:
+        check_evaluation(manifest, evaluation)
+    records = [record_from_dict(row) for row in manifest["tensors"]]
+    layout = _layout(manifest)
+    parts = [
+        f"# {escape_markdown(request.repo.partition('/')[2])}",
+        _summary(manifest, request),
+        "## Sizes",
+        _classes(manifest),
+        "## Quality",
+        _quality(evaluation),
+        "## What was done",
+        _done(manifest, records),
+        "## Known limits",
+        _limits(manifest, records, request),
+        "## How to serve",
+        "\n\n".join(serving_lines(request.engines, layout, _scheme(manifest), request.repo)),
+        "## How to reproduce and check",
+        _reproduce(manifest, request),
+    ]
+    body = "\n\n".join(part for part in parts if part)
+    return f"---\n{front_matter(manifest, request)}\n---\n\n{body}\n"
+
+
+def front_matter(manifest: Mapping[str, Any], request: CardRequest) -> str:
+    """The YAML block, through huggingface_hub's own ModelCardData."""
+    from huggingface_hub import ModelCardData
+
+    scheme, container = _scheme(manifest), _format(manifest)
+    base, license = _base(manifest, request), _license(manifest, request)
+    library = {"gguf": "gguf", "onnx": "onnx"}.get(container, "transformers")
+    family = re.split(r"[-_]", scheme.lower())[0]
+    tags = dict.fromkeys(["deepseek_v4", family, scheme, container, PROJECT])
+    data = ModelCardData(
+        base_model=base or None,
+        license=license or None,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=[t for t in tags if re.fullmatch(r"[A-Za-z0-9_.-]{1,60}", t)],
+        **({"base_model_relation": "quantized"} if base else {}),
+    )
+    return str(data.to_yaml()).strip()
+
+
+def check_evaluation(manifest: Mapping[str, Any], evaluation: Mapping[str, Any]) -> None:
+    """Refuse figures of another checkpoint. Raises HubError."""
+    told = section(evaluation, "candidate").get("bytes")
+    shards = (".safetensors", ".gguf")
+    real = sum(f["bytes"] for f in manifest["files"] if f["name"].endswith(shards))
+    if told != real:
+        raise HubError(
+            f"the evaluation is of a checkpoint of {told!r} bytes, this one has {real:,}; evaluate "
+            "this one, or push without an evaluation"
+        )
+
+
+def license_of(text: str) -> str:
+    """The hub's name of a licence by the first line of its file, or nothing."""
+    first = text.lstrip().partition("\n")[0].strip()
+    return _LICENSES.get(first, "")
+
+
+def _summary(manifest: Mapping[str, Any], request: CardRequest) -> str:
+    source = section(manifest, "source")
+    base = _base(manifest, request)
+    name = f"[{base}](https://huggingface.co/{base})" if base else _code(text(source, "name"))
+    total = sum(f["bytes"] for f in manifest["files"])
+    rows = [
+        ("Converted from", name),
+        ("Source commit", _code(text(source, "revision"))),
+        ("Release", escape_markdown(text(source, "release"))),
+        ("Routed experts", _code(_scheme(manifest))),
+        ("Container", _code(_format(manifest))),
+        ("Download", f"{_bytes(total)} in {len(manifest['files']):,} files"),
+        ("Tensor data before", _bytes(source.get("bytes"))),
+        ("Loads in", ", ".join(ENGINES[e.engine].title for e in request.engines)),
+        ("Made with", f"{PROJECT} {escape_markdown(text(section(manifest, 'tool'), PROJECT))}"),
+    ]
+    return _table(("", ""), [r for r in rows if r[1] and r[1] != "``"])
+
+
+def _classes(manifest: Mapping[str, Any]) -> str:
+    rows = []
+    for row in manifest.get("classes") or []:
+        weights, before, after = (int(row[k]) for k in ("weights", "bytes_in", "bytes_out"))
+        bits = f"{8 * after / weights:.3f}" if weights else ""
+        rows.append(
+            (escape_markdown(str(row["role"])), f"{weights:,}", _bytes(before), _bytes(after), bits)
+        )
+    if not rows:
+        return "The manifest of this conversion does not tell sizes by class."
+    return _table(("Tensors", "Weights", "Before", "After", "Bits per weight"), rows)
+
+
+def _quality(evaluation: Mapping[str, Any] | None) -> str:
+    if evaluation is None:
+        return "Not evaluated. No figure about this conversion's outputs has been measured."
+    parts = []
+    verdict = text(section(evaluation, "verdict"), "text")
+    if verdict:
+        parts.append(f"**{escape_markdown(verdict)}**")
+    for build in (summary_table, distribution_table, draft_table):
+        table = build(evaluation)
+        if table is not None:
+            parts.append(_report_table(table))
+    tokens = evaluation.get("tokens")
+    if isinstance(tokens, int):
+        parts.append(
+            f"Measured on {tokens:,} scored tokens against the source, by {PROJECT}'s own forward "
+            f"pass (activations: {escape_markdown(text(evaluation, 'activations'))}); a divergence "
+            "means something only where it is above the noise floor."
+        )
+    return "\n\n".join(parts)
+
+
+def _done(manifest: Mapping[str, Any], records: Sequence[TensorRecord]) -> str:
+    kinds = Counter("copied" if r.disposition == "copied" else r.exact for r in records)
+    losses = [r.relative_rms for r in records if not r.exact]
+    altered = sum(r.altered for r in records)
+    lines = [f"The recipe in full:\n\n```toml\n{_toml(section(manifest, 'recipe'))}\n```"]
+    exact = (
+        f"Of {len(records):,} modules {kinds['copied']:,} are byte for byte the source's, "
+        f"{kinds[True]:,} are recoded and hold exactly the source's values, and {kinds[False]:,} "
+        "do not hold them exactly."
+    )
+    if altered:
+        exact += f" Casts changed {altered:,} values, each to the nearest that the format holds."
+    if losses:
+        exact += (
+            f" The error of the inexact ones, relative root mean square against the source's "
+            f"weights: {sum(losses) / len(losses):.4f} on average, {max(losses):.4f} at worst."
+        )
+    lines.append(exact)
+    if manifest.get("stats"):
+        lines.append(
+            "The search weighed errors by statistics of the experts' inputs (SHA-256 of the "
+            f"statistics: {_code(str(manifest['stats'])[:64])})."
+        )
+    return "\n\n".join(lines)
+
+
+def _limits(
+    manifest: Mapping[str, Any],
+    records: Sequence[TensorRecord],
+    request: CardRequest,
+) -> str:
+    limits = []
+    if request.evaluation is None:
+        limits.append("Quality was not measured.")
+    elif isinstance(tokens := request.evaluation.get("tokens"), int):
+        limits.append(
+            f"Quality was measured on {tokens:,} tokens of text; no task benchmark was run."
+        )
+    dropped = manifest.get("dropped") or []
+    if dropped:
+        reasons = Counter(str(d.get("reason")) for d in dropped)
+        told = "; ".join(f"{escape_markdown(r)} ({n:,})" for r, n in sorted(reasons.items()))
+        limits.append(f"{len(dropped):,} tensors of the source are left out: {told}.")
+    if any(not r.exact for r in records):
+        limits.append("Weights are not bit-exact; see the errors above and in `v4quant.json`.")
+    names = {f["name"] for f in manifest["files"]}
+    if any(n.startswith("encoding/") for n in names):
+        limits.append(
+            "The release has no Jinja chat template; `encoding/` is its chat format, byte for byte."
+        )
+    limits.append("Code of the source repository (`inference/`) is not included.")
+    limits.append(
+        "No engine was run on these files; the ones named are those whose rules the headers fit "
+        f"(`{PROJECT} verify published --engine NAME`)."
+    )
+    return "\n".join(f"- {limit}" for limit in limits)
+
+
+def _reproduce(manifest: Mapping[str, Any], request: CardRequest) -> str:
+    source, tool = section(manifest, "source"), section(manifest, "tool")
+    repo, revision = _base(manifest, CardRequest("")), text(source, "revision")
+    known = repo and re.fullmatch(r"[0-9a-f]{40,64}", revision)
+    origin = f"hf://{repo}@{revision}" if known else "SOURCE"
+    version = text(tool, PROJECT)
+    if not re.fullmatch(r"[A-Za-z0-9.+-]+", version):
+        version = "VERSION"
+    stats = " --stats stats.v4q" if manifest.get("stats") else ""
+    commands = [
+        f"pip install {PROJECT}=={version}",
+        f"{PROJECT} quantize {origin} out --recipe recipe.toml{stats}",
+        f"hf download {request.repo} --local-dir published",
+        f"{PROJECT} verify published --source {origin}",
+    ]
+    listed = "\n".join(commands)
+    versions = ", ".join(
+        f"{escape_markdown(str(k))} {escape_markdown(str(v))}" for k, v in tool.items()
+    )
+    return (
+        "With the recipe above as `recipe.toml`, the same bytes come out:\n\n"
+        f"```sh\n{listed}\n```\n\n"
+        "`v4quant.json` lists the SHA-256 of every file and what became of every module; `verify` "
+        f"checks both. Versions: {versions}."
+    )
+
+
+def _layout(manifest: Mapping[str, Any]) -> Layout | None:
+    try:
+        return recipe_from_table(section(manifest, "recipe"), "v4quant.json").layout
+    except (V4QuantError, TypeError):
+        return None
+
+
+def _scheme(manifest: Mapping[str, Any]) -> str:
+    return text(section(manifest, "recipe"), "scheme")
+
+
+def _format(manifest: Mapping[str, Any]) -> str:
+    return text(section(manifest, "recipe"), "format")
+
+
+def _base(manifest: Mapping[str, Any], request: CardRequest) -> str:
+    base = text(section(manifest, "source"), "repo") or request.base_model
+    return base if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", base, re.ASCII) else ""
+
+
+def _license(manifest: Mapping[str, Any], request: CardRequest) -> str:
+    license = text(section(manifest, "source"), "license") or request.license
+    return license if re.fullmatch(r"[a-z0-9.-]{1,40}", license) else ""
+
+
+def _toml(recipe: Mapping[str, Any]) -> str:
+    """A recipe as TOML; JSON's strings, numbers, booleans and lists are TOML's."""
+    plain = {k: v for k, v in recipe.items() if not isinstance(v, Mapping) and v is not None}
+    lines = [f"{_key(k)} = {json.dumps(v)}" for k, v in plain.items()]
+    for name, table in recipe.items():
+        if isinstance(table, Mapping):
+            lines += ["", f"[{_key(name)}]"]
+            lines += [f"{_key(k)} = {json.dumps(v)}" for k, v in table.items() if v is not None]
+    return "\n".join(line.replace("```", "") for line in lines)
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+
+
+def _report_table(table: Table) -> str:
+    rows = [tuple(map(escape_markdown, row)) for row in table.rows]
+    notes = "".join(f"\n\n{escape_markdown(note)}" for note in table.notes)
+    columns = tuple(map(escape_markdown, table.columns))
+    return f"{escape_markdown(table.title)}:\n\n{_table(columns, rows)}{notes}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    marks = ["---"] + ["---:" if len(columns) > 2 else "---"] * (len(columns) - 1)
+    lines = [columns, marks, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _code(value: str) -> str:
+    return "`" + visible(value).replace("`", "").replace("|", "") + "`"
+
+
+def _bytes(count: Any) -> str:
+    if not isinstance(count, int) or isinstance(count, bool):
+        return ""
+    size = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{count:,} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"

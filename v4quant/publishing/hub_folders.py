@@ -1,0 +1,119 @@
+"""A conversion with the hub on one side or on both: its folders, and who may take how much disk.
+
+What is fetched lies in `.v4quant/source` of the output folder and goes when the journal goes. A
+conversion to the hub has a work folder in place of an output folder, which is deleted at the end.
+One cap covers both sides: source shards fetched ahead and output shards not yet sent, each with a
+share of its own, so that neither can starve the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+from v4quant.conversion.job import check_folder
+from v4quant.conversion.journal import FOLDER, journal_files
+from v4quant.conversion.plan import Plan
+from v4quant.hub.refs import HubRef, HubReferenceError
+from v4quant.hub.shard_cache import DiskCapError, Shelf
+from v4quant.hub.source import open_hub
+from v4quant.publishing.card import CardRequest, render_card
+from v4quant.publishing.hub_delivery import HubTarget
+from v4quant.publishing.publisher import CommitPlan, Publisher, card_parcel
+from v4quant.publishing.serving import accepted_engines
+from v4quant.source import Source
+from v4quant_formats.checkpoint import INDEX_NAME
+from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
+from v4quant_kernels.errors import V4QuantError
+
+_AT_ONCE = 3  # shards a side: one worked on, one arriving or leaving, one waiting
+
+Destination = Path | HubRef
+Kind = TypeVar("Kind", Path, HubRef)
+
+
+class NotWithRanks(V4QuantError):
+    """Several processes cannot share this work."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a conversion works. scratch: for source shards, None for a temporary folder."""
+
+    out: Path
+    scratch: Path | None
+    repo: str | None
+
+
+def find_places(source: Source, out: Destination, scratch: Path | None, ranks: int = 1) -> Places:
+    """Decide the folders and check the output folder before anything is fetched into it.
+
+    Raises OutputError, HubReferenceError or NotWithRanks.
+    """
+    remote = isinstance(source, HubRef)
+    if ranks > 1 and (remote or isinstance(out, HubRef)):
+        raise NotWithRanks(
+            "several processes cannot share a conversion from or to the hub; run one process "
+            "(--workers uses all cores), or download the source first"
+        )
+    if isinstance(out, HubRef):
+        if out.revision:
+            raise HubReferenceError(f"{out}: conversions are published on main; leave '@' out")
+        folder = scratch or Path(f"v4quant-{out.repo.replace('/', '--')}")
+        check_folder(folder)
+        return Places(folder, folder / FOLDER / "source" if remote else None, out.repo)
+    finished = (out / MANIFEST_NAME).exists() and not journal_files(out)
+    if not remote or finished:
+        return Places(out, None, None)
+    if scratch is None:
+        check_folder(out)
+    return Places(out, scratch or out / FOLDER / "source", None)
+
+
+def share_cap(plan: Plan, cap: int | None, target: bool) -> int:
+    """Divide the cap; set the source's share, return the output's. Raises DiskCapError."""
+    shelf = plan.checkpoint.shards
+    sizes = {name: state.size for name, state in plan.checkpoint.files.items()}
+    remote = isinstance(shelf, Shelf)
+    source = max(sum(sizes[f] for f in s.source_files) for s in plan.shards) if remote else 0
+    output = max(s.nbytes for s in plan.shards) if target else 0
+    if cap is None:
+        cap = _AT_ONCE * (source + output)
+    if cap < source + output:
+        raise DiskCapError(
+            f"--disk-cap {cap:,} bytes is too little: one source shard and one output shard need "
+            f"{source + output:,}"
+        )
+    mine = cap * source // (source + output) if remote else 0
+    mine = min(max(mine, source), cap - output)
+    if isinstance(shelf, Shelf):
+        shelf.cap = mine
+    return cap - mine
+
+
+def update_card(repo: str, request: CardRequest) -> None:
+    """Render the card of a published checkpoint anew, from its own manifest. Raises HubError."""
+    publisher = Publisher(repo)
+    with TemporaryDirectory(prefix="v4quant-") as folder:
+        publisher.read_small(MANIFEST_NAME, Path(folder) / MANIFEST_NAME)
+        manifest = read_manifest(Path(folder))
+    if any(f["name"] == INDEX_NAME for f in manifest["files"]):
+        with open_hub(HubRef(repo), headers_only=True) as published:
+            request = replace(request, engines=accepted_engines(published))
+    card = card_parcel(render_card(manifest, request))
+    publisher.commit(CommitPlan("Card with the evaluation", (card,)))
+
+
+def open_target(
+    repo: str, out: Path, plan: Plan, cap: int, private: bool, request: CardRequest
+) -> HubTarget:
+    """Check the repository and begin to deliver to it. Raises HubError and its kinds."""
+    target = HubTarget(repo, out, cap, request, private)
+    try:
+        target.refuse_other(plan)
+    except BaseException:
+        target.stop()
+        raise
+    return target

@@ -1,0 +1,270 @@
+"""Publishing: the files of a finished conversion into a repository, in commits that never mislead.
+
+Shards go first, a few a commit; config, index, manifest and card come in the last commit, so what
+`main` shows before is no checkpoint to anybody. A repository whose `main` already is one gets all
+changes in a single commit. Every attempt begins with what the repository holds: a file that is
+there with the right size and digest is not sent again, which is also how an interrupted push goes
+on and how a commit whose answer was lost is recognised. At the end all digests are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from v4quant.hub.client import HubAccessError, HubError, HubNotFound, client, persistently
+from v4quant.hub.remote import RemoteFile, check_name, list_files
+from v4quant_formats.checkpoint import INDEX_NAME
+from v4quant_formats.file_hash import hash_file
+from v4quant_formats.manifest import MANIFEST_NAME
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+CARD_NAME = "README.md"
+SHARD_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".onnx_data")
+MAX_FILE_BYTES = 500 * 10**9  # the hub's hard limit
+COMMIT_BYTES, COMMIT_FILES = 20 * 10**9, 8
+
+
+class NotPublished(HubError):
+    """The repository does not hold what was sent; nobody should use it yet."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """One file to publish: its name in the repository, and where its bytes are."""
+
+    name: str
+    size: int
+    sha256: str
+    content: Path | bytes
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether it holds tensors; everything else goes into the last commit."""
+        return self.name.endswith(SHARD_SUFFIXES)
+
+    def is_same(self, remote: RemoteFile | None) -> bool:
+        """Whether the repository's file has these bytes."""
+        if remote is None or remote.size != self.size:
+            return False
+        if remote.sha256:
+            return remote.sha256 == self.sha256
+        data = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
+        return remote.blob == blob.hexdigest()
+
+
+@dataclass(frozen=True)
+class CommitPlan:
+    """One commit to be made."""
+
+    title: str
+    parcels: tuple[Parcel, ...]
+    deletions: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its files."""
+        return sum(p.size for p in self.parcels)
+
+
+def parcels_of(out: Path, manifest: dict[str, Any]) -> list[Parcel]:
+    """Every file of a converted checkpoint, as its manifest lists them, and the manifest."""
+    found = []
+    for row in manifest["files"]:
+        check_name(str(out), row["name"])
+        found.append(Parcel(row["name"], row["bytes"], row["sha256"], out / row["name"]))
+    path = out / MANIFEST_NAME
+    found.append(Parcel(MANIFEST_NAME, path.stat().st_size, hash_file(path), path))
+    for parcel in found:
+        if parcel.size > MAX_FILE_BYTES:
+            raise HubError(
+                f"{parcel.name}: {parcel.size:,} bytes are more than the hub takes in one file"
+            )
+    return found
+
+
+def card_parcel(card: str) -> Parcel:
+    """The card as a file of the repository."""
+    text = card.encode()
+    return Parcel(CARD_NAME, len(text), hashlib.sha256(text).hexdigest(), text)
+
+
+def plan_commits(parcels: Sequence[Parcel], update: bool, stale: Iterable[str]) -> list[CommitPlan]:
+    """Shards in groups, everything else last; one commit when `main` already is a checkpoint."""
+    stale = tuple(sorted(stale))
+    if update:
+        return [CommitPlan("Replace the checkpoint", tuple(parcels), stale)]
+    groups: list[list[Parcel]] = []
+    shards = [p for p in parcels if p.is_shard]
+    for parcel in shards:
+        last = groups[-1] if groups else []
+        full = sum(p.size for p in last) + parcel.size > COMMIT_BYTES or len(last) >= COMMIT_FILES
+        if not last or full:
+            groups.append([])
+        groups[-1].append(parcel)
+    done, plans = 0, []
+    for group in groups:
+        first, done = done + 1, done + len(group)
+        span = f"{first}" if first == done else f"{first}-{done}"
+        plans.append(CommitPlan(f"Shards {span} of {len(shards)}", tuple(group)))
+    rest = tuple(p for p in parcels if not p.is_shard)
+    return [*plans, CommitPlan("Config, index, manifest and card", rest, stale)]
+
+
+class Publisher:
+    """Writes to one repository."""
+
+    def __init__(self, repo: str, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Asks nothing yet. Raises HubOffline."""
+        self.repo, self._stopped = repo, stopped
+        self._api: HfApi = client()
+
+    def preflight(self, private: bool) -> None:
+        """Check token and owner, and create the repository unless it exists.
+
+        Raises HubAccessError before anything is sent when this cannot work.
+        """
+        user = self._ask("checking the token", self._api.whoami)
+        if not isinstance(user, dict) or not isinstance(user.get("name"), str):
+            raise HubError(f"{self}: the hub does not say whose token this is")
+        token = user.get("auth", {}).get("accessToken", {})
+        if token.get("role") == "read":
+            raise HubAccessError(
+                f"{self}: the token of '{user['name']}' may only read; make one with write access "
+                "and `hf auth login` with it"
+            )
+        owner = self.repo.partition("/")[0]
+        orgs = {o.get("name"): o.get("roleInOrg") for o in user.get("orgs", [])}
+        if owner != user["name"] and (owner not in orgs or orgs[owner] == "read"):
+            raise HubAccessError(
+                f"{self}: '{user['name']}', whose token this is, may not write for '{owner}'; use "
+                f"another token, or publish as {user['name']}/{self.repo.partition('/')[2]}"
+            )
+        self._ask(
+            "creating the repository",
+            lambda: self._api.create_repo(self.repo, private=private, exist_ok=True),
+        )
+
+    def is_private(self) -> bool:
+        """Whether only its owners see the repository."""
+        return bool(self._ask("asking", lambda: self._api.model_info(self.repo)).private)
+
+    def files(self) -> dict[str, RemoteFile]:
+        """What `main` holds now; nothing when there is no repository."""
+        try:
+            return list_files(self._api, self.repo, "main")
+        except HubNotFound:
+            return {}
+
+    def commit(self, plan: CommitPlan) -> int:
+        """Make one commit of what differs; the bytes that had to be sent (0: nothing did)."""
+        sent = 0
+
+        def attempt() -> None:
+            nonlocal sent
+            from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+            there = self.files()
+            todo = [p for p in plan.parcels if not p.is_same(there.get(p.name))]
+            stale = [n for n in plan.deletions if n in there]
+            if not todo and not stale:
+                return
+            operations: list[Any] = [CommitOperationDelete(n) for n in stale]
+            for parcel in todo:
+                content = parcel.content
+                add = CommitOperationAdd(
+                    parcel.name, content if isinstance(content, bytes) else str(content)
+                )
+                add.upload_info.sha256 = bytes.fromhex(parcel.sha256)
+                operations.append(add)
+            sent = sum(p.size for p in todo)
+            self._api.create_commit(
+                self.repo, operations, commit_message=f"{plan.title} (v4quant)", num_threads=4
+            )
+
+        self._ask(plan.title, attempt)
+        return sent
+
+    def compare(self, parcels: Iterable[Parcel]) -> None:
+        """Compare what the repository lists with what was to be sent. Raises NotPublished."""
+        there = self.files()
+        wrong = [p.name for p in parcels if not p.is_same(there.get(p.name))]
+        if wrong:
+            raise NotPublished(
+                f"{self}: {len(wrong)} files are not as the manifest says ({wrong[0]}, ...); do "
+                "not use the repository before the same command, run again, ends well"
+            )
+
+    def read_small(self, name: str, into: Path) -> None:
+        """Fetch one file of main."""
+        from v4quant.hub.download import download
+        from v4quant.hub.refs import HubRef
+        from v4quant.hub.remote import open_remote, require
+
+        remote = open_remote(HubRef(self.repo))
+        download(remote, require(remote, name), into)
+
+    def __str__(self) -> str:
+        return f"hf://{self.repo}"
+
+    def _ask(self, what: str, action: Callable[[], Any]) -> Any:
+        return persistently(f"{self}: {what}", action, self._stopped)
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What `push` reports (`--json`)."""
+
+    repo: str
+    private: bool
+    files: int
+    nbytes: int
+    sent_bytes: int
+    commits: int
+
+
+def push_plan(
+    parcels: Sequence[Parcel], there: dict[str, RemoteFile], replace: bool, repo: str
+) -> list[CommitPlan]:
+    """The commits that bring a repository to these files. Raises HubError for foreign shards."""
+    names = {p.name for p in parcels}
+    foreign = [n for n in there if n.endswith(SHARD_SUFFIXES) and n not in names]
+    differs = any(not p.is_same(there.get(p.name)) for p in parcels if p.is_shard)
+    finished = MANIFEST_NAME in there or INDEX_NAME in there
+    if (foreign or (finished and differs)) and not replace:
+        example = foreign[0] if foreign else INDEX_NAME
+        raise HubError(
+            f"hf://{repo}: already holds another checkpoint ({example}); name a new repository, "
+            "or replace it in one commit with --replace"
+        )
+    return plan_commits(parcels, finished, foreign)
+
+
+def push(
+    repo: str,
+    parcels: Sequence[Parcel],
+    private: bool = True,
+    replace: bool = False,
+    advance: Callable[[int], None] = lambda count: None,
+) -> PushResult:
+    """Publish; the same call again resumes or confirms.
+
+    advance(count) is told bytes as they are known to be there. Raises HubError and its kinds.
+    """
+    publisher = Publisher(repo)
+    publisher.preflight(private)
+    sent = commits = 0
+    for plan in push_plan(parcels, publisher.files(), replace, repo):
+        count = publisher.commit(plan)
+        sent, commits = sent + count, commits + bool(count)
+        advance(plan.nbytes)
+    publisher.compare(parcels)
+    return PushResult(
+        repo, publisher.is_private(), len(parcels), sum(p.size for p in parcels), sent, commits
+    )
