@@ -89,7 +89,7 @@ FIGURES = ("divergence.py", "evaluate.py", "verdict.py")
 
 
 def test_evaluation_page_names_keys_that_exist() -> None:
-    folder = ROOT / "calibration" / "v4quant_calibration"
+    folder = ROOT / "calibration" / "v4quant_calibration" / "evaluation"
     source = "".join((folder / name).read_text() for name in FIGURES)
     keys = {k for row in rows("docs/evaluation.md") if len(row) == 3 for k in row[1].split(", ")}
     keys = {key for key in keys if re.fullmatch(r"[a-z0-9_]+", key)}
