@@ -16,7 +16,7 @@ from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_kernels.cpu_products import has_bf16_units
 from v4quant_kernels.twins.bf16_product import rounded
 
-TINY = Path(__file__).parent.parent / "data" / "tiny-a"
+TINY = Path(__file__).parents[2] / "data" / "tiny-a"
 BF16 = ForwardOptions(matmul_dtype=torch.bfloat16)
 
 
