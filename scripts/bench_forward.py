@@ -35,8 +35,8 @@ from v4quant_calibration.forward.logits import stream_logits
 from v4quant_calibration.forward.stream import StreamModel, stream_forward
 from v4quant_calibration.model import attention, numerics
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import parse_model_config
+from v4quant_formats.opening import open_checkpoint
 
 EXACT = ForwardOptions()
 

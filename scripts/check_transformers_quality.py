@@ -31,8 +31,8 @@ from v4quant.builtin import resolve_corpus, resolve_source
 from v4quant.evaluation.evaluate import evaluate_checkpoint
 from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import parse_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.progress import SilentProgress
 
 

@@ -37,8 +37,9 @@ from v4quant.conversion.plan import make_plan
 from v4quant.evaluation.evaluate import evaluate_checkpoint
 from v4quant.recipe import Recipe
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import ModelConfig, parse_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.progress import SilentProgress
 from v4quant_kernels.scheme import get_scheme
 

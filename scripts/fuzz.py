@@ -35,7 +35,8 @@ from v4quant.conversion.job import run_job
 from v4quant.conversion.plan import make_plan
 from v4quant.recipe import Recipe
 from v4quant.sizes import parse_size
-from v4quant_formats.checkpoint import INDEX_NAME, open_checkpoint
+from v4quant_formats.checkpoint import INDEX_NAME
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import SilentProgress
 

@@ -39,8 +39,9 @@ from v4quant.sizes import parse_size
 from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.solve.solve import solve
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import parse_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.progress import SilentProgress
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -34,8 +34,9 @@ from v4quant_calibration.solve.settings import SolveSettings
 from v4quant_calibration.solve.solve import solve
 from v4quant_calibration.statistics.collect import calibrate
 from v4quant_calibration.statistics.stats import write_stats
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import ModelConfig, parse_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.progress import Progress, SilentProgress
 from v4quant_kernels.scheme import get_scheme
 

@@ -5,15 +5,9 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from v4quant.conversion.plan import Plan
-from v4quant.sizes import SizeError
-
-# Interpreter, torch and its libraries, measured; thread pools and buffers included.
-_BASE_BYTES = 450 * 2**20
-_THREAD_BYTES = 100 * 2**20
-_TEMPORARY_BYTES = 200 * 2**20
 # mallopt's number for "blocks from this size on are mapped, and unmapped when freed".
 _M_MMAP_THRESHOLD = -3
 _RETURNED_BYTES = 2**21
@@ -45,38 +39,16 @@ def return_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, _RETURNED_BYTES)
 
 
-def worker_bytes(plan: Plan) -> int:
-    """Memory one worker needs for the largest unit of a plan.
+@dataclass(frozen=True)
+class Limits:
+    """The most bytes of the host's memory, and of a GPU's where one does the arithmetic."""
 
-    A worker holds the three matrices of an expert as stored, one of them as coded and as written,
-    and chunk temporaries; those and dense pieces are bounded by a constant.
-    """
-    growth = max(s.bits_per_weight for s in plan.recipe.expert_schemes) / 4.25
-    largest = max(
-        (
-            u.bytes_in + 2 * growth * max(s.nbytes for s in u.sources)
-            for u in plan.units
-            if u.action == "experts"
-        ),
-        default=0,
-    )
-    return int(largest) + _TEMPORARY_BYTES
+    host: int | None = None
+    device: int | None = None
 
-
-def fit_workers(plan: Plan, wanted: int, cap: int | None) -> int:
-    """The number of workers that fits `cap` bytes, at most `wanted`. Raises SizeError.
-
-    What the process already holds is counted as it is: a plan of Pro's 145,116 tensors alone takes
-    200 MB.
-    """
-    if cap is None:
-        return wanted
-    base = max(_BASE_BYTES, current_rss_bytes() + _THREAD_BYTES)
-    fitting = (cap - base) // worker_bytes(plan)
-    if fitting < 1:
-        least = base + worker_bytes(plan)
-        raise SizeError(
-            f"--max-memory {cap / 1e9:.2f} GB is too little: one worker of this conversion needs "
-            f"{least / 1e9:.2f} GB"
-        )
-    return min(wanted, fitting)
+    @staticmethod
+    def of(cap: int | None, device_memory: int | None) -> Limits:
+        """A cap for either memory, and the GPU's own size."""
+        if cap is None or device_memory is None:
+            return Limits(cap, device_memory)
+        return Limits(cap, min(cap, device_memory))

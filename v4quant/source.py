@@ -10,7 +10,8 @@ from pathlib import Path
 from v4quant.builtin import resolve_source as resolve_builtin
 from v4quant.hub.refs import HubRef, is_hub, parse_hub
 from v4quant.hub.source import open_hub
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.opening import open_checkpoint
 
 Source = Path | HubRef
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from v4quant_formats.errors import (
     DuplicateTensor,
-    FormatError,
     InvalidIndex,
     MissingShard,
     MissingTensor,
@@ -30,13 +29,10 @@ from v4quant_formats.errors import (
     UnsafePath,
 )
 from v4quant_formats.model_config import ConfigError, read_json_object
-from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shard_files import (
     FileState,
-    LocalShards,
     Origin,
     ShardFiles,
-    file_state,
 )
 from v4quant_formats.spec import TensorSpec, torch_dtype
 
@@ -160,33 +156,6 @@ class Checkpoint:
             buffer: Any = data.numpy()
             self.shards.read_into(spec.file, memoryview(buffer), offset, spec.name)
         return data
-
-
-def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open a checkpoint folder: config.json, the index (or one model.safetensors), all headers.
-
-    A .gguf file, or a folder holding a model as such files, is opened by `gguf_checkpoint`.
-
-    Raises ConfigError, InvalidIndex, UnsafePath, MissingShard, MissingTensor, UnexpectedTensor,
-    DuplicateTensor, or what `read_header` raises. The index and the shards must agree exactly.
-    """
-    folder = Path(path)
-    from v4quant_formats.gguf.checkpoint import is_gguf, open_gguf  # which makes Checkpoints too
-
-    if is_gguf(folder):
-        return open_gguf(folder)
-    if not folder.is_dir():
-        raise FormatError(f"{folder}: no such folder; give the folder that holds config.json")
-    files: dict[str, FileState] = {}
-
-    def header_of(name: str) -> dict[str, TensorSpec]:
-        check_link(folder, name)
-        header = read_header(folder / name)
-        files[name] = file_state((folder / name).stat())
-        return header
-
-    config, tensors = read_structure(folder, header_of)
-    return Checkpoint(folder, config, tensors, files, LocalShards(folder, files))
 
 
 def read_structure(

@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from v4quant_formats.model_config import CSA_RATIO, HCA_RATIO, Dimensions
+from v4quant_formats.model_config import (
+    CSA_RATIO,
+    HCA_RATIO,
+    Dimensions,
+)
 
 Role = Literal[
     "routed experts",
@@ -387,3 +391,12 @@ def _compressor_shape(c: Dimensions, below: str, layer: int) -> tuple[int, ...] 
         "wgate": (channels, c.hidden_size),
         "norm": (width,),
     }.get(below.rpartition(".")[2])
+
+
+def role_of(parsed: TensorName | None) -> str:
+    """The class of bytes a tensor belongs to, for tables."""
+    if parsed is None:
+        return "unknown"
+    if parsed.is_draft:
+        return "draft: routed experts" if parsed.expert is not None else "draft: rest"
+    return parsed.role

@@ -62,3 +62,8 @@ def index_json(weight_map: Mapping[str, str], total_size: int) -> bytes:
     """A compact model.safetensors.index.json; `total_size` counts tensor bytes."""
     value = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(value, separators=(",", ":")).encode()
+
+
+def to_json_text(value: object) -> str:
+    """The one JSON form of results on disk."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -16,11 +16,10 @@ from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import PARTS
 from v4quant_formats.errors import MissingTensor, WrongDtype
 from v4quant_formats.spec import BLOCK_DTYPES, TensorSpec
-from v4quant_kernels.codec import dequantize
+from v4quant_kernels.codec import dequantize, holds_nan
 from v4quant_kernels.errors import NonFiniteWeight
 from v4quant_kernels.ggml import get_type, unpack_mxfp4
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.ref import e4m3
 from v4quant_kernels.scheme import SCHEMES, ScaleFormat, Scheme
 
 _CPU = torch.device("cpu")
@@ -287,7 +286,7 @@ def check_finite(checkpoint: Checkpoint, spec: TensorSpec, value: Tensor) -> Non
         _refuse_nan_scale(checkpoint, spec, value)
         return
     if spec.dtype == "F8_E4M3":
-        bad = e4m3.holds_nan(value)
+        bad = holds_nan(value)
     elif value.is_floating_point():
         bad = not bool(torch.isfinite(value).all())
     else:

@@ -30,10 +30,10 @@ from v4quant_kernels import native
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e2m1, e4m3, e8m0
+from v4quant_kernels.ref import recode as by_table
+from v4quant_kernels.ref.mx import GROUP
 from v4quant_kernels.scheme import Scheme
 
-GROUP = 32
-_ROW_BYTES = 1 << 18  # bytes of codes recoded at a time, to stay within the cache
 # Shifts at which the finest nonzero result has long become zero; deeper groups read the last row.
 _DEEPEST = 24
 _MAGNITUDES = 0x7777777777777777  # the magnitude bits of 16 packed codes
@@ -200,21 +200,10 @@ def _recode(codes: Tensor, row: Tensor, target: str) -> tuple[Tensor, int]:
         facts = (table.numpy(), changed.view(-1).numpy())
         altered = recode(source, rows, target, *facts, out.numpy())
     else:
-        altered = _recode_torch(codes, row, table.to(codes.device), changed.to(codes.device), out)
+        on = codes.device
+        altered = by_table.recode(codes, row, table.to(on), changed.to(on), out)
     result = out.view(torch.uint8)
     return (result.view(torch.float8_e4m3fn) if target == "e4m3" else result), altered
-
-
-def _recode_torch(codes: Tensor, row: Tensor, table: Tensor, changed: Tensor, out: Tensor) -> int:
-    """The meaning of `native.recode.recode`."""
-    altered, step = 0, max(1, _ROW_BYTES // max(codes.shape[1], 1))
-    for start in range(0, codes.shape[0], step):
-        part = codes[start : start + step]
-        index = part.int().view(part.shape[0], -1, GROUP // 2)
-        index = (index + row[start : start + step].int().unsqueeze(-1) * 256).view(-1)
-        out[start : start + step] = table[index].view(part.shape)
-        altered += int(changed.view(-1)[index].sum())
-    return altered
 
 
 @cache

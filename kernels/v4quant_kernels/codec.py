@@ -16,11 +16,12 @@ from torch import Tensor
 from v4quant_kernels import ggml, native
 from v4quant_kernels.errors import NonFiniteWeight, UnsupportedScheme
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.ref import fp8_block, intq, mx, nvfp4
+from v4quant_kernels.ref import e4m3, e8m0, fp8_block, intq, mx, nvfp4
 from v4quant_kernels.scheme import Element, ScaleFormat, Scheme
 
 # Codes from which a compiled loop is worth loading a compiler's libraries.
 _COMPILED_FROM = 1 << 16
+_E4M3_NAN = 0x7F  # the magnitude bits of both codes that are NaN
 
 
 class _Functions(NamedTuple):
@@ -107,3 +108,29 @@ def dequantize(q: QTensor) -> Tensor:
         if decode.decodes(q.scheme):
             return decode.decode(q)
     return _functions(q.scheme).dequantize(q)
+
+
+def holds_nan(codes: Tensor) -> bool:
+    """Whether a NaN is among float8_e4m3fn codes (any shape)."""
+    raw = codes.view(torch.uint8)
+    if raw.is_cpu and raw.numel() >= _COMPILED_FROM and native.available():
+        from v4quant_kernels.native.decode import holds
+
+        return holds(raw.contiguous().numpy(), _E4M3_NAN)
+    return bool(((raw & _E4M3_NAN) == _E4M3_NAN).any())
+
+
+def widen(q: QTensor) -> Tensor:
+    """bfloat16 `[N, K]`, every value exact, of a matrix for which `widens_exactly` said so."""
+    assert q.scale is not None and fp8_block.widens_exactly(q.scale)
+    if not (q.codes.is_cpu and native.available()):
+        return dequantize(q).bfloat16()
+    from v4quant_kernels.native.widen import widen as loop
+
+    out = torch.empty(q.shape, dtype=torch.bfloat16)
+    codes = q.codes.contiguous().view(torch.uint8).numpy()
+    own = e4m3.decode(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn))
+    table = own.bfloat16().view(torch.int16)
+    exponent = e8m0.exponents(q.scale).contiguous()
+    loop(codes, exponent.numpy(), q.scheme.block, table.numpy(), out.view(torch.int16).numpy())
+    return out

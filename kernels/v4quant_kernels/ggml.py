@@ -271,3 +271,10 @@ def _too_large(largest: float, type_name: str) -> str:
         f"a weight of magnitude {largest:.4g} is too large for GGUF type "
         f"'{type_name}', whose numbers are half precision; use 'bf16' or 'mxfp4'"
     )
+
+
+def fitting_type(name: str, columns: int) -> str:
+    """The type for rows of `columns`: the wanted one, or what llama.cpp takes instead."""
+    while columns % get_type(name).block:
+        name = get_type(name).fallback or "bf16"
+    return name

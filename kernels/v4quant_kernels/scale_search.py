@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from v4quant_kernels import native
-from v4quant_kernels.cast import GROUP
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e8m0
 from v4quant_kernels.ref.lattice_search import search_part
+from v4quant_kernels.ref.mx import GROUP
 from v4quant_kernels.ref.pack import pack_bits, packed_bytes
 from v4quant_kernels.scheme import Scheme
 

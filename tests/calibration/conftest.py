@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.opening import open_checkpoint
 
 DATA = Path(__file__).parent.parent / "data"
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.docs.pages import ROOT, Page
 from tests.support.conversion import SCHEMES, VARIANTS, recipe_of
-from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.preflight import preflight
 
 ENGINES = ("vllm", "sglang", "transformers", "tensorrt-llm")

@@ -27,7 +27,6 @@ from v4quant_calibration.forward.checkpoint_params import CheckpointParams
 from v4quant_calibration.model.experts import mixture_of_experts
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.router import Routing, route
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import load_model_config
 from v4quant_formats.onnx.check import check_onnx_folder
 from v4quant_formats.onnx.experts import (
@@ -43,6 +42,7 @@ from v4quant_formats.onnx.experts import (
 from v4quant_formats.onnx.graph import Graph
 from v4quant_formats.onnx.indexer import indexer_model
 from v4quant_formats.onnx.moe import MoeLayer, experts_model
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shards import ShardWriter, plan_shard
 from v4quant_kernels import codec

@@ -32,8 +32,9 @@ from tests.support.conversion import convert
 from v4quant_calibration.forward.checkpoint_params import CheckpointParams
 from v4quant_calibration.forward.logits import stream_logits
 from v4quant_calibration.forward.stream import StreamModel, stream_forward
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import load_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.weights import find_weight, read_dense
 
 transformers = pytest.importorskip("transformers")

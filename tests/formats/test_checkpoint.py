@@ -14,7 +14,7 @@ from safetensors import safe_open
 from tests.support.conversion import TINY
 from tests.support.shard_bytes import EditableCheckpoint, StoredTensor, honest_shard
 from v4quant_formats import errors
-from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_formats.opening import open_checkpoint
 
 FILE = "model-00001-of-00002.safetensors"
 

@@ -8,7 +8,6 @@ import pytest
 
 from tests.support.configs import FLASH, PRO
 from tests.support.conversion import TINY
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.deepseek_v4 import (
     detect_release,
     draft_stages,
@@ -19,6 +18,7 @@ from v4quant_formats.deepseek_v4 import (
     split_part,
 )
 from v4quant_formats.model_config import load_model_config, parse_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.weights import find_weight
 
 

@@ -23,14 +23,15 @@ from tests.support.conversion import convert, recipe_of
 from tests.support.synthetic import RELEASES, make_small
 from v4quant.checks.inspection import inspect_checkpoint
 from v4quant.checks.verify import verify
-from v4quant.outcomes import ScaleNotPowerOfTwo
+from v4quant.conversion.records import ScaleNotPowerOfTwo
 from v4quant.recipe import Recipe
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import expected_modules, module_shape, parse_name
 from v4quant_formats.errors import UnsupportedPair
 from v4quant_formats.layouts.table import LAYOUTS
 from v4quant_formats.manifest import read_manifest
 from v4quant_formats.model_config import ConfigError, parse_dimensions, parse_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.weights import find_weight
 from v4quant_kernels.progress import SilentProgress
 

@@ -10,9 +10,10 @@ import torch
 from tests.calibration.oracle_loader import OracleParams
 from tests.support.conversion import SCHEMES, TINY
 from tests.support.shard_bytes import EditableCheckpoint, StoredTensor, honest_shard
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import split_part
 from v4quant_formats.errors import MissingTensor, WrongDtype
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.weights import find_weight, read_dense, read_weight
 from v4quant_kernels.codec import dequantize
 from v4quant_kernels.errors import NonFiniteWeight

@@ -12,6 +12,7 @@ import torch
 from v4quant_kernels import cast, codec, native
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.ref import recode
 from v4quant_kernels.scheme import SCHEMES
 
 CASTS = ["mxfp8", "nvfp4", "fp8", "int8-g32", "int8-g128"]
@@ -263,7 +264,7 @@ def test_large_matrices_are_recoded_in_pieces(
     codes = torch.randint(16, (70, 256), generator=generator)
     bytes_ = torch.randint(100, 125, (70, 8), generator=generator)
     whole = cast.cast_mxfp4(mxfp4(codes, bytes_), SCHEMES["fp8"])
-    monkeypatch.setattr(cast, "_ROW_BYTES", 1000)
+    monkeypatch.setattr(recode, "ROW_BYTES", 1000)
     monkeypatch.setattr(native, "available", lambda: False)
     pieces = cast.cast_mxfp4(mxfp4(codes, bytes_), SCHEMES["fp8"])
     assert pieces.altered == whole.altered

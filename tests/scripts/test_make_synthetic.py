@@ -29,7 +29,8 @@ from v4quant.checks.inspection import Inspection, inspect_checkpoint
 from v4quant.checks.verify import verify
 from v4quant.conversion.plan import make_plan
 from v4quant.recipe import Recipe
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.errors import NonFiniteWeight
 from v4quant_kernels.progress import SilentProgress

@@ -13,7 +13,7 @@ from tests.support.scripts import load_script
 from v4quant.conversion.plan import make_plan
 from v4quant.recipe import recipe_from_table
 from v4quant.sizes import parse_size
-from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_formats.opening import open_checkpoint
 
 
 @pytest.fixture(scope="module")

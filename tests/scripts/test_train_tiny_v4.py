@@ -16,9 +16,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.deepseek_v4 import expected_modules, split_part
 from v4quant_formats.model_config import parse_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.codec import dequantize
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import SCHEMES

@@ -9,7 +9,7 @@ from v4quant.conversion.job import JobResult, run_job
 from v4quant.conversion.plan import make_plan
 from v4quant.recipe import Recipe
 from v4quant_calibration.statistics.stats import Stats
-from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_formats.opening import open_checkpoint
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-a"
 SCHEMES = (

@@ -16,7 +16,7 @@ from v4quant.checks.verify import verify
 from v4quant.conversion.plan import make_plan
 from v4quant.recipe import Recipe, RecipeError, recipe_from_table
 from v4quant.targets import GROUPS, LAYER, PlaceError, read_places, write_places
-from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.progress import SilentProgress
 
 SOURCE = Path(resolve_source(TINY_V4))

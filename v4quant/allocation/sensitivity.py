@@ -34,10 +34,9 @@ from v4quant_calibration.rounding.solvers import optimal
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import TensorName, parse_name
-from v4quant_formats.layouts.gguf import fitting_type
 from v4quant_formats.weights import read_dense_rows
 from v4quant_kernels import codec
-from v4quant_kernels.ggml import GGML_TYPES
+from v4quant_kernels.ggml import GGML_TYPES, fitting_type
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scale_search import search_dense

@@ -18,8 +18,7 @@ from v4quant.calibration.memory import calibration_room, fit_solving, statistics
 from v4quant.conversion.calibrated import solved_part
 from v4quant.conversion.plan import make_plan
 from v4quant.devices import CPU, device_bytes
-from v4quant.evaluation.memory import Limits
-from v4quant.memory import return_freed_memory
+from v4quant.memory import Limits, return_freed_memory
 from v4quant.recipe import Recipe, RecipeError
 from v4quant_calibration.corpus.corpus import Corpus, CorpusError
 from v4quant_calibration.model.options import ForwardOptions

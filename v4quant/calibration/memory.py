@@ -17,7 +17,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from v4quant.evaluation.memory import Limits, Work, plan_evaluation
+from v4quant.evaluation.memory import Work, plan_evaluation
+from v4quant.memory import Limits
 from v4quant_calibration.forward.scratch import Scratch
 from v4quant_calibration.forward.stream import MemoryStore, StreamStore
 from v4quant_calibration.model.options import ForwardOptions

@@ -22,6 +22,7 @@ from v4quant_formats.deepseek_v4 import (
     expected_modules,
     module_shape,
     parse_name,
+    role_of,
 )
 from v4quant_formats.errors import FormatError
 from v4quant_formats.model_config import ConfigError, Dimensions, parse_dimensions
@@ -182,15 +183,6 @@ def _classes(
         kind = weight.scheme.name if weight.scheme else next(iter(weight.parts.values())).dtype
         entry.formats[kind] += elements
     return sorted(classes.values(), key=lambda c: -c.nbytes)
-
-
-def role_of(parsed: TensorName | None) -> str:
-    """The class of bytes a tensor belongs to, for tables."""
-    if parsed is None:
-        return "unknown"
-    if parsed.is_draft:
-        return "draft: routed experts" if parsed.expert is not None else "draft: rest"
-    return parsed.role
 
 
 def _read_all(

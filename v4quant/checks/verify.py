@@ -21,11 +21,12 @@ import torch
 from v4quant.checks.independent_decoder import decode_rows
 from v4quant.conversion.records import TensorRecord, record_from_dict
 from v4quant.source import Source, open_source
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import expected_modules, split_part
 from v4quant_formats.file_hash import hash_file
 from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
 from v4quant_formats.model_config import parse_dimensions
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.weights import find_weight
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress

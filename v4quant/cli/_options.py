@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import sys
@@ -105,8 +104,3 @@ def tool_facts() -> dict[str, str]:
         "python": platform.python_version(),
         "command": shlex.join(["v4quant", *sys.argv[1:]]),
     }
-
-
-def to_json_text(value: object) -> str:
-    """The one JSON form of results on disk."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

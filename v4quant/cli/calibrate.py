@@ -18,7 +18,7 @@ from v4quant.sizes import parse_size
 from v4quant.source import Source, open_source
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.statistics.collect import DEFAULT_FLOOR
-from v4quant_calibration.statistics.coverage import spread
+from v4quant_calibration.statistics.coverage import coverage, spread
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.model_config import parse_model_config
 from v4quant_kernels.ref.ggml_blocks import SHAPES
@@ -127,27 +127,6 @@ def _recipe(scheme: str | None, dense: str, file: Path | None) -> Recipe | None:
             raise click.UsageError("--dense goes with --solve")
         return None
     return Recipe(scheme, "gguf" if scheme in SHAPES else "", dense=dense, solver="gptq")
-
-
-def coverage(stats: Stats) -> dict[str, object]:
-    """Coverage in the form reports and `--json` use."""
-    return {
-        "measured_on": "calibration",
-        "floor": stats.floor,
-        "layers": [
-            {
-                "name": name,
-                "tokens_per_expert": stage.tokens.tolist(),
-                "spread": spread(stage.tokens),
-                "first_draw": spread(stats.first[name]) if name in stats.first else None,
-            }
-            for name, stage in stats.stages.items()
-        ],
-        "starved": [
-            {"layer": layer, "expert": expert, "tokens": tokens}
-            for layer, expert, tokens in stats.starved()
-        ],
-    }
 
 
 def coverage_text(stats: Stats) -> str:

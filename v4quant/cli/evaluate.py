@@ -15,13 +15,12 @@ from v4quant.cli._options import (
     forward_options,
     products_option,
     read_corpus,
-    to_json_text,
     tool_facts,
 )
 from v4quant.cli._source import SOURCE
 from v4quant.devices import find_device
 from v4quant.evaluation.evaluate import LogitFiles, Resources, evaluate_checkpoint
-from v4quant.evaluation.report import render_html, render_markdown
+from v4quant.evaluation.report import write_report
 from v4quant.sizes import parse_size
 from v4quant.source import Source, open_source
 from v4quant_calibration.corpus.tokenizer import TextTokenizer
@@ -29,7 +28,6 @@ from v4quant_calibration.evaluation.evaluate import Measures
 from v4quant_calibration.evaluation.needle import make_needles
 from v4quant_calibration.evaluation.noise_floor import MOST_FLOORS
 from v4quant_formats.model_config import parse_model_config
-from v4quant_formats.shards import write_file_atomically
 
 
 @click.command(epilog="Example: v4quant evaluate out --reference DeepSeek-V4-Flash --report r.html")
@@ -137,13 +135,6 @@ def evaluate(
             _output.data(f"report in {report}")
     if has_findings(result):
         ctx.exit(_exit.DIFFERENT)
-
-
-def write_report(result: dict[str, Any], path: Path) -> None:
-    """Write the result as HTML, Markdown or JSON, by suffix."""
-    renderers = {".md": render_markdown, ".json": to_json_text}
-    text = renderers.get(path.suffix, render_html)(result)
-    write_file_atomically(path, text.encode())
 
 
 def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:

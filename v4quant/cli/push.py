@@ -17,8 +17,9 @@ from v4quant.publishing.card import CardRequest, license_of, render_card
 from v4quant.publishing.publisher import CommitPlan, Parcel, card_parcel, parcels_of, plan_commits
 from v4quant.publishing.publisher import push as push_files
 from v4quant.publishing.serving import accepted_engines
-from v4quant_formats.checkpoint import INDEX_NAME, open_checkpoint
+from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.manifest import read_manifest
+from v4quant_formats.opening import open_checkpoint
 
 _MAX_EVALUATION_BYTES = 2**26
 

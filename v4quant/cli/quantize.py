@@ -16,8 +16,8 @@ from v4quant.conversion.calibrated import read_evidence
 from v4quant.conversion.job import JobResult, run_job
 from v4quant.conversion.plan import Plan, make_plan
 from v4quant.conversion.ranks import current_ranks
+from v4quant.conversion.workers import fit_workers
 from v4quant.devices import find_device
-from v4quant.memory import fit_workers
 from v4quant.publishing.card import CardRequest
 from v4quant.publishing.hub_folders import Destination, find_places, open_target, share_cap
 from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table

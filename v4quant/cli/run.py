@@ -18,16 +18,17 @@ from v4quant.checks.kernel_check import check_kernels
 from v4quant.checks.verify import verify as verify_checkpoint
 from v4quant.cli import _exit, _output
 from v4quant.cli._options import forward_options, read_corpus, tool_facts
-from v4quant.cli.calibrate import coverage, coverage_text
-from v4quant.cli.evaluate import finding_lines, has_findings, write_report
+from v4quant.cli.calibrate import coverage_text
+from v4quant.cli.evaluate import finding_lines, has_findings
 from v4quant.cli.quantize import summary
 from v4quant.conversion.calibrated import read_evidence, solved_part
 from v4quant.conversion.job import JobResult, check_folder, run_job
 from v4quant.conversion.plan import make_plan
+from v4quant.conversion.workers import fit_workers
 from v4quant.devices import find_device
 from v4quant.evaluation.evaluate import Resources, evaluate_checkpoint
+from v4quant.evaluation.report import write_report
 from v4quant.hub.refs import SCHEME, HubRef, parse_hub
-from v4quant.memory import fit_workers
 from v4quant.pipeline.recipe_file import CorpusStep, Pipeline, VerifyStep, load_pipeline
 from v4quant.pipeline.step_cache import FinishedSteps, step_key
 from v4quant.publishing.card import CardRequest
@@ -36,6 +37,7 @@ from v4quant.sizes import parse_size
 from v4quant.source import Source, open_source, resolve_source
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.solve.solution import SOLUTION_NAME, Evidence, Solution
+from v4quant_calibration.statistics.coverage import coverage
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME
 from v4quant_formats.model_config import ModelConfig, parse_model_config

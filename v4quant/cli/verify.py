@@ -12,8 +12,8 @@ from v4quant.checks.verify import verify as verify_checkpoint
 from v4quant.cli import _exit, _output
 from v4quant.cli._source import SOURCE
 from v4quant.source import Source
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.engines import ENGINES, GPUS
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.preflight import Preflight, preflight, preflight_onnx
 
 

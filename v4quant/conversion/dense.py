@@ -11,16 +11,16 @@ from torch import Tensor
 
 from v4quant.conversion.calibrated import solved_codes
 from v4quant.conversion.plan import Plan
-from v4quant.conversion.records import TensorRecord
-from v4quant.conversion.units import Unit
-from v4quant.outcomes import (
+from v4quant.conversion.records import (
     ScaleNotPowerOfTwo,
+    TensorRecord,
     lossy_record,
     make_record,
     refuse_inexact,
     refuse_overflow,
     storage_name,
 )
+from v4quant.conversion.units import Unit
 from v4quant_calibration.rounding.solvers import measured
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.errors import WrongDtype
@@ -137,7 +137,7 @@ def widen_to_bf16(
     assert scale is not None
     if fp8_block.widens_exactly(plan.checkpoint.read(scale.name)):
         for start, q in _coded_rows(plan, stored):
-            writer.add_piece(name, start * columns * 2, fp8_block.widen(q))
+            writer.add_piece(name, start * columns * 2, codec.widen(q))
         return [make_record(stored, "cast", "bf16")]
     altered, squared, norm, largest = 0, 0.0, 0.0, 0.0
     for start, values in _dense_rows(plan, stored):

@@ -15,10 +15,15 @@ from torch import Tensor
 
 from v4quant.conversion.calibrated import solved_codes
 from v4quant.conversion.plan import Plan, expert_scheme
-from v4quant.conversion.records import TensorRecord
+from v4quant.conversion.records import (
+    TensorRecord,
+    lossy_record,
+    make_record,
+    refuse_inexact,
+    refuse_overflow,
+)
 from v4quant.conversion.units import Unit
 from v4quant.devices import CPU
-from v4quant.outcomes import lossy_record, make_record, refuse_inexact, refuse_overflow
 from v4quant_calibration.rounding.solvers import SOLVERS, measured
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.shards import ShardWriter

@@ -35,11 +35,10 @@ from v4quant_formats.deepseek_v4 import (
     parse_name,
 )
 from v4quant_formats.errors import MissingTensor, UnexpectedTensor, UnsupportedPair, WrongDtype
-from v4quant_formats.layouts.gguf import fitting_type
 from v4quant_formats.model_config import Dimensions, parse_dimensions
 from v4quant_formats.spec import BLOCK_DTYPES, TORCH_DTYPES, TensorSpec
 from v4quant_formats.weights import StoredWeight, find_weight, scale_part
-from v4quant_kernels.ggml import get_type
+from v4quant_kernels.ggml import fitting_type, get_type
 from v4quant_kernels.scheme import SCHEMES, Scheme
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from v4quant.checks.inspection import role_of
 from v4quant.conversion.plan import Plan
-from v4quant_formats.deepseek_v4 import parse_name
+from v4quant_formats.deepseek_v4 import parse_name, role_of
 
 
 @dataclass

@@ -20,9 +20,9 @@ import torch
 from v4quant import __version__
 from v4quant.checks.inspection import inspect_checkpoint
 from v4quant.devices import CPU, device_bytes
-from v4quant.evaluation.memory import Limits, plan_evaluation, work_of
+from v4quant.evaluation.memory import plan_evaluation, work_of
 from v4quant.evaluation.saved_logits import LogitFacts, LogitsError, LogitsFile, SavedLogits
-from v4quant.memory import return_freed_memory
+from v4quant.memory import Limits, return_freed_memory
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.evaluation.evaluate import (
     Measures,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from v4quant.memory import Limits
 from v4quant.sizes import SizeError
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.evaluation.scoring import TileSize
@@ -72,21 +73,6 @@ class Work:
     def tokens(self) -> int:
         """Tokens of all sequences."""
         return sum(self.lengths)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The most bytes of the host's memory, and of a GPU's where one does the arithmetic."""
-
-    host: int | None = None
-    device: int | None = None
-
-    @staticmethod
-    def of(cap: int | None, device_memory: int | None) -> Limits:
-        """A cap for either memory, and the GPU's own size."""
-        if cap is None or device_memory is None:
-            return Limits(cap, device_memory)
-        return Limits(cap, min(cap, device_memory))
 
 
 @dataclass(frozen=True)

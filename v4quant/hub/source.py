@@ -31,10 +31,10 @@ from v4quant_formats.checkpoint import (
     SINGLE_NAME,
     Checkpoint,
     link_root,
-    open_checkpoint,
     read_structure,
 )
 from v4quant_formats.errors import MissingShard, OutputError
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.safetensors_header import parse_header
 from v4quant_formats.shard_files import FileState, Origin
 from v4quant_formats.shards import output_error, write_file_atomically

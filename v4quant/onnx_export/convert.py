@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from v4quant.conversion.records import TensorRecord
+from v4quant.conversion.records import TensorRecord, lossy_record, make_record, refuse_overflow
 from v4quant.onnx_export.plan import DenseTensor
-from v4quant.outcomes import lossy_record, make_record, refuse_overflow
 from v4quant_calibration.rounding.solvers import measured
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint

@@ -9,7 +9,7 @@ from typing import Any
 
 from v4quant_calibration.rounding.refine import DEFAULT_SWEEPS
 from v4quant_formats.deepseek_v4 import parse_name
-from v4quant_formats.layouts.gguf import fitting_type
+from v4quant_kernels.ggml import fitting_type
 from v4quant_kernels.scheme import Scheme, get_scheme
 
 DEFAULT_MEMORY = 4 * 2**30

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from v4quant_calibration.model.params import Params
+from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.model_config import ModelConfig
 
 # A round draws this share of what was drawn before, so that there are few rounds.
@@ -106,3 +107,24 @@ def spread(tokens: Tensor) -> dict[str, int]:
     last = len(ordered) - 1
     places = {"min": 0, "q1": last // 4, "median": last // 2, "q3": 3 * last // 4, "max": last}
     return {name: int(ordered[place]) for name, place in places.items()}
+
+
+def coverage(stats: Stats) -> dict[str, object]:
+    """Coverage in the form reports and `--json` use."""
+    return {
+        "measured_on": "calibration",
+        "floor": stats.floor,
+        "layers": [
+            {
+                "name": name,
+                "tokens_per_expert": stage.tokens.tolist(),
+                "spread": spread(stage.tokens),
+                "first_draw": spread(stats.first[name]) if name in stats.first else None,
+            }
+            for name, stage in stats.stages.items()
+        ],
+        "starved": [
+            {"layer": layer, "expert": expert, "tokens": tokens}
+            for layer, expert, tokens in stats.starved()
+        ],
+    }

@@ -19,19 +19,12 @@ from v4quant_formats.errors import UnsupportedPair
 from v4quant_formats.layouts.layout import DenseRule, Layout, Parts
 from v4quant_formats.model_config import Dimensions
 from v4quant_formats.spec import TensorSpec
-from v4quant_kernels.ggml import get_type, repack_mxfp4
+from v4quant_kernels.ggml import fitting_type, get_type, repack_mxfp4
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import Scheme
 
 DENSE_TYPES = ("bf16", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k")
 DEFAULT_SPLIT = 45 * 10**9  # below the 50 GB that model hosts take as one file
-
-
-def fitting_type(name: str, columns: int) -> str:
-    """The type for rows of `columns`: the wanted one, or what llama.cpp takes instead."""
-    while columns % get_type(name).block:
-        name = get_type(name).fallback or "bf16"
-    return name
 
 
 def _expert_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:

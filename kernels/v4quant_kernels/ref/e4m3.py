@@ -19,17 +19,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from v4quant_kernels import native
-
 MAX = 448.0
 """The largest magnitude."""
 
 SMALLEST = 2.0**-9
 """The smallest positive value, a subnormal."""
-
-
-_NAN = 0x7F  # the magnitude bits of both codes that are NaN
-_COMPILED_FROM = 1 << 16
 
 
 def encode(x: Tensor) -> Tensor:
@@ -51,13 +45,3 @@ def decode(codes: Tensor) -> Tensor:
     assert codes.dtype == torch.float8_e4m3fn, codes.dtype
     indices = codes.view(torch.uint8).reshape(-1).int()
     return _table(codes.device).index_select(0, indices).view(codes.shape)
-
-
-def holds_nan(codes: Tensor) -> bool:
-    """Whether a NaN is among float8_e4m3fn codes (any shape)."""
-    raw = codes.view(torch.uint8)
-    if raw.is_cpu and raw.numel() >= _COMPILED_FROM and native.available():
-        from v4quant_kernels.native.decode import holds
-
-        return holds(raw.contiguous().numpy(), _NAN)
-    return bool(((raw & _NAN) == _NAN).any())

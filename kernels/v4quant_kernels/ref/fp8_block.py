@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from v4quant_kernels import native
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e4m3, e8m0
@@ -100,19 +99,3 @@ def widens_exactly(scale: Tensor) -> bool:
         return False
     low, high = (int(bound) for bound in torch.aminmax(e8m0.exponents(scale)))
     return _WIDEST[0] <= low and high <= _WIDEST[1]
-
-
-def widen(q: QTensor) -> Tensor:
-    """bfloat16 `[N, K]`, every value exact, of a matrix for which `widens_exactly` said so."""
-    assert q.scale is not None and widens_exactly(q.scale)
-    if not (q.codes.is_cpu and native.available()):
-        return dequantize(q).bfloat16()
-    from v4quant_kernels.native.widen import widen as loop
-
-    out = torch.empty(q.shape, dtype=torch.bfloat16)
-    codes = q.codes.contiguous().view(torch.uint8).numpy()
-    own = e4m3.decode(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn))
-    table = own.bfloat16().view(torch.int16)
-    exponent = e8m0.exponents(q.scale).contiguous()
-    loop(codes, exponent.numpy(), q.scheme.block, table.numpy(), out.view(torch.int16).numpy())
-    return out

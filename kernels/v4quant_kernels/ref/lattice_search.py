@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from v4quant_kernels.cast import GROUP
 from v4quant_kernels.ref import e2m1, e8m0
 from v4quant_kernels.ref.lattice import (
     DEPTHS,
@@ -21,6 +20,7 @@ from v4quant_kernels.ref.lattice import (
     IntegerLattice,
     integer_lattice,
 )
+from v4quant_kernels.ref.mx import GROUP
 from v4quant_kernels.scheme import Scheme
 
 _CODES = 16

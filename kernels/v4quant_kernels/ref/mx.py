@@ -22,6 +22,9 @@ from v4quant_kernels.ref import e2m1, e4m3, e8m0
 from v4quant_kernels.ref.blocks import absmax, grouped, power_of_two_exponent, require_positive
 from v4quant_kernels.scheme import Scheme
 
+GROUP = 32
+"""Elements that share a scale."""
+
 
 def quantize(x: Tensor, scheme: Scheme, *, scale: Tensor | None = None) -> QTensor:
     """Code a finite matrix `[N, K]` (any floating dtype) as MXFP4 or MXFP8.

@@ -20,8 +20,8 @@ from v4quant_calibration.forward.checkpoint_params import CheckpointParams
 from v4quant_calibration.forward.logits import mtp_logits, stream_logits
 from v4quant_calibration.forward.stream import StreamModel, stream_forward
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import load_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.progress import SilentProgress
 
 DRAFT = Measures(draft=True)

@@ -23,7 +23,8 @@ from v4quant_calibration.evaluation.noise_floor import EXACT, PRODUCTS, STREAMS
 from v4quant_calibration.evaluation.scoring import token_blocks
 from v4quant_calibration.model.numerics import NonFiniteActivation
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import SilentProgress
 

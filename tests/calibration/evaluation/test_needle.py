@@ -14,7 +14,7 @@ from v4quant_calibration.evaluation.divergence import TokenRecords
 from v4quant_calibration.evaluation.evaluate import Measures, evaluate_all
 from v4quant_calibration.evaluation.needle import DEPTHS, make_needles, needle_figures
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.progress import SilentProgress
 
 HAY = 300

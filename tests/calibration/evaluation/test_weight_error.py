@@ -20,7 +20,7 @@ from v4quant_calibration.evaluation.weight_error import (
     compare_weights,
     robust_z,
 )
-from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.weights import read_dense
 from v4quant_kernels.progress import SilentProgress
 

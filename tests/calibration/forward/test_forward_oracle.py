@@ -23,8 +23,8 @@ from v4quant_calibration.forward.stream import (
     stream_forward,
 )
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import load_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.weights import read_dense
 
 DATA = Path(__file__).parents[2] / "data"

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.kernels.twins.test_bf16_product import assert_sums_are_float32
-from v4quant_calibration.model.numerics import linear, product, quantized_input
-from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.evaluation.noise_floor import EXACT, PRODUCTS, floor_options
 from v4quant_calibration.forward.checkpoint_params import CheckpointParams
-from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_calibration.model.numerics import linear, product, quantized_input
+from v4quant_calibration.model.options import ForwardOptions
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.cpu_products import has_bf16_units
 from v4quant_kernels.twins.bf16_product import rounded
 

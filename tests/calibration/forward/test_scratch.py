@@ -21,8 +21,8 @@ from v4quant_calibration.evaluation.evaluate import Measures
 from v4quant_calibration.forward.scratch import PREFIX, FileStreams, Scratch
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.streams import StreamShape
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.errors import OutputError
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.progress import SilentProgress
 
 SHAPE = StreamShape((3, 70, 1), (4, 6), torch.float32, torch.device("cpu"))

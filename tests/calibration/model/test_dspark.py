@@ -36,8 +36,8 @@ from v4quant_calibration.model.params import Params
 from v4quant_calibration.solve.settings import SolveSettings
 from v4quant_calibration.solve.solve import solve
 from v4quant_calibration.statistics.collect import calibrate
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import ModelConfig, load_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.progress import SilentProgress
 from v4quant_kernels.scheme import get_scheme
 

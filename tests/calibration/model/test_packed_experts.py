@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tests.support.conversion import TINY
 from tests.support.pretend_device import DEVICE, PretendDevice
-from v4quant.evaluation.memory import Limits, Work, plan_evaluation
+from v4quant.evaluation.memory import Work, plan_evaluation
+from v4quant.memory import Limits
 from v4quant_calibration.forward.checkpoint_params import CheckpointParams
 from v4quant_calibration.forward.stream import StreamModel, stream_forward
 from v4quant_calibration.model import packed_experts
@@ -23,8 +24,8 @@ from v4quant_calibration.model.numerics import quantized_input
 from v4quant_calibration.model.observer import SilentObserver
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.router import Routing
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import load_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.weights import read_coded
 from v4quant_kernels import dispatch
 from v4quant_kernels.errors import UnsupportedScheme, V4QuantError

@@ -24,8 +24,8 @@ from v4quant_calibration.model.observer import SilentObserver
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.statistics.collect import MomentObserver, calibrate
 from v4quant_calibration.statistics.stats import Stats, load_stats, write_stats
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import load_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.progress import SilentProgress
 
 DATA = Path(__file__).parents[2] / "data"

@@ -14,8 +14,8 @@ from v4quant_calibration.forward.checkpoint_params import CheckpointParams
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.statistics.collect import Calibration, calibrate
 from v4quant_calibration.statistics.coverage import Demand, next_round, spread
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import load_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.progress import SilentProgress
 
 TINY = Path(__file__).parents[2] / "data" / "tiny-a"

@@ -29,10 +29,10 @@ from v4quant.conversion.plan import make_plan
 from v4quant.recipe import Recipe, RecipeError
 from v4quant.sizes import SizeError
 from v4quant_calibration.statistics.stats import Stats
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.errors import UnknownTokenizer, UnsupportedPair, WrongDtype
 from v4quant_formats.layouts.gguf import GGUF
 from v4quant_formats.model_config import parse_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.weights import find_weight, read_dense
 from v4quant_kernels.progress import SilentProgress
 

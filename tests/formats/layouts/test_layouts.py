@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from tests.calibration.oracle_loader import OracleParams
 from tests.support.conversion import SCHEMES, TINY, VARIANTS, convert
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.errors import UnsupportedPair
 from v4quant_formats.layouts.table import LAYOUTS, choose_layout
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.spec import torch_dtype
 from v4quant_formats.weights import read_dense
 from v4quant_kernels.codec import quantize

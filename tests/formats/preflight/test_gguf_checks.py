@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.conversion import convert
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.errors import WrongMetadata
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.preflight import Preflight, preflight
 
 

@@ -13,9 +13,9 @@ from tests.support.defects import DEFECTS, Defect
 from tests.support.more_defects import MORE_DEFECTS, WARNED
 from tests.support.shard_bytes import EditableCheckpoint, StoredTensor
 from tests.support.synthetic import RELEASES, make_small
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.engines import ENGINES
 from v4quant_formats.model_config import ConfigError
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.preflight import Finding, Preflight, UnknownEngine, preflight
 
 Converted = Callable[[str], Path]

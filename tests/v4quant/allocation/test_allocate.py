@@ -38,9 +38,10 @@ from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
 from v4quant_calibration.evaluation.kl_sensitivity import measure_effects
 from v4quant_calibration.forward.checkpoint_params import CheckpointParams
 from v4quant_calibration.statistics.stats import StageStats, Stats
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import UnsupportedPair
 from v4quant_formats.model_config import parse_dimensions
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.preflight import preflight
 from v4quant_formats.weights import read_dense
 from v4quant_kernels.ggml import decode, encode

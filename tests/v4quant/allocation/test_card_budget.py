@@ -23,10 +23,10 @@ from v4quant.allocation.sensitivity import Sample
 from v4quant.builtin import TINY_V4, resolve_source
 from v4quant.cli import cli
 from v4quant.conversion.plan import make_plan
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.deepseek_v4 import parse_name
 from v4quant_formats.engines.vllm_memory import Serving
 from v4quant_formats.engines.vllm_split import is_split
+from v4quant_formats.opening import open_checkpoint
 
 SOURCE = Path(resolve_source(TINY_V4))
 VLLM = Options("compressed-tensors", "vllm", sample=Sample(1, 8))

@@ -19,7 +19,7 @@ from tests.support.peak import peak_of
 from tests.support.synthetic import Request, write_checkpoint
 from v4quant.calibration.collect import DrawnCorpus, calibrate_to
 from v4quant.calibration.memory import calibration_room, fit_solving, statistics_bytes
-from v4quant.evaluation.memory import Limits
+from v4quant.memory import Limits
 from v4quant.sizes import SizeError
 from v4quant_calibration.forward.scratch import PREFIX, Scratch
 from v4quant_calibration.model.options import ForwardOptions
@@ -31,8 +31,8 @@ from v4quant_calibration.statistics.collect import (
     all_in_memory,
     calibrate,
 )
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import load_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.progress import SilentProgress
 from v4quant_kernels.scheme import get_scheme
 

@@ -15,7 +15,7 @@ from tests.support.conversion import SCHEMES, TINY
 from tests.support.shard_bytes import EditableCheckpoint, StoredTensor
 from v4quant.checks.diff import DiffResult, diff_checkpoints
 from v4quant.cli import cli
-from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.weights import read_dense
 from v4quant_kernels.progress import SilentProgress
 

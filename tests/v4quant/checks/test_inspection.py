@@ -13,7 +13,7 @@ import torch
 from tests.support.conversion import SCHEMES, TINY
 from tests.support.shard_bytes import EditableCheckpoint
 from v4quant.checks.inspection import Inspection, inspect_checkpoint
-from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.progress import SilentProgress
 
 EXPERT = "layers.1.ffn.experts.2.w1"

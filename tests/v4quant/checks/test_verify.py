@@ -18,9 +18,10 @@ from tests.support.conversion import SCHEMES, TINY
 from tests.support.shard_bytes import EditableCheckpoint
 from v4quant.checks.independent_decoder import decode_rows
 from v4quant.checks.verify import Finding, verify
-from v4quant_formats.checkpoint import INDEX_NAME, open_checkpoint
+from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.deepseek_v4 import split_part
 from v4quant_formats.manifest import ManifestError
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.weights import find_weight
 from v4quant_kernels.progress import SilentProgress
 

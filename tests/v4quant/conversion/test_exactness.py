@@ -12,7 +12,7 @@ from v4quant.conversion.exactness import inexact_stages
 from v4quant.conversion.job import run_job
 from v4quant.conversion.plan import make_plan
 from v4quant.recipe import Recipe, RecipeError
-from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.progress import SilentProgress
 from v4quant_kernels.scheme import SCHEMES
 

@@ -22,8 +22,9 @@ from tests.support.shard_bytes import EditableCheckpoint
 from v4quant.checks.verify import verify
 from v4quant.conversion.journal import FOLDER, locked_output
 from v4quant.recipe import Recipe
-from v4quant_formats.checkpoint import INDEX_NAME, open_checkpoint
+from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.errors import OutputError, SourceChanged
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import SilentProgress
 

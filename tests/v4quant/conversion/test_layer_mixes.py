@@ -13,8 +13,9 @@ from v4quant.builtin import TINY_V4, resolve_source
 from v4quant.calibration.collect import solve_settings
 from v4quant.checks.verify import verify
 from v4quant.recipe import Recipe, RecipeError
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import UnsupportedPair
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.preflight import preflight
 from v4quant_formats.weights import find_weight, read_weight
 from v4quant_kernels.codec import dequantize

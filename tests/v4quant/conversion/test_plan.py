@@ -13,9 +13,10 @@ from tests.support.conversion import SCHEMES, TINY, convert, recipe_of
 from tests.support.shard_bytes import EditableCheckpoint
 from v4quant.conversion.plan import make_plan
 from v4quant.recipe import Recipe
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import MissingTensor, UnexpectedTensor, UnsupportedPair, WrongDtype
 from v4quant_formats.model_config import ConfigError
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.safetensors_header import read_header
 from v4quant_kernels.errors import NonFiniteWeight, V4QuantError
 

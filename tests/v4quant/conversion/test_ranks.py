@@ -17,7 +17,7 @@ from v4quant.conversion.job import run_job
 from v4quant.conversion.plan import ShardPlan, make_plan
 from v4quant.conversion.ranks import Ranks, current_ranks
 from v4quant.recipe import Recipe
-from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_formats.opening import open_checkpoint
 
 SOURCE = Path(__file__).parents[2] / "data" / "tiny-a"
 

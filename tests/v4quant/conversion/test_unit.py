@@ -16,11 +16,11 @@ from tests.support.shard_bytes import EditableCheckpoint
 from v4quant.checks.verify import verify
 from v4quant.conversion.job import run_job
 from v4quant.conversion.plan import make_plan
-from v4quant.outcomes import InexactCast
+from v4quant.conversion.records import InexactCast
 from v4quant.recipe import Recipe
 from v4quant_calibration.statistics.stats import StageStats, Stats
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.deepseek_v4 import split_part
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.weights import read_dense
 from v4quant_kernels.progress import SilentProgress
 

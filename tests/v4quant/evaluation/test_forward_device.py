@@ -31,8 +31,8 @@ from v4quant_calibration.model.observer import SilentObserver
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.rounding.solvers import solve_batch
 from v4quant_calibration.statistics.stats import Stats
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.model_config import load_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels import codec, dispatch
 from v4quant_kernels.progress import SilentProgress
 from v4quant_kernels.scheme import get_scheme

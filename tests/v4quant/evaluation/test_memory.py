@@ -11,7 +11,8 @@ import pytest
 from tests.support.conversion import TINY
 from tests.support.peak import peak_of
 from tests.support.synthetic import Request, write_checkpoint
-from v4quant.evaluation.memory import Limits, MemoryPlan, Work, plan_evaluation
+from v4quant.evaluation.memory import MemoryPlan, Work, plan_evaluation
+from v4quant.memory import Limits
 from v4quant.sizes import SizeError
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_formats.model_config import load_model_config

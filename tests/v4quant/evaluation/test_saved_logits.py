@@ -25,8 +25,8 @@ from v4quant_calibration.corpus.corpus import Corpus, CorpusPart
 from v4quant_calibration.evaluation.evaluate import Measures, Room, evaluate_saved
 from v4quant_calibration.evaluation.scoring import TileSize
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.errors import FormatError
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.progress import SilentProgress
 
 FIGURES = ("kl_mean", "kl_p99", "nll", "reference_perplexity", "top1_agreement", "top5_agreement",

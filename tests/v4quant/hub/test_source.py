@@ -26,8 +26,9 @@ from v4quant.hub.client import (
 from v4quant.hub.refs import HubRef, HubReferenceError, parse_hub
 from v4quant.hub.shard_cache import DiskCapError
 from v4quant.hub.source import open_hub
-from v4quant_formats.checkpoint import INDEX_NAME, open_checkpoint
+from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.errors import FormatError, MissingShard, SourceChanged, UnsafePath
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.errors import V4QuantError
 
 REF = HubRef("maker/V4-Tiny")

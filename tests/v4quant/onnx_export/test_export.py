@@ -17,10 +17,10 @@ from tests.support.synthetic import RELEASES, make_small
 from v4quant.cli import cli
 from v4quant.onnx_export.export import OnnxResult, export_onnx
 from v4quant.onnx_export.plan import MANIFEST, make_onnx_plan
-from v4quant_formats.checkpoint import open_checkpoint
 from v4quant_formats.errors import MissingTensor, OutputError, UnsupportedPair, WrongDtype
 from v4quant_formats.model_config import ConfigError
 from v4quant_formats.onnx.check import check_onnx_folder, read_model
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.errors import NonFiniteWeight, V4QuantError
 
 pytest.importorskip("onnx")

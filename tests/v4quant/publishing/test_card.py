@@ -16,7 +16,7 @@ from v4quant.hub.client import HubError
 from v4quant.publishing.card import CardRequest, license_of, render_card
 from v4quant.publishing.serving import accepted_engines
 from v4quant.recipe import Recipe
-from v4quant_formats.checkpoint import open_checkpoint
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.preflight import Preflight
 
 REPO = "tester/V4-Tiny-INT4"

@@ -13,6 +13,7 @@ does not hold leaves its place out; the report never fills one in.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from v4quant.evaluation.report.candidates import candidates_table, size_quality_plot
@@ -47,6 +48,8 @@ from v4quant.evaluation.report.text import (
     section,
     text,
 )
+from v4quant_formats.manifest import to_json_text
+from v4quant_formats.shards import write_file_atomically
 
 DETAIL_TABLES = (
     confidence_table,
@@ -290,3 +293,10 @@ def _longest_run(value: str, character: str) -> int:
         run = run + 1 if c == character else 0
         longest = max(longest, run)
     return longest
+
+
+def write_report(result: dict[str, Any], path: Path) -> None:
+    """Write the result as HTML, Markdown or JSON, by suffix."""
+    renderers = {".md": render_markdown, ".json": to_json_text}
+    text = renderers.get(path.suffix, render_html)(result)
+    write_file_atomically(path, text.encode())

@@ -1,0 +1,45 @@
+"""Opening a checkpoint folder, whatever container holds it: safetensors shards or GGUF files.
+
+The one place that chooses between readers, so that neither knows the other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from v4quant_formats.checkpoint import Checkpoint, check_link, read_structure
+from v4quant_formats.errors import FormatError
+from v4quant_formats.gguf.checkpoint import is_gguf, open_gguf
+from v4quant_formats.safetensors_header import read_header
+from v4quant_formats.shard_files import (
+    FileState,
+    LocalShards,
+    file_state,
+)
+from v4quant_formats.spec import TensorSpec
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Open a checkpoint folder: config.json, the index (or one model.safetensors), all headers.
+
+    A .gguf file, or a folder holding a model as such files, is opened by `gguf.checkpoint`.
+
+    Raises ConfigError, InvalidIndex, UnsafePath, MissingShard, MissingTensor, UnexpectedTensor,
+    DuplicateTensor, or what `read_header` raises. The index and the shards must agree exactly.
+    """
+    folder = Path(path)
+
+    if is_gguf(folder):
+        return open_gguf(folder)
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: no such folder; give the folder that holds config.json")
+    files: dict[str, FileState] = {}
+
+    def header_of(name: str) -> dict[str, TensorSpec]:
+        check_link(folder, name)
+        header = read_header(folder / name)
+        files[name] = file_state((folder / name).stat())
+        return header
+
+    config, tensors = read_structure(folder, header_of)
+    return Checkpoint(folder, config, tensors, files, LocalShards(folder, files))
