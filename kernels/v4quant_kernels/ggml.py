@@ -14,7 +14,8 @@ from torch import Tensor
 
 from v4quant_kernels.errors import NonFiniteWeight, UnsupportedScheme, WeightOutOfRange
 from v4quant_kernels.ref import e2m1, ggml_plain, mx
-from v4quant_kernels.ref.ggml_blocks import SHAPES, Blocks, BlockShape, put_together, take_apart
+from v4quant_kernels.ref.ggml_blocks import SHAPES, put_together, take_apart
+from v4quant_kernels.ref.ggml_fields import Blocks, BlockShape
 from v4quant_kernels.scheme import SCHEMES
 
 
@@ -65,6 +66,16 @@ GGML_TYPES: dict[str, GgmlType] = {
         GgmlType("q4_k", 12, 256, 144, "q5_0"),
         GgmlType("q5_k", 13, 256, 176, "q5_1"),
         GgmlType("q6_k", 14, 256, 210, "q8_0"),
+        GgmlType("q2_0", 42, 64, 18, "q4_0"),
+        GgmlType("iq1_s", 19, 256, 50, "iq4_nl"),
+        GgmlType("iq1_m", 29, 256, 56, "iq4_nl"),
+        GgmlType("iq2_xxs", 16, 256, 66, "iq4_nl"),
+        GgmlType("iq2_xs", 17, 256, 74, "iq4_nl"),
+        GgmlType("iq2_s", 22, 256, 82, "iq4_nl"),
+        GgmlType("iq3_xxs", 18, 256, 98, "iq4_nl"),
+        GgmlType("iq3_s", 21, 256, 110, "iq4_nl"),
+        GgmlType("iq4_xs", 23, 256, 136, "iq4_nl"),
+        GgmlType("iq4_nl", 20, 32, 18, "bf16"),
     )
 }
 
@@ -110,6 +121,8 @@ def encode(x: Tensor, type_name: str, importance: Tensor | None = None) -> Tenso
         q = mx.quantize(x, SCHEMES["mxfp4"])
         assert q.scale is not None
         return repack_mxfp4(q.codes, q.scale)
+    if type_name not in SHAPES:
+        raise UnsupportedScheme(f"GGUF type '{type_name}' can be read but not written")
     if largest > torch.finfo(torch.float16).max:
         raise WeightOutOfRange(_too_large(largest, type_name))
     blocks = search_blocks(x, type_name, importance)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.ref.ggml_blocks import SHAPES, Blocks, BlockShape, put_together, take_apart
+from v4quant_kernels.ref.ggml_blocks import SHAPES, put_together, take_apart
+from v4quant_kernels.ref.ggml_fields import Blocks, BlockShape
 from v4quant_kernels.scheme import Scheme
 
 

@@ -22,7 +22,8 @@ from v4quant_calibration.rounding.block_codes import BlockCodes, from_blocks, gr
 from v4quant_calibration.rounding.block_fit import fit
 from v4quant_calibration.rounding.gptq import feedback_factor, permuted
 from v4quant_kernels import ggml
-from v4quant_kernels.ref.ggml_blocks import SHAPES, BlockShape
+from v4quant_kernels.ref.ggml_blocks import SHAPES
+from v4quant_kernels.ref.ggml_fields import BlockShape
 
 _REACH = 4
 

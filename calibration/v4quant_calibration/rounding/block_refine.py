@@ -23,7 +23,8 @@ from v4quant_calibration.rounding.block_fit import fit
 from v4quant_calibration.rounding.block_gptq import set_grid
 from v4quant_calibration.rounding.gptq import feedback_factor
 from v4quant_calibration.rounding.refine import DEFAULT_SWEEPS, ENOUGH, row_errors
-from v4quant_kernels.ref.ggml_blocks import SHAPES, BlockShape
+from v4quant_kernels.ref.ggml_blocks import SHAPES
+from v4quant_kernels.ref.ggml_fields import BlockShape
 
 _REACH = 2
 _FRESH = 4  # sweeps between two fresh computations of the pull

@@ -20,6 +20,7 @@ every sub-block, and both are themselves quantized against a scale of the block.
 | q4_k | 256 | 144 | 4.5 | 0..15 | 32 | 0..63 | 0..63 |
 | q3_k | 256 | 110 | 3.4375 | -4..3 | 16 | -32..31 | |
 | q2_k | 256 | 84 | 2.625 | 0..3 | 16 | 0..15 | 0..15 |
+| q2_0 | 64 | 18 | 2.25 | -1..2 | 64 | | |
 
 The bits lie as C structures lay them: elements 32 or 64 apart share a byte, six-bit scales are
 split over twelve bytes. `take_apart` and `put_together` are inverse to each other on every byte
@@ -29,30 +30,22 @@ and replace `q`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-Join = Callable[[Tensor, int], Tensor]
-
-
-@dataclass(frozen=True)
-class BlockShape:
-    """What an encoder must know of a type: ranges of the integers, the size of sub-blocks."""
-
-    block: int
-    sub: int
-    q: tuple[int, int]
-    sc: tuple[int, int] | None = None
-    has_minimum: bool = False
-
-    @property
-    def subs(self) -> int:
-        """Sub-blocks a block."""
-        return self.block // self.sub
-
+from v4quant_kernels.ref import ggml_codebooks
+from v4quant_kernels.ref.ggml_fields import (
+    Blocks,
+    BlockShape,
+    Format,
+    Join,
+    half_at,
+    half_bytes,
+    join_fields,
+    signed,
+    split_fields,
+    unsigned,
+)
 
 SHAPES: dict[str, BlockShape] = {
     "q8_0": BlockShape(32, 32, (-128, 127)),
@@ -64,44 +57,8 @@ SHAPES: dict[str, BlockShape] = {
     "q4_k": BlockShape(256, 32, (0, 15), (0, 63), True),
     "q3_k": BlockShape(256, 16, (-4, 3), (-32, 31)),
     "q2_k": BlockShape(256, 16, (0, 3), (0, 15), True),
+    "q2_0": BlockShape(64, 64, (-1, 2)),
 }
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """B blocks of one type, taken apart.
-
-    q: int8 `[B, block]`. d: float16 `[B]`. sc: int8 `[B, subs]`, None without sub-blocks.
-    dmin: float16 `[B]`, None for symmetric types (q5_1: the minimum itself, which is added).
-    m: int8 `[B, subs]`, None where `dmin` is not scaled.
-    """
-
-    q: Tensor
-    d: Tensor
-    sc: Tensor | None = None
-    dmin: Tensor | None = None
-    m: Tensor | None = None
-
-    def step(self) -> Tensor:
-        """float32 `[B, subs]`: the distance of neighbouring values (may be 0 or negative)."""
-        d = self.d.float()[:, None]
-        return d if self.sc is None else d * self.sc.float()
-
-    def offset(self) -> Tensor | None:
-        """float32 `[B, subs]`: the value of q = 0; None where it is 0 by definition."""
-        if self.dmin is None:
-            return None
-        dmin = self.dmin.float()[:, None]
-        return dmin if self.m is None else -(dmin * self.m.float())
-
-    def values(self) -> Tensor:
-        """float32 `[B, block]`, rounded as the other decoders of the format round."""
-        step, offset = self.step(), self.offset()
-        q = self.q.float().view(*step.shape, -1)
-        values = q.mul_(step[..., None])
-        if offset is not None:
-            values += offset[..., None]
-        return values.view(self.q.shape)
 
 
 def take_apart(data: Tensor, name: str) -> Blocks:
@@ -117,62 +74,30 @@ def put_together(blocks: Blocks, name: str, join: Join | None = None) -> Tensor:
     return _FORMATS[name][1](blocks, join or join_fields)
 
 
-def _half(data: Tensor, at: int) -> Tensor:
-    return data[:, at : at + 2].contiguous().view(torch.float16)[:, 0]
-
-
-def _bytes(half: Tensor) -> Tensor:
-    return half.contiguous().view(torch.uint8).view(-1, 2)
-
-
-def _signed(x: Tensor, offset: int = 0) -> Tensor:
-    """int8 of unsigned bytes, less an offset (wraps as two's complement does)."""
-    return x.contiguous().view(torch.int8) - offset
-
-
-def _unsigned(x: Tensor, offset: int = 0) -> Tensor:
-    return (x + offset).view(torch.uint8)
-
-
-def join_fields(parts: Tensor, bits: int) -> Tensor:
-    """Bytes `[..., width]` from uint8 `[..., 8/bits, width]` of `bits` each, the first lowest."""
-    out = parts[..., 0, :].clone()
-    for i in range(1, parts.shape[-2]):
-        out |= parts[..., i, :] << (bits * i)
-    return out
-
-
-def _split(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `join_fields`: `[..., width]` to `[..., 8/bits, width]`."""
-    shifts = range(0, 8, bits)
-    mask = (1 << bits) - 1
-    return torch.stack([(packed >> s) & mask for s in shifts], dim=-2)
-
-
 def _from_q8_0(data: Tensor) -> Blocks:
-    return Blocks(_signed(data[:, 2:]), _half(data, 0))
+    return Blocks(signed(data[:, 2:]), half_at(data, 0))
 
 
 def _to_q8_0(b: Blocks, join: Join) -> Tensor:
-    return torch.cat([_bytes(b.d), _unsigned(b.q)], 1)
+    return torch.cat([half_bytes(b.d), unsigned(b.q)], 1)
 
 
 def _from_q4_0(data: Tensor) -> Blocks:
-    return Blocks(_signed(_split(data[:, 2:], 4).flatten(1), 8), _half(data, 0))
+    return Blocks(signed(split_fields(data[:, 2:], 4).flatten(1), 8), half_at(data, 0))
 
 
 def _to_q4_0(b: Blocks, join: Join) -> Tensor:
-    return torch.cat([_bytes(b.d), join(_unsigned(b.q, 8).view(-1, 2, 16), 4)], 1)
+    return torch.cat([half_bytes(b.d), join(unsigned(b.q, 8).view(-1, 2, 16), 4)], 1)
 
 
 def _fifth_bits(data: Tensor) -> Tensor:
     """`[B, 32]` zeros and ones from four bytes a block, element 0 in the lowest bit."""
-    return _split(data[:, :, None], 1).flatten(1)
+    return split_fields(data[:, :, None], 1).flatten(1)
 
 
 def _from_q5(data: Tensor, at: int) -> Tensor:
     """The unsigned five-bit codes behind `at` bytes of scales."""
-    low = _split(data[:, at + 4 :], 4).flatten(1)
+    low = split_fields(data[:, at + 4 :], 4).flatten(1)
     return low | (_fifth_bits(data[:, at : at + 4]) << 4)
 
 
@@ -184,51 +109,63 @@ def _to_q5(u: Tensor, join: Join) -> list[Tensor]:
 
 
 def _from_q5_0(data: Tensor) -> Blocks:
-    return Blocks(_signed(_from_q5(data, 2), 16), _half(data, 0))
+    return Blocks(signed(_from_q5(data, 2), 16), half_at(data, 0))
 
 
 def _to_q5_0(b: Blocks, join: Join) -> Tensor:
-    return torch.cat([_bytes(b.d), *_to_q5(_unsigned(b.q, 16), join)], 1)
+    return torch.cat([half_bytes(b.d), *_to_q5(unsigned(b.q, 16), join)], 1)
 
 
 def _from_q5_1(data: Tensor) -> Blocks:
-    return Blocks(_signed(_from_q5(data, 4)), _half(data, 0), None, _half(data, 2))
+    return Blocks(signed(_from_q5(data, 4)), half_at(data, 0), None, half_at(data, 2))
 
 
 def _to_q5_1(b: Blocks, join: Join) -> Tensor:
     assert b.dmin is not None
-    return torch.cat([_bytes(b.d), _bytes(b.dmin), *_to_q5(_unsigned(b.q), join)], 1)
+    return torch.cat([half_bytes(b.d), half_bytes(b.dmin), *_to_q5(unsigned(b.q), join)], 1)
+
+
+def _from_q2_0(data: Tensor) -> Blocks:
+    # The only type whose neighbours share a byte: element i in bits 2 (i mod 4) of byte i / 4.
+    return Blocks(signed(split_fields(data[:, 2:, None], 2).flatten(1), 1), half_at(data, 0))
+
+
+def _to_q2_0(b: Blocks, join: Join) -> Tensor:
+    qs = join(unsigned(b.q, 1).view(-1, 16, 4, 1), 2).flatten(1)
+    return torch.cat([half_bytes(b.d), qs], 1)
 
 
 def _from_q2_k(data: Tensor) -> Blocks:
     scales, qs = data[:, :16], data[:, 16:80].reshape(-1, 2, 32)
-    q = _signed(_split(qs, 2).flatten(1))
-    d, dmin = _half(data, 80), _half(data, 82)
-    return Blocks(q, d, _signed(scales & 15), dmin, _signed(scales >> 4))
+    q = signed(split_fields(qs, 2).flatten(1))
+    d, dmin = half_at(data, 80), half_at(data, 82)
+    return Blocks(q, d, signed(scales & 15), dmin, signed(scales >> 4))
 
 
 def _to_q2_k(b: Blocks, join: Join) -> Tensor:
     assert b.sc is not None and b.m is not None and b.dmin is not None
-    scales = _unsigned(b.sc) | (_unsigned(b.m) << 4)
-    qs = join(_unsigned(b.q).view(-1, 2, 4, 32), 2).flatten(1)
-    return torch.cat([scales, qs, _bytes(b.d), _bytes(b.dmin)], 1)
+    scales = unsigned(b.sc) | (unsigned(b.m) << 4)
+    qs = join(unsigned(b.q).view(-1, 2, 4, 32), 2).flatten(1)
+    return torch.cat([scales, qs, half_bytes(b.d), half_bytes(b.dmin)], 1)
 
 
 def _from_q3_k(data: Tensor) -> Blocks:
-    high = _split(data[:, :32], 1).flatten(1)
-    low = _split(data[:, 32:96].reshape(-1, 2, 32), 2).flatten(1)
+    high = split_fields(data[:, :32], 1).flatten(1)
+    low = split_fields(data[:, 32:96].reshape(-1, 2, 32), 2).flatten(1)
     packed = data[:, 96:108]
-    sc = _split(packed[:, :8], 4).flatten(1) | (_split(packed[:, 8:], 2).flatten(1) << 4)
-    return Blocks(_signed(low | (high << 2), 4), _half(data, 108), _signed(sc, 32))
+    sc = split_fields(packed[:, :8], 4).flatten(1) | (
+        split_fields(packed[:, 8:], 2).flatten(1) << 4
+    )
+    return Blocks(signed(low | (high << 2), 4), half_at(data, 108), signed(sc, 32))
 
 
 def _to_q3_k(b: Blocks, join: Join) -> Tensor:
     assert b.sc is not None
-    u, sc = _unsigned(b.q, 4), _unsigned(b.sc, 32)
+    u, sc = unsigned(b.q, 4), unsigned(b.sc, 32)
     high = join((u >> 2).view(-1, 8, 32), 1)
     low = join((u & 3).view(-1, 2, 4, 32), 2).flatten(1)
     scales = [join((sc & 15).view(-1, 2, 8), 4), join((sc >> 4).view(-1, 4, 4), 2)]
-    return torch.cat([high, low, *scales, _bytes(b.d)], 1)
+    return torch.cat([high, low, *scales, half_bytes(b.d)], 1)
 
 
 def _from_six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,60 +173,60 @@ def _from_six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
     first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     sc = torch.cat([first & 63, (third & 15) | ((first >> 6) << 4)], 1)
     m = torch.cat([second & 63, (third >> 4) | ((second >> 6) << 4)], 1)
-    return _signed(sc), _signed(m)
+    return signed(sc), signed(m)
 
 
 def _to_six_bits(b: Blocks) -> Tensor:
     assert b.sc is not None and b.m is not None
-    sc, m = _unsigned(b.sc), _unsigned(b.m)
+    sc, m = unsigned(b.sc), unsigned(b.m)
     first = sc[:, :4] | ((sc[:, 4:] >> 4) << 6)
     second = m[:, :4] | ((m[:, 4:] >> 4) << 6)
     return torch.cat([first, second, (sc[:, 4:] & 15) | ((m[:, 4:] & 15) << 4)], 1)
 
 
 def _from_q4_k(data: Tensor) -> Blocks:
-    q = _split(data[:, 16:].reshape(-1, 4, 32), 4).flatten(1)
+    q = split_fields(data[:, 16:].reshape(-1, 4, 32), 4).flatten(1)
     sc, m = _from_six_bits(data[:, 4:16])
-    return Blocks(_signed(q), _half(data, 0), sc, _half(data, 2), m)
+    return Blocks(signed(q), half_at(data, 0), sc, half_at(data, 2), m)
 
 
 def _to_q4_k(b: Blocks, join: Join) -> Tensor:
     assert b.dmin is not None
-    qs = join(_unsigned(b.q).view(-1, 4, 2, 32), 4).flatten(1)
-    return torch.cat([_bytes(b.d), _bytes(b.dmin), _to_six_bits(b), qs], 1)
+    qs = join(unsigned(b.q).view(-1, 4, 2, 32), 4).flatten(1)
+    return torch.cat([half_bytes(b.d), half_bytes(b.dmin), _to_six_bits(b), qs], 1)
 
 
 def _from_q5_k(data: Tensor) -> Blocks:
-    high = _split(data[:, 16:48], 1).flatten(1)
-    low = _split(data[:, 48:].reshape(-1, 4, 32), 4).flatten(1)
+    high = split_fields(data[:, 16:48], 1).flatten(1)
+    low = split_fields(data[:, 48:].reshape(-1, 4, 32), 4).flatten(1)
     sc, m = _from_six_bits(data[:, 4:16])
-    return Blocks(_signed(low | (high << 4)), _half(data, 0), sc, _half(data, 2), m)
+    return Blocks(signed(low | (high << 4)), half_at(data, 0), sc, half_at(data, 2), m)
 
 
 def _to_q5_k(b: Blocks, join: Join) -> Tensor:
     assert b.dmin is not None
-    u = _unsigned(b.q)
+    u = unsigned(b.q)
     high = join((u >> 4).view(-1, 8, 32), 1)
     qs = join((u & 15).view(-1, 4, 2, 32), 4).flatten(1)
-    return torch.cat([_bytes(b.d), _bytes(b.dmin), _to_six_bits(b), high, qs], 1)
+    return torch.cat([half_bytes(b.d), half_bytes(b.dmin), _to_six_bits(b), high, qs], 1)
 
 
 def _from_q6_k(data: Tensor) -> Blocks:
     # Nibbles of elements 64 apart, high pairs of elements 32 apart, in halves of 128.
-    low = _split(data[:, :128].reshape(-1, 2, 64), 4).flatten(1)
-    high = _split(data[:, 128:192].reshape(-1, 2, 32), 2).flatten(1)
-    return Blocks(_signed(low | (high << 4), 32), _half(data, 208), _signed(data[:, 192:208]))
+    low = split_fields(data[:, :128].reshape(-1, 2, 64), 4).flatten(1)
+    high = split_fields(data[:, 128:192].reshape(-1, 2, 32), 2).flatten(1)
+    return Blocks(signed(low | (high << 4), 32), half_at(data, 208), signed(data[:, 192:208]))
 
 
 def _to_q6_k(b: Blocks, join: Join) -> Tensor:
     assert b.sc is not None
-    u = _unsigned(b.q, 32)
+    u = unsigned(b.q, 32)
     low = join((u & 15).view(-1, 2, 2, 64), 4).flatten(1)
     high = join((u >> 4).view(-1, 2, 4, 32), 2).flatten(1)
-    return torch.cat([low, high, _unsigned(b.sc), _bytes(b.d)], 1)
+    return torch.cat([low, high, unsigned(b.sc), half_bytes(b.d)], 1)
 
 
-_FORMATS: dict[str, tuple[Callable[[Tensor], Blocks], Callable[[Blocks, Join], Tensor]]] = {
+_FORMATS: dict[str, Format] = {
     "q8_0": (_from_q8_0, _to_q8_0),
     "q4_0": (_from_q4_0, _to_q4_0),
     "q5_0": (_from_q5_0, _to_q5_0),
@@ -299,4 +236,6 @@ _FORMATS: dict[str, tuple[Callable[[Tensor], Blocks], Callable[[Blocks, Join], T
     "q4_k": (_from_q4_k, _to_q4_k),
     "q5_k": (_from_q5_k, _to_q5_k),
     "q6_k": (_from_q6_k, _to_q6_k),
+    "q2_0": (_from_q2_0, _to_q2_0),
+    **ggml_codebooks.FORMATS,
 }

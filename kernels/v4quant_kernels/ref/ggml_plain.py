@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from v4quant_kernels.ref.ggml_blocks import SHAPES, Blocks
+from v4quant_kernels.ref.ggml_blocks import SHAPES
+from v4quant_kernels.ref.ggml_fields import Blocks
 
 
 def round_blocks(x: Tensor, name: str) -> Blocks:

@@ -21,9 +21,9 @@ from v4quant_kernels import codec
 from v4quant_kernels.ggml import get_type
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref.ggml_blocks import SHAPES
-from v4quant_kernels.scheme import get_scheme
+from v4quant_kernels.scheme import SCHEMES, get_scheme
 
-TYPES = sorted(SHAPES)
+TYPES = sorted(name for name in SHAPES if name in SCHEMES)
 K_TYPES = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 ROWS = 24
 

@@ -12,12 +12,14 @@ import torch
 from v4quant_kernels import ggml
 from v4quant_kernels.errors import NonFiniteWeight, UnsupportedScheme
 from v4quant_kernels.native.ggml.join import join
-from v4quant_kernels.ref import e2m1
+from v4quant_kernels.ref import e2m1, ggml_codebooks
 from v4quant_kernels.ref.ggml_blocks import SHAPES, put_together, take_apart
 
 BLOCKED = [name for name, kind in ggml.GGML_TYPES.items() if kind.block > 1]
 EACH = pytest.mark.parametrize("name", BLOCKED)
 EACH_GRID = pytest.mark.parametrize("name", list(SHAPES))
+EACH_SHAPE = pytest.mark.parametrize("name", [*SHAPES, *ggml_codebooks.SHAPES])
+OUR_OWN = {"q2_0": (42, 64, 18)}  # llama.cpp's, not known to the package yet
 
 
 def random_bytes(name: str, generator: torch.Generator, rows: int = 6) -> torch.Tensor:
@@ -28,12 +30,16 @@ def random_bytes(name: str, generator: torch.Generator, rows: int = 6) -> torch.
 @pytest.mark.parametrize("name", list(ggml.GGML_TYPES))
 def test_sizes_are_those_of_gguf(name: str) -> None:
     kind = ggml.GGML_TYPES[name]
+    if name in OUR_OWN:
+        assert (kind.type_id, kind.block, kind.block_bytes) == OUR_OWN[name]
+        assert name.upper() not in gguf.GGMLQuantizationType.__members__
+        return
     theirs = gguf.GGMLQuantizationType[name.upper()]
     assert kind.type_id == theirs.value
     assert gguf.GGML_QUANT_SIZES[theirs] == (kind.block, kind.block_bytes)
 
 
-@EACH
+@pytest.mark.parametrize("name", [name for name in BLOCKED if name not in OUR_OWN])
 def test_random_bytes_decode_like_gguf(name: str, generator: torch.Generator) -> None:
     data = random_bytes(name, generator, rows=300)
     with np.errstate(all="ignore"):
@@ -72,14 +78,21 @@ def q6_k_value(block: np.ndarray, i: int) -> float:
     return float(d * scale * ((low | high << 4) - 32))
 
 
-@pytest.mark.parametrize(("name", "value"), [("q4_k", q4_k_value), ("q6_k", q6_k_value)])
+def q2_0_value(block: np.ndarray, i: int) -> float:
+    d = block[:2].view(np.float16).astype(np.float64)[0]
+    return float((bits(block[2:], 2 * i, 2) - 1) * d)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("q4_k", q4_k_value), ("q6_k", q6_k_value), ("q2_0", q2_0_value)]
+)
 def test_by_definition_in_float64(name: str, value, generator: torch.Generator) -> None:
     data = random_bytes(name, generator, rows=1)
     size = ggml.get_type(name).block_bytes
     for block in data.view(-1, size):
         ours = ggml.decode(block[None], name)[0].double()
         with np.errstate(all="ignore"):  # the scales may be NaN or infinite
-            values = [value(block.numpy(), i) for i in range(256)]
+            values = [value(block.numpy(), i) for i in range(ggml.get_type(name).block)]
         wanted = torch.tensor(values, dtype=torch.float64)
         good = wanted.isfinite()
         grid = ggml.grid(block[None], name)
@@ -88,11 +101,11 @@ def test_by_definition_in_float64(name: str, value, generator: torch.Generator) 
             assert (ours - wanted)[good].abs().max() <= 3 * term * 2**-24
 
 
-@EACH_GRID
+@EACH_SHAPE
 def test_taking_apart_loses_nothing(name: str, generator: torch.Generator) -> None:
     data = random_bytes(name, generator).view(-1, ggml.get_type(name).block_bytes)
     blocks = take_apart(data, name)
-    shape = SHAPES[name]
+    shape = (SHAPES | ggml_codebooks.SHAPES)[name]
     assert blocks.q.min() >= shape.q[0] and blocks.q.max() <= shape.q[1]
     assert torch.equal(put_together(blocks, name), data)
 
@@ -149,7 +162,35 @@ def test_unknown_type_names_the_known_ones() -> None:
         ggml.get_type("q7_k")
 
 
-@EACH_GRID
+@EACH_SHAPE
 def test_the_compiled_join_gives_the_same_bytes(name: str, generator: torch.Generator) -> None:
     data = random_bytes(name, generator).view(-1, ggml.get_type(name).block_bytes)
     assert torch.equal(put_together(take_apart(data, name), name, join), data)
+
+
+@pytest.mark.parametrize("name", list(ggml_codebooks.SHAPES))
+def test_what_a_codebook_holds_is_what_its_shape_says(
+    name: str, generator: torch.Generator
+) -> None:
+    shape = ggml_codebooks.SHAPES[name]
+    data = random_bytes(name, generator, rows=40).view(-1, ggml.get_type(name).block_bytes)
+    blocks = take_apart(data, name)
+    if shape.levels:
+        assert torch.equal(blocks.q.unique(), torch.tensor(shape.levels, dtype=torch.int8))
+    if shape.codebook is None:
+        return
+    low, high = shape.sc or (0, 0)
+    assert blocks.sc is not None
+    assert torch.equal(blocks.sc.unique(), torch.arange(low, high + 1, 2, dtype=torch.int8))
+    negative = (blocks.q < 0).view(-1, 8).sum(1)
+    assert ((negative % 2) == 0).all() == (shape.codebook.signs == "even")
+    assert (blocks.q != 0).all()
+
+
+def test_vectors_outside_a_grid_are_refused() -> None:
+    q = torch.full((1, 256), 43, dtype=torch.int8)
+    q[0, 3] = 8
+    codebook = ggml_codebooks.SHAPES["iq2_xxs"].codebook
+    assert codebook is not None
+    with pytest.raises(AssertionError, match="no vector"):
+        ggml_codebooks.find(codebook, q)

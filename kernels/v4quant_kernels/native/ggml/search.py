@@ -18,7 +18,8 @@ from torch import Tensor
 from v4quant_kernels.native.ggml import minimum as ggml_minimum
 from v4quant_kernels.native.ggml import symmetric as ggml_symmetric
 from v4quant_kernels.native.ggml.scan import F32, LANES
-from v4quant_kernels.ref.ggml_blocks import SHAPES, Blocks, BlockShape
+from v4quant_kernels.ref.ggml_blocks import SHAPES
+from v4quant_kernels.ref.ggml_fields import Blocks, BlockShape
 
 ROUNDS = 1
 """Times a real grid is solved again for the integers it assigns."""
@@ -29,6 +30,7 @@ _STEPS = {
     "q3_k": ((2.5, 4.8, 4, 2), (2.2, 5.5, 10, 5)),
     "q6_k": ((28.0, 36.0, 12, 5), (28.0, 36.0, 12, 5)),
     "q5_0": ((14.2, 16.2, 3, 0), (13.0, 18.0, 16, 0)),
+    "q2_0": ((1.0, 3.4, 13, 0), (0.9, 4.0, 25, 0)),
     "q4_0": ((6.3, 8.7, 4, 0), (6.0, 9.5, 16, 0)),
 }
 """Without and with importance: the ends and the number of steps of either sign, and how far `sc`
