@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -151,7 +150,7 @@ def quantize(
             delivery = open_target(places.repo, places.out, plan, share, not public, request)
         result = run_job(plan, places.out, stats, threads, progress, ranks, delivery)
         if places.repo is not None:
-            shutil.rmtree(places.out, ignore_errors=True)
+            places.leave()
             result = replace(result, output=str(out))
         if not ranks.is_first:
             return

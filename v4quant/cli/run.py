@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from v4quant.devices import find_device
 from v4quant.evaluation.evaluate import Resources, evaluate_checkpoint
 from v4quant.evaluation.report import write_report
 from v4quant.hub.refs import SCHEME, HubRef, parse_hub
+from v4quant.own_folders import is_made_home, own_folder, remove_if_empty, remove_own_folder
 from v4quant.pipeline.recipe_file import CorpusStep, Pipeline, VerifyStep, load_pipeline
 from v4quant.pipeline.step_cache import FinishedSteps, step_key
 from v4quant.publishing.card import CardRequest
@@ -41,6 +41,8 @@ from v4quant_calibration.statistics.coverage import coverage
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME
 from v4quant_formats.model_config import ModelConfig, parse_model_config
+
+_SOURCE, _CANDIDATE = "source", "candidate"  # folders for shards from the hub
 
 
 @click.command(epilog="Example: v4quant run demo    (or: v4quant run my-run.toml --out converted)")
@@ -75,12 +77,14 @@ def run(
     disk = parse_size(disk_cap) if disk_cap else None
     where = resolve_source(pipeline.source)
     repo = parse_hub(pipeline.target).repo if pipeline.target else None
-    target, scratch = folder / "checkpoint", folder / "source"
+    target = folder / "checkpoint"
+    scratch = own_folder(folder, _SOURCE) if isinstance(where, HubRef) else None
     with open_source(where, scratch, disk) as source:
         # What cannot be planned or written should not be calibrated first.
         make_plan(source, pipeline.recipe)
         if not (target / (pipeline.recipe.layout.index or MANIFEST_NAME)).exists():
             check_folder(target)
+        made = is_made_home(target)
         stats, digest = _calibrate(pipeline, source, folder, limits)
         plan = replace(make_plan(source, pipeline.recipe, digest), device=limits.device)
         _output.heading(f"Quantize to {pipeline.recipe.scheme} ({pipeline.recipe.format})")
@@ -97,18 +101,20 @@ def run(
             failed = _verify(pipeline.verify, source, target)
         else:
             failed, place = False, HubRef(repo)
-            shutil.rmtree(target, ignore_errors=True)
+            if made:
+                remove_if_empty(target)
             _output.note(f"{place} holds every file with the digest the manifest says")
         result = None
         if pipeline.evaluate is not None:
-            with open_source(place, folder / "candidate", share) as candidate:
+            near = own_folder(folder, _CANDIDATE) if repo is not None else None
+            with open_source(place, near, share) as candidate:
                 result = _evaluate(
                     pipeline.evaluate, source, candidate, stats, digest, folder, limits
                 )
         if repo is not None and result is not None:
             update_card(repo, CardRequest(repo, result))
-    for folder_of_shards in (scratch, folder / "candidate"):
-        shutil.rmtree(folder_of_shards, ignore_errors=True)
+    for name in (_SOURCE, _CANDIDATE):
+        remove_own_folder(folder, name)
     seconds = time.monotonic() - started
     if as_json:
         _output.emit({"conversion": vars(job), "evaluation": result, "seconds": seconds})

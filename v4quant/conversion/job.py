@@ -26,7 +26,13 @@ import torch
 
 from v4quant import __version__
 from v4quant.conversion.delivery import Delivery, StayHere
-from v4quant.conversion.journal import FOLDER, FinishedShard, Journal, journal_files, locked_output
+from v4quant.conversion.journal import (
+    FinishedShard,
+    Journal,
+    journal_files,
+    locked_output,
+    remove_work,
+)
 from v4quant.conversion.plan import Plan
 from v4quant.conversion.ranks import Ranks
 from v4quant.conversion.records import TensorRecord, record_from_dict
@@ -34,6 +40,7 @@ from v4quant.conversion.size_by_role import byte_classes
 from v4quant.conversion.unit import convert_unit
 from v4quant.conversion.units import ShardPlan
 from v4quant.memory import peak_rss_bytes
+from v4quant.own_folders import FOLDER, make_home
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import detect_release
@@ -97,7 +104,7 @@ def run_job(
     if complete is not None and complete.get("plan") == plan.digest:
         records = [record_from_dict(row) for row in complete["tensors"]]
         # Left when the run that finished was killed between its last two steps.
-        shutil.rmtree(out / FOLDER, ignore_errors=True)
+        remove_work(out)
         return _result(plan, out, records, started)
     with ExitStack() as stack:
         if ranks.is_first:
@@ -128,10 +135,7 @@ def check_folder(out: Path) -> None:
     Raises OutputError.
     """
     if not out.exists():
-        try:
-            out.mkdir(parents=True)
-        except OSError as error:
-            raise OutputError(f"{out}: cannot be created ({error.strerror})") from None
+        make_home(out)
     if not out.is_dir():
         raise OutputError(f"{out}: is not a folder")
     foreign = [p.name for p in out.iterdir() if p.name != FOLDER]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from v4quant.conversion.records import TensorRecord, record_from_dict
+from v4quant.own_folders import FOLDER, forget_home, remove_own_folder
 from v4quant_formats.errors import OutputError
 from v4quant_formats.manifest import ManifestError
 from v4quant_formats.shards import WrittenFile, output_error, sync_folder
-
-FOLDER = ".v4quant"
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,24 @@ class FinishedShard:
     records: tuple[TensorRecord, ...]
 
 
+SOURCE_FOLDER = "source"
+"""The own folder in which a conversion keeps source shards from the hub."""
+
+
 def journal_files(out: Path) -> list[Path]:
     """The journals of an unfinished conversion, one per rank that ever worked on it."""
     return sorted((out / FOLDER).glob("journal-*.jsonl"))
+
+
+def remove_work(out: Path) -> None:
+    """Remove what an unfinished conversion keeps in the output folder, and nothing else.
+
+    The journals go last: as long as there is one, the conversion can go on.
+    """
+    remove_own_folder(out, SOURCE_FOLDER)
+    for path in [out / FOLDER / "lock", *journal_files(out)]:
+        path.unlink(missing_ok=True)
+    forget_home(out)
 
 
 class Journal:
@@ -98,7 +111,7 @@ class Journal:
 
     def remove(self) -> None:
         """The checkpoint is whole: the journal has done its work."""
-        shutil.rmtree(self._path.parent)
+        remove_work(self._out)
         sync_folder(self._out)
 
     def _is_in_place(self, file: WrittenFile) -> bool:

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 from v4quant import __version__
-from v4quant.conversion.journal import FOLDER, locked_output
+from v4quant.conversion.journal import locked_output, remove_work
 from v4quant.conversion.records import TensorRecord
 from v4quant.memory import peak_rss_bytes
 from v4quant.onnx_export.convert import write_dense, write_expert
 from v4quant.onnx_export.plan import INDEXER, MANIFEST, LayerPlan, OnnxPlan
+from v4quant.own_folders import FOLDER
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.errors import OutputError
 from v4quant_formats.file_hash import hash_file
@@ -107,7 +108,7 @@ def export_onnx(
         progress.finish()
         layers = [r for r in reports.values() if r is not None]
         _finish(plan, out, layers)
-        shutil.rmtree(out / FOLDER, ignore_errors=True)
+        remove_work(out)
     return _result(plan, out, layers, started)
 
 

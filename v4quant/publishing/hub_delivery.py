@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -22,6 +22,7 @@ from v4quant.hub.client import HubError
 from v4quant.hub.remote import RemoteFile
 from v4quant.hub.shard_cache import DiskCapError
 from v4quant.hub.source import open_published
+from v4quant.own_folders import remove_if_empty
 from v4quant.publishing.card import CardRequest, render_card
 from v4quant.publishing.publisher import (
     SHARD_SUFFIXES,
@@ -123,7 +124,10 @@ class HubTarget:
         self._queue.put(file)
 
     def finish(self, out: Path, manifest: dict[str, Any]) -> None:
-        """Wait for the shards, compare them, make the last commit, compare everything."""
+        """Wait for the shards, compare them, make the last commit, compare everything.
+
+        What was published is then deleted here, and nothing else of the folder.
+        """
         self._queue.put(None)
         self._thread.join()
         self._raise()
@@ -137,6 +141,11 @@ class HubTarget:
         rest = tuple(p for p in parcels if not p.is_shard)
         self._publisher.commit(CommitPlan("Config, index, manifest and card", rest))
         self._publisher.compare(parcels)
+        for parcel in parcels:
+            if isinstance(parcel.content, Path):
+                parcel.content.unlink(missing_ok=True)
+                for above in PurePosixPath(parcel.name).parents[:-1]:
+                    remove_if_empty(out / above)
 
     def stop(self) -> None:
         """End the upload thread; what it is sending is sent again by the next run."""

@@ -1,7 +1,8 @@
 """A conversion with the hub on one side or on both: its folders, and who may take how much disk.
 
 What is fetched lies in `.v4quant/source` of the output folder and goes when the journal goes. A
-conversion to the hub has a work folder in place of an output folder, which is deleted at the end.
+conversion to the hub has a work folder in place of an output folder; what was published is deleted
+there, and the folder too if the conversion made it.
 One cap covers both sides: source shards fetched ahead and output shards not yet sent, each with a
 share of its own, so that neither can starve the other.
 """
@@ -14,11 +15,12 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from v4quant.conversion.job import check_folder
-from v4quant.conversion.journal import FOLDER, journal_files
+from v4quant.conversion.journal import SOURCE_FOLDER, journal_files
 from v4quant.conversion.plan import Plan
 from v4quant.hub.refs import HubRef, HubReferenceError
 from v4quant.hub.shard_cache import DiskCapError, Shelf
 from v4quant.hub.source import open_hub
+from v4quant.own_folders import is_made_home, own_folder, remove_if_empty
 from v4quant.publishing.card import CardRequest, render_card
 from v4quant.publishing.hub_delivery import HubTarget
 from v4quant.publishing.publisher import CommitPlan, Publisher, card_parcel
@@ -40,11 +42,21 @@ class NotWithRanks(V4QuantError):
 
 @dataclass(frozen=True)
 class Places:
-    """Where a conversion works. scratch: for source shards, None for a temporary folder."""
+    """Where a conversion works.
+
+    scratch: for source shards, None for a temporary folder. made: whether `out` is a work folder
+    that was not there before, so that it goes when all of it is published.
+    """
 
     out: Path
     scratch: Path | None
     repo: str | None
+    made: bool = False
+
+    def leave(self) -> None:
+        """Everything is published: remove the work folder if it was made for that."""
+        if self.made:
+            remove_if_empty(self.out)
 
 
 def find_places(source: Source, out: Destination, scratch: Path | None, ranks: int = 1) -> Places:
@@ -63,13 +75,15 @@ def find_places(source: Source, out: Destination, scratch: Path | None, ranks: i
             raise HubReferenceError(f"{out}: conversions are published on main; leave '@' out")
         folder = scratch or Path(f"v4quant-{out.repo.replace('/', '--')}")
         check_folder(folder)
-        return Places(folder, folder / FOLDER / "source" if remote else None, out.repo)
+        fetched = own_folder(folder, SOURCE_FOLDER) if remote else None
+        return Places(folder, fetched, out.repo, is_made_home(folder))
     finished = (out / MANIFEST_NAME).exists() and not journal_files(out)
     if not remote or finished:
         return Places(out, None, None)
     if scratch is None:
         check_folder(out)
-    return Places(out, scratch or out / FOLDER / "source", None)
+        scratch = own_folder(out, SOURCE_FOLDER)
+    return Places(out, scratch, None)
 
 
 def share_cap(plan: Plan, cap: int | None, target: bool) -> int:

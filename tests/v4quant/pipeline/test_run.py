@@ -358,6 +358,20 @@ def test_what_cannot_be_planned_is_not_calibrated(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("place", ["source", "candidate", ".v4quant/source", ".v4quant/candidate"])
+def test_a_source_inside_the_output_folder_stays(place: str, tmp_path: Path) -> None:
+    """The user's checkpoint may lie where the run keeps, or once kept, what it fetches."""
+    out = tmp_path / "out"
+    shutil.copytree(TINY, out / place)
+    before = folder_bytes(out / place)
+    file = tmp_path / "run.toml"
+    file.write_text(f'source = "{out / place}"\n[quantize]\nscheme = "mxfp4"\n')
+    done = run(file, out)
+    assert done.exit_code == 0, done.output
+    assert folder_bytes(out / place) == before
+    assert (out / "checkpoint" / "model.safetensors.index.json").exists()
+
+
 def test_kernels_run_on_the_result(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(f'source = "{TINY}"\n[quantize]\nscheme = "mxfp4"\n[verify]\nsource = true\n')

@@ -182,6 +182,24 @@ def test_hub_to_hub(
         )  # fmt: skip
 
 
+def test_only_what_was_published_leaves_a_users_folder(
+    plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A work folder that was there before stays, with what its owner puts into it meanwhile."""
+    plain_hub.add_repo(SOURCE, model_files, license="mit")
+    work = tmp_path / "s"
+    work.mkdir()
+
+    def drop_a_file(route: str) -> float:
+        if route == "lfs_put":
+            (work / "notes.txt").write_text("mine")
+        return 0.0
+
+    plain_hub.slow = drop_a_file
+    quantize(f"hf://{SOURCE}", f"hf://{TARGET}", "--scratch", str(work))
+    assert folder_bytes(work) == {"notes.txt": b"mine"}
+
+
 def test_thirty_faults_lose_nothing(
     plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path, expected: dict[str, bytes],
     watch: list[int],
