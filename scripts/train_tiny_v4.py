@@ -21,13 +21,12 @@ accelerate). One thread is fastest on a busy machine: spinning barriers cost mor
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-# OpenMP reads this once, when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import v4quant  # noqa: F401  settles OpenMP before torch is loaded
 
+# isort: split
 import torch
 from tiny_v4_training import export, heldout, loop, model, mtp, text
 from tokenizers import Tokenizer

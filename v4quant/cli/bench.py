@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import statistics
 import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -11,6 +14,7 @@ import click
 from v4quant.bench.convert import WIDTHS, ConvertBench, bench_convert
 from v4quant.bench.solver import BENCHED, bench_solvers
 from v4quant.bench.solver import WIDTHS as SOLVER_WIDTHS
+from v4quant.bench.threads import SETTINGS, Run, ThreadTiming, bench_threads
 from v4quant.cli import _output
 from v4quant.cli.bench_kernels import gpu, indexer, moe
 
@@ -153,6 +157,53 @@ def solver(
         "h a model",
     )
     _output.data(_output.table(table, header))
+
+
+@bench.command(epilog="Example: v4quant bench threads --rounds 5")
+@click.option("--tokens", type=click.IntRange(1), default=2048, show_default=True,
+              help="Tokens of the pass.")  # fmt: skip
+@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True,
+              help="Runs of each setting, quiet and busy.")  # fmt: skip
+@click.option("--limit", type=click.FloatRange(1), default=120, show_default=True,
+              help="Seconds after which a run is stopped.")  # fmt: skip
+@click.option("--setting", "settings", type=click.Choice(list(SETTINGS)), multiple=True,
+              help="Only this (repeatable).")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def threads(
+    tokens: int, rounds: int, limit: float, settings: tuple[str, ...], as_json: bool
+) -> None:
+    """Time a forward pass alone and beside two busy processes per core, by how threads wait."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    chosen = settings or tuple(SETTINGS)
+    found = bench_threads(tokens, rounds, limit, chosen, _output.TerminalProgress())
+    if as_json:
+        timings = [asdict(t) | {"worst_ratio": t.worst_ratio} for t in found]
+        facts = {"tokens": tokens, "cores": os.cpu_count(), "load_before": load}
+        _output.emit(facts | {"settings": timings})
+    else:
+        if load > 0.5:
+            _output.note(f"The machine had a load of {load:.1f} before: 'quiet' was not quiet.")
+        _output.data(threads_text(found))
+
+
+def threads_text(found: Sequence[ThreadTiming]) -> str:
+    """A row per setting: medians, and the busy run that took longest."""
+
+    def median(runs: Sequence[Run], name: str) -> str:
+        return f"{statistics.median(getattr(run, name) for run in runs):.1f}"
+
+    rows = []
+    for timing in found:
+        over = "" if all(run.finished for run in timing.busy) else "over "
+        rows.append((
+            timing.setting,
+            *(median(timing.quiet, name) for name in ("wall", "core")),
+            *(median(timing.busy, name) for name in ("wall", "core")),
+            f"{over}{max(run.wall for run in timing.busy):.1f}",
+            f"{over}{timing.worst_ratio:.1f}",
+        ))  # fmt: skip
+    header = ("threads", "quiet s", "core s", "busy s", "core s", "longest s", "of quiet")
+    return _output.table(rows, header)
 
 
 bench.add_command(gpu)
