@@ -31,8 +31,6 @@ _CHOICES = {
 }
 
 MIN_SPLIT = 10**6
-# What to take where a cast may be inexact and its container cannot leave a layer as it was.
-_WIDER = {"fp8": "mxfp8", "int8-g128": "int8-g32"}
 
 
 class RecipeError(V4QuantError):
@@ -79,7 +77,7 @@ class Recipe:
                 )
         object.__setattr__(self, "format", self.layout.name)
         if self.on_inexact == "keep" and not self.layout.can_keep:
-            wider = _WIDER.get(self.scheme)
+            wider = self.expert_scheme.wider
             remedy = f", or {wider}, which holds every MXFP4 value" if wider else ""
             raise RecipeError(
                 f"on_inexact = 'keep' does not work with {self.scheme} in {self.format}: that "
@@ -96,7 +94,7 @@ class Recipe:
     def _can_be_solved(self) -> bool:
         """Whether anything is coded by a scheme that error feedback is for."""
         names = {self.scheme, self.dense, *self.places.values()} & SCHEMES.keys()
-        return any(get_scheme(name).element in ("int", "ggml") for name in names)
+        return any(get_scheme(name).coder for name in names)
 
     def _check_gguf(self) -> None:
         """What only formats that leave a choice take."""

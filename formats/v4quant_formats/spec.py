@@ -8,6 +8,8 @@ from functools import cached_property
 
 import torch
 
+from v4quant_kernels.ggml_types import block_type
+
 # Bits per element of every dtype the safetensors format defines.
 DTYPE_BITS: dict[str, int] = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16,
@@ -28,19 +30,14 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 DTYPE_NAMES: dict[torch.dtype, str] = {v: k for k, v in TORCH_DTYPES.items()}
 
-# Block types of GGUF: a matrix [N, K] is bytes [N, bytes of a row], whose meaning the type says.
-# dtype -> scheme. No safetensors file may use them.
-BLOCK_DTYPES: dict[str, str] = {
-    name.upper(): name
-    for name in (
-        "mxfp4", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "q5_1", "q5_0", "q4_0",
-    )
-}  # fmt: skip
-
 
 def torch_dtype(dtype: str) -> torch.dtype:
-    """What a tensor of a stored dtype is read as. Raises KeyError."""
-    return torch.uint8 if dtype in BLOCK_DTYPES else TORCH_DTYPES[dtype]
+    """What a tensor of a stored dtype is read as. Raises KeyError.
+
+    A matrix [N, K] in a block type of GGUF is bytes [N, bytes of a row], whose meaning the type
+    says. No safetensors file may use such a dtype.
+    """
+    return torch.uint8 if block_type(dtype) else TORCH_DTYPES[dtype]
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from torch import Tensor
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import PARTS
 from v4quant_formats.errors import MissingTensor, WrongDtype
-from v4quant_formats.spec import BLOCK_DTYPES, TensorSpec
+from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.codec import dequantize, holds_nan
 from v4quant_kernels.errors import NonFiniteWeight
-from v4quant_kernels.ggml import get_type, unpack_mxfp4
+from v4quant_kernels.ggml import unpack_mxfp4
+from v4quant_kernels.ggml_types import block_type
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import SCHEMES, ScaleFormat, Scheme
 
@@ -57,7 +58,7 @@ def find_weight(checkpoint: Checkpoint, module: str) -> StoredWeight:
     """Decide how `module` is stored. Raises MissingTensor or WrongDtype naming the tensor."""
     tensors = checkpoint.tensors
     parts = {p: tensors[n] for p in PARTS if (n := f"{module}.{p}") in tensors}
-    if module in tensors and not parts and tensors[module].dtype in BLOCK_DTYPES:
+    if module in tensors and not parts and block_type(tensors[module].dtype):
         return _blocks(module, tensors[module])
     if module in tensors and not parts:
         return StoredWeight(module, {"": tensors[module]}, tensors[module].shape, None)
@@ -85,7 +86,7 @@ def find_weight(checkpoint: Checkpoint, module: str) -> StoredWeight:
         return _fp8(module, parts)
     if weight.dtype in ("I8", "U8"):
         return _fp4(module, parts)
-    if weight.dtype in BLOCK_DTYPES and len(parts) == 1:
+    if block_type(weight.dtype) and len(parts) == 1:
         return _blocks(module, weight)
     raise WrongDtype(
         f"{weight.file}: '{weight.name}' is {weight.dtype} with parts {sorted(parts)}; "
@@ -173,13 +174,13 @@ def scale_part(stored: StoredWeight) -> TensorSpec | None:
 
 def _blocks(module: str, weight: TensorSpec) -> StoredWeight:
     """A matrix in one of GGUF's block types, elements and scales in one tensor."""
-    scheme = SCHEMES[BLOCK_DTYPES[weight.dtype]]
+    kind = block_type(weight.dtype)
+    assert kind is not None, weight
     rows, row_bytes = _matrix(weight)
-    kind = get_type(scheme.name)
     if row_bytes % kind.block_bytes:
         raise WrongDtype(f"{weight.file}: '{weight}' holds no whole blocks of {weight.dtype}")
     shape = (rows, row_bytes // kind.block_bytes * kind.block)
-    return StoredWeight(module, {"weight": weight}, shape, scheme)
+    return StoredWeight(module, {"weight": weight}, shape, SCHEMES[kind.name])
 
 
 def _packed_integers(
@@ -195,7 +196,7 @@ def _packed_integers(
         said = checkpoint.read(shape.name).tolist()
         for scheme in SCHEMES.values():
             fits = (
-                scheme.element == "int"
+                scheme.is_packed_integer
                 and said[0] == rows
                 and said[1] % scheme.group_size == 0
                 and words == -(-said[1] * scheme.bits // 32)

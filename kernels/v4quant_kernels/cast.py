@@ -20,6 +20,7 @@ codes happen to be coarse; the tables count the elements whose value really chan
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -32,7 +33,7 @@ from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e2m1, e4m3, e8m0
 from v4quant_kernels.ref import recode as by_table
 from v4quant_kernels.ref.mx import GROUP
-from v4quant_kernels.scheme import Scheme
+from v4quant_kernels.scheme import Element, ScaleFormat, Scheme
 
 # Shifts at which the finest nonzero result has long become zero; deeper groups read the last row.
 _DEEPEST = 24
@@ -41,8 +42,6 @@ _E4M3_TOP_SHIFT = 6
 _INT8_TOP_SHIFT = 4
 _NVFP4_TOP = 8  # 2^8 is the largest power of two in E4M3
 _NVFP4_BOTTOM = -9
-NVFP4_SPAN = _NVFP4_TOP - _NVFP4_BOTTOM
-"""Octaves between the largest and the smallest group scale that NVFP4 holds exactly."""
 _SMALLEST_F32_EXPONENT = -126  # engines may flush float32 subnormals
 
 
@@ -56,9 +55,7 @@ class CastResult:
 
 def can_cast(scheme: Scheme) -> bool:
     """Whether MXFP4 casts to `scheme` by recoding."""
-    return scheme.name in ("mxfp4", "mxfp8", "nvfp4", "fp8") or (
-        scheme.element == "int" and scheme.bits == 8
-    )
+    return scheme.mxfp4_octaves is not None
 
 
 def cast_mxfp4(q: QTensor, scheme: Scheme, nvfp4_top: int | None = None) -> CastResult:
@@ -71,18 +68,7 @@ def cast_mxfp4(q: QTensor, scheme: Scheme, nvfp4_top: int | None = None) -> Cast
     assert q.scheme.name == "mxfp4" and q.scale is not None
     if not can_cast(scheme):
         raise UnsupportedScheme(f"mxfp4 has no exact recoding to '{scheme.name}'")
-    if scheme.name == "mxfp4":
-        return CastResult(q, 0)
-    if scheme.name == "mxfp8":
-        row = torch.full_like(q.scale.view(torch.uint8), _E4M3_TOP_SHIFT)
-        codes, altered = _recode(q.codes, row, "e4m3")
-        scale = q.scale
-        return CastResult(QTensor(scheme, q.shape, codes, scale), altered)
-    if scheme.name == "nvfp4":
-        return _to_nvfp4(q, scheme, nvfp4_top)
-    if scheme.name == "fp8":
-        return _to_fp8(q, scheme)
-    return _to_int8(q, scheme)
+    return _RECODERS[scheme.element, scheme.scale](q, scheme, nvfp4_top)
 
 
 def nonzero_exponents(q: QTensor) -> Tensor:
@@ -105,6 +91,11 @@ def top_exponent(q: QTensor) -> int:
     if bool((codes[largest] & _MAGNITUDES).any()):
         return int(exponents[largest[0]])
     return int(nonzero_exponents(q).max())
+
+
+def _to_itself(q: QTensor, scheme: Scheme, top: int | None) -> CastResult:
+    del scheme, top
+    return CastResult(q, 0)
 
 
 def _to_nvfp4(q: QTensor, scheme: Scheme, top: int | None) -> CastResult:
@@ -134,14 +125,21 @@ def _pick(table: Tensor, index: Tensor) -> Tensor:
     return picked.view(index.shape)
 
 
-def _to_fp8(q: QTensor, scheme: Scheme) -> CastResult:
+def _to_e4m3(q: QTensor, scheme: Scheme, top: int | None) -> CastResult:
+    del top
+    assert q.scale is not None
+    if scheme.block == (1, GROUP):  # MXFP8: the very scales that MXFP4 has
+        row = torch.full_like(q.scale.view(torch.uint8), _E4M3_TOP_SHIFT)
+        codes, altered = _recode(q.codes, row, "e4m3")
+        return CastResult(QTensor(scheme, q.shape, codes, q.scale), altered)
     tile = (scheme.block[0], scheme.block[1] // GROUP)
     base, row = _block_depths(q, tile, _E4M3_TOP_SHIFT, _SMALLEST_F32_EXPONENT)
     codes, altered = _recode(q.codes, row, "e4m3")
     return CastResult(QTensor(scheme, q.shape, codes, e8m0.encode_exponent(base)), altered)
 
 
-def _to_int8(q: QTensor, scheme: Scheme) -> CastResult:
+def _to_int8(q: QTensor, scheme: Scheme, top: int | None) -> CastResult:
+    del top
     if q.shape[1] % scheme.group_size:
         raise UnsupportedScheme(
             f"{q.shape[1]} columns are no multiple of group_size {scheme.group_size}; "
@@ -153,6 +151,15 @@ def _to_int8(q: QTensor, scheme: Scheme) -> CastResult:
     # 2^(top-4) reaches down to 2^-131, a bfloat16 subnormal and still exact.
     powers = e8m0.power_of_two_f64(torch.arange(lowest, e8m0.MAX_EXPONENT + 1)).bfloat16()
     return CastResult(QTensor(scheme, q.shape, codes, _pick(powers, base - lowest)), altered)
+
+
+_RECODERS: dict[tuple[Element, ScaleFormat], Callable[[QTensor, Scheme, int | None], CastResult]]
+_RECODERS = {
+    ("e2m1", "e8m0"): _to_itself,
+    ("e4m3", "e8m0"): _to_e4m3,
+    ("e2m1", "e4m3"): _to_nvfp4,
+    ("int", "bf16"): _to_int8,
+}
 
 
 def _block_depths(

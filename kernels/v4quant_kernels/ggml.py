@@ -1,8 +1,7 @@
-"""The tensor types of GGUF files: names, sizes, and numbers into bytes and back.
+"""The tensor types of GGUF files: numbers into bytes and back.
 
-llama.cpp stores a matrix as rows of blocks (`ref/ggml_blocks.py` has the layouts). Which blocks a
-row may use depends on its length: K-types need multiples of 256, the others of 32; `fallback` names
-the type llama.cpp takes instead when a row does not fit.
+llama.cpp stores a matrix as rows of blocks. `ggml_types.py` has the facts of every type,
+`ref/ggml_blocks.py` the layouts of the bits.
 """
 
 from __future__ import annotations
@@ -13,82 +12,13 @@ import torch
 from torch import Tensor
 
 from v4quant_kernels.errors import NonFiniteWeight, UnsupportedScheme, WeightOutOfRange
+from v4quant_kernels.ggml_types import get_type
 from v4quant_kernels.ref import e2m1, ggml_plain, mx
 from v4quant_kernels.ref.ggml_blocks import SHAPES, put_together, take_apart
 from v4quant_kernels.ref.ggml_fields import Blocks, BlockShape
 from v4quant_kernels.scheme import SCHEMES
 
-
-@dataclass(frozen=True)
-class GgmlType:
-    """A tensor type of GGUF: `block` elements of a row in `block_bytes` bytes.
-
-    `fallback` is the type used for rows that are no multiple of `block`.
-    """
-
-    name: str
-    type_id: int
-    block: int
-    block_bytes: int
-    fallback: str | None = None
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits a weight, scales included."""
-        return 8 * self.block_bytes / self.block
-
-    def row_bytes(self, columns: int) -> int:
-        """Bytes of a row. Raises UnsupportedScheme unless whole blocks fill it."""
-        if columns % self.block:
-            raise UnsupportedScheme(
-                f"GGUF type '{self.name}' stores blocks of {self.block} columns and cannot hold "
-                f"rows of {columns}; {self._advice()}"
-            )
-        return columns // self.block * self.block_bytes
-
-    def _advice(self) -> str:
-        return f"use '{self.fallback}'" if self.fallback else "use 'bf16'"
-
-
-GGML_TYPES: dict[str, GgmlType] = {
-    t.name: t
-    for t in (
-        GgmlType("f32", 0, 1, 4),
-        GgmlType("f16", 1, 1, 2),
-        GgmlType("bf16", 30, 1, 2),
-        GgmlType("mxfp4", 39, 32, 17),
-        GgmlType("q4_0", 2, 32, 18, "bf16"),
-        GgmlType("q5_0", 6, 32, 22, "bf16"),
-        GgmlType("q5_1", 7, 32, 24, "bf16"),
-        GgmlType("q8_0", 8, 32, 34, "bf16"),
-        GgmlType("q2_k", 10, 256, 84, "q4_0"),
-        GgmlType("q3_k", 11, 256, 110, "q4_0"),
-        GgmlType("q4_k", 12, 256, 144, "q5_0"),
-        GgmlType("q5_k", 13, 256, 176, "q5_1"),
-        GgmlType("q6_k", 14, 256, 210, "q8_0"),
-        GgmlType("q2_0", 42, 64, 18, "q4_0"),
-        GgmlType("iq1_s", 19, 256, 50, "iq4_nl"),
-        GgmlType("iq1_m", 29, 256, 56, "iq4_nl"),
-        GgmlType("iq2_xxs", 16, 256, 66, "iq4_nl"),
-        GgmlType("iq2_xs", 17, 256, 74, "iq4_nl"),
-        GgmlType("iq2_s", 22, 256, 82, "iq4_nl"),
-        GgmlType("iq3_xxs", 18, 256, 98, "iq4_nl"),
-        GgmlType("iq3_s", 21, 256, 110, "iq4_nl"),
-        GgmlType("iq4_xs", 23, 256, 136, "iq4_nl"),
-        GgmlType("iq4_nl", 20, 32, 18, "bf16"),
-    )
-}
-
 _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-
-
-def get_type(name: str) -> GgmlType:
-    """Look a type up by its lower-case name. Raises UnsupportedScheme naming those that exist."""
-    try:
-        return GGML_TYPES[name]
-    except KeyError:
-        known = ", ".join(GGML_TYPES)
-        raise UnsupportedScheme(f"unknown GGUF type '{name}'; choose one of: {known}") from None
 
 
 def encode(x: Tensor, type_name: str, importance: Tensor | None = None) -> Tensor:
@@ -284,10 +214,3 @@ def _too_large(largest: float, type_name: str) -> str:
         f"a weight of magnitude {largest:.4g} is too large for GGUF type "
         f"'{type_name}', whose numbers are half precision; use 'bf16' or 'mxfp4'"
     )
-
-
-def fitting_type(name: str, columns: int) -> str:
-    """The type for rows of `columns`: the wanted one, or what llama.cpp takes instead."""
-    while columns % get_type(name).block:
-        name = get_type(name).fallback or "bf16"
-    return name

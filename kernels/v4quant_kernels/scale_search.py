@@ -57,6 +57,11 @@ class QuantizedMatrix:
         return (self.squared_error / self.squared_norm) ** 0.5 if self.squared_norm else 0.0
 
 
+def can_search(q: QTensor, scheme: Scheme) -> bool:
+    """Whether every scale of a window can be listed: MXFP4 onto integers of four bits or fewer."""
+    return q.scheme.name == "mxfp4" and scheme.is_packed_integer and scheme.bits <= 4
+
+
 def search_mxfp4(q: QTensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedMatrix:
     """Quantize an MXFP4 matrix [N, K] to 2 to 4-bit integers with each group's optimal scale.
 
@@ -64,8 +69,7 @@ def search_mxfp4(q: QTensor, scheme: Scheme, importance: Tensor | None = None) -
         input); None weighs all alike. The result is on `q`'s device. Raises UnsupportedScheme when
         K is no multiple of the group.
     """
-    assert q.scheme.name == "mxfp4" and q.scale is not None
-    assert scheme.element == "int" and scheme.bits <= 4
+    assert can_search(q, scheme) and q.scale is not None
     rows, columns = q.shape
     _check_columns(columns, scheme)
     device = q.codes.device

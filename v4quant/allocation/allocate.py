@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from v4quant import __version__
 from v4quant.allocation.knapsack import BudgetError, Choice, allocate, fullest
 from v4quant.allocation.sensitivity import Sample, errors, measured_effects
-from v4quant.conversion.plan import Plan, fits_rows, make_plan
+from v4quant.conversion.plan import Plan, make_plan
 from v4quant.recipe import Recipe, RecipeError
 from v4quant.targets import (
     AS_STORED,
@@ -160,7 +160,7 @@ def _expert_menu(base: Plan, parts: int) -> tuple[str, ...]:
     found = tuple(
         name
         for name in base.recipe.layout.schemes
-        if all(fits_rows(get_scheme(name), columns) for columns in widths)
+        if all(get_scheme(name).fitting(columns) for columns in widths)
     )
     if not found:
         raise UnsupportedPair(

@@ -30,17 +30,15 @@ from torch import Tensor
 from v4quant.targets import Place, place_among
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.evaluation.kl_sensitivity import measure_effects
-from v4quant_calibration.rounding.solvers import optimal
+from v4quant_calibration.rounding.coders import coder_of
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import TensorName, parse_name
 from v4quant_formats.weights import read_dense_rows
 from v4quant_kernels import codec
-from v4quant_kernels.ggml import GGML_TYPES, fitting_type
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.scale_search import search_dense
-from v4quant_kernels.scheme import SCHEMES, Scheme, get_scheme
+from v4quant_kernels.scheme import SCHEMES, get_scheme
 
 
 @dataclass(frozen=True)
@@ -154,22 +152,18 @@ def _summed(members: Sequence[Matrix], values: Sequence[Tensor]) -> dict[str, fl
 def rounded(values: Tensor, scheme: str, importance: Tensor | None) -> Tensor:
     """Float32 [N, K] as the export would hold it."""
     known = SCHEMES.get(scheme)
-    if known is not None and known.element == "int":
-        return codec.dequantize(_integers(values, known, importance))
-    fitting = fitting_type(scheme, values.shape[1]) if scheme in GGML_TYPES else scheme
-    if fitting in ("bf16", "f32"):
-        return values.bfloat16().float() if fitting == "bf16" else values
-    found = get_scheme(fitting)
-    weighted = {"importance": importance} if found.element == "ggml" else {}
-    return codec.dequantize(codec.quantize(values, found, **weighted))
+    found = None if known is None else known.fitting(values.shape[1])
+    if found is None or found.is_plain:
+        return values if scheme == "f32" else values.bfloat16().float()
+    if not found.coder:
+        return codec.dequantize(codec.quantize(values, found))
+    return codec.dequantize(coder_of(found).search(_as_released(values), importance).tensor)
 
 
-def _integers(values: Tensor, scheme: Scheme, importance: Tensor | None) -> QTensor:
-    """By the solver that needs no data, which takes MXFP4 for what it is."""
+def _as_released(values: Tensor) -> QTensor | Tensor:
+    """MXFP4 for what it is, so that searches which know it may list its values."""
     coded = codec.quantize(values, get_scheme("mxfp4"))
-    if torch.equal(codec.dequantize(coded), values):
-        return optimal(coded, scheme, importance).tensor
-    return search_dense(values, scheme, importance).tensor
+    return coded if torch.equal(codec.dequantize(coded), values) else values
 
 
 def measured_effects(

@@ -29,10 +29,9 @@ from v4quant_calibration.statistics.collect import Calibration, OpenRoom, calibr
 from v4quant_calibration.statistics.stats import write_stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import ModelConfig
-from v4quant_formats.spec import BLOCK_DTYPES
 from v4quant_kernels.cast import can_cast
+from v4quant_kernels.ggml_types import block_type
 from v4quant_kernels.progress import Progress
-from v4quant_kernels.ref.ggml_blocks import SHAPES
 from v4quant_kernels.scheme import SCHEMES, Scheme
 
 
@@ -87,11 +86,11 @@ def solve_settings(checkpoint: Checkpoint, recipe: Recipe, propagate: bool = Tru
         return plain
     units = [u for u in make_plan(checkpoint, recipe).units if not u.again]
     schemes = {
-        stored.module: SCHEMES[kind]
+        stored.module: SCHEMES[kind.name]
         for unit in units
         if unit.action in ("experts", "blocks")
         for stored, wanted in zip(unit.sources, unit.outputs, strict=True)
-        if (kind := BLOCK_DTYPES.get(wanted.dtype, "")) in SHAPES
+        if (kind := block_type(wanted.dtype)) is not None and kind.coder
     }
     if not schemes:
         raise RecipeError("nothing in this recipe is coded by a scheme that could be solved for")
@@ -106,7 +105,7 @@ def _by_layer(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Scheme]:
             stage, expert, place = stored.module.partition(".ffn.experts.")
             if expert:
                 scheme = recipe.scheme_for(stage, place.rpartition(".")[2])
-                if scheme.element == "int" and not can_cast(scheme):
+                if scheme.coder and not can_cast(scheme):
                     schemes[stored.module] = scheme
     if not schemes:
         raise RecipeError("nothing in this recipe is coded by a scheme that could be solved for")

@@ -16,7 +16,8 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.spec import BLOCK_DTYPES, TensorSpec
+from v4quant_formats.spec import TensorSpec
+from v4quant_kernels.ggml_types import block_type
 
 Array = npt.NDArray[np.float64]
 Bytes = npt.NDArray[np.uint8]
@@ -48,7 +49,7 @@ def decode_rows(
     """Rows `start:stop` of a stored matrix in float64. `start` is a multiple of 128."""
     weight = parts.get("weight_packed") or parts.get("weight") or next(iter(parts.values()))
     raw = _rows(checkpoint, weight, start, stop)
-    if weight.dtype in BLOCK_DTYPES:
+    if block_type(weight.dtype):
         return _blocks(raw, weight.dtype)
     scale_spec = next((parts[p] for p in _SCALE_PARTS if p in parts), None)
     if scale_spec is None:

@@ -30,6 +30,7 @@ from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.weights import find_weight
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress
+from v4quant_kernels.scheme import SCHEMES
 
 MAX_FINDINGS = 1000
 _ROWS = 512  # compared at a time; a multiple of every tile height
@@ -169,13 +170,13 @@ def _compare(original: Checkpoint, output: Checkpoint, record: TensorRecord) -> 
         return _compare_bytes(original, output, a.parts, b.parts)
     if a.shape != b.shape:
         return f"shape {list(b.shape)} differs from the source's {list(a.shape)}"
+    target = SCHEMES.get(record.target)  # none: plain numbers, which keep their signs
+    signed = target is None or target.keeps_negative_zero
     altered, squared, norm, largest = 0, 0.0, 0.0, 0.0
     for start in range(0, a.shape[0], _ROWS):
         stop = min(start + _ROWS, a.shape[0])
         x = decode_rows(original, a.parts, start, stop)
         y = decode_rows(output, b.parts, start, stop)
-        # Integers have no -0; every float target must keep it.
-        signed = not record.target.startswith(("int", "q"))
         differ = (x != y) | (signed & (np.signbit(x) != np.signbit(y)) & record.exact)
         altered += int(differ.sum())
         error = y - x

@@ -41,7 +41,7 @@ from v4quant_calibration.solve.solution import is_solution, load_solution
 from v4quant_calibration.statistics.stats import Stats, load_stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.engines.vllm_memory import UTILIZATION, Serving, default_batch
-from v4quant_formats.layouts.gguf import DENSE_TYPES
+from v4quant_formats.layouts.gguf import GGUF
 from v4quant_formats.layouts.layout import ENGINE_CHOICES, NEUTRAL
 from v4quant_formats.layouts.table import LAYOUTS
 from v4quant_formats.model_config import parse_model_config
@@ -74,7 +74,7 @@ from v4quant_formats.shards import write_file_atomically
               "compressed-tensors with --engine vllm whole layers.")  # fmt: skip
 @click.option("--engine", type=click.Choice(ENGINE_CHOICES), default=NEUTRAL, show_default=True,
               help="Write what this engine wants, as of quantize.")  # fmt: skip
-@click.option("--dense", type=click.Choice([*DENSE_TYPES, AUTO, ALL]),
+@click.option("--dense", type=click.Choice([*GGUF.dense_types, AUTO, ALL]),
               help="Type of dense matrices, for gguf (default bf16); auto: one a layer, for "
               "embedding and head; all: compressors and hyper-connections take part too. Both "
               "need --measure-kl.")  # fmt: skip

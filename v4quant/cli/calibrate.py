@@ -21,7 +21,6 @@ from v4quant_calibration.statistics.collect import DEFAULT_FLOOR
 from v4quant_calibration.statistics.coverage import coverage, spread
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.model_config import parse_model_config
-from v4quant_kernels.ref.ggml_blocks import SHAPES
 
 
 @click.command(
@@ -126,7 +125,7 @@ def _recipe(scheme: str | None, dense: str, file: Path | None) -> Recipe | None:
         if dense:
             raise click.UsageError("--dense goes with --solve")
         return None
-    return Recipe(scheme, "gguf" if scheme in SHAPES else "", dense=dense, solver="gptq")
+    return Recipe(scheme, dense=dense, solver="gptq")
 
 
 def coverage_text(stats: Stats) -> str:

@@ -21,13 +21,14 @@ from v4quant.conversion.records import (
     storage_name,
 )
 from v4quant.conversion.units import Unit
-from v4quant_calibration.rounding.solvers import measured
+from v4quant_calibration.rounding.measure import measured
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.errors import WrongDtype
 from v4quant_formats.shards import ShardWriter
-from v4quant_formats.spec import BLOCK_DTYPES, TORCH_DTYPES
+from v4quant_formats.spec import TORCH_DTYPES
 from v4quant_formats.weights import StoredWeight, check_finite, read_weight, scale_part
 from v4quant_kernels import codec
+from v4quant_kernels.ggml_types import block_type
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e8m0, fp8_block
 from v4quant_kernels.scale_search import QuantizedMatrix
@@ -87,7 +88,9 @@ def round_to_blocks(
     pieces of rows.
     """
     stored, wanted = unit.sources[0], unit.outputs[0]
-    scheme = SCHEMES[BLOCK_DTYPES[wanted.dtype]]
+    kind = block_type(wanted.dtype)
+    assert kind is not None, wanted
+    scheme = SCHEMES[kind.name]
     shape = (stored.shape[0], stored.shape[1])
     solved = solved_codes(plan.recipe, stats, stored.module, scheme, shape)
     squared, norm, largest = 0.0, 0.0, 0.0

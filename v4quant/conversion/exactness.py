@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import PROJECTIONS, expert_module
 from v4quant_formats.weights import find_weight, read_weight, scale_part
-from v4quant_kernels.cast import NVFP4_SPAN, cast_mxfp4, top_exponent
+from v4quant_kernels.cast import cast_mxfp4, top_exponent
 from v4quant_kernels.ref import e8m0
 from v4quant_kernels.scheme import Scheme
 
@@ -20,12 +20,12 @@ from v4quant_kernels.scheme import Scheme
 def inexact_stages(
     checkpoint: Checkpoint, scheme: Scheme, experts: Iterable[tuple[str, int]]
 ) -> tuple[str, ...]:
-    """Stages among `experts` ((stage, expert) pairs) that `nvfp4` cannot hold exactly, in order.
+    """Stages among `experts` ((stage, expert) pairs) that a scheme cannot hold exactly, in order.
 
     Raises what reading the checkpoint raises. A stage whose experts are not MXFP4 counts as
     inexact.
     """
-    assert scheme.name == "nvfp4"
+    assert scheme.mxfp4_octaves is not None, scheme
     found: dict[str, bool] = {}
     for stage, expert in experts:
         if not found.get(stage):
@@ -34,6 +34,7 @@ def inexact_stages(
 
 
 def _fits(checkpoint: Checkpoint, scheme: Scheme, stage: str, expert: int) -> bool:
+    assert scheme.mxfp4_octaves is not None, scheme
     gate, up, down = (find_weight(checkpoint, expert_module(stage, expert, p)) for p in PROJECTIONS)
     for fused in ((gate, up), (down,)):
         if any(stored.scheme is None or stored.scheme.name != "mxfp4" for stored in fused):
@@ -44,7 +45,7 @@ def _fits(checkpoint: Checkpoint, scheme: Scheme, stage: str, expert: int) -> bo
             if (part := scale_part(stored))
         ]
         low, high = min(int(e.min()) for e in exponents), max(int(e.max()) for e in exponents)
-        if high - low <= NVFP4_SPAN:
+        if high - low <= scheme.mxfp4_octaves:
             continue
         matrices = [read_weight(checkpoint, stored) for stored in fused]
         top = max(top_exponent(q) for q in matrices)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from v4quant.conversion.calibrated import solved_codes
-from v4quant.conversion.plan import Plan, expert_scheme
+from v4quant.conversion.plan import Plan
 from v4quant.conversion.records import (
     TensorRecord,
     lossy_record,
@@ -24,7 +24,8 @@ from v4quant.conversion.records import (
 )
 from v4quant.conversion.units import Unit
 from v4quant.devices import CPU
-from v4quant_calibration.rounding.solvers import SOLVERS, measured
+from v4quant_calibration.rounding.measure import measured
+from v4quant_calibration.rounding.solvers import SOLVERS
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.shards import ShardWriter
 from v4quant_formats.weights import StoredWeight, read_weight
@@ -57,7 +58,7 @@ def convert_experts(
 
 def _device(plan: Plan) -> torch.device:
     """Solutions are read ready-made and GGUF's blocks are searched by compiled CPU loops."""
-    blocks = any(scheme.element == "ggml" for scheme in plan.recipe.expert_schemes)
+    blocks = any(scheme.is_block_type for scheme in plan.recipe.expert_schemes)
     here = plan.recipe.solver == "gptq" or blocks
     return CPU if here else plan.device
 
@@ -72,7 +73,7 @@ class _Top:
 
 def _nvfp4_tops(plan: Plan, matrices: list[QTensor]) -> list[_Top]:
     """Engines fuse w1 and w3 and keep one second-level scale, so both are built on the larger."""
-    if plan.scheme.name != "nvfp4":
+    if not plan.scheme.has_global_scale:
         return [_Top()] * len(matrices)
     own = []
     for q in matrices:
@@ -92,7 +93,9 @@ def _convert_matrix(
     plan: Plan, stored: StoredWeight, q: QTensor, stats: Evidence | None, top: _Top
 ) -> tuple[QTensor, TensorRecord]:
     stage, _, place = stored.module.partition(".ffn.experts.")
-    scheme = expert_scheme(plan.recipe.scheme_for(stage, place.rpartition(".")[2]), q.shape[1])
+    asked = plan.recipe.scheme_for(stage, place.rpartition(".")[2])
+    scheme = asked.fitting(q.shape[1])
+    assert scheme is not None, "refused when the conversion was planned"
     if q.scheme.name == scheme.name:
         return q, make_record(stored, "copied", scheme.name)
     if q.scheme.name == "mxfp4" and can_cast(scheme):
@@ -102,11 +105,11 @@ def _convert_matrix(
             return cast.tensor, make_record(stored, "cast", scheme.name)
         loss = measured(codec.dequantize(q), cast.tensor)
         return cast.tensor, lossy_record(stored, scheme, loss, "cast", cast.altered)
-    if scheme.name == "bf16":
+    if scheme.is_plain:
         return _to_bf16(plan, stored, q)
-    if scheme.element == "ggml":
+    if scheme.is_block_type:
         return _to_blocks(plan, stored, q, scheme, stats)
-    if scheme.element == "int":
+    if scheme.coder:
         if q.scheme.name != "mxfp4":
             refuse_overflow(plan.checkpoint, stored, codec.dequantize(q))
         found = _solve(plan, stored.module, q, scheme, stats)
@@ -179,7 +182,7 @@ def _solve(
 
 def _quantize_floats(x: Tensor, scheme: Scheme, top: _Top) -> QuantizedMatrix:
     extra = {}
-    if scheme.name == "nvfp4" and top.amax is not None:
+    if scheme.has_global_scale and top.amax is not None:
         extra["global_scale"] = torch.tensor(max(top.amax, 2.0**-100) / (6 * 448), device=x.device)
     return measured(x, codec.quantize(x, scheme, **extra))
 

@@ -36,10 +36,10 @@ from v4quant_formats.deepseek_v4 import (
 )
 from v4quant_formats.errors import MissingTensor, UnexpectedTensor, UnsupportedPair, WrongDtype
 from v4quant_formats.model_config import Dimensions, parse_dimensions
-from v4quant_formats.spec import BLOCK_DTYPES, TORCH_DTYPES, TensorSpec
+from v4quant_formats.spec import TORCH_DTYPES, TensorSpec
 from v4quant_formats.weights import StoredWeight, find_weight, scale_part
-from v4quant_kernels.ggml import fitting_type, get_type
-from v4quant_kernels.scheme import SCHEMES, Scheme
+from v4quant_kernels.ggml_types import GGML_TYPES, fitting_type, get_type
+from v4quant_kernels.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -307,7 +307,7 @@ class _Planner:
             rows, columns = stored.shape
             projection = stored.module.rpartition(".")[2]
             wanted = self.recipe.scheme_for(stage, projection)
-            if not fits_rows(wanted, columns):
+            if wanted.fitting(columns) is None:
                 raise UnsupportedPair(
                     f"'{stored.module}' has {columns} input channels, no multiple of "
                     f"{wanted.name}'s group_size {wanted.group_size}; "
@@ -329,7 +329,8 @@ class _Planner:
 
     def _dense(self, name: TensorName, stored: StoredWeight) -> Unit:
         dense = self.recipe.dense_for(place_of(name))
-        if dense in BLOCK_DTYPES.values() or (dense == "bf16" and not name.is_linear):
+        blocks = dense in GGML_TYPES and GGML_TYPES[dense].is_block_type
+        if blocks or (dense == "bf16" and not name.is_linear):
             return self._blocks(stored, dense)
         if not name.is_linear:
             return self._plain(name, stored)
@@ -385,29 +386,12 @@ class _Planner:
             )
         rows, columns = stored.shape
         kind = get_type(fitting_type(dense, columns))
-        if stored.scheme is None and weight.dtype == kind.name.upper():
+        if stored.scheme is None and weight.dtype == kind.dtype:
             return _copy(stored)
-        if kind.name == "bf16":
-            shape = stored.shape
-        else:
-            shape = (rows, kind.row_bytes(columns))
-        dtype = kind.name.upper()
-        action: Action = "bf16" if kind.name == "bf16" else "blocks"
-        return Unit(action, (stored,), (TensorSpec(weight.name, dtype, shape),))
-
-
-def expert_scheme(scheme: Scheme, columns: int) -> Scheme:
-    """The scheme for rows of `columns`: GGUF's types have others for rows they cannot hold."""
-    if scheme.element != "ggml":
-        return scheme
-    fitting = fitting_type(scheme.name, columns)
-    return scheme if fitting == "bf16" else SCHEMES[fitting]
-
-
-def fits_rows(scheme: Scheme, columns: int) -> bool:
-    """Whether rows of `columns` are whole groups of a scheme, or of what stands for it."""
-    fitting = expert_scheme(scheme, columns)
-    return fitting.block[0] > 1 or columns % fitting.group_size == 0
+        if not kind.is_block_type:
+            return Unit("bf16", (stored,), (TensorSpec(weight.name, kind.dtype, stored.shape),))
+        spec = TensorSpec(weight.name, kind.dtype, (rows, kind.row_bytes(columns)))
+        return Unit("blocks", (stored,), (spec,))
 
 
 def _copy(*sources: StoredWeight) -> Unit:

@@ -11,7 +11,8 @@ import torch
 
 from v4quant.conversion.records import TensorRecord, lossy_record, make_record, refuse_overflow
 from v4quant.onnx_export.plan import DenseTensor
-from v4quant_calibration.rounding.solvers import measured
+from v4quant_calibration.rounding.coders import coder_of
+from v4quant_calibration.rounding.measure import measured
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import WrongDtype
@@ -23,7 +24,7 @@ from v4quant_kernels import codec
 from v4quant_kernels.cast import can_cast, cast_mxfp4
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import fp8_block
-from v4quant_kernels.scale_search import search_dense, search_mxfp4
+from v4quant_kernels.scale_search import can_search
 from v4quant_kernels.scheme import Scheme
 
 _ROWS = 512  # rows of a matrix dequantized at a time; a multiple of every tile's height
@@ -61,15 +62,15 @@ def _recode(
             return cast.tensor, make_record(stored, "cast", scheme.name)
         loss = measured(codec.dequantize(q), cast.tensor)
         return cast.tensor, lossy_record(stored, scheme, loss, "cast", cast.altered)
-    if q is not None and q.scheme.name == "mxfp4" and scheme.element == "int":
-        found = search_mxfp4(q, scheme, importance)
+    if q is not None and can_search(q, scheme):
+        found = coder_of(scheme).search(q, importance)
+        return found.tensor, lossy_record(stored, scheme, found, "quantized", 0)
+    values = read_dense(checkpoint, stored.module) if q is None else codec.dequantize(q)
+    refuse_overflow(checkpoint, stored, values)
+    if scheme.coder:
+        found = coder_of(scheme).search(values, importance)
     else:
-        values = read_dense(checkpoint, stored.module) if q is None else codec.dequantize(q)
-        refuse_overflow(checkpoint, stored, values)
-        if scheme.element == "int":
-            found = search_dense(values, scheme, importance)
-        else:
-            found = measured(values, codec.quantize(values, scheme))
+        found = measured(values, codec.quantize(values, scheme))
     return found.tensor, lossy_record(stored, scheme, found, "quantized", 0)
 
 

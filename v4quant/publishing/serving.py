@@ -13,6 +13,7 @@ from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.engines import ENGINES, GPUS
 from v4quant_formats.layouts.layout import Layout
 from v4quant_formats.preflight import Preflight, preflight
+from v4quant_kernels.scheme import SCHEMES
 
 _PYTHON = (
     "from transformers import AutoModelForCausalLM\n\n"
@@ -39,7 +40,7 @@ def serving_lines(
 ) -> list[str]:
     """Markdown paragraphs, one an engine; a sentence when none is known to load it."""
     # Experts packed as integers are not what SGLang's probe of the files expects.
-    packed = scheme.startswith("int") and layout is not None
+    packed = layout is not None and scheme in SCHEMES and SCHEMES[scheme].is_packed_integer
     sglang = "SGLANG_DSV4_FP4_EXPERTS=0 " if packed else ""
     lines = []
     for found in engines:

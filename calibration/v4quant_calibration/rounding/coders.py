@@ -1,14 +1,15 @@
-"""coders: what `solvers.solve_batch` needs of a number format, for integers and for GGUF's blocks.
+"""coders: what the solvers need of a number format, by the kind of its codes.
 
-Both have codes for GPTQ's pass, refinement, and a way from and to coded matrices; how they look
-inside (`gptq.Codes`, `block_codes.BlockCodes`) is their own business.
+Every kind has a search that needs no more than the matrix, codes for GPTQ's pass, refinement, and a
+way from and to coded matrices; how codes look inside (`gptq.Codes`, `block_codes.BlockCodes`) is
+their own business. `CODERS` has one coder for each kind that a scheme may name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +19,17 @@ from v4quant_calibration.rounding.block_codes import BlockCodes
 from v4quant_calibration.rounding.block_gptq import block_gptq
 from v4quant_calibration.rounding.block_refine import block_refine
 from v4quant_calibration.rounding.gptq import Codes, Grid, gptq
+from v4quant_calibration.rounding.measure import measured
+from v4quant_kernels import codec
+from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref.pack import pack_bits, unpack_bits
+from v4quant_kernels.scale_search import (
+    QuantizedMatrix,
+    can_search,
+    search_dense,
+    search_mxfp4,
+)
 from v4quant_kernels.scheme import Scheme
 
 C = TypeVar("C")
@@ -27,6 +37,12 @@ C = TypeVar("C")
 
 class Coder(Protocol[C]):
     """A number format with error feedback. Matrices `[B, K, N]`, moments `[B, K, K]`."""
+
+    def search(self, matrix: QTensor | Tensor, importance: Tensor | None) -> QuantizedMatrix:
+        """The best codes without error feedback of a coded matrix or float32 values `[N, K]`.
+
+        importance: second moments of the inputs `[K]`, the weights of the columns' squared errors.
+        """
 
     def gptq(self, target: Tensor, grams: Tensor) -> C:
         """Codes by one pass with error feedback."""
@@ -52,6 +68,14 @@ class IntegerCoder:
     """Integers in groups with BF16 scales."""
 
     scheme: Scheme
+
+    def search(self, matrix: QTensor | Tensor, importance: Tensor | None) -> QuantizedMatrix:
+        """As the protocol says: exact for MXFP4 onto four bits and fewer, else a grid of scales."""
+        if isinstance(matrix, Tensor):
+            return search_dense(matrix, self.scheme, importance)
+        if can_search(matrix, self.scheme):
+            return search_mxfp4(matrix, self.scheme, importance)
+        return search_dense(codec.dequantize(matrix), self.scheme, importance)
 
     @property
     def _grid(self) -> Grid:
@@ -101,6 +125,12 @@ class BlockCoder:
 
     scheme: Scheme
 
+    def search(self, matrix: QTensor | Tensor, importance: Tensor | None) -> QuantizedMatrix:
+        """As the protocol says: the encoder's search, on the CPU."""
+        values = matrix if isinstance(matrix, Tensor) else codec.dequantize(matrix)
+        values = values.cpu()
+        return measured(values, codec.quantize(values, self.scheme, importance=importance))
+
     def gptq(self, target: Tensor, grams: Tensor) -> BlockCodes:
         """As the protocol says."""
         return block_gptq(target, grams, self.scheme.name)
@@ -124,3 +154,17 @@ class BlockCoder:
     def write(self, codes: BlockCodes, index: int, heights: Sequence[int]) -> list[QTensor]:
         """As the protocol says."""
         return block_codes.write_codes(codes, index, heights, self.scheme)
+
+
+CODERS: dict[str, Callable[[Scheme], Coder[Any]]] = {"integer": IntegerCoder, "block": BlockCoder}
+"""The coder of each kind of codes (`Scheme.coder`)."""
+
+
+def coder_of(scheme: Scheme) -> Coder[Any]:
+    """The coder of a scheme. Raises UnsupportedScheme for one that has none."""
+    if scheme.coder not in CODERS:
+        raise UnsupportedScheme(
+            f"'{scheme.name}' cannot be solved: error feedback is for integers and GGUF's block "
+            "types; FP4 and FP8 schemes are cast from MXFP4, most of them exactly"
+        )
+    return CODERS[scheme.coder](scheme)

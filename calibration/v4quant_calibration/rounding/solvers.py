@@ -16,17 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from v4quant_calibration.rounding.coders import BlockCoder, Coder, IntegerCoder
+from v4quant_calibration.rounding.coders import coder_of
+from v4quant_calibration.rounding.measure import measured
 from v4quant_calibration.rounding.refine import DEFAULT_SWEEPS, rough_errors
 from v4quant_kernels import codec
 from v4quant_kernels.native.threads import side_by_side
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.scale_search import QuantizedMatrix, search_dense, search_mxfp4
+from v4quant_kernels.scale_search import QuantizedMatrix
 from v4quant_kernels.scheme import Scheme
 
 Solver = Callable[[QTensor, Scheme, Tensor | None], QuantizedMatrix]
@@ -45,26 +45,13 @@ def rtn(matrix: QTensor, scheme: Scheme, importance: Tensor | None = None) -> Qu
 
 def optimal(matrix: QTensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedMatrix:
     """The best scale of every group, weighted by `importance` where it is given."""
-    if scheme.element == "ggml":
-        values = codec.dequantize(matrix).cpu()  # where the encoder is
-        return measured(values, codec.quantize(values, scheme, importance=importance))
-    if matrix.scheme.name == "mxfp4" and scheme.bits <= 4:
-        return search_mxfp4(matrix, scheme, importance)
-    return search_dense(codec.dequantize(matrix), scheme, importance)
+    return coder_of(scheme).search(matrix, importance)
 
 
 SOLVERS: dict[str, Solver] = {"rtn": rtn, "optimal": optimal}
 """Solvers that need no more than the matrix and moments; "gptq" is solved beforehand."""
 
 SOLVER_NAMES = (*SOLVERS, "gptq")
-
-
-def measured(values: Tensor, q: QTensor) -> QuantizedMatrix:
-    """A coded matrix with its unweighted error against float32 `values` [N, K]."""
-    difference = (codec.dequantize(q) - values).double()
-    squared = float(difference.square().sum())
-    norm = float(values.double().square().sum())
-    return QuantizedMatrix(q, squared, norm, float(difference.abs().max()))
 
 
 def solve_batch(
@@ -89,7 +76,7 @@ def solve_batch(
     target = torch.stack([_columns(matrices) for matrices in sources])
     if corrections is not None:
         target += corrections.mT @ target
-    coder: Coder[Any] = BlockCoder(scheme) if scheme.element == "ggml" else IntegerCoder(scheme)
+    coder = coder_of(scheme)
     codes = coder.gptq(target, grams)
     moments = grams.diagonal(dim1=1, dim2=2).cpu()
     jobs = [

@@ -9,8 +9,7 @@ from typing import Any
 
 from v4quant_calibration.rounding.refine import DEFAULT_SWEEPS
 from v4quant_formats.deepseek_v4 import parse_name
-from v4quant_kernels.ggml import fitting_type
-from v4quant_kernels.scheme import Scheme, get_scheme
+from v4quant_kernels.scheme import Scheme
 
 DEFAULT_MEMORY = 4 * 2**30
 
@@ -40,10 +39,7 @@ class SolveSettings:
         name = parse_name(f"{module}.weight")
         if name is None or name.expert is None:
             return None
-        if self.scheme.element != "ggml":
-            return self.scheme
-        fitting = fitting_type(self.scheme.name, columns)
-        return None if fitting == "bf16" else get_scheme(fitting)
+        return self.scheme.fitting(columns)
 
     def described(self) -> dict[str, Any]:
         """For the header of a solution: modules are told by a digest of their schemes."""

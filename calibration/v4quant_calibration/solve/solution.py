@@ -33,9 +33,9 @@ from v4quant_formats.model_config import ConfigError, read_json_object
 from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shard_files import LocalShards, file_state
 from v4quant_formats.shards import ShardWriter, write_file_atomically
-from v4quant_formats.spec import BLOCK_DTYPES, TensorSpec
+from v4quant_formats.spec import TensorSpec
 from v4quant_formats.weights import find_weight, read_weight
-from v4quant_kernels.ggml import get_type
+from v4quant_kernels.ggml_types import block_type, get_type
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref.pack import packed_bytes
 from v4quant_kernels.scheme import Scheme
@@ -80,7 +80,7 @@ def stage_specs(
     specs = []
     for module, (rows, columns) in modules.items():
         scheme = schemes[module]
-        if scheme.element == "ggml":
+        if scheme.is_block_type:
             row_bytes = get_type(scheme.name).row_bytes(columns)
             specs.append(TensorSpec(f"{module}.{_BLOCKS}{scheme.name}", "U8", (rows, row_bytes)))
             continue
@@ -96,7 +96,7 @@ def stage_specs(
 def add_matrix(writer: ShardWriter, module: str, q: QTensor) -> None:
     """Write one coded matrix, from wherever it is, into a stage's file."""
     q = q.to(torch.device("cpu"))
-    if q.scheme.element == "ggml":
+    if q.scheme.is_block_type:
         writer.add(f"{module}.{_BLOCKS}{q.scheme.name}", q.codes)
         return
     assert q.scale is not None
@@ -122,7 +122,7 @@ def holds(stage: Checkpoint, module: str) -> bool:
 def _as_read(spec: TensorSpec) -> TensorSpec:
     """A stored tensor as the reader of checkpoints knows it: block types have dtypes there."""
     module, _, kind = spec.name.rpartition(f".{_BLOCKS}")
-    if kind.upper() not in BLOCK_DTYPES:
+    if block_type(kind.upper()) is None:
         return spec
     return replace(spec, name=f"{module}.weight", dtype=kind.upper())
 

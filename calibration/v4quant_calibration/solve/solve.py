@@ -34,6 +34,7 @@ from v4quant_calibration.forward.drafts import drafts_of, stream_drafts
 from v4quant_calibration.forward.stream import StreamModel, stream_forward
 from v4quant_calibration.model.dspark import draft_blocks, require_blocks
 from v4quant_calibration.model.options import ForwardOptions
+from v4quant_calibration.rounding.coders import coder_of
 from v4quant_calibration.solve.dense_solver import DenseSolver
 from v4quant_calibration.solve.layer_solver import LayerSolver
 from v4quant_calibration.solve.models import InputKeeper, SolvedParams
@@ -54,7 +55,6 @@ from v4quant_calibration.statistics.stats import Stats, write_stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import trunk_stages
 from v4quant_formats.model_config import ModelConfig
-from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.progress import Progress
 
 
@@ -79,11 +79,8 @@ def solve(
     UnsupportedScheme for a scheme that error feedback is not for, DraftError for text too short for
     a DSpark block, NonFiniteActivation naming what computed NaN, and OutputError.
     """
-    if settings.schemes is None and settings.scheme.element not in ("int", "ggml"):
-        raise UnsupportedScheme(
-            f"'{settings.scheme.name}' cannot be solved: error feedback is for integers and GGUF's "
-            "block types; FP4 and FP8 schemes are cast from MXFP4, most of them exactly"
-        )
+    if settings.schemes is None:
+        coder_of(settings.scheme)
     drafts = drafts_of(checkpoint, config)
     if drafts.kind == "dspark":
         require_blocks(draft_blocks(windows, config))

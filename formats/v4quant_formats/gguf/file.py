@@ -24,8 +24,8 @@ from gguf.gguf_writer import WriterState
 from v4quant_formats.deepseek_v4 import split_part
 from v4quant_formats.gguf.names import Place
 from v4quant_formats.shards import FilePlan
-from v4quant_formats.spec import BLOCK_DTYPES, TensorSpec
-from v4quant_kernels.ggml import get_type
+from v4quant_formats.spec import TensorSpec
+from v4quant_kernels.ggml_types import block_type
 
 ALIGNMENT = 32
 
@@ -96,9 +96,9 @@ def _one(name: str, parts: list[tuple[Place, TensorSpec]]) -> _Stored:
 
 
 def _logical_shape(spec: TensorSpec) -> tuple[int, ...]:
-    if spec.dtype not in BLOCK_DTYPES:
+    kind = block_type(spec.dtype)
+    if kind is None:
         return spec.shape
-    kind = get_type(BLOCK_DTYPES[spec.dtype])
     return (*spec.shape[:-1], spec.shape[-1] // kind.block_bytes * kind.block)
 
 

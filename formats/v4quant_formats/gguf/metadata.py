@@ -14,12 +14,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_VERSION, GGUFValueType, LlamaFileType
+from gguf import GGML_QUANT_VERSION, GGUFValueType
 
 from v4quant_formats.errors import WrongMetadata
 from v4quant_formats.gguf.file import Field
 from v4quant_formats.gguf.names import ARCHITECTURE, DSPARK_ARCHITECTURE
 from v4quant_formats.model_config import ModelConfig, Yarn
+from v4quant_kernels.ggml_types import get_type
 
 _U32, _F32 = GGUFValueType.UINT32, GGUFValueType.FLOAT32
 _BOOL, _STRING = GGUFValueType.BOOL, GGUFValueType.STRING
@@ -66,16 +67,6 @@ _YARN = {
 }
 _DEFAULTS = {"num_key_value_heads": 1, "n_shared_experts": 1}
 
-_FILE_TYPES = {
-    "mxfp4": LlamaFileType.MOSTLY_MXFP4_MOE,
-    "q8_0": LlamaFileType.MOSTLY_Q8_0,
-    "q6_k": LlamaFileType.MOSTLY_Q6_K,
-    "q5_k": LlamaFileType.MOSTLY_Q5_K_S,
-    "q4_k": LlamaFileType.MOSTLY_Q4_K_S,
-    "q3_k": LlamaFileType.MOSTLY_Q3_K_S,
-    "q2_k": LlamaFileType.MOSTLY_Q2_K,
-}
-
 
 def model_fields(config: ModelConfig, name: str, scheme: str, drafts: int = 0) -> list[Field]:
     """Everything but the tokenizer. `drafts`: draft stages in this file (a draft's own file).
@@ -90,7 +81,7 @@ def model_fields(config: ModelConfig, name: str, scheme: str, drafts: int = 0) -
         Field("general.type", _STRING, "model"),
         Field("general.name", _STRING, name),
         Field("general.quantization_version", _U32, GGML_QUANT_VERSION),
-        Field("general.file_type", _U32, int(_FILE_TYPES[scheme])),
+        *_file_type(scheme),
         _field("block_count", _U32, blocks),
     ]
     fields += [_field(key, _U32, _integer(raw, k)) for k, key in _INTEGERS.items()]
@@ -225,6 +216,12 @@ def _check(raw: Mapping[str, Any]) -> None:
         )
     if raw.get("norm_topk_prob", True) is not True:
         raise WrongMetadata("config.json: norm_topk_prob must be true, as in every V4 release")
+
+
+def _file_type(scheme: str) -> list[Field]:
+    """llama.cpp's number for a file of this scheme, where it has one; else it guesses."""
+    number = get_type(scheme).file_type
+    return [] if number is None else [Field("general.file_type", _U32, number)]
 
 
 def _integer(raw: Mapping[str, Any], key: str) -> int:

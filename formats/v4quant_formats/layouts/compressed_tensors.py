@@ -56,16 +56,12 @@ IGNORE = ("re:.*attn.*", "re:.*shared_experts.*", *_NEVER)
 _DRAFT_STAGES = 8  # more than any release has
 
 
-def _is_integer(scheme: Scheme) -> bool:
-    return scheme.element == "int"
-
-
 def _expert_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:
     rows, columns = shape
     groups = (rows, columns // scheme.group_size)
-    if scheme.name == "mxfp4":
+    if scheme.element == "e2m1":
         return {"weight_packed": ("U8", (rows, columns // 2)), "weight_scale": ("U8", groups)}
-    if scheme.name == "mxfp8":
+    if scheme.element == "e4m3":
         return {"weight": ("F8_E4M3", shape), "weight_scale": ("U8", groups)}
     return {
         "weight_packed": ("I32", (rows, -(-columns * scheme.bits // 32))),
@@ -77,10 +73,9 @@ def _expert_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:
 def _expert_tensors(q: QTensor, input_amax: float) -> dict[str, Tensor]:
     del input_amax  # weight-only
     assert q.scale is not None
-    if q.scheme.name == "mxfp4":
-        return {"weight_packed": q.codes, "weight_scale": q.scale.view(torch.uint8)}
-    if q.scheme.name == "mxfp8":
-        return {"weight": q.codes, "weight_scale": q.scale.view(torch.uint8)}
+    if not q.scheme.is_packed_integer:
+        part = "weight_packed" if q.scheme.element == "e2m1" else "weight"
+        return {part: q.codes, "weight_scale": q.scale.view(torch.uint8)}
     return {
         "weight_packed": q.codes.view(torch.int32),
         "weight_scale": q.scale,
@@ -92,21 +87,25 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
     """The `weights` object of the experts' group."""
     weights: dict[str, Any] = {
         "num_bits": scheme.bits,
-        "type": "int" if _is_integer(scheme) else "float",
+        "type": "int" if scheme.is_packed_integer else "float",
         "symmetric": True,
         "strategy": "group",
         "group_size": scheme.group_size,
         "dynamic": False,
         "actorder": None,
     }
-    if not _is_integer(scheme):
+    if not scheme.is_packed_integer:
         weights["scale_dtype"] = "torch.uint8"
     return weights
 
 
+_FORMATS = {
+    "int": "pack-quantized", "e2m1": "mxfp4-pack-quantized", "e4m3": "mxfp8-quantized",
+}  # fmt: skip
+
+
 def _format(scheme: Scheme) -> str:
-    formats = {"mxfp4": "mxfp4-pack-quantized", "mxfp8": "mxfp8-quantized"}
-    return formats.get(scheme.name, "pack-quantized")
+    return _FORMATS[scheme.element]
 
 
 def _activations(scheme: Scheme) -> dict[str, Any] | None:
@@ -114,18 +113,19 @@ def _activations(scheme: Scheme) -> dict[str, Any] | None:
 
     Without them vLLM would run MXFP4 with FP4 activations on sm100 and newer.
     """
-    if _is_integer(scheme):
+    if scheme.is_packed_integer:
         return None
+    wide = scheme.element == "e4m3"  # activations in the weights' own form
     return {
         "num_bits": 8,
         "type": "float",
         "symmetric": True,
         "strategy": "group",
-        "group_size": 32 if scheme.name == "mxfp8" else 128,
+        "group_size": scheme.group_size if wide else 128,
         "dynamic": True,
         "actorder": None,
         "observer": None,
-        **({"scale_dtype": "torch.uint8"} if scheme.name == "mxfp8" else {}),
+        **({"scale_dtype": "torch.uint8"} if wide else {}),
     }
 
 
@@ -254,39 +254,34 @@ def _dense_sglang(scheme: Scheme, draft: bool) -> DenseRule:
     return "copy"
 
 
-_INTEGERS = (
-    "int4-g32",
-    "int4-g64",
-    "int4-g128",
-    "int3-g64",
-    "int3-g128",
-    "int2-g64",
-    "int2-g128",
-    "int8-g32",
-    "int8-g128",
-)
 _SGLANG = "SGLang's kernels for packed integers take 4 and 8 bits"
 _SGLANG_MX = "SGLang loads MX experts only in the release's own format"
-_REFUSED = {
-    **{
-        ("sglang", s): f"{_SGLANG}; int4-g32, int4-g128 and int8 work, or use vLLM for 2 and 3 bits"
-        for s in _INTEGERS
-        if s.startswith(("int2", "int3"))
-    },
-    ("sglang", "mxfp4"): f"{_SGLANG_MX}; use --format deepseek",
-    ("sglang", "mxfp8"): f"{_SGLANG_MX}; mxfp4 or fp8 in --format deepseek work",
+_SGLANG_BITS = (4, 8)
+_MX_INSTEAD = {
+    "e2m1": "use --format deepseek",
+    "e4m3": "mxfp4 or fp8 in --format deepseek work",
 }
+
+
+def _refuses(engine: str, scheme: Scheme) -> str:
+    if engine != "sglang":
+        return ""
+    if not scheme.is_packed_integer:
+        return f"{_SGLANG_MX}; {_MX_INSTEAD[scheme.element]}"
+    if scheme.bits in _SGLANG_BITS:
+        return ""
+    return f"{_SGLANG}; int4-g32, int4-g128 and int8 work, or use vLLM for 2 and 3 bits"
+
 
 _NEUTRAL = Layout(
     name="compressed-tensors",
-    schemes=(*_INTEGERS, "mxfp4", "mxfp8"),
     expert_parts=_expert_parts,
     expert_tensors=_expert_tensors,
     dense=_dense_bf16,
     config=_neutral_config,
     engines="vLLM and (4 and 8 bits) SGLang on sm90 and newer, transformers anywhere",
     serve="vllm serve {path}",
-    refused=_REFUSED,
+    refuses=_refuses,
 )
 _VLLM = replace(
     _NEUTRAL,

@@ -32,9 +32,9 @@ QUANTIZATION_CONFIG: dict[str, Any] = {
 
 def _expert_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:
     rows, columns = shape
-    if scheme.name == "mxfp4":
+    if scheme.element == "e2m1":
         return {"weight": ("I8", (rows, columns // 2)), "scale": ("F8_E8M0", (rows, columns // 32))}
-    if scheme.name == "bf16":
+    if scheme.is_plain:
         return {"weight": ("BF16", shape)}
     tiles = (-(-rows // 128), -(-columns // 128))
     return {"weight": ("F8_E4M3", shape), "scale": ("F32", tiles)}
@@ -42,10 +42,10 @@ def _expert_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:
 
 def _expert_tensors(q: QTensor, input_amax: float) -> dict[str, Tensor]:
     del input_amax  # activations are quantized dynamically
-    if q.scheme.name == "bf16":
+    if q.scheme.is_plain:
         return {"weight": q.codes}
     assert q.scale is not None
-    if q.scheme.name == "mxfp4":
+    if q.scheme.element == "e2m1":
         return {"weight": q.codes.view(torch.int8), "scale": q.scale}
     scale = q.scale if q.scale.dtype == torch.float32 else e8m0.decode(q.scale)
     return {"weight": q.codes, "scale": scale}
@@ -53,9 +53,9 @@ def _expert_tensors(q: QTensor, input_amax: float) -> dict[str, Tensor]:
 
 def _dense(scheme: Scheme, draft: bool) -> DenseRule:
     del draft
-    if scheme.name == "bf16":
+    if scheme.is_plain:
         return "bf16"
-    return "copy" if scheme.name == "mxfp4" else "f32_scale"
+    return "copy" if scheme.element == "e2m1" else "f32_scale"
 
 
 def native_config(raw: Mapping[str, Any], expert_dtype: str) -> dict[str, Any]:
@@ -73,22 +73,22 @@ def native_config(raw: Mapping[str, Any], expert_dtype: str) -> dict[str, Any]:
 
 def _config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
     assert not kept, "this format declares one scheme for all experts"
-    if scheme.name == "bf16":
+    if scheme.is_plain:
         if isinstance(raw.get("text_config"), dict):
             raise UnsupportedPair(
                 "scheme 'bf16' would leave V4.1's FP8 Engram tables without a declaration; use "
                 "mxfp4, nvfp4 or a compressed-tensors scheme, which carry them exactly"
             )
         return {k: v for k, v in raw.items() if k not in ("quantization_config", "expert_dtype")}
-    config = native_config(raw, "fp4" if scheme.name == "mxfp4" else "fp8")
-    if scheme.name != "mxfp4":
+    released = scheme.element == "e2m1"
+    config = native_config(raw, "fp4" if released else "fp8")
+    if not released:
         config["quantization_config"].pop("scale_fmt", None)
     return config
 
 
 DEEPSEEK = Layout(
     name="deepseek",
-    schemes=("mxfp4", "fp8", "bf16"),
     expert_parts=_expert_parts,
     expert_tensors=_expert_tensors,
     dense=_dense,

@@ -16,29 +16,29 @@ from torch import Tensor
 
 from v4quant_formats.deepseek_v4 import TensorName
 from v4quant_formats.errors import UnsupportedPair
-from v4quant_formats.layouts.layout import DenseRule, Layout, Parts
+from v4quant_formats.layouts.layout import NEUTRAL, DenseRule, Layout, Parts
 from v4quant_formats.model_config import Dimensions
 from v4quant_formats.spec import TensorSpec
-from v4quant_kernels.ggml import fitting_type, get_type, repack_mxfp4
+from v4quant_kernels.ggml import repack_mxfp4
+from v4quant_kernels.ggml_types import GGML_TYPES, fitting_type, get_type
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import Scheme
 
-DENSE_TYPES = ("bf16", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k")
 DEFAULT_SPLIT = 45 * 10**9  # below the 50 GB that model hosts take as one file
 
 
 def _expert_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:
     rows, columns = shape
     kind = get_type(fitting_type(scheme.name, columns))
-    return {"weight": (kind.name.upper(), (rows, kind.row_bytes(columns)))}
+    return {"weight": (kind.dtype, (rows, kind.row_bytes(columns)))}
 
 
 def _expert_tensors(q: QTensor, input_amax: float) -> dict[str, Tensor]:
     del input_amax  # llama.cpp quantizes activations itself
-    if q.scheme.name == "mxfp4":
-        assert q.scale is not None
-        return {"weight": repack_mxfp4(q.codes, q.scale)}
-    return {"weight": q.codes}
+    if q.scheme.is_block_type:
+        return {"weight": q.codes}
+    assert q.scale is not None, q.scheme
+    return {"weight": repack_mxfp4(q.codes, q.scale)}
 
 
 def _dense(scheme: Scheme, draft: bool) -> DenseRule:
@@ -86,12 +86,19 @@ def _config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str]) -> dict
     return {k: v for k, v in raw.items() if k not in ("expert_dtype", "quantization_config")}
 
 
-_SCHEMES = ("mxfp4", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k")
+def _dense_types() -> tuple[str, ...]:
+    return tuple(kind.name for kind in GGML_TYPES.values() if kind.dense)
+
+
+def _refuses(engine: str, scheme: Scheme) -> str:
+    del scheme
+    return "" if engine == NEUTRAL else _OTHERS
+
+
 _OTHERS = "GGUF files are llama.cpp's; deepseek and compressed-tensors are formats it loads"
 
 GGUF = Layout(
     name="gguf",
-    schemes=_SCHEMES,
     expert_parts=_expert_parts,
     expert_tensors=_expert_tensors,
     dense=_dense,
@@ -99,10 +106,10 @@ GGUF = Layout(
     engines="llama.cpp and what is built on it, on CUDA, Metal, Vulkan and CPU",
     serve="llama-server -m {path}/*-00001-of-*.gguf",
     mixes="projection",
-    dense_types=DENSE_TYPES,
+    dense_choices=_dense_types,
     plain=_plain,
     leaves_out=_leaves_out,
     check=_check,
     index="",
-    refused={(engine, s): _OTHERS for engine in ("vllm", "sglang") for s in _SCHEMES},
+    refuses=_refuses,
 )

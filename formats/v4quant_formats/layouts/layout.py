@@ -22,7 +22,7 @@ from v4quant_formats.deepseek_v4 import TensorName
 from v4quant_formats.model_config import Dimensions
 from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.scheme import Scheme
+from v4quant_kernels.scheme import SCHEMES, Scheme
 
 # Suffix -> (safetensors dtype, shape).
 Parts = dict[str, tuple[str, tuple[int, ...]]]
@@ -57,9 +57,9 @@ class Layout:
     dense_scale: the part name of dense FP8 scales.
     engines: what loads it, for people. engine: which variant this is.
     variants: engine -> the layout for that engine, where it differs from this one.
-    refused: (engine, scheme) -> why that engine cannot load this scheme in this format, and what
-        it can load instead.
-    dense_types: what a recipe's `dense` may choose; none where the format decides.
+    refuses(engine, scheme) -> why that engine cannot load this scheme in this format, and what it
+        can load instead; "" where it can.
+    dense_choices() -> what a recipe's `dense` may choose; none where the format decides.
     plain(name, spec) -> the dtype a tensor outside all matrices is stored in, a wider one or its
         own; None: all are copied.
     leaves_out(name, config) -> why the format has no place for a tensor, or None.
@@ -68,7 +68,6 @@ class Layout:
     """
 
     name: str
-    schemes: tuple[str, ...]
     expert_parts: Callable[[Scheme, tuple[int, int]], Parts]
     expert_tensors: Callable[[QTensor, float], dict[str, Tensor]]
     dense: Callable[[Scheme, bool], DenseRule]
@@ -83,9 +82,19 @@ class Layout:
     dense_scale: str = "scale"
     engine: str = NEUTRAL
     variants: Mapping[str, Layout] = field(default_factory=dict)
-    refused: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    dense_types: tuple[str, ...] = ()
+    refuses: Callable[[str, Scheme], str] = lambda engine, scheme: ""
+    dense_choices: Callable[[], tuple[str, ...]] = tuple
     plain: Callable[[TensorName, TensorSpec], str] | None = None
     leaves_out: Callable[[TensorName, Dimensions], str | None] = lambda name, config: None
     check: Callable[[Dimensions, Sequence[str]], None] = lambda config, drafts: None
     index: str = "model.safetensors.index.json"
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Names of the schemes that the format holds, as their rows say."""
+        return tuple(s.name for s in SCHEMES.values() if self.name in s.formats)
+
+    @property
+    def dense_types(self) -> tuple[str, ...]:
+        """What a recipe's `dense` may choose."""
+        return self.dense_choices()

@@ -66,7 +66,6 @@ def _config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str]) -> dict
 
 _NEUTRAL = Layout(
     name="modelopt",
-    schemes=("nvfp4",),
     expert_parts=_expert_parts,
     expert_tensors=_expert_tensors,
     dense=_dense,

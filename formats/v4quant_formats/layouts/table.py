@@ -14,23 +14,21 @@ LAYOUTS: dict[str, Layout] = {x.name: x for x in (DEEPSEEK, COMPRESSED_TENSORS, 
 
 
 def choose_layout(scheme: Scheme, name: str | None, engine: str = NEUTRAL) -> Layout:
-    """The layout for a scheme: the named one, or the first that carries it, for an engine.
+    """The layout for a scheme: the named one, or the first its row names, for an engine.
 
     Raises UnsupportedPair listing the pairs that work.
     """
     if name is not None and name not in LAYOUTS:
         raise UnsupportedPair(f"unknown format '{name}'; choose one of: {', '.join(LAYOUTS)}")
-    fitting = [x for x in LAYOUTS.values() if scheme.name in x.schemes]
-    for layout in fitting:
-        if name in (None, layout.name):
-            return _for_engine(layout, scheme, engine)
+    if scheme.formats and name in (None, *scheme.formats):
+        return _for_engine(LAYOUTS[name or scheme.formats[0]], scheme, engine)
     pairs = "; ".join(f"{x.name}: {', '.join(x.schemes)}" for x in LAYOUTS.values())
     wanted = f"scheme '{scheme.name}'" + (f" in format '{name}'" if name else "")
     raise UnsupportedPair(f"{wanted} cannot be written; the pairs that work are {pairs}")
 
 
 def _for_engine(layout: Layout, scheme: Scheme, engine: str) -> Layout:
-    if reason := layout.refused.get((engine, scheme.name)):
+    if reason := layout.refuses(engine, scheme):
         raise UnsupportedPair(
             f"scheme '{scheme.name}' in format '{layout.name}' cannot be written for {engine}: "
             f"{reason}. As it is, the file loads in {layout.engines}"
