@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from v4quant_kernels import ggml
+from v4quant_kernels.ggml_types import get_type
 from v4quant_kernels.ref import mx
 from v4quant_kernels.scheme import SCHEMES
 
@@ -36,7 +37,7 @@ def peer(path: Path) -> Encoder:
     chunk.restype = ctypes.c_size_t
 
     def encode(x: Tensor, name: str, importance: Tensor | None) -> Tensor:
-        kind = ggml.get_type(name)
+        kind = get_type(name)
         rows, columns = x.shape
         out = torch.zeros(rows, kind.row_bytes(columns), dtype=torch.uint8)
         weights = None if importance is None else importance.data_ptr()
@@ -67,7 +68,7 @@ def block_errors(x: Tensor, data: Tensor, name: str, importance: Tensor | None) 
     error = (ggml.decode(data, name).double() - x.double()) ** 2
     if importance is not None:
         error *= importance.double()
-    return error.view(-1, ggml.get_type(name).block).sum(-1)
+    return error.view(-1, get_type(name).block).sum(-1)
 
 
 def seconds(encode: Encoder, x: Tensor, name: str, importance: Tensor | None) -> float:

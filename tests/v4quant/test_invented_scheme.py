@@ -15,9 +15,10 @@ from v4quant.recipe import Recipe, RecipeError
 from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.rounding.coders import coder_of
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.layouts.table import LAYOUTS, choose_layout
 from v4quant_formats.model_config import parse_model_config
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.weights import find_weight
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.ggml_types import GGML_TYPES, GgmlType, block_type

@@ -14,7 +14,8 @@ from torch import Tensor
 from v4quant_calibration.forward.checkpoint_params import CheckpointParams
 from v4quant_calibration.model.numerics import NonFiniteActivation
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_calibration.rounding.solvers import measured, optimal, rtn
+from v4quant_calibration.rounding.measure import measured
+from v4quant_calibration.rounding.solvers import optimal, rtn
 from v4quant_calibration.solve.models import SolvedParams
 from v4quant_calibration.solve.settings import SolveSettings
 from v4quant_calibration.solve.solution import (

@@ -11,11 +11,12 @@ import torch
 
 from v4quant_kernels import ggml
 from v4quant_kernels.errors import NonFiniteWeight, UnsupportedScheme
+from v4quant_kernels.ggml_types import GGML_TYPES, get_type
 from v4quant_kernels.native.ggml.join import join
 from v4quant_kernels.ref import e2m1, ggml_codebooks
 from v4quant_kernels.ref.ggml_blocks import SHAPES, put_together, take_apart
 
-BLOCKED = [name for name, kind in ggml.GGML_TYPES.items() if kind.block > 1]
+BLOCKED = [name for name, kind in GGML_TYPES.items() if kind.block > 1]
 EACH = pytest.mark.parametrize("name", BLOCKED)
 EACH_GRID = pytest.mark.parametrize("name", list(SHAPES))
 EACH_SHAPE = pytest.mark.parametrize("name", [*SHAPES, *ggml_codebooks.SHAPES])
@@ -23,13 +24,13 @@ OUR_OWN = {"q2_0": (42, 64, 18)}  # llama.cpp's, not known to the package yet
 
 
 def random_bytes(name: str, generator: torch.Generator, rows: int = 6) -> torch.Tensor:
-    size = 7 * ggml.get_type(name).block_bytes
+    size = 7 * get_type(name).block_bytes
     return torch.randint(0, 256, (rows, size), generator=generator, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("name", list(ggml.GGML_TYPES))
+@pytest.mark.parametrize("name", list(GGML_TYPES))
 def test_sizes_are_those_of_gguf(name: str) -> None:
-    kind = ggml.GGML_TYPES[name]
+    kind = GGML_TYPES[name]
     if name in OUR_OWN:
         assert (kind.type_id, kind.block, kind.block_bytes) == OUR_OWN[name]
         assert name.upper() not in gguf.GGMLQuantizationType.__members__
@@ -88,11 +89,11 @@ def q2_0_value(block: np.ndarray, i: int) -> float:
 )
 def test_by_definition_in_float64(name: str, value, generator: torch.Generator) -> None:
     data = random_bytes(name, generator, rows=1)
-    size = ggml.get_type(name).block_bytes
+    size = get_type(name).block_bytes
     for block in data.view(-1, size):
         ours = ggml.decode(block[None], name)[0].double()
         with np.errstate(all="ignore"):  # the scales may be NaN or infinite
-            values = [value(block.numpy(), i) for i in range(ggml.get_type(name).block)]
+            values = [value(block.numpy(), i) for i in range(get_type(name).block)]
         wanted = torch.tensor(values, dtype=torch.float64)
         good = wanted.isfinite()
         grid = ggml.grid(block[None], name)
@@ -103,7 +104,7 @@ def test_by_definition_in_float64(name: str, value, generator: torch.Generator) 
 
 @EACH_SHAPE
 def test_taking_apart_loses_nothing(name: str, generator: torch.Generator) -> None:
-    data = random_bytes(name, generator).view(-1, ggml.get_type(name).block_bytes)
+    data = random_bytes(name, generator).view(-1, get_type(name).block_bytes)
     blocks = take_apart(data, name)
     shape = (SHAPES | ggml_codebooks.SHAPES)[name]
     assert blocks.q.min() >= shape.q[0] and blocks.q.max() <= shape.q[1]
@@ -152,19 +153,19 @@ def test_mxfp4_nan_scale_is_refused() -> None:
 @EACH
 def test_bad_sizes_are_refused(name: str) -> None:
     with pytest.raises(UnsupportedScheme, match="blocks of"):
-        ggml.decode(torch.zeros(2, ggml.get_type(name).block_bytes + 1, dtype=torch.uint8), name)
-    with pytest.raises(UnsupportedScheme, match=ggml.get_type(name).fallback or "bf16"):
+        ggml.decode(torch.zeros(2, get_type(name).block_bytes + 1, dtype=torch.uint8), name)
+    with pytest.raises(UnsupportedScheme, match=get_type(name).fallback or "bf16"):
         ggml.encode(torch.ones(2, 48), name)
 
 
 def test_unknown_type_names_the_known_ones() -> None:
     with pytest.raises(UnsupportedScheme, match="q4_k"):
-        ggml.get_type("q7_k")
+        get_type("q7_k")
 
 
 @EACH_SHAPE
 def test_the_compiled_join_gives_the_same_bytes(name: str, generator: torch.Generator) -> None:
-    data = random_bytes(name, generator).view(-1, ggml.get_type(name).block_bytes)
+    data = random_bytes(name, generator).view(-1, get_type(name).block_bytes)
     assert torch.equal(put_together(take_apart(data, name), name, join), data)
 
 
@@ -173,7 +174,7 @@ def test_what_a_codebook_holds_is_what_its_shape_says(
     name: str, generator: torch.Generator
 ) -> None:
     shape = ggml_codebooks.SHAPES[name]
-    data = random_bytes(name, generator, rows=40).view(-1, ggml.get_type(name).block_bytes)
+    data = random_bytes(name, generator, rows=40).view(-1, get_type(name).block_bytes)
     blocks = take_apart(data, name)
     if shape.levels:
         assert torch.equal(blocks.q.unique(), torch.tensor(shape.levels, dtype=torch.int8))

@@ -7,6 +7,7 @@ import torch
 
 from v4quant_kernels import ggml
 from v4quant_kernels.errors import NonFiniteWeight, WeightOutOfRange
+from v4quant_kernels.ggml_types import get_type
 from v4quant_kernels.ref import e2m1, ggml_plain
 from v4quant_kernels.ref.ggml_blocks import SHAPES, put_together
 
@@ -40,7 +41,7 @@ def weighted_error(
 ) -> torch.Tensor:
     """float64 `[blocks]`."""
     error = (ggml.decode(data, name).double() - x.double()) ** 2 * importance.double()
-    return error.view(-1, ggml.get_type(name).block).sum(-1)
+    return error.view(-1, get_type(name).block).sum(-1)
 
 
 def relative_rms(x: torch.Tensor, name: str) -> float:
@@ -114,7 +115,7 @@ def test_better_than_rounding_by_the_weights_given(name: str, generator: torch.G
         fp4_matrix(generator, 16, 512, octaves=2),
     ):
         importance = torch.exp(torch.randn(512, generator=generator))
-        plain = ggml_plain.round_blocks(x.view(-1, ggml.get_type(name).block), name)
+        plain = ggml_plain.round_blocks(x.view(-1, get_type(name).block), name)
         theirs = weighted_error(x, put_together(plain, name).view(16, -1), name, importance)
         ours = weighted_error(x, ggml.encode(x, name, importance), name, importance)
         assert ours.sum() <= theirs.sum()
@@ -168,6 +169,6 @@ def test_extreme_magnitudes_stay_finite(
 
 @EACH
 def test_no_rows_and_other_dtypes(name: str, generator: torch.Generator) -> None:
-    assert ggml.encode(torch.zeros(0, 256), name).shape == (0, ggml.get_type(name).row_bytes(256))
+    assert ggml.encode(torch.zeros(0, 256), name).shape == (0, get_type(name).row_bytes(256))
     x = torch.randn(2, 256, generator=generator).bfloat16()
     assert torch.equal(ggml.encode(x, name), ggml.encode(x.float(), name))

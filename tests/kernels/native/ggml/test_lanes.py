@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from v4quant_kernels import ggml
+from v4quant_kernels.ggml_types import get_type
 from v4quant_kernels.native.ggml import lanes as ggml_lanes
 from v4quant_kernels.native.ggml.scan import LANES
 from v4quant_kernels.ref.ggml_blocks import SHAPES, take_apart
@@ -45,7 +46,7 @@ def test_codes_and_scales_are_the_best_for_each_other(
     """No other integer serves a weight better; seldom a neighbouring scale (beyond the reach)."""
     shape = SHAPES[name]
     x = torch.randn(9, 512, generator=generator)  # fills no whole number of tiles
-    blocks = take_apart(ggml.encode(x, name).view(-1, ggml.get_type(name).block_bytes), name)
+    blocks = take_apart(ggml.encode(x, name).view(-1, get_type(name).block_bytes), name)
     subs = x.double().view(-1, shape.subs, shape.sub)
     step = blocks.step().double()
     q = blocks.q.view(subs.shape)
