@@ -1,6 +1,6 @@
 """What calibration is worth: every solver on the tiny V4, against its source, on unseen text.
 
-    scripts/quality_table.py              the whole table, into docs/quality.md and quality.json
+    scripts/quality_table.py              the whole table, into docs/quality.md and v4quant/data/measured/quality.json
     scripts/quality_table.py --reduced    two rows on little text, for the drift check
     scripts/quality_table.py --check      the reduced rows again, compared with the stored ones
 
@@ -42,7 +42,7 @@ from v4quant_kernels.scheme import get_scheme
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "v4quant" / "data" / "tiny-v4"
-STORED = ROOT / "docs" / "quality.json"
+STORED = ROOT / "v4quant" / "data" / "measured" / "quality.json"
 PAGE = ROOT / "docs" / "quality.md"
 SCHEMES = ("int4-g32", "int4-g128", "int3-g128", "int2-g64")
 SOLVERS = ("rtn", "optimal", "gptq", "refined", "propagated")

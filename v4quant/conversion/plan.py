@@ -106,13 +106,18 @@ class Plan:
         return {stage: self.recipe.scheme_for(stage, PROJECTIONS[0]) for stage in stages}
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, stats_digest: str = "") -> Plan:
-    """Plan the conversion of a checkpoint; reads no tensor data.
+@dataclass(frozen=True)
+class PlannedUnits:
+    """All units of an output, before they are dealt to files; see Plan for the other fields."""
 
-    (With `on_inexact = "keep"` it reads the experts' scales, to know which stages stay.)
-    Raises MissingTensor, UnexpectedTensor, WrongDtype, UnsupportedPair or ConfigError naming the
-    tensor and the remedy.
-    """
+    config: Dimensions
+    units: tuple[Unit, ...]
+    dropped: tuple[Dropped, ...]
+    kept: tuple[str, ...]
+
+
+def plan_units(checkpoint: Checkpoint, recipe: Recipe) -> PlannedUnits:
+    """What becomes of every tensor; headers are enough. Raises as make_plan does."""
     config = parse_dimensions(dict(checkpoint.config), str(checkpoint.path / "config.json"))
     names = _parse_names(checkpoint, recipe)
     _check_complete(checkpoint, config, names)
@@ -125,13 +130,24 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, stats_digest: str = "") ->
     recipe.layout.check(config, draft_stages(names) if recipe.draft == "convert" else [])
     check_places(recipe.places, places_of(names.values(), recipe.draft != "drop"))
     planner = _Planner(checkpoint, config, recipe, names, kept)
-    units = [unit for module in planner.leading_modules() if (unit := planner.unit(module))]
+    units = (planner.unit(module) for module in planner.leading_modules())
+    return PlannedUnits(config, tuple(u for u in units if u), tuple(planner.dropped), kept)
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, stats_digest: str = "") -> Plan:
+    """Plan the conversion of a checkpoint; reads no tensor data.
+
+    (With `on_inexact = "keep"` it reads the experts' scales, to know which stages stay.)
+    Raises MissingTensor, UnexpectedTensor, WrongDtype, UnsupportedPair or ConfigError naming the
+    tensor and the remedy.
+    """
+    found = plan_units(checkpoint, recipe)
     if recipe.layout.index:
-        shards = _shards_as_source(units)
+        shards = _shards_as_source(found.units)
     else:
-        shards = gguf_shards(checkpoint, units, recipe.scheme, recipe.split_bytes)
-    _check_accounted(checkpoint, shards, planner.dropped)
-    plan = Plan(checkpoint, config, recipe, shards, tuple(planner.dropped), stats_digest, kept)
+        shards = gguf_shards(checkpoint, found.units, recipe.scheme, recipe.split_bytes)
+    _check_accounted(checkpoint, shards, found.dropped)
+    plan = Plan(checkpoint, found.config, recipe, shards, found.dropped, stats_digest, found.kept)
     plan.output_config()  # what config.json cannot say is refused now
     return plan
 
@@ -194,7 +210,7 @@ def _check_complete(
 
 
 def _check_accounted(
-    checkpoint: Checkpoint, shards: Iterable[ShardPlan], dropped: list[Dropped]
+    checkpoint: Checkpoint, shards: Iterable[ShardPlan], dropped: Iterable[Dropped]
 ) -> None:
     """Every source tensor is used by exactly one unit, or dropped with a reason."""
     used = Counter(

@@ -1,0 +1,174 @@
+"""What a plan is made of: a request, and candidates that say what they are and what they cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from v4quant.planner.effort import Cost, Effort
+from v4quant.planner.footprint import Footprint, LayerBytes, Outline
+from v4quant.planner.loss import KnownLoss, Measured, known_loss
+from v4quant.planner.machines import Machine
+from v4quant.recipe import Recipe
+from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.scheme import SCHEMES
+
+EngineName = Literal["llama.cpp", "vllm"]
+ENGINE_NAMES: tuple[EngineName, ...] = ("llama.cpp", "vllm")
+
+# What holds FP4 experts bit for bit; for the second set a conversion proves it matrix by matrix.
+HOLDS_FP4 = frozenset({"mxfp4", "mxfp8", "bf16", "int8-g32"})
+MAY_HOLD_FP4 = frozenset({"nvfp4", "fp8", "int8-g128", "q8_0", "q6_k", "q5_k"})
+# Below this share of the room between two schemes a mixture of both is not worth a recipe.
+_WORTH_MIXING = 0.15
+
+
+class PlanError(V4QuantError):
+    """A request that no plan can answer."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """Bytes by place: on each card (weights, cache, buffers), in system memory, read from disk."""
+
+    cards: tuple[int, ...]
+    memory: int
+    disk: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to serve the model on the machine.
+
+    recipe: what to convert to; None for the release as it is, and where `budget` is given: bytes
+    that `allocate` may fill with a mixture. scheme: in words. size: bytes of the model's files.
+    context: tokens of one sequence that fit at most. tokens_per_second: an upper bound, from the
+    bytes that one token's products read. options: of the engine's server. before: commands to give
+    first. notes: what else one should know.
+    """
+
+    engine: EngineName
+    recipe: Recipe | None
+    scheme: str
+    size: int
+    where: Where
+    context: int
+    loss: KnownLoss
+    cost: Cost | None
+    tokens_per_second: float
+    options: tuple[str, ...]
+    before: tuple[str, ...]
+    notes: tuple[str, ...]
+    budget: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "engine": self.engine,
+            "recipe": None if self.recipe is None else self.recipe.as_dict(),
+            "scheme": self.scheme,
+            "budget": self.budget or None,
+            "bytes": self.size,
+            "where": asdict(self.where),
+            "context": self.context,
+            "loss": asdict(self.loss),
+            "hours": None if self.cost is None else self.cost.hours,
+            "disk_bytes": None if self.cost is None else self.cost.disk,
+            "solver": None if self.cost is None else self.cost.level.solver,
+            "tokens_per_second_at_most": self.tokens_per_second,
+            "options": list(self.options),
+            "before": list(self.before),
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked: see the command line for the meaning of each part.
+
+    cores: of the machine that converts. measured: rows of this very model. engines: to consider.
+    """
+
+    machine: Machine
+    context: int
+    effort: Effort
+    cores: int
+    engines: tuple[EngineName, ...] = ENGINE_NAMES
+    measured: tuple[Measured, ...] = ()
+
+
+def is_flash(outline: Outline) -> bool:
+    dims = outline.dimensions
+    return (dims.hidden_size, dims.num_hidden_layers) == (4096, 43) and dims.v41 is None
+
+
+def has_fp4(outline: Outline) -> bool:
+    return any(s.dtype == "I8" and ".ffn.experts." in s.name for s in outline.thin.tensors.values())
+
+
+def is_exact(outline: Outline, scheme: str) -> bool:
+    if has_fp4(outline):
+        return scheme in HOLDS_FP4 | MAY_HOLD_FP4
+    return scheme in ("fp8", "bf16")
+
+
+def proof_notes(outline: Outline, scheme: str) -> tuple[str, ...]:
+    if has_fp4(outline) and scheme in MAY_HOLD_FP4:
+        return ("exact where every block's scales allow it: --on-inexact refuse proves it",)
+    return ()
+
+
+def loss_of(outline: Outline, request: Request, scheme: str, solver: str) -> KnownLoss:
+    exact = is_exact(outline, scheme)
+    return known_loss(scheme, solver, exact, request.measured, is_flash(outline))
+
+
+def draft_count(outline: Outline) -> int:
+    stages = {n.split(".")[1] for n in outline.thin.tensors if n.startswith("mtp.")}
+    return len(stages)
+
+
+def longest_context(outline: Outline) -> int:
+    text = outline.config.get("text_config", outline.config)
+    longest = text.get("max_position_embeddings", 2**20) if isinstance(text, Mapping) else 2**20
+    return int(longest)
+
+
+def mixture(
+    lower: Footprint, upper: Footprint, fits: Callable[[Footprint], bool]
+) -> tuple[float, Footprint] | None:
+    """(share, footprint): as much of `upper`'s experts as still fits, the rest as in `lower`.
+
+    lower fits and upper does not. None where hardly more than `lower` fits.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(8):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(_mixed(lower, upper, middle)) else (low, middle)
+    return (low, _mixed(lower, upper, low)) if low >= _WORTH_MIXING else None
+
+
+def _mixed(lower: Footprint, upper: Footprint, share: float) -> Footprint:
+    def of(a: int, b: int) -> int:
+        return int(a + share * (b - a))
+
+    layers = (
+        LayerBytes(of(x.experts, y.experts), x.rest)
+        for x, y in zip(lower.layers, upper.layers, strict=True)
+    )
+    return replace(
+        lower, layers=tuple(layers), drafts=of(lower.drafts, upper.drafts),
+        cut=of(lower.cut, upper.cut), cut_drafts=of(lower.cut_drafts, upper.cut_drafts),
+    )  # fmt: skip
+
+
+def mixed_loss(lower: KnownLoss, upper: KnownLoss, share: float) -> KnownLoss:
+    """Between two losses: in proportion where one is none, else their logarithms."""
+    if lower.kl is None or upper.kl is None:
+        return KnownLoss("unknown", None)
+    if upper.kl <= 0:
+        return KnownLoss("estimate", lower.kl * (1 - share))
+    low, high = math.log(lower.kl), math.log(upper.kl)
+    return KnownLoss("estimate", math.exp(low + share * (high - low)))

@@ -1,0 +1,60 @@
+"""choose: the few files a machine can serve, best quality first, and what would do where none fits.
+
+Every scheme of every container an engine loads is a candidate, and so is the release itself where
+an engine takes it as it is. One is kept unless a better one is about as fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from v4quant.planner import for_llama_cpp, for_vllm
+from v4quant.planner.candidates import Candidate, Request
+from v4quant.planner.footprint import Outline
+
+_MOST = 5
+# A worse file is worth showing beside a better one when it is this much faster.
+_FASTER = 1.25
+_ENGINES = {"llama.cpp": for_llama_cpp.candidates, "vllm": for_vllm.candidates}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Candidates, best quality first; where there are none, `remedies` says what would do."""
+
+    candidates: tuple[Candidate, ...]
+    remedies: tuple[str, ...]
+
+
+def choose(outline: Outline, request: Request) -> Answer:
+    """The files of `outline` that the machine can serve. Raises what reading its config raises."""
+    found: list[Candidate] = []
+    remedies: list[str] = []
+    for engine in request.engines:
+        kept, missing = _ENGINES[engine](outline, request)
+        found += kept
+        remedies += missing
+    return Answer(tuple(_best(found)), tuple(remedies))
+
+
+def _best(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those no better one outdoes: first the best in quality, then what is clearly faster.
+
+    What waits for the disk is there only where nothing else fits. A mixture, which takes a recipe,
+    does not stand in the way of the plain scheme below it.
+    """
+    resident = [c for c in candidates if not c.where.disk]
+    ordered = sorted(
+        resident or candidates, key=lambda c: (c.loss.order, -c.tokens_per_second, c.size)
+    )
+    kept: list[Candidate] = []
+    for candidate in ordered:
+        faster = (
+            candidate.tokens_per_second >= _FASTER * other.tokens_per_second
+            for other in kept
+            if candidate.budget or not other.budget
+        )
+        if all(faster):
+            kept.append(candidate)
+    return kept[:_MOST]

@@ -1,0 +1,152 @@
+"""The commands that make, check and serve a candidate, as one would type them."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+from v4quant.planner.candidates import Candidate
+from v4quant.planner.machines import Machine
+from v4quant.recipe import Recipe
+from v4quant_formats.layouts.gguf import DEFAULT_SPLIT
+
+_HUB = "hf://"
+_BUILD = (
+    "git clone https://github.com/ggml-org/llama.cpp",
+    "cmake -S llama.cpp -B llama.cpp/build {flag}",
+    "cmake --build llama.cpp/build --config Release -j --target llama-server",
+)
+_BACKENDS = {
+    "metal": "-DGGML_METAL=ON", "vulkan": "-DGGML_VULKAN=ON", "cuda": "-DGGML_CUDA=ON",
+    "": "-DGGML_CUDA=ON", "amd": "-DGGML_HIP=ON", "cpu": "-DGGML_NATIVE=ON",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Commands:
+    """Shell lines by purpose; a step that is not needed has none."""
+
+    fetch: tuple[str, ...]
+    make: tuple[str, ...]
+    check: tuple[str, ...]
+    serve: tuple[str, ...]
+
+
+def commands_for(candidate: Candidate, machine: Machine, source: str, max_memory: str) -> Commands:
+    """What to type. source: a folder or `hf://` repository, which is downloaded first."""
+    folder, fetch = _local(source)
+    name = folder.rstrip("/\\").replace("\\", "/").rpartition("/")[2].replace(":", "-")
+    if candidate.recipe is None and not candidate.budget:
+        served = source.removeprefix(_HUB).partition("@")[0] if fetch else folder
+        check = (
+            f"v4quant verify {_q(folder)} --engine {candidate.engine}{_gpu(machine)}"
+            f"{_split(candidate)}",
+        )
+        return Commands(fetch, (), check if not fetch else (), _serve(candidate, machine, served))
+    out = f"{name}-{_short(candidate)}"
+    check = [
+        f"v4quant verify {_q(out)} --source {_q(folder)}",
+        f"v4quant verify {_q(out)} --engine {candidate.engine}{_gpu(machine)}{_split(candidate)}",
+    ]
+    if candidate.loss.basis != "exact":
+        check.append(
+            f"v4quant evaluate {_q(out)} --reference {_q(folder)} --tokens 8192 "
+            f"--max-memory {max_memory} --report {_q(out)}.html"
+        )
+    make = tuple(_make(candidate, folder, out, max_memory))
+    return Commands(fetch, make, tuple(check), _serve(candidate, machine, out))
+
+
+def _local(source: str) -> tuple[str, tuple[str, ...]]:
+    """The folder a source is read from, and how it gets there."""
+    if not source.startswith(_HUB):
+        return source, ()
+    repo, _, revision = source.removeprefix(_HUB).partition("@")
+    folder = repo.rpartition("/")[2]
+    at = f" --revision {_q(revision)}" if revision else ""
+    return folder, (f"hf download {_q(repo)}{at} --local-dir {_q(folder)}",)
+
+
+def _short(candidate: Candidate) -> str:
+    return "mixed" if candidate.recipe is None else candidate.recipe.scheme
+
+
+def _make(candidate: Candidate, folder: str, out: str, max_memory: str) -> list[str]:
+    cost, memory = candidate.cost, f" --max-memory {max_memory}"
+    solves = cost is not None and cost.level.solves
+    stats = f" --stats {_q(out)}-solved" if solves else ""
+    lines = []
+    if candidate.recipe is None:
+        recipe = f"--recipe {_q(out)}.toml"
+        lines.append(
+            f"v4quant allocate {_q(folder)} --out {_q(out)}.toml --budget {candidate.budget} "
+            f"{_allocation(candidate)} --measure-kl"
+        )
+    else:
+        recipe = _recipe_options(candidate.recipe)
+    if solves:
+        assert cost is not None
+        solve = recipe if candidate.recipe is None else _solve_options(candidate.recipe)
+        extra = "".join(f" {o}" for o in cost.level.options)
+        lines.append(
+            f"v4quant calibrate {_q(folder)} --out {_q(out)}-solved {solve} "
+            f"--tokens {cost.level.tokens}{extra}{memory}"
+        )
+    lines.append(f"v4quant quantize {_q(folder)} {_q(out)} {recipe}{stats}{memory}")
+    return lines
+
+
+def _allocation(candidate: Candidate) -> str:
+    if candidate.engine == "llama.cpp":
+        return "--format gguf --dense q8_0 --draft drop"
+    return f"--format compressed-tensors --engine vllm{_drafts(candidate)}"
+
+
+def _drafts(candidate: Candidate) -> str:
+    return " --draft drop" if any("draft stages" in note for note in candidate.notes) else ""
+
+
+def _recipe_options(recipe: Recipe) -> str:
+    options = [f"--scheme {recipe.scheme}", f"--format {recipe.format}"]
+    if recipe.engine != "neutral":
+        options.append(f"--engine {recipe.engine}")
+    if recipe.dense:
+        options.append(f"--dense {recipe.dense}")
+    if recipe.draft != "convert":
+        options.append(f"--draft {recipe.draft}")
+    return " ".join(options)
+
+
+def _solve_options(recipe: Recipe) -> str:
+    dense = f" --dense {recipe.dense}" if recipe.dense else ""
+    return f"--solve {recipe.scheme}{dense}"
+
+
+def _serve(candidate: Candidate, machine: Machine, out: str) -> tuple[str, ...]:
+    options = " ".join(candidate.options)
+    if candidate.engine == "vllm":
+        return (*candidate.before, f"vllm serve {_q(out)} {options}")
+    flag = _BACKENDS["cpu" if machine.card is None else machine.unified or _maker(machine)]
+    build = tuple(line.format(flag=flag) for line in _BUILD)
+    split = candidate.size > DEFAULT_SPLIT
+    first = f"{_q(out)}/*-00001-of-*.gguf" if split else f"{_q(out)}/*.gguf"
+    server = f"llama.cpp/build/bin/llama-server -m {first} {options}"
+    return (*build, *candidate.before, server)
+
+
+def _maker(machine: Machine) -> str:
+    assert machine.card is not None
+    return "amd" if machine.card.name.startswith(("7900", "mi300")) else ""
+
+
+def _gpu(machine: Machine) -> str:
+    return f" --gpu {machine.generation}" if machine.generation else ""
+
+
+def _split(candidate: Candidate) -> str:
+    cards = len(candidate.where.cards)
+    return f" --tp {cards}" if candidate.engine == "vllm" and cards > 1 else ""
+
+
+def _q(text: str) -> str:
+    return shlex.quote(text)

@@ -1,0 +1,132 @@
+"""How good the codes shall be, and what that takes: solvers, hours and disk.
+
+    minutes   the exactly best scale of every group, without text
+    hours     GPTQ with refinement, if this machine does it within a day; else as `minutes`, and it
+              says so
+    best      GPTQ with refinement and propagation, however long
+
+Processor time of a Flash expert is measured (docs/calibration.md, `v4quant bench solver`); other
+shapes follow from 2 N K^2, and the block types of GGUF from the tiny model, where they take twice
+an integer's time. Forward passes are counted at 2 operations a weight in use and 50 GFLOP/s a core.
+No GPU has been timed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from v4quant.planner.footprint import Outline
+from v4quant_formats.model_config import Dimensions
+from v4quant_kernels.scheme import Scheme
+
+Effort = Literal["minutes", "hours", "best"]
+EFFORTS: tuple[Effort, ...] = ("minutes", "hours", "best")
+DEFAULT_EFFORT: Effort = "best"
+
+
+@dataclass(frozen=True)
+class Level:
+    """A way to find codes: its name in quality.json, tokens of text, core-seconds a Flash expert.
+
+    passes: models that stream through all the text. options: of `calibrate`.
+    """
+
+    solver: str
+    tokens: int
+    expert_seconds: float
+    passes: int
+    options: tuple[str, ...] = ()
+
+    @property
+    def solves(self) -> bool:
+        """Whether `calibrate --solve` runs."""
+        return self.tokens > 0
+
+
+_PLAIN = Level("optimal", 0, 0.2, 0)
+_REFINED = Level("refined", 32768, 36.0, 1, ("--no-propagate",))
+_BEST = Level("propagated", 131072, 45.0, 2)
+LEVELS: dict[Effort, tuple[Level, ...]] = {
+    "minutes": (_PLAIN,),
+    "hours": (_REFINED, _PLAIN),
+    "best": (_BEST,),
+}
+_LIMIT_HOURS = 24.0
+
+_FLASH_WORK = 2 * 2048 * 4096**2 + 4096 * 2048**2  # N K^2 of w1, w3 and w2
+_BLOCK_FACTOR = 2.0
+_CORE_FLOPS = 50e9
+# Core-seconds a GB of source: casts that keep the nibbles, and a search for scales.
+_CAST_SECONDS, _SEARCH_SECONDS = 4.0, 12.0
+_DISK_BYTES_A_SECOND = 0.5e9
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Hours on `cores` cores for `level`, and the disk it needs in bytes, source included."""
+
+    level: Level
+    hours: float
+    cores: int
+    disk: int
+
+    def sentence(self) -> str:
+        """The same in words."""
+        return f"{hours_text(self.hours)} on {self.cores} cores, {self.disk / 1e9:.0f} GB of disk"
+
+
+def is_solved(scheme: Scheme) -> bool:
+    """Whether error feedback chooses its codes better: integers and GGUF's block types."""
+    return scheme.element == "int" or scheme.block_bytes > 0
+
+
+def cost_of(
+    outline: Outline, scheme: Scheme, output: int, effort: Effort, cores: int, exact: bool
+) -> Cost:
+    """What it costs to make `output` bytes of `scheme` with the best level that effort allows."""
+    levels = (_PLAIN,) if exact or not is_solved(scheme) else LEVELS[effort]
+    costs = [_cost(outline, scheme, output, level, cores, exact) for level in levels]
+    within = [c for c in costs if c.hours <= _LIMIT_HOURS]
+    return within[0] if within else costs[-1]
+
+
+def _cost(
+    outline: Outline, scheme: Scheme, output: int, level: Level, cores: int, exact: bool
+) -> Cost:
+    dims = outline.dimensions
+    convert = outline.nbytes / 1e9 * (_CAST_SECONDS if exact else _SEARCH_SECONDS)
+    disk_seconds = (outline.nbytes + output) / _DISK_BYTES_A_SECOND
+    seconds = max(convert / cores, disk_seconds)
+    if level.solves:
+        experts = dims.n_routed_experts * dims.num_hidden_layers
+        factor = _BLOCK_FACTOR if scheme.block_bytes else 1.0
+        work = 2 * dims.moe_intermediate_size * dims.hidden_size**2
+        work += dims.hidden_size * dims.moe_intermediate_size**2
+        solve = experts * level.expert_seconds * factor * work / _FLASH_WORK
+        forward = level.passes * level.tokens * 2 * _active_weights(outline) / _CORE_FLOPS
+        seconds += (solve + forward) / cores
+    solution = output if level.solves else 0
+    return Cost(level, seconds / 3600, cores, outline.nbytes + output + solution)
+
+
+def _active_weights(outline: Outline) -> float:
+    """Parameters one token's products use: its experts, and everything else but the embedding."""
+    dims = outline.dimensions
+    expert = 3 * dims.moe_intermediate_size * dims.hidden_size
+    per_layer = (dims.num_experts_per_tok + 1) * expert + _attention_weights(dims)
+    return float(dims.num_hidden_layers * per_layer + dims.vocab_size * dims.hidden_size)
+
+
+def _attention_weights(dims: Dimensions) -> int:
+    heads, out = dims.num_attention_heads * dims.head_dim, dims.o_groups * dims.o_lora_rank
+    latents = dims.hidden_size * (dims.q_lora_rank + dims.head_dim)
+    inner = dims.q_lora_rank * heads + out * heads // dims.o_groups
+    return latents + inner + dims.hidden_size * out
+
+
+def hours_text(hours: float) -> str:
+    """`40 minutes`, `9 hours`, `6 days`."""
+    if hours < 1.5:
+        return f"{max(1, round(60 * hours))} minutes"
+    return f"{hours:.0f} hours" if hours < 60 else f"{hours / 24:.0f} days"

@@ -1,0 +1,152 @@
+"""GGUF files that llama.cpp can serve on a machine, and what would do where none fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from v4quant.planner import llama_cpp
+from v4quant.planner.candidates import (
+    HOLDS_FP4,
+    Candidate,
+    Request,
+    Where,
+    draft_count,
+    has_fp4,
+    is_exact,
+    longest_context,
+    loss_of,
+    mixed_loss,
+    mixture,
+    proof_notes,
+)
+from v4quant.planner.effort import cost_of
+from v4quant.planner.footprint import Footprint, Outline, footprint
+from v4quant.planner.machines import GIB, Machine
+from v4quant.recipe import Recipe
+from v4quant_formats.errors import UnsupportedPair
+from v4quant_formats.layouts.table import LAYOUTS
+from v4quant_kernels.scheme import SCHEMES, get_scheme
+
+_DENSE = "q8_0"
+_RAM_SIZES = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # GiB, as sold
+_TIGHT = 0.03
+# llama.cpp's file of a mixed recipe may come out this much larger than the estimate of its parts.
+_MIX_RESERVE = 0.995
+
+
+def candidates(outline: Outline, request: Request) -> tuple[list[Candidate], list[str]]:
+    files = list(_gguf_files(outline))
+    if not files:
+        return [], ["llama.cpp: there is no GGUF form of this release"]
+    found = [c for r, f in files if (c := _gguf_candidate(outline, request, r, f, False))]
+    if found:
+        mixed = _mixed_candidate(outline, request, files, found[0])
+        return found + ([mixed] if mixed is not None else []), []
+    slow = (_gguf_candidate(outline, request, r, f, True) for r, f in files[::-1])
+    smallest = min((f for _, f in files), key=lambda f: f.trunk)
+    return [c for c in slow if c][:1], [_llama_remedy(outline, request, smallest)]
+
+
+def _gguf_files(outline: Outline) -> Iterator[tuple[Recipe, Footprint]]:
+    """Every GGUF worth having, largest first: exact ones only up to the smallest exact one."""
+    drop = "drop" if draft_count(outline) else "convert"
+    exact_bits = [SCHEMES[s].bits_per_weight for s in HOLDS_FP4 & set(LAYOUTS["gguf"].schemes)]
+    most = min(exact_bits) if has_fp4(outline) else 9.0
+    schemes = sorted(LAYOUTS["gguf"].schemes, key=lambda s: -SCHEMES[s].bits_per_weight)
+    for scheme in schemes:
+        if SCHEMES[scheme].bits_per_weight > most:
+            continue
+        recipe = Recipe(scheme, format="gguf", dense=_DENSE, draft=drop)
+        try:
+            yield recipe, footprint(outline, recipe)
+        except UnsupportedPair:
+            continue
+
+
+def _gguf_candidate(
+    outline: Outline, request: Request, recipe: Recipe, file: Footprint, disk: bool
+) -> Candidate | None:
+    dims, machine = outline.dimensions, request.machine
+    placed = llama_cpp.place(file, machine, dims, request.context, disk)
+    if placed is None or (placed.disk > 0) != disk:
+        return None
+    exact = is_exact(outline, recipe.scheme)
+    cost = cost_of(
+        outline, get_scheme(recipe.scheme), file.trunk, request.effort, request.cores, exact
+    )
+    per_token = dims.kv_bytes_per_token() or 0
+    context = placed.kv_room // per_token if per_token else request.context
+    notes = list(proof_notes(outline, recipe.scheme))
+    notes.append(f"dense matrices in {recipe.dense}, which holds FP8 to 8 bits")
+    if disk:
+        notes.append("experts are read from disk again and again: slow, and no cure for it here")
+    elif _is_tight(placed, machine):
+        notes.append("memory is nearly full: close other programs, or take the next smaller")
+    return Candidate(
+        "llama.cpp", recipe, recipe.scheme, file.trunk,
+        Where(placed.cards, placed.ram, placed.disk), min(context, longest_context(outline)),
+        loss_of(outline, request, recipe.scheme, cost.level.solver), cost, 1 / placed.seconds,
+        (*placed.options, f"--ctx-size {request.context}", "--jinja"), placed.before, tuple(notes),
+    )  # fmt: skip
+
+
+def _mixed_candidate(
+    outline: Outline,
+    request: Request,
+    files: Sequence[tuple[Recipe, Footprint]],
+    largest: Candidate,
+) -> Candidate | None:
+    """A recipe of two schemes that fills the room between the largest file that fits and the next.
+
+    None where that is exact already or the next is hardly larger.
+    """
+    schemes = [recipe.scheme for recipe, _ in files]
+    at = schemes.index(largest.scheme)
+    if at == 0 or largest.loss.basis == "exact":
+        return None
+    dims, machine, context = outline.dimensions, request.machine, request.context
+    found = mixture(
+        files[at][1],
+        files[at - 1][1],
+        lambda file: llama_cpp.place(file, machine, dims, context) is not None,
+    )
+    if found is None:
+        return None
+    share, file = found
+    made = _gguf_candidate(outline, request, files[at][0], file, False)
+    assert made is not None and made.cost is not None
+    next_up = loss_of(outline, request, schemes[at - 1], made.cost.level.solver)
+    return replace(
+        made, recipe=None, scheme=f"{schemes[at - 1]} and {largest.scheme}, chosen by layer",
+        loss=mixed_loss(largest.loss, next_up, share), budget=int(_MIX_RESERVE * file.trunk),
+    )  # fmt: skip
+
+
+def _is_tight(placed: llama_cpp.Placement, machine: Machine) -> bool:
+    if machine.unified:
+        assert machine.card is not None
+        room = llama_cpp.memory_room(machine.card.nbytes)
+        return sum(placed.cards) > (1 - _TIGHT) * room
+    return placed.ram > (1 - _TIGHT) * llama_cpp.memory_room(machine.ram)
+
+
+def _llama_remedy(outline: Outline, request: Request, smallest: Footprint) -> str:
+    """The least memory, or the fewest cards, with which the smallest file fits."""
+    machine, dims = request.machine, outline.dimensions
+    text = f"llama.cpp: the smallest file, {smallest.trunk / 1e9:.0f} GB, needs"
+    if machine.unified:
+        needed = smallest.trunk + llama_cpp.kv_bytes(dims, request.context)
+        return f"{text} a machine with about {needed * 1.08 / GIB:.0f} GB of unified memory"
+    ways = []
+    for gib in _RAM_SIZES:
+        more = replace(machine, ram=gib * GIB)
+        if more.ram > machine.ram and llama_cpp.place(smallest, more, dims, request.context):
+            ways.append(f"{gib} GB of memory beside these cards" if machine.card else f"{gib} GB")
+            break
+    for count in range(machine.count + 1, 17) if machine.card is not None else ():
+        if llama_cpp.place(smallest, replace(machine, count=count), dims, request.context):
+            assert machine.card is not None
+            ways.append(f"{count} x {machine.card.title}")
+            break
+    return f"{text} {' or '.join(ways) or 'more than any machine in the table'}"

@@ -1,0 +1,133 @@
+"""Whether vLLM's cards hold a model, and with which options: its own exact rules.
+
+The rules are `v4quant_formats/engines/vllm_memory.py` (KV cache, buffers, what CUDA takes) and
+`vllm_split.py` (what is cut over cards and what every card holds). Here they are asked for batches
+from vLLM's own default down, because large batches can take more than the context does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from v4quant.planner.footprint import Footprint
+from v4quant.planner.machines import Machine
+from v4quant_formats.engines.engine import V4_ATTENTION
+from v4quant_formats.engines.vllm_memory import (
+    Serving,
+    buffer_bytes,
+    default_batch,
+    kv_cache_bytes,
+    runtime_estimate,
+)
+from v4quant_formats.engines.vllm_split import split_refusals, tile_refusals
+from v4quant_formats.model_config import ModelConfig
+
+_BATCHES = (8192, 4096, 2048, 1024, 512)
+_STEP = 1024
+
+
+@dataclass(frozen=True)
+class Served:
+    """How vLLM is started, what one card then holds, and the longest context that fits.
+
+    seconds: to read what one token needs; the cards read their shares at once.
+    """
+
+    serving: Serving
+    weights: int
+    kv_cache: int
+    buffers: int
+    runtime: int
+    context_fits: int
+    seconds: float
+
+    @property
+    def taken(self) -> int:
+        """Bytes of a card."""
+        return self.weights + self.kv_cache + self.buffers + self.runtime
+
+
+def has_attention(machine: Machine) -> bool:
+    """Whether vLLM has attention kernels for DeepSeek-V4 on these cards."""
+    return machine.generation in V4_ATTENTION
+
+
+def parts_of(machine: Machine, config: ModelConfig) -> int:
+    """The most of the cards that a model can be cut over; 0 for none."""
+    return max(
+        (
+            n
+            for n in (1 << i for i in range(8))
+            if n <= machine.count
+            and not any(split_refusals(config, n))
+            and not any(tile_refusals(config, n))
+        ),
+        default=0,
+    )
+
+
+def place(
+    file: Footprint, machine: Machine, config: ModelConfig, context: int, drafts: int
+) -> Served | None:
+    """How vLLM serves `file` on `machine`, with `drafts` stages in the file; None: it cannot.
+
+    Draft stages are loaded only with speculative decoding, so 0 leaves their bytes out.
+    """
+    assert machine.card is not None
+    parts = parts_of(machine, config)
+    if not parts:
+        return None
+    usual = default_batch(machine.card.nbytes)
+    for batch in [usual, *(b for b in _BATCHES if b < usual)]:
+        found = _served(file, machine, config, Serving(parts, context, batch), drafts)
+        if found is not None:
+            return found
+    return None
+
+
+def smallest_card(file: Footprint, machine: Machine, config: ModelConfig, context: int) -> int:
+    """Bytes a card would have to have, with the smallest batch."""
+    serving = Serving(max(parts_of(machine, config), 1), context, _BATCHES[-1])
+    taken = _weights(file, serving, 0) + _beside(config, serving, 0)
+    return int(taken / serving.utilization)
+
+
+def _served(
+    file: Footprint, machine: Machine, config: ModelConfig, serving: Serving, drafts: int
+) -> Served | None:
+    assert machine.card is not None
+    usable = int(machine.card.nbytes * serving.utilization)
+    weights = _weights(file, serving, drafts)
+    if weights + _beside(config, serving, drafts) > usable:
+        return None
+    longest = config.max_position_embeddings
+    low, high = serving.context // _STEP, -(-longest // _STEP)
+    while low < high:
+        middle = (low + high + 1) // 2
+        longer = Serving(serving.gpus, middle * _STEP, serving.batched_tokens)
+        if weights + _beside(config, longer, drafts) <= usable:
+            low = middle
+        else:
+            high = middle - 1
+    experts = sum(layer.experts for layer in file.layers)
+    cut = file.cut - file.embed - experts + experts * file.active
+    read = cut / serving.gpus + file.whole
+    return Served(
+        serving, weights, kv_cache_bytes(config, serving, drafts),
+        buffer_bytes(config, serving, drafts), runtime_estimate(serving),
+        max(low * _STEP, serving.context), read / machine.card.bandwidth,
+    )  # fmt: skip
+
+
+def _weights(file: Footprint, serving: Serving, drafts: int) -> int:
+    cut = file.cut + (file.cut_drafts if drafts else 0)
+    whole = file.whole + (file.whole_drafts if drafts else 0)
+    return -(-cut // serving.gpus) + whole
+
+
+def _beside(config: ModelConfig, serving: Serving, drafts: int) -> int:
+    return (
+        kv_cache_bytes(config, serving, drafts)
+        + buffer_bytes(config, serving, drafts)
+        + runtime_estimate(serving)
+    )
