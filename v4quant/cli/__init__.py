@@ -26,6 +26,7 @@ from v4quant.cli.encode import encode
 from v4quant.cli.evaluate import evaluate
 from v4quant.cli.export_onnx import export_onnx_command
 from v4quant.cli.inspect import inspect
+from v4quant.cli.plan import plan
 from v4quant.cli.push import push
 from v4quant.cli.quantize import quantize
 from v4quant.cli.run import run
@@ -48,6 +49,7 @@ def cli() -> None:
 
 for _command in (
     inspect,
+    plan,
     calibrate,
     allocate,
     quantize,

@@ -13,7 +13,6 @@ from v4quant.planner.loss import KnownLoss, Measured, known_loss
 from v4quant.planner.machines import Machine
 from v4quant.recipe import Recipe
 from v4quant_kernels.errors import V4QuantError
-from v4quant_kernels.scheme import SCHEMES
 
 EngineName = Literal["llama.cpp", "vllm"]
 ENGINE_NAMES: tuple[EngineName, ...] = ("llama.cpp", "vllm")

@@ -38,11 +38,10 @@ def commands_for(candidate: Candidate, machine: Machine, source: str, max_memory
     name = folder.rstrip("/\\").replace("\\", "/").rpartition("/")[2].replace(":", "-")
     if candidate.recipe is None and not candidate.budget:
         served = source.removeprefix(_HUB).partition("@")[0] if fetch else folder
-        check = (
-            f"v4quant verify {_q(folder)} --engine {candidate.engine}{_gpu(machine)}"
-            f"{_split(candidate)}",
-        )
-        return Commands(fetch, (), check if not fetch else (), _serve(candidate, machine, served))
+        line = f"v4quant verify {_q(folder)} --engine {candidate.engine}{_gpu(machine)}"
+        check = [] if fetch else [line + _split(candidate)]
+        serve = _serve(candidate, machine, served)
+        return Commands((), (), tuple(check), serve)
     out = f"{name}-{_short(candidate)}"
     check = [
         f"v4quant verify {_q(out)} --source {_q(folder)}",

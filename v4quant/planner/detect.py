@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from dataclasses import replace
 
@@ -59,7 +60,7 @@ def read_nvidia_line(line: str) -> Card | None:
     title, memory, capability = parts
     generation = "sm" + capability.replace(".", "")
     known = max(
-        (c for c in CARDS.values() if _same(c.title, title)), key=lambda c: len(c.title),
+        (c for c in CARDS.values() if _same(c.title, title)), key=lambda c: len(_words(c.title)),
         default=None,
     )  # fmt: skip
     if known is not None and known.unified:
@@ -71,9 +72,12 @@ def read_nvidia_line(line: str) -> Card | None:
 
 
 def _same(known: str, title: str) -> bool:
-    words = known.replace("(", " ").replace(")", " ").split()
-    model = [w for w in words if not w.isdigit() and w != "GB"] + [w for w in words if len(w) > 3]
-    return all(word.lower() in title.lower() for word in model)
+    """Whether the driver's title has every word of ours that tells cards apart."""
+    return _words(known) - {"dgx", "spark"} <= _words(title)
+
+
+def _words(title: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", re.sub(r"(\d) gb\b", r"\1gb", title.lower())))
 
 
 def _apple(ram: int) -> Machine:

@@ -29,10 +29,11 @@ DEFAULT_EFFORT: Effort = "best"
 class Level:
     """A way to find codes: its name in quality.json, tokens of text, core-seconds a Flash expert.
 
-    passes: models that stream through all the text. options: of `calibrate`.
+    words: for people. passes: models that stream through all the text. options: of `calibrate`.
     """
 
     solver: str
+    words: str
     tokens: int
     expert_seconds: float
     passes: int
@@ -44,9 +45,10 @@ class Level:
         return self.tokens > 0
 
 
-_PLAIN = Level("optimal", 0, 0.2, 0)
-_REFINED = Level("refined", 32768, 36.0, 1, ("--no-propagate",))
-_BEST = Level("propagated", 131072, 45.0, 2)
+_CAST = Level("optimal", "a cast", 0, 0.0, 0)
+_PLAIN = Level("optimal", "searched scales, no text", 0, 0.2, 0)
+_REFINED = Level("refined", "GPTQ, refined", 32768, 36.0, 1, ("--no-propagate",))
+_BEST = Level("propagated", "GPTQ, refined and propagated", 131072, 45.0, 2)
 LEVELS: dict[Effort, tuple[Level, ...]] = {
     "minutes": (_PLAIN,),
     "hours": (_REFINED, _PLAIN),
@@ -85,7 +87,7 @@ def cost_of(
     outline: Outline, scheme: Scheme, output: int, effort: Effort, cores: int, exact: bool
 ) -> Cost:
     """What it costs to make `output` bytes of `scheme` with the best level that effort allows."""
-    levels = (_PLAIN,) if exact or not is_solved(scheme) else LEVELS[effort]
+    levels = (_CAST,) if exact or not is_solved(scheme) else LEVELS[effort]
     costs = [_cost(outline, scheme, output, level, cores, exact) for level in levels]
     within = [c for c in costs if c.hours <= _LIMIT_HOURS]
     return within[0] if within else costs[-1]

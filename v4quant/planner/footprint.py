@@ -40,6 +40,13 @@ HUB_NAMES = {
 """Releases whose inventory is built in, by the short name `plan` takes, and where they lie."""
 
 
+def release_named(text: str) -> str | None:
+    """The release a name means: `flash`, or the last part of its repository; None for others."""
+    wanted = text.lower().rpartition("/")[2]
+    hub = {repo.rpartition("/")[2].lower(): name for name, repo in HUB_NAMES.items()}
+    return wanted if wanted in HUB_NAMES else hub.get(wanted)
+
+
 @dataclass(frozen=True)
 class Outline:
     """A checkpoint's headers with a few experts a layer, and how many there really are.
@@ -168,11 +175,13 @@ def _outputs(outline: Outline, recipe: Recipe) -> list[TensorSpec]:
 
 
 def _real_bytes(outline: Outline, spec: TensorSpec, name: TensorName | None) -> int:
-    """Bytes of the tensor that a thin one, of fewer experts, stands for."""
-    if name is None or (name.expert is None and not _is_gate(name.module)):
+    """Bytes of what a thin tensor stands for: the first expert for all, the others for none."""
+    if name is None:
         return spec.nbytes
     real, kept = outline.experts_of(name)
-    return spec.nbytes * real // kept
+    if name.expert is not None:
+        return 0 if name.expert else spec.nbytes * real
+    return spec.nbytes * real // kept if _is_gate(name.module) else spec.nbytes
 
 
 def _is_gate(module: str) -> bool:

@@ -72,7 +72,9 @@ def _weights_only(outline: Outline, request: Request) -> tuple[list[Candidate], 
     each = -(-file.cut // parts) + file.whole
     if each > _V41_SHARE * machine.card.nbytes:
         enough = each / _V41_SHARE / GIB
-        return [], [f"vllm: the release needs {parts} cards of about {enough:.0f} GB, or more cards"]
+        return [], [
+            f"vllm: the release needs {parts} cards of about {enough:.0f} GB, or more cards"
+        ]
     note = "what V4.1's KV cache takes is not known; a fifth of every card is left for it"
     active = sum(x.experts * file.active + x.rest for x in file.layers) + file.head
     made = Candidate(

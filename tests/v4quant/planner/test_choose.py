@@ -1,0 +1,135 @@
+"""Machines asked cold get what people with those machines run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from v4quant.builtin import TINY_V4, resolve_source
+from v4quant.cli import cli
+from v4quant.pipeline.recipe_file import load_pipeline
+from v4quant.planner.candidates import Candidate, Request
+from v4quant.planner.choose import Answer, choose
+from v4quant.planner.footprint import outline_release
+from v4quant.planner.loss import Measured, known_loss, tiny_rows
+from v4quant.planner.machines import parse_machine, with_memory
+
+
+def ask(
+    release: str, name: str, ram: str | None = None, measured: tuple[Measured, ...] = ()
+) -> Answer:
+    machine = with_memory(parse_machine(name), ram, None)
+    return choose(outline_release(release), Request(machine, 32768, "best", 16, measured=measured))
+
+
+def is_release(candidate: Candidate) -> bool:
+    return candidate.recipe is None and not candidate.budget
+
+
+@pytest.mark.parametrize("name", ["8xh100", "4xh100", "2xrtx-pro-6000", "8xh200", "2xdgx-spark"])
+def test_where_the_release_fits_it_is_served_as_it_is(name: str) -> None:
+    """Nothing 4-bit is smaller or better than it."""
+    best = ask("flash", name).candidates[0]
+    assert best.engine == "vllm" and is_release(best) and best.loss.basis == "exact"
+
+
+@pytest.mark.parametrize(
+    ("name", "ram"),
+    [("2x3090", "128GB"), ("4090", "192GB"), ("5090", "256GB"), ("4x3090", "256GB")],
+)
+def test_consumer_cards_keep_experts_in_memory(name: str, ram: str) -> None:
+    answer = ask("flash", name, ram)
+    best = answer.candidates[0]
+    assert best.engine == "llama.cpp" and best.loss.basis == "exact" and best.scheme == "mxfp4"
+    assert best.where.memory > 0 and not best.where.disk
+    assert any(o.startswith("--n-cpu-moe") for o in best.options)
+    # What is worse is there because it is faster.
+    speeds = [c.tokens_per_second for c in answer.candidates]
+    assert speeds == sorted(speeds)
+
+
+def test_one_96_gb_card_has_a_way_in_either_engine() -> None:
+    answer = ask("flash", "rtx-pro-6000", "128GB")
+    assert {c.engine for c in answer.candidates} == {"llama.cpp", "vllm"}
+    alone = next(c for c in answer.candidates if c.engine == "vllm")
+    assert alone.scheme.startswith("int2") or "chosen by layer" in alone.scheme
+    assert alone.where.memory == 0
+
+
+@pytest.mark.parametrize("name", ["dgx-spark", "m4-max-128", "strix-halo"])
+def test_128_gb_of_unified_memory_hold_between_two_and_three_bits(name: str) -> None:
+    answer = ask("flash", name)
+    assert answer.candidates
+    for candidate in answer.candidates:
+        assert 70e9 < candidate.size < 130e9 and candidate.loss.kl
+
+
+def test_a_512_gb_mac_holds_flash_exactly() -> None:
+    best = ask("flash", "m3-ultra-512").candidates[0]
+    assert best.loss.basis == "exact" and best.engine == "llama.cpp"
+
+
+def test_a100s_are_llama_cpps() -> None:
+    answer = ask("flash", "8xa100")
+    assert {c.engine for c in answer.candidates} == {"llama.cpp"}
+    assert any("attention kernels" in r for r in answer.remedies)
+
+
+def test_pro_on_eight_h200_is_the_release_and_on_h100_is_not() -> None:
+    assert is_release(ask("pro", "8xh200").candidates[0])
+    assert not any(is_release(c) for c in ask("pro", "8xh100").candidates)
+
+
+def test_what_does_not_fit_is_told_what_would() -> None:
+    answer = ask("pro", "2x3090", "64GB")
+    assert all(c.where.disk for c in answer.candidates)
+    assert any("memory beside these cards" in r or "x RTX 3090" in r for r in answer.remedies)
+    answer = ask("pro", "m4-pro-64")
+    assert answer.candidates == () and any("unified memory" in r for r in answer.remedies)
+
+
+def test_a_measurement_of_the_model_stands_before_the_tiny_ones() -> None:
+    rows = (Measured("q3_k", "", 0.5, 0.7),)
+    found = [c for c in ask("flash", "2x3090", "128GB", rows).candidates if c.scheme == "q3_k"]
+    assert all(c.loss.basis == "this model" and c.loss.kl == 0.5 for c in found)
+
+
+def test_estimates_lie_between_their_neighbours() -> None:
+    rows = {r.scheme: r.kl for r in tiny_rows() if r.solver == "propagated"}
+    between = known_loss("int3-g64", "propagated", False)
+    assert between.basis == "estimate" and between.kl is not None
+    assert rows["int4-g128"] < between.kl < rows["int3-g128"]
+
+
+def test_the_commands_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tiny model, on a machine with a card; fetching and serving apart."""
+    monkeypatch.chdir(tmp_path)
+    source, runner = str(resolve_source(TINY_V4)), CliRunner()
+    options = ["--cards", "1x24GB", "--ram", "32GB", "--engine", "llama.cpp", "--context", "4096"]
+    done = runner.invoke(cli, ["plan", source, *options, "--write", "run.toml", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    commands = found["candidates"][0]["commands"]
+    for line in (*commands["make"], *commands["check"]):
+        program, *arguments = shlex.split(line)
+        assert program == "v4quant"
+        assert runner.invoke(cli, arguments).exit_code == 0, line
+    made = next((tmp_path / "tiny-v4-mxfp4").glob("*.gguf"))
+    assert abs(made.stat().st_size - found["candidates"][0]["bytes"]) < 1_000_000
+    pipeline = load_pipeline("run.toml")
+    assert pipeline.recipe.scheme == "mxfp4" and pipeline.recipe.format == "gguf"
+    assert tomllib.loads(Path("run.toml").read_text())["source"] == source
+
+
+def test_words_name_every_place(tmp_path: Path) -> None:
+    arguments = ["plan", "flash", "--machine", "2x3090", "--ram", "128GB"]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0
+    for words in ("on the cards", "in system memory", "tokens fit", "hf download", "llama-server"):
+        assert words in done.stdout
+    assert CliRunner().invoke(cli, [*arguments, "--cards", "2x24GB"]).exit_code == 2

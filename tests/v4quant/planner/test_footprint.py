@@ -1,0 +1,62 @@
+"""A footprint planned from a few experts is what the whole plan has, byte for byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.synthetic import make_small
+from v4quant.conversion.plan import plan_units
+from v4quant.planner.footprint import (
+    HUB_NAMES,
+    footprint,
+    outline_checkpoint,
+    outline_release,
+    release_named,
+)
+from v4quant.recipe import Recipe
+from v4quant.synthetic.configs import RELEASES
+from v4quant_formats.deepseek_v4 import parse_name
+from v4quant_formats.engines.vllm_split import is_split
+from v4quant_formats.opening import open_checkpoint
+
+RECIPES = (
+    Recipe("mxfp4", format="gguf", dense="q8_0", draft="drop"),
+    Recipe("int4-g32", engine="vllm"),
+    Recipe("nvfp4"),
+    Recipe("bf16"),
+)
+
+
+@pytest.mark.parametrize("release", ["flash", "flash-dspark", "pro-base"])
+def test_a_few_experts_tell_the_bytes_of_all(tmp_path: Path, release: str) -> None:
+    folder = make_small(tmp_path / "source", release, experts=12, headers_only=True)
+    with open_checkpoint(folder) as source:
+        outline = outline_checkpoint(source)
+        assert outline.nbytes == source.nbytes
+        for recipe in RECIPES:
+            specs = [s for unit in plan_units(source, recipe).units for s in unit.outputs]
+            found = footprint(outline, recipe)
+            assert found.total == sum(s.nbytes for s in specs)
+            names = {s.name: parse_name(s.name) for s in specs}
+            cut = [s for s in specs if (n := names[s.name]) and is_split(n)]
+            assert found.cut + found.cut_drafts == sum(s.nbytes for s in cut)
+            layer = [s for s in specs if s.name.startswith("layers.2.")]
+            experts = sum(s.nbytes for s in layer if ".ffn.experts." in s.name)
+            assert found.layers[2].experts == experts
+            assert found.layers[2].rest == sum(s.nbytes for s in layer) - experts
+
+
+def test_built_in_inventories_have_the_published_sizes() -> None:
+    """The totals of the releases' own indexes."""
+    assert outline_release("flash").nbytes == 159_609_485_896
+    assert outline_release("pro").nbytes == 864_704_792_696
+    assert set(HUB_NAMES) == set(RELEASES)
+
+
+def test_releases_go_by_several_names() -> None:
+    assert release_named("flash") == "flash"
+    assert release_named("DeepSeek-V4-Pro") == "pro"
+    assert release_named("deepseek-ai/deepseek-v4-flash-0731") == "flash-dspark"
+    assert release_named("./out") is None

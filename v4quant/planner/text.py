@@ -1,0 +1,86 @@
+"""A plan in words: what fits, where its bytes lie, what it costs, and what to type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from v4quant.planner.candidates import Candidate
+from v4quant.planner.choose import Answer
+from v4quant.planner.commands import Commands
+from v4quant.planner.machines import Machine
+
+_TITLES = {"llama.cpp": "llama.cpp", "vllm": "vLLM"}
+
+
+def answer_text(answer: Answer, machine: Machine, commands: Sequence[Commands]) -> str:
+    """The whole answer; `commands` are those of the candidates, in their order."""
+    lines = [f"machine: {machine.title}", *(f"  ({note})" for note in machine.assumptions), ""]
+    if not answer.candidates:
+        lines.append("Nothing fits. What would do:")
+        lines += [f"  {remedy}" for remedy in answer.remedies]
+        return "\n".join(lines)
+    for number, (candidate, typed) in enumerate(zip(answer.candidates, commands, strict=True), 1):
+        lines += _candidate(number, candidate, machine)
+        lines += _commands(typed)
+        lines.append("")
+    if answer.remedies:
+        lines.append("Not among these:")
+        lines += [f"  {remedy}" for remedy in answer.remedies]
+    return "\n".join(lines).rstrip()
+
+
+def _candidate(number: int, candidate: Candidate, machine: Machine) -> list[str]:
+    what = candidate.scheme if candidate.recipe or candidate.budget else "the release as it is"
+    lines = [
+        f"{number}. {what} in {_TITLES[candidate.engine]}: {_gb(candidate.size)}",
+        f"   where      {_where(candidate, machine)}",
+        f"   context    {candidate.context:,} tokens fit",
+        f"   loss       {candidate.loss.sentence()}",
+    ]
+    if candidate.loss.published:
+        lines.append(f"              {candidate.loss.published}")
+    if candidate.cost is not None:
+        lines.append(f"   to make    {candidate.cost.sentence()}: {candidate.cost.level.words}")
+    lines.append(
+        f"   speed      at most {_rate(candidate.tokens_per_second)} tokens per second, one at a "
+        "time: a bound from bandwidth, no measurement"
+    )
+    lines += [f"   note       {note}" for note in candidate.notes]
+    return lines
+
+
+def _commands(typed: Commands) -> list[str]:
+    lines = []
+    for title, group in (
+        ("fetch", typed.fetch), ("make", typed.make), ("check", typed.check),
+        ("serve", typed.serve),
+    ):  # fmt: skip
+        for index, line in enumerate(group):
+            lines.append(f"   {title if index == 0 else '':<7}$ {line}")
+    return lines
+
+
+def _where(candidate: Candidate, machine: Machine) -> str:
+    parts = []
+    cards = candidate.where.cards
+    if machine.unified and len(cards) == 1:
+        parts.append(f"{_gb(cards[0])} in unified memory")
+    elif cards:
+        alike = len(set(cards)) == 1 and len(cards) > 1
+        each = f"{_gb(cards[0])} on each of {len(cards)} cards"
+        several = f"{' + '.join(map(_gb, cards))} on the cards"
+        one = f"{_gb(cards[0])} on the card"
+        parts.append(one if len(cards) == 1 else each if alike else several)
+    if candidate.where.memory:
+        parts.append(f"{_gb(candidate.where.memory)} in system memory")
+    if candidate.where.disk:
+        parts.append(f"{_gb(candidate.where.disk)} read from disk")
+    return ", ".join(parts)
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _gb(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.1f} GB"
