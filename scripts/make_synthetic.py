@@ -22,7 +22,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from v4quant.synthetic.configs import RELEASES, RequestError
+from v4quant.synthetic.configs import RELEASES
+from v4quant.synthetic.errors import RequestError
 from v4quant.synthetic.values import DEFAULT_MODULE, Faults
 from v4quant.synthetic.writing import Request, write_checkpoint
 from v4quant_kernels.errors import V4QuantError
@@ -53,7 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     add("--inner", type=int, help="intermediate size of an expert, a multiple of 32")
     add("--vocab", type=int, help="vocabulary size")
     add("--set", action="append", default=[], metavar="KEY=N", help="any integer config field")
-    add("--engram-rows", type=int, help="rows of V4.1's n-gram tables")
+    add("--engram-rows", type=int, help="about so many rows in each of V4.1's n-gram tables")
     add("--headers-only", action="store_true", help="true headers, sparse files, no data")
     add("--spread", type=int, help="plant scales this many octaves apart in one tile")
     add("--zero-groups", action="store_true", help="plant groups of zeros")

@@ -15,11 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from v4quant_formats.model_config import (
-    CSA_RATIO,
-    HCA_RATIO,
-    Dimensions,
-)
+from v4quant_formats.model_config import Dimensions, LayerFacts
 
 Role = Literal[
     "routed experts",
@@ -34,6 +30,7 @@ Role = Literal[
     "draft",
     "vision",
     "engram",
+    "engram tables",
 ]
 
 # Suffixes that are parts of a module, across the layouts v4quant reads and writes.
@@ -72,7 +69,8 @@ _STAGE_MODULES: list[tuple[str, Role, str]] = [
     (r"hc_(attn|ffn)_(fn|base|scale)", "hyper-connection", _PLAIN),
     # V4.1: the tables are looked up, not multiplied, so no layout ever re-encodes them.
     (r"engram\.wkv", "engram", _LINEAR),
-    (r"engram\.(embed|q_weight|k_weight)", "engram", _PLAIN),
+    (r"engram\.embed", "engram tables", _PLAIN),
+    (r"engram\.(q_weight|k_weight)", "engram", _PLAIN),
 ]
 # Further modules only draft stages have (classic MTP, DSpark, Base copies of embedding and head).
 _DRAFT_MODULES: list[tuple[str, Role, str]] = [
@@ -170,56 +168,46 @@ def stage_modules(config: Dimensions, stage: str, vision: bool = False) -> Itera
     `vision`: the release also routes image tokens, by `gate.bias_vl` in every layer.
     """
     attention = ["wq_a", "wq_b", "wkv", "wo_a", "wo_b", "attn_sink", "q_norm", "kv_norm"]
-    draft = stage.startswith("mtp.")
-    layer = int(stage.rpartition(".")[2])
+    facts = config.facts(stage)
     yield from (f"{stage}.attn.{m}" for m in attention)
-    if not draft:
-        long_range = _v41_modules if config.v41 else _v4_modules
-        yield from (f"{stage}.{m}" for m in long_range(config, layer))
-    hashed = not draft and layer < config.num_hash_layers
+    long_range = _v41_modules if config.v41 else _v4_modules
+    yield from (f"{stage}.{m}" for m in long_range(facts))
     yield f"{stage}.ffn.gate"
-    if hashed:
+    if facts.hashed:
         yield f"{stage}.ffn.gate.tid2eid"
-    if vision or not hashed:
+    if vision or not facts.hashed:
         yield f"{stage}.ffn.gate.bias"
     if vision:
         yield f"{stage}.ffn.gate.bias_vl"
-    for expert in range(_experts(config, draft)):
+    for expert in range(facts.experts):
         yield from (expert_module(stage, expert, p) for p in PROJECTIONS)
     yield from (f"{stage}.ffn.shared_experts.{p}" for p in PROJECTIONS)
     yield from (f"{stage}.{m}" for m in ("attn_norm", "ffn_norm"))
     yield from (f"{stage}.hc_{s}_{p}" for s in ("attn", "ffn") for p in _HC)
 
 
-def _v4_modules(config: Dimensions, layer: int) -> Iterator[str]:
-    """Compressor and indexer of a V4 layer, by its compression ratio."""
+def _v4_modules(facts: LayerFacts) -> Iterator[str]:
+    """Compressor and indexer of a V4 layer."""
     compressor = ["ape", "wkv", "wgate", "norm"]
-    ratio = config.compress_ratios[layer]
-    if ratio in (CSA_RATIO, HCA_RATIO):
+    if facts.makes_entries:
         yield from (f"attn.compressor.{m}" for m in compressor)
-    if ratio == CSA_RATIO:
+    if facts.makes_choice:
         yield from ("attn.indexer.wq_b", "attn.indexer.weights_proj")
         yield from (f"attn.indexer.compressor.{m}" for m in compressor)
 
 
-def _v41_modules(config: Dimensions, layer: int) -> Iterator[str]:
-    """Compressor, indexer and Engram of a V4.1 layer: only in the layers the config names."""
-    v41 = config.v41
-    assert v41 is not None
-    if layer in v41.kv_source_layer_ids:
+def _v41_modules(facts: LayerFacts) -> Iterator[str]:
+    """Compressor, indexer and Engram of a V4.1 layer."""
+    if facts.makes_entries:
         yield from ("attn.compressor.wkv", "attn.compressor.norm")
         # At ratio 1 there is nothing to pool, and so no gate.
-        if config.compress_ratios[layer] > 1:
+        if facts.ratio > 1:
             yield "attn.compressor.wgate"
         yield from ("attn.indexer.wk", "attn.indexer.k_norm")
-    if layer in v41.index_source_layer_ids:
+    if facts.makes_choice:
         yield from ("attn.indexer.wq_b", "attn.indexer.weights_proj")
-    if layer in v41.engram_layer_ids:
+    if facts.engram is not None:
         yield from (f"engram.{m}" for m in ("embed", "wkv", "q_weight", "k_weight"))
-
-
-def _experts(config: Dimensions, draft: bool) -> int:
-    return config.dspark.n_routed_experts if draft and config.dspark else config.n_routed_experts
 
 
 def draft_modules(config: Dimensions, stages: list[str], dspark: bool) -> Iterator[str]:
@@ -259,6 +247,15 @@ def expected_modules(config: Dimensions, names: Collection[str]) -> Iterator[str
     yield from draft_modules(config, drafts, dspark)
 
 
+def other_release(config: Dimensions, names: Collection[str]) -> list[str]:
+    """What to say, if anything, about a config of V4 beside tensors of V4.1, or the reverse."""
+    if config.v41 is None and any(".engram." in name for name in names):
+        return ["config.json is V4's, but the tensors are V4.1's (they have an Engram)"]
+    if config.v41 is not None and "hc_head_fn" in names:
+        return ["config.json is V4.1's, but the tensors are V4's (they have hc_head_fn)"]
+    return []
+
+
 def detect_release(names: Iterable[str], expert_dtypes: set[str], model_type: str) -> str:
     """Which release this is, by tensor names and dtypes; config strings only break ties.
 
@@ -285,13 +282,16 @@ def module_shape(config: Dimensions, module: str) -> tuple[int, ...] | None:
     match = _STAGE.fullmatch(module)
     if match is None:
         return _top_shapes(config).get(module)
-    draft, layer, below = match[1] == "mtp", int(match[2]), match[3]
+    draft, below = match[1] == "mtp", match[3]
+    if not draft and int(match[2]) >= config.num_hidden_layers:
+        return None
+    facts = config.facts(f"{match[1]}.{match[2]}")
     if expert := _EXPERT.fullmatch(below):
         below = f"ffn.shared_experts.{expert[2]}"
     if config.v41 is None and ".compressor." in below:
-        return None if draft else _compressor_shape(config, below, layer)
+        return _compressor_shape(config, below, facts)
     if below == "engram.embed":
-        return _engram_shape(config, layer)
+        return _engram_shape(config, facts)
     return _stage_shapes(config, draft).get(below)
 
 
@@ -299,6 +299,7 @@ def module_shape(config: Dimensions, module: str) -> tuple[int, ...] | None:
 def _stage_shapes(c: Dimensions, draft: bool) -> dict[str, tuple[int, ...]]:
     """Shapes of a stage's modules that do not depend on the layer."""
     streams, mixes = c.hc_mult * c.hidden_size, c.hc_mult * (2 + c.hc_mult)
+    experts = c.facts("mtp.0" if draft else "layers.0").experts
     d, heads, inner = c.hidden_size, c.num_attention_heads * c.head_dim, c.moe_intermediate_size
     table: dict[str, tuple[int, ...]] = {
         "attn.wq_a": (c.q_lora_rank, d),
@@ -311,9 +312,9 @@ def _stage_shapes(c: Dimensions, draft: bool) -> dict[str, tuple[int, ...]]:
         "attn.kv_norm": (c.head_dim,),
         "attn.indexer.wq_b": (c.index_n_heads * c.index_head_dim, c.q_lora_rank),
         "attn.indexer.weights_proj": (c.index_n_heads, d),
-        "ffn.gate": (_experts(c, draft), d),
-        "ffn.gate.bias": (_experts(c, draft),),
-        "ffn.gate.bias_vl": (_experts(c, draft),),
+        "ffn.gate": (experts, d),
+        "ffn.gate.bias": (experts,),
+        "ffn.gate.bias_vl": (experts,),
         "ffn.gate.tid2eid": (c.vocab_size, c.num_experts_per_tok),
         "ffn.shared_experts.w1": (inner, d),
         "ffn.shared_experts.w3": (inner, d),
@@ -374,19 +375,19 @@ def _top_shapes(c: Dimensions) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _engram_shape(c: Dimensions, layer: int) -> tuple[int, ...] | None:
-    if c.v41 is None or layer not in c.v41.engram_layer_ids:
+def _engram_shape(c: Dimensions, facts: LayerFacts) -> tuple[int, ...] | None:
+    if c.v41 is None or facts.engram is None:
         return None
-    rows = c.v41.engram_num_embeddings[c.v41.engram_layer_ids.index(layer)]
-    return (rows, c.v41.engram_head_dim)
+    return (c.v41.engram_num_embeddings[facts.engram], c.v41.engram_head_dim)
 
 
-def _compressor_shape(c: Dimensions, below: str, layer: int) -> tuple[int, ...] | None:
+def _compressor_shape(c: Dimensions, below: str, facts: LayerFacts) -> tuple[int, ...] | None:
+    if facts.draft:
+        return None
     width = c.index_head_dim if below.startswith("attn.indexer.") else c.head_dim
-    ratio = c.compress_ratios[layer] if layer < c.num_hidden_layers else 0
-    channels = 2 * width if ratio == CSA_RATIO else width
+    channels = 2 * width if facts.overlaps else width
     return {
-        "ape": (ratio, channels),
+        "ape": (facts.ratio, channels),
         "wkv": (channels, c.hidden_size),
         "wgate": (channels, c.hidden_size),
         "norm": (width,),

@@ -2,7 +2,7 @@
 
 `Dimensions` is what decides names, shapes and experts: enough to inspect and to convert any
 release, V4.1 with its nested `text_config` included. `ModelConfig` adds the constants of the
-forward pass, which only V4 has here.
+forward pass. What a single layer is, `LayerFacts` say.
 
 Field names are the release's own. A missing key is an error rather than a default: the official
 code's defaults (rope factor 40, compress theta 40000, no clamp) are wrong for every release, so
@@ -13,24 +13,53 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any
 
+from v4quant_formats.config_fields import (
+    ConfigError,
+    integer,
+    is_integers,
+    layer_ids,
+    number,
+    raise_first,
+    short,
+)
 from v4quant_formats.json_limits import (
     MAX_JSON_DEPTH,
     MAX_JSON_VALUES,
     has_too_many_values,
     is_too_deep,
 )
-from v4quant_kernels.errors import V4QuantError
+from v4quant_formats.layer_facts import (
+    CSA_RATIO,
+    HCA_RATIO,
+    LayerFacts,
+    draft_facts,
+    v4_layers,
+    v41_layers,
+)
+from v4quant_formats.v41_config import V41, check_v41_forward, parse_v41
 
-LayerKind = Literal["swa", "csa", "hca"]
+__all__ = [
+    "CSA_RATIO",
+    "HCA_RATIO",
+    "V41",
+    "ConfigError",
+    "DSpark",
+    "Dimensions",
+    "LayerFacts",
+    "ModelConfig",
+    "Yarn",
+    "load_model_config",
+    "parse_dimensions",
+    "parse_model_config",
+    "read_json_object",
+]
 
 MAX_CONFIG_BYTES = 16 * 2**20
-
-
-class ConfigError(V4QuantError):
-    """config.json is missing, not JSON, or lacks or contradicts a field."""
 
 
 @dataclass(frozen=True)
@@ -48,28 +77,15 @@ class DSpark:
     """Speculative stages of the DSpark releases (config `dspark_*`).
 
     They guess `block_size` tokens at a time, all but the first position fed with `noise_token_id`.
+    Their layers may have fewer experts than the trunk's.
     """
 
     target_layer_ids: tuple[int, ...]
     markov_rank: int
     n_routed_experts: int
+    num_experts_per_tok: int
     block_size: int
     noise_token_id: int
-
-
-@dataclass(frozen=True)
-class V41:
-    """What V4.1 adds: layers that own the shared caches, and Engram's n-gram tables.
-
-    `engram_columns` is the number of table rows looked up per token (n-gram sizes times heads).
-    """
-
-    kv_source_layer_ids: tuple[int, ...]
-    index_source_layer_ids: tuple[int, ...]
-    engram_layer_ids: tuple[int, ...]
-    engram_num_embeddings: tuple[int, ...]
-    engram_head_dim: int
-    engram_columns: int
 
 
 @dataclass(frozen=True)
@@ -98,31 +114,56 @@ class Dimensions:
     v41: V41 | None
     raw: dict[str, Any] = field(compare=False, repr=False)
 
-    def layer_kind(self, layer: int) -> str:
-        """Attention kind of a trunk layer: swa, csa or hca; csa2/1 or csa2/2 in V4.1."""
-        ratio = self.compress_ratios[layer]
-        return _KINDS.get(ratio, f"csa2/{ratio}")
+    @cached_property
+    def layers(self) -> tuple[LayerFacts, ...]:
+        """Facts of the trunk's layers."""
+        ratios = self.compress_ratios[: self.num_hidden_layers]
+        experts, chosen = self.n_routed_experts, self.num_experts_per_tok
+        if self.v41 is None:
+            return v4_layers(ratios, self.num_hash_layers, experts, chosen)
+        return v41_layers(
+            ratios,
+            self.v41.kv_source_layer_ids,
+            self.v41.index_source_layer_ids,
+            self.v41.candidate_source_layer_id,
+            self.v41.engram_layer_ids,
+            experts,
+            chosen,
+        )
 
-    def kv_bytes_per_token(self) -> int | None:
-        """BF16 KV-cache bytes each further token costs over all trunk layers; None for V4.1.
+    def facts(self, stage: str) -> LayerFacts:
+        """Facts of a stage, "layers.N" below `num_hidden_layers` or "mtp.N"."""
+        kind, _, place = stage.partition(".")
+        if kind == "layers":
+            return self.layers[int(place)]
+        if self.dspark is None:
+            return draft_facts(int(place), self.n_routed_experts, self.num_experts_per_tok)
+        return draft_facts(
+            int(place), self.dspark.n_routed_experts, self.dspark.num_experts_per_tok
+        )
 
-        A CSA layer adds one 2*head_dim-byte entry and one indexer key every 4 tokens, an HCA layer
-        one entry every 128; window layers hold a fixed ring. Flash: 6,880; Pro: 9,848.
+    def kv_bytes_per_token(self, packed: bool = False) -> int:
+        """Bytes of KV cache each further token costs over all trunk layers.
+
+        A layer with a compressor of its own adds an entry of head_dim values every `ratio` tokens,
+        and an index key where it has an indexer; window layers hold a fixed ring. In BF16: Flash
+        6,880; Pro 9,848; V4.1 3,200. `packed`, V4.1 as it is served: entries in E2M1 with an E4M3
+        scale for 16 values, keys in E2M1 with an E8M0 scale for 32; 890 bytes.
         """
-        if self.v41 is not None:
-            return None
-        total = 0
-        for ratio in self.compress_ratios[: self.num_hidden_layers]:
-            if ratio:
-                total += 2 * self.head_dim // ratio
-            if ratio == CSA_RATIO:
-                total += 2 * self.index_head_dim // ratio
-        return total
+        entry, key = 2 * self.head_dim, 2 * self.index_head_dim
+        if packed:
+            entry = self.head_dim // 2 + self.head_dim // 16
+            key = self.index_head_dim // 2 + self.index_head_dim // 32
+        total = Fraction(0)
+        for layer in self.layers:
+            if layer.makes_entries:
+                total += Fraction(entry + (key if layer.makes_choice else 0), layer.ratio)
+        return int(total)
 
 
 @dataclass(frozen=True)
 class ModelConfig(Dimensions):
-    """Dimensions and forward-pass constants of one V4 model; see docs/architecture.md."""
+    """Dimensions and forward-pass constants of one model; see docs/architecture.md."""
 
     qk_rope_head_dim: int
     sliding_window: int
@@ -135,16 +176,17 @@ class ModelConfig(Dimensions):
     yarn: Yarn | None
     bos_token_id: int
     max_position_embeddings: int
+    image_token_id: int | None
 
-    def layer_kind(self, layer: int) -> LayerKind:
-        """Attention kind of a trunk layer: 0 -> swa, 4 -> csa, 128 -> hca."""
-        return _KINDS[self.compress_ratios[layer]]
+    @property
+    def delayed_mixing(self) -> bool:
+        """Whether a sublayer reads the streams by the weights the sublayer before it made (V4.1),
+        and the end of the trunk by the last ones, instead of by its own."""
+        return self.v41 is not None
 
 
 _POSITIONS = 2**20
-CSA_RATIO = 4
-HCA_RATIO = 128
-_KINDS: dict[int, LayerKind] = {0: "swa", CSA_RATIO: "csa", HCA_RATIO: "hca"}
+_V4_RATIOS = (0, CSA_RATIO, HCA_RATIO)
 _V41_RATIOS = (0, 1, 2)
 
 _INTS = (
@@ -179,32 +221,30 @@ def parse_dimensions(raw: dict[str, Any], where: str = "config.json") -> Dimensi
 
 
 def parse_model_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
-    """Check the fields of a V4 config.json that the forward pass needs, and return them typed.
+    """Check the fields of a config.json that the forward pass needs, and return them typed.
 
-    Raises ConfigError naming the field, or for a release whose arithmetic is not V4's.
+    Raises ConfigError naming the field.
     """
-    if _is_v41(raw):
-        raise ConfigError(
-            f"{where}: this is V4.1, whose forward pass v4quant does not have; "
-            "inspect, quantize and verify work on it, calibrate and evaluate do not"
-        )
+    text = _text(raw, where)
     values = _dimension_values(raw, where)
-    values |= {k: _integer(raw, k, where) for k in _FORWARD_INTS}
-    values |= {k: _number(raw, k, where) for k in _FORWARD_FLOATS}
-    values["bos_token_id"] = _integer(raw, "bos_token_id", where, minimum=0, default=0)
+    values |= {k: integer(text, k, where) for k in _FORWARD_INTS}
+    values |= {k: number(text, k, where) for k in _FORWARD_FLOATS}
+    outer = {**text, **raw}
+    values["bos_token_id"] = integer(outer, "bos_token_id", where, minimum=0, default=0)
     # No part of the arithmetic, only of what engines make tables for.
-    values["max_position_embeddings"] = _integer(
-        raw, "max_position_embeddings", where, default=_POSITIONS
+    values["max_position_embeddings"] = integer(
+        text, "max_position_embeddings", where, default=_POSITIONS
     )
-    values["yarn"] = _yarn(raw.get("rope_scaling"), where)
+    values["yarn"] = _yarn(text.get("rope_scaling"), where)
+    values["image_token_id"] = integer(raw, "image_token_id", where, 0) if is_v41(raw) else None
     config = ModelConfig(raw=raw, **values)
     _check_dimensions(config, where)
-    _check_rope(config, where)
+    _check_forward(config, where)
     return config
 
 
 def load_model_config(folder: Path) -> ModelConfig:
-    """Read `folder/config.json`. Raises ConfigError when it is absent, too large or not V4."""
+    """Read `folder/config.json`. Raises ConfigError when it is absent, too large or wrong."""
     return parse_model_config(read_json_object(folder / "config.json"), str(folder / "config.json"))
 
 
@@ -232,46 +272,50 @@ def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any
     return value
 
 
-def _short(value: Any) -> str:
-    return repr(value)[:80]
-
-
-def _is_v41(raw: dict[str, Any]) -> bool:
+def is_v41(raw: dict[str, Any]) -> bool:
+    """Whether a config.json is V4.1's, with its nested `text_config`."""
     return raw.get("model_type") == "deepseek_v41" or isinstance(raw.get("text_config"), dict)
 
 
-def _dimension_values(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    v41 = _is_v41(raw)
-    text = raw.get("text_config") if v41 else raw
+def _text(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """The object that holds the language model's fields."""
+    text = raw.get("text_config") if is_v41(raw) else raw
     if not isinstance(text, dict):
         raise ConfigError(f"{where}: 'text_config' is missing, but model_type is deepseek_v41")
-    values: dict[str, Any] = {k: _integer(text, k, where) for k in _INTS}
-    values |= {k: _number(text, k, where) for k in _FLOATS}
+    return text
+
+
+def _dimension_values(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    v41, text = is_v41(raw), _text(raw, where)
+    values: dict[str, Any] = {k: integer(text, k, where) for k in _INTS}
+    values |= {k: number(text, k, where) for k in _FLOATS}
     # V4.1 has no hash layers and no such key.
     default = 0 if v41 else None
-    values["num_hash_layers"] = _integer(text, "num_hash_layers", where, 0, default)
-    allowed = _V41_RATIOS if v41 else tuple(_KINDS)
-    values["compress_ratios"] = _ratios(text, values["num_hidden_layers"], allowed, where)
+    values["num_hash_layers"] = integer(text, "num_hash_layers", where, 0, default)
+    allowed = _V41_RATIOS if v41 else _V4_RATIOS
+    layers = values["num_hidden_layers"]
+    values["compress_ratios"] = ratios = _ratios(text, layers, allowed, where)
     values["dspark"] = _dspark(text, values, where)
-    values["v41"] = _v41(text, values["num_hidden_layers"], where) if v41 else None
+    values["v41"] = parse_v41(text, layers, ratios, where) if v41 else None
     return values
 
 
 def _dspark(text: dict[str, Any], values: dict[str, Any], where: str) -> DSpark | None:
     if "dspark_target_layer_ids" not in text:
         return None
-    experts = values["n_routed_experts"]
+    experts, chosen = values["n_routed_experts"], values["num_experts_per_tok"]
     return DSpark(
-        _layer_ids(text, "dspark_target_layer_ids", values["num_hidden_layers"], where),
-        _integer(text, "dspark_markov_rank", where),
-        _integer(text, "dspark_n_routed_experts", where, default=experts),
-        _integer(text, "dspark_block_size", where),
+        layer_ids(text, "dspark_target_layer_ids", values["num_hidden_layers"], where),
+        integer(text, "dspark_markov_rank", where),
+        integer(text, "dspark_n_routed_experts", where, default=experts),
+        integer(text, "dspark_num_experts_per_tok", where, default=chosen),
+        integer(text, "dspark_block_size", where),
         _noise_token(text, values["vocab_size"], where),
     )
 
 
 def _noise_token(text: dict[str, Any], vocab_size: int, where: str) -> int:
-    token = _integer(text, "dspark_noise_token_id", where, minimum=0)
+    token = integer(text, "dspark_noise_token_id", where, minimum=0)
     if token >= vocab_size:
         raise ConfigError(
             f"{where}: dspark_noise_token_id {token} is outside the vocabulary of {vocab_size}"
@@ -279,61 +323,16 @@ def _noise_token(text: dict[str, Any], vocab_size: int, where: str) -> int:
     return token
 
 
-def _v41(text: dict[str, Any], layers: int, where: str) -> V41:
-    engram = _layer_ids(text, "engram_layer_ids", layers, where)
-    rows = text.get("engram_num_embeddings")
-    if not _is_integers(rows) or len(rows) != len(engram) or min(rows, default=1) < 1:
-        raise ConfigError(f"{where}: 'engram_num_embeddings' must size each Engram layer's table")
-    grams = _integer(text, "engram_max_ngram_size", where, minimum=2)
-    return V41(
-        _layer_ids(text, "kv_source_layer_ids", layers, where),
-        _layer_ids(text, "index_source_layer_ids", layers, where),
-        engram,
-        tuple(rows),
-        _integer(text, "engram_head_dim", where),
-        (grams - 1) * _integer(text, "engram_n_heads", where),
-    )
-
-
-def _layer_ids(raw: dict[str, Any], key: str, layers: int, where: str) -> tuple[int, ...]:
-    value = raw.get(key)
-    if not _is_integers(value) or not all(0 <= i < layers for i in value):
-        raise ConfigError(f"{where}: '{key}' must list layers between 0 and {layers - 1}")
-    return tuple(value)
-
-
-def _is_integers(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(
-        isinstance(i, int) and not isinstance(i, bool) for i in value
-    )
-
-
-def _integer(
-    raw: dict[str, Any], key: str, where: str, minimum: int = 1, default: int | None = None
-) -> int:
-    value = raw.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum or value > 2**40:
-        raise ConfigError(f"{where}: '{key}' is {_short(value)}, expected an integer >= {minimum}")
-    return value
-
-
-def _number(raw: dict[str, Any], key: str, where: str) -> float:
-    value = raw.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e30:
-        raise ConfigError(f"{where}: '{key}' is {_short(value)}, expected a number >= 0")
-    return float(value)
-
-
 def _ratios(
     raw: dict[str, Any], layers: int, allowed: tuple[int, ...], where: str
 ) -> tuple[int, ...]:
     value = raw.get("compress_ratios")
-    if not _is_integers(value) or len(value) < layers:
+    if not is_integers(value) or len(value) < layers:
         raise ConfigError(f"{where}: 'compress_ratios' must list at least {layers} layers")
     for layer, ratio in enumerate(value):
         if ratio not in allowed:
             raise ConfigError(
-                f"{where}: compress_ratios[{layer}] is {_short(ratio)}; this release's layers have "
+                f"{where}: compress_ratios[{layer}] is {short(ratio)}; this release's layers have "
                 f"{', '.join(map(str, allowed))}, so it is one v4quant does not know"
             )
     return tuple(value)
@@ -343,15 +342,15 @@ def _yarn(value: Any, where: str) -> Yarn | None:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise ConfigError(f"{where}: 'rope_scaling' is {_short(value)}, expected an object or null")
+        raise ConfigError(f"{where}: 'rope_scaling' is {short(value)}, expected an object or null")
     kind = value.get("type", value.get("rope_type"))
     if kind != "yarn":
-        raise ConfigError(f"{where}: rope_scaling type {_short(kind)} is not supported (yarn is)")
+        raise ConfigError(f"{where}: rope_scaling type {short(kind)} is not supported (yarn is)")
     return Yarn(
-        factor=_number(value, "factor", where),
-        beta_fast=_number(value, "beta_fast", where),
-        beta_slow=_number(value, "beta_slow", where),
-        original_max_position_embeddings=_integer(value, "original_max_position_embeddings", where),
+        factor=number(value, "factor", where),
+        beta_fast=number(value, "beta_fast", where),
+        beta_slow=number(value, "beta_slow", where),
+        original_max_position_embeddings=integer(value, "original_max_position_embeddings", where),
     )
 
 
@@ -360,20 +359,20 @@ def _check_dimensions(c: Dimensions, where: str) -> None:
         (c.num_experts_per_tok > c.n_routed_experts, "num_experts_per_tok > n_routed_experts"),
         (c.num_attention_heads % c.o_groups != 0, "num_attention_heads not divisible by o_groups"),
         (c.num_hash_layers > c.num_hidden_layers, "num_hash_layers > num_hidden_layers"),
+        (
+            c.dspark is not None and c.dspark.num_experts_per_tok > c.dspark.n_routed_experts,
+            "dspark_num_experts_per_tok > dspark_n_routed_experts",
+        ),
     ]
-    _raise_first(problems, where)
+    raise_first(problems, where)
 
 
-def _check_rope(c: ModelConfig, where: str) -> None:
+def _check_forward(c: ModelConfig, where: str) -> None:
     problems = [
         (c.qk_rope_head_dim > c.head_dim, "qk_rope_head_dim > head_dim"),
         (c.qk_rope_head_dim > c.index_head_dim, "qk_rope_head_dim > index_head_dim"),
         (c.qk_rope_head_dim % 2 != 0, "qk_rope_head_dim is odd"),
     ]
-    _raise_first(problems, where)
-
-
-def _raise_first(problems: list[tuple[bool, str]], where: str) -> None:
-    for wrong, text in problems:
-        if wrong:
-            raise ConfigError(f"{where}: {text}")
+    raise_first(problems, where)
+    if c.v41 is not None:
+        check_v41_forward(c.v41, c.vocab_size, c.index_topk, where)

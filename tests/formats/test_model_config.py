@@ -22,7 +22,7 @@ from v4quant_formats.model_config import (
 def test_flash_and_pro() -> None:
     flash, pro = parse_model_config(FLASH), parse_model_config(PRO)
     assert (flash.kv_bytes_per_token(), pro.kv_bytes_per_token()) == (6880, 9848)
-    kinds = [Counter(c.layer_kind(i) for i in range(c.num_hidden_layers)) for c in (flash, pro)]
+    kinds = [Counter(layer.kind for layer in c.layers) for c in (flash, pro)]
     assert kinds == [{"swa": 2, "csa": 21, "hca": 20}, {"csa": 30, "hca": 31}]
     assert flash.yarn is not None and flash.yarn.factor == 16.0
     assert (flash.hidden_size, pro.n_routed_experts, pro.index_topk) == (4096, 384, 1024)
@@ -31,7 +31,7 @@ def test_flash_and_pro() -> None:
 def test_tiny_checkpoint() -> None:
     config = load_model_config(TINY)
     assert (config.num_hidden_layers, config.n_routed_experts) == (4, 4)
-    assert [config.layer_kind(i) for i in range(4)] == ["swa", "csa", "hca", "csa"]
+    assert [layer.kind for layer in config.layers] == ["swa", "csa", "hca", "csa"]
 
 
 REQUIRED = [

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import secrets
+import shutil
 import struct
 import sys
 from collections.abc import Callable
@@ -110,7 +112,7 @@ def test_inspect_names_the_release_and_finds_no_defect(release: str, made: Make)
     assert found.draft_stages == [f"mtp.{i}" for i in range(drafts)]
     assert (found.experts, found.experts_per_token) == (2, 2)
     assert found.hash_layers == (0 if release == "v41" else 3)
-    assert (found.kv_bytes_per_token is None) == (release == "v41")
+    assert found.kv_bytes_per_token and (found.kv_bytes_packed is None) == (release != "v41")
     if release.endswith("-base"):
         assert found.scales is None
     else:
@@ -255,14 +257,25 @@ def test_base_scales_become_e8m0_only_if_powers_of_two(tmp_path: Path) -> None:
     assert verify(tmp_path / "kept", source, SilentProgress()).findings == ()
 
 
-def test_the_forward_pass_refuses_v41_and_reads_every_other_release(made: Make) -> None:
+def test_the_forward_pass_reads_every_config(made: Make) -> None:
     for release in RELEASES:
         raw = json.loads((made(release) / "config.json").read_text())
-        if release == "v41":
-            with pytest.raises(ConfigError, match=r"this is V4\.1.*quantize"):
-                parse_model_config(raw)
-        else:
-            assert parse_model_config(raw).rms_norm_eps == (1e-20 if release == "vision" else 1e-6)
+        exact = release in ("vision", "v41")
+        assert parse_model_config(raw).rms_norm_eps == (1e-20 if exact else 1e-6)
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [("v41", "flash"), ("flash", "v41")])
+def test_a_config_of_the_other_release_is_named(
+    mine: str, theirs: str, made: Make, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mixed"
+    shutil.copytree(made(mine), folder)
+    shutil.copy(made(theirs) / "config.json", folder / "config.json")
+    with open_checkpoint(folder) as checkpoint:
+        defects = inspect_checkpoint(checkpoint, SilentProgress()).defects
+    releases = {"v41": r"V4\.1's", "flash": "V4's"}
+    said = f"config.json is {releases[theirs]}, but the tensors are {releases[mine]}"
+    assert re.match(said, defects[0]), defects[0]
 
 
 @pytest.mark.parametrize(
@@ -270,6 +283,13 @@ def test_the_forward_pass_refuses_v41_and_reads_every_other_release(made: Make) 
     [
         ({"text_config": None}, "'text_config' is missing"),
         ({"compress_ratios": [0, 4, 2, 1]}, r"compress_ratios\[1\] is 4"),
+        ({"kv_source_layer_ids": [3]}, "layer 2 reads entries of 2 tokens"),
+        ({"kv_source_layer_ids": [2]}, "layer 3 reads entries of 1 tokens"),
+        ({"index_source_layer_ids": [2]}, r"KV sources \[3\] are missing"),
+        ({"index_source_layer_ids": [1, 2, 3]}, r"layers \[1\] are sources"),
+        ({"candidate_source_layer_id": 1}, "candidate_source_layer_id 1 is not among"),
+        ({"candidate_source_layer_id": 2}, r"KV sources \[3\] lie behind the candidate source"),
+        ({"dspark_num_experts_per_tok": 3}, "dspark_num_experts_per_tok > dspark_n"),
         ({"kv_source_layer_ids": [2, 4]}, "'kv_source_layer_ids' must list layers between 0 and 3"),
         ({"engram_num_embeddings": [5, 5]}, "'engram_num_embeddings' must size"),
         ({"engram_num_embeddings": [0]}, "'engram_num_embeddings' must size"),

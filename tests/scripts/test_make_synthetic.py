@@ -30,6 +30,7 @@ from v4quant.checks.verify import verify
 from v4quant.conversion.plan import make_plan
 from v4quant.recipe import Recipe
 from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.engram import read_token_map
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.errors import NonFiniteWeight
@@ -152,6 +153,52 @@ def test_a_full_size_release_is_inspected_and_planned_from_headers(
     assert sum(len(s.outputs) for s in plan.shards) == written.tensors
     assert plan.bytes_in == written.bytes
     assert 0 < plan.bytes_out - written.bytes < 32 * 2**20  # headers
+
+
+def test_a_full_size_v41_has_the_released_tensors_and_bytes(tmp_path: Path) -> None:
+    """Counts and bytes of a public scan of the release's headers, by class, dtype and shard."""
+    folder = tmp_path / "v41"
+    written = write_checkpoint(folder, Request("v41", tiny=False, headers_only=True))
+    assert (written.files, written.tensors, written.bytes) == (48, 96_085, 510_286_023_000)
+    with open_checkpoint(folder) as checkpoint:
+        found = inspect_checkpoint(checkpoint, SilentProgress())
+        shards: dict[str, list[TensorSpec]] = {}
+        for spec in checkpoint:
+            shards.setdefault(spec.file, []).append(spec)
+        facts = [(len(s), sum(x.nbytes for x in s)) for _, s in sorted(shards.items())]
+        dtypes = {d: (n, 0) for d, n in Counter(s.dtype for s in checkpoint).items()}
+        for spec in checkpoint:
+            count, nbytes = dtypes[spec.dtype]
+            dtypes[spec.dtype] = (count, nbytes + spec.nbytes)
+    assert found.defects == []
+    assert dtypes == {
+        "BF16": (520, 3_952_883_712),
+        "F32": (387, 169_229_128),
+        "F8_E4M3": (357, 204_015_223_296),
+        "F8_E8M0": (47_589, 23_563_015_184),
+        "I8": (47_232, 278_585_671_680),
+    }
+    plain, reindex = (2334, 7_389_500_888), (2337, 7_395_076_568)
+    layers = dict.fromkeys(range(40), plain) | dict.fromkeys((24, 28, 32, 36), reindex)
+    layers |= {1: (2338, 7_547_022_808), 14: (2346, 7_563_216_600), 20: (2341, 7_400_451_800)}
+    layers |= dict.fromkeys((2, 8), (2342, 7_405_694_680))
+    assert facts[2:42] == [layers[i] for i in range(40)]
+    assert facts[0] == (263, 970_506_240)
+    assert [count for count, _ in facts[43:46]] == [801, 798, 802]
+    assert facts[46:] == [(2, 101_377_628_352), (2, 101_380_404_048)]
+    classes = {c.role: (c.tensors, c.nbytes) for c in found.classes}
+    assert classes["routed experts"] == (92_160, 288_777_830_400)
+    assert classes["engram tables"] == (4, 202_758_032_400)
+    assert classes["engram"] == (8, 315_043_840)
+    assert (found.kv_bytes_per_token, found.kv_bytes_packed) == (3200, 890)
+    assert found.layer_kinds == {"swa": 2, "csa2/2": 18, "csa2/1": 20}
+    assert found.layer_roles["source"] == [2, 8, 14, 20]
+    assert found.layer_roles["reindex"] == [24, 28, 32, 36]
+    assert found.layer_roles["candidate source"] == [20]
+    assert found.layer_roles["Engram"] == [1, 14]
+    assert len(found.layer_roles["reuse"]) == 30
+    tokenizer = folder / "tokenizer.json"
+    assert max(read_token_map(tokenizer, 129_280, 99_092)) == 99_091
 
 
 def shard_facts(checkpoint: Checkpoint) -> list[tuple[int, int]]:

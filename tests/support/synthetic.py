@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from v4quant.synthetic.configs import RELEASES, RequestError, make_config
+from v4quant.synthetic.configs import RELEASES, make_config
+from v4quant.synthetic.errors import RequestError
 from v4quant.synthetic.inventory import shards_of
 from v4quant.synthetic.values import Faults, pieces
 from v4quant.synthetic.writing import Request, Written, write_checkpoint

@@ -21,11 +21,12 @@ from v4quant_formats.deepseek_v4 import (
     draft_stages,
     expected_modules,
     module_shape,
+    other_release,
     parse_name,
     role_of,
 )
 from v4quant_formats.errors import FormatError
-from v4quant_formats.model_config import ConfigError, Dimensions, parse_dimensions
+from v4quant_formats.model_config import ConfigError, Dimensions, LayerFacts, parse_dimensions
 from v4quant_formats.weights import StoredWeight, check_finite, find_weight, read_weight
 from v4quant_kernels.cast import nonzero_exponents
 from v4quant_kernels.errors import NonFiniteWeight
@@ -67,7 +68,11 @@ class ScaleStatistics:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found."""
+    """What `inspect` found.
+
+    layer_roles: which layers of V4.1 do what: source, reuse, reindex, candidate source, Engram.
+    kv_bytes_per_token, kv_bytes_packed: in BF16, and as V4.1 is served; None where unknown.
+    """
 
     path: str
     release: str
@@ -75,12 +80,14 @@ class Inspection:
     tensors: int
     nbytes: int
     layer_kinds: dict[str, int]
+    layer_roles: dict[str, list[int]]
     hash_layers: int
     draft_stages: list[str]
     experts: int
     experts_per_token: int
     classes: list[ByteClass]
     kv_bytes_per_token: int | None
+    kv_bytes_packed: int | None
     scales: ScaleStatistics | None
     defects: list[str]
 
@@ -94,6 +101,7 @@ def inspect_checkpoint(
     config = _config(checkpoint, defects)
     stored = _find_all(checkpoint, names, defects)
     if config is not None:
+        defects += other_release(config, names)
         _check_model(config, names, stored, defects)
     defects += [f"'{n}': belongs to no V4 release v4quant knows" for n, p in names.items() if not p]
     scales = _read_all(checkpoint, config, names, stored, progress, defects) if deep else None
@@ -102,11 +110,7 @@ def inspect_checkpoint(
         for w in stored.values()
         if (n := parse_name(f"{w.module}.weight")) and n.expert is not None and "weight" in w.parts
     }
-    kinds = (
-        Counter(config.layer_kind(i) for i in range(config.num_hidden_layers))
-        if config
-        else Counter()
-    )
+    layers = config.layers if config else ()
     return Inspection(
         path=checkpoint.label,
         release=detect_release(
@@ -115,16 +119,27 @@ def inspect_checkpoint(
         files=len(checkpoint.files),
         tensors=len(checkpoint.tensors),
         nbytes=checkpoint.nbytes,
-        layer_kinds={str(k): v for k, v in kinds.items()},
-        hash_layers=config.num_hash_layers if config else 0,
+        layer_kinds=dict(Counter(layer.kind for layer in layers)),
+        layer_roles=layer_roles(layers),
+        hash_layers=sum(layer.hashed for layer in layers),
         draft_stages=draft_stages(checkpoint.tensors),
         experts=config.n_routed_experts if config else 0,
         experts_per_token=config.num_experts_per_tok if config else 0,
         classes=_classes(names, stored),
         kv_bytes_per_token=config.kv_bytes_per_token() if config else None,
+        kv_bytes_packed=config.kv_bytes_per_token(packed=True) if config and config.v41 else None,
         scales=scales,
         defects=defects[:MAX_DEFECTS],
     )
+
+
+def layer_roles(layers: Iterable[LayerFacts]) -> dict[str, list[int]]:
+    """Numbers of the layers by what they do for others, or take from them; only V4.1's do."""
+    found: dict[str, list[int]] = {}
+    for layer in layers:
+        for role in layer.roles:
+            found.setdefault(role, []).append(layer.number)
+    return found
 
 
 def _config(checkpoint: Checkpoint, defects: list[str]) -> Dimensions | None:

@@ -46,8 +46,11 @@ def _as_text(found: Inspection) -> str:
         ("experts", f"{found.experts} routed, {found.experts_per_token} per token"),
         ("draft stages", draft),
     ]  # fmt: skip
+    if found.layer_roles:
+        facts.append(("layer roles", _roles(found.layer_roles)))
     if found.kv_bytes_per_token is not None:
-        facts.append(("KV cache", f"{found.kv_bytes_per_token:,} bytes per token (BF16)"))
+        packed = f"; {found.kv_bytes_packed:,} packed" if found.kv_bytes_packed else ""
+        facts.append(("KV cache", f"{found.kv_bytes_per_token:,} bytes per token (BF16){packed}"))
     if found.scales is not None:
         s = found.scales
         facts.append(
@@ -63,6 +66,21 @@ def _as_text(found: Inspection) -> str:
     else:
         parts.append("No defects found.")
     return "\n".join(parts)
+
+
+def _roles(roles: dict[str, list[int]]) -> str:
+    """Layers by role, neighbours as one range: `reuse 3-7, 9-13`."""
+    return "; ".join(f"{role} {_ranges(layers)}" for role, layers in roles.items())
+
+
+def _ranges(layers: list[int]) -> str:
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
 
 
 def _class_table(classes: list[ByteClass], total: int) -> str:

@@ -164,7 +164,7 @@ def _stages(checkpoint: Checkpoint, config: Dimensions, layers: Sequence[str]) -
 
 
 def _layer(checkpoint: Checkpoint, config: Dimensions, stage: str, block: ExpertBlock) -> LayerPlan:
-    hashed = stage.startswith("layers.") and int(stage[7:]) < config.num_hash_layers
+    hashed = config.facts(stage).hashed
     ffn = f"{stage}.ffn"
 
     def find(module: str) -> StoredWeight:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from v4quant_kernels.errors import V4QuantError
+from v4quant.synthetic.errors import RequestError
+from v4quant.synthetic.tokenizer import compressed_size, special_tokens
+from v4quant_formats.engram import engram_tables
 
 V4_RELEASES = (
     "flash",
@@ -17,10 +19,6 @@ V4_RELEASES = (
     "vision",
 )
 RELEASES = (*V4_RELEASES, "v41")
-
-
-class RequestError(V4QuantError):
-    """A request that no checkpoint fits."""
 
 
 _COMMON: dict[str, Any] = {
@@ -218,15 +216,13 @@ _TINY_VISION = {
 _TINY_V41 = {
     "engram_head_dim": 64,
     "engram_n_heads": 2,
-    "engram_vocab_size": 500,
-    "engram_compressed_vocab_size": 400,
+    "engram_vocab_size": 110,
     "dspark_n_routed_experts": 4,
     "dspark_num_experts_per_tok": 2,
     "dspark_markov_rank": 16,
     "dspark_noise_token_id": 500,
     "candidate_topk_blocks": 4,
 }
-_TINY_ENGRAM_ROWS = 700
 
 
 def make_config(
@@ -290,19 +286,22 @@ def _v41(tiny: bool, overrides: Mapping[str, int], engram_rows: int | None) -> d
     layers = text["num_hidden_layers"]
     if layers != 40:
         text |= _v41_schedule(layers)
-    rows = engram_rows or (_TINY_ENGRAM_ROWS if tiny else None)
-    if rows is not None:
-        text["engram_num_embeddings"] = [rows + 3 * i for i in range(len(text["engram_layer_ids"]))]
+    image = min(129264, text["vocab_size"] - 2)
+    if text["vocab_size"] != _V41_TEXT["vocab_size"]:
+        specials = special_tokens(text["vocab_size"], text["dspark_noise_token_id"], image)
+        text["engram_compressed_vocab_size"] = compressed_size(text["vocab_size"], specials)
+    text |= _engram(text, engram_rows)
     vision = dict(_V41_VISION)
     if tiny:
         vision |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
     return {
         "architectures": ["DeepseekV41ForCausalLM"],
         "model_type": "deepseek_v41",
-        "image_token_id": 129264,
+        "image_token_id": image,
         "bos_token_id": 0,
         "eos_token_id": 1,
-        "torch_dtype": "bfloat16",
+        "pad_token_id": 2,
+        "dtype": "bfloat16",
         "quantization_config": {
             "quant_method": "fp8",
             "activation_scheme": "dynamic",
@@ -315,6 +314,16 @@ def _v41(tiny: bool, overrides: Mapping[str, int], engram_rows: int | None) -> d
     }
 
 
+def _engram(text: Mapping[str, Any], rows: int | None) -> dict[str, Any]:
+    """Sizes of the n-gram tables: of about `rows` rows each, or as `engram_vocab_size` says."""
+    layers, heads = tuple(text["engram_layer_ids"]), text["engram_n_heads"]
+    grams, size = text["engram_max_ngram_size"], text["engram_vocab_size"]
+    if rows is not None:
+        size = max(2, rows // (heads * (grams - 1)))
+    tables = engram_tables(layers, size, heads, grams, text["engram_compressed_vocab_size"])
+    return {"engram_vocab_size": size, "engram_num_embeddings": [t.rows for t in tables]}
+
+
 def _v41_schedule(layers: int) -> dict[str, Any]:
     """Fewer layers than released: two window layers, half ratio 2, half ratio 1."""
     pooled = max(0, layers - 1) // 2
@@ -325,8 +334,7 @@ def _v41_schedule(layers: int) -> dict[str, Any]:
         "compress_ratios": [*ratios, 0, 0, 0],
         "kv_source_layer_ids": sources,
         "index_source_layer_ids": indexers,
-        "candidate_source_layer_id": sources[-1] if sources else 0,
-        "engram_layer_ids": [i for i in (1,) if i < layers],
-        "engram_num_embeddings": _V41_TEXT["engram_num_embeddings"][: 1 if layers > 1 else 0],
+        "candidate_source_layer_id": sources[-1] if sources else -1,
+        "engram_layer_ids": [i for i in (1, 14) if i < layers],
         "dspark_target_layer_ids": list(range(max(0, layers - 3), layers)),
     }

@@ -1,8 +1,8 @@
 """Which tensors a release holds, shard by shard: names, dtypes and shapes, no data.
 
 Shard 1 is the embedding, one shard follows for each layer, then the final norm and head (with the
-vision tower where there is one), then one for each draft stage; V4.1 keeps each Engram layer's
-tables in a shard of its own at the end.
+vision tower where there is one), then one for each draft stage. V4.1 begins with the vision tower
+and keeps each n-gram table in a shard of its own at the end.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from v4quant_formats.spec import TensorSpec
 
 Specs = Iterator[TensorSpec]
 
+_IMAGES = ("image_start", "image_end", "image_newline")
 _VISION_SIZES = ("layers", "width", "inner", "patch", "ratio")
 _VISION_KEYS = {
     "layers": "vision_n_layers",
@@ -144,7 +145,7 @@ def v4_layer(c: dict[str, Any], layer: int, coding: Coding, vision: bool) -> Spe
 
 
 def v41_layer(c: dict[str, Any], layer: int, coding: Coding) -> Specs:
-    """A V4.1 layer: compressor and indexer only where the config says; Engram lies elsewhere."""
+    """A V4.1 layer: compressor, indexer and Engram only where the config says."""
     p, d, head = f"layers.{layer}", c["hidden_size"], c["head_dim"]
     yield from stage(p, c, coding, c["n_routed_experts"])
     yield from routing(p, c, c["n_routed_experts"], hashed=False, vision=True)
@@ -159,15 +160,22 @@ def v41_layer(c: dict[str, Any], layer: int, coding: Coding) -> Specs:
         rows = c["index_n_heads"] * c["index_head_dim"]
         yield from fp8(f"{p}.attn.indexer.wq_b", rows, c["q_lora_rank"], coding)
         yield bf16(f"{p}.attn.indexer.weights_proj.weight", c["index_n_heads"], d)
+    if layer in c["engram_layer_ids"]:
+        yield from engram(f"{p}.engram", c, coding)
 
 
-def engram(c: dict[str, Any], index: int, coding: Coding) -> Specs:
-    """The n-gram table of one Engram layer (a scale per row and 32 columns) and its gates."""
-    p, d = f"layers.{c['engram_layer_ids'][index]}.engram", c["hidden_size"]
+def engram_table(c: dict[str, Any], index: int) -> Specs:
+    """The n-gram table of one Engram layer: a scale per row and 32 columns."""
+    p = f"layers.{c['engram_layer_ids'][index]}.engram"
     rows, width = c["engram_num_embeddings"][index], c["engram_head_dim"]
     yield TensorSpec(f"{p}.embed.weight", "F8_E4M3", (rows, width))
     yield TensorSpec(f"{p}.embed.scale", "F8_E8M0", (rows, width // 32))
-    columns = (c["engram_max_ngram_size"] - 1) * c["engram_n_heads"] * width
+
+
+def engram(p: str, c: dict[str, Any], coding: Coding) -> Specs:
+    """What an Engram layer makes of its rows."""
+    d = c["hidden_size"]
+    columns = (c["engram_max_ngram_size"] - 1) * c["engram_n_heads"] * c["engram_head_dim"]
     yield from fp8(f"{p}.wkv", (c["hc_mult"] + 1) * d, columns, coding)
     yield bf16(f"{p}.q_weight", c["hc_mult"], d)
     yield bf16(f"{p}.k_weight", c["hc_mult"], d)
@@ -207,7 +215,7 @@ def dspark_stage(c: dict[str, Any], number: int, coding: Coding, vision: bool, v
 
 
 def vision_tower(config: dict[str, Any], names: dict[str, str], d: int) -> Specs:
-    """Vision transformer, aligner and the learned image delimiters that all releases have.
+    """Vision transformer and aligner.
 
     names: under which keys `config` holds layers, width, inner, patch and ratio.
     """
@@ -228,8 +236,6 @@ def vision_tower(config: dict[str, Any], names: dict[str, str], d: int) -> Specs
     for name, columns in (("w1", v * ratio * ratio), ("w2", d)):
         yield bf16(f"aligner.{name}.weight", d, columns)
         yield bf16(f"aligner.{name}.bias", d)
-    for name in ("image_start", "image_end", "image_newline"):
-        yield bf16(name, d)
 
 
 def shards_of(release: str, config: dict[str, Any]) -> list[list[TensorSpec]]:
@@ -243,7 +249,8 @@ def _v4_shards(release: str, c: dict[str, Any]) -> list[list[TensorSpec]]:
     final = [bf16("norm.weight", d), bf16("head.weight", vocab, d)]
     final += hyper_connection("hc_head", c["hc_mult"], 1, c)
     if vision:
-        final += [*vision_tower(c, _VISION_KEYS, d), bf16("image_pad", d)]
+        final += vision_tower(c, _VISION_KEYS, d)
+        final += [bf16(name, d) for name in (*_IMAGES, "image_pad")]
     shards = [[bf16("embed.weight", vocab, d)]]
     shards += [list(v4_layer(c, i, coding, vision)) for i in range(c["num_hidden_layers"])]
     shards.append(final)
@@ -257,10 +264,10 @@ def _v4_shards(release: str, c: dict[str, Any]) -> list[list[TensorSpec]]:
 def _v41_shards(config: dict[str, Any]) -> list[list[TensorSpec]]:
     c, v, coding = config["text_config"], config["vision_config"], coding_of("v41")
     vocab, d = c["vocab_size"], c["hidden_size"]
-    shards = [[bf16("embed.weight", vocab, d)]]
+    images = [bf16(name, d) for name in _IMAGES]
+    shards = [list(vision_tower(v, _V41_VISION_KEYS, d)), [bf16("embed.weight", vocab, d), *images]]
     shards += [list(v41_layer(c, i, coding)) for i in range(c["num_hidden_layers"])]
     shards.append([bf16("norm.weight", d), bf16("head.weight", vocab, d)])
     shards += [list(dspark_stage(c, i, coding, vision=True, v41=True)) for i in range(3)]
-    shards.append(list(vision_tower(v, _V41_VISION_KEYS, d)))
-    shards += [list(engram(c, i, coding)) for i in range(len(c["engram_layer_ids"]))]
+    shards += [list(engram_table(c, i)) for i in range(len(c["engram_layer_ids"]))]
     return shards

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from v4quant.synthetic.configs import RequestError, make_config
+from v4quant.synthetic.configs import make_config
+from v4quant.synthetic.errors import RequestError
 from v4quant.synthetic.inventory import shards_of
+from v4quant.synthetic.tokenizer import HEAD_TOKENS, make_tokenizer, special_tokens
 from v4quant.synthetic.values import Faults, pieces
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.manifest import index_json
@@ -29,6 +31,14 @@ GENERATION_CONFIG = {
     "temperature": 1.0,
     "top_p": 1.0,
     "transformers_version": "4.57.1",
+}
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": HEAD_TOKENS[0],
+    "eos_token": HEAD_TOKENS[1],
+    "pad_token": HEAD_TOKENS[2],
+    "add_bos_token": False,
+    "clean_up_tokenization_spaces": False,
 }
 
 
@@ -81,6 +91,8 @@ def write_checkpoint(out: Path, request: Request) -> Written:
     total = sum(s.nbytes for specs in shards for s in specs)
     _write_json(out / "config.json", config)
     _write_json(out / "generation_config.json", GENERATION_CONFIG)
+    if request.release == "v41":
+        _write_tokenizer(out, config)
     write_file_atomically(out / INDEX_NAME, index_json(weight_map, total))
     return Written(
         output=str(out),
@@ -135,6 +147,16 @@ def _write_header(path: Path, specs: list[TensorSpec]) -> None:
     with path.open("wb") as file:
         file.write(plan.header)
         file.truncate(plan.nbytes)
+
+
+def _write_tokenizer(out: Path, config: Mapping[str, Any]) -> None:
+    """The tokenizer that Engram's rows are hashed from."""
+    text, image = config["text_config"], config["image_token_id"]
+    specials = special_tokens(text["vocab_size"], text["dspark_noise_token_id"], image)
+    compressed = text["engram_compressed_vocab_size"]
+    tokenizer = make_tokenizer(text["vocab_size"], compressed, specials)
+    write_file_atomically(out / "tokenizer.json", tokenizer.to_str().encode())
+    _write_json(out / "tokenizer_config.json", TOKENIZER_CONFIG)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -91,7 +91,7 @@ def _layer_row(
     added = distance(result.reference, result.before)
     row = LayerRow(
         name=result.layer,
-        kind=config.layer_kind(int(result.layer.rpartition(".")[2])),
+        kind=config.facts(result.layer).kind,
         stream_relative_error=distance(result.after, result.reference) / max(size, 1e-30),
         local_relative_error=distance(result.local, result.reference) / max(added, 1e-30),
         router_agreement=router_agreement(base, own),

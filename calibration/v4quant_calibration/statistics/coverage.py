@@ -54,17 +54,16 @@ class Demand:
         tokens each expert has so far, these included, int64 `[E]`."""
         lack = (1 - tokens / self._floor).clamp_min(0).double()
         starved = lack.nonzero().squeeze(1)
-        kind, index = layer.split(".")
-        hashed = kind == "layers" and int(index) < self._config.num_hash_layers
+        facts = self._config.facts(layer)
         first, self._routed = self._routed, self._routed + x.shape[0]
-        if len(starved) and not hashed:
+        if len(starved) and not facts.hashed:
             self._keep_scores(f"{layer}.ffn.gate", x, first)
         if self._routed < len(self._ids):
             return
-        if len(starved) and hashed:
+        if len(starved) and facts.hashed:
             self.wanted += lack[self._params(f"{layer}.ffn.gate.tid2eid").cpu()].sum(1)
         elif len(starved):
-            self._learn_scores(starved, lack[starved])
+            self._learn_scores(starved, lack[starved], facts.experts_per_token)
         self._routed, self._scores = 0, None
 
     def _keep_scores(self, gate: str, x: Tensor, first: int) -> None:
@@ -73,11 +72,11 @@ class Demand:
             self._scores = torch.empty(len(self._ids), found.shape[1])
         self._scores[first : self._routed] = found
 
-    def _learn_scores(self, starved: Tensor, lack: Tensor) -> None:
+    def _learn_scores(self, starved: Tensor, lack: Tensor, chosen: int) -> None:
         assert self._scores is not None
         unit, near = self._scores.std().clamp_min(1e-6), []
         for biased in torch.split(self._scores, _ROWS):
-            last = biased.topk(self._config.num_experts_per_tok, 1).values[:, -1:]
+            last = biased.topk(chosen, 1).values[:, -1:]
             below = (last - biased[:, starved]).clamp_min(0)
             near.append(torch.exp(-below / unit).double() @ lack)
         self._add(torch.cat(near))

@@ -120,8 +120,8 @@ def kv_cache_bytes(config: ModelConfig, serving: Serving, drafts: int = 0) -> in
 
 
 def _caches(config: ModelConfig, drafts: int) -> list[_Caches]:
-    ratios = Counter(config.compress_ratios[: config.num_hidden_layers])
-    csa, hca = ratios[CSA_RATIO], ratios[HCA_RATIO]
+    kinds = Counter(layer.kind for layer in config.layers)
+    csa, hca = kinds["csa"], kinds["hca"]
     rotary = config.qk_rope_head_dim
     plain = config.head_dim - rotary
     entry = plain + 2 * rotary + plain // _SCALED + 1
@@ -173,16 +173,14 @@ def buffer_bytes(config: ModelConfig, serving: Serving, drafts: int = 0) -> int:
     """Tables, workspaces and the peak of one batch, on each GPU."""
     tokens, heads = serving.batched_tokens, config.num_attention_heads // serving.gpus
     streams = tokens * config.hc_mult * config.hidden_size * 2
-    kinds = {r > 0 for r in config.compress_ratios[: config.num_hidden_layers]} | {
-        False for _ in range(drafts)
-    }
+    compressed = {layer.ratio > 0 for layer in config.layers} | {False for _ in range(drafts)}
     positions = config.max_position_embeddings
-    lasting = len(kinds) * positions * config.qk_rope_head_dim * 4
+    lasting = len(compressed) * positions * config.qk_rope_head_dim * 4
     lasting += tokens * config.index_topk * 4 + (streams if drafts else 0)
     entries = -(-serving.context // CSA_RATIO)
     attention = tokens * config.head_dim * 2 * (heads + 2 * max(_LEAST_HEADS, heads))
     attention += _PREFILL_CHUNK * (entries + config.sliding_window + tokens) * config.head_dim * 2
-    attention += _LOGITS_BYTES if CSA_RATIO in config.compress_ratios else 0
+    attention += _LOGITS_BYTES if any(layer.makes_choice for layer in config.layers) else 0
     inner = config.moe_intermediate_size // (1 if serving.expert_parallel else serving.gpus)
     rows = tokens * config.num_experts_per_tok
     experts = 2 * rows * (max(2 * inner, config.hidden_size) + max(inner, config.hidden_size))

@@ -57,8 +57,7 @@ def _plain(name: TensorName, spec: TensorSpec) -> str:
 def _leaves_out(name: TensorName, config: Dimensions) -> str | None:
     if name.role == "vision":
         return "llama.cpp keeps a vision tower in a file of its own (mmproj)"
-    stage, _, layer = name.stage.rpartition(".")
-    hashed = stage == "layers" and int(layer) < config.num_hash_layers
+    hashed = bool(name.stage) and config.facts(name.stage).hashed
     if name.is_draft and name.module.endswith("ffn.gate.bias_vl"):
         return "llama.cpp drafts text only, so nothing reads a draft stage's bias for image tokens"
     if hashed and name.module.endswith("ffn.gate.bias"):

@@ -22,6 +22,8 @@ _cached_mismatches = lru_cache(maxsize=4096)(
 )
 # Tensors that every release holds in float32.
 _WIDE = ("attn_sink", "ape", "gate.bias", "gate.bias_vl")
+# Stored by every layout as the release has them, whatever their formats.
+_AS_RELEASED = ("vision", "engram", "engram tables")
 
 
 def is_ignored_draft(survey: Survey, module: Module) -> bool:
@@ -91,7 +93,7 @@ def plain(survey: Survey) -> Iterator[Finding]:
     """Modules no engine quantizes: routers, compressors, norms, hyper-connections, vocabulary."""
     for name, module in survey.modules.items():
         own = module.name
-        if own.is_linear or is_ignored_draft(survey, module) or own.role in ("vision", "engram"):
+        if own.is_linear or is_ignored_draft(survey, module) or own.role in _AS_RELEASED:
             continue
         if own.module.endswith(".tid2eid"):
             allowed: tuple[str, ...] = ("I64", "I32")
