@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from v4quant.api.arguments import forward_options
 from v4quant.builtin import TINY_V4, resolve_source
-from v4quant.cli._options import forward_options
 from v4quant.synthetic.writing import Request, write_checkpoint
 from v4quant_calibration.forward.checkpoint_params import CheckpointParams
 from v4quant_calibration.forward.logits import stream_logits

@@ -1,6 +1,7 @@
 """What calibration is worth: every solver on the tiny V4, against its source, on unseen text.
 
-    scripts/quality_table.py              the whole table, into docs/quality.md and v4quant/data/measured/quality.json
+    scripts/quality_table.py              the whole table, into docs/quality.md and its JSON, which
+                                          lies in v4quant/data/measured
     scripts/quality_table.py --reduced    two rows on little text, for the drift check
     scripts/quality_table.py --check      the reduced rows again, compared with the stored ones
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from v4quant.sizes import parse_size
 from v4quant.targets import EXPERTS, Place, group_of, place_name, read_places
-from v4quant_calibration.rounding.solvers import SOLVER_NAMES
-from v4quant_formats.layouts.gguf import DEFAULT_SPLIT
-from v4quant_formats.layouts.layout import ENGINE_CHOICES, NEUTRAL, Layout
+from v4quant_calibration.defaults import SOLVER_NAMES
+from v4quant_formats.layouts.choices import DEFAULT_SPLIT, ENGINE_CHOICES, NEUTRAL
+from v4quant_formats.layouts.layout import Layout
 from v4quant_formats.layouts.table import choose_layout
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.scheme import SCHEMES, Scheme, get_scheme

@@ -30,6 +30,8 @@ GROUPS = (*EXPERTS, "dense", "compressor", "hyper")
 LAYER = "experts"
 """Short for both of EXPERTS, and the group of places whose experts are chosen as one."""
 WHOLE = ("embed", "head")
+AUTO, ALL = "auto", "all"
+"""Of `allocate --dense`: dense matrices take part, and everything that can be re-encoded."""
 AS_STORED = {"compressor": "bf16", "hyper": "f32", "embed": "bf16", "head": "bf16"}
 """What a place that is only re-encoded on demand is stored as otherwise."""
 

@@ -6,7 +6,18 @@ It stands in the lowest package because all four raise it; the command line turn
 
 
 class V4QuantError(Exception):
-    """Something a user or a file did wrong; the message names the thing and the remedy."""
+    """Something a user or a file did wrong; the message names the thing and the remedy.
+
+    exit_code: what the command line ends with.
+    """
+
+    exit_code = 1
+
+
+class OptionError(V4QuantError):
+    """Options that contradict each other, or that lack one they need."""
+
+    exit_code = 2
 
 
 class UnsupportedScheme(V4QuantError):

@@ -133,7 +133,7 @@ def test_version(v4quant: Command) -> None:
         (["quantize", TINY, "out", "--workers", "0"], "--workers"),
         (["quantize", TINY, "out", "--workers", "many"], "--workers"),
         (["calibrate", TINY], "--out"),
-        (["calibrate", TINY, "--out", "s", "--floor", "0"], "--floor"),
+        (["calibrate", TINY, "--out", "s", "--min-tokens", "0"], "--min-tokens"),
         (["evaluate", TINY, "--activations", "some"], "--activations"),
         (["evaluate", TINY, "--tokens", "1.5"], "--tokens"),
         (["run"], "Missing argument 'RECIPE'"),
@@ -208,12 +208,12 @@ def test_solve_quantize_verify(v4quant: Command, tmp_path: Path, ids: Path) -> N
 
 def test_calibrate_quantize_with_statistics(v4quant: Command, tmp_path: Path, ids: Path) -> None:
     stats = tmp_path / "deep" / "stats.v4q"
-    ran = v4quant("calibrate", TINY, "--out", stats, "--corpus", ids, "--floor", 80, "--json")
+    ran = v4quant("calibrate", TINY, "--out", stats, "--corpus", ids, "--min-tokens", 80, "--json")
     found = one_json(ran)
     assert ran.code == 0 and found["tokens"] == 160 and found["floor"] == 80
     assert 5 <= len(found["starved"]) < 5 * 4 and len(found["layers"]) == 5
-    error = v4quant("calibrate", TINY, "--out", stats, "--corpus", ids, "--floor", 81).error
-    assert "80 for each of 4 experts" in error and "lower --floor" in error
+    error = v4quant("calibrate", TINY, "--out", stats, "--corpus", ids, "--min-tokens", 81).error
+    assert "80 for each of 4 experts" in error and "lower --min-tokens" in error
     text = v4quant("calibrate", TINY, "--out", stats, "--corpus", ids).out
     assert "mtp.0" in text and str(stats) in text
     out = tmp_path / "out"
@@ -487,7 +487,7 @@ def test_unforeseen_errors_of_the_system_are_one_line(
     def fail(*_: object, **named: object) -> None:
         raise error
 
-    monkeypatch.setattr(sys.modules["v4quant.cli.inspect"], "open_source", fail)
+    monkeypatch.setattr("v4quant.api.checks.open_source", fail)
     ran = v4quant("inspect", TINY)
     assert ran.code == 1
     assert type(error).__name__ in ran.error or "Input/output error" in ran.error
@@ -618,7 +618,7 @@ def test_interruption_inside_the_process(v4quant: Command, monkeypatch: pytest.M
         signal.raise_signal(signal.SIGTERM)
 
     for action, code in ((interrupt, 130), (terminate, 143)):
-        monkeypatch.setattr(sys.modules["v4quant.cli.inspect"], "open_source", action)
+        monkeypatch.setattr("v4quant.api.checks.open_source", action)
         ran = v4quant("inspect", TINY)
         assert ran.code == code and ran.out == ""
         assert "the same command resumes" in ran.err and "Traceback" not in ran.err

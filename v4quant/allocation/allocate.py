@@ -19,7 +19,9 @@ from v4quant.allocation.sensitivity import Sample, errors, measured_effects
 from v4quant.conversion.plan import Plan, make_plan
 from v4quant.recipe import Recipe, RecipeError
 from v4quant.targets import (
+    ALL,
     AS_STORED,
+    AUTO,
     EXPERTS,
     LAYER,
     WHOLE,
@@ -34,14 +36,14 @@ from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import parse_name
 from v4quant_formats.errors import UnsupportedPair
-from v4quant_formats.layouts.layout import NEUTRAL
+from v4quant_formats.layouts.choices import NEUTRAL
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress, SilentProgress
 from v4quant_kernels.scheme import get_scheme
 
 _FILLED = 0.995  # of the budget is as good as all
 _MOST_ROUNDS = 4  # of correction, should headers of split files differ
-AUTO, ALL = "auto", "all"
+
 """What a choice of dense type says when there shall be one for every stage, embedding and head; or
 one for the compressors' and hyper-connections' matrices too, which else stay as they are."""
 

@@ -26,7 +26,6 @@ from v4quant.synthetic.writing import Request, write_checkpoint
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress
 
-WIDTHS = ("flash", "pro")
 _CHUNK = 16 * 2**20
 # One layer without draft; the vocabulary cut, so that experts make up the bytes as released.
 _ONE_LAYER = {"num_hidden_layers": 1, "num_nextn_predict_layers": 0, "vocab_size": 1024}

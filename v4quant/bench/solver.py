@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import torch
 
+from v4quant.bench.choices import PROPAGATED, SOLVER_WIDTHS, Width
 from v4quant.bench.convert import BenchError
 from v4quant.devices import device_bytes
 from v4quant.memory import peak_rss_bytes
@@ -34,26 +35,6 @@ from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import get_scheme
 
 T = TypeVar("T")
-
-_REFINED, _PROPAGATED = "gptq + refinement", "gptq + refinement + propagation"
-BENCHED = ("rtn", "optimal", "gptq", _REFINED, _PROPAGATED)
-
-
-@dataclass(frozen=True)
-class Width:
-    """Sizes of a release: hidden, intermediate, experts a layer, layers with experts."""
-
-    hidden: int
-    intermediate: int
-    experts: int
-    layers: int
-
-
-WIDTHS = {
-    "tiny": Width(256, 256, 16, 7),
-    "flash": Width(4096, 2048, 256, 44),
-    "pro": Width(7168, 3072, 384, 62),
-}
 
 
 @dataclass(frozen=True)
@@ -96,7 +77,7 @@ def bench_solvers(
 
 def time_solver(width: str, scheme: str, solver: str, rows: int, device: str) -> SolverTiming:
     """Time one solver on one expert, in this process."""
-    size, chosen = WIDTHS[width], get_scheme(scheme)
+    size, chosen = SOLVER_WIDTHS[width], get_scheme(scheme)
     batch = _batch(size, torch.device(device)) if solver not in SOLVERS else 1
     generator = torch.Generator().manual_seed(0)
 
@@ -121,7 +102,7 @@ def time_solver(width: str, scheme: str, solver: str, rows: int, device: str) ->
         spent, gram = _timed(lambda: damped(gram_sum(x, x) / rows))  # noqa: B023
         moments += spent
         fix = None
-        if solver == _PROPAGATED:
+        if solver == PROPAGATED:
             lost = x * 0.1 + torch.randn(rows, columns, generator=generator).to(device) * 0.01
             spent, fix = _timed(lambda: correction(lost, x, gram).unsqueeze(0))  # noqa: B023
             seconds += spent

@@ -67,7 +67,7 @@ def check_floor(corpus: DrawnCorpus, config: ModelConfig, floor: int) -> None:
         raise CorpusError(
             f"the corpus holds {tokens:,} tokens, {most} for each of {config.n_routed_experts} "
             f"experts if all got the same, and the floor is {floor}; give more text or a lower "
-            "--floor"
+            "--min-tokens"
         )
 
 

@@ -11,58 +11,82 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import MutableMapping
+from importlib import import_module
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from v4quant import __version__
 from v4quant.cli import _exit, _output
-from v4quant.cli.allocate import allocate
-from v4quant.cli.bench import bench
-from v4quant.cli.calibrate import calibrate
-from v4quant.cli.diff import diff
-from v4quant.cli.encode import encode
-from v4quant.cli.evaluate import evaluate
-from v4quant.cli.export_onnx import export_onnx_command
-from v4quant.cli.inspect import inspect
-from v4quant.cli.plan import plan
-from v4quant.cli.push import push
-from v4quant.cli.quantize import quantize
-from v4quant.cli.run import run
-from v4quant.cli.verify import verify
 from v4quant_kernels.errors import V4QuantError
+
+COMMANDS = {
+    "inspect": "inspect",
+    "plan": "plan",
+    "calibrate": "calibrate",
+    "allocate": "allocate",
+    "quantize": "quantize",
+    "verify": "verify",
+    "diff": "diff",
+    "evaluate": "evaluate",
+    "run": "run",
+    "push": "push",
+    "encode": "encode",
+    "bench": "bench",
+    "export-onnx": "export_onnx",
+    "completion": "completion",
+}
+"""Command -> the module beside this one that has it, under the same name."""
 
 
 class _Terminated(BaseException):
     """SIGTERM arrived."""
 
 
+class LazyGroup(click.Group):
+    """Loads a command's module when that command is asked for, so that a typo costs nothing."""
+
+    def __init__(self, **settings: Any) -> None:
+        """settings: as of click.Group."""
+        self._loaded: dict[str, click.Command] = {}
+        super().__init__(**settings)
+
+    @property
+    def commands(self) -> MutableMapping[str, click.Command]:
+        """All of them, loaded."""
+        return {name: self._load(name) for name in COMMANDS}
+
+    @commands.setter
+    def commands(self, value: MutableMapping[str, click.Command]) -> None:
+        assert not value, "commands are found by COMMANDS"
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, in the order of a conversion's life."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command; None when there is none of that name."""
+        return self._load(cmd_name) if cmd_name in COMMANDS else None
+
+    def _load(self, name: str) -> click.Command:
+        if name not in self._loaded:
+            module = import_module(f"v4quant.cli.{COMMANDS[name]}")
+            command: click.Command = getattr(module, COMMANDS[name])
+            _read_environment(command, f"v4quant_{name}")
+            self._loaded[name] = command
+        return self._loaded[name]
+
+
 @click.group(
+    cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with `v4quant run demo`; every command's --help has an example.",
 )
 @click.version_option(__version__, prog_name="v4quant")
 def cli() -> None:
     """Convert DeepSeek-V4 checkpoints to what your GPUs serve, with proof of what it cost."""
-
-
-for _command in (
-    inspect,
-    plan,
-    calibrate,
-    allocate,
-    quantize,
-    verify,
-    diff,
-    evaluate,
-    run,
-    push,
-    encode,
-    bench,
-    export_onnx_command,
-):
-    cli.add_command(_command)
 
 
 def _read_environment(command: click.Command, prefix: str) -> None:
@@ -77,10 +101,6 @@ def _read_environment(command: click.Command, prefix: str) -> None:
     if isinstance(command, click.Group):
         for name, child in command.commands.items():
             _read_environment(child, f"{prefix}_{name}")
-
-
-for _command in cli.commands.values():
-    _read_environment(_command, f"v4quant_{_command.name}")
 
 
 def main() -> NoReturn:
@@ -110,7 +130,8 @@ def _fail(error: Exception) -> NoReturn:
     if os.environ.get("V4QUANT_DEBUG") == "1":
         raise error
     text = " ".join(str(error).split()) or type(error).__name__
-    _leave(f"Error: {text}", _exit.FAILED)
+    code = error.exit_code if isinstance(error, V4QuantError) else _exit.FAILED
+    _leave(f"Error: {text}", code)
 
 
 def _leave(text: str, code: int) -> NoReturn:

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-import shlex
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
-import torch
 
-from v4quant import __version__
-from v4quant.builtin import resolve_corpus
 from v4quant_calibration.corpus.chat_encoding import DEFAULT_MODE, MODES
-from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
-from v4quant_calibration.model.options import ForwardOptions
-from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.model_config import ModelConfig
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -57,19 +47,6 @@ def corpus_options(default: str) -> Callable[[Command], Command]:
     return decorate
 
 
-def read_corpus(
-    names: Sequence[str],
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    seq_len: int | None,
-    tokens: int | None,
-    mode: str,
-) -> Corpus:
-    """Load the corpus the options name, with the checkpoint's tokenizer."""
-    request = CorpusRequest(seq_len, tokens, config.bos_token_id, config.vocab_size, mode)
-    return load_corpus(resolve_corpus(list(names)), checkpoint.path / "tokenizer.json", request)
-
-
 def products_option(*more: str) -> Callable[[Command], Command]:
     """`--products`; more: "kernels" where nobody watches single experts."""
     told = (
@@ -85,22 +62,3 @@ def products_option(*more: str) -> Callable[[Command], Command]:
         show_default=True,
         help=f"{told}.",
     )
-
-
-def forward_options(activations: str, products: str = "f32") -> ForwardOptions:
-    """Options of the forward pass."""
-    return ForwardOptions(
-        activations="official" if activations == "official" else "plain",
-        matmul_dtype=torch.float32 if products == "f32" else torch.bfloat16,
-        expert_kernels=products == "kernels",
-    )
-
-
-def tool_facts() -> dict[str, str]:
-    """Versions and the command, for reports."""
-    return {
-        "version": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "command": shlex.join(["v4quant", *sys.argv[1:]]),
-    }

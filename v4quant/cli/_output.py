@@ -15,7 +15,6 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 
 def emit(value: object) -> None:
@@ -83,6 +82,8 @@ class TerminalProgress:
 
     def start(self, label: str, total: int, unit: str) -> None:
         """Begin a bar."""
+        from tqdm import tqdm  # which a command without progress can do without
+
         show = sys.stderr.isatty()
         self._bar = tqdm(
             total=total,

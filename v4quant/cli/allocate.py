@@ -3,49 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from v4quant.allocation.allocate import (
-    ALL,
-    AUTO,
-    Allocation,
-    Options,
-    allocate_recipe,
-    find_costs,
-    recipe_toml,
-)
-from v4quant.allocation.budget import bits_budget, cards_budget
-from v4quant.allocation.card_budget import (
-    CardMemory,
-    Cards,
-    card_memory,
-    cards_bytes,
-    check_split,
-    model_config,
-    parse_cards,
-)
-from v4quant.allocation.sensitivity import Sample
+import v4quant
 from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.cli import _output
-from v4quant.cli._options import read_corpus
-from v4quant.cli._source import SOURCE
-from v4quant.conversion.plan import make_plan
-from v4quant.sizes import parse_size
-from v4quant.source import Source, open_source
-from v4quant_calibration.corpus.chat_encoding import DEFAULT_MODE
-from v4quant_calibration.corpus.corpus import Corpus
-from v4quant_calibration.solve.solution import is_solution, load_solution
-from v4quant_calibration.statistics.stats import Stats, load_stats
-from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.engines.vllm_memory import UTILIZATION, Serving, default_batch
-from v4quant_formats.layouts.gguf import GGUF
-from v4quant_formats.layouts.layout import ENGINE_CHOICES, NEUTRAL
-from v4quant_formats.layouts.table import LAYOUTS
-from v4quant_formats.model_config import parse_model_config
-from v4quant_formats.shards import write_file_atomically
+from v4quant.cli._types import SOURCE
+from v4quant.targets import ALL, AUTO
+from v4quant_formats.engines.vllm_memory import UTILIZATION, Serving
+from v4quant_formats.layouts.choices import ENGINE_CHOICES, LAYOUT_NAMES, NEUTRAL, dense_types
+
+if TYPE_CHECKING:
+    from v4quant.allocation.allocate import Allocation
+    from v4quant.allocation.card_budget import CardMemory
 
 
 @click.command(
@@ -55,7 +28,7 @@ from v4quant_formats.shards import write_file_atomically
 @click.argument("source", type=SOURCE)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Recipe to write.")
 @click.option("--budget", help="Size of the output at most, like 128GB.")
-@click.option("--bpw", type=float, help="The same as bits a weight, over all parameters.")
+@click.option("--bpw", type=float, help="The same as bits per weight, over all parameters.")
 @click.option("--fits", help="The same as cards it must fit, like 4x24GB, with --context.")
 @click.option("--context", type=click.IntRange(1, 2**24), default=32768, show_default=True,
               help="Tokens of one sequence kept beside the weights, for --fits.")  # fmt: skip
@@ -69,12 +42,12 @@ from v4quant_formats.shards import write_file_atomically
               help="The share of a card that vLLM may take, for --fits.")  # fmt: skip
 @click.option("--expert-parallel", is_flag=True, help="For --fits: vLLM keeps experts whole and "
               "shares them out, so that no scale group is cut.")  # fmt: skip
-@click.option("--format", "format_", type=click.Choice(list(LAYOUTS)), default="gguf",
+@click.option("--format", "format_", type=click.Choice(LAYOUT_NAMES), default="gguf",
               show_default=True, help="Container; gguf mixes layers and projections, "
               "compressed-tensors with --engine vllm whole layers.")  # fmt: skip
 @click.option("--engine", type=click.Choice(ENGINE_CHOICES), default=NEUTRAL, show_default=True,
               help="Write what this engine wants, as of quantize.")  # fmt: skip
-@click.option("--dense", type=click.Choice([*GGUF.dense_types, AUTO, ALL]),
+@click.option("--dense", type=click.Choice([*dense_types(), AUTO, ALL]),
               help="Type of dense matrices, for gguf (default bf16); auto: one a layer, for "
               "embedding and head; all: compressors and hyper-connections take part too. Both "
               "need --measure-kl.")  # fmt: skip
@@ -93,7 +66,7 @@ from v4quant_formats.shards import write_file_atomically
               help="Experts of a layer whose rounding is looked at.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def allocate(
-    source: Source,
+    source: str,
     out: Path,
     budget: str | None,
     bpw: float | None,
@@ -120,53 +93,38 @@ def allocate(
 
     Writes a recipe for `quantize --recipe`, which a person can read and change.
     """
-    if sum(x is not None for x in (budget, bpw, fits)) != 1:
-        raise click.UsageError("give one of --budget, --bpw and --fits")
-    cards = None
-    if fits is not None and engine == "vllm":
-        number, size = parse_cards(fits)
-        batch = batched_tokens or default_batch(size)
-        cards = Cards(
-            size, Serving(number, context, batch, sequences, utilization, expert_parallel)
-        )
-    elif batched_tokens or sequences > 1 or expert_parallel or utilization != UTILIZATION:
-        raise click.UsageError(
-            "--sequences, --batched-tokens, --gpu-memory-utilization and --expert-parallel belong "
-            "to --fits with --engine vllm"
-        )
-    parts = 1 if cards is None or expert_parallel else cards.serving.gpus
-    options = Options(format_, engine, dense or "", draft, split_size, Sample(experts), parts)
-    with open_source(source) as checkpoint:
-        if cards is not None:
-            check_split(model_config(checkpoint), cards.serving)
-        costs = find_costs(checkpoint, options)
-        if bpw is not None:
-            most = bits_budget(bpw, costs.weights)
-        elif cards is not None:
-            most = cards_bytes(costs, cards)
-        elif fits is not None:
-            most = cards_budget(fits, context, costs.base.config)
-        else:
-            most = parse_size(budget or "")
-        text = _text(checkpoint, corpus, seq_len, tokens) if measure_kl else None
-        stats = _stats(checkpoint, stats_file)
-        progress = _output.TerminalProgress()
-        found = allocate_recipe(checkpoint, costs, most, options, stats, text, progress)
-        write_file_atomically(out, recipe_toml(found, costs).encode())
-        memory = None
-        if cards is not None:
-            memory = card_memory(make_plan(checkpoint, found.recipe), cards)
+    result = v4quant.allocate(
+        source,
+        out,
+        budget=budget,
+        bpw=bpw,
+        fits=fits,
+        context=context,
+        sequences=sequences,
+        batched_tokens=batched_tokens,
+        gpu_memory_utilization=utilization,
+        expert_parallel=expert_parallel,
+        format=format_,
+        engine=engine,
+        dense=dense or "",
+        draft=draft,
+        split_size=split_size,
+        stats=stats_file,
+        measure_kl=measure_kl,
+        corpus=corpus,
+        tokens=tokens,
+        seq_len=seq_len,
+        experts=experts,
+        progress=_output.TerminalProgress(),
+    )
     if as_json:
-        facts = _facts(found)
-        if memory is not None:
-            facts["card"] = {**asdict(memory), "free": memory.free}
-        _output.emit(facts)
+        _output.emit(result.as_dict())
         return
-    _output.data(_output.table(_rows(found, out)))
-    if cards is not None and memory is not None:
-        _output.data(f"\nEach of {cards.serving.gpus} cards, by tensor parallelism:")
-        _output.data(_output.table(_card_rows(memory, cards.serving)))
-        _output.data("\n" + _serve(cards.serving))
+    _output.data(_output.table(_rows(result.found, out)))
+    if result.card is not None and result.serving is not None:
+        _output.data(f"\nEach of {result.serving.gpus} cards, by tensor parallelism:")
+        _output.data(_output.table(_card_rows(result.card, result.serving)))
+        _output.data("\n" + _serve(result.serving))
 
 
 def _card_rows(memory: CardMemory, serving: Serving) -> list[tuple[str, str]]:
@@ -194,42 +152,13 @@ def _serve(serving: Serving) -> str:
     )
 
 
-def _text(checkpoint: Checkpoint, names: tuple[str, ...], seq_len: int, tokens: int) -> Corpus:
-    config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
-    return read_corpus(names, checkpoint, config, seq_len, tokens, DEFAULT_MODE)
-
-
-def _stats(checkpoint: Checkpoint, path: Path | None) -> Stats | None:
-    if path is None:
-        return None
-    if not is_solution(path):
-        return load_stats(path, checkpoint.digest())
-    solution = load_solution(path, checkpoint.digest())
-    solution.close()
-    return solution.stats
-
-
-def _facts(found: Allocation) -> dict[str, object]:
-    return {
-        "recipe": found.recipe.as_dict(),
-        "budget": found.budget,
-        "bytes": found.nbytes,
-        "smallest": found.smallest,
-        "largest": found.largest,
-        "bits_per_weight": found.bits_per_weight,
-        "room_left": found.room_left,
-        "loss": sum(found.losses.values()),
-        "loss_is_measured": found.measured,
-    }
-
-
 def _rows(found: Allocation, out: Path) -> list[tuple[str, str]]:
     counts = Counter(found.chosen.values())
     unit = "nats of KL" if found.measured else "relative noise, layers counted alike"
     rows = [
         ("recipe", str(out)),
         ("bytes", f"{found.nbytes:,} of {found.budget:,} ({found.nbytes / found.budget:.2%})"),
-        ("bits a weight", f"{found.bits_per_weight:.3f}"),
+        ("bits per weight", f"{found.bits_per_weight:.3f}"),
         ("places", ", ".join(f"{n} {s}" for s, n in counts.most_common())),
         ("predicted loss", f"{sum(found.losses.values()):.4g} ({unit})"),
     ]

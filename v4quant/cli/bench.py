@@ -8,15 +8,17 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from v4quant.bench.convert import WIDTHS, ConvertBench, bench_convert
-from v4quant.bench.solver import BENCHED, bench_solvers
-from v4quant.bench.solver import WIDTHS as SOLVER_WIDTHS
+from v4quant.bench.choices import BENCHED, SOLVER_WIDTHS, WIDTHS
 from v4quant.bench.threads import SETTINGS, Run, ThreadTiming, bench_threads
 from v4quant.cli import _output
 from v4quant.cli.bench_kernels import gpu, indexer, moe
+
+if TYPE_CHECKING:
+    from v4quant.bench.convert import ConvertBench
 
 SCHEMES = ("mxfp4", "nvfp4", "mxfp8", "fp8", "int8-g32", "int4-g32", "int4-g128")
 
@@ -56,6 +58,8 @@ def convert(
     as_json: bool,
 ) -> None:
     """Convert a synthetic full-width layer to each scheme and compare with a plain file copy."""
+    from v4quant.bench.convert import bench_convert  # torch, which --help can wait for
+
     chosen = schemes or SCHEMES
     with tempfile.TemporaryDirectory(dir=folder, prefix="v4quant-bench-") as work:
         result = bench_convert(
@@ -129,6 +133,8 @@ def solver(
     as_json: bool,
 ) -> None:
     """Time and peak memory of each solver for one expert, extrapolated to layer and model."""
+    from v4quant.bench.solver import bench_solvers  # torch, which --help can wait for
+
     chosen = solvers or BENCHED
     found = bench_solvers(width, scheme, chosen, rows, device, _output.TerminalProgress())
     if as_json:

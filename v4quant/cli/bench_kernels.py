@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import click
 
-from v4quant.bench.kernels.cases import INDEX_CASES, SHAPES
-from v4quant.bench.kernels.device import Machine, choose_device
-from v4quant.bench.kernels.indexer import CONTEXTS, IndexerBench, bench_indexer
-from v4quant.bench.kernels.indexer_peers import SCORERS
-from v4quant.bench.kernels.moe import TOKENS, Compare, MoeBench, bench_moe
-from v4quant.bench.kernels.session import STEPS, run_session
+from v4quant.bench.choices import CONTEXTS, INDEX_CASES, SHAPES, TOKENS, Compare
 from v4quant.cli import _exit, _output
-from v4quant_kernels import dispatch
 
-if TYPE_CHECKING:  # needs Triton
+if TYPE_CHECKING:
+    from v4quant.bench.kernels.device import Machine
+    from v4quant.bench.kernels.indexer import IndexerBench
+    from v4quant.bench.kernels.moe import MoeBench
     from v4quant.bench.kernels.tune import Tuned
 
 _DEVICE = click.option(
@@ -79,6 +76,9 @@ def moe(
 
     What cannot be measured is named, and the rest goes on.
     """
+    from v4quant.bench.kernels.moe import bench_moe  # torch, which --help can wait for
+    from v4quant_kernels import dispatch
+
     if tune is not None:
         dispatch.require_triton()
         from v4quant.bench.kernels.tune_moe import tune_moe
@@ -127,6 +127,9 @@ def indexer(
 
     What cannot be measured is named, and the rest goes on.
     """
+    from v4quant.bench.kernels.indexer import bench_indexer  # torch, which --help can wait for
+    from v4quant_kernels import dispatch
+
     if tune is not None:
         dispatch.require_triton()
         from v4quant.bench.kernels.tune_indexer import tune_indexer
@@ -157,6 +160,9 @@ def gpu(ctx: click.Context, minutes: float, append: Path) -> None:
     Steps are processes of their own: one that crashes or hangs does not stop the others. Exit code
     1 if one did not finish.
     """
+    from v4quant.bench.kernels.device import choose_device  # torch, which --help can wait for
+    from v4quant.bench.kernels.session import STEPS, run_session
+
     choose_device("cuda")
     results = run_session(STEPS, append, minutes, _output.heading)
     rows = [(r.name, f"{r.seconds:.0f}", r.outcome) for r in results]
@@ -252,6 +258,8 @@ def _indexer_text(result: IndexerBench) -> str:
         )
         for r in result.rows
     ]
+    from v4quant.bench.kernels.indexer_peers import SCORERS  # torch, which --help can wait for
+
     own = {(r.case, r.context): r for r in result.rows}
     others = []
     for p in result.peers:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+import v4quant
 from v4quant.builtin import MIXED_CALIBRATION
-from v4quant.calibration.collect import calibrate_to, draw_corpus, solve_settings
 from v4quant.cli import _output
-from v4quant.cli._options import corpus_options, forward_options, products_option, read_corpus
-from v4quant.cli._source import SOURCE
-from v4quant.devices import find_device
-from v4quant.recipe import Recipe, read_toml, recipe_from_table
-from v4quant.sizes import parse_size
-from v4quant.source import Source, open_source
-from v4quant_calibration.corpus.corpus import Corpus
-from v4quant_calibration.statistics.collect import DEFAULT_FLOOR
-from v4quant_calibration.statistics.coverage import coverage, spread
-from v4quant_calibration.statistics.stats import Stats
-from v4quant_formats.model_config import parse_model_config
+from v4quant.cli._options import corpus_options, products_option
+from v4quant.cli._types import SCHEME, SOURCE
+from v4quant_calibration.defaults import MIN_TOKENS
+
+if TYPE_CHECKING:
+    from v4quant_calibration.statistics.stats import Stats
 
 
 @click.command(
@@ -36,16 +31,17 @@ from v4quant_formats.model_config import parse_model_config
 @corpus_options(MIXED_CALIBRATION)
 @products_option()
 @click.option(
-    "--floor",
+    "--min-tokens",
     type=click.IntRange(1),
-    default=DEFAULT_FLOOR,
+    default=MIN_TOKENS,
     show_default=True,
     help="Tokens every expert shall see: beyond --tokens, more of the corpus is drawn until it has "
     "or the corpus ends. Experts still below count as starved.",
 )
 @click.option(
     "--solve",
-    "scheme",
+    "solve",
+    type=SCHEME,
     help="Also find the codes of this scheme, of integers or GGUF's blocks (int3-g128, q3_k, ...), "
     "by GPTQ on the streaming inputs, for `quantize --stats`.",
 )
@@ -72,7 +68,7 @@ from v4quant_formats.model_config import parse_model_config
               "in parts, fewer experts are solved at once.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def calibrate(
-    source: Source,
+    source: str,
     out: Path,
     corpus: tuple[str, ...],
     tokens: int | None,
@@ -80,8 +76,8 @@ def calibrate(
     mode: str,
     activations: str,
     products: str,
-    floor: int,
-    scheme: str | None,
+    min_tokens: int,
+    solve: str | None,
     dense: str,
     recipe_file: Path | None,
     propagate: bool,
@@ -93,39 +89,29 @@ def calibrate(
 
     With --solve an interrupted run is resumed by the same command, layer by layer.
     """
-    cap, where = parse_size(max_memory) if max_memory else None, find_device(device)
-    recipe = _recipe(scheme, dense, recipe_file)
-    options, progress = forward_options(activations, products), _output.TerminalProgress()
-    with open_source(source) as checkpoint:
-        config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
-        settings = solve_settings(checkpoint, recipe, propagate) if recipe else None
-
-        def load(limit: int | None) -> Corpus:
-            return read_corpus(corpus, checkpoint, config, seq_len, limit, mode)
-
-        drawn = draw_corpus(load, tokens)
-        done = calibrate_to(
-            checkpoint, config, drawn, options, floor, settings, out, progress, cap, where
-        )
-    stats, found = done.stats, coverage(done.stats)
+    found = v4quant.calibrate(
+        source,
+        out,
+        corpus=corpus,
+        tokens=tokens,
+        seq_len=seq_len,
+        mode=mode,
+        activations=activations,
+        products=products,
+        min_tokens=min_tokens,
+        solve=solve,
+        dense=dense,
+        recipe=recipe_file,
+        propagate=propagate,
+        device=device,
+        max_memory=max_memory,
+        progress=_output.TerminalProgress(),
+    )
     if as_json:
-        _output.emit({"stats": str(out), "tokens": sum(map(len, done.windows)), **found})
+        _output.emit(found.as_dict())
     else:
-        _output.data(coverage_text(stats))
-        _output.data(f"{'solution' if settings else 'statistics'} in {out}")
-
-
-def _recipe(scheme: str | None, dense: str, file: Path | None) -> Recipe | None:
-    """The recipe to solve for, None where nothing is. Raises UsageError, RecipeError."""
-    if file is not None:
-        if scheme or dense:
-            raise click.UsageError("--recipe says schemes; leave --solve and --dense out")
-        return replace(recipe_from_table(read_toml(file), str(file)), solver="gptq")
-    if scheme is None:
-        if dense:
-            raise click.UsageError("--dense goes with --solve")
-        return None
-    return Recipe(scheme, dense=dense, solver="gptq")
+        _output.data(coverage_text(found.stats))
+        _output.data(f"{'solution' if found.solved else 'statistics'} in {out}")
 
 
 def coverage_text(stats: Stats) -> str:
@@ -133,6 +119,8 @@ def coverage_text(stats: Stats) -> str:
 
     Where more text was drawn for starved experts, the first draw's fewest stands beside the final.
     """
+    from v4quant_calibration.statistics.coverage import spread  # torch, which --help can wait for
+
     rows = []
     for name, stage in stats.stages.items():
         now = spread(stage.tokens)

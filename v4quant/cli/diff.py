@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
-from v4quant.checks.diff import DiffResult, diff_checkpoints
+import v4quant
 from v4quant.cli import _exit, _output
-from v4quant.cli._source import SOURCE
-from v4quant.source import Source, open_source
+from v4quant.cli._types import SOURCE
+
+if TYPE_CHECKING:
+    from v4quant import DiffResult
 
 _SHOWN = 40
 
@@ -27,14 +30,13 @@ _SHOWN = 40
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
-def diff(ctx: click.Context, a: Source, b: Source, full: bool, samples: int, as_json: bool) -> None:
+def diff(ctx: click.Context, a: str, b: str, full: bool, samples: int, as_json: bool) -> None:
     """Compare checkpoints A and B as numbers, whatever their formats. Exit code 3: they differ.
 
     Tells re-encodings that keep every value from re-gridded weights (with their error), and names
     missing modules, misread block sizes, nibbles in the wrong order and exchanged projections.
     """
-    with open_source(a) as left, open_source(b) as right:
-        result = diff_checkpoints(left, right, _output.TerminalProgress(), full, samples)
+    result = v4quant.diff(a, b, full=full, samples=samples, progress=_output.TerminalProgress())
     if as_json:
         _output.emit({**asdict(result), "same": result.same})
     else:

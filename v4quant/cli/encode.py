@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
+import v4quant
 from v4quant.cli import _output
-from v4quant_calibration.corpus.chat_encoding import MODES, RELEASES, encode_messages
+from v4quant_calibration.corpus.chat_encoding import MODES, RELEASES
 from v4quant_calibration.corpus.chat_messages import EncodingError
-from v4quant_calibration.corpus.tokenizer import TextTokenizer
 
 MAX_MESSAGES_BYTES = 2**28
 
@@ -47,17 +47,15 @@ def encode(
     if ids and tokenizer is None:
         raise click.UsageError("--ids needs --tokenizer, a checkpoint's folder or tokenizer.json")
     chat, tools = _read_chat(messages)
-    prompt = encode_messages(chat, mode, tools=tools, release=release)
-    found: dict[str, Any] = {"mode": mode, "release": release, "prompt": prompt}
-    if ids and tokenizer is not None:
-        file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
-        found["ids"] = TextTokenizer(file)(prompt).tolist()
+    found = v4quant.encode(
+        chat, mode=mode, tools=tools, release=release, tokenizer=tokenizer if ids else None
+    )
     if as_json:
-        _output.emit(found)
-    elif ids:
-        _output.data(" ".join(map(str, found["ids"])))
+        _output.emit(found.as_dict())
+    elif found.ids is not None:
+        _output.data(" ".join(map(str, found.ids)))
     else:
-        _output.exact(prompt)
+        _output.exact(found.prompt)
 
 
 def _read_chat(name: str) -> tuple[Any, Any]:

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
+import v4quant
 from v4quant.builtin import MIXED_HELDOUT
 from v4quant.cli import _exit, _output
-from v4quant.cli._options import (
-    corpus_options,
-    forward_options,
-    products_option,
-    read_corpus,
-    tool_facts,
-)
-from v4quant.cli._source import SOURCE
-from v4quant.devices import find_device
-from v4quant.evaluation.evaluate import LogitFiles, Resources, evaluate_checkpoint
-from v4quant.evaluation.report import write_report
-from v4quant.sizes import parse_size
-from v4quant.source import Source, open_source
-from v4quant_calibration.corpus.tokenizer import TextTokenizer
-from v4quant_calibration.evaluation.evaluate import Measures
-from v4quant_calibration.evaluation.needle import make_needles
-from v4quant_calibration.evaluation.noise_floor import MOST_FLOORS
-from v4quant_formats.model_config import parse_model_config
+from v4quant.cli._options import corpus_options, products_option
+from v4quant.cli._types import SOURCE
+from v4quant_calibration.defaults import MOST_FLOORS
 
 
 @click.command(epilog="Example: v4quant evaluate out --reference DeepSeek-V4-Flash --report r.html")
@@ -63,9 +48,9 @@ from v4quant_formats.model_config import parse_model_config
 @click.pass_context
 def evaluate(
     ctx: click.Context,
-    source: Source,
-    reference: Source | None,
-    others: tuple[Source, ...],
+    source: str,
+    reference: str | None,
+    others: tuple[str, ...],
     corpus: tuple[str, ...],
     tokens: int | None,
     seq_len: int | None,
@@ -90,37 +75,29 @@ def evaluate(
     Exit code 3: some candidate holds matrices that look damaged. What a conversion costs is no
     reason for it, however much.
     """
-    if others and reference is None:
-        raise click.UsageError("--candidate compares conversions of one source: give --reference")
-    if others and save_logits is not None:
-        raise click.UsageError("--save-logits writes one checkpoint's: leave --candidate out")
-    if save_top_k is not None and save_logits is None:
-        raise click.UsageError("--save-top-k says how --save-logits writes: give that, too")
-    cap, where = parse_size(max_memory) if max_memory else None, find_device(device)
-    with ExitStack() as opened:
-        checkpoint = opened.enter_context(open_source(source))
-        base = opened.enter_context(open_source(reference)) if reference is not None else None
-        config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
-        text = read_corpus(corpus, checkpoint, config, seq_len, tokens, mode)
-        needles = None
-        if needle:
-            tokenizer = TextTokenizer(checkpoint.path / "tokenizer.json")
-            needles = make_needles(text, tokenizer, config.bos_token_id)
-        result = evaluate_checkpoint(
-            checkpoint,
-            base,
-            text,
-            forward_options(activations, products),
-            _output.TerminalProgress(),
-            LogitFiles(save_logits, save_top_k, reference_logits),
-            weights,
-            Measures(floors, draft, needles),
-            [opened.enter_context(open_source(other)) for other in others],
-            Resources(cap, scratch, where),
-        )
-    result = {"tool": tool_facts(), **result}
-    if report is not None:
-        write_report(result, report)
+    result = v4quant.evaluate(
+        source,
+        reference=reference,
+        candidates=others,
+        corpus=corpus,
+        tokens=tokens,
+        seq_len=seq_len,
+        mode=mode,
+        activations=activations,
+        products=products,
+        save_logits=save_logits,
+        save_top_k=save_top_k,
+        reference_logits=reference_logits,
+        report=report,
+        weights=weights,
+        floors=floors,
+        draft=draft,
+        needle=needle,
+        device=device,
+        max_memory=max_memory,
+        scratch=scratch,
+        progress=_output.TerminalProgress(),
+    )
     if as_json:
         _output.emit(result)
     else:
@@ -133,6 +110,8 @@ def evaluate(
             _output.data(_output.table(*candidate_rows(result)))
         if report is not None:
             _output.data(f"report in {report}")
+    from v4quant.evaluation.report import has_findings  # torch, which --help can wait for
+
     if has_findings(result):
         ctx.exit(_exit.DIFFERENT)
 
@@ -198,11 +177,6 @@ def draft_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         told = " -> ".join(f"{length:.3f}" for length in lengths)
         rows.append(("accepted in a row", f"{told} of {draft['block_size']} guesses"))
     return rows
-
-
-def has_findings(result: dict[str, Any]) -> bool:
-    """Whether a candidate has suspected defects."""
-    return any(part.get("findings") for part in (result, *result.get("others", [])))
 
 
 def finding_lines(result: dict[str, Any]) -> list[str]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+import v4quant
 from v4quant.cli import _output
-from v4quant.cli._source import SOURCE
-from v4quant.onnx_export.export import OnnxResult, export_onnx
-from v4quant.onnx_export.plan import OnnxPlan, make_onnx_plan
-from v4quant.source import Source, open_source
-from v4quant_calibration.statistics.stats import load_stats, stats_digest
-from v4quant_formats.onnx.experts import KERNELS
+from v4quant.cli._types import SOURCE
+from v4quant_formats.onnx.kernels import KERNELS
+
+if TYPE_CHECKING:
+    from v4quant import PlannedExport
+    from v4quant.onnx_export.export import OnnxResult
 
 _KERNELS = list(dict.fromkeys(k for kernels in KERNELS.values() for k in kernels))
 
@@ -31,8 +32,8 @@ _KERNELS = list(dict.fromkeys(k for kernels in KERNELS.values() for k in kernels
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def export_onnx_command(
-    source: Source,
+def export_onnx(
+    source: str,
     out: Path,
     scheme: str,
     layers: str,
@@ -49,44 +50,39 @@ def export_onnx_command(
     them; the indexer's scores are a graph of their own. The same command again resumes.
     """
     wanted = [text.strip() for text in layers.split(",")] if layers else []
-    with open_source(source, headers_only=dry_run) as checkpoint:
-        stats, digest = None, ""
-        if stats_file is not None:
-            stats = load_stats(stats_file, checkpoint.digest())
-            digest = stats_digest(stats_file.read_bytes())
-        plan = make_onnx_plan(checkpoint, scheme, wanted, kernel, digest)
-        if dry_run:
-            _show_plan(plan, out, as_json)
-            return
-        threads = workers or os.cpu_count() or 1
-        result = export_onnx(plan, out, stats, threads, _output.TerminalProgress())
+    if dry_run:
+        planned = v4quant.plan_export_onnx(
+            source, out, scheme=scheme, layers=wanted, kernel=kernel, stats=stats_file
+        )
+        _show(planned, as_json)
+        return
+    result = v4quant.export_onnx(
+        source,
+        out,
+        scheme=scheme,
+        layers=wanted,
+        kernel=kernel,
+        stats=stats_file,
+        workers=workers,
+        progress=_output.TerminalProgress(),
+    )
     if as_json:
         _output.emit(result)
     else:
         _output.data(_summary(result))
 
 
-def _show_plan(plan: OnnxPlan, out: Path, as_json: bool) -> None:
-    facts = {
-        "source": str(plan.checkpoint.path),
-        "output": str(out),
-        "scheme": plan.scheme,
-        "kernel": plan.kernel,
-        "layers": [p.layer.stage for p in plan.layers],
-        "files": list(plan.files),
-        "bytes_in": sum(p.bytes_in for p in plan.layers),
-        "bytes_out": sum(p.bytes_out for p in plan.layers),
-    }
+def _show(planned: PlannedExport, as_json: bool) -> None:
     if as_json:
-        _output.emit(facts)
+        _output.emit(planned)
         return
+    sizes = map(_output.human_bytes, (planned.bytes_in, planned.bytes_out))
     rows = [
-        ("output", str(out)),
-        ("scheme", f"{plan.scheme} by {plan.kernel}"),
-        ("layers", ", ".join(p.layer.stage for p in plan.layers)),
-        ("bytes", f"{_output.human_bytes(sum(p.bytes_in for p in plan.layers))} -> "
-                  f"{_output.human_bytes(sum(p.bytes_out for p in plan.layers))}"),
-    ]  # fmt: skip
+        ("output", planned.output),
+        ("scheme", f"{planned.scheme} by {planned.kernel}"),
+        ("layers", ", ".join(planned.layers)),
+        ("bytes", " -> ".join(sizes)),
+    ]
     _output.data(_output.table(rows))
 
 

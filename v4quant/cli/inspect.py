@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
-from v4quant.checks.inspection import ByteClass, Inspection, inspect_checkpoint
+import v4quant
 from v4quant.cli import _output
-from v4quant.cli._source import SOURCE
-from v4quant.source import Source, open_source
+from v4quant.cli._types import SOURCE
+
+if TYPE_CHECKING:
+    from v4quant import Inspection
+    from v4quant.checks.inspection import ByteClass
 
 
 @click.command(epilog="Example: v4quant inspect DeepSeek-V4-Flash --deep")
 @click.argument("source", type=SOURCE)
 @click.option("--deep", is_flag=True, help="Also read all data: NaN, scale spreads, tables.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(source: Source, deep: bool, as_json: bool) -> None:
+def inspect(source: str, deep: bool, as_json: bool) -> None:
     """Show what checkpoint SOURCE is: release, layers, bytes by class, anything wrong."""
-    with open_source(source, headers_only=not deep) as checkpoint:
-        found = inspect_checkpoint(checkpoint, _output.TerminalProgress(), deep)
+    found = v4quant.inspect(source, deep=deep, progress=_output.TerminalProgress())
     if as_json:
         _output.emit(_as_json(found))
     else:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from v4quant.checks.verify import verify
+import v4quant
 from v4quant.cli import _output
-from v4quant.hub.client import HubError
-from v4quant.hub.refs import SCHEME, parse_hub
-from v4quant.publishing.card import CardRequest, license_of, render_card
-from v4quant.publishing.publisher import CommitPlan, Parcel, card_parcel, parcels_of, plan_commits
-from v4quant.publishing.publisher import push as push_files
-from v4quant.publishing.serving import accepted_engines
-from v4quant_formats.checkpoint import INDEX_NAME
-from v4quant_formats.manifest import read_manifest
-from v4quant_formats.opening import open_checkpoint
+from v4quant.hub.refs import SCHEME
 
-_MAX_EVALUATION_BYTES = 2**26
+if TYPE_CHECKING:
+    from v4quant import PlannedPush
 
 
 @click.command(epilog="Example: v4quant push out me/DeepSeek-V4-Flash-INT4 --dry-run")
@@ -55,27 +46,22 @@ def push(
     a checkpoint; files that are there already are not sent again; at the end the repository's
     digests are compared with the manifest.
     """
-    repo = parse_hub(f"{SCHEME}{repo_id.removeprefix(SCHEME)}").repo
-    manifest = read_manifest(out)
-    request = CardRequest(repo, _evaluation(out, evaluation), base_model, license_)
-    parcels = parcels_of(out, manifest)
-    card = render_card(manifest, _completed(request, out))
-    parcels.append(card_parcel(card))
     if dry_run:
-        _show(repo, parcels, plan_commits(parcels, update=False, stale=()), card, as_json)
-        return
-    progress = _output.TerminalProgress()
-    findings = verify(out, None, progress).findings
-    if findings:
-        raise HubError(
-            f"{out}: does not pass `v4quant verify`, so nothing was sent: {findings[0].where}: "
-            f"{findings[0].problem}"
+        planned = v4quant.plan_push(
+            out, repo_id, evaluation=evaluation, base_model=base_model, license=license_
         )
-    progress.start("Publishing", sum(p.size for p in parcels), "B")
-    try:
-        result = push_files(repo, parcels, not public, replace_, progress.advance)
-    finally:
-        progress.finish()
+        _show(planned, as_json)
+        return
+    result = v4quant.push(
+        out,
+        repo_id,
+        evaluation=evaluation,
+        base_model=base_model,
+        license=license_,
+        public=public,
+        replace=replace_,
+        progress=_output.TerminalProgress(),
+    )
     if as_json:
         _output.emit(result)
         return
@@ -87,51 +73,15 @@ def push(
     _output.data(_output.table(rows))
 
 
-def _evaluation(out: Path, file: Path | None) -> dict[str, Any] | None:
-    path = file or out.resolve().parent / "evaluation.json"
-    if file is None and not path.is_file():
-        return None
-    try:
-        if path.stat().st_size > _MAX_EVALUATION_BYTES:
-            raise HubError(f"{path}: is too large for an evaluation")
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise HubError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise HubError(f"{path}: is not an evaluation")
-    return found
-
-
-def _completed(request: CardRequest, out: Path) -> CardRequest:
-    """With the engines that load OUT, and the licence its own file tells."""
-    if (out / INDEX_NAME).exists():
-        with open_checkpoint(out) as checkpoint:
-            request = replace(request, engines=accepted_engines(checkpoint))
-    file = out / "LICENSE"
-    if request.license or not file.is_file():
-        return request
-    return replace(request, license=license_of(file.read_text("utf-8", "replace")))
-
-
-def _show(
-    repo: str, parcels: list[Parcel], commits: list[CommitPlan], card: str, as_json: bool
-) -> None:
+def _show(planned: PlannedPush, as_json: bool) -> None:
     if as_json:
-        _output.emit({
-            "repo": repo,
-            "files": [{"name": p.name, "bytes": p.size, "sha256": p.sha256} for p in parcels],
-            "commits": [
-                {"title": c.title, "bytes": c.nbytes, "files": [p.name for p in c.parcels]}
-                for c in commits
-            ],
-            "card": card,
-        })  # fmt: skip
+        _output.emit(planned.as_dict())
         return
-    rows = [(p.name, _output.human_bytes(p.size), p.sha256[:12]) for p in parcels]
+    rows = [(p.name, _output.human_bytes(p.size), p.sha256[:12]) for p in planned.files]
     _output.data(_output.table(rows, ("file", "bytes", "sha256")))
     _output.data("")
-    steps = [(c.title, str(len(c.parcels)), _output.human_bytes(c.nbytes)) for c in commits]
+    steps = [(c.title, str(len(c.parcels)), _output.human_bytes(c.nbytes)) for c in planned.commits]
     _output.data(_output.table(steps, ("commit", "files", "bytes")))
-    total = _output.human_bytes(sum(p.size for p in parcels))
-    _output.data(f"\n{total} to {SCHEME}{repo}; what is there already is not sent again.")
-    _output.data(f"\n{card}")
+    total = _output.human_bytes(sum(p.size for p in planned.files))
+    _output.data(f"\n{total} to {SCHEME}{planned.repo}; what is there already is not sent again.")
+    _output.data(f"\n{planned.card}")

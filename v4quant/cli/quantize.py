@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+import v4quant
 from v4quant.cli import _output
-from v4quant.cli._source import OUT, SOURCE
-from v4quant.conversion.calibrated import read_evidence
-from v4quant.conversion.job import JobResult, run_job
-from v4quant.conversion.plan import Plan, make_plan
-from v4quant.conversion.ranks import current_ranks
-from v4quant.conversion.workers import fit_workers
-from v4quant.devices import find_device
-from v4quant.publishing.card import CardRequest
-from v4quant.publishing.hub_folders import Destination, find_places, open_target, share_cap
-from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
-from v4quant.sizes import parse_size
-from v4quant.source import Source, open_source
-from v4quant_calibration.rounding.solvers import SOLVER_NAMES
-from v4quant_calibration.solve.solution import is_solution
-from v4quant_formats.layouts.layout import ENGINE_CHOICES
-from v4quant_formats.layouts.table import LAYOUTS
-from v4quant_kernels.progress import SilentProgress
-from v4quant_kernels.scheme import SCHEMES
+from v4quant.cli._types import OUT, SCHEME, SOURCE
+from v4quant_calibration.defaults import SOLVER_NAMES
+from v4quant_formats.layouts.choices import ENGINE_CHOICES, LAYOUT_NAMES, WRITABLE
 
-_SCHEMES = [s for s in SCHEMES if any(s in layout.schemes for layout in LAYOUTS.values())]
+if TYPE_CHECKING:
+    from v4quant import JobResult, PlannedConversion
 
 
 @click.command(
@@ -37,8 +24,10 @@ _SCHEMES = [s for s in SCHEMES if any(s in layout.schemes for layout in LAYOUTS.
 )
 @click.argument("source", type=SOURCE)
 @click.argument("out", type=OUT)
-@click.option("--scheme", help=f"How experts are coded: {', '.join(_SCHEMES)}.")
-@click.option("--format", "format_", help=f"Container: {', '.join(LAYOUTS)} (default by scheme).")
+@click.option("--scheme", type=SCHEME, help=f"How experts are coded: {', '.join(WRITABLE)}.")
+@click.option(
+    "--format", "format_", help=f"Container: {', '.join(LAYOUT_NAMES)} (default by scheme)."
+)
 @click.option(
     "--engine",
     type=click.Choice(ENGINE_CHOICES),
@@ -85,8 +74,8 @@ _SCHEMES = [s for s in SCHEMES if any(s in layout.schemes for layout in LAYOUTS.
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def quantize(
-    source: Source,
-    out: Destination,
+    source: str,
+    out: str,
     scheme: str | None,
     format_: str | None,
     engine: str | None,
@@ -115,82 +104,46 @@ def quantize(
     Several processes, also on several machines with a shared disk, share the work when started by
     `torchrun --nproc-per-node N -m v4quant quantize ...`; the bytes are the same.
     """
-    chosen = {
-        "scheme": scheme,
-        "format": format_,
-        "engine": engine,
-        "draft": draft,
-        "on_inexact": on_inexact,
-        "dense": dense,
-        "split_size": split_size,
-        "unknown": unknown,
-        "solver": solver,
-    }
-    solved = stats_file is not None and is_solution(stats_file)
-    recipe = _recipe(recipe_file, {k: v for k, v in chosen.items() if v is not None}, solved)
-    cap = parse_size(max_memory) if max_memory else None
-    disk = parse_size(disk_cap) if disk_cap else None
-    with current_ranks() as ranks, ExitStack() as stack:
-        places = find_places(source, out, scratch, ranks.size) if not dry_run else None
-        checkpoint = stack.enter_context(
-            open_source(source, places.scratch if places else None, disk, headers_only=dry_run)
+    recipe = v4quant.make_recipe(
+        scheme=scheme, format=format_, engine=engine, recipe=recipe_file, stats=stats_file,
+        solver=solver, draft=draft, on_inexact=on_inexact, unknown=unknown, dense=dense,
+        split_size=split_size,
+    )  # fmt: skip
+    if dry_run:
+        planned = v4quant.plan_quantize(
+            source, out, recipe=recipe, stats=stats_file, workers=workers, max_memory=max_memory
         )
-        stats, digest = read_evidence(checkpoint, stats_file, recipe)
-        plan = replace(make_plan(checkpoint, recipe, digest), device=find_device(device))
-        threads = fit_workers(plan, workers or os.cpu_count() or 1, cap)
-        if places is None:
-            if ranks.is_first:
-                _show_plan(plan, out, threads, as_json)
-            return
-        progress = _output.TerminalProgress() if ranks.is_first else SilentProgress()
-        share = share_cap(plan, disk, places.repo is not None)
-        delivery = None
-        if places.repo is not None:
-            request = CardRequest(places.repo)
-            delivery = open_target(places.repo, places.out, plan, share, not public, request)
-        result = run_job(plan, places.out, stats, threads, progress, ranks, delivery)
-        if places.repo is not None:
-            places.leave()
-            result = replace(result, output=str(out))
-        if not ranks.is_first:
-            return
+        _show(planned, as_json)
+        return
+    result = v4quant.quantize(
+        source,
+        out,
+        recipe=recipe,
+        stats=stats_file,
+        workers=workers,
+        max_memory=max_memory,
+        device=device,
+        disk_cap=disk_cap,
+        scratch=scratch,
+        public=public,
+        progress=_output.TerminalProgress(),
+    )
+    if int(os.environ.get("RANK", "0")):
+        return  # torchrun: the first rank speaks for all
     if as_json:
         _output.emit(result)
     else:
         _output.data(summary(result))
 
 
-def _recipe(file: Path | None, options: dict[str, str], solved: bool) -> Recipe:
-    """solved: whether there is a solution, which is packed unless another solver is named."""
-    default = {"solver": "gptq"} if solved else {}
-    table = {**default, **(read_toml(file) if file else {}), **options}
-    if "scheme" not in table:
-        raise RecipeError("no scheme given; use --scheme (for example int4-g32) or --recipe")
-    return recipe_from_table(table, str(file or "options"))
-
-
-def _show_plan(plan: Plan, out: Destination, workers: int, as_json: bool) -> None:
-    facts = {
-        "source": plan.checkpoint.label,
-        "output": str(out),
-        "scheme": plan.recipe.scheme,
-        "format": plan.recipe.format,
-        "engines": plan.recipe.layout.engines,
-        "shards": len(plan.shards),
-        "units": sum(len(s.units) for s in plan.shards),
-        "tensors": sum(len(s.outputs) for s in plan.shards),
-        "dropped": len(plan.dropped),
-        "bytes_in": plan.bytes_in,
-        "bytes_out": plan.bytes_out,
-        "workers": workers,
-    }
+def _show(planned: PlannedConversion, as_json: bool) -> None:
     if as_json:
-        _output.emit(facts)
+        _output.emit(planned)
         return
     shown = {
-        **facts,
-        "bytes_in": _output.human_bytes(plan.bytes_in),
-        "bytes_out": _output.human_bytes(plan.bytes_out),
+        **asdict(planned),
+        "bytes_in": _output.human_bytes(planned.bytes_in),
+        "bytes_out": _output.human_bytes(planned.bytes_out),
     }
     _output.data(_output.table([(k.replace("_", " "), str(v)) for k, v in shown.items()]))
 

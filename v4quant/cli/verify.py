@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from v4quant.checks.kernel_check import check_kernels
-from v4quant.checks.verify import verify as verify_checkpoint
+import v4quant
 from v4quant.cli import _exit, _output
-from v4quant.cli._source import SOURCE
-from v4quant.source import Source
+from v4quant.cli._types import SOURCE
 from v4quant_formats.engines import ENGINES, GPUS
-from v4quant_formats.opening import open_checkpoint
-from v4quant_formats.preflight import Preflight, preflight, preflight_onnx
+
+if TYPE_CHECKING:
+    from v4quant import Verification
+    from v4quant_formats.preflight import Preflight
 
 
 @click.command(epilog="Example: v4quant verify out --source DeepSeek-V4-Flash --kernels")
@@ -42,7 +42,7 @@ from v4quant_formats.preflight import Preflight, preflight, preflight_onnx
 def verify(
     ctx: click.Context,
     out: Path,
-    source: Source | None,
+    source: str | None,
     kernels: bool,
     engine: str | None,
     gpu: str | None,
@@ -55,56 +55,49 @@ def verify(
     With --engine only headers, config.json and NVFP4's scalars are read, and exit code 3 means that
     the engine would not load it, or would load it wrongly; add --source for the rest.
     """
-    predicted = _predict(out, engine, tp, context, gpu) if engine is not None else None
-    if predicted is not None and source is None and not kernels:
-        _show_preflight(predicted, as_json)
-        if not predicted.loads:
-            ctx.exit(_exit.DIFFERENT)
-        return
-    progress = _output.TerminalProgress()
-    result = verify_checkpoint(out, source, progress)
-    checks = check_kernels(out, progress) if kernels else []
-    failed = bool(result.findings) or not all(c.ok for c in checks)
-    failed |= predicted is not None and not predicted.loads
+    found = v4quant.verify(
+        out,
+        source=source,
+        kernels=kernels,
+        engine=engine,
+        gpu=gpu,
+        tp=tp,
+        context=context,
+        progress=_output.TerminalProgress(),
+    )
     if as_json:
-        facts = {**asdict(result), "kernels": [asdict(c) for c in checks], "ok": not failed}
-        if predicted is not None:
-            facts["preflight"] = {**asdict(predicted), "loads": predicted.loads}
-        _output.emit(facts)
+        _output.emit(found.as_dict())
     else:
-        if predicted is not None:
-            _show_preflight(predicted, as_json)
-        if not result.findings:
-            _output.data(f"{result.files} files match their SHA-256")
-        if source is not None and not result.findings:
-            _output.data(
-                f"{result.compared} modules compared with the source; {result.exact} hold exactly "
-                "its values, the others the error the manifest states"
-            )
-        for check in checks:
-            verdict = "ok" if check.ok else "DIFFERS"
-            _output.data(
-                f"kernel {check.name} ({check.scheme}): largest error {check.max_abs_error:.3g}, "
-                f"bound {check.bound:.3g}: {verdict}"
-            )
-        for finding in result.findings:
-            _output.data(f"{finding.where}: {finding.problem}")
-        _output.data("FAILED" if failed else "All checks passed.")
-    if failed:
+        _show(found, source is not None)
+    if not found.ok:
         ctx.exit(_exit.DIFFERENT)
 
 
-def _predict(out: Path, engine: str, tp: int, context: int, gpu: str | None) -> Preflight:
-    if engine == "onnxruntime" and next(out.glob("*.onnx"), None) is not None:
-        return preflight_onnx(out)
-    with open_checkpoint(out) as checkpoint:
-        return preflight(checkpoint, engine, tp, context, gpu or "")
-
-
-def _show_preflight(found: Preflight, as_json: bool) -> None:
-    if as_json:
-        _output.emit({**asdict(found), "loads": found.loads})
+def _show(found: Verification, compared: bool) -> None:
+    if found.preflight is not None:
+        _show_preflight(found.preflight)
+    result = found.values
+    if result is None:
         return
+    if not result.findings:
+        _output.data(f"{result.files} files match their SHA-256")
+    if compared and not result.findings:
+        _output.data(
+            f"{result.compared} modules compared with the source; {result.exact} hold exactly "
+            "its values, the others the error the manifest states"
+        )
+    for check in found.kernels:
+        verdict = "ok" if check.ok else "DIFFERS"
+        _output.data(
+            f"kernel {check.name} ({check.scheme}): largest error {check.max_abs_error:.3g}, "
+            f"bound {check.bound:.3g}: {verdict}"
+        )
+    for finding in result.findings:
+        _output.data(f"{finding.where}: {finding.problem}")
+    _output.data("All checks passed." if found.ok else "FAILED")
+
+
+def _show_preflight(found: Preflight) -> None:
     for finding in found.findings:
         more = f" (and {finding.count - 1:,} more)" if finding.count > 1 else ""
         _output.data(f"{finding.severity}: {finding.tensor}{more}: {finding.problem}")

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
 from v4quant_calibration.corpus.chat_encoding import DEFAULT_MODE, MODES
+from v4quant_calibration.defaults import MIN_TOKENS
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -21,7 +22,7 @@ class CorpusStep:
     tokens: int | None = None
     seq_len: int | None = None
     activations: str = "plain"
-    floor: int = 32
+    min_tokens: int = MIN_TOKENS
     mode: str = DEFAULT_MODE
 
 
@@ -82,7 +83,7 @@ _CHOICES = {"activations": ("plain", "official"), "mode": MODES}
 _TYPES: dict[str, tuple[type, ...]] = {
     "tokens": (int,),
     "seq_len": (int,),
-    "floor": (int,),
+    "min_tokens": (int,),
     "activations": (str,),
     "mode": (str,),
     "source": (bool,),

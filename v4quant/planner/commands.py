@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from v4quant.planner.candidates import Candidate
 from v4quant.planner.machines import Machine
 from v4quant.recipe import Recipe
-from v4quant_formats.layouts.gguf import DEFAULT_SPLIT
+from v4quant_formats.layouts.choices import DEFAULT_SPLIT
 
 _HUB = "hf://"
 _BUILD = (

@@ -15,12 +15,12 @@ from dataclasses import replace
 
 import torch
 
+from v4quant_calibration.defaults import MOST_FLOORS
 from v4quant_calibration.model.options import ForwardOptions
 
 STREAMS = "the reference again, residual streams rounded to BF16 after every layer"
 PRODUCTS = "the reference again, operands of matrix products rounded to BF16"
 EXACT = "the reference again, operands of matrix products in float32"
-MOST_FLOORS = 2
 
 
 def floor_options(options: ForwardOptions, count: int) -> list[tuple[str, ForwardOptions]]:

@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from v4quant_calibration.defaults import SOLVER_NAMES
 from v4quant_calibration.rounding.coders import coder_of
 from v4quant_calibration.rounding.measure import measured
 from v4quant_calibration.rounding.refine import DEFAULT_SWEEPS, rough_errors
@@ -51,7 +52,7 @@ def optimal(matrix: QTensor, scheme: Scheme, importance: Tensor | None = None) -
 SOLVERS: dict[str, Solver] = {"rtn": rtn, "optimal": optimal}
 """Solvers that need no more than the matrix and moments; "gptq" is solved beforehand."""
 
-SOLVER_NAMES = (*SOLVERS, "gptq")
+assert (*SOLVERS, "gptq") == SOLVER_NAMES
 
 
 def solve_batch(

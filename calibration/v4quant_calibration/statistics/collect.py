@@ -28,7 +28,6 @@ from v4quant_formats.deepseek_v4 import trunk_stages
 from v4quant_formats.model_config import ModelConfig
 from v4quant_kernels.progress import Progress
 
-DEFAULT_FLOOR = 32
 # Rows that are in float64 at once.
 _ROWS = 1024
 

@@ -16,15 +16,14 @@ from torch import Tensor
 
 from v4quant_formats.deepseek_v4 import TensorName
 from v4quant_formats.errors import UnsupportedPair
-from v4quant_formats.layouts.layout import NEUTRAL, DenseRule, Layout, Parts
+from v4quant_formats.layouts.choices import NEUTRAL, dense_types
+from v4quant_formats.layouts.layout import DenseRule, Layout, Parts
 from v4quant_formats.model_config import Dimensions
 from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.ggml import repack_mxfp4
-from v4quant_kernels.ggml_types import GGML_TYPES, fitting_type, get_type
+from v4quant_kernels.ggml_types import fitting_type, get_type
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import Scheme
-
-DEFAULT_SPLIT = 45 * 10**9  # below the 50 GB that model hosts take as one file
 
 
 def _expert_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:
@@ -85,10 +84,6 @@ def _config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str]) -> dict
     return {k: v for k, v in raw.items() if k not in ("expert_dtype", "quantization_config")}
 
 
-def _dense_types() -> tuple[str, ...]:
-    return tuple(kind.name for kind in GGML_TYPES.values() if kind.dense)
-
-
 def _refuses(engine: str, scheme: Scheme) -> str:
     del scheme
     return "" if engine == NEUTRAL else _OTHERS
@@ -105,7 +100,7 @@ GGUF = Layout(
     engines="llama.cpp and what is built on it, on CUDA, Metal, Vulkan and CPU",
     serve="llama-server -m {path}/*-00001-of-*.gguf",
     mixes="projection",
-    dense_choices=_dense_types,
+    dense_choices=dense_types,
     plain=_plain,
     leaves_out=_leaves_out,
     check=_check,

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from v4quant_formats.deepseek_v4 import TensorName
+from v4quant_formats.layouts.choices import NEUTRAL
 from v4quant_formats.model_config import Dimensions
 from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.qtensor import QTensor
@@ -31,10 +32,6 @@ Parts = dict[str, tuple[str, tuple[int, ...]]]
 # bf16: dequantized FP8, exact (4 significant bits fit in 8). f32_scale: codes byte for byte, E8M0
 # scales widened to float32 powers of two, exact.
 DenseRule = Literal["copy", "bf16", "f32_scale"]
-
-NEUTRAL = "neutral"
-ENGINE_CHOICES = (NEUTRAL, "vllm", "sglang")
-"""What `--engine` of `quantize` takes."""
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from v4quant_formats.errors import UnsupportedPair
+from v4quant_formats.layouts.choices import NEUTRAL
 from v4quant_formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from v4quant_formats.layouts.deepseek import DEEPSEEK
 from v4quant_formats.layouts.gguf import GGUF
-from v4quant_formats.layouts.layout import NEUTRAL, Layout
+from v4quant_formats.layouts.layout import Layout
 from v4quant_formats.layouts.modelopt import MODELOPT
 from v4quant_kernels.scheme import Scheme
 

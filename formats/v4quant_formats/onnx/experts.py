@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -31,19 +30,11 @@ from torch import Tensor
 from v4quant_formats.errors import UnsupportedPair
 from v4quant_formats.onnx.decode import GROUP, mx_values
 from v4quant_formats.onnx.graph import MICROSOFT, Graph
+from v4quant_formats.onnx.kernels import KERNELS, Kernel
 from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref.pack import packed_bytes
 from v4quant_kernels.scheme import Scheme, get_scheme
-
-Kernel = Literal["qmoe", "matmulnbits", "lookup"]
-
-KERNELS: dict[str, tuple[Kernel, ...]] = {
-    "mxfp4": ("lookup",),
-    **{f"int4-g{g}": ("qmoe", "matmulnbits") for g in (32, 64, 128)},
-    **dict.fromkeys(("int8-g32", "int8-g128", "int2-g64", "int2-g128"), ("matmulnbits",)),
-}
-"""Schemes that run, each with the kernels that multiply them; the first is the default."""
 
 CODES13, SCALES13 = "experts.w13.codes", "experts.w13.scales"
 CODES2, SCALES2 = "experts.w2.codes", "experts.w2.scales"

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from v4quant.bench import solver as bench_solver
-from v4quant.bench.solver import BENCHED, WIDTHS, bench_solvers, time_solver
+from v4quant.bench.choices import BENCHED
+from v4quant.bench.choices import SOLVER_WIDTHS as WIDTHS
+from v4quant.bench.solver import bench_solvers, time_solver
 from v4quant_kernels.progress import SilentProgress
 
 

@@ -48,7 +48,16 @@ def run(*arguments: object) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     (folder / "r.toml").write_text(TEXT)
-    text = ("--tokens", 1024, "--seq-len", 256, "--floor", 1, "--corpus", "builtin:calibration")
+    text = (
+        "--tokens",
+        1024,
+        "--seq-len",
+        256,
+        "--min-tokens",
+        1,
+        "--corpus",
+        "builtin:calibration",
+    )
     run("calibrate", TINY_V4, "--recipe", folder / "r.toml", "--out", folder / "solved", *text)
     return folder
 

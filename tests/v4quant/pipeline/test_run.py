@@ -22,8 +22,8 @@ from v4quant.recipe import RecipeError
 from v4quant_formats.errors import UnsupportedPair
 from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
 
-# The name `run` in v4quant.cli is the command.
-RUN = importlib.import_module("v4quant.cli.run")
+# The name `run` in v4quant.pipeline.run is the function.
+RUN = importlib.import_module("v4quant.pipeline.run")
 
 FULL = """
 source = "here"
@@ -31,7 +31,7 @@ source = "here"
 corpus = ["a.txt", "builtin:calibration"]
 tokens = 100
 seq_len = 64
-floor = 5
+min_tokens = 5
 [quantize]
 scheme = "int8-g32"
 draft = "drop"
@@ -108,7 +108,10 @@ def test_absent_run_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
         (SHORT + "[evaluate]\ncorpus = ['a']\ntokens = '9'", "'tokens' is '9', expected int"),
         (SHORT + "[evaluate]\ncorpus = ['a']\ntokens = true", "'tokens' is True, expected int"),
         (SHORT + "[evaluate]\ncorpus = ['a']\ntokens = 0", "'tokens' is 0, expected a positive"),
-        (SHORT + "[calibrate]\ncorpus = ['a']\nfloor = -1", "'floor' is -1, expected a positive"),
+        (
+            SHORT + "[calibrate]\ncorpus = ['a']\nmin_tokens = -1",
+            "'min_tokens' is -1, expected a positive",
+        ),
         (SHORT + "[evaluate]\ncorpus = ['a']\nactivations = 'offical'", "one of plain, official"),
         (SHORT + "[evaluate]\ncorpus = ['a']\nmode = 'think'", "one of non-think, think-high"),
     ],
@@ -132,7 +135,7 @@ def test_step_keys_know_settings_files_and_digests(tmp_path: Path) -> None:
     first = step_key(step, [text], "d")
     assert step_key(step, [text], "d") == first
     others = {
-        step_key(CorpusStep(("a.txt",), floor=9), [text], "d"),
+        step_key(CorpusStep(("a.txt",), min_tokens=9), [text], "d"),
         step_key(CorpusStep(("a.txt",), mode="think-high"), [text], "d"),
         step_key(step, [], "d"),
         step_key(step, [text], "e"),
@@ -167,7 +170,7 @@ def write_run(folder: Path, scheme: str = "int4-g128", floor: int = 32, extra: s
     file = folder / "tiny.toml"
     file.write_text(
         f'source = "{TINY}"\n'
-        f'[calibrate]\ncorpus = ["{folder}/calibration.safetensors"]\nfloor = {floor}\n'
+        f'[calibrate]\ncorpus = ["{folder}/calibration.safetensors"]\nmin_tokens = {floor}\n'
         f'[quantize]\nscheme = "{scheme}"\n'
         f"[verify]\nkernels = false\n"
         f'[evaluate]\ncorpus = ["{folder}/heldout.safetensors"]\n{extra}'

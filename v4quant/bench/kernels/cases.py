@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from v4quant.bench.choices import INDEX_CASES, MoeShape
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.experts import ExpertWeights, StackedMatrix
 from v4quant_kernels.scheme import Scheme
@@ -14,26 +15,6 @@ from v4quant_kernels.twins.indexer import TOKENS_PER_KEY, visible_keys
 
 LIMIT = 10.0
 HEADS, CHANNELS = 64, 128
-INDEX_CASES = {"one": (1, 1), "requests": (128, 1), "prefill": (1, 4096)}
-"""(requests, tokens of each)."""
-
-
-@dataclass(frozen=True)
-class MoeShape:
-    """Sizes of a release's routed experts."""
-
-    name: str
-    hidden: int
-    width: int
-    experts: int
-    top_k: int
-
-
-SHAPES = {
-    "flash": MoeShape("flash", 4096, 2048, 256, 6),
-    "pro": MoeShape("pro", 7168, 3072, 384, 6),
-    "tiny": MoeShape("tiny", 256, 128, 8, 2),
-}
 
 
 def random_weights(shape: MoeShape, scheme: Scheme, device: str) -> ExpertWeights:

@@ -20,17 +20,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from v4quant.bench.kernels.cases import CHANNELS, HEADS, INDEX_CASES, IndexCase, index_case
+from v4quant.bench.choices import INDEX_CASES, Compare
+from v4quant.bench.kernels.cases import CHANNELS, HEADS, IndexCase, index_case
 from v4quant.bench.kernels.cells import Cells, Missing
 from v4quant.bench.kernels.device import Machine, choose_device, measure_machine, time_calls
 from v4quant.bench.kernels.indexer_peers import SCORERS, SELECTORS, IndexerPeerRow, measure_peers
-from v4quant.bench.kernels.moe import Compare
 from v4quant_kernels import dispatch
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.twins.indexer import WORKSPACE
 
-CONTEXTS = (131072, 1048576)
 _L2_BYTES = 2**28  # more than the L2 cache of any GPU here
 _CHECKED = 2  # tokens whose scores are held against the twin's
 _STRAY = 2.0**-9  # of the scores' norm: FP8 tensor cores sum in 13 bits

@@ -17,19 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from v4quant.bench.kernels.cases import (
-    LIMIT,
-    SHAPES,
-    Inputs,
-    MoeShape,
-    random_inputs,
-    random_weights,
-)
+from v4quant.bench.choices import SHAPES, Compare, MoeShape
+from v4quant.bench.kernels.cases import LIMIT, Inputs, random_inputs, random_weights
 from v4quant.bench.kernels.cells import Cells, Missing, Once
 from v4quant.bench.kernels.device import Machine, choose_device, measure_machine, time_calls
 from v4quant.bench.kernels.moe_peers import PEERS
@@ -40,10 +33,6 @@ from v4quant_kernels.experts import Activations, ExpertWeights
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.runtime import RuntimeExperts
 from v4quant_kernels.scheme import get_scheme
-
-TOKENS = (1, 8, 32, 128, 4096, 16384)
-Compare = Literal["also", "only", "none"]
-"""Whether other people's kernels are measured."""
 
 _SETS = 8
 _CHECKED = 4  # tokens whose result is held against the twin's

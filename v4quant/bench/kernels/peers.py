@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from v4quant.bench.kernels.cases import LIMIT, Inputs, MoeShape, random_inputs
+from v4quant.bench.choices import MoeShape
+from v4quant.bench.kernels.cases import LIMIT, Inputs, random_inputs
 from v4quant.bench.kernels.cells import Cells, told
 from v4quant.bench.kernels.device import time_foreign
 from v4quant_kernels.codec import dequantize

@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
-from v4quant.bench.kernels.cases import SHAPES, Inputs, random_inputs, random_weights
+from v4quant.bench.choices import SHAPES
+from v4quant.bench.kernels.cases import Inputs, random_inputs, random_weights
 from v4quant.bench.kernels.device import choose_device, device_name
 from v4quant.bench.kernels.moe import call_moe
 from v4quant.bench.kernels.tune import Finding, Tuned, improve, seconds_with

@@ -11,8 +11,9 @@ import torch
 from click.testing import CliRunner
 
 from tests.support.pretend_device import PretendDevice
+from v4quant.bench.choices import INDEX_CASES, SHAPES
 from v4quant.bench.kernels import indexer, indexer_peers, moe, peers
-from v4quant.bench.kernels.cases import INDEX_CASES, SHAPES, random_weights
+from v4quant.bench.kernels.cases import random_weights
 from v4quant.bench.kernels.device import Machine, Timing, choose_device
 from v4quant.cli import cli
 from v4quant_kernels import dispatch

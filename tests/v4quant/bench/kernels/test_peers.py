@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.support import fake_peers
+from v4quant.bench.choices import INDEX_CASES, SHAPES
 from v4quant.bench.kernels import indexer_peers
-from v4quant.bench.kernels.cases import INDEX_CASES, SHAPES, IndexCase, index_case, random_weights
+from v4quant.bench.kernels.cases import IndexCase, index_case, random_weights
 from v4quant.bench.kernels.cells import Cells
 from v4quant.bench.kernels.device import Machine
 from v4quant.bench.kernels.moe_peers import PEERS

@@ -15,8 +15,9 @@ from click.testing import CliRunner
 
 pytest.importorskip("triton")
 
+from v4quant.bench.choices import INDEX_CASES, SHAPES
 from v4quant.bench.kernels import tune, tune_indexer, tune_moe
-from v4quant.bench.kernels.cases import INDEX_CASES, SHAPES, random_inputs, random_weights
+from v4quant.bench.kernels.cases import random_inputs, random_weights
 from v4quant.bench.kernels.device import Timing
 from v4quant.cli import cli
 from v4quant_kernels import dispatch

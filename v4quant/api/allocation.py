@@ -1,0 +1,187 @@
+"""allocate: a scheme for every layer and projection, within a size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from v4quant.allocation.allocate import (
+    Allocation,
+    Costs,
+    Options,
+    allocate_recipe,
+    find_costs,
+    recipe_toml,
+)
+from v4quant.allocation.budget import bits_budget, cards_budget
+from v4quant.allocation.card_budget import (
+    CardMemory,
+    Cards,
+    card_memory,
+    cards_bytes,
+    check_split,
+    model_config,
+    parse_cards,
+)
+from v4quant.allocation.sensitivity import Sample
+from v4quant.api.arguments import (
+    PathLike,
+    Size,
+    SourceLike,
+    config_of,
+    path_of,
+    read_corpus,
+    size_of,
+    source_of,
+)
+from v4quant.builtin import MIXED_CALIBRATION
+from v4quant.conversion.plan import make_plan
+from v4quant.progress import default_progress
+from v4quant.source import open_source
+from v4quant_calibration.corpus.chat_encoding import DEFAULT_MODE
+from v4quant_calibration.solve.solution import is_solution, load_solution
+from v4quant_calibration.statistics.stats import Stats, load_stats
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.engines.vllm_memory import UTILIZATION, Serving, default_batch
+from v4quant_formats.layouts.choices import NEUTRAL
+from v4quant_formats.shards import write_file_atomically
+from v4quant_kernels.errors import OptionError
+from v4quant_kernels.progress import Progress
+
+
+@dataclass(frozen=True)
+class AllocationResult:
+    """path: the recipe file. found: the recipe, its bytes and predicted loss. card: what each card
+    holds, with `serving`, where vLLM was asked for."""
+
+    path: str
+    found: Allocation
+    card: CardMemory | None = None
+    serving: Serving | None = field(default=None, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        found = self.found
+        facts: dict[str, Any] = {
+            "recipe": found.recipe.as_dict(),
+            "budget": found.budget,
+            "bytes": found.nbytes,
+            "smallest": found.smallest,
+            "largest": found.largest,
+            "bits_per_weight": found.bits_per_weight,
+            "room_left": found.room_left,
+            "loss": sum(found.losses.values()),
+            "loss_is_measured": found.measured,
+        }
+        if self.card is not None:
+            facts["card"] = {**asdict(self.card), "free": self.card.free}
+        return facts
+
+
+def allocate(
+    source: SourceLike,
+    out: PathLike,
+    *,
+    budget: Size = None,
+    bpw: float | None = None,
+    fits: str | None = None,
+    context: int = 32768,
+    sequences: int = 1,
+    batched_tokens: int | None = None,
+    gpu_memory_utilization: float = UTILIZATION,
+    expert_parallel: bool = False,
+    format: str = "gguf",
+    engine: str = NEUTRAL,
+    dense: str = "",
+    draft: str = "convert",
+    split_size: str = "",
+    stats: PathLike | None = None,
+    measure_kl: bool = False,
+    corpus: PathLike | Sequence[PathLike] = MIXED_CALIBRATION,
+    tokens: int = 4096,
+    seq_len: int = 256,
+    experts: int = 4,
+    progress: Progress | None = None,
+) -> AllocationResult:
+    """Choose a scheme for every layer and projection of `source`; write the recipe to `out`.
+
+    Exactly one of budget (bytes of the output), bpw (bits per weight, over all parameters) and fits
+    (cards like "4x24GB" that must hold it beside `context` tokens) says how large. measure_kl:
+    measure on `corpus` what rounding each layer does to predictions, else layers count alike.
+    experts: how many of a layer are looked at.
+
+    Raises OptionError for options that contradict each other, BudgetError for a size that nothing
+    fits, RecipeError, CorpusError, StatsError.
+    """
+    if sum(x is not None for x in (budget, bpw, fits)) != 1:
+        raise OptionError("give one of --budget, --bpw and --fits")
+    cards = None
+    if fits is not None and engine == "vllm":
+        number, size = parse_cards(fits)
+        batch = batched_tokens or default_batch(size)
+        serving = Serving(
+            number, context, batch, sequences, gpu_memory_utilization, expert_parallel
+        )
+        cards = Cards(size, serving)
+    elif (
+        batched_tokens or sequences > 1 or expert_parallel or gpu_memory_utilization != UTILIZATION
+    ):
+        raise OptionError(
+            "--sequences, --batched-tokens, --gpu-memory-utilization and --expert-parallel belong "
+            "to --fits with --engine vllm"
+        )
+    parts = 1 if cards is None or expert_parallel else cards.serving.gpus
+    options = Options(format, engine, dense, draft, split_size, Sample(experts), parts)
+    with open_source(source_of(source)) as checkpoint:
+        if cards is not None:
+            check_split(model_config(checkpoint), cards.serving)
+        costs = find_costs(checkpoint, options)
+        most = _most(costs, budget, bpw, fits, context, cards)
+        text = None
+        if measure_kl:
+            config = config_of(checkpoint)
+            text = read_corpus(corpus, checkpoint, config, seq_len, tokens, DEFAULT_MODE)
+        found = allocate_recipe(
+            checkpoint,
+            costs,
+            most,
+            options,
+            _stats(checkpoint, path_of(stats)),
+            text,
+            default_progress(progress),
+        )
+        write_file_atomically(Path(out), recipe_toml(found, costs).encode())
+        if cards is None:
+            return AllocationResult(str(out), found)
+        memory = card_memory(make_plan(checkpoint, found.recipe), cards)
+        return AllocationResult(str(out), found, memory, cards.serving)
+
+
+def _most(
+    costs: Costs,
+    budget: Size,
+    bpw: float | None,
+    fits: str | None,
+    context: int,
+    cards: Cards | None,
+) -> int:
+    """Bytes the output may have."""
+    if bpw is not None:
+        return bits_budget(bpw, costs.weights)
+    if cards is not None:
+        return cards_bytes(costs, cards)
+    if fits is not None:
+        return cards_budget(fits, context, costs.base.config)
+    return size_of(budget) or 0
+
+
+def _stats(checkpoint: Checkpoint, path: Path | None) -> Stats | None:
+    if path is None:
+        return None
+    if not is_solution(path):
+        return load_stats(path, checkpoint.digest())
+    solution = load_solution(path, checkpoint.digest())
+    solution.close()
+    return solution.stats

@@ -1,0 +1,95 @@
+"""Arguments as people write them, and what they mean: sources, sizes, corpora, arithmetic."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from v4quant import __version__
+from v4quant.builtin import resolve_corpus
+from v4quant.hub.refs import HubRef, is_hub, parse_hub
+from v4quant.sizes import parse_size
+from v4quant.source import Source, resolve_source
+from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
+from v4quant_calibration.model.options import ForwardOptions
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.model_config import ModelConfig, parse_model_config
+
+PathLike = str | os.PathLike[str]
+SourceLike = PathLike | HubRef
+"""A checkpoint: its folder, `hf://owner/name[@revision]`, or `builtin:tiny-v4`."""
+Size = str | int | None
+"""Bytes, or a text like "6GB"; None for no limit."""
+
+
+def source_of(value: SourceLike) -> Source:
+    """Raises BuiltinError or HubReferenceError."""
+    return value if isinstance(value, Path | HubRef) else resolve_source(os.fspath(value))
+
+
+def destination_of(value: SourceLike) -> Path | HubRef:
+    """A folder, or a repository's name. Raises HubReferenceError."""
+    if isinstance(value, Path | HubRef):
+        return value
+    text = os.fspath(value)
+    return parse_hub(text) if is_hub(text) else Path(text)
+
+
+def path_of(value: PathLike | None) -> Path | None:
+    """None stays None."""
+    return None if value is None else Path(value)
+
+
+def size_of(value: Size) -> int | None:
+    """Bytes. Raises SizeError."""
+    return parse_size(value) if isinstance(value, str) else value
+
+
+def config_of(checkpoint: Checkpoint) -> ModelConfig:
+    """The checkpoint's config.json, complete enough to run the model. Raises ConfigError."""
+    return parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
+
+
+def read_corpus(
+    names: PathLike | Sequence[PathLike],
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    seq_len: int | None,
+    tokens: int | None,
+    mode: str,
+) -> Corpus:
+    """Load the corpus that files or `builtin:` names make up, with the checkpoint's tokenizer.
+
+    Raises BuiltinError, CorpusError, TokenizerError or EncodingError.
+    """
+    listed = [names] if isinstance(names, str | os.PathLike) else names
+    files = resolve_corpus([os.fspath(name) for name in listed])
+    request = CorpusRequest(seq_len, tokens, config.bos_token_id, config.vocab_size, mode)
+    return load_corpus(files, checkpoint.path / "tokenizer.json", request)
+
+
+def forward_options(activations: str, products: str = "f32") -> ForwardOptions:
+    """How the forward pass multiplies: activations "plain" or "official"; products "f32", "bf16"
+    or "kernels"."""
+    return ForwardOptions(
+        activations="official" if activations == "official" else "plain",
+        matmul_dtype=torch.float32 if products == "f32" else torch.bfloat16,
+        expert_kernels=products == "kernels",
+    )
+
+
+def tool_facts() -> dict[str, str]:
+    """Versions and the command (empty in a Python program), for reports."""
+    own = Path(sys.argv[0]).name in ("v4quant", "__main__.py") if sys.argv else False
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "command": shlex.join(["v4quant", *sys.argv[1:]]) if own else "",
+    }

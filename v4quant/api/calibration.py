@@ -1,0 +1,128 @@
+"""calibrate: what every expert's inputs look like, and codes solved on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from v4quant.api.arguments import (
+    PathLike,
+    Size,
+    SourceLike,
+    config_of,
+    forward_options,
+    path_of,
+    read_corpus,
+    size_of,
+    source_of,
+)
+from v4quant.builtin import MIXED_CALIBRATION
+from v4quant.calibration.collect import calibrate_to, draw_corpus, solve_settings
+from v4quant.devices import find_device
+from v4quant.progress import default_progress
+from v4quant.recipe import Recipe, read_toml, recipe_from_table
+from v4quant.source import open_source
+from v4quant_calibration.corpus.chat_encoding import DEFAULT_MODE
+from v4quant_calibration.corpus.corpus import Corpus
+from v4quant_calibration.defaults import MIN_TOKENS
+from v4quant_calibration.statistics.coverage import coverage
+from v4quant_calibration.statistics.stats import Stats
+from v4quant_kernels.errors import OptionError
+from v4quant_kernels.progress import Progress
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """path: the file of statistics, or the solution's folder. tokens: how many were read.
+
+    coverage: tokens each expert saw, and the experts below `min_tokens`. stats: the statistics.
+    """
+
+    path: str
+    tokens: int
+    solved: bool
+    coverage: dict[str, Any]
+    stats: Stats = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {"stats": self.path, "tokens": self.tokens, **self.coverage}
+
+
+def calibrate(
+    source: SourceLike,
+    out: PathLike,
+    *,
+    corpus: PathLike | Sequence[PathLike] = MIXED_CALIBRATION,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    mode: str = DEFAULT_MODE,
+    activations: str = "plain",
+    products: str = "f32",
+    min_tokens: int = MIN_TOKENS,
+    solve: str | None = None,
+    dense: str = "",
+    recipe: Recipe | PathLike | None = None,
+    propagate: bool = True,
+    device: str = "cpu",
+    max_memory: Size = None,
+    progress: Progress | None = None,
+) -> CalibrationResult:
+    """Run a corpus through checkpoint `source`; write statistics, or a solution, to `out`.
+
+    tokens: how many to read first; more of the corpus is drawn until every expert has seen
+    `min_tokens`. solve: a scheme whose codes are found as well, or `recipe`: what to solve place by
+    place; an interrupted run then resumes. propagate: later layers are solved on what the already
+    converted ones give them.
+
+    Raises OptionError, RecipeError, CorpusError, SizeError, OutputError and what opening the source
+    raises.
+    """
+    wanted = _recipe(solve, dense, recipe)
+    where, cap = find_device(device), size_of(max_memory)
+    target = path_of(out)
+    assert target is not None
+    with open_source(source_of(source)) as checkpoint:
+        config = config_of(checkpoint)
+        settings = solve_settings(checkpoint, wanted, propagate) if wanted else None
+
+        def load(limit: int | None) -> Corpus:
+            return read_corpus(corpus, checkpoint, config, seq_len, limit, mode)
+
+        done = calibrate_to(
+            checkpoint,
+            config,
+            draw_corpus(load, tokens),
+            forward_options(activations, products),
+            min_tokens,
+            settings,
+            target,
+            default_progress(progress),
+            cap,
+            where,
+        )
+    return CalibrationResult(
+        str(target),
+        sum(map(len, done.windows)),
+        settings is not None,
+        coverage(done.stats),
+        done.stats,
+    )
+
+
+def _recipe(scheme: str | None, dense: str, given: Recipe | PathLike | None) -> Recipe | None:
+    """The recipe to solve for, None where nothing is. Raises OptionError or RecipeError."""
+    if given is not None:
+        if scheme or dense:
+            raise OptionError("--recipe says schemes; leave --solve and --dense out")
+        if isinstance(given, Recipe):
+            return replace(given, solver="gptq")
+        file = path_of(given)
+        assert file is not None
+        return replace(recipe_from_table(read_toml(file), str(file)), solver="gptq")
+    if scheme is None:
+        if dense:
+            raise OptionError("--dense goes with --solve")
+        return None
+    return Recipe(scheme, dense=dense, solver="gptq")

@@ -1,0 +1,178 @@
+"""quantize: a checkpoint in another format, in a folder or a repository."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from v4quant.api.arguments import (
+    PathLike,
+    Size,
+    SourceLike,
+    destination_of,
+    path_of,
+    size_of,
+    source_of,
+)
+from v4quant.conversion.calibrated import read_evidence
+from v4quant.conversion.job import JobResult, run_job
+from v4quant.conversion.plan import make_plan
+from v4quant.conversion.ranks import current_ranks
+from v4quant.conversion.workers import fit_workers
+from v4quant.devices import find_device
+from v4quant.progress import default_progress
+from v4quant.publishing.card import CardRequest
+from v4quant.publishing.hub_folders import find_places, open_target, share_cap
+from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
+from v4quant.source import open_source
+from v4quant_calibration.solve.solution import is_solution
+from v4quant_kernels.progress import Progress, SilentProgress
+
+
+@dataclass(frozen=True)
+class PlannedConversion:
+    """What a conversion would do: sizes in bytes, counts, and the workers that fit."""
+
+    source: str
+    output: str
+    scheme: str
+    format: str
+    engines: str
+    shards: int
+    units: int
+    tensors: int
+    dropped: int
+    bytes_in: int
+    bytes_out: int
+    workers: int
+
+
+def make_recipe(
+    *,
+    scheme: str | None = None,
+    format: str | None = None,
+    engine: str | None = None,
+    recipe: Recipe | PathLike | None = None,
+    stats: PathLike | None = None,
+    solver: str | None = None,
+    draft: str | None = None,
+    on_inexact: str | None = None,
+    unknown: str | None = None,
+    dense: str | None = None,
+    split_size: str | None = None,
+) -> Recipe:
+    """The recipe that options describe; a recipe file's values come before the defaults, options
+    before both. A solution in `stats` is packed unless another solver is named.
+
+    Raises RecipeError, UnsupportedScheme or UnsupportedPair.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    options = {
+        "scheme": scheme,
+        "format": format,
+        "engine": engine,
+        "solver": solver,
+        "draft": draft,
+        "on_inexact": on_inexact,
+        "unknown": unknown,
+        "dense": dense,
+        "split_size": split_size,
+    }
+    file, solution = path_of(recipe), path_of(stats)
+    solved = solution is not None and is_solution(solution)
+    table = {
+        **({"solver": "gptq"} if solved else {}),
+        **(read_toml(file) if file else {}),
+        **{key: value for key, value in options.items() if value is not None},
+    }
+    if "scheme" not in table:
+        raise RecipeError("no scheme given; use --scheme (for example int4-g32) or --recipe")
+    return recipe_from_table(table, str(file or "options"))
+
+
+def plan_quantize(
+    source: SourceLike,
+    out: SourceLike,
+    *,
+    recipe: Recipe,
+    stats: PathLike | None = None,
+    workers: int | None = None,
+    max_memory: Size = None,
+) -> PlannedConversion:
+    """What `quantize` would do, from headers alone; writes nothing.
+
+    Raises what opening the source, planning and reading `stats` raise.
+    """
+    with open_source(source_of(source), headers_only=True) as checkpoint:
+        _, digest = read_evidence(checkpoint, path_of(stats), recipe)
+        plan = make_plan(checkpoint, recipe, digest)
+        return PlannedConversion(
+            source=checkpoint.label,
+            output=str(destination_of(out)),
+            scheme=recipe.scheme,
+            format=recipe.format,
+            engines=recipe.layout.engines,
+            shards=len(plan.shards),
+            units=sum(len(s.units) for s in plan.shards),
+            tensors=sum(len(s.outputs) for s in plan.shards),
+            dropped=len(plan.dropped),
+            bytes_in=plan.bytes_in,
+            bytes_out=plan.bytes_out,
+            workers=fit_workers(plan, workers or os.cpu_count() or 1, size_of(max_memory)),
+        )
+
+
+def quantize(
+    source: SourceLike,
+    out: SourceLike,
+    *,
+    scheme: str | None = None,
+    format: str | None = None,
+    engine: str | None = None,
+    recipe: Recipe | PathLike | None = None,
+    stats: PathLike | None = None,
+    solver: str | None = None,
+    draft: str | None = None,
+    on_inexact: str | None = None,
+    unknown: str | None = None,
+    dense: str | None = None,
+    split_size: str | None = None,
+    workers: int | None = None,
+    max_memory: Size = None,
+    device: str = "cpu",
+    disk_cap: Size = None,
+    scratch: PathLike | None = None,
+    public: bool = False,
+    progress: Progress | None = None,
+) -> JobResult:
+    """Convert checkpoint `source` into `out`, a folder or `hf://owner/name`.
+
+    The same call again resumes. stats: what `calibrate` wrote. workers: threads (all cores).
+    disk_cap, scratch: bytes and folder for shards coming from or going to a repository. Under
+    torchrun the ranks share the work, and each returns the result.
+
+    Raises V4QuantError: RecipeError and UnsupportedPair for what cannot be asked, FormatError for
+    sources that cannot be read, OutputError for folders that cannot be written, HubError.
+    """
+    chosen = make_recipe(
+        scheme=scheme, format=format, engine=engine, recipe=recipe, stats=stats, solver=solver,
+        draft=draft, on_inexact=on_inexact, unknown=unknown, dense=dense, split_size=split_size,
+    )  # fmt: skip
+    where, target, disk = source_of(source), destination_of(out), size_of(disk_cap)
+    with current_ranks() as ranks, ExitStack() as stack:
+        shown = default_progress(progress) if ranks.is_first else SilentProgress()
+        places = find_places(where, target, path_of(scratch), ranks.size)
+        checkpoint = stack.enter_context(open_source(where, places.scratch, disk))
+        evidence, digest = read_evidence(checkpoint, path_of(stats), chosen)
+        plan = replace(make_plan(checkpoint, chosen, digest), device=find_device(device))
+        threads = fit_workers(plan, workers or os.cpu_count() or 1, size_of(max_memory))
+        share = share_cap(plan, disk, places.repo is not None)
+        if places.repo is None:
+            return run_job(plan, places.out, evidence, threads, shown, ranks)
+        request = CardRequest(places.repo)
+        delivery = open_target(places.repo, places.out, plan, share, not public, request)
+        result = run_job(plan, places.out, evidence, threads, shown, ranks, delivery)
+        places.leave()
+        return replace(result, output=str(target))

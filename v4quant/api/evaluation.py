@@ -1,0 +1,103 @@
+"""evaluate: perplexity of a checkpoint, and its distance from a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from v4quant.api.arguments import (
+    PathLike,
+    Size,
+    SourceLike,
+    config_of,
+    forward_options,
+    path_of,
+    read_corpus,
+    size_of,
+    source_of,
+    tool_facts,
+)
+from v4quant.builtin import MIXED_HELDOUT
+from v4quant.devices import find_device
+from v4quant.evaluation.evaluate import LogitFiles, Resources, evaluate_checkpoint
+from v4quant.evaluation.report import write_report
+from v4quant.progress import default_progress
+from v4quant.source import open_source
+from v4quant_calibration.corpus.chat_encoding import DEFAULT_MODE
+from v4quant_calibration.corpus.tokenizer import TextTokenizer
+from v4quant_calibration.evaluation.evaluate import Measures
+from v4quant_calibration.evaluation.needle import make_needles
+from v4quant_kernels.errors import OptionError
+from v4quant_kernels.progress import Progress
+
+
+def evaluate(
+    source: SourceLike,
+    *,
+    reference: SourceLike | None = None,
+    candidates: Sequence[SourceLike] = (),
+    corpus: PathLike | Sequence[PathLike] = MIXED_HELDOUT,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    mode: str = DEFAULT_MODE,
+    activations: str = "plain",
+    products: str = "f32",
+    save_logits: PathLike | None = None,
+    save_top_k: int | None = None,
+    reference_logits: PathLike | None = None,
+    report: PathLike | None = None,
+    weights: bool = True,
+    floors: int = 1,
+    draft: bool = False,
+    needle: bool = False,
+    device: str = "cpu",
+    max_memory: Size = None,
+    scratch: PathLike | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Perplexity of `source`; with `reference` also KL, top-1 agreement and the noise floor.
+
+    candidates: further conversions of the reference, scored in the same run. weights: compare every
+    matrix with the reference's and look for defects. floors: noise floors to run. report: a .html,
+    .md or .json file to write. The keys of the result are explained in docs/evaluation.md.
+
+    Raises OptionError for options that contradict each other, SizeError for too little memory,
+    CorpusError, EvaluationError, LogitsError, OutputError and what opening checkpoints raises.
+    """
+    if candidates and reference is None:
+        raise OptionError(
+            "--candidate compares conversions of one source: give --reference as well"
+        )
+    if candidates and save_logits is not None:
+        raise OptionError("--save-logits writes one checkpoint's: leave --candidate out")
+    if save_top_k is not None and save_logits is None:
+        raise OptionError("--save-top-k says how --save-logits writes: give that, too")
+    limits = Resources(size_of(max_memory), path_of(scratch), find_device(device))
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(open_source(source_of(source)))
+        base = None
+        if reference is not None:
+            base = opened.enter_context(open_source(source_of(reference)))
+        config = config_of(checkpoint)
+        text = read_corpus(corpus, checkpoint, config, seq_len, tokens, mode)
+        needles = None
+        if needle:
+            tokenizer = TextTokenizer(checkpoint.path / "tokenizer.json")
+            needles = make_needles(text, tokenizer, config.bos_token_id)
+        figures = evaluate_checkpoint(
+            checkpoint,
+            base,
+            text,
+            forward_options(activations, products),
+            default_progress(progress),
+            LogitFiles(path_of(save_logits), save_top_k, path_of(reference_logits)),
+            weights,
+            Measures(floors, draft, needles),
+            [opened.enter_context(open_source(source_of(other))) for other in candidates],
+            limits,
+        )
+    result = {"tool": tool_facts(), **figures}
+    if (file := path_of(report)) is not None:
+        write_report(result, file)
+    return result

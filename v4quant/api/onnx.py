@@ -1,0 +1,93 @@
+"""export_onnx: expert layers as graphs, for tools and edge runtimes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from v4quant.api.arguments import PathLike, SourceLike, path_of, source_of
+from v4quant.onnx_export.export import OnnxResult
+from v4quant.onnx_export.export import export_onnx as write_graphs
+from v4quant.onnx_export.plan import OnnxPlan, make_onnx_plan
+from v4quant.progress import default_progress
+from v4quant.source import open_source
+from v4quant_calibration.statistics.stats import Stats, load_stats, stats_digest
+from v4quant_kernels.progress import Progress
+
+
+@dataclass(frozen=True)
+class PlannedExport:
+    """What an export would write: sizes in bytes."""
+
+    source: str
+    output: str
+    scheme: str
+    kernel: str
+    layers: tuple[str, ...]
+    files: tuple[str, ...]
+    bytes_in: int
+    bytes_out: int
+
+
+def plan_export_onnx(
+    source: SourceLike,
+    out: PathLike,
+    *,
+    scheme: str,
+    layers: Sequence[str] = (),
+    kernel: str | None = None,
+    stats: PathLike | None = None,
+) -> PlannedExport:
+    """What `export_onnx` would write, from headers alone. Raises what planning raises."""
+    with _planned(source, scheme, layers, kernel, stats, True) as (plan, _):
+        return PlannedExport(
+            source=str(plan.checkpoint.path),
+            output=str(out),
+            scheme=plan.scheme,
+            kernel=plan.kernel,
+            layers=tuple(p.layer.stage for p in plan.layers),
+            files=tuple(plan.files),
+            bytes_in=sum(p.bytes_in for p in plan.layers),
+            bytes_out=sum(p.bytes_out for p in plan.layers),
+        )
+
+
+def export_onnx(
+    source: SourceLike,
+    out: PathLike,
+    *,
+    scheme: str,
+    layers: Sequence[str] = (),
+    kernel: str | None = None,
+    stats: PathLike | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> OnnxResult:
+    """Write expert layers of `source` as ONNX graphs into folder `out`; again resumes.
+
+    layers: like "0" or "mtp.0" (default: all of the trunk). kernel: what multiplies the experts
+    (default: by scheme). stats: what `calibrate` wrote. Raises what planning and writing raise.
+    """
+    with _planned(source, scheme, layers, kernel, stats, False) as (plan, found):
+        threads = workers or os.cpu_count() or 1
+        return write_graphs(plan, Path(out), found, threads, default_progress(progress))
+
+
+@contextmanager
+def _planned(
+    source: SourceLike,
+    scheme: str,
+    layers: Sequence[str],
+    kernel: str | None,
+    stats: PathLike | None,
+    headers_only: bool,
+) -> Iterator[tuple[OnnxPlan, Stats | None]]:
+    with open_source(source_of(source), headers_only=headers_only) as checkpoint:
+        found, digest = None, ""
+        if (file := path_of(stats)) is not None:
+            found = load_stats(file, checkpoint.digest())
+            digest = stats_digest(file.read_bytes())
+        yield make_onnx_plan(checkpoint, scheme, list(layers), kernel, digest), found

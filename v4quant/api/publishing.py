@@ -1,0 +1,133 @@
+"""push: a converted checkpoint as a repository."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from v4quant.api.arguments import PathLike, path_of
+from v4quant.checks.verify import verify
+from v4quant.hub.client import HubError
+from v4quant.hub.refs import SCHEME, parse_hub
+from v4quant.progress import default_progress
+from v4quant.publishing.card import CardRequest, license_of, render_card
+from v4quant.publishing.publisher import (
+    CommitPlan,
+    Parcel,
+    PushResult,
+    card_parcel,
+    parcels_of,
+    plan_commits,
+)
+from v4quant.publishing.publisher import push as push_files
+from v4quant.publishing.serving import accepted_engines
+from v4quant_formats.checkpoint import INDEX_NAME
+from v4quant_formats.manifest import read_manifest
+from v4quant_formats.opening import open_checkpoint
+from v4quant_kernels.progress import Progress
+
+_MAX_EVALUATION_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class PlannedPush:
+    """What a push would send: files, the commits they go in, and the card's text."""
+
+    repo: str
+    files: tuple[Parcel, ...]
+    commits: tuple[CommitPlan, ...]
+    card: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--dry-run --json` prints."""
+        return {
+            "repo": self.repo,
+            "files": [{"name": p.name, "bytes": p.size, "sha256": p.sha256} for p in self.files],
+            "commits": [
+                {"title": c.title, "bytes": c.nbytes, "files": [p.name for p in c.parcels]}
+                for c in self.commits
+            ],
+            "card": self.card,
+        }
+
+
+def plan_push(
+    out: PathLike,
+    repo: str,
+    *,
+    evaluation: PathLike | None = None,
+    base_model: str = "",
+    license: str = "",
+) -> PlannedPush:
+    """What `push` would send; asks no hub. Raises ManifestError and HubError."""
+    folder = Path(out)
+    name = parse_hub(f"{SCHEME}{repo.removeprefix(SCHEME)}").repo
+    manifest = read_manifest(folder)
+    request = CardRequest(name, _evaluation(folder, path_of(evaluation)), base_model, license)
+    parcels = parcels_of(folder, manifest)
+    card = render_card(manifest, _completed(request, folder))
+    parcels.append(card_parcel(card))
+    commits = plan_commits(parcels, update=False, stale=())
+    return PlannedPush(name, tuple(parcels), tuple(commits), card)
+
+
+def push(
+    out: PathLike,
+    repo: str,
+    *,
+    evaluation: PathLike | None = None,
+    base_model: str = "",
+    license: str = "",
+    public: bool = False,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> PushResult:
+    """Publish converted checkpoint `out` as repository `repo`. The same call again resumes.
+
+    evaluation: JSON of `evaluate` for the card (default: evaluation.json beside `out`). base_model,
+    license: where the manifest and the source have none. public: how a new repository is created.
+    replace: replace another checkpoint that is there. `out` is verified before anything is sent.
+
+    Raises HubError when it does not verify or the hub refuses, ManifestError without a manifest.
+    """
+    plan = plan_push(out, repo, evaluation=evaluation, base_model=base_model, license=license)
+    shown = default_progress(progress)
+    findings = verify(Path(out), None, shown).findings
+    if findings:
+        raise HubError(
+            f"{out}: does not pass `v4quant verify`, so nothing was sent: {findings[0].where}: "
+            f"{findings[0].problem}"
+        )
+    shown.start("Publishing", sum(p.size for p in plan.files), "B")
+    try:
+        return push_files(plan.repo, list(plan.files), not public, replace, shown.advance)
+    finally:
+        shown.finish()
+
+
+def _evaluation(out: Path, file: Path | None) -> dict[str, Any] | None:
+    path = file or out.resolve().parent / "evaluation.json"
+    if file is None and not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > _MAX_EVALUATION_BYTES:
+            raise HubError(f"{path}: is too large for an evaluation")
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise HubError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise HubError(f"{path}: is not an evaluation")
+    return found
+
+
+def _completed(request: CardRequest, out: Path) -> CardRequest:
+    """With the engines that load `out`, and the licence its own file tells."""
+    if (out / INDEX_NAME).exists():
+        with open_checkpoint(out) as checkpoint:
+            request = replace(request, engines=accepted_engines(checkpoint))
+    file = out / "LICENSE"
+    if request.license or not file.is_file():
+        return request
+    return replace(request, license=license_of(file.read_text("utf-8", "replace")))
