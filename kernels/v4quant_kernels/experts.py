@@ -113,7 +113,7 @@ def stack_experts(experts: Sequence[ExpertQTensors]) -> ExpertWeights:
 
     `w1` and `w3` share one scheme (every engine fuses them); `w2` may have another.
     Raises V4QuantError when there is no expert or their shapes do not fit, UnsupportedScheme when
-    their schemes differ.
+    their schemes differ or the columns are not whole groups of the scheme (tiles may be cut).
     """
     if not experts:
         raise V4QuantError("no experts to stack: give at least one (w1, w3, w2)")
@@ -134,6 +134,12 @@ def stack_experts(experts: Sequence[ExpertQTensors]) -> ExpertWeights:
 
 def _stack(matrices: list[QTensor], name: str) -> StackedMatrix:
     first = matrices[0]
+    tile_rows, group = first.scheme.block
+    if tile_rows == 1 and first.shape[1] % group:
+        raise UnsupportedScheme(
+            f"{name} has {first.shape[1]} columns, which are not whole groups of {group} as "
+            f"{first.scheme.name} has them; choose a scheme whose groups fit"
+        )
     for index, matrix in enumerate(matrices):
         if matrix.scheme != first.scheme:
             raise UnsupportedScheme(

@@ -27,7 +27,7 @@ def same(a: Any, b: Any) -> bool:
 
 def experts_of(scheme: str, rng: torch.Generator, count: int = 2) -> ExpertWeights:
     group = SCHEMES[scheme].group_size
-    sizes = (200, 136) if scheme == "fp8" else (2 * max(group, 24), 3 * max(group, 24))
+    sizes = (200, 136) if scheme == "fp8" else (2 * max(group, 32), 3 * max(group, 32))
     hidden, width = (128, 256) if group == 128 and scheme != "fp8" else sizes
     return random_experts(scheme, count, hidden, width, rng)
 

@@ -8,8 +8,9 @@ cores. Every product is exact and only the float32 accumulation rounds, whatever
 A batch of many slots applies SwiGLU at the end of the first GEMM. A small batch has too few tiles
 to fill a GPU: its tiles are shared along K by SPLIT programs, whose float32 sums a second kernel
 adds in order before SwiGLU (and before rounding to E4M3, which spares a launch). The experts'
-outputs are float32 `[SPLIT, slots, hidden]`, and the last kernel adds a token's parts and slots in
-a fixed order. No atomics: the same input gives the same bits.
+outputs are float32 `[SPLIT, slots, rows]`, rows being `hidden` filled up to eights, and the last
+kernel adds a token's parts and slots in a fixed order. No atomics: the same input gives the same
+bits.
 
 `activations="e4m3"` rounds x and h as the release does. With weights laid out for FP8 or
 block-scaled tensor cores the E4M3 numbers are multiplied as they are; otherwise as bfloat16, which
@@ -48,13 +49,17 @@ def combine_kernel(
     num_slots,
     map_size,
     num_experts,
+    rows,
     hidden,
     MAPPED: tl.constexpr,
     TOP_K: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[t] = bf16(sum of y over t's slots that were computed). Grid: (T, column blocks)."""
+    """out[t] = bf16(sum of y over t's slots that were computed). Grid: (T, column blocks).
+
+    y is as wide as the rows of the weights' layout, which are filled up; out is `hidden` wide.
+    """
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -63,7 +68,7 @@ def combine_kernel(
         expert = local_experts(ids_ptr, map_ptr, slot, num_slots, map_size, num_experts, MAPPED)
         width = tl.where(expert >= 0, hidden, 0)  # 0: y was not written
         for part in tl.static_range(SPLIT):
-            line = y_ptr + (part * num_slots + slot) * hidden
+            line = y_ptr + (part * num_slots + slot) * rows
             total += tl.load(line + column, mask=column < width, other=0.0)
     tl.store(out_ptr + token * hidden + column, cast_to_bf16(total), mask=column < hidden)
 
@@ -113,10 +118,11 @@ def moe(
         plan = sort_slots(who, second.rows)
     tiles = plan.tile_expert.numel()
     parts = split or choose_split(tiles, experts.down, second)
-    y = torch.empty(parts, num_slots, out.shape[1], dtype=torch.float32, device=x.device)
+    y = torch.empty(parts, num_slots, experts.down.rows, dtype=torch.float32, device=x.device)
     _gemm(h, y, routing, experts.down, plan, 0.0, 1, second, parts, "sums", compute)
     combine_kernel[(x.shape[0], triton.cdiv(out.shape[1], 512))](
-        y, who.ids, who.expert_map, out, num_slots, who.map_size, who.num_experts, out.shape[1],
+        y, who.ids, who.expert_map, out, num_slots, who.map_size, who.num_experts,
+        experts.down.rows, out.shape[1],
         MAPPED=who.mapped, TOP_K=top_k, SPLIT=parts, BLOCK=512,
     )  # fmt: skip
     return out
