@@ -28,7 +28,12 @@ from v4quant_formats.errors import (
     UnknownDtype,
     UnsafePath,
 )
-from v4quant_formats.model_config import ConfigError, read_json_object
+from v4quant_formats.model_config import (
+    ConfigError,
+    Dimensions,
+    parse_dimensions,
+    read_json_object,
+)
 from v4quant_formats.shard_files import (
     FileState,
     Origin,
@@ -70,6 +75,14 @@ class Checkpoint:
     def label(self) -> str:
         """What to call it: its folder, or its repository and commit."""
         return f"hf://{self.origin.repo}@{self.origin.revision}" if self.origin else str(self.path)
+
+    @cached_property
+    def dimensions(self) -> Dimensions | None:
+        """What config.json says of names and shapes; None where it does not say enough."""
+        try:
+            return parse_dimensions(dict(self.config), str(self.path / "config.json"))
+        except ConfigError:
+            return None
 
     @property
     def nbytes(self) -> int:

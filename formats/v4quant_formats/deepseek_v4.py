@@ -45,6 +45,13 @@ PARTS = (
     "input_scale",
     "weight_global_scale",
     "input_global_scale",
+    # Of other tools' packs: zero points, group indices, GPTQ's and AWQ's names.
+    "weight_zero_point",
+    "weight_g_idx",
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
 )
 PROJECTIONS = ("w1", "w3", "w2")
 

@@ -1,7 +1,8 @@
 """How a module's weight is stored, decided from dtypes and shapes alone, and read as a QTensor.
 
 `config.json` is not asked: published checkpoints state one format and hold another. The decision
-table is `find_weight`; add a stored format there and its reading in `read_weight`.
+table is `find_weight`; add a stored format there and its reading in `read_weight`. Forms that are
+no scheme of ours (zero points, group indices, FP4 under float scales) are decoded as they are read.
 """
 
 from __future__ import annotations
@@ -13,25 +14,45 @@ import torch
 from torch import Tensor
 
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.deepseek_v4 import PARTS
+from v4quant_formats.deepseek_v4 import PARTS, module_shape
 from v4quant_formats.errors import MissingTensor, WrongDtype
+from v4quant_formats.integer_packs import (
+    COMPRESSED_PARTS,
+    GPTQ_PARTS,
+    IntegerPack,
+    find_compressed,
+    find_gptq,
+    read_values,
+)
 from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.codec import dequantize, holds_nan
 from v4quant_kernels.errors import NonFiniteWeight
 from v4quant_kernels.ggml import unpack_mxfp4
 from v4quant_kernels.ggml_types import block_type
 from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.ref import e2m1
 from v4quant_kernels.scheme import SCHEMES, ScaleFormat, Scheme
 
 _CPU = torch.device("cpu")
 _FLOATS = ("BF16", "F32", "F16")
 _SCALE_PARTS = ("scale", "weight_scale", "weight_scale_inv")
-_FP8_SCALES: dict[str, ScaleFormat] = {"F8_E8M0": "e8m0", "U8": "e8m0", "F32": "f32"}
+_FLOAT_SCALES = ("F32", "BF16", "F16")
+_FP8_SCALES: dict[str, ScaleFormat] = {
+    **dict.fromkeys(("F8_E8M0", "U8"), "e8m0"),
+    **dict.fromkeys(_FLOAT_SCALES, "f32"),
+}
+PLAIN_SCHEMES: dict[str, Scheme] = {
+    "BF16": SCHEMES["bf16"],
+    "F16": Scheme("f16", "bf16", 16, (1, 1), "none"),
+    "F32": Scheme("f32", "bf16", 32, (1, 1), "none"),
+}
+"""How a plain matrix is held as a QTensor: its codes are its values, in the dtype of the key."""
 # Parts each stored form may have; an activation scale (`input_scale`) says nothing of the weight.
 _FORMS = (
     *({"weight", scale, "input_scale"} for scale in _SCALE_PARTS),
     {"weight", "weight_scale", "weight_scale_2", "input_scale"},
-    {"weight_packed", "weight_scale", "weight_shape"},
+    COMPRESSED_PARTS,
+    GPTQ_PARTS,
     {"weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"},
 )
 
@@ -40,13 +61,25 @@ _FORMS = (
 class StoredWeight:
     """A module as stored: its parts by suffix, and for coded matrices the scheme and shape [N, K].
 
-    `scheme` is None for a plain tensor (norms, routers, BF16 matrices, integer tables).
+    `scheme` is None for a plain tensor (norms, routers, BF16 matrices, integer tables). `pack` is
+    set for integers in another tool's layout, whose values only are read.
     """
 
     module: str
     parts: dict[str, TensorSpec]
     shape: tuple[int, ...]
     scheme: Scheme | None
+    pack: IntegerPack | None = None
+
+    @property
+    def first(self) -> TensorSpec:
+        """The part that names the file, and the dtype of a plain tensor."""
+        return next(iter(self.parts.values()))
+
+    @property
+    def is_plain_matrix(self) -> bool:
+        """Whether it is a matrix of floats, which nobody has coded."""
+        return self.scheme is None and len(self.shape) == 2 and self.first.dtype in PLAIN_SCHEMES
 
     @property
     def nbytes(self) -> int:
@@ -74,6 +107,9 @@ def find_weight(checkpoint: Checkpoint, module: str) -> StoredWeight:
         return _packed_fp4(module, parts)
     if "weight_packed" in parts:
         return _packed_integers(checkpoint, module, parts)
+    if parts.keys() & GPTQ_PARTS:
+        pack = find_gptq(module, parts, checkpoint.config)
+        return StoredWeight(module, parts, pack.shape, _pack_scheme(pack), pack)
     weight = parts.get("weight")
     if weight is None:
         first = next(iter(parts.values()))
@@ -137,9 +173,14 @@ def _fp8(module: str, parts: dict[str, TensorSpec]) -> StoredWeight:
 
 def _fp4(module: str, parts: dict[str, TensorSpec]) -> StoredWeight:
     weight = parts["weight"]
-    scale = _require(module, parts, ("scale", "weight_scale"))
+    scale = _require(module, parts, _SCALE_PARTS)
     rows, half = _matrix(weight)
     shape = (rows, 2 * half)
+    if scale.dtype in _FLOAT_SCALES and len(scale.shape) == 2 and scale.shape[0] == rows:
+        group = shape[1] // max(scale.shape[1], 1)
+        if group in (16, 32, 64, 128) and group * scale.shape[1] == shape[1]:
+            scheme = Scheme(f"fp4-g{group}", "e2m1", 4, (1, group), "f32")
+            return StoredWeight(module, parts, shape, scheme)
     if scale.dtype in ("F8_E8M0", "U8") and scale.shape == (rows, shape[1] // 32):
         if shape[1] % 32 == 0:
             return StoredWeight(module, parts, shape, SCHEMES["mxfp4"])
@@ -187,27 +228,41 @@ def _packed_integers(
     checkpoint: Checkpoint, module: str, parts: dict[str, TensorSpec]
 ) -> StoredWeight:
     """Packed words and group counts alone are ambiguous (4 bits by 64 = 2 bits by 128), so the
-    16 bytes of `weight_shape` are read."""
+    `weight_shape` is read; where there is none, config.json says what the shape must be."""
     packed = parts["weight_packed"]
     scale = _require(module, parts, ("weight_scale",))
-    shape = _require(module, parts, ("weight_shape",))
-    rows, words = _matrix(packed)
-    if packed.dtype == "I32" and scale.dtype == "BF16" and shape.shape == (2,):
-        said = checkpoint.read(shape.name).tolist()
-        for scheme in SCHEMES.values():
-            fits = (
-                scheme.is_packed_integer
-                and said[0] == rows
-                and said[1] % scheme.group_size == 0
-                and words == -(-said[1] * scheme.bits // 32)
-                and scale.shape == (rows, said[1] // scheme.group_size)
-            )
-            if fits:
-                return StoredWeight(module, parts, (rows, said[1]), scheme)
-    raise WrongDtype(
-        f"{packed.file}: packed weight '{packed}', scale '{scale}' and '{shape.name}' do not fit "
-        "together in any integer scheme"
-    )
+    shape = _said_shape(checkpoint, module, parts.get("weight_shape"))
+    if shape is None and "weight_shape" not in parts:
+        _require(module, parts, ("weight_shape",))
+    pack = find_compressed(parts, shape)
+    if pack is None:
+        rest = "', '".join(str(spec) for part, spec in parts.items() if part != "weight_packed")
+        raise WrongDtype(
+            f"{packed.file}: packed weight '{packed}' and '{rest}' do not fit together in any "
+            "integer scheme"
+        )
+    plain = scale.dtype == "BF16" and not parts.keys() & {"weight_zero_point", "weight_g_idx"}
+    scheme = SCHEMES.get(f"int{pack.bits}-g{pack.group}") if plain else None
+    if scheme is not None:
+        return StoredWeight(module, parts, pack.shape, scheme)
+    return StoredWeight(module, parts, pack.shape, _pack_scheme(pack), pack)
+
+
+def _said_shape(
+    checkpoint: Checkpoint, module: str, spec: TensorSpec | None
+) -> tuple[int, int] | None:
+    """[N, K] of a packed matrix: what `weight_shape` says, else what config.json implies."""
+    if spec is None:
+        implied = module_shape(checkpoint.dimensions, module) if checkpoint.dimensions else None
+        return (implied[0], implied[1]) if implied and len(implied) == 2 else None
+    if spec.shape != (2,) or spec.dtype not in ("I64", "I32"):
+        return None
+    rows, columns = (int(n) for n in checkpoint.read(spec.name).tolist())
+    return (rows, columns) if min(rows, columns) > 0 else None
+
+
+def _pack_scheme(pack: IntegerPack) -> Scheme:
+    return Scheme(pack.name, "int", pack.bits, (1, pack.group), "bf16")
 
 
 def read_weight(
@@ -215,10 +270,13 @@ def read_weight(
 ) -> QTensor:
     """Read a coded matrix, or its rows `start:stop` (start a multiple of the block's height).
 
-    Raises NonFiniteWeight for NaN codes or scales.
+    Forms that no scheme has come as float32 values (`PLAIN_SCHEMES`). Raises NonFiniteWeight for
+    NaN codes or scales, WrongDtype for a group index that names no group.
     """
     scheme = stored.scheme
     assert scheme is not None, stored.module
+    if stored.pack is not None:
+        return _read_pack(checkpoint, stored, stored.pack, rows)
     if stored.parts.keys() == {"weight"}:
         return _read_blocks(checkpoint, stored, rows)
     height, columns = stored.shape
@@ -238,6 +296,8 @@ def read_weight(
         if scale.dtype == torch.uint8:  # stored as plain bytes, which `check_finite` lets pass
             _refuse_nan_scale(checkpoint, stored.parts[scale_name], scale)
         scale = scale.view(torch.float8_e8m0fnu)
+    elif scheme.scale == "f32":
+        scale = scale.float()
     global_scale: Tensor | None = None
     if "weight_packed" in stored.parts:
         codes = read("weight_packed", (start, stop)).view(torch.uint8)
@@ -247,7 +307,51 @@ def read_weight(
             codes = codes.view(torch.uint8)
     if scheme.has_global_scale:
         global_scale = _global_scale(checkpoint, stored)
+    if scheme.element == "e2m1" and scheme.scale == "f32":
+        groups = e2m1.decode_packed(codes).view(*scale.shape, scheme.group_size)
+        return _plain_matrix(groups.mul_(scale.unsqueeze(-1)).view(stop - start, columns))
     return QTensor(scheme, (stop - start, columns), codes, scale, global_scale)
+
+
+def read_matrix(
+    checkpoint: Checkpoint, stored: StoredWeight, rows: tuple[int, int] | None = None
+) -> QTensor:
+    """As `read_weight`, also of a plain matrix, whose codes are then its values as stored.
+
+    Raises WrongDtype for what is no matrix of floats.
+    """
+    if stored.scheme is not None:
+        return read_weight(checkpoint, stored, rows)
+    spec = stored.first
+    if not stored.is_plain_matrix:
+        raise WrongDtype(f"{checkpoint.path / spec.file}: '{spec}' is no matrix of floats")
+    start, stop = rows or (0, spec.shape[0])
+    value = checkpoint.read_rows(spec.name, start, stop)
+    check_finite(checkpoint, spec, value)
+    return QTensor(PLAIN_SCHEMES[spec.dtype], (stop - start, spec.shape[1]), value)
+
+
+def _plain_matrix(values: Tensor) -> QTensor:
+    return QTensor(PLAIN_SCHEMES["F32"], (values.shape[0], values.shape[1]), values)
+
+
+def _read_pack(
+    checkpoint: Checkpoint, stored: StoredWeight, pack: IntegerPack, rows: tuple[int, int] | None
+) -> QTensor:
+    def read(part: str) -> Tensor | None:
+        spec = stored.parts.get(part)
+        if spec is None:
+            return None
+        value = checkpoint.read(spec.name)
+        check_finite(checkpoint, spec, value)
+        return value
+
+    try:
+        values = read_values(pack, read)
+    except WrongDtype as error:
+        where = checkpoint.path / stored.first.file
+        raise WrongDtype(f"{where}: '{stored.module}': {error}") from None
+    return _plain_matrix(values[slice(*rows)] if rows else values)
 
 
 def _global_scale(checkpoint: Checkpoint, stored: StoredWeight) -> Tensor:

@@ -160,7 +160,7 @@ def _compare_matrix(
 ) -> Difference:
     squared = norm = 0.0
     for start, stop in _spans(x, full):
-        p, q = decode_rows(a, x.parts, start, stop), decode_rows(b, y.parts, start, stop)
+        p, q = decode_rows(a, x, start, stop), decode_rows(b, y, start, stop)
         squared += float(np.square(p - q).sum())
         norm += float(np.square(p).sum())
     error = math.sqrt(squared / norm) if norm else float(squared > 0)
@@ -186,7 +186,7 @@ def _spans(stored: StoredWeight, full: bool) -> Iterator[tuple[int, int]]:
 
 
 def _first(c: Checkpoint, stored: StoredWeight) -> Array:
-    return decode_rows(c, stored.parts, 0, min(_SAMPLED_ROWS, stored.shape[0]))
+    return decode_rows(c, stored, 0, min(_SAMPLED_ROWS, stored.shape[0]))
 
 
 def _relative(p: Array, q: Array) -> float:

@@ -4,6 +4,8 @@ converter.
 What the converter calls exact is only worth saying when something else agrees. This decoder is
 written from the definitions (OCP MX v1.0 for E2M1/E8M0, IEEE-like E4M3 of arXiv 2209.05433, the
 bit stream of compressed-tensors' pack-quantized), works in float64, and looks at raw bytes only.
+A stored value is the float32 number nearest to the product of its parts, as engines compute it:
+elements and scales have few bits, so the product in float64 is exact and rounded once.
 GGUF's block types are decoded by the gguf package, but for MXFP4, where that package has no -0.
 """
 
@@ -15,8 +17,11 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
+from v4quant.checks.independent_packs import decode_pack
 from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.integer_packs import IntegerPack
 from v4quant_formats.spec import TensorSpec
+from v4quant_formats.weights import StoredWeight
 from v4quant_kernels.ggml_types import block_type
 
 Array = npt.NDArray[np.float64]
@@ -43,10 +48,11 @@ def _e4m3_table() -> Array:
 _E4M3 = _e4m3_table()
 
 
-def decode_rows(
-    checkpoint: Checkpoint, parts: dict[str, TensorSpec], start: int, stop: int
-) -> Array:
+def decode_rows(checkpoint: Checkpoint, stored: StoredWeight, start: int, stop: int) -> Array:
     """Rows `start:stop` of a stored matrix in float64. `start` is a multiple of 128."""
+    parts = stored.parts
+    if stored.pack is not None:
+        return _decode_pack(checkpoint, stored, stored.pack)[start:stop]
     weight = parts.get("weight_packed") or parts.get("weight") or next(iter(parts.values()))
     raw = _rows(checkpoint, weight, start, stop)
     if block_type(weight.dtype):
@@ -66,13 +72,29 @@ def decode_rows(
         values = _elements(raw, weight)
     width = _block_width(values.shape[1], scales.shape[1], per_row)
     wide = np.repeat(np.repeat(scales, height, axis=0)[:count], width, axis=1)
-    values = values * wide[:, : values.shape[1]]
+    values = _float32(values * wide[:, : values.shape[1]])
     if "weight_scale_2" in parts:
-        second = checkpoint.read(parts["weight_scale_2"].name)
-        values *= float(second)
+        values *= float(checkpoint.read(parts["weight_scale_2"].name))
     if "weight_global_scale" in parts:
-        values /= float(checkpoint.read(parts["weight_global_scale"].name))
-    return values
+        # A divisor, of which engines keep the reciprocal in float32.
+        divisor = np.float32(float(checkpoint.read(parts["weight_global_scale"].name)))
+        values *= float(np.float32(1) / divisor)
+    return _float32(values)
+
+
+def _float32(values: Array) -> Array:
+    return values.astype(np.float32).astype(np.float64)
+
+
+def _decode_pack(checkpoint: Checkpoint, stored: StoredWeight, pack: IntegerPack) -> Array:
+    def raw(spec: TensorSpec) -> Bytes:
+        return _rows(checkpoint, spec, 0, spec.shape[0])
+
+    def floats(part: str) -> Array:
+        return _floats(raw(stored.parts[part]), stored.parts[part].dtype)
+
+    held = {part: raw(spec) for part, spec in stored.parts.items()}
+    return _float32(decode_pack(pack, held, floats))
 
 
 def _block_height(rows: int, blocks: int) -> int:

@@ -175,8 +175,8 @@ def _compare(original: Checkpoint, output: Checkpoint, record: TensorRecord) -> 
     altered, squared, norm, largest = 0, 0.0, 0.0, 0.0
     for start in range(0, a.shape[0], _ROWS):
         stop = min(start + _ROWS, a.shape[0])
-        x = decode_rows(original, a.parts, start, stop)
-        y = decode_rows(output, b.parts, start, stop)
+        x = decode_rows(original, a, start, stop)
+        y = decode_rows(output, b, start, stop)
         differ = (x != y) | (signed & (np.signbit(x) != np.signbit(y)) & record.exact)
         altered += int(differ.sum())
         error = y - x

@@ -12,7 +12,6 @@ from torch import Tensor
 from v4quant.conversion.calibrated import solved_codes
 from v4quant.conversion.plan import Plan
 from v4quant.conversion.records import (
-    ScaleNotPowerOfTwo,
     TensorRecord,
     lossy_record,
     make_record,
@@ -26,11 +25,12 @@ from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.errors import WrongDtype
 from v4quant_formats.shards import ShardWriter
 from v4quant_formats.spec import TORCH_DTYPES
-from v4quant_formats.weights import StoredWeight, check_finite, read_weight, scale_part
+from v4quant_formats.weights import StoredWeight, check_finite, read_matrix, scale_part
 from v4quant_kernels import codec
 from v4quant_kernels.ggml_types import block_type
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e8m0, fp8_block
+from v4quant_kernels.ref.grids import find_fp8_tiles
 from v4quant_kernels.scale_search import QuantizedMatrix
 from v4quant_kernels.scheme import SCHEMES
 
@@ -109,85 +109,110 @@ def round_to_blocks(
 
 
 def _dense_rows(plan: Plan, stored: StoredWeight) -> Iterator[tuple[int, Tensor]]:
-    """(first row, float32 rows) of a dense matrix, coded or plain."""
-    if stored.scheme is not None:
-        for start, q in _coded_rows(plan, stored):
-            values = codec.dequantize(q)
-            refuse_overflow(plan.checkpoint, stored, values)
-            yield start, values
-        return
-    spec = next(iter(stored.parts.values()))
-    for start in range(0, stored.shape[0], _DENSE_ROWS):
-        stop = min(start + _DENSE_ROWS, stored.shape[0])
-        values = plan.checkpoint.read_rows(spec.name, start, stop)
-        check_finite(plan.checkpoint, spec, values)
-        yield start, values.float()
+    """(first row, float32 rows) of a dense matrix, however it is stored."""
+    for start, q in _coded_rows(plan, stored):
+        values = codec.dequantize(q)
+        refuse_overflow(plan.checkpoint, stored, values)
+        yield start, values
 
 
 def _coded_rows(plan: Plan, stored: StoredWeight) -> Iterator[tuple[int, QTensor]]:
-    """(first row, rows) of a coded dense matrix."""
+    """(first row, rows) of a dense matrix."""
     for start in range(0, stored.shape[0], _DENSE_ROWS):
         stop = min(start + _DENSE_ROWS, stored.shape[0])
-        yield start, read_weight(plan.checkpoint, stored, (start, stop))
+        yield start, read_matrix(plan.checkpoint, stored, (start, stop))
+
+
+class _Loss:
+    """Sums of what a matrix loses, over pieces of its rows."""
+
+    def __init__(self) -> None:
+        self.altered, self.squared, self.norm, self.largest = 0, 0.0, 0.0, 0.0
+
+    def add(self, values: Tensor, result: Tensor) -> None:
+        """Count a piece: float32 `values` became `result`."""
+        self.norm += float(values.double().square().sum())
+        error = result.float() - values
+        if changed := int(error.count_nonzero()):
+            self.altered += changed
+            self.squared += float(error.double().square().sum())
+            self.largest = max(self.largest, float(error.abs().max()))
+
+    def record(self, plan: Plan, stored: StoredWeight, target: str) -> TensorRecord:
+        """The record of a cast; raises InexactCast where the recipe wants none that loses."""
+        refuse_inexact(plan, stored, self.altered, target)
+        record = make_record(stored, "cast", target, self.altered)
+        if not self.altered:
+            return record
+        rms = math.sqrt(self.squared / self.norm)
+        return replace(record, relative_rms=rms, max_error=self.largest)
 
 
 def widen_to_bf16(
     plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
 ) -> list[TensorRecord]:
-    """FP8 in BF16: exact, but for scales near 2^-127."""
-    stored, name = unit.sources[0], unit.outputs[0].name
-    columns, scale = stored.shape[1], scale_part(stored)
-    assert scale is not None
-    if fp8_block.widens_exactly(plan.checkpoint.read(scale.name)):
+    """Any matrix in BF16 (or float32): FP8 exactly but for scales near 2^-127, others rounded."""
+    stored, wanted = unit.sources[0], unit.outputs[0]
+    columns, dtype = stored.shape[1], TORCH_DTYPES[wanted.dtype]
+    if dtype == torch.bfloat16 and _widens_exactly(plan, stored):
         for start, q in _coded_rows(plan, stored):
-            writer.add_piece(name, start * columns * 2, codec.widen(q))
+            writer.add_piece(wanted.name, start * columns * 2, codec.widen(q))
         return [make_record(stored, "cast", "bf16")]
-    altered, squared, norm, largest = 0, 0.0, 0.0, 0.0
+    loss = _Loss()
     for start, values in _dense_rows(plan, stored):
-        rounded = values.bfloat16()
-        error = rounded.float().sub_(values)
-        # Only scales near 2^-127 reach bfloat16's subnormals; all else is exact.
-        norm += float(values.double().square().sum())
-        if changed := int(error.count_nonzero()):
-            altered, squared = altered + changed, squared + float(error.double().square().sum())
-            largest = max(largest, float(error.abs().max()))
-        writer.add_piece(name, start * columns * 2, rounded)
-    refuse_inexact(plan, stored, altered, "bf16")
-    record = make_record(stored, "cast", "bf16", altered)
-    if altered:
-        record = replace(record, relative_rms=math.sqrt(squared / norm), max_error=largest)
-    return [record]
+        rounded = values.to(dtype)
+        refuse_overflow(plan.checkpoint, stored, rounded)
+        loss.add(values, rounded)
+        writer.add_piece(wanted.name, start * columns * dtype.itemsize, rounded)
+    return [loss.record(plan, stored, wanted.dtype.lower())]
+
+
+def _widens_exactly(plan: Plan, stored: StoredWeight) -> bool:
+    scale, scheme = scale_part(stored), stored.scheme
+    if scale is None or scheme is None or (scheme.element, scheme.scale) != ("e4m3", "e8m0"):
+        return False
+    return fp8_block.widens_exactly(plan.checkpoint.read(scale.name))
+
+
+def code_in_tiles(
+    plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
+) -> list[TensorRecord]:
+    """A matrix in FP8 tiles with power-of-two scales: exactly where its values are such numbers."""
+    stored, (weight, scale) = unit.sources[0], unit.outputs
+    scheme, loss, columns = SCHEMES["fp8"], _Loss(), stored.shape[1]
+    across = scale.shape[1]
+    size = 4 if scale.dtype == "F32" else 1
+    for start, values in _dense_rows(plan, stored):
+        coded = find_fp8_tiles(values) or codec.quantize(values, scheme)
+        assert coded.scale is not None
+        loss.add(values, codec.dequantize(coded))
+        writer.add_piece(weight.name, start * columns, coded.codes)
+        tiles = e8m0.decode(coded.scale) if scale.dtype == "F32" else coded.scale
+        writer.add_piece(scale.name, start // scheme.block[0] * across * size, tiles)
+    return [loss.record(plan, stored, "fp8")]
 
 
 def change_scales(
     plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
 ) -> list[TensorRecord]:
-    """An FP8 matrix whose scales change dtype or name: E8M0 widened, or float32 narrowed."""
-    stored, (_, wanted) = unit.sources[0], unit.outputs
-    scale, spec = _copy_codes(plan, stored, writer), scale_part(stored)
+    """An FP8 matrix whose scales change dtype or name: E8M0 widened, or floats narrowed.
+
+    Scales that are no powers of two cannot be narrowed; the matrix is then coded anew.
+    """
+    stored, (weight, wanted) = unit.sources[0], unit.outputs
+    spec = scale_part(stored)
     assert spec is not None
-    values = fp8_block.decode_scale(scale)
+    scale = plan.checkpoint.read(spec.name)
+    check_finite(plan.checkpoint, spec, scale)
+    values = scale.float() if scale.dtype.itemsize > 1 else e8m0.decode(scale)
+    narrow = values.to(torch.float8_e8m0fnu)
+    if wanted.dtype != "F32" and not torch.equal(e8m0.decode(narrow), values):
+        return code_in_tiles(plan, unit, writer, stats)
+    for first_byte, piece in plan.checkpoint.read_chunks(stored.parts["weight"].name):
+        check_finite(plan.checkpoint, stored.parts["weight"], piece)
+        writer.add_piece(weight.name, first_byte, piece)
     if wanted.dtype == "F32":
         writer.add(wanted.name, values)
         return [make_record(stored, "cast", "fp8 with float32 scales")]
-    narrow = values.to(torch.float8_e8m0fnu)
-    if not torch.equal(e8m0.decode(narrow), values):
-        raise ScaleNotPowerOfTwo(
-            f"{plan.checkpoint.path / spec.file}: '{spec.name}' holds scales that are no powers of "
-            f"two, which '{plan.scheme.name}' in format '{plan.recipe.format}' needs; use fp8 or a "
-            "compressed-tensors scheme"
-        )
     writer.add(wanted.name, narrow)
     return [make_record(stored, "cast", "fp8")]
-
-
-def _copy_codes(plan: Plan, stored: StoredWeight, writer: ShardWriter) -> Tensor:
-    """Copy an FP8 matrix's elements as they are; its scale, read and checked, for the caller."""
-    weight, scale = stored.parts["weight"], scale_part(stored)
-    assert scale is not None
-    for first_byte, piece in plan.checkpoint.read_chunks(weight.name):
-        check_finite(plan.checkpoint, weight, piece)
-        writer.add_piece(weight.name, first_byte, piece)
-    value = plan.checkpoint.read(scale.name)
-    check_finite(plan.checkpoint, scale, value)
-    return value

@@ -8,7 +8,7 @@ finds codes (calibration.solvers), or has found them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,19 +21,22 @@ from v4quant.conversion.records import (
     make_record,
     refuse_inexact,
     refuse_overflow,
+    storage_name,
 )
 from v4quant.conversion.units import Unit
 from v4quant.devices import CPU
 from v4quant_calibration.rounding.measure import measured
 from v4quant_calibration.rounding.solvers import SOLVERS
 from v4quant_calibration.solve.solution import Evidence
+from v4quant_formats.layouts.deepseek import DEEPSEEK
 from v4quant_formats.shards import ShardWriter
-from v4quant_formats.weights import StoredWeight, read_weight
+from v4quant_formats.weights import StoredWeight, read_matrix
 from v4quant_kernels import codec
 from v4quant_kernels.cast import can_cast, cast_mxfp4, top_exponent
 from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.ref.grids import find_mxfp4
 from v4quant_kernels.scale_search import QuantizedMatrix
-from v4quant_kernels.scheme import Scheme
+from v4quant_kernels.scheme import SCHEMES, Scheme
 
 _ROWS = 512  # rows of a matrix searched for GGUF blocks at a time
 
@@ -44,16 +47,46 @@ def convert_experts(
     """Convert one expert's matrices and write what the layout makes of them."""
     records = []
     device = _device(plan)
-    matrices = [read_weight(plan.checkpoint, stored).to(device) for stored in unit.sources]
-    tops = _nvfp4_tops(plan, matrices)
-    layout = plan.recipe.layout
-    for stored, q, top in zip(unit.sources, matrices, tops, strict=True):
-        result, record = _convert_matrix(plan, stored, q, stats, top)
+    kept = _stage(unit.sources[0]) in plan.kept
+    layout = DEEPSEEK if kept else plan.recipe.layout
+    schemes = [_wanted(plan, stored, kept) for stored in unit.sources]
+    matrices = [
+        _read(plan, stored, scheme).to(device)
+        for stored, scheme in zip(unit.sources, schemes, strict=True)
+    ]
+    tops = _nvfp4_tops(matrices) if schemes[0].has_global_scale else [_Top()] * len(matrices)
+    for stored, q, scheme, top in zip(unit.sources, matrices, schemes, tops, strict=True):
+        result, record = _convert_matrix(plan, stored, q, scheme, stats, top)
+        if q.scheme.name == "mxfp4" != record.source:
+            record = replace(record, grid="mxfp4")
         amax = _input_amax(plan, stored, stats) if layout.stores_input_scale else 0.0
         for suffix, tensor in layout.expert_tensors(result, amax).items():
             writer.add(f"{stored.module}.{suffix}", tensor.cpu())
         records.append(record)
     return records
+
+
+def _stage(stored: StoredWeight) -> str:
+    return stored.module.partition(".ffn.experts.")[0]
+
+
+def _wanted(plan: Plan, stored: StoredWeight, kept: bool) -> Scheme:
+    if kept:
+        return SCHEMES["mxfp4"]
+    wanted = plan.recipe.scheme_for(_stage(stored), stored.module.rpartition(".")[2])
+    fitting = wanted.fitting(stored.shape[1])
+    assert fitting is not None, "refused when the conversion was planned"
+    return fitting
+
+
+def _read(plan: Plan, stored: StoredWeight, wanted: Scheme) -> QTensor:
+    """A matrix of the source; in MXFP4 where its values are such numbers, however it is stored."""
+    q = read_matrix(plan.checkpoint, stored)
+    if stored.scheme is not None and stored.scheme.name in ("mxfp4", wanted.name):
+        return q
+    values = codec.dequantize(q)
+    refuse_overflow(plan.checkpoint, stored, values)
+    return find_mxfp4(values) or q
 
 
 def _device(plan: Plan) -> torch.device:
@@ -65,40 +98,43 @@ def _device(plan: Plan) -> torch.device:
 
 @dataclass(frozen=True)
 class _Top:
-    """What w1 and w3 must agree on for NVFP4: the top exponent (MXFP4) or the largest value."""
+    """What w1 and w3 must agree on for NVFP4: the top exponent (MXFP4) or the largest value.
+
+    copies: both already are NVFP4 with one second-level scale.
+    """
 
     exponent: int | None = None
     amax: float | None = None
+    copies: bool = True
 
 
-def _nvfp4_tops(plan: Plan, matrices: list[QTensor]) -> list[_Top]:
+def _nvfp4_tops(matrices: list[QTensor]) -> list[_Top]:
     """Engines fuse w1 and w3 and keep one second-level scale, so both are built on the larger."""
-    if not plan.scheme.has_global_scale:
-        return [_Top()] * len(matrices)
-    own = []
-    for q in matrices:
-        if q.scheme.name == "mxfp4":
-            own.append(_Top(exponent=top_exponent(q)))
-        else:
-            own.append(_Top(amax=float(codec.dequantize(q).abs().max())))
-    gate, up, down = own
-    if gate.exponent is not None and up.exponent is not None:
-        shared = _Top(exponent=max(gate.exponent, up.exponent))
-    else:
-        shared = _Top(amax=max(gate.amax or 0.0, up.amax or 0.0))
-    return [shared, shared, down]
+    gate, up, down = matrices
+    shared = _shared_top(gate, up)
+    return [shared, shared, _shared_top(down)]
+
+
+def _shared_top(*matrices: QTensor) -> _Top:
+    if all(q.scheme.name == "mxfp4" for q in matrices):
+        return _Top(exponent=max(top_exponent(q) for q in matrices))
+    scales = {None if q.global_scale is None else float(q.global_scale) for q in matrices}
+    amax = max(float(codec.dequantize(q).abs().max()) for q in matrices)
+    return _Top(amax=amax, copies=len(scales) == 1)
 
 
 def _convert_matrix(
-    plan: Plan, stored: StoredWeight, q: QTensor, stats: Evidence | None, top: _Top
+    plan: Plan,
+    stored: StoredWeight,
+    q: QTensor,
+    scheme: Scheme,
+    stats: Evidence | None,
+    top: _Top,
 ) -> tuple[QTensor, TensorRecord]:
-    stage, _, place = stored.module.partition(".ffn.experts.")
-    asked = plan.recipe.scheme_for(stage, place.rpartition(".")[2])
-    scheme = asked.fitting(q.shape[1])
-    assert scheme is not None, "refused when the conversion was planned"
-    if q.scheme.name == scheme.name:
-        return q, make_record(stored, "copied", scheme.name)
-    if q.scheme.name == "mxfp4" and can_cast(scheme):
+    if q.scheme.name == scheme.name and top.copies:
+        same = storage_name(stored) == scheme.name
+        return q, make_record(stored, "copied" if same else "cast", scheme.name)
+    if q.scheme.name == "mxfp4" and can_cast(scheme) and top.amax is None:
         cast = cast_mxfp4(q, scheme, top.exponent)
         refuse_inexact(plan, stored, cast.altered, scheme.name)
         if not cast.altered:
@@ -117,6 +153,8 @@ def _convert_matrix(
         values = codec.dequantize(q)
         refuse_overflow(plan.checkpoint, stored, values)
         found = _quantize_floats(values, scheme, top)
+        if not found.squared_error:
+            return found.tensor, make_record(stored, "cast", scheme.name)
     return found.tensor, lossy_record(stored, scheme, found, "quantized", 0)
 
 
@@ -161,10 +199,9 @@ def _to_blocks(
 
 def _rows_of(q: QTensor, start: int, stop: int) -> QTensor:
     """Rows of a coded matrix; `start` is a multiple of its block's height."""
-    assert q.scale is not None
     height = q.scheme.block[0]
-    scale = q.scale[start // height : -(-stop // height)]
-    return QTensor(q.scheme, (stop - start, q.shape[1]), q.codes[start:stop], scale)
+    scale = None if q.scale is None else q.scale[start // height : -(-stop // height)]
+    return replace(q, shape=(stop - start, q.shape[1]), codes=q.codes[start:stop], scale=scale)
 
 
 def _solve(

@@ -313,10 +313,21 @@ def _manifest(plan: Plan, files: list[WrittenFile], records: list[TensorRecord])
         "stats": plan.stats_digest or None,
         "plan": plan.digest,
         "files": [{"name": f.name, "bytes": f.nbytes, "sha256": f.sha256} for f in files],
+        "experts": _expert_kinds(records),
         "classes": [vars(c) for c in byte_classes(plan)],
         "dropped": [{"name": d.name, "reason": d.reason} for d in plan.dropped],
         "tensors": [r.as_dict() for r in records],
     }
+
+
+def _expert_kinds(records: list[TensorRecord]) -> dict[str, int]:
+    """How the source stores its experts' matrices: how many of each kind."""
+    kinds = Counter(
+        f"{r.source}, values of {r.grid}" if r.grid else r.source
+        for r in records
+        if ".ffn.experts." in r.module
+    )
+    return dict(kinds.most_common())
 
 
 def _source_name(checkpoint: Checkpoint) -> dict[str, str]:

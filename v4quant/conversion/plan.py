@@ -35,11 +35,15 @@ from v4quant_formats.deepseek_v4 import (
     parse_name,
 )
 from v4quant_formats.errors import MissingTensor, UnexpectedTensor, UnsupportedPair, WrongDtype
+from v4quant_formats.layouts.deepseek import DEEPSEEK
 from v4quant_formats.model_config import Dimensions, parse_dimensions
 from v4quant_formats.spec import TORCH_DTYPES, TensorSpec
 from v4quant_formats.weights import StoredWeight, find_weight, scale_part
 from v4quant_kernels.ggml_types import GGML_TYPES, fitting_type, get_type
-from v4quant_kernels.scheme import Scheme
+from v4quant_kernels.scheme import SCHEMES, Scheme
+
+# Tensors that releases hold in float32.
+_WIDE = ("attn_sink", "ape", "gate.bias", "gate.bias_vl")
 
 
 @dataclass(frozen=True)
@@ -309,27 +313,24 @@ class _Planner:
 
     def _expert(self, stage: str, expert: int) -> Unit:
         sources = tuple(self._find(expert_module(stage, expert, p)) for p in PROJECTIONS)
-        if stage in self.kept:
-            self._check_kept(sources[0])
+        kept = stage in self.kept
+        if kept and all(_is_native(stored) for stored in sources):
             return _copy(*sources)
+        if kept:
+            self._check_kept(sources[0])
         outputs: list[TensorSpec] = []
         for stored in sources:
-            if stored.scheme is None or stored.scheme.name not in ("mxfp4", "fp8"):
-                kind = stored.scheme.name if stored.scheme else "unquantized"
-                raise WrongDtype(
-                    f"{self.checkpoint.path}: expert '{stored.module}' is {kind}; conversion "
-                    "starts from a release's MXFP4 or FP8 experts; give the release as the source"
-                )
             rows, columns = stored.shape
             projection = stored.module.rpartition(".")[2]
-            wanted = self.recipe.scheme_for(stage, projection)
+            wanted = SCHEMES["mxfp4"] if kept else self.recipe.scheme_for(stage, projection)
             if wanted.fitting(columns) is None:
                 raise UnsupportedPair(
                     f"'{stored.module}' has {columns} input channels, no multiple of "
                     f"{wanted.name}'s group_size {wanted.group_size}; "
                     "choose a smaller group"
                 )
-            parts = self.layout.expert_parts(wanted, (rows, columns))
+            layout = DEEPSEEK if kept else self.layout
+            parts = layout.expert_parts(wanted, (rows, columns))
             outputs += [
                 TensorSpec(f"{stored.module}.{suffix}", dtype, shape)
                 for suffix, (dtype, shape) in parts.items()
@@ -337,10 +338,11 @@ class _Planner:
         return Unit("experts", sources, tuple(outputs))
 
     def _check_kept(self, stored: StoredWeight) -> None:
-        if stored.scheme is None or stored.scheme.name != "mxfp4" or "scale" not in stored.parts:
+        """Only a layout's own wish for MXFP4 drafts may change what is to be kept."""
+        if not (self.layout.keeps_drafts and stored.module.startswith("mtp.")):
             raise UnsupportedPair(
-                f"{self.checkpoint.path}: '{stored.module}' must stay MXFP4 for "
-                f"{self.layout.engines}, but the source does not hold it so; use --draft drop"
+                f"{self.checkpoint.path}: '{stored.module}' is {_coding(stored)}, and --on-inexact "
+                "keep keeps MXFP4 experts only; use --on-inexact nearest or refuse"
             )
 
     def _dense(self, name: TensorName, stored: StoredWeight) -> Unit:
@@ -351,63 +353,90 @@ class _Planner:
         if not name.is_linear:
             return self._plain(name, stored)
         rule = self.layout.dense(self.scheme, name.is_draft)
-        if stored.scheme is None:
-            if rule == "bf16":
+        if rule == "bf16":
+            if stored.scheme is None and stored.first.dtype == "BF16":
                 return _copy(stored)
+            spec = TensorSpec(f"{stored.module}.weight", "BF16", stored.shape)
+            return Unit("bf16", (stored,), (spec,))
+        return self._tiles(stored, "F32" if rule == "f32_scale" else "F8_E8M0")
+
+    def _tiles(self, stored: StoredWeight, scale_dtype: str) -> Unit:
+        """A dense matrix where FP8 tiles are declared: as it is, or coded so."""
+        scale, scheme = scale_part(stored), stored.scheme
+        is_fp8 = scheme is not None and scheme.element == "e4m3" and scale is not None
+        if self.config.v41 is not None:
+            self._check_v41_tiles(stored, scale_dtype, is_fp8)
+        elif scheme is None or not is_fp8 or scheme.block != (128, 128):
+            rows, columns = stored.shape
+            tiles = (-(-rows // 128), -(-columns // 128))
+            outputs = (
+                TensorSpec(f"{stored.module}.weight", "F8_E4M3", (rows, columns)),
+                TensorSpec(f"{stored.module}.{self.layout.dense_scale}", scale_dtype, tiles),
+            )
+            return Unit("fp8", (stored,), outputs)
+        assert scale is not None
+        name_out = f"{stored.module}.{self.layout.dense_scale}"
+        weight = stored.parts["weight"]
+        if scale.dtype == scale_dtype and scale.name == name_out and len(stored.parts) == 2:
+            return _copy(stored)
+        action: Action = "f32_scale" if scale_dtype == "F32" else "e8m0_scale"
+        outputs = (
+            TensorSpec(weight.name, weight.dtype, weight.shape),
+            TensorSpec(name_out, scale_dtype, scale.shape),
+        )
+        return Unit(action, (stored,), outputs)
+
+    def _check_v41_tiles(self, stored: StoredWeight, scale_dtype: str, is_fp8: bool) -> None:
+        if not is_fp8:
             raise UnsupportedPair(
                 f"{self.checkpoint.path}: '{stored.module}' is not FP8, but format "
                 f"'{self.layout.name}' declares dense matrices FP8; use compressed-tensors"
             )
-        weight, scale = stored.parts["weight"], scale_part(stored)
-        if stored.scheme.element != "e4m3" or scale is None:
-            raise WrongDtype(
-                f"{self.checkpoint.path}: dense '{stored.module}' is {stored.scheme.name}; "
-                "conversion starts from a release's FP8 matrices; give the release as the source"
-            )
-        if rule == "bf16":
-            return Unit("bf16", (stored,), (TensorSpec(weight.name, "BF16", weight.shape),))
-        if stored.scheme.block != (128, 128) and rule == "f32_scale":
+        assert stored.scheme is not None
+        if stored.scheme.block != (128, 128) and scale_dtype == "F32":
             tile = "x".join(map(str, stored.scheme.block))
             raise UnsupportedPair(
                 f"{self.checkpoint.path}: '{stored.module}' has {tile} tiles, but scheme "
                 f"'{self.scheme.name}' in format '{self.layout.name}' declares 128x128; use mxfp4, "
                 "nvfp4 or a compressed-tensors scheme, which carry it exactly"
             )
-        action: Action = "f32_scale" if rule == "f32_scale" else "e8m0_scale"
-        wanted = "F32" if rule == "f32_scale" else "F8_E8M0"
-        name_out = f"{stored.module}.{self.layout.dense_scale}"
-        if scale.dtype == wanted and scale.name == name_out:
-            return _copy(stored)
-        outputs = (
-            TensorSpec(weight.name, weight.dtype, weight.shape),
-            TensorSpec(name_out, wanted, scale.shape),
-        )
-        return Unit(action, (stored,), outputs)
 
     def _plain(self, name: TensorName, stored: StoredWeight) -> Unit:
         """A tensor outside all matrices: as it is, or the same numbers in the layout's dtype."""
         spec = next(iter(stored.parts.values()))
         dtype = self.layout.plain(name, spec) if self.layout.plain else spec.dtype
+        if (
+            stored.scheme is not None and name.role != "engram"
+        ):  # as llama.cpp's quantizer leaves embeddings and routers
+            wide = name.role == "hyper-connection" or name.module.endswith(_WIDE)
+            own = spec.name if len(stored.parts) == 1 else f"{stored.module}.weight"
+            dtype = "F32" if wide or dtype == "F32" else "BF16"
+            return Unit("bf16", (stored,), (TensorSpec(own, dtype, stored.shape),))
         if dtype == spec.dtype or stored.scheme is not None:
             return _copy(stored)
         return Unit("recast", (stored,), (TensorSpec(spec.name, dtype, spec.shape),))
 
     def _blocks(self, stored: StoredWeight, dense: str) -> Unit:
         """A matrix that is no routed expert's, in the type the recipe names for it."""
-        weight = next(iter(stored.parts.values()))
-        if stored.scheme is not None and stored.scheme.element != "e4m3":
-            raise WrongDtype(
-                f"{self.checkpoint.path}: dense '{stored.module}' is {stored.scheme.name}; "
-                "conversion starts from a release's FP8 matrices; give the release as the source"
-            )
         rows, columns = stored.shape
         kind = get_type(fitting_type(dense, columns))
-        if stored.scheme is None and weight.dtype == kind.dtype:
+        name = f"{stored.module}.weight"
+        if stored.first.dtype == kind.dtype:
             return _copy(stored)
         if not kind.is_block_type:
-            return Unit("bf16", (stored,), (TensorSpec(weight.name, kind.dtype, stored.shape),))
-        spec = TensorSpec(weight.name, kind.dtype, (rows, kind.row_bytes(columns)))
+            return Unit("bf16", (stored,), (TensorSpec(name, kind.dtype, stored.shape),))
+        spec = TensorSpec(name, kind.dtype, (rows, kind.row_bytes(columns)))
         return Unit("blocks", (stored,), (spec,))
+
+
+def _is_native(stored: StoredWeight) -> bool:
+    """MXFP4 under the release's own names and dtypes."""
+    dtypes = {part: spec.dtype for part, spec in stored.parts.items()}
+    return dtypes == {"weight": "I8", "scale": "F8_E8M0"}
+
+
+def _coding(stored: StoredWeight) -> str:
+    return stored.scheme.name if stored.scheme else stored.first.dtype.lower()
 
 
 def _copy(*sources: StoredWeight) -> Unit:

@@ -22,7 +22,7 @@ from v4quant_kernels.scheme import Scheme
 
 Disposition = Literal["copied", "cast", "quantized"]
 _KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("module", "disposition", "source", "target"), (str,)),
+    **dict.fromkeys(("module", "disposition", "source", "target", "grid"), (str,)),
     **dict.fromkeys(("elements", "altered"), (int,)),
     **dict.fromkeys(("relative_rms", "max_error"), (int, float)),
 }
@@ -34,6 +34,8 @@ class TensorRecord:
 
     copied: byte for byte. cast: re-encoded, `altered` elements changed value (0 means bit-exact).
     quantized: re-gridded, with relative RMS and largest absolute error against the source values.
+    grid: the scheme whose numbers the source's values turned out to be, where it stores them
+    otherwise; the work then began from those codes.
     """
 
     module: str
@@ -44,6 +46,7 @@ class TensorRecord:
     altered: int = 0
     relative_rms: float = 0.0
     max_error: float = 0.0
+    grid: str = ""
 
     @property
     def exact(self) -> bool:
@@ -71,10 +74,6 @@ def record_from_dict(table: dict[str, Any]) -> TensorRecord:
 
 class InexactCast(V4QuantError):
     """A cast would change values and the recipe says to refuse."""
-
-
-class ScaleNotPowerOfTwo(V4QuantError):
-    """A float32 scale that E8M0 cannot hold."""
 
 
 def refuse_inexact(plan: Plan, stored: StoredWeight, altered: int, target: str) -> None:

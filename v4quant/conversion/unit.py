@@ -6,6 +6,7 @@ from typing import Protocol
 
 from v4quant.conversion.dense import (
     change_scales,
+    code_in_tiles,
     copy_tensors,
     recast,
     round_to_blocks,
@@ -30,8 +31,7 @@ def convert_unit(
 ) -> list[TensorRecord]:
     """Convert one unit and write its tensors. Returns one record per module.
 
-    Raises NonFiniteWeight, WrongDtype, SourceChanged, InexactCast, ScaleNotPowerOfTwo or
-    OutputError.
+    Raises NonFiniteWeight, WrongDtype, SourceChanged, InexactCast or OutputError.
     """
     return _CONVERTERS[unit.action](plan, unit, writer, stats)
 
@@ -41,6 +41,7 @@ _CONVERTERS: dict[str, _Converter] = {
     "recast": recast,
     "blocks": round_to_blocks,
     "bf16": widen_to_bf16,
+    "fp8": code_in_tiles,
     "f32_scale": change_scales,
     "e8m0_scale": change_scales,
     "experts": convert_experts,

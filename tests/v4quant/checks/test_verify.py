@@ -244,7 +244,7 @@ def test_second_decoder_agrees_with_the_oracle(scheme: str, converted: Converted
                 continue
             rows = stored.shape[0]
             want = oracle(module).double().numpy().reshape(rows, -1)
-            got = decode_rows(checkpoint, stored.parts, 0, rows).reshape(rows, -1)
+            got = decode_rows(checkpoint, stored, 0, rows).reshape(rows, -1)
             assert (got == want).all(), module
             if rows > 128 and len(stored.shape) == 2:
-                assert np.array_equal(decode_rows(checkpoint, stored.parts, 128, rows), want[128:])
+                assert np.array_equal(decode_rows(checkpoint, stored, 128, rows), want[128:])
