@@ -13,22 +13,25 @@ Hashing may be the slowest part, so writers ask `keep_up` to wait when they are 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import mmap
 import os
 import threading
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
+
+from v4quant_formats.system import (
+    begin_writing,
+    finish_writing,
+    forget_cached,
+    open_for_reading,
+    read_at,
+)
 
 _BUFFER = 2**20
 _STEP = 8 * 2**20  # bytes hashed, then sent to the disk, at a time
 _CACHED = 64 * 2**20  # bytes that stay in the page cache behind the hash
 _AHEAD = 64 * 2**20  # bytes that writers may be ahead, beside the largest tensor
-_START, _WAIT = 2, 1 | 2 | 4  # sync_file_range: begin to write; write, and wait for the end of it
-_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EPERM)
 
 
 class FollowingHash(threading.Thread):
@@ -64,7 +67,7 @@ class FollowingHash(threading.Thread):
         self.join()
         if self._error is not None:
             raise self._error
-        _drop(self._handle, 0, self._size - _CACHED)
+        forget_cached(self._handle, 0, self._size - _CACHED)
         return self._sha.hexdigest()
 
     def stop(self) -> None:
@@ -101,17 +104,17 @@ class FollowingHash(threading.Thread):
 
     def _send(self, start: int) -> None:
         """Begin to write a step to the disk; what is far enough behind leaves the cache."""
-        _flush(self._handle, start, _STEP, _START)
+        begin_writing(self._handle, start, _STEP)
         behind = start - _CACHED
         if behind >= 0:
-            _flush(self._handle, behind, _STEP, _WAIT)
-            _drop(self._handle, behind, _STEP)
+            finish_writing(self._handle, behind, _STEP)
+            forget_cached(self._handle, behind, _STEP)
 
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file. Raises OSError."""
     sha, buffer = hashlib.sha256(), mmap.mmap(-1, _BUFFER)
-    handle = os.open(path, os.O_RDONLY)
+    handle = open_for_reading(path)
     try:
         _hash_range(sha, handle, 0, os.fstat(handle).st_size, buffer)
     finally:
@@ -123,37 +126,8 @@ def _hash_range(sha: hashlib._Hash, handle: int, start: int, end: int, buffer: m
     # A mapped buffer begins on a page: some processors copy several times slower to elsewhere.
     view = memoryview(buffer)
     while start < end:
-        count = os.preadv(handle, [view[: end - start]], start)
+        count = read_at(handle, view[: end - start], start)
         if not count:
             raise OSError(errno.EIO, "file shrank while it was hashed")
         sha.update(view[:count])
         start += count
-
-
-@cache
-def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    """Linux's call, if this is Linux."""
-    function = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
-    if function is None:
-        return None
-    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    found: Callable[[int, int, int, int], int] = function
-    return found
-
-
-def _flush(handle: int, start: int, count: int, how: int) -> None:
-    """Write a range to the disk, if the system can; a failed write is told once, so it is raised.
-
-    No durability comes of it: the file's fsync does that.
-    """
-    call = _sync_file_range()
-    if call is not None and call(handle, start, count, how):
-        code = ctypes.get_errno()
-        if code not in _UNSUPPORTED:
-            raise OSError(code, os.strerror(code))
-
-
-def _drop(handle: int, start: int, count: int) -> None:
-    """Take clean pages out of the cache; only advice."""
-    if count > 0 and hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(handle, start, count, os.POSIX_FADV_DONTNEED)

@@ -33,6 +33,7 @@ from v4quant_formats.errors import (
 )
 from v4quant_formats.json_limits import MAX_JSON_VALUES, has_too_many_values
 from v4quant_formats.spec import DTYPE_BITS, TensorSpec
+from v4quant_formats.system import bytes_at
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
@@ -61,7 +62,7 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
         with path.open("rb") as file:
             handle = file.fileno()
             return parse_header(
-                path, os.fstat(handle).st_size, lambda start, count: os.pread(handle, count, start)
+                path, os.fstat(handle).st_size, lambda start, count: bytes_at(handle, count, start)
             )
     except FileNotFoundError:
         raise MissingShard(f"{path}: shard is missing; download it or fix the index") from None

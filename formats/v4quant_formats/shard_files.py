@@ -10,6 +10,7 @@ that goes through whole shards in a known order says so (`expect`), asks for eac
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from v4quant_formats.errors import FormatError, SourceChanged
+from v4quant_formats.system import bytes_at, open_for_reading, read_at
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,25 @@ class FileState:
     size: int
     mtime_ns: int = 0
     inode: int = 0
+    ctime_ns: int = 0
+    links: int = 0
+
+    def is_same(self, other: FileState) -> bool:
+        """Whether a file is as it was.
+
+        Writing moves the time of change (ctime), which no call can set back, even where the time of
+        modification is restored. Giving a file another name, or removing one, moves it as well; the
+        count of names then tells, and the bytes of an open file are still what they were.
+        """
+        known = (self.size, self.mtime_ns, self.inode) == (other.size, other.mtime_ns, other.inode)
+        return known and (self.ctime_ns == other.ctime_ns or self.links != other.links)
 
 
 def file_state(stat: os.stat_result) -> FileState:
     """The identity `stat` tells."""
-    return FileState(stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    # Windows keeps the time of creation under this name.
+    changed = 0 if sys.platform == "win32" else stat.st_ctime_ns
+    return FileState(stat.st_size, stat.st_mtime_ns, stat.st_ino, changed, stat.st_nlink)
 
 
 @dataclass(frozen=True)
@@ -86,7 +102,7 @@ class LocalShards:
     def slices(self, file: str, offsets: Sequence[int], count: int) -> list[bytes]:
         """Up to `count` bytes at each offset."""
         handle = self._handle(file)
-        return [os.pread(handle, count, offset) for offset in offsets]
+        return [bytes_at(handle, count, offset) for offset in offsets]
 
     def expect(self, files: Sequence[str]) -> None:
         """Nothing to prepare."""
@@ -109,13 +125,13 @@ class LocalShards:
             handle = self._handles.get(file)
             if handle is None:
                 try:
-                    handle = os.open(self._folder / file, os.O_RDONLY)
+                    handle = open_for_reading(self._folder / file)
                 except OSError as error:
                     raise SourceChanged(
                         f"{self._folder / file}: vanished after it was opened ({error.strerror})"
                     ) from None
                 self._handles[file] = handle
-        if file_state(os.fstat(handle)) != self._states[file]:
+        if not file_state(os.fstat(handle)).is_same(self._states[file]):
             raise SourceChanged(
                 f"{self._folder / file}: changed while it was in use; start again from a stable "
                 "copy"
@@ -128,7 +144,7 @@ def read_whole(handle: int, view: memoryview, offset: int, path: str, what: str)
     done = 0
     while done < len(view):
         try:
-            got = os.preadv(handle, [view[done:]], offset + done)
+            got = read_at(handle, view[done:], offset + done)
         except OSError as error:
             raise FormatError(f"{path}: reading '{what}' failed ({error.strerror})") from None
         if got == 0:

@@ -18,11 +18,13 @@ import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import struct
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -31,8 +33,12 @@ from torch import Tensor
 from v4quant_formats.errors import OutputError
 from v4quant_formats.file_hash import FollowingHash
 from v4quant_formats.spec import DTYPE_BITS, TensorSpec, torch_dtype
+from v4quant_formats.system import create_new, sync_folder, write_at
 
 TEMPORARY_SUFFIX = ".part"
+# Part of every temporary name, so that two processes never write one file whatever locks say.
+_RUN = secrets.token_hex(4)
+_TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{8}" + re.escape(TEMPORARY_SUFFIX))
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,28 @@ class FilePlan:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where a file lives while it is being written."""
-    return path.with_name(path.name + TEMPORARY_SUFFIX)
+    """Where a file lives while this process writes it."""
+    return path.with_name(f"{path.name}.{_RUN}{TEMPORARY_SUFFIX}")
+
+
+def leftovers(folder: Path, names: Iterable[str]) -> list[Path]:
+    """What processes that were killed left of these files (relative names, with /)."""
+    wanted: dict[Path, set[str]] = {}
+    for name in names:
+        wanted.setdefault((folder / name).parent, set()).add(PurePosixPath(name).name)
+    found = []
+    for parent, files in wanted.items():
+        for path in parent.iterdir() if parent.is_dir() else ():
+            match = _TEMPORARY.fullmatch(path.name)
+            if match and match[1] in files:
+                found.append(path)
+    return found
+
+
+def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Remove what processes that were killed left of these files. Call it under the lock."""
+    for path in leftovers(folder, names):
+        path.unlink(missing_ok=True)
 
 
 def shard_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
@@ -114,15 +140,14 @@ class ShardWriter:
         self._lock = threading.Lock()
         self._temporary = temporary_path(path)
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
-            self._handle = os.open(self._temporary, flags, 0o644)
+            self._handle = create_new(self._temporary)
         except OSError as error:
             raise output_error(self._temporary, error) from None
         largest = max((s.nbytes for s in plan.specs), default=0)
         self._hash = FollowingHash(self._handle, self.nbytes, largest)
         try:
             os.ftruncate(self._handle, plan.nbytes)
-            _write_at(self._handle, plan.header, 0)
+            write_at(self._handle, plan.header, 0)
         except BaseException as error:
             self.abort()
             if isinstance(error, OSError):
@@ -168,7 +193,7 @@ class ShardWriter:
             os.fsync(self._handle)
             digest = self._hash.digest()
             os.close(self._handle)
-            self._temporary.rename(self.path)
+            self._temporary.replace(self.path)
             sync_folder(self.path.parent)
         except OSError as error:
             raise output_error(self.path, error) from None
@@ -186,24 +211,21 @@ def write_file_atomically(path: Path, data: bytes) -> WrittenFile:
     temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        handle = create_new(temporary)
+        try:
+            try:
+                write_at(handle, data, 0)
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         sync_folder(path.parent)
     except OSError as error:
         raise output_error(path, error) from None
     return WrittenFile(path.name, len(data), hashlib.sha256(data).hexdigest())
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a directory entry, so that a rename survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def output_error(path: Path, error: OSError) -> OutputError:
@@ -218,22 +240,14 @@ def output_error(path: Path, error: OSError) -> OutputError:
     return OutputError(f"{path}: cannot be written: {why}")
 
 
-def _write_at(handle: int, data: Any, offset: int) -> None:
-    """Write an object with the buffer interface (bytes, a numpy array) whole."""
-    view = memoryview(data)
-    done = 0
-    while done < len(view):
-        done += os.pwrite(handle, view[done:], offset + done)
-
-
 def _write_placed(handle: int, data: Any, spec: TensorSpec, first_byte: int) -> None:
     """Write bytes from `first_byte` of a tensor on, row by row where its rows lie apart."""
     if not spec.stride:
-        _write_at(handle, data, spec.offset + first_byte)
+        write_at(handle, data, spec.offset + first_byte)
         return
     done = 0
     while done < len(data):
         row, within = divmod(first_byte + done, spec.row_bytes)
         count = min(spec.row_bytes - within, len(data) - done)
-        _write_at(handle, data[done : done + count], spec.offset + row * spec.stride + within)
+        write_at(handle, data[done : done + count], spec.offset + row * spec.stride + within)
         done += count

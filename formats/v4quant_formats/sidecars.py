@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from v4quant_formats.checkpoint import link_root
-from v4quant_formats.errors import FormatError
+from v4quant_formats.small_files import read_small
 
 ALLOWED_FILES = (
     "generation_config.json",
@@ -44,10 +44,7 @@ def find_sidecars(folder: Path) -> list[str]:
 
 def read_sidecar(folder: Path, name: str) -> bytes:
     """The bytes of a sidecar. Raises FormatError when it cannot be read."""
-    try:
-        return (folder / name).read_bytes()
-    except OSError as error:
-        raise FormatError(f"{folder / name}: cannot be read ({error.strerror})") from None
+    return read_small(folder / name, MAX_SIDECAR_BYTES)
 
 
 def _is_sidecar(folder: Path, path: Path) -> bool:

@@ -14,10 +14,10 @@ import pytest
 
 from tests.support.conversion import TINY
 from tests.support.shard_bytes import INDEX, StoredTensor, honest_shard
-from v4quant.memory import peak_rss_bytes
 from v4quant_formats import errors
 from v4quant_formats.model_config import ConfigError
 from v4quant_formats.opening import open_checkpoint
+from v4quant_formats.system import peak_rss_bytes
 from v4quant_kernels.errors import V4QuantError
 
 A, B = "model-1.safetensors", "model-2.safetensors"

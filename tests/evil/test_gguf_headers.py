@@ -15,11 +15,11 @@ import pytest
 
 from tests.support.conversion import TINY, convert
 from tests.support.gguf_bytes import Line, array, gguf_bytes, string, text, u32
-from v4quant.memory import peak_rss_bytes
 from v4quant.recipe import Recipe
 from v4quant_formats import errors
 from v4quant_formats.gguf.header import read_gguf_header
 from v4quant_formats.opening import open_checkpoint
+from v4quant_formats.system import peak_rss_bytes
 from v4quant_kernels.errors import V4QuantError
 
 GOOD = gguf_bytes()

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from tests.support.shard_bytes import entry, raw_shard
-from v4quant.memory import peak_rss_bytes
 from v4quant_formats import errors
 from v4quant_formats.safetensors_header import MAX_HEADER_BYTES, read_header
+from v4quant_formats.system import peak_rss_bytes
 
 Kind = type[errors.FormatError]
 OK = entry("U8", [4], 0, 4)

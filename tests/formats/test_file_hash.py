@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from v4quant_formats import file_hash as following
+from v4quant_formats import system
 from v4quant_formats.file_hash import FollowingHash, hash_file
 
 STEP, CACHED = 1 << 16, 1 << 18
@@ -117,10 +119,10 @@ def test_a_write_that_fails_behind_us_is_told(
     os.pwrite(handle, content, 0)
 
     def full(*_: int) -> int:
-        following.ctypes.set_errno(errno.ENOSPC)
+        ctypes.set_errno(errno.ENOSPC)
         return -1
 
-    monkeypatch.setattr(following, "_sync_file_range", lambda: full)
+    monkeypatch.setattr(system, "_sync_file_range", lambda: full)
     following_hash = FollowingHash(handle, len(content), 0)
     following_hash.allow(len(content))
     following_hash.keep_up()

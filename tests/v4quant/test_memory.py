@@ -9,9 +9,9 @@ import pytest
 from tests.support.conversion import SCHEMES, TINY, recipe_of
 from v4quant.conversion.plan import make_plan
 from v4quant.conversion.workers import fit_workers, worker_bytes
-from v4quant.memory import peak_rss_bytes
 from v4quant.sizes import SizeError, parse_size
 from v4quant_formats.opening import open_checkpoint
+from v4quant_formats.system import peak_rss_bytes
 
 
 @pytest.mark.parametrize(

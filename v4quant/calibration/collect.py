@@ -18,7 +18,7 @@ from v4quant.calibration.memory import calibration_room, fit_solving, statistics
 from v4quant.conversion.calibrated import solved_part
 from v4quant.conversion.plan import make_plan
 from v4quant.devices import CPU, device_bytes
-from v4quant.memory import Limits, return_freed_memory
+from v4quant.memory import Limits
 from v4quant.recipe import Recipe, RecipeError
 from v4quant_calibration.corpus.corpus import Corpus, CorpusError
 from v4quant_calibration.model.options import ForwardOptions
@@ -29,6 +29,7 @@ from v4quant_calibration.statistics.collect import Calibration, OpenRoom, calibr
 from v4quant_calibration.statistics.stats import write_stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import ModelConfig
+from v4quant_formats.system import return_freed_memory
 from v4quant_kernels.cast import can_cast
 from v4quant_kernels.ggml_types import block_type
 from v4quant_kernels.progress import Progress

@@ -31,6 +31,7 @@ from v4quant.conversion.journal import (
     Journal,
     journal_files,
     locked_output,
+    refuse_survivors,
     remove_work,
 )
 from v4quant.conversion.plan import Plan
@@ -39,12 +40,11 @@ from v4quant.conversion.records import TensorRecord, record_from_dict
 from v4quant.conversion.size_by_role import byte_classes
 from v4quant.conversion.unit import convert_unit
 from v4quant.conversion.units import ShardPlan
-from v4quant.memory import peak_rss_bytes
 from v4quant.own_folders import FOLDER, make_home
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import detect_release
-from v4quant_formats.errors import OutputError
+from v4quant_formats.errors import OutputError, SourceChanged
 from v4quant_formats.manifest import (
     MANIFEST_NAME,
     MANIFEST_VERSION,
@@ -54,10 +54,12 @@ from v4quant_formats.manifest import (
 from v4quant_formats.shards import (
     ShardWriter,
     WrittenFile,
+    remove_leftovers,
     temporary_path,
     write_file_atomically,
 )
 from v4quant_formats.sidecars import find_sidecars, read_sidecar
+from v4quant_formats.system import peak_rss_bytes
 from v4quant_kernels.progress import Progress, SilentProgress
 
 
@@ -88,7 +90,7 @@ def run_job(
     stats: Evidence | None = None,
     workers: int = 2,
     progress: Progress | None = None,
-    ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
+    ranks: Ranks | None = None,
     delivery: Delivery | None = None,
 ) -> JobResult:
     """Carry a plan out into folder `out`; the same call again resumes or confirms.
@@ -100,18 +102,21 @@ def run_job(
     started = time.monotonic()
     progress = progress or SilentProgress()
     delivery = delivery or StayHere()
-    complete = None if journal_files(out) else delivery.manifest(out)
-    if complete is not None and complete.get("plan") == plan.digest:
-        records = [record_from_dict(row) for row in complete["tensors"]]
-        # Left when the run that finished was killed between its last two steps.
-        remove_work(out)
-        return _result(plan, out, records, started)
+    ranks = ranks or Ranks()
     with ExitStack() as stack:
+        complete = _enter(plan, out, delivery, ranks, stack)
+        if complete is not None:
+            if ranks.is_first:
+                # Left when the run that finished was killed between its last two steps.
+                remove_work(out)
+            return _result(plan, out, complete, started)
+        sidecars = _find_sidecars(plan.checkpoint)
+        sizes = {s.file: s.nbytes for s in plan.shards}
+        journal = Journal(out, plan.digest, sizes, ranks.run, ranks.rank, delivery.has)
         if ranks.is_first:
-            check_folder(out)
-            stack.enter_context(locked_output(out))
-        ranks.barrier()
-        journal = Journal(out, plan.digest, ranks.rank, delivery.has)
+            small = ("config.json", plan.recipe.layout.index or MANIFEST_NAME, MANIFEST_NAME)
+            remove_leftovers(out, [*sizes, *(s.name for s in sidecars), *small])
+        _check_earlier(journal, ranks, progress)
         todo = [s for s in plan.shards if s.file not in journal.finished]
         _check_space(out, delivery.space([s.nbytes for s in todo]))
         # Every rank divides the same list: nobody may finish a shard before all have read it.
@@ -123,10 +128,51 @@ def run_job(
         journal.refresh()
         shards = [journal.finished[s.file] for s in plan.shards]
         if ranks.is_first:
-            delivery.finish(out, _finish(plan, out, shards))
+            delivery.finish(out, _finish(plan, out, shards, sidecars))
             journal.remove()
         ranks.barrier()
     return _result(plan, out, [r for s in shards for r in s.records], started)
+
+
+def _enter(
+    plan: Plan, out: Path, delivery: Delivery, ranks: Ranks, stack: ExitStack
+) -> list[TensorRecord] | None:
+    """Lock the folder for all ranks; the records of a checkpoint that is already whole.
+
+    The folder is looked at before anything is made in it, and again when nobody else can change it.
+    """
+    if ranks.is_first:
+        _complete(plan, out, delivery)
+        stack.enter_context(locked_output(out))
+        refuse_survivors(out)
+    ranks.barrier()
+    if not ranks.is_first:
+        stack.enter_context(locked_output(out, ranks.rank))
+    complete = _complete(plan, out, delivery)
+    # Nobody changes the folder before all have looked.
+    ranks.barrier()
+    return complete
+
+
+def _complete(plan: Plan, out: Path, delivery: Delivery) -> list[TensorRecord] | None:
+    """The records of a checkpoint that this plan made. Raises OutputError for another's folder."""
+    found = None if journal_files(out) else delivery.manifest(out)
+    if found is not None and found.get("plan") == plan.digest:
+        return [record_from_dict(row) for row in found["tensors"]]
+    check_folder(out)
+    return None
+
+
+def _check_earlier(journal: Journal, ranks: Ranks, progress: Progress) -> None:
+    """Compare the hashes of what other runs finished, each rank some; then all know the same."""
+    ranks.barrier()
+    names = sorted(journal.unchecked)[ranks.rank :: ranks.size]
+    if names:
+        progress.start("Checking", sum(journal.unchecked[n].file.nbytes for n in names), "B")
+        journal.check(names, progress.advance)
+        progress.finish()
+    ranks.barrier()
+    journal.refresh()
 
 
 def check_folder(out: Path) -> None:
@@ -138,7 +184,13 @@ def check_folder(out: Path) -> None:
         make_home(out)
     if not out.is_dir():
         raise OutputError(f"{out}: is not a folder")
-    foreign = [p.name for p in out.iterdir() if p.name != FOLDER]
+    entries = list(out.iterdir())
+    for path in entries:
+        if path.is_symlink():
+            raise OutputError(
+                f"{path}: is a symbolic link, which no conversion makes; choose another folder"
+            )
+    foreign = [p.name for p in entries if p.name != FOLDER]
     if foreign and not journal_files(out):
         raise OutputError(
             f"{out}: folder is not empty ({sorted(foreign)[0]}, ...) and holds no unfinished "
@@ -259,13 +311,33 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _finish(plan: Plan, out: Path, shards: list[FinishedShard]) -> dict[str, Any]:
-    """Write sidecars, config, manifest and, last, the index, if any; the manifest."""
+def _find_sidecars(checkpoint: Checkpoint) -> list[WrittenFile]:
+    """What will travel with the checkpoint, decided before the work. Raises FormatError."""
+    found = []
+    for name in find_sidecars(checkpoint.path):
+        data = read_sidecar(checkpoint.path, name)
+        found.append(WrittenFile(name, len(data), hashlib.sha256(data).hexdigest()))
+    return found
+
+
+def _finish(
+    plan: Plan, out: Path, shards: list[FinishedShard], sidecars: list[WrittenFile]
+) -> dict[str, Any]:
+    """Write sidecars, config, manifest and, last, the index, if any; the manifest.
+
+    Raises SourceChanged when a sidecar is no longer what it was when the work began.
+    """
     files = [s.file for s in shards]
-    for name in find_sidecars(plan.checkpoint.path):
-        data = read_sidecar(plan.checkpoint.path, name)
-        written = write_file_atomically(out / name, data)
-        files.append(WrittenFile(name, written.nbytes, written.sha256))
+    folder = plan.checkpoint.path
+    for sidecar in sidecars:
+        data = read_sidecar(folder, sidecar.name)
+        if hashlib.sha256(data).hexdigest() != sidecar.sha256:
+            raise SourceChanged(
+                f"{folder / sidecar.name}: changed during the conversion; the same command goes on "
+                "with what it is now"
+            )
+        write_file_atomically(out / sidecar.name, data)
+        files.append(sidecar)
     files.append(write_file_atomically(out / "config.json", to_json(plan.output_config())))
     index = _index(plan)
     if index:

@@ -2,26 +2,39 @@
 
 Lives in `OUT/.v4quant/` until the checkpoint is whole, one file per rank. The first line is the
 plan's digest; each further line is one finished shard with its hash and records, appended only
-after the shard was flushed and renamed into place. A line cut short by a crash is ignored: its
-shard is made again.
+after the shard was flushed and renamed into place, or says that a shard which another run finished
+was read again and has its hash. A line cut short by a crash is ignored: its shard is made again.
+
+Every line names the run that wrote it. What another run finished counts only after its hash was
+compared: its machine may have lost power, its disk may have lied, or the file came from elsewhere.
+Journals are input like any other file: a name counts only if the plan has it.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from v4quant.conversion.records import TensorRecord, record_from_dict
 from v4quant.own_folders import FOLDER, forget_home, remove_own_folder
-from v4quant_formats.errors import OutputError
-from v4quant_formats.manifest import ManifestError
-from v4quant_formats.shards import WrittenFile, output_error, sync_folder
+from v4quant_formats.errors import FormatError, OutputError
+from v4quant_formats.file_hash import hash_file
+from v4quant_formats.folder_lock import LOCK_NAME, locked_folder
+from v4quant_formats.shards import WrittenFile, output_error
+from v4quant_formats.small_files import read_small
+from v4quant_formats.system import LockHeld, hold_lock, open_own, sync_folder, write_at
+
+SOURCE_FOLDER = "source"
+"""The own folder in which a conversion keeps source shards from the hub."""
+MAX_JOURNAL_BYTES = 2**30
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -30,10 +43,6 @@ class FinishedShard:
 
     file: WrittenFile
     records: tuple[TensorRecord, ...]
-
-
-SOURCE_FOLDER = "source"
-"""The own folder in which a conversion keeps source shards from the hub."""
 
 
 def journal_files(out: Path) -> list[Path]:
@@ -47,8 +56,10 @@ def remove_work(out: Path) -> None:
     The journals go last: as long as there is one, the conversion can go on.
     """
     remove_own_folder(out, SOURCE_FOLDER)
-    for path in [out / FOLDER / "lock", *journal_files(out)]:
-        path.unlink(missing_ok=True)
+    for path in [*_lock_files(out), *journal_files(out)]:
+        # Where files that are open cannot be removed, the lock goes when it is released.
+        with contextlib.suppress(PermissionError):
+            path.unlink(missing_ok=True)
     forget_home(out)
 
 
@@ -59,54 +70,91 @@ class Journal:
         self,
         out: Path,
         plan_digest: str,
+        sizes: Mapping[str, int],
+        run: str,
         rank: int = 0,
         elsewhere: Callable[[WrittenFile], bool] = lambda file: False,
     ) -> None:
         """Open or begin rank `rank`'s journal and read everybody's.
 
+        sizes: bytes of every shard of the plan, by name. run: the same for all ranks of this run.
         elsewhere: whether a shard that is not in the folder is safe at its destination. Raises
         OutputError when the folder holds another plan's, or a damaged one.
         """
         self._path = out / FOLDER / f"journal-{rank}.jsonl"
-        self._out = out
-        self._plan_digest = plan_digest
+        self._out, self._plan_digest, self._sizes, self._run = out, plan_digest, sizes, run
         self._elsewhere = elsewhere
         self.finished: dict[str, FinishedShard] = {}
+        self.unchecked: dict[str, FinishedShard] = {}
         self.refresh()
         if not self._read_lines(self._path):
             self._append({"plan": plan_digest}, fresh=True)
 
     def refresh(self) -> None:
-        """Read what all ranks have finished so far."""
+        """Read what all ranks have finished so far, and what of other runs is to be checked."""
+        checked: set[str] = set()
         for path in journal_files(self._out):
-            self._read(path)
+            self._read(path, checked)
+        for name in checked & self.unchecked.keys():
+            self.finished[name] = self.unchecked.pop(name)
 
-    def _read(self, path: Path) -> None:
+    def _read(self, path: Path, checked: set[str]) -> None:
         lines = self._read_lines(path)
         if not lines:
             return
         if lines[0].get("plan") != self._plan_digest:
             raise OutputError(
                 f"{self._out}: holds an unfinished conversion of another source, recipe or "
-                "version; "
-                "choose another folder or delete this one"
+                "version; choose another folder or delete this one"
             )
         for line in lines[1:]:
-            try:
-                shard = FinishedShard(
-                    WrittenFile(**line["file"]), tuple(map(record_from_dict, line["records"]))
-                )
-            except (KeyError, TypeError, ManifestError):
-                raise OutputError(
-                    f"{path}: damaged; delete the folder {self._out} and start again"
-                ) from None
-            if self._is_in_place(shard.file):
+            mine = line.get("run") == self._run
+            if isinstance(name := line.get("checked"), str):
+                checked |= {name} if mine else set()
+                continue
+            shard = self._shard(path, line)
+            here = self._is_here(shard.file)
+            if self._elsewhere(shard.file) or (here and mine):
                 self.finished[shard.file.name] = shard
+                self.unchecked.pop(shard.file.name, None)
+            elif here and shard.file.name not in self.finished:
+                self.unchecked[shard.file.name] = shard
+
+    def _shard(self, path: Path, line: Mapping[str, Any]) -> FinishedShard:
+        """A line's shard. Raises OutputError for what no run of this plan writes."""
+        try:
+            file = WrittenFile(**line["file"])
+            right = isinstance(file.name, str) and self._sizes.get(file.name) == file.nbytes
+            right &= isinstance(file.sha256, str) and bool(_SHA256.fullmatch(file.sha256))
+            if right:
+                return FinishedShard(file, tuple(map(record_from_dict, line["records"])))
+        except (KeyError, TypeError, FormatError):
+            pass
+        raise OutputError(f"{path}: damaged; delete the folder {self._out} and start again")
+
+    def check(self, names: Iterable[str], advance: Callable[[int], None]) -> None:
+        """Compare the hashes of shards that another run finished; those that differ do not count.
+
+        Raises OutputError when one cannot be read.
+        """
+        for name in names:
+            shard = self.unchecked.pop(name)
+            try:
+                same = hash_file(self._out / name) == shard.file.sha256
+            except OSError as error:
+                raise OutputError(
+                    f"{self._out / name}: cannot be read ({error.strerror}); delete it, and the "
+                    "same command makes it again"
+                ) from None
+            advance(shard.file.nbytes)
+            if same:
+                self._append({"checked": name, "run": self._run})
+                self.finished[name] = shard
 
     def add(self, shard: FinishedShard) -> None:
         """Record a shard that is already on disk under its final name."""
         records = [r.as_dict() for r in shard.records]
-        self._append({"file": asdict(shard.file), "records": records})
+        self._append({"file": asdict(shard.file), "records": records, "run": self._run})
         self.finished[shard.file.name] = shard
 
     def remove(self) -> None:
@@ -114,21 +162,22 @@ class Journal:
         remove_work(self._out)
         sync_folder(self._out)
 
-    def _is_in_place(self, file: WrittenFile) -> bool:
+    def _is_here(self, file: WrittenFile) -> bool:
         path = self._out / file.name
-        here = path.is_file() and path.stat().st_size == file.nbytes
-        return here or self._elsewhere(file)
+        return path.is_file() and not path.is_symlink() and path.stat().st_size == file.nbytes
 
-    @staticmethod
-    def _read_lines(path: Path) -> list[dict[str, Any]]:
+    def _read_lines(self, path: Path) -> list[dict[str, Any]]:
         if not path.exists():
             return []
+        try:
+            text = read_small(path, MAX_JOURNAL_BYTES)
+        except FormatError as error:
+            raise OutputError(str(error)) from None
         lines = []
-        text = path.read_bytes()
         for raw in text.split(b"\n")[:-1]:  # what follows the last newline was cut short
             try:
                 line = json.loads(raw)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             lines.append(line if isinstance(line, dict) else {})
         return lines
@@ -136,38 +185,50 @@ class Journal:
     def _append(self, line: dict[str, object], fresh: bool = False) -> None:
         data = json.dumps(line).encode() + b"\n"
         try:
-            with self._path.open("wb" if fresh else "r+b") as file:
-                if not fresh:
-                    # A torn last line must not swallow this one.
-                    whole = self._path.read_bytes().rfind(b"\n") + 1
-                    file.truncate(whole)
-                    file.seek(whole)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            handle = open_own(self._path, 0o644)
+            try:
+                # A torn last line must not swallow this one.
+                whole = 0 if fresh else self._path.read_bytes().rfind(b"\n") + 1
+                os.truncate(handle, whole)
+                write_at(handle, data, whole)
+                os.fsync(handle)
+            finally:
+                os.close(handle)
             if fresh:
                 sync_folder(self._path.parent)
         except OSError as error:
             raise output_error(self._path, error) from None
 
 
-@contextmanager
-def locked_output(out: Path) -> Iterator[None]:
-    """Hold the output folder for this process. Raises OutputError when another one has it."""
-    lock = out / FOLDER / "lock"
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise output_error(lock, error) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise OutputError(
-            f"{out}: another v4quant process is writing here; wait for it or choose another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        os.close(handle)
+def locked_output(out: Path, rank: int = 0) -> AbstractContextManager[None]:
+    """Hold the output folder for this process; each rank has a lock of its own.
+
+    Raises OutputError when another one has it.
+    """
+    return locked_folder(out / FOLDER, _taken(out), f"{LOCK_NAME}-{rank}" if rank else LOCK_NAME)
+
+
+def refuse_survivors(out: Path) -> None:
+    """Raise OutputError when a rank of an earlier run is still writing, its first rank being gone.
+
+    To be called by who holds the folder, before ranks of this run take their locks.
+    """
+    for path in _lock_files(out):
+        if path.name != LOCK_NAME:
+            try:
+                with hold_lock(path):
+                    pass
+            except LockHeld:
+                raise OutputError(_taken(out)) from None
+            except OSError as error:
+                raise output_error(path, error) from None
+
+
+def _taken(out: Path) -> str:
+    return f"{out}: another v4quant process is writing here; wait for it or choose another folder"
+
+
+def _lock_files(out: Path) -> list[Path]:
+    names = re.compile(rf"{LOCK_NAME}(-\d+)?(\.holder)?")
+    inside = out / FOLDER
+    return sorted(p for p in inside.iterdir() if names.fullmatch(p.name)) if inside.is_dir() else []

@@ -10,9 +10,10 @@ ranks, makes up for it.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -25,10 +26,11 @@ _PATIENCE = timedelta(days=7)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among `size` processes."""
+    """This process's place among `size` processes; `run` is theirs and no other run's."""
 
     rank: int = 0
     size: int = 1
+    run: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @property
     def is_first(self) -> bool:
@@ -61,6 +63,8 @@ def current_ranks() -> Iterator[Ranks]:
         return
     dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
-        yield Ranks(dist.get_rank(), size)
+        run = [secrets.token_hex(8)]
+        dist.broadcast_object_list(run, 0)
+        yield Ranks(dist.get_rank(), size, run[0])
     finally:
         dist.destroy_process_group()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from v4quant.conversion.plan import Plan
-from v4quant.memory import current_rss_bytes
 from v4quant.sizes import SizeError
+from v4quant_formats.system import current_rss_bytes
 
 # Interpreter, torch and its libraries, measured; thread pools and buffers included.
 _BASE_BYTES = 450 * 2**20

@@ -22,7 +22,7 @@ from v4quant.checks.inspection import inspect_checkpoint
 from v4quant.devices import CPU, device_bytes
 from v4quant.evaluation.memory import plan_evaluation, work_of
 from v4quant.evaluation.saved_logits import LogitFacts, LogitsError, LogitsFile, SavedLogits
-from v4quant.memory import Limits, return_freed_memory
+from v4quant.memory import Limits
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.evaluation.evaluate import (
     Measures,
@@ -37,6 +37,7 @@ from v4quant_calibration.model.options import ForwardOptions
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
 from v4quant_formats.model_config import parse_model_config
+from v4quant_formats.system import return_freed_memory
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress, SilentProgress
 

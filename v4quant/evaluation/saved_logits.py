@@ -31,6 +31,7 @@ from v4quant_formats.errors import FormatError
 from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shards import ShardWriter, plan_shard
 from v4quant_formats.spec import TORCH_DTYPES, TensorSpec
+from v4quant_formats.system import bytes_at, open_for_reading
 from v4quant_kernels.errors import V4QuantError
 
 _FACTS = "v4quant"
@@ -162,7 +163,7 @@ class SavedLogits:
         if self.top_k is not None and self.top_k < BEST:
             raise LogitsError(f"{path}: holds {self.top_k} tokens a position; at least {BEST}")
         self.facts = self._read_facts()
-        self._file = os.open(path, os.O_RDONLY)
+        self._file = open_for_reading(path)
 
     def close(self) -> None:
         """Close the file."""
@@ -207,7 +208,7 @@ class SavedLogits:
         return self._bytes(spec, first * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
     def _bytes(self, spec: TensorSpec, first: int, count: int) -> Tensor:
-        data = os.pread(self._file, count, spec.offset + first)
+        data = bytes_at(self._file, count, spec.offset + first)
         if len(data) != count:
             raise FormatError(f"{self.path}: became shorter while it was read")
         return torch.frombuffer(bytearray(data), dtype=torch.uint8) if count else torch.empty(0)

@@ -17,15 +17,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from v4quant.hub.client import HubError
 from v4quant.hub.download import download
 from v4quant.hub.remote import Remote
 from v4quant_formats.shard_files import read_whole
 from v4quant_formats.shards import temporary_path
+from v4quant_formats.system import bytes_at, open_for_reading
 from v4quant_kernels.errors import V4QuantError
 
 DOWNLOADS = 2  # at a time
@@ -60,7 +61,7 @@ class Shelf:
         cap: int | None = None,
         cached: Mapping[str, Path] = {},
         keep: bool = False,
-        lock: BinaryIO | None = None,
+        lock: ExitStack | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ) -> None:
         """`folder` takes the shards; cap: bytes (default three of the largest shards).
@@ -124,7 +125,7 @@ class Shelf:
                 shard.readers += 1
         if shard is not None:
             try:
-                return [os.pread(shard.handle, count, offset) for offset in offsets]
+                return [bytes_at(shard.handle, count, offset) for offset in offsets]
             finally:
                 with self._changed:
                     shard.readers -= 1
@@ -214,7 +215,7 @@ class Shelf:
     def _open_cached(self, file: str) -> None:
         path = self._cached[file]
         try:
-            handle = os.open(path, os.O_RDONLY)
+            handle = open_for_reading(path)
         except OSError as error:
             raise HubError(f"{path}: cannot be read ({error.strerror})") from None
         self._here[file] = _Shard(handle, None, 0)
@@ -240,7 +241,7 @@ class Shelf:
             path = self._folder / file
             try:
                 download(self._remote, self._remote.files[file], path, self._stop, self.advance)
-                handle = os.open(path, os.O_RDONLY)
+                handle = open_for_reading(path)
             except BaseException as error:  # noqa: BLE001  (handed to whoever waits)
                 with self._changed:
                     self._fetching.discard(file)

@@ -9,16 +9,15 @@ commit is used in place of the network.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import shutil
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from tempfile import mkdtemp
-from typing import BinaryIO
 
 from v4quant.hub.client import HubError, HubOffline, is_offline
 from v4quant.hub.download import download
@@ -33,11 +32,12 @@ from v4quant_formats.checkpoint import (
     link_root,
     read_structure,
 )
-from v4quant_formats.errors import MissingShard, OutputError
+from v4quant_formats.errors import MissingShard
+from v4quant_formats.folder_lock import locked_folder
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.safetensors_header import parse_header
 from v4quant_formats.shard_files import FileState, Origin
-from v4quant_formats.shards import output_error, write_file_atomically
+from v4quant_formats.shards import write_file_atomically
 from v4quant_formats.sidecars import ALLOWED_FILES, ALLOWED_FOLDERS, MAX_SIDECAR_BYTES
 from v4quant_formats.spec import TensorSpec
 
@@ -91,7 +91,7 @@ def _open_in(
     cap: int | None,
     headers_only: bool,
     keep: bool,
-    lock: BinaryIO | None = None,
+    lock: ExitStack | None = None,
 ) -> Checkpoint:
     remote = open_remote(ref, _pinned(folder, ref))
     if keep:
@@ -112,7 +112,7 @@ def _open_skeleton(
     folder: Path,
     cap: int | None,
     keep: bool,
-    lock: BinaryIO | None,
+    lock: ExitStack | None,
 ) -> Checkpoint:
     names = [n for n in remote.files if n.endswith(".safetensors") and "/" not in n]
     cached = {n: path for n in names if (path := _cached(remote, n)) is not None}
@@ -227,23 +227,17 @@ def _from_cache(ref: HubRef) -> Checkpoint:
     )
 
 
-def _lock(folder: Path) -> BinaryIO:
+def _lock(folder: Path) -> ExitStack:
     """Hold a scratch folder for this process. Raises OutputError when another one has it."""
-    path = folder / "lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = path.open("wb")
-    except OSError as error:
-        raise output_error(path, error) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.close()
-        raise OutputError(
+    held = ExitStack()
+    held.enter_context(
+        locked_folder(
+            folder,
             f"{folder}: another v4quant process fetches into this folder; wait for it or choose "
-            "another one"
-        ) from None
-    return handle
+            "another one",
+        )
+    )
+    return held
 
 
 def _pinned(folder: Path, ref: HubRef) -> str | None:

@@ -24,7 +24,6 @@ import torch
 from v4quant import __version__
 from v4quant.conversion.journal import locked_output, remove_work
 from v4quant.conversion.records import TensorRecord
-from v4quant.memory import peak_rss_bytes
 from v4quant.onnx_export.convert import write_dense, write_expert
 from v4quant.onnx_export.plan import INDEXER, MANIFEST, LayerPlan, OnnxPlan
 from v4quant.own_folders import FOLDER
@@ -40,11 +39,13 @@ from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shards import (
     ShardWriter,
     WrittenFile,
+    leftovers,
     output_error,
     plan_shard,
-    temporary_path,
+    remove_leftovers,
     write_file_atomically,
 )
+from v4quant_formats.system import peak_rss_bytes
 from v4quant_kernels.progress import Progress, SilentProgress
 
 _LAYER_FACTS = "v4quant.layer"
@@ -99,6 +100,8 @@ def export_onnx(
     progress = progress or SilentProgress()
     _check_folder(plan, out)
     with locked_output(out):
+        _check_folder(plan, out)  # again, now that nobody else can change it
+        remove_leftovers(out, plan.files)
         reports = {p.layer.stage: _finished(plan, p, out) for p in plan.layers}
         todo = [p for p in plan.layers if reports[p.layer.stage] is None]
         _check_space(out, sum(p.bytes_out for p in todo))
@@ -118,7 +121,7 @@ def _check_folder(plan: OnnxPlan, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise output_error(out, error) from None
-    known = {FOLDER, *plan.files, *(temporary_path(Path(name)).name for name in plan.files)}
+    known = {FOLDER, *plan.files, *(path.name for path in leftovers(out, plan.files))}
     foreign = sorted(p.name for p in out.iterdir() if p.name not in known)
     if foreign or _other_export(plan, out):
         what = f"'{foreign[0]}'" if foreign else "another export"
@@ -164,8 +167,12 @@ def _finished(plan: OnnxPlan, part: LayerPlan, out: Path) -> LayerReport | None:
         size = (out / part.data_file).stat().st_size
     except (OnnxError, OSError, KeyError, TypeError, ValueError):
         return None  # damaged: made again
+    # The file was perhaps written by a process whose machine lost power.
     whole = size == report.data.nbytes and (out / part.graphs[0]).exists()
-    return report if whole else None
+    try:
+        return report if whole and hash_file(out / part.data_file) == report.data.sha256 else None
+    except OSError as error:
+        raise OutputError(f"{out / part.data_file}: cannot be read ({error.strerror})") from None
 
 
 def _write_layer(

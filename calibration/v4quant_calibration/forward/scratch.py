@@ -13,7 +13,6 @@ Rows are read and written by position, not mapped, so that they count as nobody'
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -25,11 +24,18 @@ from torch import Tensor
 
 from v4quant_calibration.model.streams import Streams, StreamShape
 from v4quant_formats.errors import OutputError
-from v4quant_formats.shards import output_error, sync_folder, write_file_atomically
+from v4quant_formats.folder_lock import locked_folder
+from v4quant_formats.shards import output_error, write_file_atomically
+from v4quant_formats.system import (
+    open_own,
+    read_at,
+    reserve,
+    sync_folder,
+    write_at,
+)
 
 PREFIX = "v4quant-evaluate-"
 _STATE = "state.json"
-_LOCK = "lock"
 
 
 class FileStreams(Streams):
@@ -40,10 +46,10 @@ class FileStreams(Streams):
         super().__init__(shape)
         self._path = path
         try:
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            self._handle = open_own(path)
             if os.fstat(self._handle).st_size != shape.nbytes:
                 os.truncate(self._handle, shape.nbytes)
-                _reserve(self._handle, shape.nbytes)
+                reserve(self._handle, shape.nbytes)
         except OSError as error:
             raise output_error(path, error) from None
 
@@ -54,7 +60,7 @@ class FileStreams(Streams):
         done = 0
         while done < len(view):
             try:
-                count = os.preadv(self._handle, [view[done:]], offset + done)
+                count = read_at(self._handle, view[done:], offset + done)
             except OSError as error:
                 raise output_error(self._path, error) from None
             if not count:
@@ -66,12 +72,10 @@ class FileStreams(Streams):
         """Write the rows. Raises OutputError."""
         data = rows.to("cpu", self.shape.dtype).contiguous()
         view, offset = _bytes(data), self._offset(start)
-        done = 0
-        while done < len(view):
-            try:
-                done += os.pwrite(self._handle, view[done:], offset + done)
-            except OSError as error:
-                raise output_error(self._path, error) from None
+        try:
+            write_at(self._handle, view, offset)
+        except OSError as error:
+            raise output_error(self._path, error) from None
 
     def flush(self) -> None:
         """Wait until the rows are on disk. Raises OutputError."""
@@ -100,19 +104,14 @@ class Scratch:
         """
         self.folder = folder / f"{PREFIX}{key[:24]}"
         self._key, self._resumes = key, resumes
+        self._held = contextlib.ExitStack()
         self._files: dict[str, FileStreams] = {}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise output_error(self.folder, error) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise OutputError(
-                f"{self.folder}: the same evaluation is running in another process; wait for it"
-            ) from None
+        self._held.enter_context(
+            locked_folder(
+                self.folder,
+                f"{self.folder}: the same evaluation is running in another process; wait for it",
+            )
+        )
         self.finished, self.notes = self._earlier() if resumes else (0, {})
 
     def __enter__(self) -> Scratch:
@@ -122,7 +121,7 @@ class Scratch:
         for file in self._files.values():
             file.close()
         self._files.clear()
-        os.close(self._lock)
+        self._held.close()
 
     def open(self, name: str, shape: StreamShape) -> Streams:
         """The file of streams called `name`; see StreamStore."""
@@ -172,12 +171,6 @@ class Scratch:
 def _is_tap(name: str) -> bool:
     """Whether a file keeps what a layer left for drafts; its name ends in the layer's index."""
     return name.startswith("tap.")
-
-
-def _reserve(handle: int, size: int) -> None:
-    """Claim the blocks now, where the file system can, so that a full disk is told at once."""
-    if size and hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(handle, 0, size)
 
 
 def _bytes(rows: Tensor) -> memoryview:

@@ -6,24 +6,27 @@ import errno
 import json
 import os
 import random
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pytest
 
+import v4quant.conversion.job
+import v4quant.conversion.journal
 from tests.support.conversion import TINY, convert, folder_bytes
 from tests.support.shard_bytes import EditableCheckpoint
 from v4quant.checks.verify import verify
 from v4quant.conversion.journal import FOLDER, locked_output
 from v4quant.recipe import Recipe
 from v4quant_formats.checkpoint import INDEX_NAME
-from v4quant_formats.errors import OutputError, SourceChanged
+from v4quant_formats.errors import FormatError, OutputError, SourceChanged
 from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import SilentProgress
@@ -192,14 +195,18 @@ def test_leftovers_are_never_taken_for_shards(
     done = sorted(p.name for p in out.glob("*.safetensors"))
     todo = sorted(n for n in expected if n.endswith(".safetensors") and n not in done)
     assert done and len(todo) >= 2
-    (out / f"{todo[0]}.part").write_bytes(b"half")
+    temporary_of_a_dead_process(out / todo[0]).write_bytes(b"half")
     (out / todo[1]).write_bytes(expected[todo[1]][:1000])
-    (out / "config.json.part").write_bytes(b"{")
+    temporary_of_a_dead_process(out / "config.json").write_bytes(b"{")
     (journal,) = (out / FOLDER).glob("journal*")
     torn = json.dumps({"file": {"name": todo[1]}})[:-3].encode()
     journal.write_bytes(journal.read_bytes() + torn)
     convert(many_shards, out, "int4-g64")
     assert folder_bytes(out) == expected
+
+
+def temporary_of_a_dead_process(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
 
 
 class Stop(Exception):
@@ -241,6 +248,73 @@ def test_a_finished_shard_that_vanished_is_made_again(
     assert folder_bytes(out) == expected
 
 
+def test_a_shard_of_zeros_is_made_again(
+    many_shards: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """What another process finished counts by its hash, not by its size."""
+    out = tmp_path / "out"
+    stop_after(3, many_shards, out)
+    shard = min(out.glob("*.safetensors"))
+    shard.write_bytes(bytes(shard.stat().st_size))
+    convert(many_shards, out, "int4-g64")
+    assert folder_bytes(out) == expected
+
+
+def test_the_folder_is_looked_at_under_its_lock(
+    many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process finishes its own conversion between our first look and our lock."""
+    out = tmp_path / "out"
+    real = v4quant.conversion.job.locked_output
+
+    def late(out: Path, rank: int = 0) -> AbstractContextManager[None]:
+        monkeypatch.setattr(v4quant.conversion.job, "locked_output", real)
+        convert(many_shards, out, "mxfp4")
+        return real(out, rank)
+
+    monkeypatch.setattr(v4quant.conversion.job, "locked_output", late)
+    with pytest.raises(OutputError, match="not empty"):
+        convert(many_shards, out, "int4-g64")
+    convert(many_shards, tmp_path / "alone", "mxfp4")
+    found = {k: v for k, v in folder_bytes(out).items() if FOLDER not in k}
+    assert found == folder_bytes(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("change", ["vanishes", "changes"])
+def test_a_tokenizer_that_does_not_stay(change: str, many_shards: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(many_shards, source)
+    tokenizer = source / "tokenizer.json"
+    tokenizer.write_text('{"a": 1}')
+
+    class Meddler(SilentProgress):
+        def advance(self, amount: int) -> None:
+            if change == "vanishes":
+                tokenizer.unlink(missing_ok=True)
+            else:
+                tokenizer.write_text('{"b": 1}')
+
+    with pytest.raises(FormatError, match=r"tokenizer\.json"):
+        convert(source, out, "int4-g64", progress=Meddler())
+    assert not (out / INDEX_NAME).exists()
+    tokenizer.write_text('{"a": 1}')
+    convert(source, out, "int4-g64")
+    assert (out / "tokenizer.json").read_text() == '{"a": 1}'
+
+
+def test_nothing_is_written_through_a_link(many_shards: Path, tmp_path: Path) -> None:
+    """A folder to resume that somebody prepared."""
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    victim.mkdir()
+    stop_after(1, many_shards, out)
+    for name in ("encoding", "config.json"):
+        (out / name).symlink_to(victim)
+        with pytest.raises(OutputError, match="symbolic link"):
+            convert(many_shards, out, "int4-g64")
+        (out / name).unlink()
+    assert not list(victim.iterdir())
+
+
 @pytest.mark.parametrize("killed", ["journal gone", "all but the lock gone", "before removal"])
 def test_killed_between_the_last_steps(
     killed: str, many_shards: Path, expected: dict[str, bytes], tmp_path: Path,
@@ -249,8 +323,8 @@ def test_killed_between_the_last_steps(
     """The index is there; the journal is not, or only partly, removed."""
     out = tmp_path / "out"
 
-    def die(path: Path, **_: object) -> None:
-        for file in path.iterdir():
+    def die(out: Path) -> None:
+        for file in (out / FOLDER).iterdir():
             if killed != "before removal" and (killed == "journal gone") == (
                 "journal" in file.name
             ):
@@ -258,7 +332,7 @@ def test_killed_between_the_last_steps(
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", die)
+        patch.setattr(v4quant.conversion.journal, "remove_work", die)
         with pytest.raises(Stop):
             convert(many_shards, out, "int4-g64")
     assert (out / FOLDER).exists()
@@ -401,7 +475,7 @@ def test_too_little_space_is_known_at_once(
     assert not list((tmp_path / "out").glob("*.safetensors*"))
 
 
-@pytest.mark.parametrize("change", ["rewrite", "truncate"])
+@pytest.mark.parametrize("change", ["rewrite", "truncate", "restore the time"])
 def test_source_that_changes_underneath(change: str, many_shards: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(many_shards, source)
@@ -413,8 +487,10 @@ def test_source_that_changes_underneath(change: str, many_shards: Path, tmp_path
         def advance(self, amount: int) -> None:
             if not self.done:
                 self.done = True
-                content = victim.read_bytes()
-                victim.write_bytes(content if change == "rewrite" else content[:-1])
+                content, before = victim.read_bytes(), victim.stat()
+                victim.write_bytes(content[:-1] if change == "truncate" else content)
+                if change == "restore the time":
+                    os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     with pytest.raises(SourceChanged, match=r"model-mtp\.0\.safetensors"):
         convert(source, out, "int4-g64", progress=Meddler())

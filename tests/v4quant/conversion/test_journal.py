@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from v4quant.conversion.journal import FOLDER, FinishedShard, Journal, locked_output
+from v4quant.conversion.journal import (
+    FOLDER,
+    FinishedShard,
+    Journal,
+    locked_output,
+    refuse_survivors,
+    remove_work,
+)
 from v4quant.conversion.records import TensorRecord, record_from_dict
 from v4quant_formats.errors import OutputError
 from v4quant_formats.manifest import ManifestError
@@ -26,7 +36,15 @@ def finished(out: Path, name: str, size: int = 3) -> FinishedShard:
         TensorRecord("m", "cast", "mxfp4", "fp8", 32, 2, 0.5, 0.25),
         TensorRecord("n", "copied", "bf16", "bf16", 4),
     )
-    return FinishedShard(WrittenFile(name, size, "ab"), records)
+    return FinishedShard(WrittenFile(name, size, hashlib.sha256(b"x" * size).hexdigest()), records)
+
+
+SIZES = dict.fromkeys(("a", "b", "c", "d"), 3)
+RUN = "this run"
+
+
+def journal_of(out: Path, run: str = RUN, plan: str = "plan") -> Journal:
+    return Journal(out, plan, SIZES, run)
 
 
 def journal_file(out: Path) -> Path:
@@ -35,17 +53,17 @@ def journal_file(out: Path) -> Path:
 
 
 def test_remembers_what_was_added(out: Path) -> None:
-    journal = Journal(out, "plan")
+    journal = journal_of(out)
     shards = {n: finished(out, n) for n in ("a", "b")}
     for shard in shards.values():
         journal.add(shard)
-    assert Journal(out, "plan").finished == shards
+    assert journal_of(out).finished == shards
     journal.remove()
     assert not (out / FOLDER).exists()
 
 
 def test_every_way_a_crash_can_cut_it(out: Path) -> None:
-    journal = Journal(out, "plan")
+    journal = journal_of(out)
     for name in ("a", "b", "c"):
         journal.add(finished(out, name))
     content = journal_file(out).read_bytes()
@@ -54,29 +72,84 @@ def test_every_way_a_crash_can_cut_it(out: Path) -> None:
     for length in sorted(x for x in near if x <= len(content)):
         for tail in (b"", b"\0" * 9):
             journal_file(out).write_bytes(content[:length] + tail)
-            known = Journal(out, "plan")
+            known = journal_of(out)
             whole = sum(length > end for end in ends)
             assert len(known.finished) == max(whole - 1, 0), length
             known.add(finished(out, "d"))
-            assert "d" in Journal(out, "plan").finished, "a torn line swallows nothing"
+            assert "d" in journal_of(out).finished, "a torn line swallows nothing"
 
 
 def test_only_files_of_the_right_size_count(out: Path) -> None:
-    journal = Journal(out, "plan")
+    journal = journal_of(out)
     for name in ("a", "b", "c"):
         journal.add(finished(out, name))
     (out / "a").unlink()
     (out / "b").write_bytes(b"xx")
-    assert set(Journal(out, "plan").finished) == {"c"}
+    assert set(journal_of(out).finished) == {"c"}
+
+
+def test_what_another_run_finished_is_read_again(out: Path) -> None:
+    """A shard of zeros has the right size; a finished one is checked once a run."""
+    journal = journal_of(out)
+    for name in ("a", "b", "c"):
+        journal.add(finished(out, name))
+    (out / "b").write_bytes(bytes(3))
+    later = journal_of(out, "another")
+    assert not later.finished and set(later.unchecked) == {"a", "b", "c"}
+    told: list[int] = []
+    later.check(sorted(later.unchecked), told.append)
+    assert set(later.finished) == {"a", "c"} and sum(told) == 9
+    rank = Journal(out, "plan", SIZES, "another", 1)
+    assert set(rank.finished) == {"a", "c"} and set(rank.unchecked) == {"b"}
+    later.add(finished(out, "b"))
+    rank.refresh()
+    assert set(rank.finished) == {"a", "b", "c"} and not rank.unchecked
+    # What was sent away needs no reading: the repository lists it with its digest.
+    sent = Journal(out, "plan", SIZES, "third", 0, lambda file: file.name == "a")
+    assert set(sent.finished) == {"a"} and set(sent.unchecked) == {"b", "c"}
+
+
+@pytest.mark.parametrize("made", [lambda p: p.symlink_to("/dev/zero"), os.mkfifo, Path.mkdir])
+def test_a_journal_that_is_no_file(made: Callable[[Path], None], out: Path) -> None:
+    made(out / FOLDER / "journal-3.jsonl")
+    with pytest.raises(OutputError, match=r"journal-3"):
+        journal_of(out)
+
+
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_a_journal_is_never_written_through_a_link(link: str, out: Path) -> None:
+    victim = out / "victim"
+    victim.write_bytes(b"")
+    journal_of(out, "first")
+    path = journal_file(out)
+    path.unlink()
+    getattr(path, link)(victim)
+    with pytest.raises(OutputError, match="journal-0"):
+        journal_of(out)
+    assert victim.read_bytes() == b""
+
+
+def test_survivors_of_an_earlier_run_keep_others_out(out: Path) -> None:
+    # The first rank of the earlier run is gone.
+    with (
+        locked_output(out, 3),
+        locked_output(out),
+        pytest.raises(OutputError, match="another v4quant process"),
+    ):
+        refuse_survivors(out)
+    with locked_output(out):
+        refuse_survivors(out)
+    remove_work(out)
+    assert not (out / FOLDER).exists()
 
 
 def test_another_plan_is_refused(out: Path) -> None:
-    Journal(out, "plan")
+    journal_of(out)
     with pytest.raises(OutputError, match=f"{out}.*another source, recipe or version"):
-        Journal(out, "other")
+        journal_of(out, plan="other")
 
 
-FILE = {"name": "a", "nbytes": 1, "sha256": ""}
+FILE = {"name": "a", "nbytes": 3, "sha256": "0" * 64}
 
 
 @pytest.mark.parametrize(
@@ -88,16 +161,23 @@ FILE = {"name": "a", "nbytes": 1, "sha256": ""}
         {"file": 3, "records": []},
         {"file": {}, "records": []},
         {"file": FILE, "records": 3},
+        {"file": {**FILE, "name": "z"}, "records": []},
+        {"file": {**FILE, "name": "/etc/passwd"}, "records": []},
+        {"file": {**FILE, "name": "../a"}, "records": []},
+        {"file": {**FILE, "name": ["a"]}, "records": []},
+        {"file": {**FILE, "nbytes": 4}, "records": []},
+        {"file": {**FILE, "sha256": "00"}, "records": []},
+        {"file": {**FILE, "sha256": None}, "records": []},
         {"file": FILE, "records": [{"module": 3}]},
     ],
     ids=str,
 )
 def test_a_damaged_line_is_an_error(line: object, out: Path) -> None:
-    Journal(out, "plan")
+    journal_of(out)
     path = journal_file(out)
     path.write_text(path.read_text() + json.dumps(line) + "\n")
     with pytest.raises(OutputError, match="damaged; delete the folder"):
-        Journal(out, "plan")
+        journal_of(out)
 
 
 def test_lock(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_killed_and_resumed(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         export(TINY, out, "mxfp4", "0", "1")
     assert not (out / MANIFEST).exists() and not (out / "layers.1.moe.onnx").exists()
     assert not list(out.glob("*.part"))
-    (out / "layers.1.safetensors.part").write_bytes(b"left by a power cut")
+    (out / "layers.1.safetensors.0123abcd.part").write_bytes(b"left by a power cut")
     monkeypatch.setattr(v4quant.onnx_export.export, name, real)
     first = (out / "layers.0.safetensors").stat().st_mtime_ns
     export(TINY, out, "mxfp4", "0", "1")
