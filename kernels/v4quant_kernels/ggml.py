@@ -51,8 +51,6 @@ def encode(x: Tensor, type_name: str, importance: Tensor | None = None) -> Tenso
         q = mx.quantize(x, SCHEMES["mxfp4"])
         assert q.scale is not None
         return repack_mxfp4(q.codes, q.scale)
-    if type_name not in SHAPES:
-        raise UnsupportedScheme(f"GGUF type '{type_name}' can be read but not written")
     if largest > torch.finfo(torch.float16).max:
         raise WeightOutOfRange(_too_large(largest, type_name))
     blocks = search_blocks(x, type_name, importance)
@@ -184,10 +182,10 @@ def unpack_mxfp4(data: Tensor) -> tuple[Tensor, Tensor]:
 
 def _grid_shape(type_name: str) -> BlockShape:
     get_type(type_name)
-    if type_name not in SHAPES:
-        known = ", ".join(SHAPES)
+    even = [name for name, shape in SHAPES.items() if not (shape.levels or shape.codebook)]
+    if type_name not in even:
         raise UnsupportedScheme(
-            f"GGUF type '{type_name}' has no evenly spaced values; choose one of: {known}"
+            f"GGUF type '{type_name}' has no evenly spaced values; choose one of: {', '.join(even)}"
         )
     return SHAPES[type_name]
 

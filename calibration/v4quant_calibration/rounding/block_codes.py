@@ -25,7 +25,10 @@ from v4quant_kernels.scheme import Scheme
 
 @dataclass(frozen=True)
 class BlockCodes:
-    """Integers and scales, all float32: q `[B, K, N]`; d, dmin by block; sc, m by sub-block."""
+    """Integers and scales, all float32: q `[B, K, N]`; d, dmin by block; sc, m by sub-block.
+
+    sc is in units of one: it includes the type's `unit`.
+    """
 
     q: Tensor
     d: Tensor
@@ -134,9 +137,12 @@ def grids(codes: BlockCodes, shape: BlockShape, sub: int, reach: int) -> Grids:
     d, dmin = codes.d[:, :1], codes.dmin[:, :1]
     offsets = torch.arange(-reach, reach + 1, device=d.device)
     offsets = offsets[offsets.abs().argsort(stable=True)].float().view(1, -1, 1)
+    if shape.odd_scales:
+        offsets = 2 * offsets
     if shape.sc is None:
         return _single_grids(d, dmin, offsets, shape)
-    low, high = shape.sc
+    low, high = (limit * shape.unit for limit in shape.sc)
+    offsets = offsets * shape.unit
     near = (sc + offsets).clamp_(low, high)
     if not shape.has_minimum:
         shared = torch.ones_like(near)
@@ -186,10 +192,12 @@ def from_blocks(
     """Codes `[1, K, N]` of blocks row by row."""
     count = columns // shape.block
 
-    def arranged(t: Tensor | None, each: int, absent: float) -> Tensor:
+    def arranged(t: Tensor | None, each: int, absent: float, unit: float = 1.0) -> Tensor:
         if t is None:
             return torch.full((1, count * each, rows), absent, device=device)
-        return t.float().reshape(rows, count * each).mT.contiguous().unsqueeze(0).to(device)
+        return (
+            (t.float() * unit).reshape(rows, count * each).mT.contiguous().unsqueeze(0).to(device)
+        )
 
     scaled = shape.sc is not None
     dmin = blocks.dmin
@@ -198,7 +206,7 @@ def from_blocks(
     return BlockCodes(
         arranged(blocks.q, shape.block, 0.0),
         arranged(blocks.d, 1, 0.0),
-        arranged(blocks.sc, shape.subs, 1.0),
+        arranged(blocks.sc, shape.subs, 1.0, shape.unit),
         arranged(dmin, 1, 0.0),
         arranged(blocks.m, shape.subs, 1.0),
     )
@@ -222,9 +230,10 @@ def write_codes(
     blocks = Blocks(
         rows_of(codes.q, shape.block).to(torch.int8),
         rows_of(codes.d, 1)[:, 0].half(),
-        rows_of(codes.sc, shape.subs).to(torch.int8) if scaled else None,
+        (rows_of(codes.sc, shape.subs) / shape.unit).to(torch.int8) if scaled else None,
         dmin,
         rows_of(codes.m, shape.subs).to(torch.int8) if scaled and shape.has_minimum else None,
+        shape.unit,
     )
     data = put_together(blocks, scheme.name).view(sum(heights), -1)
     parts = data.split(list(heights))

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from v4quant_kernels import dispatch
+from v4quant_kernels import codebook_fit, dispatch
+from v4quant_kernels.ref.ggml_fields import BlockShape
 
 
 class Fit(NamedTuple):
@@ -28,13 +29,14 @@ class Fit(NamedTuple):
     cost: Tensor
 
 
-def fit(
-    values: Tensor, factor: Tensor, step: Tensor, lowest: Tensor, limits: tuple[int, int]
-) -> Fit:
-    """Round values `[B, size, N]` to the best of grids step * q + lowest, low <= q <= high.
+def fit(values: Tensor, factor: Tensor, step: Tensor, lowest: Tensor, shape: BlockShape) -> Fit:
+    """Round values `[B, size, N]` to the best of grids step * q + lowest with the type's q.
 
-    factor: `[B, size, size]`, upper; step, lowest: `[B, grids, N]`. Values are left unchanged.
+    factor: `[B, size, size]`, upper; step, lowest: `[B, grids, N]`, lowest of a type with a
+    codebook is 0. Values are left unchanged.
     """
+    if shape.codebook is not None:
+        return Fit(*codebook_fit.fit(values, factor, step, shape.codebook))
     cost = values.new_full((values.shape[0], values.shape[2]), torch.inf)
     choice = torch.zeros_like(cost, dtype=torch.int64)
     if dispatch.uses_loops(values):
@@ -44,11 +46,11 @@ def fit(
         for b in range(len(values)):
             block_fit.fit(
                 values[b].numpy(), factor[b].contiguous().numpy(), step[b].numpy(),
-                lowest[b].numpy(), *limits, choice[b].numpy(), integers[b].numpy(),
+                lowest[b].numpy(), shape.q, shape.levels, choice[b].numpy(), integers[b].numpy(),
                 errors[b].numpy(), cost[b].numpy(),
             )  # fmt: skip
         return Fit(choice, integers, errors, cost)
-    tried, missed = _round(values, factor, step, lowest, limits)
+    tried, missed = _round(values, factor, step, lowest, shape)
     for k, total in enumerate(missed.square().sum(1).unbind(1)):
         better = total < cost
         cost = torch.where(better, total, cost)
@@ -62,7 +64,7 @@ def fit(
 
 
 def _round(
-    values: Tensor, factor: Tensor, step: Tensor, lowest: Tensor, limits: tuple[int, int]
+    values: Tensor, factor: Tensor, step: Tensor, lowest: Tensor, shape: BlockShape
 ) -> tuple[Tensor, Tensor]:
     """Integers and errors over pivots under all grids, `[B, size, grids, N]` both."""
     work = values.unsqueeze(2).repeat(1, 1, step.shape[1], 1)
@@ -70,8 +72,16 @@ def _round(
     inverse = torch.where(step != 0, 1 / step, 0.0)
     rows = factor.view(*factor.shape, 1, 1)
     for i in range(values.shape[1]):
-        rounded = torch.round((work[:, i] - lowest) * inverse).clamp_(*limits)
+        rounded = _nearest((work[:, i] - lowest) * inverse, shape)
         integers[:, i] = rounded
         errors[:, i] = (work[:, i] - (rounded * step + lowest)) / rows[:, i, i]
         work[:, i + 1 :].addcmul_(rows[:, i, i + 1 :], errors[:, i].unsqueeze(1), value=-1)
     return integers, errors
+
+
+def _nearest(values: Tensor, shape: BlockShape) -> Tensor:
+    """The type's integers nearest to values."""
+    if not shape.levels:
+        return torch.round(values).clamp_(*shape.q)
+    levels = torch.tensor(shape.levels, dtype=values.dtype, device=values.device)
+    return levels[torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)]

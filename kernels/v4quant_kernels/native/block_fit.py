@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from v4quant_kernels.native import compiled
+from v4quant_kernels.native.ggml.levels import nearest_level
 from v4quant_kernels.native.threads import over_rows
 
 Floats = NDArray[np.float32]
@@ -26,8 +27,8 @@ def fit(
     factor: Floats,
     step: Floats,
     lowest: Floats,
-    low: int,
-    high: int,
+    limits: tuple[int, int],
+    levels: tuple[int, ...],
     choice: NDArray[np.int64],
     integers: Floats,
     errors: Floats,
@@ -37,17 +38,37 @@ def fit(
 
     values: `[channels, N]`; factor: `[channels, channels]`, upper; step, lowest: `[grids, N]`;
     choice, cost: `[N]`; integers, errors (over the pivots): `[channels, N]`. The first of equals
-    wins.
+    wins. levels: the integers there are, ascending, where not all within the limits are.
     """
-    bounds = np.float32(low), np.float32(high)
+    low, high = (np.float32(v) for v in limits)
+    known = np.array(levels, np.float32)
+    middles = (known[1:] + known[:-1]) / 2
     found = choice, integers, errors, cost
-    over_rows(values.shape[1], partial(_fit, values, factor, step, lowest, *bounds, *found))
+    over_rows(
+        values.shape[1],
+        partial(_fit, values, factor, step, lowest, low, high, known, middles, *found),
+    )
+
+
+@compiled
+def nearest(  # type: ignore[no-untyped-def]
+    work, i, width, base, inverse, low, high, levels, middles, codes
+):
+    """The integers nearest to channel i of a tile, into its codes."""
+    if levels.size:
+        for t in range(width):
+            found = nearest_level(middles, (work[i, t] - base[t]) * inverse[t])
+            codes[i, t] = levels[found]
+    else:
+        for t in range(width):
+            codes[i, t] = min(max(np.rint((work[i, t] - base[t]) * inverse[t]), low), high)
 
 
 @compiled
 def _fit(  # type: ignore[no-untyped-def]
-    values, factor, step, lowest, low, high, choice, integers, errors, cost, start, stop
-):
+    values, factor, step, lowest, low, high, levels, middles, choice, integers, errors, cost,
+    start, stop,
+):  # fmt: skip
     channels = len(values)
     work = np.empty((channels, _TILE), np.float32)
     codes = np.empty((channels, _TILE), np.float32)
@@ -68,11 +89,9 @@ def _fit(  # type: ignore[no-untyped-def]
             work[:, :width] = values[:, first : first + width]
             for i in range(channels):
                 pivot = one / factor[i, i]
+                nearest(work, i, width, base, inverse, low, high, levels, middles, codes)
                 for t in range(width):
-                    v = work[i, t]
-                    q = min(max(np.rint((v - base[t]) * inverse[t]), low), high)
-                    e = (v - (q * size[t] + base[t])) * pivot
-                    codes[i, t] = q
+                    e = (work[i, t] - (codes[i, t] * size[t] + base[t])) * pivot
                     missed[i, t] = e
                     total[t] += e * e
                 for j in range(i + 1, channels):

@@ -58,6 +58,7 @@ SHAPES: dict[str, BlockShape] = {
     "q3_k": BlockShape(256, 16, (-4, 3), (-32, 31)),
     "q2_k": BlockShape(256, 16, (0, 3), (0, 15), True),
     "q2_0": BlockShape(64, 64, (-1, 2)),
+    **ggml_codebooks.SHAPES,
 }
 
 

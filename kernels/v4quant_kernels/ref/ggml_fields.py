@@ -50,6 +50,11 @@ class BlockShape:
     codebook: Codebook | None = None
 
     @property
+    def group(self) -> int:
+        """Neighbouring weights whose codes are chosen together."""
+        return 1 if self.codebook is None else 8
+
+    @property
     def subs(self) -> int:
         """Sub-blocks a block."""
         return self.block // self.sub

@@ -18,14 +18,17 @@ from v4quant_calibration.rounding.refine import row_errors
 from v4quant_calibration.rounding.second_moments import damped, gram_sum
 from v4quant_calibration.rounding.solvers import optimal, solve_batch
 from v4quant_kernels import codec
+from v4quant_kernels.ggml import decode
 from v4quant_kernels.ggml_types import get_type
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref.ggml_blocks import SHAPES
-from v4quant_kernels.scheme import SCHEMES, get_scheme
+from v4quant_kernels.ref.ggml_fields import BlockShape
+from v4quant_kernels.scheme import SCHEMES, Scheme
 
-TYPES = sorted(name for name in SHAPES if name in SCHEMES)
+TYPES = sorted(SHAPES)
 K_TYPES = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 ROWS = 24
+FEW = ("q2_k", "q3_k", "q4_0", "q2_0", "iq4_xs", "iq2_xxs", "iq3_s", "iq1_m")
 
 
 def moments(rng: torch.Generator, columns: int, tokens: int, batch: int = 2) -> Tensor:
@@ -33,6 +36,14 @@ def moments(rng: torch.Generator, columns: int, tokens: int, batch: int = 2) -> 
     mix = torch.randn(columns, columns, generator=rng) / columns**0.5 + 0.5 * torch.eye(columns)
     rows = torch.randn(batch, tokens, columns, generator=rng) @ mix
     return torch.stack([damped(gram_sum(x, x) / tokens).float() for x in rows])
+
+
+def get_scheme(name: str) -> Scheme:
+    """A scheme, or what one of a GGUF type looks like that recipes cannot name yet."""
+    if name in SCHEMES:
+        return SCHEMES[name]
+    kind = get_type(name)
+    return Scheme(name, "ggml", 2, (1, kind.block), "none", block_bytes=kind.block_bytes)
 
 
 def width(name: str) -> int:
@@ -72,9 +83,13 @@ def test_codes_decode_the_same_everywhere(name: str, generator: torch.Generator)
     codes = block_refine(target, gram, block_gptq(target, gram, name), name, sweeps=2)
     coder = BlockCoder(get_scheme(name))
     top, rest = coder.write(codes, 0, [10, ROWS - 10])
-    kind = GGMLQuantizationType[get_type(name).dtype]
-    data = torch.cat([top.codes, rest.codes]).numpy()
-    assert torch.equal(torch.from_numpy(gguf_dequantize(data, kind)), codes.values()[0].mT)
+    data = torch.cat([top.codes, rest.codes])
+    if name == "q2_0":  # not known to the package
+        decoded = decode(data, name)
+    else:
+        kind = GGMLQuantizationType[get_type(name).dtype]
+        decoded = torch.from_numpy(gguf_dequantize(data.numpy(), kind))
+    assert torch.equal(decoded, codes.values()[0].mT)
     back = coder.read([[top, rest]], target.device)
     assert torch.equal(back.values(), codes.values())
 
@@ -101,7 +116,7 @@ def test_solved_batches_keep_what_is_exact(name: str, generator: torch.Generator
             assert error == 0
 
 
-@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_0"])
+@pytest.mark.parametrize("name", FEW)
 def test_few_tokens_and_dead_channels(name: str, generator: torch.Generator) -> None:
     """Three rows of input for 256 channels, some channels and weights always zero."""
     columns = width(name)
@@ -129,7 +144,9 @@ def test_no_inputs_at_all() -> None:
     assert float((codes.values() - target).abs().max()) < 0.1
 
 
-@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q5_0", "q5_1"])
+@pytest.mark.parametrize(
+    "name", ["q2_k", "q3_k", "q5_0", "q5_1", "iq4_xs", "iq4_nl", "iq1_m", "iq2_xxs", "iq3_xxs"]
+)
 def test_compiled_and_torch_agree(
     name: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,7 +160,7 @@ def test_compiled_and_torch_agree(
     found = []
     for compiled in (True, False):
         monkeypatch.setattr("v4quant_kernels.native.available", lambda c=compiled: c)
-        found.append(fit(values, factor, tried.step, tried.lowest, shape.q))
+        found.append(fit(values, factor, tried.step, tried.lowest, shape))
     mine, theirs = found
     same = mine.choice == theirs.choice
     assert float(same.float().mean()) > 0.95
@@ -158,13 +175,14 @@ def test_fit_is_the_best_of_its_grids(generator: torch.Generator) -> None:
     values = torch.randn(1, 16, ROWS, generator=generator)
     step = torch.rand(1, 7, ROWS, generator=generator) * 0.5 + 0.1
     lowest = -torch.rand(1, 7, ROWS, generator=generator) - 1
-    found = fit(values, factor, step, lowest, (0, 7))
+    shape = BlockShape(16, 16, (0, 7))
+    found = fit(values, factor, step, lowest, shape)
     index = found.choice.unsqueeze(1)
     chosen = found.integers * step.gather(1, index) + lowest.gather(1, index)
     error = row_errors(values - chosen, gram).float()
     torch.testing.assert_close(found.cost, error, rtol=1e-3, atol=1e-5)
     alone = [
-        fit(values, factor, step[:, k : k + 1], lowest[:, k : k + 1], (0, 7)).cost for k in range(7)
+        fit(values, factor, step[:, k : k + 1], lowest[:, k : k + 1], shape).cost for k in range(7)
     ]
     assert torch.equal(torch.stack(alone).amin(0), found.cost)
 

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from v4quant_kernels.native.ggml import codebook_search
+from v4quant_kernels.native.ggml import levels as ggml_levels
 from v4quant_kernels.native.ggml import minimum as ggml_minimum
 from v4quant_kernels.native.ggml import symmetric as ggml_symmetric
 from v4quant_kernels.native.ggml.scan import F32, LANES
@@ -74,11 +76,15 @@ def search(x: Tensor, name: str, importance: Tensor | None) -> Blocks:
     `importance`: float32 `[K]`, not negative. Half-precision scales overflow to infinity.
     """
     shape = SHAPES[name]
-    blocks = x.reshape(-1, shape.block).numpy()
     weights = _weights(importance, shape.block)
+    if shape.codebook is not None:
+        return codebook_search.search(x, name, torch.from_numpy(weights))
+    blocks = x.reshape(-1, shape.block).numpy()
     count = blocks.shape[0]
     q = np.empty((count, shape.block), np.int8)
     d = np.empty(count, np.float32)
+    if shape.levels:
+        return _search_levels(blocks, weights, shape, q, d)
     if shape.sc is None:
         lowest = _search_single(blocks, weights, name, shape, q, d)
         return _as_blocks(q, d, None, lowest, None)
@@ -110,6 +116,15 @@ def search(x: Tensor, name: str, importance: Tensor | None) -> Blocks:
         dmin,
     )
     return _as_blocks(q, d, sc, dmin, m)
+
+
+def _search_levels(x: F32, weights: F32, shape: BlockShape, q: NDArray[np.int8], d: F32) -> Blocks:
+    sc = np.empty((len(x), shape.subs), np.int8)
+    levels = np.array(shape.levels, np.float32)
+    middles = ((levels[1:] + levels[:-1]) / 2).astype(np.float32)
+    limits = np.array(shape.sc or (), np.float32)
+    ggml_levels.search_levels(x, weights, ggml_levels.FAMILY, limits, levels, middles, q, sc, d)
+    return _as_blocks(q, d, sc if shape.sc else None, None, None)
 
 
 def _search_single(

@@ -1,0 +1,106 @@
+"""Sub-blocks onto a codebook with error feedback: the loop of `ref.codebook_fit` over rows.
+
+Rows are independent. A row's groups of eight are coded in turn under every candidate of its step;
+a candidate is given up as soon as it costs more than the best so far.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from v4quant_kernels.native import compiled
+from v4quant_kernels.native.ggml.codebook_vectors import (
+    EITHER_SHIFT,
+    FLIPS,
+    NO_SHIFT,
+    ROWS,
+    E,
+    Q,
+    V,
+    code_group,
+)
+from v4quant_kernels.native.ggml.scan import F32, ZERO
+from v4quant_kernels.native.threads import over_rows
+from v4quant_kernels.ref.codebook_fit import Weighing
+
+
+def fit(
+    values: F32, weighing: Weighing, member: int, step: F32, choice: NDArray[np.int64], q: F32,
+    errors: F32, cost: F32,
+) -> None:  # fmt: skip
+    """For every row the best of its steps, into the last four arguments.
+
+    values: `[size, N]`; step: `[steps, N]`; choice, cost: `[N]`; q, errors (over the pivots):
+    `[size, N]`. The first of equals wins. member: of the batch that `weighing` is of.
+    """
+    book = weighing.codebook
+    shifts: tuple[int, ...] = (NO_SHIFT,)
+    if book.shift:
+        shifts = (0, 1) if book.shift > 8 else (EITHER_SHIFT,)
+    parts = (weighing.table, weighing.s, weighing.carry, weighing.inverse, weighing.factor)
+    table, s, carry, inverse, factor = (part[member].contiguous().numpy() for part in parts)
+    loop = partial(
+        _fit, values, weighing.grid.numpy(), table, s, carry, inverse, factor, step, book.vector,
+        book.signs == "even", np.array(shifts), choice, q, errors, cost,
+    )  # fmt: skip
+    over_rows(values.shape[1], loop)
+
+
+@compiled
+def _fit(  # type: ignore[no-untyped-def]
+    values, grid, table, s, carry, inverse, factor, step, vector, even, shifts, choice, q, errors,
+    cost, start, stop,
+):  # fmt: skip
+    size = values.shape[0]
+    w = np.empty((ROWS, 8), np.float32)
+    order, first = np.empty(FLIPS, np.int64), np.empty(FLIPS, np.int64)
+    work, codes, missed = (
+        np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32),
+    )  # fmt: skip
+    for n in range(start, stop):
+        least = np.float32(np.inf)
+        for k in range(step.shape[0] * shifts.size):
+            unit, shift = step[k // shifts.size, n], shifts[k % shifts.size]
+            for i in range(size):
+                work[i] = values[i, n]
+            total = ZERO
+            for g in range(size // 8):
+                for i in range(8):
+                    w[V, i] = work[8 * g + i]
+                code_group(
+                    grid, table, s, carry, g, unit, vector, even, shift, w, order, first
+                )  # fmt: skip
+                total += spread(inverse, factor, g, w, codes, missed, work)
+                if not total < least:
+                    break
+            if total < least:
+                least = total
+                choice[n] = k // shifts.size
+                for i in range(size):
+                    q[i, n] = codes[i]
+                    errors[i, n] = missed[i]
+        cost[n] = least
+
+
+@compiled
+def spread(  # type: ignore[no-untyped-def]
+    inverse, factor, g, w, codes, missed, work
+):
+    """Keep a group's codes (row Q) and errors, move the weights behind it; returns its cost."""
+    cost = ZERO
+    for j in range(8):
+        z = ZERO
+        for i in range(j + 1):
+            z += w[E, i] * inverse[g, i, j]
+        codes[8 * g + j] = w[Q, j]
+        missed[8 * g + j] = z
+        cost += z * z
+    for k in range(8 * g + 8, len(work)):
+        moved = work[k]
+        for i in range(8):
+            moved -= missed[8 * g + i] * factor[8 * g + i, k]
+        work[k] = moved
+    return cost
