@@ -28,11 +28,12 @@ import v4quant  # noqa: F401  settles OpenMP before torch is loaded
 
 # isort: split
 import torch
-from tiny_v4_training import export, heldout, loop, model, mtp, text
+from tiny_v4_training import families, heldout, loop, model, text
 from tokenizers import Tokenizer
+from torch import nn
 
 DATA = Path(__file__).resolve().parent.parent / "v4quant" / "data"
-MTP_SHARE = 0.12
+DRAFT_SHARE = 0.12
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -52,6 +53,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--heldout", type=Path, action="append", help="text to keep out and to measure on")
     add("--config", type=Path, default=DATA / "tiny-v4" / "config.json", help="dimensions")
     add("--tokenizer", type=Path, default=DATA / "tiny-v4", help="folder of the tokenizer")
+    add("--start", type=Path, help="V4 checkpoint of the same widths to start a V4.1 from")
     add("--train-tokenizer", action="store_true", help="learn a new vocabulary from the text")
     add(
         "--window", type=int, default=512, help="tokens a window, half of it at first (default 512)"
@@ -91,23 +93,27 @@ def read_text(args: argparse.Namespace) -> tuple[list[text.Source], list[text.Do
 
 
 def train_both(
-    args: argparse.Namespace, raw: dict[str, object], streams: list[text.Stream]
-) -> tuple[loop.Phase, loop.Phase]:
-    """Train trunk and draft stage, resuming what a saved state holds."""
+    args: argparse.Namespace,
+    family: families.Family,
+    tokenizer: Tokenizer,
+    streams: list[text.Stream],
+) -> tuple[nn.Module, nn.Module]:
+    """Train trunk and draft, resuming what a saved state holds."""
     settings = loop.Settings(
         seed=args.seed,
-        bos=int(str(raw["bos_token_id"])),
+        bos=int(family.flat["bos_token_id"]),
         short=args.window // 2,
         long=args.window,
         tokens_per_step=args.tokens_per_step,
         save_minutes=args.save_minutes,
     )
-    counts = text.token_counts(streams, int(str(raw["vocab_size"])))
-    trunk = model.build_trunk(raw, counts, args.seed)
+    trunk = family.trunk(streams, tokenizer, args.seed)
     state_path = args.out.with_name(args.out.name + ".training.pt")
     saved = loop.load_state(state_path, settings)
-    first = loop.trunk_phase(trunk)
-    stage = mtp.MtpStage(raw, args.seed)
+    if args.start and not saved:
+        family.start(trunk, args.start)
+    first = family.trunk_phase(trunk)
+    draft = family.draft(args.seed)
     size = sum(p.numel() for p in trunk.parameters())
     say(f"trunk: {size / 1e6:.1f} M parameters")
     if "trunk" in saved:
@@ -120,32 +126,33 @@ def train_both(
         loop.save_state(state_path, settings, {p.name: p.state() for p in phases})
 
     minutes = args.minutes
-    trunk_budget = loop.Budget(args.steps, minutes * (1 - MTP_SHARE) if minutes else None)
-    mtp_steps = max(1, round(args.steps * MTP_SHARE)) if args.steps else None
+    trunk_budget = loop.Budget(args.steps, minutes * (1 - DRAFT_SHARE) if minutes else None)
+    draft_steps = max(1, round(args.steps * DRAFT_SHARE)) if args.steps else None
     loop.train(first, trunk_budget, settings, streams, save)
-    second = loop.mtp_phase(stage, trunk)
+    second = family.draft_phase(draft, trunk)
     if "mtp" in saved:
         second.restore(saved["mtp"])
     phases.append(second)
-    mtp_budget = loop.Budget(mtp_steps, minutes * MTP_SHARE if minutes else None)
-    loop.train(second, mtp_budget, settings, streams, save)
-    return first, second
+    draft_budget = loop.Budget(draft_steps, minutes * DRAFT_SHARE if minutes else None)
+    loop.train(second, draft_budget, settings, streams, save)
+    return trunk, draft
 
 
-def report(args: argparse.Namespace, stage: mtp.MtpStage, secret: list[text.Document]) -> None:
-    """Read the written folder back and print its held-out perplexity (stdout)."""
-    written = heldout.load_written(args.out)
+def report(
+    args: argparse.Namespace,
+    family: families.Family,
+    draft: nn.Module,
+    secret: list[text.Document],
+) -> None:
+    """Read the written folder back and print its held-out figures (stdout)."""
     tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
-    bos = int(written.config.bos_token_id)
-    stage.eval()
+    bos = int(family.flat["bos_token_id"])
     for document in secret:
         ids = torch.tensor(tokenizer.encode(document.text).ids)
         windows = heldout.heldout_windows(ids, args.window, args.heldout_windows, bos)
-        value, error = heldout.perplexity(written, windows)
-        agreement = heldout.draft_agreement(written, stage, windows)
+        scores = family.scores(args.out, draft, windows)
         print(
-            f"{Path(document.name).name}: perplexity {value:.2f} +- {error:.2f} on "
-            f"{windows.shape[0]} windows of {args.window}, draft agreement {100 * agreement:.1f} %"
+            f"{Path(document.name).name}: {scores} on {windows.shape[0]} windows of {args.window}"
         )
 
 
@@ -153,30 +160,23 @@ def main() -> None:
     """Text, training, writing, measuring."""
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    raw = model.read_config(args.config)
+    family = families.family_of(model.read_config(args.config))
+    vocabulary, bos = int(family.flat["vocab_size"]), int(family.flat["bos_token_id"])
     sources, secret = read_text(args)
     frame = args.tokenizer / "tokenizer.json"
     if args.train_tokenizer:
-        tokenizer_json = text.train_tokenizer(frame, sources, raw["vocab_size"])
+        tokenizer_json = text.train_tokenizer(frame, sources, vocabulary)
     else:
         tokenizer_json = frame.read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(tokenizer_json)
-    if tokenizer.get_vocab_size() > raw["vocab_size"]:
-        sys.exit(f"{frame}: more tokens than the model's vocab_size {raw['vocab_size']}")
-    streams = [text.encode(tokenizer, source, raw["bos_token_id"]) for source in sources]
+    if tokenizer.get_vocab_size() > vocabulary:
+        sys.exit(f"{frame}: more tokens than the model's vocab_size {vocabulary}")
+    streams = [text.encode(tokenizer, source, bos) for source in sources]
     say(f"{sum(s.ids.numel() for s in streams):,} tokens to learn from")
-    trunk, stage = train_both(args, raw, streams)
-    total = export.write_release(
-        args.out,
-        raw,
-        trunk.model.state_dict(),
-        stage.model.state_dict(),
-        args.tokenizer,
-        tokenizer_json,
-    )
+    trunk, draft = train_both(args, family, tokenizer, streams)
+    total = family.write(args.out, trunk, draft, args.tokenizer, tokenizer_json)
     say(f"wrote {args.out}: {total:,} bytes of tensors")
-    assert isinstance(stage.model, mtp.MtpStage)
-    report(args, stage.model, secret)
+    report(args, family, draft, secret)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ class Phase:
     model: nn.Module
     loss: Callable[[Tensor, float], tuple[Tensor, Tensor]]  # language model, everything else
     after_step: Callable[[], float]
+    before_update: Callable[[], None] = lambda: None
     step: int = 0
     seconds: float = 0.0
     optimisers: list[torch.optim.Optimizer] = field(init=False)
@@ -187,6 +188,7 @@ def _one_step(
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         loss, side = phase.loss(windows, progress)
     torch.autograd.backward(loss + side)
+    phase.before_update()
     factor = rate(phase.step, progress)
     for optimiser in phase.optimisers:
         for group in optimiser.param_groups:

@@ -23,10 +23,12 @@ ADAM_RATE = 3e-3
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ADAM_NAMES = (
     "embed",
-    "lm_head",
+    "head.weight",
     "norm",
     "_hc.",
-    "hc_head",
+    "hc_",
+    "q_weight",
+    "k_weight",
     "gate.weight",
     "sinks",
     "position_bias",

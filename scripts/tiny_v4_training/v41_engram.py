@@ -1,0 +1,153 @@
+"""The Engram of V4.1 as it is trained: hashed n-grams look vectors up that are added to the streams.
+
+The rows follow from the tokenizer alone: tokens that read the same to a person share a compressed
+id, an n-gram of those is multiplied, xored and taken modulo a prime per head, and every prime is
+used once in the whole model. Row numbers are therefore constants of the text, and what is trained
+are the tables and the projection that makes a key per stream and one value of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, normalizers
+from torch import Tensor, nn
+
+_SPACE = "\ue000"  # stands for a lone space while the ends are stripped
+_GATE_FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class HashPlan:
+    """The constants of the lookup: token map int64 `[vocab]`, and per Engram layer the rest."""
+
+    token_map: Tensor
+    compressed: int
+    pad: int
+    heads: int
+    primes: tuple[tuple[int, ...], ...]  # per layer: order-major, then head
+    multipliers: tuple[tuple[int, ...], ...]  # per layer: one per n-gram position
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows of each layer's table."""
+        return [sum(p) for p in self.primes]
+
+    def row_ids(self, ids: Tensor, layer: int) -> Tensor:
+        """int64 `[batch, length, columns]`: the table rows of token ids `[batch, length]`."""
+        c = self.token_map[ids]
+        primes = torch.tensor(self.primes[layer])
+        offsets = torch.cumsum(primes, 0) - primes
+        mixed = c * self.multipliers[layer][0]
+        columns = []
+        for order, m in enumerate(self.multipliers[layer][1:], 1):
+            before = torch.cat([torch.full_like(c[:, :order], self.pad), c[:, :-order]], dim=1)
+            mixed = mixed ^ (before[:, : c.shape[1]] * m)
+            part = slice((order - 1) * self.heads, order * self.heads)
+            columns.append(mixed.unsqueeze(-1) % primes[part] + offsets[part])
+        return torch.cat(columns, dim=-1)
+
+
+def hash_plan(text_config: Mapping[str, Any], tokenizer: Tokenizer) -> HashPlan:
+    """The plan that a `text_config` and a tokenizer give."""
+    orders, heads = text_config["engram_max_ngram_size"], text_config["engram_n_heads"]
+    mapping, size = token_map(tokenizer, text_config["vocab_size"])
+    layers = text_config["engram_layer_ids"]
+    bound = (2**63 - 1) // size // 2
+    multipliers = tuple(
+        tuple(
+            int(x) * 2 + 1
+            for x in np.random.default_rng(10007 * i).integers(0, bound, orders, np.int64)
+        )
+        for i in layers
+    )
+    return HashPlan(
+        token_map=torch.tensor(mapping),
+        compressed=size,
+        pad=mapping[text_config["engram_pad_token_id"]],
+        heads=heads,
+        primes=table_primes(len(layers), orders, heads, text_config["engram_vocab_size"]),
+        multipliers=multipliers,
+    )
+
+
+def token_map(tokenizer: Tokenizer, vocab_size: int) -> tuple[list[int], int]:
+    """Compressed id of every token id, and how many there are."""
+    n = normalizers
+    reads_as = n.Sequence(
+        [
+            n.NFKC(),
+            n.NFD(),
+            n.StripAccents(),
+            n.Lowercase(),
+            n.Replace(Regex(r"[ \t\r\n]+"), " "),
+            n.Replace(Regex(r"^ $"), _SPACE),
+            n.Strip(),
+            n.Replace(_SPACE, " "),
+        ]
+    )
+    seen: dict[str, int] = {}
+    mapping = []
+    for token in range(vocab_size):
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        broken = "\ufffd" in text
+        key = tokenizer.id_to_token(token) if broken else reads_as.normalize_str(text) or text
+        mapping.append(seen.setdefault(key, len(seen)))
+    return mapping, len(seen)
+
+
+def table_primes(layers: int, orders: int, heads: int, start: int) -> tuple[tuple[int, ...], ...]:
+    """Per layer `(orders - 1) * heads` primes from `start` on, none handed out twice."""
+    used: set[int] = set()
+    result = []
+    for _ in range(layers):
+        row: list[int] = []
+        for _ in range(orders - 1):
+            current = start - 1
+            for _ in range(heads):
+                current += 1
+                while current in used or not _is_prime(current):
+                    current += 1
+                used.add(current)
+                row.append(current)
+        result.append(tuple(row))
+    return tuple(result)
+
+
+def _is_prime(n: int) -> bool:
+    return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
+
+
+class Engram(nn.Module):
+    """One layer's tables and projection. Call with streams and row ids."""
+
+    def __init__(self, text_config: Mapping[str, Any], rows: int) -> None:
+        super().__init__()
+        self.width, self.streams = text_config["hidden_size"], text_config["hc_mult"]
+        columns = (text_config["engram_max_ngram_size"] - 1) * text_config["engram_n_heads"]
+        self.embed = nn.Embedding(rows, text_config["engram_head_dim"])
+        inputs = columns * text_config["engram_head_dim"]
+        self.wkv = nn.Linear(inputs, (self.streams + 1) * self.width, bias=False)
+        self.q_weight = nn.Parameter(torch.ones(self.streams, self.width))
+        self.k_weight = nn.Parameter(torch.ones(self.streams, self.width))
+
+    def forward(self, h: Tensor, rows: Tensor) -> Tensor:
+        """Streams `[batch, length, streams, hidden]` with the gated value added to each."""
+        both = self.wkv(self.embed(rows).flatten(-2)).float()
+        key, value = both.split([self.streams * self.width, self.width], dim=-1)
+        key = unit(key.unflatten(-1, (self.streams, self.width)))
+        dot = (unit(h) * (self.q_weight * self.k_weight) * key).sum(-1) * self.width**-0.5
+        root = dot.abs().clamp_min(_GATE_FLOOR).sqrt()
+        gate = torch.sigmoid(torch.copysign(root, dot))
+        return h + gate.unsqueeze(-1) * value.unsqueeze(2)
+
+
+def unit(x: Tensor) -> Tensor:
+    """x divided by its root mean square over the last dimension."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-20)
+
+

@@ -1,0 +1,116 @@
+"""Writing a trained V4.1 as it is released: official names and formats, the tables in own shards.
+
+A shard above `SHARD_BYTES` is cut between tensors, so that no file of the folder is large.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiny_v4_training.export import GENERATION_CONFIG
+from tiny_v4_training.v41_formats import e8m0, fp4, fp8_rows, fp8_tiles, kind
+from v4quant_formats.shards import ShardWriter, plan_shard, write_file_atomically
+from v4quant_formats.spec import DTYPE_NAMES, TensorSpec
+
+SHARD_BYTES = 2_000_000
+
+
+def write_v41_release(
+    out: Path,
+    raw: Mapping[str, Any],
+    trunk: nn.Module,
+    draft: nn.Module,
+    tokenizer: Path,
+    tokenizer_json: str,
+) -> int:
+    """Write a checkpoint folder and return its tensor bytes; the index is written last."""
+    out.mkdir(parents=True, exist_ok=True)
+    shards = [part for shard in _shards(raw, trunk, draft) for part in _cut(shard)]
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, tensors in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        specs = [TensorSpec(n, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
+        writer = ShardWriter(out / name, plan_shard(specs))
+        for tensor_name, tensor in tensors.items():
+            writer.add(tensor_name, tensor)
+        writer.close()
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(s.nbytes for s in specs)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    files = {"config.json": raw, "generation_config.json": GENERATION_CONFIG}
+    files["model.safetensors.index.json"] = index
+    shutil.copyfile(tokenizer / "tokenizer_config.json", out / "tokenizer_config.json")
+    write_file_atomically(out / "tokenizer.json", tokenizer_json.encode())
+    for name, value in files.items():
+        write_file_atomically(out / name, (json.dumps(value, indent=2) + "\n").encode())
+    return total
+
+
+def stored(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that hold one parameter of the models, under the names of the release."""
+    at = name.removesuffix(".weight")
+    match kind(name):
+        case "fp4":
+            for expert, both in enumerate(tensor):
+                parts = both.chunk(2) if name.endswith("gate_up_proj") else (both,)
+                for which, matrix in zip(("w1", "w3") if len(parts) == 2 else ("w2",), parts):
+                    module = f"{name.rpartition('.')[0]}.experts.{expert}.{which}"
+                    codes, exponent = fp4(matrix)
+                    packed = codes[..., 0::2] | codes[..., 1::2] << 4
+                    yield f"{module}.weight", packed.to(torch.uint8).view(torch.int8)
+                    yield f"{module}.scale", e8m0(exponent)
+        case "fp8" | "rows" as form:
+            codes, exponent = (fp8_tiles if form == "fp8" else fp8_rows)(tensor)
+            yield f"{at}.weight", codes
+            yield f"{at}.scale", e8m0(exponent)
+        case "f32":
+            if name.endswith("e_score_correction_bias"):
+                at = f"{name.rpartition('.')[0]}.bias"
+                yield at, tensor.float()
+                yield f"{at}_vl", tensor.float().clone()  # images were never trained on
+            else:
+                yield name, tensor.float()
+        case _:
+            yield name, tensor.bfloat16()
+
+
+def _shards(
+    raw: Mapping[str, Any], trunk: nn.Module, draft: nn.Module
+) -> Iterator[dict[str, Tensor]]:
+    """Embedding, one layer a shard, final parts, one stage a shard, one table a shard."""
+    c, state = raw["text_config"], dict(trunk.state_dict())
+    tables = {n: state.pop(n) for n in list(state) if n.endswith("engram.embed.weight")}
+    yield _store({"embed.weight": state.pop("embed.weight")})
+    for layer in range(c["num_hidden_layers"]):
+        prefix = f"layers.{layer}."
+        yield _store({n: t for n, t in state.items() if n.startswith(prefix)})
+    yield _store({n: state[n] for n in ("norm.weight", "head.weight")})
+    drafted = draft.state_dict()
+    for stage in range(c["num_nextn_predict_layers"]):
+        yield _store({n: t for n, t in drafted.items() if n.startswith(f"mtp.{stage}.")})
+    for name, table in tables.items():
+        yield _store({name: table})
+
+
+def _store(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.contiguous() for name, x in tensors.items() for n, t in stored(name, x)}
+
+
+def _cut(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if part and size + tensor.nbytes > SHARD_BYTES:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor
+        size += tensor.nbytes
+    yield part
