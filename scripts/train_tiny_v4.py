@@ -1,7 +1,12 @@
-"""Train a tiny DeepSeek-V4 from nothing and write it in the layout of the release.
+"""Train a tiny DeepSeek-V4 or V4.1 from nothing and write it in the layout of the release.
 
     python scripts/train_tiny_v4.py --out tiny --minutes 45
     python scripts/train_tiny_v4.py --out tiny --minutes 45 --text novels/ --text rust-docs/
+    python scripts/train_tiny_v4.py --out tiny41 --minutes 45 --start v4quant/data/tiny-v4 \
+        --config v4quant/data/tiny-v41/config.json --tokenizer v4quant/data/tiny-v41 --text novels/
+
+The config says which of the two. A V4.1 can start from a trained V4 of the same widths (`--start`),
+which saves most of the work: experts, attention and embeddings carry over.
 
 Random weights hide quantization damage: nothing they compute is confident enough to be changed by
 rounding. The bundled tiny model exists because of that, and this script makes another one like it.
@@ -39,7 +44,7 @@ DRAFT_SHARE = 0.12
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Train a tiny DeepSeek-V4 and write it in the released layout.",
+        description="Train a tiny DeepSeek-V4 or V4.1 and write it in the released layout.",
         epilog="example: python scripts/train_tiny_v4.py --out tiny --minutes 45 --threads 1",
     )
     add = parser.add_argument
@@ -112,7 +117,7 @@ def train_both(
     saved = loop.load_state(state_path, settings)
     if args.start and not saved:
         family.start(trunk, args.start)
-    first = family.trunk_phase(trunk)
+    first = family.trunk_phase(trunk, bool(args.start))
     draft = family.draft(args.seed)
     size = sum(p.numel() for p in trunk.parameters())
     say(f"trunk: {size / 1e6:.1f} M parameters")

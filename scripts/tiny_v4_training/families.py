@@ -36,8 +36,8 @@ class Family(Protocol):
     def start(self, trunk: nn.Module, folder: Path) -> None:
         """Take over a trained checkpoint's weights."""
 
-    def trunk_phase(self, trunk: nn.Module) -> loop.Phase:
-        """How the trunk is trained."""
+    def trunk_phase(self, trunk: nn.Module, started: bool) -> loop.Phase:
+        """How the trunk is trained, afresh or started from another checkpoint."""
 
     def draft(self, seed: int) -> nn.Module:
         """Fresh draft stages."""
@@ -69,8 +69,9 @@ class V4:
         """Not offered: another run goes on from its own state."""
         raise SystemExit("--start is for V4.1, which it starts from a V4")
 
-    def trunk_phase(self, trunk: nn.Module) -> loop.Phase:
+    def trunk_phase(self, trunk: nn.Module, started: bool) -> loop.Phase:
         """Next-token loss and indexer distillation."""
+        del started
         return loop.trunk_phase(trunk)
 
     def draft(self, seed: int) -> nn.Module:
@@ -122,9 +123,9 @@ class V41:
         """Experts, attention and embeddings of a V4 of the same widths."""
         start_from(trunk, folder)
 
-    def trunk_phase(self, trunk: nn.Module) -> loop.Phase:
+    def trunk_phase(self, trunk: nn.Module, started: bool) -> loop.Phase:
         """Next-token loss and indexer distillation, rounded weights at the end."""
-        return v41_trunk_phase(trunk)
+        return v41_trunk_phase(trunk, started)
 
     def draft(self, seed: int) -> nn.Module:
         """DSpark's stages."""

@@ -68,12 +68,13 @@ class Phase:
     loss: Callable[[Tensor, float], tuple[Tensor, Tensor]]  # language model, everything else
     after_step: Callable[[], float]
     before_update: Callable[[], None] = lambda: None
+    settled: tuple[str, ...] = ()  # words of parameter names that come trained from elsewhere
     step: int = 0
     seconds: float = 0.0
     optimisers: list[torch.optim.Optimizer] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.optimisers = make_optimisers(self.model)
+        self.optimisers = make_optimisers(self.model, self.settled)
 
     def state(self) -> dict[str, Any]:
         """Everything a later process needs to go on."""

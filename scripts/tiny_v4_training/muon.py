@@ -19,6 +19,7 @@ from tiny_v4_training.precision import product_dtype
 
 MUON_RATE = 0.02
 ADAM_RATE = 3e-3
+SETTLED_RATE = 1e-3
 # Coefficients of the published iteration: steep at 0, so that small singular values grow fast.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ADAM_NAMES = (
@@ -81,20 +82,28 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def make_optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of `model`, AdamW for the rest of its trainable parameters."""
+def make_optimisers(model: nn.Module, settled: tuple[str, ...] = ()) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of `model`, AdamW for the rest of its trainable parameters.
+
+    Parameters whose names hold a word of `settled` come trained from elsewhere and have to adapt
+    only: AdamW at a low rate does that, at a tenth of what Muon costs.
+    """
     matrices: list[Tensor] = []
+    adapting: list[Tensor] = []
     fused: list[Tensor] = []
     others: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.ndim < 2 or any(part in name for part in _ADAM_NAMES):
+        if any(part in name for part in settled):
+            adapting.append(parameter)
+        elif parameter.ndim < 2 or any(part in name for part in _ADAM_NAMES):
             others.append(parameter)
         else:
             (fused if "gate_up_proj" in name else matrices).append(parameter)
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": fused, "parts": 2}]
+    adams = [(others, ADAM_RATE)] + ([(adapting, SETTLED_RATE)] if adapting else [])
     return [
         Muon([g for g in groups if g["params"]], MUON_RATE),
-        torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+        *(torch.optim.AdamW(p, lr=r, betas=(0.9, 0.95), weight_decay=0.0) for p, r in adams),
     ]

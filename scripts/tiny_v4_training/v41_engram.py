@@ -1,4 +1,4 @@
-"""The Engram of V4.1 as it is trained: hashed n-grams look vectors up that are added to the streams.
+"""The Engram of V4.1 as it is trained: vectors of hashed n-grams are added to the streams.
 
 The rows follow from the tokenizer alone: tokens that read the same to a person share a compressed
 id, an n-gram of those is multiplied, xored and taken modulo a prime per head, and every prime is
@@ -149,5 +149,3 @@ class Engram(nn.Module):
 def unit(x: Tensor) -> Tensor:
     """x divided by its root mean square over the last dimension."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-20)
-
-

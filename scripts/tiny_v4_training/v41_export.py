@@ -60,8 +60,11 @@ def stored(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     match kind(name):
         case "fp4":
             for expert, both in enumerate(tensor):
-                parts = both.chunk(2) if name.endswith("gate_up_proj") else (both,)
-                for which, matrix in zip(("w1", "w3") if len(parts) == 2 else ("w2",), parts):
+                fused = name.endswith("gate_up_proj")
+                parts = (
+                    dict(zip(("w1", "w3"), both.chunk(2), strict=True)) if fused else {"w2": both}
+                )
+                for which, matrix in parts.items():
                     module = f"{name.rpartition('.')[0]}.experts.{expert}.{which}"
                     codes, exponent = fp4(matrix)
                     packed = codes[..., 0::2] | codes[..., 1::2] << 4

@@ -25,7 +25,6 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4TopKR
 from tiny_v4_training.model import attention_kl
 from tiny_v4_training.v41_engram import Engram, HashPlan, unit
 
-
 INDEX_EVERY = 4
 
 
@@ -279,7 +278,9 @@ class Moe(nn.Module):
         for expert, given in enumerate(flat[tokens].split(counts)):
             if len(given):
                 up = F.linear(given, self.gate_up_proj[expert])
-                parts.append(F.linear(clamped(*up.chunk(2, -1), self.limit), self.down_proj[expert]))
+                parts.append(
+                    F.linear(clamped(*up.chunk(2, -1), self.limit), self.down_proj[expert])
+                )
         routed = torch.cat(parts).float() * weights.flatten()[order].unsqueeze(-1)
         out = torch.zeros_like(flat).index_add(0, tokens, routed)
         return (out + self.shared_experts(flat)).view_as(x)

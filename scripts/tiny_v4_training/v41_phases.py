@@ -1,4 +1,4 @@
-"""V4.1's two phases of training for the shared loop, and its weights rounded as they will be stored.
+"""V4.1's two phases for the training loop, and weights rounded as they will be stored.
 
 Behind `ROUNDED_FROM` of the trunk's budget each step computes with the weights as the written files
 will hold them and moves the full ones (the straight-through estimator): what is trained last is
@@ -6,7 +6,6 @@ what is shipped.
 """
 
 from __future__ import annotations
-
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +21,12 @@ ROUNDED_FROM = 0.8
 ANCHOR_EVERY = 16
 
 
-def v41_trunk_phase(trunk: V41Trunk) -> Phase:
-    """The trunk on next-token loss plus indexer distillation."""
+# What a V4 to start from has trained already.
+SETTLED = ("gate_up_proj", "down_proj", "shared_experts")
+
+
+def v41_trunk_phase(trunk: V41Trunk, started: bool) -> Phase:
+    """The trunk on next-token loss plus indexer distillation; `started` from a trained V4."""
     balance, rounding = RouterBalance(trunk), _Rounding(trunk)
 
     def loss(windows: Tensor, progress: float) -> tuple[Tensor, Tensor]:
@@ -32,7 +35,7 @@ def v41_trunk_phase(trunk: V41Trunk) -> Phase:
         wanted = windows[:, 1:-1].reshape(-1)
         return F.cross_entropy(logits.flatten(0, 1).float(), wanted), index_loss(passed)
 
-    return Phase("trunk", trunk, loss, balance.step, rounding.end)
+    return Phase("trunk", trunk, loss, balance.step, rounding.end, SETTLED if started else ())
 
 
 def v41_draft_phase(draft: Draft, trunk: V41Trunk) -> Phase:
@@ -44,9 +47,7 @@ def v41_draft_phase(draft: Draft, trunk: V41Trunk) -> Phase:
         del progress
         with torch.no_grad():
             _, _, targets = trunk(windows)
-        anchors, before, wanted = block_windows(
-            windows, draft.c["dspark_block_size"], ANCHOR_EVERY
-        )
+        anchors, before, wanted = block_windows(windows, draft.c["dspark_block_size"], ANCHOR_EVERY)
         return draft_loss(*draft(trunk, targets, anchors, before), wanted)
 
     return Phase("mtp", draft, loss, balance.step)

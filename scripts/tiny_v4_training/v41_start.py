@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from tiny_v4_training.v41_model import V41Trunk
-from v4quant_formats.checkpoint import Checkpoint, open_checkpoint
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.opening import open_checkpoint
+from v4quant_kernels.codec import dequantize
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.ref.codec import dequantize
 from v4quant_kernels.scheme import SCHEMES
 
 

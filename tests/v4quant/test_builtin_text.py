@@ -17,7 +17,7 @@ from v4quant.builtin import (
     resolve_corpus,
     resolve_source,
 )
-from v4quant_calibration.corpus.chat_encoding import MODES
+from v4quant_calibration.corpus.chat_dialects import DIALECTS
 from v4quant_calibration.corpus.corpus import CorpusRequest, load_corpus
 
 DATA = Path(v4quant.__file__).parent / "data"
@@ -93,8 +93,12 @@ def test_any_budget_is_met_and_every_mode_is_a_part(name: str) -> None:
     half = name.rpartition("-")[2]
     assert set(parts) == {
         *(f"{half}-{kind}" for kind in ("code", "prose", "docs", "c-js", "languages")),
-        *(f"{half}-chats ({mode})" for mode in MODES),
+        *(f"{half}-chats ({mode})" for mode in DIALECTS["preview"].efforts),
     }
     assert 60_000 <= sum(parts.values()) < 70_000
     # What the chats lack, the others give.
-    assert parts[f"{half}-prose"] > 10_000 > sum(parts[f"{half}-chats ({m})"] for m in MODES)
+    assert (
+        parts[f"{half}-prose"]
+        > 10_000
+        > sum(parts[f"{half}-chats ({m})"] for m in DIALECTS["preview"].efforts)
+    )

@@ -40,7 +40,7 @@ from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.conversion.plan import make_plan
 from v4quant.progress import default_progress
 from v4quant.source import open_source
-from v4quant_calibration.corpus.chat_encoding import DEFAULT_MODE
+from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE
 from v4quant_calibration.solve.solution import is_solution, load_solution
 from v4quant_calibration.statistics.stats import Stats, load_stats
 from v4quant_formats.checkpoint import Checkpoint

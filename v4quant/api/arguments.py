@@ -16,6 +16,7 @@ from v4quant.builtin import resolve_corpus
 from v4quant.hub.refs import HubRef, is_hub, parse_hub
 from v4quant.sizes import parse_size
 from v4quant.source import Source, resolve_source
+from v4quant_calibration.corpus.chat_dialects import DEFAULT_RELEASE
 from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_formats.checkpoint import Checkpoint
@@ -70,7 +71,8 @@ def read_corpus(
     """
     listed = [names] if isinstance(names, str | os.PathLike) else names
     files = resolve_corpus([os.fspath(name) for name in listed])
-    request = CorpusRequest(seq_len, tokens, config.bos_token_id, config.vocab_size, mode)
+    release = "v41" if checkpoint.config.get("model_type") == "deepseek_v41" else DEFAULT_RELEASE
+    request = CorpusRequest(seq_len, tokens, config.bos_token_id, config.vocab_size, mode, release)
     return load_corpus(files, checkpoint.path / "tokenizer.json", request)
 
 

@@ -23,7 +23,7 @@ from v4quant.devices import find_device
 from v4quant.progress import default_progress
 from v4quant.recipe import Recipe, read_toml, recipe_from_table
 from v4quant.source import open_source
-from v4quant_calibration.corpus.chat_encoding import DEFAULT_MODE
+from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.defaults import MIN_TOKENS
 from v4quant_calibration.statistics.coverage import coverage

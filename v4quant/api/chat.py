@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from v4quant.api.arguments import PathLike
-from v4quant_calibration.corpus.chat_encoding import RELEASES, encode_messages
+from v4quant_calibration.corpus.chat_dialects import RELEASES
+from v4quant_calibration.corpus.chat_encoding import encode_messages
 from v4quant_calibration.corpus.tokenizer import TextTokenizer
 
 

@@ -24,7 +24,7 @@ from v4quant.evaluation.evaluate import LogitFiles, Resources, evaluate_checkpoi
 from v4quant.evaluation.report import write_report
 from v4quant.progress import default_progress
 from v4quant.source import open_source
-from v4quant_calibration.corpus.chat_encoding import DEFAULT_MODE
+from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE
 from v4quant_calibration.corpus.tokenizer import TextTokenizer
 from v4quant_calibration.evaluation.evaluate import Measures
 from v4quant_calibration.evaluation.needle import make_needles

@@ -7,9 +7,22 @@ from typing import Any, TypeVar
 
 import click
 
-from v4quant_calibration.corpus.chat_encoding import DEFAULT_MODE, MODES
+from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE, MODES, is_mode
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+MODE_NAMES = f"[{'|'.join((*MODES, 'think-N'))}]"
+
+
+def checked_mode(_: click.Context, parameter: click.Parameter, value: str) -> str:
+    """The mode of `--mode` itself: a named one, or `think-N` for V4.1."""
+    if not is_mode(value):
+        known = ", ".join(MODES)
+        raise click.BadParameter(
+            f"'{value}' is none of {known}, think-1 to think-100", param=parameter
+        )
+    return value
 
 
 def corpus_options(default: str) -> Callable[[Command], Command]:
@@ -28,7 +41,8 @@ def corpus_options(default: str) -> Callable[[Command], Command]:
             click.option("--tokens", type=int, help="Tokens to use in all (default: everything)."),
             click.option(
                 "--mode",
-                type=click.Choice(MODES),
+                metavar=MODE_NAMES,
+                callback=checked_mode,
                 default=DEFAULT_MODE,
                 show_default=True,
                 help="How chats are encoded whose JSONL row names no mode.",

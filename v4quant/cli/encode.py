@@ -11,7 +11,8 @@ import click
 
 import v4quant
 from v4quant.cli import _output
-from v4quant_calibration.corpus.chat_encoding import MODES, RELEASES
+from v4quant.cli._options import MODE_NAMES, checked_mode
+from v4quant_calibration.corpus.chat_dialects import RELEASES
 from v4quant_calibration.corpus.chat_messages import EncodingError
 
 MAX_MESSAGES_BYTES = 2**28
@@ -21,7 +22,13 @@ MAX_MESSAGES_BYTES = 2**28
     epilog="Example: v4quant encode chat.json --mode think-high --ids --tokenizer DeepSeek-V4-Flash"
 )
 @click.argument("messages", metavar="MESSAGES.json")
-@click.option("--mode", type=click.Choice(MODES), required=True, help="How the model shall think.")
+@click.option(
+    "--mode",
+    metavar=MODE_NAMES,
+    callback=checked_mode,
+    required=True,
+    help="How the model shall think.",
+)
 @click.option("--ids", is_flag=True, help="Print token ids instead of text; needs --tokenizer.")
 @click.option(
     "--tokenizer",
@@ -33,7 +40,7 @@ MAX_MESSAGES_BYTES = 2**28
     type=click.Choice(RELEASES),
     default=RELEASES[0],
     show_default=True,
-    help="preview: April's prompts; 0731: its high is the preview's max.",
+    help="preview: V4 of April; 0731: its high is the preview's max; v41: V4.1.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def encode(

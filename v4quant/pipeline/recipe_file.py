@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
-from v4quant_calibration.corpus.chat_encoding import DEFAULT_MODE, MODES
+from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE, MODES, is_mode
 from v4quant_calibration.defaults import MIN_TOKENS
 
 PRESETS = Path(__file__).parent / "presets"
@@ -79,7 +79,7 @@ def load_pipeline(name: str) -> Pipeline:
 
 Step = TypeVar("Step", CorpusStep, VerifyStep)
 
-_CHOICES = {"activations": ("plain", "official"), "mode": MODES}
+_CHOICES = {"activations": ("plain", "official")}
 _TYPES: dict[str, tuple[type, ...]] = {
     "tokens": (int,),
     "seq_len": (int,),
@@ -113,6 +113,11 @@ def _step(kind: type[Step], table: Mapping[str, Any], name: str, path: Path) -> 
             raise RecipeError(f"{where}: '{key}' is {value!r}, expected {_TYPES[key][0].__name__}")
         elif type(value) is int and value < 1:
             raise RecipeError(f"{where}: '{key}' is {value}, expected a positive number")
+        elif key == "mode" and not is_mode(str(value)):
+            raise RecipeError(
+                f"{where}: 'mode' is '{value}', expected one of {', '.join(MODES)}, think-1 to "
+                "think-100"
+            )
         elif key in _CHOICES and value not in _CHOICES[key]:
             raise RecipeError(
                 f"{where}: '{key}' is '{value}', expected one of {', '.join(_CHOICES[key])}"

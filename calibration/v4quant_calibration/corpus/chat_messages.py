@@ -1,12 +1,13 @@
-"""Chat messages, read strictly: what the release's published examples determine, nothing beyond.
+"""Chat messages, read strictly: what the releases' encoders are known to do, nothing beyond.
 
 A prompt that is nearly right still gives an answer, so a wrong guess here would never be noticed.
-Whatever the examples leave open (unknown keys, content in parts, a second system message, a call
-without arguments) is therefore refused with the message's number and a remedy, not improvised.
+Whatever is left open (unknown keys, content in parts, a developer's message for V4.1) is therefore
+refused with the message's number and a remedy, not improvised.
 
-Read messages are exchanges: an *ask*, which is everything behind one user token, and the
-*reply* to it. A user's or developer's message is an ask; so are all results of a reply's tool
-calls together with the user message that follows them.
+Read messages are exchanges: *asks*, and the *reply* to them. An ask is what stands behind one user
+token: user messages and results of tool calls in a row are one, the results sorted into the order
+of the calls they answer. A developer's message is an ask, and so is, for V4.1, a system message
+behind the first.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from v4quant_kernels.errors import V4QuantError
 
@@ -22,16 +23,18 @@ BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
+SYSTEM = "<｜System｜>"
 REMINDER = "<｜latest_reminder｜>"
+IMAGE = "<｜deepseek_image｜>"
 THINK, END_THINK = "<think>", "</think>"
 DSML = "｜DSML｜"
 TASKS = {"action": "<｜action｜>"}
 
 # Inside a text these would be read as structure: the prompt would say what no message said.
-_STRUCTURE = (BOS, EOS, USER, ASSISTANT, REMINDER, DSML, *TASKS.values())
+_STRUCTURE = (BOS, EOS, USER, ASSISTANT, SYSTEM, REMINDER, IMAGE, DSML, *TASKS.values())
 
 _KEYS = {
-    "system": ("content", "tools"),
+    "system": ("content", "tools", "response_format"),
     "developer": ("content", "tools"),
     "user": ("content", "task"),
     "latest_reminder": ("content",),
@@ -42,7 +45,27 @@ _KEYS = {
 
 
 class EncodingError(V4QuantError):
-    """A conversation that is malformed, or whose prompt the published examples do not determine."""
+    """A conversation that is malformed, or whose prompt nothing that is known determines."""
+
+
+class Roles(Protocol):
+    """What a release's format has places for."""
+
+    @property
+    def name(self) -> str:
+        """The release."""
+
+    @property
+    def middle_system(self) -> bool:
+        """System messages behind the first one."""
+
+    @property
+    def developer(self) -> bool:
+        """Messages of developers."""
+
+    @property
+    def response_format(self) -> bool:
+        """A schema for the reply in a system message."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +78,44 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
+class System:
+    """A system message: its text, and the schema of replies as JSON text."""
+
+    text: str
+    response_format: str | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of a user turn; `call` is the id of the call that a result names."""
+
+    text: str
+    is_result: bool = False
+    call: str | None = None
+
+
+@dataclass(frozen=True)
 class Ask:
-    """What one user token introduces. `results` are in the order of their calls."""
+    """What one user token introduces, or a system message in the middle (`system`).
+
+    `role` and `number` are those of its first message.
+    """
 
     role: str
     number: int
-    results: tuple[str, ...] = ()
-    text: str | None = None
+    blocks: tuple[Block, ...] = ()
+    system: System | None = None
     tools: tuple[str, ...] = ()
     task: str | None = None
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An assistant's message; `reasoning` is None where it is missing or empty."""
+    """An assistant's message; `reasoning` is empty where there is none."""
 
     number: int
     content: str
-    reasoning: str | None
+    reasoning: str
     calls: tuple[ToolCall, ...]
 
 
@@ -80,10 +123,10 @@ class Reply:
 class Conversation:
     """Messages in the form they are rendered from. `tools` are schemas, a JSON text each."""
 
-    system: str | None
+    system: System | None
     tools: tuple[str, ...]
     reminder: str | None
-    exchanges: tuple[tuple[Ask, Reply | None], ...]
+    exchanges: tuple[tuple[tuple[Ask, ...], Reply | None], ...]
 
 
 @dataclass(frozen=True)
@@ -110,7 +153,9 @@ class _Message:
 
 
 def read_conversation(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    messages: Sequence[Mapping[str, Any]],
+    roles: Roles,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> Conversation:
     """Check messages and arrange them. `tools` given beside them belong to the system message.
 
@@ -122,18 +167,15 @@ def read_conversation(
     system, schemas = None, read_tools(tools, "tools")
     if rest and rest[0].role == "system":
         first = rest.pop(0)
-        system = first.text()
+        system = _system(first, roles)
         schemas = _one_set(schemas, read_tools(first.values.get("tools"), f"{first}: tools"), first)
-    elif schemas:
-        raise EncodingError(
-            "tools are given, but the first message is no system message, which would list them; "
-            'put {"role": "system", "content": "..."} first'
-        )
     reminder = rest.pop(0).text() if rest and rest[0].role == "latest_reminder" else None
-    exchanges = _exchanges(rest)
-    for ask, _ in exchanges:
-        if schemas and ask.tools:
+    exchanges = _exchanges(rest, roles)
+    given = bool(schemas)
+    for ask in (ask for asks, _ in exchanges for ask in asks):
+        if given and ask.tools:
             raise EncodingError(f"message {ask.number} ({ask.role}) gives tools a second time")
+        given = given or bool(ask.tools)
     return Conversation(system, schemas, reminder, exchanges)
 
 
@@ -193,68 +235,104 @@ def _message(number: int, message: object) -> _Message:
     return _Message(number, role, values)
 
 
-def _exchanges(rest: list[_Message]) -> tuple[tuple[Ask, Reply | None], ...]:
+def _exchanges(
+    rest: list[_Message], roles: Roles
+) -> tuple[tuple[tuple[Ask, ...], Reply | None], ...]:
     """Asks and replies in turn; a reply may be missing at the end only."""
-    exchanges: list[tuple[Ask, Reply | None]] = []
-    previous: Reply | None = None
+    exchanges: list[tuple[tuple[Ask, ...], Reply | None]] = []
+    order: dict[str, int] = {}
     while rest:
-        ask = _ask(rest, previous)
-        previous = None
-        if rest:
-            if rest[0].role != "assistant":
-                raise EncodingError(
-                    f"{rest[0]} follows {ask.role} message {ask.number} where an assistant's "
-                    "reply must stand; join them into one message"
-                )
-            previous = _reply(rest.pop(0))
-        exchanges.append((ask, previous))
+        asks = _asks(rest, order, roles)
+        reply = _reply(rest.pop(0)) if rest else None
+        if reply is not None and reply.calls:
+            order = {c.id: i for i, c in enumerate(reply.calls) if c.id}
+        exchanges.append((asks, reply))
     if not exchanges:
         raise EncodingError("there is no user message to answer")
     return tuple(exchanges)
 
 
-def _ask(rest: list[_Message], previous: Reply | None) -> Ask:
-    """Take the next ask off the list: results of the previous reply's calls, or a message."""
-    number, results = rest[0].number, []
-    while rest and rest[0].role == "tool":
-        results.append(rest.pop(0))
-    calls = previous.calls if previous is not None else ()
-    ordered = tuple(_in_order(number, results, calls))
-    if results and (not rest or rest[0].role == "assistant"):
-        return Ask("tool", number, ordered)
-    message = rest.pop(0)
-    if message.role not in ("user", "developer") or (results and message.role != "user"):
-        expected = "user" if results else "user or developer"
-        raise EncodingError(
-            f"{message} stands where a {expected} message must stand; a system message comes "
-            "first, a latest_reminder next, both once"
+def _asks(rest: list[_Message], order: dict[str, int], roles: Roles) -> tuple[Ask, ...]:
+    """Take the asks before the next reply off the list, at least one."""
+    asks: list[Ask] = []
+    while rest and rest[0].role != "assistant":
+        if rest[0].role in ("user", "tool"):
+            asks.append(_user_turn(rest, order))
+        else:
+            asks.append(_other_ask(rest.pop(0), asks, roles))
+        if len(asks) > 1 and not roles.middle_system:
+            raise EncodingError(
+                f"message {asks[1].number} ({asks[1].role}) follows {asks[0].role} message "
+                f"{asks[0].number} where an assistant's reply must stand; join them into one"
+            )
+    if not asks:
+        raise EncodingError(f"{rest[0]} stands where a user message must stand")
+    return tuple(asks)
+
+
+def _user_turn(rest: list[_Message], order: dict[str, int]) -> Ask:
+    """Users' messages and results in a row. A task ends the row: what follows is another turn."""
+    first, blocks, task = rest[0], [], None
+    while rest and rest[0].role in ("user", "tool") and task is None:
+        message = rest.pop(0)
+        is_result = message.role == "tool"
+        has_id = is_result and "tool_call_id" in message.values
+        blocks.append(
+            Block(message.text(), is_result, message.text("tool_call_id") if has_id else None)
         )
-    task = message.text("task") if "task" in message.values else None
-    if task is not None and task not in TASKS:
-        raise EncodingError(f"{message}: task {task!r} is not known; known is {', '.join(TASKS)}")
+        if "task" in message.values:
+            task = message.text("task")
+            if task not in TASKS:
+                known = ", ".join(TASKS)
+                raise EncodingError(f"{message}: task {task!r} is not known; known is {known}")
+            if len(blocks) > 1:
+                raise EncodingError(f"{message}: a task needs a turn of its own")
+    return Ask(first.role, first.number, _in_order(blocks, order), task=task)
+
+
+def _other_ask(message: _Message, before: list[Ask], roles: Roles) -> Ask:
+    """A developer's message, or a system message in the middle, where the release has them."""
     tools = read_tools(message.values.get("tools"), f"{message}: tools")
-    return Ask(message.role, message.number, ordered, message.text(), tools, task)
+    if message.role == "system" and roles.middle_system:
+        return Ask("system", message.number, system=_system(message, roles), tools=tools)
+    if message.role == "developer" and roles.developer and not before:
+        return Ask("developer", message.number, (Block(message.text()),), tools=tools)
+    if message.role == "developer" and not roles.developer:
+        raise EncodingError(
+            f"{message}: what release {roles.name} makes of developers' messages is not known; "
+            "make it a system message"
+        )
+    raise EncodingError(
+        f"{message} stands where a user or developer message must stand; a system message comes "
+        "first, a latest_reminder next, both once"
+    )
 
 
-def _in_order(number: int, results: list[_Message], calls: tuple[ToolCall, ...]) -> list[str]:
-    """Texts of tool results in the order of the calls they answer."""
-    if results and not calls:
-        raise EncodingError(f"{results[0]} answers no tool call; an assistant's call must precede")
-    if len(results) != len(calls):
+def _system(message: _Message, roles: Roles) -> System:
+    """A system message's text and the schema for replies."""
+    form = message.values.get("response_format")
+    if form is None:
+        return System(message.text(), None)
+    if not roles.response_format:
         raise EncodingError(
-            f"before message {number} an assistant made {len(calls)} tool calls, but "
-            f"{len(results)} results follow; give one for each"
+            f"{message} has 'response_format', whose effect on the prompt of release {roles.name} "
+            "is not known; take it out"
         )
-    if len(results) == 1 and "tool_call_id" not in results[0].values:
-        return [results[0].text()]
-    texts = {r.text("tool_call_id"): r.text() for r in results}
-    ids = [c.id for c in calls if c.id is not None]
-    if len(texts) != len(results) or len(set(ids)) != len(calls) or set(texts) != set(ids):
-        raise EncodingError(
-            f"{results[0]} and those after it: the tool_call_ids {sorted(texts)} are not those of "
-            f"the {len(calls)} calls before them ({ids}), each once"
-        )
-    return [texts[i] for i in ids]
+    if not isinstance(form, Mapping):
+        raise EncodingError(f"{message}: response_format must be an object")
+    return System(message.text(), to_json(dict(form), f"{message}: response_format"))
+
+
+def _in_order(blocks: list[Block], order: dict[str, int]) -> tuple[Block, ...]:
+    """Results sorted into the order of the calls, in the places where results stand.
+
+    As in the release's encoder the sort is stable, and a result that names no call of the last
+    reply counts as answering the first.
+    """
+    results = [b for b in blocks if b.is_result]
+    results.sort(key=lambda b: order.get(b.call or "", 0))
+    following = iter(results)
+    return tuple(next(following) if b.is_result else b for b in blocks)
 
 
 def _reply(message: _Message) -> Reply:
@@ -273,26 +351,25 @@ def _reply(message: _Message) -> Reply:
             raise EncodingError(
                 f"{message} holds {token}; give the reasoning as 'reasoning_content', without tags"
             )
-    return Reply(message.number, content, reasoning or None, calls)
+    return Reply(message.number, content, reasoning, calls)
 
 
 def _call(call: Mapping[str, Any], where: str) -> ToolCall:
     function = call.get("function")
     if set(call) - {"id", "type", "function"} or call.get("type", "function") != "function":
         raise EncodingError(f"{where} must have 'type' \"function\", 'function', and perhaps 'id'")
-    if not isinstance(function, Mapping) or set(function) != {"name", "arguments"}:
+    if not isinstance(function, Mapping) or not {"name"} <= set(function) <= {"name", "arguments"}:
         raise EncodingError(f"{where}: its function must have a name and arguments, nothing else")
-    arguments = function["arguments"]
+    arguments = function.get("arguments", {})
+    if arguments is None or arguments == "":  # a function without parameters
+        arguments = {}
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
             raise EncodingError(f"{where}: its arguments are not JSON") from None
-    if not isinstance(arguments, Mapping) or not arguments:
-        raise EncodingError(
-            f"{where}: its arguments must be a JSON object with at least one parameter (how a call "
-            "without any is written is not known)"
-        )
+    if not isinstance(arguments, Mapping):
+        raise EncodingError(f"{where}: its arguments must be a JSON object")
     for name in (function["name"], *arguments):
         if not isinstance(name, str) or not name or set(name) & set('"<>\n'):
             raise EncodingError(f"{where}: {name!r} cannot stand as a name in the call's markup")

@@ -24,7 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from v4quant_calibration.corpus.chat_encoding import DEFAULT_MODE, encode_messages
+from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE, DEFAULT_RELEASE
+from v4quant_calibration.corpus.chat_encoding import encode_messages
 from v4quant_calibration.corpus.chat_messages import BOS, EncodingError
 from v4quant_calibration.corpus.tokenizer import TextTokenizer
 from v4quant_kernels.errors import V4QuantError
@@ -79,7 +80,7 @@ class CorpusRequest:
     all (None: everything).
 
     `bos_token_id` is prepended to every window of text; `vocab_size` bounds the ids. `mode` is how
-    chats are encoded whose row names none: non-think, think-high or think-max.
+    chats are encoded whose row names none, `release` whose format that is.
     """
 
     seq_len: int | None
@@ -87,6 +88,7 @@ class CorpusRequest:
     bos_token_id: int
     vocab_size: int
     mode: str = DEFAULT_MODE
+    release: str = DEFAULT_RELEASE
 
 
 def load_corpus(files: Sequence[Path], tokenizer: Path, request: CorpusRequest) -> Corpus:
@@ -190,7 +192,9 @@ def _chat(
     """A chat's prompt, tokenized in one pass; BOS is checked and taken off for the windows."""
     mode = request.mode if row.get("mode") is None else row["mode"]
     try:
-        prompt = encode_messages(row["messages"], mode, tools=row.get("tools"))
+        prompt = encode_messages(
+            row["messages"], mode, tools=row.get("tools"), release=request.release
+        )
     except EncodingError as error:
         raise CorpusError(f"{where}: {error}") from None
     ids = encode(prompt)

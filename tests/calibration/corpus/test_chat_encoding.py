@@ -13,8 +13,18 @@ from click.testing import CliRunner, Result
 from tokenizers import Tokenizer
 
 from v4quant.cli import cli
-from v4quant_calibration.corpus.chat_encoding import MAX_EFFORT, MODES, encode_messages
-from v4quant_calibration.corpus.chat_messages import ASSISTANT, BOS, DSML, EOS, USER, EncodingError
+from v4quant_calibration.corpus.chat_dialects import DIALECTS, MAX_EFFORT
+from v4quant_calibration.corpus.chat_encoding import encode_messages
+from v4quant_calibration.corpus.chat_messages import (
+    ASSISTANT,
+    BOS,
+    DSML,
+    EOS,
+    IMAGE,
+    SYSTEM,
+    USER,
+    EncodingError,
+)
 from v4quant_calibration.corpus.corpus import CorpusError, CorpusRequest, load_corpus
 
 REPOSITORY = Path(__file__).parents[3]
@@ -27,6 +37,7 @@ PREVIEW = REPOSITORY.parent / "shared" / "encoding" / "preview"
 TOKENIZER = REPOSITORY / "v4quant" / "data" / "tiny-v4" / "tokenizer.json"
 
 Message = dict[str, Any]
+MODES = tuple(DIALECTS["preview"].efforts)
 
 TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
 
@@ -189,26 +200,18 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "unknown key": ([user(name="Ann")], "has 'name', whose effect"),
     "other reasoning key": ([user(), assistant(reasoning="x")], "has 'reasoning'"),
     "response format": ([user(response_format={})], "has 'response_format'"),
+    "response format of V4": ([system(response_format={}), user()], "not known; take it out"),
     "second system": ([system(), user(), assistant(), system()], r"message 4 \(system\) stands"),
+    "system behind a user": ([user(), system()], r"message 2 \(system\) stands"),
     "late reminder": ([user(), assistant(), {"role": "latest_reminder", "content": "x"}],
                       r"message 3 \(latest_reminder\) stands"),
     "assistant first": ([assistant()], r"message 1 \(assistant\) stands where a user"),
-    "two users": ([user(), user()], "message 2 .user. follows user message 1"),
     "two assistants": ([user(), assistant(), assistant()], "message 3 .assistant. stands"),
-    "result without call": ([user(), assistant(), result()], "message 3 .* answers no tool call"),
-    "result first": ([result()], "answers no tool call"),
-    "result for a user": ([user(), result()], "follows user message 1"),
-    "missing result": ([user(), TWO, result(identity="a")], "2 tool calls, but 1 results"),
-    "no result": ([user(), TWO, user()], "2 tool calls, but 0 results"),
-    "too many results": ([user(), calling(call()), result(), result()], "1 tool calls, but 2"),
-    "wrong id": ([user(), calling(call(identity="a")), result(identity="x")], "are not those of"),
-    "id of no call": ([user(), calling(call()), result(identity="a")], "are not those of"),
-    "same id twice": ([user(), TWO, result(identity="a"), result(identity="a")], "not those of"),
-    "calls of one id": ([user(), calling(call(identity="a"), call(identity="a")),
-                         result(identity="a"), result(identity="a")], "not those of"),
-    "two results without ids": ([user(), TWO, result(), result()], "has no tool_call_id"),
     "developer after a result": ([user(), calling(call()), result(),
-                                  {"role": "developer", "content": "x"}], "where a user message"),
+                                  {"role": "developer", "content": "x"}], "where a user or dev"),
+    "user after a developer": ([{"role": "developer", "content": "x"}, user()],
+                               "message 2 .user. follows developer message 1"),
+    "id of a result a number": ([user(), TWO, result(identity=7)], "tool_call_id' is a int"),  # type: ignore[arg-type]
     "calls no list": ([user(), assistant(tool_calls="x")], "tool_calls must be a list of objects"),
     "call a string": ([user(), assistant(tool_calls=["x"])], "must be a list of objects"),
     "call without function": ([user(), calling({"id": "a"})], "must have a name and arguments"),
@@ -218,12 +221,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "arguments no JSON": ([user(), calling(call("{q: 1}"))], "tool call 1: .* are not JSON"),
     "arguments nested": ([user(), calling(call("[" * 10**5))], "are not JSON"),
     "arguments a list": ([user(), calling(call("[1]"))], "must be a JSON object"),
-    "no arguments": ([user(), calling(call("{}"))], "at least one parameter"),
     "argument NaN": ([user(), calling(call('{"q": NaN}'))], "cannot be written as JSON"),
     "argument a set": ([user(), calling(call({"q": {1}}))], "cannot be written as JSON"),
     "name in quotes": ([user(), calling(call('{"a\\"b": 1}'))], "cannot stand as a name"),
     "call without a name": ([user(), calling(call(name=""))], "cannot stand as a name"),
     "unknown task": ([user(task="poem")], "task 'poem' is not known; known is action"),
+    "task behind a text": ([user(), user(task="action")], "a turn of its own"),
     "early task": ([user(task="action"), assistant(), user()], "last user message"),
     "half a character": ([user("a\ud800")], "half a surrogate pair"),
     "tags in a reply": ([user(), assistant("<think>x</think>y")], "as 'reasoning_content'"),
@@ -258,8 +261,6 @@ def test_refused(kind: str) -> None:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([user(), assistant()], "message 2 .* has no reasoning_content"),
-        ([user(), assistant(reasoning_content="")], "has no reasoning_content"),
         ([user(task="action")], "in mode non-think only"),
         ([user(), calling(call(), reasoning_content="r"), result()], "no tools are given"),
         (
@@ -279,11 +280,158 @@ def test_refused_arguments() -> None:
         encode_messages([user()], "chat")
     with pytest.raises(EncodingError, match="no release '0813'; known are preview"):
         encode_messages([user()], "non-think", release="0813")
-    with pytest.raises(EncodingError, match="first message is no system message"):
-        encode_messages([user()], "non-think", tools=[TOOL])
     with pytest.raises(EncodingError, match="beside the messages and again in message 1"):
         encode_messages([system(tools=[TOOL]), user()], "non-think", tools=[TOOL])
     assert encode_messages([user()], "non-think", tools=[]) == encode_messages([user()], MODES[0])
+
+
+def test_a_reply_without_reasoning_has_an_empty_thought() -> None:
+    for reply in (assistant(), assistant(reasoning_content="")):
+        prompt = encode_messages([user(), reply], "think-high")
+        assert prompt == f"{BOS}{USER}hi{ASSISTANT}<think></think>yes{EOS}"
+    chat = [system(tools=[TOOL]), user(), assistant(), user()]
+    assert f"{ASSISTANT}<think></think>yes{EOS}" in encode_messages(chat, "think-high")
+
+
+def test_tools_without_a_system_message_make_an_empty_one() -> None:
+    """As the release's server does, which puts one in front to hold them."""
+    for release in ("preview", "v41"):
+        given = encode_messages([user()], "think-high", tools=[TOOL], release=release)
+        beside_empty = [system(""), user()]
+        assert given == encode_messages(beside_empty, "think-high", tools=[TOOL], release=release)
+    plain = encode_messages([user()], "non-think", tools=[TOOL])
+    assert plain.startswith(f"{BOS}\n\n## Tools\n\n")
+
+
+@pytest.mark.parametrize("arguments", ["{}", {}, None, ""])
+def test_a_call_without_arguments_has_an_empty_line(arguments: Any) -> None:
+    prompt = encode_messages([user(), calling(call(arguments))], "non-think")
+    assert prompt.endswith(
+        f'<{DSML}invoke name="find">\n\n</{DSML}invoke>\n</{DSML}tool_calls>{EOS}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([("b", "2"), ("a", "1")], "12"),
+        ([("b", "2")], "2"),  # one call is still open
+        ([(None, "x"), (None, "y")], "xy"),  # without ids: as given
+        ([("b", "2"), ("z", "x"), ("a", "1")], "x12"),  # an unknown id counts as the first call
+        ([("a", "1"), ("a", "one")], "1one"),
+    ],
+)
+def test_results_are_sorted_by_call(given: list[tuple[str | None, str]], wanted: str) -> None:
+    chat = [user(), TWO, *(result(text, identity) for identity, text in given)]
+    prompt = encode_messages(chat, "non-think")
+    found = re.findall("<tool_result>(.*?)</tool_result>", prompt)
+    assert "".join(found) == wanted
+
+
+def test_users_texts_keep_their_places_between_results() -> None:
+    chat = [user(), TWO, result("2", "b"), user("wait"), result("1", "a"), user("go on")]
+    tail = "\n\n".join(
+        ["<tool_result>1</tool_result>", "wait", "<tool_result>2</tool_result>", "go on"]
+    )
+    assert encode_messages(chat, "non-think").endswith(f"{USER}{tail}{ASSISTANT}</think>")
+    assert (
+        encode_messages([user("a"), user("b")], "non-think")
+        == f"{BOS}{USER}a\n\nb{ASSISTANT}</think>"
+    )
+
+
+# V4.1.
+
+EFFORT = (
+    "Reasoning Effort: {} (range 1-100, the higher the value, the more thorough the reasoning)\n\n"
+)
+
+
+def v41(messages: list[Message], mode: str = "non-think", **more: Any) -> str:
+    return encode_messages(messages, mode, release="v41", **more).removeprefix(BOS)
+
+
+@pytest.mark.parametrize(
+    ("mode", "number"),
+    [
+        ("think-low", 50),
+        ("think-high", 75),
+        ("think-xhigh", 75),
+        ("think-max", 100),
+        ("think-1", 1),
+        ("think-42", 42),
+        ("think-100", 100),
+    ],
+)
+def test_v41_says_the_effort_as_a_number(mode: str, number: int) -> None:
+    effort = SYSTEM + EFFORT.format(number)
+    assert v41([user()], mode) == f"{effort}{USER}hi{ASSISTANT}<think>"
+    assert v41([system(), user()], mode) == f"{effort}Be brief.{USER}hi{ASSISTANT}<think>"
+
+
+@pytest.mark.parametrize("mode", ["think-0", "think-101", "think-", "think-1.5", "think-²", "50"])
+def test_v41_refuses_other_efforts(mode: str) -> None:
+    with pytest.raises(EncodingError, match=r"effort lies|no mode"):
+        v41([user()], mode)
+
+
+def test_v41_without_thinking_has_no_effort() -> None:
+    assert v41([user()]) == f"{USER}hi{ASSISTANT}</think>"
+    assert v41([system(""), user()]) == f"{SYSTEM}{USER}hi{ASSISTANT}</think>"
+
+
+def test_v41_has_system_messages_in_the_middle() -> None:
+    chat = [system("a"), user("q"), assistant(reasoning_content="r"), system("b")]
+    head = f"{SYSTEM}{EFFORT.format(88)}a{USER}q{ASSISTANT}"
+    assert v41(chat, "think-88") == f"{head}</think>yes{EOS}{SYSTEM}b{ASSISTANT}<think>"
+    kept = v41(chat, "think-88", drop_thinking=False)
+    assert kept == f"{head}<think>r</think>yes{EOS}{SYSTEM}b{ASSISTANT}<think>"
+    assert v41([system("a"), system("b")]) == f"{SYSTEM}a{SYSTEM}b{ASSISTANT}</think>"
+    both = [user("q"), system("b"), user("c"), assistant()]
+    assert v41(both) == f"{USER}q{SYSTEM}b{USER}c{ASSISTANT}</think>yes{EOS}"
+
+
+def test_v41_calls_have_a_space_before_their_names() -> None:
+    chat = [user(), calling(call({"k": "v", "n": 2}, "a"), call({}, "b"), reasoning_content="r"),
+            result("2", "b"), result("1", "a")]  # fmt: skip
+    prompt = v41(chat, "think-high", tools=[TOOL])
+    calls = (
+        f"\n\n<{DSML} calls>\n"
+        f'<{DSML} invoke name="find">\n'
+        f'<{DSML} parameter name="k" string="true">v</{DSML} parameter>\n'
+        f'<{DSML} parameter name="n" string="false">2</{DSML} parameter>\n'
+        f"</{DSML} invoke>\n"
+        f'<{DSML} invoke name="find">\n\n</{DSML} invoke>\n'
+        f"</{DSML} calls>{EOS}"
+    )
+    results = "<tool_result>1</tool_result>\n\n<tool_result>2</tool_result>"
+    assert prompt.endswith(
+        f"{USER}hi{ASSISTANT}<think>r</think>{calls}{USER}{results}{ASSISTANT}<think>"
+    )
+    assert f'writing a "<{DSML} calls>" block' in prompt
+    assert "tool_calls>" not in prompt and f"<{DSML}invoke" not in prompt
+
+
+def test_v41_response_format_stands_behind_the_tools() -> None:
+    prompt = v41([system(tools=[TOOL], response_format={"é": 1}), user()])
+    tools, form = prompt.split("\n\n## Response Format:\n\n")
+    assert "## Tools" in tools
+    assert form.startswith('You MUST strictly adhere to the following schema to reply:\n{"é": 1}')
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([user(f"see {IMAGE}")], "message 1 .user.: 'content' holds <｜deepseek_image｜>"),
+        ([user(SYSTEM)], "holds <｜System｜>"),
+        ([{"role": "developer", "content": "x"}], "make it a system message"),
+        ([system(response_format=[1]), user()], "must be an object"),
+        ([user(), system(tools=[TOOL]), user(), assistant(), system(tools=[TOOL])], "second time"),
+    ],
+)
+def test_v41_refuses(messages: list[Message], message: str) -> None:
+    with pytest.raises(EncodingError, match=message):
+        v41(messages)
 
 
 # Chats as a corpus.
@@ -346,7 +494,7 @@ def test_long_chats_are_cut_with_one_bos_each(tmp_path: Path) -> None:
         ({"messages": [user()], "mode": "fast"}, "line 2: there is no mode 'fast'"),
         ({"messages": [user()], "mode": ["x"]}, "line 2: there is no mode"),
         ({"messages": "hi"}, "line 2: messages must be a list"),
-        ({"messages": [result()]}, "line 2: message 1 .tool. answers no tool call"),
+        ({"messages": [assistant()]}, "line 2: message 1 .assistant. stands where a user"),
         ({"messages": [user(BOS)]}, "line 2: message 1 .user.: 'content' holds"),
         ({"messages": [user()], "tools": "x"}, "line 2: tools must be a list"),
         ({"messages": [user()], "text": "x"}, 'line 2 has no "text" string, nor "messages"'),
@@ -409,7 +557,7 @@ def test_command_prints_ids(tmp_path: Path) -> None:
         (b'{"tools": []}', "must be a list, or an object"),
         (b'{"messages": [], "model": "x"}', "must be a list, or an object"),
         (b"3", "messages must be a list"),
-        (b'[{"role": "tool", "content": "x"}]', "answers no tool call"),
+        (b'[{"role": "assistant", "content": "x"}]', "where a user message"),
     ],
 )
 def test_command_names_bad_input(tmp_path: Path, content: bytes, message: str) -> None:

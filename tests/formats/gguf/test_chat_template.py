@@ -14,7 +14,8 @@ import pytest
 from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from v4quant_calibration.corpus.chat_encoding import MODES, encode_messages
+from v4quant_calibration.corpus.chat_dialects import DIALECTS
+from v4quant_calibration.corpus.chat_encoding import encode_messages
 from v4quant_formats.gguf.tokenizer import CHAT_TEMPLATE
 
 REPOSITORY = Path(__file__).parents[3]
@@ -86,7 +87,7 @@ def _calls(rng: random.Random) -> list[Message]:
     arguments: Message = {"q": "a < b", "n": 3, "list": [1, {"é": None}], "on": True}
     calls = []
     for name in names:
-        chosen = dict(rng.sample(list(arguments.items()), rng.randint(1, 4)))
+        chosen = dict(rng.sample(list(arguments.items()), rng.randint(0, 4)))
         given = json.dumps(chosen) if rng.random() < 0.5 else chosen
         calls.append({"id": name, "type": "function",
                       "function": {"name": "find", "arguments": given}})  # fmt: skip
@@ -102,7 +103,7 @@ def test_conversations_of_every_shape() -> None:
     rng = random.Random(seed)
     shapes = set()
     for _ in range(150):
-        messages, mode = conversation(rng), rng.choice(MODES)
+        messages, mode = conversation(rng), rng.choice(tuple(DIALECTS["preview"].efforts))
         dropping = {} if rng.random() < 0.5 else {"drop_thinking": False}
         wanted = encode_messages(messages, mode, drop_thinking=not dropping)
         if messages[0]["role"] == "system" and rng.random() < 0.5:
