@@ -85,7 +85,7 @@ def test_from_text_to_a_loadable_checkpoint(tmp_path: Path) -> None:
     with open_checkpoint(out) as checkpoint:
         config = parse_model_config(dict(checkpoint.config))
         assert dict(checkpoint.config) == toy_config()
-        assert [config.layer_kind(i) for i in range(3)] == ["swa", "csa", "hca"]
+        assert [layer.kind for layer in config.layers] == ["swa", "csa", "hca"]
         dtypes = {s.dtype for s in checkpoint}
         assert dtypes == {"I64", "F32", "BF16", "F8_E8M0", "F8_E4M3", "I8"}
         names = set(checkpoint.tensors)
