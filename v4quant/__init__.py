@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from v4quant.api.conversion import PlannedConversion, make_recipe, plan_quantize, quantize
     from v4quant.api.evaluation import evaluate
     from v4quant.api.onnx import PlannedExport, export_onnx, plan_export_onnx
+    from v4quant.api.planning import PlanResult, plan
     from v4quant.api.publishing import PlannedPush, plan_push, push
     from v4quant.checks.diff import DiffResult
     from v4quant.checks.inspection import Inspection
@@ -46,6 +47,7 @@ _HOMES = {
     "EncodedChat": "v4quant.api.chat",
     "Inspection": "v4quant.checks.inspection",
     "JobResult": "v4quant.conversion.job",
+    "PlanResult": "v4quant.api.planning",
     "PlannedConversion": "v4quant.api.conversion",
     "PlannedExport": "v4quant.api.onnx",
     "PlannedPush": "v4quant.api.publishing",
@@ -65,6 +67,7 @@ _HOMES = {
     "inspect": "v4quant.api.checks",
     "make_recipe": "v4quant.api.conversion",
     "open_checkpoint": "v4quant_formats.opening",
+    "plan": "v4quant.api.planning",
     "plan_export_onnx": "v4quant.api.onnx",
     "plan_push": "v4quant.api.publishing",
     "plan_quantize": "v4quant.api.conversion",
@@ -83,6 +86,7 @@ __all__ = [
     "EncodedChat",
     "Inspection",
     "JobResult",
+    "PlanResult",
     "PlannedConversion",
     "PlannedExport",
     "PlannedPush",
@@ -102,6 +106,7 @@ __all__ = [
     "inspect",
     "make_recipe",
     "open_checkpoint",
+    "plan",
     "plan_export_onnx",
     "plan_push",
     "plan_quantize",

@@ -109,7 +109,7 @@ def main() -> NoReturn:
     # numpy is optional to torch and absent CUDA is normal here: neither concerns the user.
     warnings.filterwarnings("ignore", module=r"torch\..*")
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="v4quant", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Abort:
         _leave("Interrupted; the same command resumes.", _exit.INTERRUPTED)

@@ -1,26 +1,31 @@
-"""Types of arguments: checkpoints (a folder, `hf://owner/name`, a built-in name) and schemes.
+"""Types of arguments: checkpoints (a folder, `hf://owner/name`, a built-in name), schemes, formats.
 
 They stay texts here; the library says what they mean. What they add is shell completion.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
+import v4quant
 from v4quant.builtin import TINY_V4
-from v4quant_formats.layouts.choices import WRITABLE
+from v4quant_formats.layouts.choices import LAYOUT_NAMES, WRITABLE
+
+_PRESETS = Path(v4quant.__file__).parent / "pipeline" / "presets"
 
 
-class PlaceType(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
-    """A checkpoint's place, as text. Completion offers folders, and `names`."""
+class TextType(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
+    """A text for the library. Completion offers `words`, and what the shell knows of `paths`."""
 
-    def __init__(self, name: str, names: tuple[str, ...] = ()) -> None:
-        """names: what else it may be."""
+    def __init__(self, name: str, words: tuple[str, ...], paths: str = "") -> None:
+        """paths: "dir" or "file" for arguments that may name one."""
         self.name = name
-        self._names = names
+        self._words = words
+        self._paths = paths
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The text, unchanged."""
@@ -29,29 +34,13 @@ class PlaceType(click.ParamType):  # type: ignore[type-arg]  # generic since cli
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Built-in names and `hf://`; the shell itself completes folders."""
-        words = [name for name in self._names if name.startswith(incomplete)]
-        return [*map(CompletionItem, words), CompletionItem(incomplete, type="dir")]
+        """The words that begin so; paths are the shell's business."""
+        items = [CompletionItem(word) for word in self._words if word.startswith(incomplete)]
+        return [*items, CompletionItem(incomplete, type=self._paths)] if self._paths else items
 
 
-SOURCE = PlaceType("source", (TINY_V4, "hf://"))
-OUT = PlaceType("out", ("hf://",))
-
-
-class SchemeType(click.ParamType):  # type: ignore[type-arg]
-    """A scheme's name; completion offers those that can be written."""
-
-    name = "scheme"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The text, unchanged: the library says what is wrong with it, and what is near."""
-        return str(value)
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """Schemes that begin so."""
-        return [CompletionItem(name) for name in WRITABLE if name.startswith(incomplete)]
-
-
-SCHEME = SchemeType()
+SOURCE = TextType("source", (TINY_V4, "hf://"), "dir")
+OUT = TextType("out", ("hf://",), "dir")
+SCHEME = TextType("scheme", WRITABLE)
+FORMAT = TextType("format", LAYOUT_NAMES)
+RUN_FILE = TextType("recipe", tuple(sorted(p.stem for p in _PRESETS.glob("*.toml"))), "file")

@@ -11,7 +11,7 @@ import click
 
 import v4quant
 from v4quant.cli import _output
-from v4quant.cli._types import OUT, SCHEME, SOURCE
+from v4quant.cli._types import FORMAT, OUT, SCHEME, SOURCE
 from v4quant_calibration.defaults import SOLVER_NAMES
 from v4quant_formats.layouts.choices import ENGINE_CHOICES, LAYOUT_NAMES, WRITABLE
 
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 @click.argument("out", type=OUT)
 @click.option("--scheme", type=SCHEME, help=f"How experts are coded: {', '.join(WRITABLE)}.")
 @click.option(
-    "--format", "format_", help=f"Container: {', '.join(LAYOUT_NAMES)} (default by scheme)."
+    "--format",
+    "format_",
+    type=FORMAT,
+    help=f"Container: {', '.join(LAYOUT_NAMES)} (default by scheme).",
 )
 @click.option(
     "--engine",

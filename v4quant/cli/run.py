@@ -9,6 +9,7 @@ import click
 
 import v4quant
 from v4quant.cli import _exit, _output
+from v4quant.cli._types import RUN_FILE
 from v4quant.cli.calibrate import coverage_text
 from v4quant.cli.evaluate import finding_lines
 from v4quant.cli.quantize import summary
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="Example: v4quant run demo    (or: v4quant run my-run.toml --out converted)")
-@click.argument("recipe")
+@click.argument("recipe", type=RUN_FILE)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for all results.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
 @click.option("--device", default="cpu", show_default=True, help="Where experts are recoded, "

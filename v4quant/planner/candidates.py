@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from v4quant.planner.effort import Cost, Effort
+from v4quant.planner.choices import ENGINE_NAMES, Effort, EngineName
+from v4quant.planner.effort import Cost
 from v4quant.planner.footprint import Footprint, LayerBytes, Outline
 from v4quant.planner.loss import KnownLoss, Measured, known_loss
 from v4quant.planner.machines import Machine
 from v4quant.recipe import Recipe
 from v4quant_kernels.errors import V4QuantError
-
-EngineName = Literal["llama.cpp", "vllm"]
-ENGINE_NAMES: tuple[EngineName, ...] = ("llama.cpp", "vllm")
 
 # What holds FP4 experts bit for bit; for the second set a conversion proves it matrix by matrix.
 HOLDS_FP4 = frozenset({"mxfp4", "mxfp8", "bf16", "int8-g32"})

@@ -14,15 +14,11 @@ No GPU has been timed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from v4quant.planner.choices import Effort
 from v4quant.planner.footprint import Outline
 from v4quant_formats.model_config import Dimensions
 from v4quant_kernels.scheme import Scheme
-
-Effort = Literal["minutes", "hours", "best"]
-EFFORTS: tuple[Effort, ...] = ("minutes", "hours", "best")
-DEFAULT_EFFORT: Effort = "best"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,12 @@
+"""What `plan` can be asked for: engines and effort; quick to import."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+EngineName = Literal["llama.cpp", "vllm"]
+ENGINE_NAMES: tuple[EngineName, ...] = ("llama.cpp", "vllm")
+
+Effort = Literal["minutes", "hours", "best"]
+EFFORTS: tuple[Effort, ...] = ("minutes", "hours", "best")
+DEFAULT_EFFORT: Effort = "best"
