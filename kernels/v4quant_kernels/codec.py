@@ -8,6 +8,7 @@ NaN or infinity in a weight means a damaged file, and no format here could carry
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ _E4M3_NAN = 0x7F  # the magnitude bits of both codes that are NaN
 class _Functions(NamedTuple):
     quantize: Callable[..., QTensor]
     dequantize: Callable[[QTensor], Tensor]
+    rescale: Callable[[QTensor, Tensor], QTensor] | None = None
 
 
 def _quantize_bf16(x: Tensor, scheme: Scheme) -> QTensor:
@@ -49,10 +51,14 @@ def _dequantize_ggml(q: QTensor) -> Tensor:
     return ggml.decode(q.codes, q.scheme.name)
 
 
+def _rescale_ggml(q: QTensor, factor: Tensor) -> QTensor:
+    return replace(q, codes=ggml.rescale(q.codes, q.scheme.name, factor))
+
+
 _MX = _Functions(mx.quantize, mx.dequantize)
 _NVFP4 = _Functions(nvfp4.quantize, nvfp4.dequantize)
 _FP8 = _Functions(fp8_block.quantize, fp8_block.dequantize)
-_INT = _Functions(intq.quantize, intq.dequantize)
+_INT = _Functions(intq.quantize, intq.dequantize, intq.rescale)
 _BF16 = _Functions(_quantize_bf16, _dequantize_bf16)
 
 _TABLE: dict[tuple[Element, ScaleFormat], _Functions] = {
@@ -62,7 +68,7 @@ _TABLE: dict[tuple[Element, ScaleFormat], _Functions] = {
     ("e4m3", "f32"): _FP8,
     ("int", "bf16"): _INT,
     ("bf16", "none"): _BF16,
-    ("ggml", "none"): _Functions(_quantize_ggml, _dequantize_ggml),
+    ("ggml", "none"): _Functions(_quantize_ggml, _dequantize_ggml, _rescale_ggml),
 }
 
 
@@ -108,6 +114,19 @@ def dequantize(q: QTensor) -> Tensor:
         if decode.decodes(q.scheme):
             return decode.decode(q)
     return _functions(q.scheme).dequantize(q)
+
+
+def rescale(q: QTensor, factor: Tensor) -> QTensor:
+    """A coded matrix whose rows' scales are multiplied by `factor`, float64 `[N]`.
+
+    Scales are rounded again as they are stored; codes stay, and so do rows of factor 1 and rows
+    whose scales would leave their format's range. Raises UnsupportedScheme for formats whose scales
+    are powers of two or shared by rows.
+    """
+    function = _functions(q.scheme).rescale
+    if function is None:
+        raise UnsupportedScheme(f"scheme '{q.scheme.name}': rows have no scales of their own")
+    return function(q, factor)
 
 
 def holds_nan(codes: Tensor) -> bool:

@@ -149,6 +149,23 @@ def reencode(codes: Tensor, data: Tensor, type_name: str) -> Tensor:
     return _put_together(replace(old, q=q), type_name).view(data.shape)
 
 
+def rescale(data: Tensor, type_name: str, factor: Tensor) -> Tensor:
+    """Coded rows, uint8 `[rows, bytes]`, whose block scales are multiplied by factors `[rows]`.
+
+    d and dmin are rounded to half precision again; blocks where that gives infinity stay.
+    """
+    blocks = take_apart(data.reshape(-1, get_type(type_name).block_bytes), type_name)
+    spread = factor.to(data.device).repeat_interleave(len(blocks.d) // max(data.shape[0], 1))
+    d, dmin = (blocks.d.double() * spread).half(), blocks.dmin
+    fits = d.isfinite()
+    if dmin is not None:
+        moved = (dmin.double() * spread).half()
+        fits &= moved.isfinite()
+        dmin = torch.where(fits, moved, dmin)
+    scaled = replace(blocks, d=torch.where(fits, d, blocks.d), dmin=dmin)
+    return _put_together(scaled, type_name).view(data.shape)
+
+
 def repack_mxfp4(codes: Tensor, scale: Tensor) -> Tensor:
     """uint8 `[rows, K/32*17]` from E2M1 pairs uint8 `[rows, K/2]` and E8M0 `[rows, K/32]`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +42,28 @@ class QTensor:
         """Bytes of codes and scales together."""
         parts = (self.codes, self.scale, self.global_scale)
         return sum(p.numel() * p.element_size() for p in parts if p is not None)
+
+    def rows(self, start: int, stop: int) -> QTensor:
+        """Rows start .. stop - 1; `start` is a multiple of the block's height."""
+        height = self.scheme.block[0]
+        assert start % height == 0, (start, height)
+        scale = self.scale
+        if scale is not None:
+            scale = scale[start // height : -(-stop // height)]
+        shape = (stop - start, self.shape[1])
+        return replace(self, shape=shape, codes=self.codes[start:stop], scale=scale)
+
+    @staticmethod
+    def stacked(parts: Sequence[QTensor]) -> QTensor:
+        """One matrix of parts that are rows of it, in turn."""
+        first = parts[0]
+        scales = [p.scale for p in parts if p.scale is not None]
+        return replace(
+            first,
+            shape=(sum(p.shape[0] for p in parts), first.shape[1]),
+            codes=torch.cat([p.codes for p in parts]),
+            scale=torch.cat(scales) if scales else None,
+        )
 
     def to(self, device: torch.device) -> QTensor:
         """The same matrix on another device."""

@@ -30,7 +30,7 @@ from torch import Tensor
 from v4quant.targets import Place, place_among
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.evaluation.kl_sensitivity import measure_effects
-from v4quant_calibration.rounding.coders import coder_of
+from v4quant_calibration.rounding.solvers import optimal
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import TensorName, parse_name
@@ -157,7 +157,7 @@ def rounded(values: Tensor, scheme: str, importance: Tensor | None) -> Tensor:
         return values if scheme == "f32" else values.bfloat16().float()
     if not found.coder:
         return codec.dequantize(codec.quantize(values, found))
-    return codec.dequantize(coder_of(found).search(_as_released(values), importance).tensor)
+    return codec.dequantize(optimal(_as_released(values), found, importance).tensor)
 
 
 def _as_released(values: Tensor) -> QTensor | Tensor:

@@ -21,6 +21,7 @@ from v4quant.conversion.records import (
 )
 from v4quant.conversion.units import Unit
 from v4quant_calibration.rounding.measure import measured
+from v4quant_calibration.rounding.solvers import optimal
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.errors import WrongDtype
 from v4quant_formats.shards import ShardWriter
@@ -96,11 +97,9 @@ def round_to_blocks(
     squared, norm, largest = 0.0, 0.0, 0.0
     for start, values in _dense_rows(plan, stored):
         if solved is None:
-            coded = codec.quantize(values, scheme)
+            found = optimal(values, scheme)
         else:
-            part = solved.codes[start : start + len(values)]
-            coded = QTensor(scheme, (len(values), shape[1]), part)
-        found = measured(values, coded)
+            found = measured(values, solved.rows(start, start + len(values)))
         squared, norm = squared + found.squared_error, norm + found.squared_norm
         largest = max(largest, found.max_error)
         writer.add_piece(wanted.name, start * wanted.row_bytes, found.tensor.codes)

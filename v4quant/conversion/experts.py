@@ -26,7 +26,7 @@ from v4quant.conversion.records import (
 from v4quant.conversion.units import Unit
 from v4quant.devices import CPU
 from v4quant_calibration.rounding.measure import measured
-from v4quant_calibration.rounding.solvers import SOLVERS
+from v4quant_calibration.rounding.solvers import SOLVERS, optimal
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.layouts.deepseek import DEEPSEEK
 from v4quant_formats.shards import ShardWriter
@@ -182,26 +182,20 @@ def _to_blocks(
             return solved, make_record(stored, "cast", scheme.name)
         return solved, lossy_record(stored, scheme, found, "quantized", 0)
     importance = stats.importance(stored.module) if stats else None
+    solver = SOLVERS.get(plan.recipe.solver, optimal)
     pieces, squared, norm, largest = [], 0.0, 0.0, 0.0
     for start in range(0, q.shape[0], _ROWS):
-        values = codec.dequantize(_rows_of(q, start, min(start + _ROWS, q.shape[0])))
+        values = codec.dequantize(q.rows(start, min(start + _ROWS, q.shape[0])))
         refuse_overflow(plan.checkpoint, stored, values)
-        found = measured(values, codec.quantize(values, scheme, importance=importance))
-        pieces.append(found.tensor.codes)
+        found = solver(values, scheme, importance)
+        pieces.append(found.tensor)
         squared, norm = squared + found.squared_error, norm + found.squared_norm
         largest = max(largest, found.max_error)
-    result = QTensor(scheme, q.shape, torch.cat(pieces))
+    result = QTensor.stacked(pieces)
     if not squared:
         return result, make_record(stored, "cast", scheme.name)
     whole = QuantizedMatrix(result, squared, norm, largest)
     return result, lossy_record(stored, scheme, whole, "quantized", 0)
-
-
-def _rows_of(q: QTensor, start: int, stop: int) -> QTensor:
-    """Rows of a coded matrix; `start` is a multiple of its block's height."""
-    height = q.scheme.block[0]
-    scale = None if q.scale is None else q.scale[start // height : -(-stop // height)]
-    return replace(q, shape=(stop - start, q.shape[1]), codes=q.codes[start:stop], scale=scale)
 
 
 def _solve(
@@ -213,7 +207,7 @@ def _solve(
         return SOLVERS[plan.recipe.solver](q, scheme, importance)
     solved = solved_codes(plan.recipe, stats, module, scheme, q.shape)
     if solved is None:
-        return SOLVERS["optimal"](q, scheme, importance)
+        return optimal(q, scheme, importance)
     return measured(codec.dequantize(q), solved)
 
 

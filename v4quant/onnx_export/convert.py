@@ -11,8 +11,8 @@ import torch
 
 from v4quant.conversion.records import TensorRecord, lossy_record, make_record, refuse_overflow
 from v4quant.onnx_export.plan import DenseTensor
-from v4quant_calibration.rounding.coders import coder_of
 from v4quant_calibration.rounding.measure import measured
+from v4quant_calibration.rounding.solvers import optimal
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import WrongDtype
@@ -63,12 +63,12 @@ def _recode(
         loss = measured(codec.dequantize(q), cast.tensor)
         return cast.tensor, lossy_record(stored, scheme, loss, "cast", cast.altered)
     if q is not None and can_search(q, scheme):
-        found = coder_of(scheme).search(q, importance)
+        found = optimal(q, scheme, importance)
         return found.tensor, lossy_record(stored, scheme, found, "quantized", 0)
     values = read_dense(checkpoint, stored.module) if q is None else codec.dequantize(q)
     refuse_overflow(checkpoint, stored, values)
     if scheme.coder:
-        found = coder_of(scheme).search(values, importance)
+        found = optimal(values, scheme, importance)
     else:
         found = measured(values, codec.quantize(values, scheme))
     return found.tensor, lossy_record(stored, scheme, found, "quantized", 0)

@@ -12,7 +12,7 @@ sub-block's `[B, sub-blocks, N]`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +56,15 @@ class BlockCodes:
         step = self.d * self.sc[:, sub : sub + 1]
         lowest = -(self.dmin * self.m[:, sub : sub + 1])
         return self.q[:, sub * size : (sub + 1) * size] * step + lowest
+
+    def scaled(self, factor: Tensor) -> BlockCodes:
+        """The same integers with every row's d and dmin times a factor `[B, N]`, as stored.
+
+        Rows where that leaves half precision's range stay.
+        """
+        d, dmin = ((t * factor.unsqueeze(1)).half().float() for t in (self.d, self.dmin))
+        fits = (d.isfinite() & dmin.isfinite()).all(1)
+        return choose(fits, replace(self, d=d, dmin=dmin), self)
 
     def _spread(self, by_block: Tensor) -> Tensor:
         return by_block.repeat_interleave(self.sc.shape[1] // by_block.shape[1], 1)

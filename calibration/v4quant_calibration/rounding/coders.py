@@ -53,6 +53,9 @@ class Coder(Protocol[C]):
     def values(self, codes: C) -> Tensor:
         """What codes stand for, `[B, K, N]`."""
 
+    def scaled(self, codes: C, factor: Tensor) -> C:
+        """Codes whose rows' scales are multiplied by a factor `[B, N]` and stored again."""
+
     def choose(self, mask: Tensor, codes: C, others: C) -> C:
         """`codes` in the rows where mask `[B, N]` holds, `others` elsewhere."""
 
@@ -92,6 +95,10 @@ class IntegerCoder:
     def values(self, codes: Codes) -> Tensor:
         """As the protocol says."""
         return codes.values(self.scheme.group_size)
+
+    def scaled(self, codes: Codes, factor: Tensor) -> Codes:
+        """As the protocol says."""
+        return codes.scaled(factor)
 
     def choose(self, mask: Tensor, codes: Codes, others: Codes) -> Codes:
         """As the protocol says."""
@@ -142,6 +149,10 @@ class BlockCoder:
     def values(self, codes: BlockCodes) -> Tensor:
         """As the protocol says."""
         return codes.values()
+
+    def scaled(self, codes: BlockCodes, factor: Tensor) -> BlockCodes:
+        """As the protocol says."""
+        return codes.scaled(factor)
 
     def choose(self, mask: Tensor, codes: BlockCodes, others: BlockCodes) -> BlockCodes:
         """As the protocol says."""

@@ -63,6 +63,11 @@ class Codes:
         """What the codes stand for, float32 `[B, K, N]`."""
         return self.integers * self.scale.repeat_interleave(group, 1)
 
+    def scaled(self, factor: Tensor) -> Codes:
+        """The same integers with every row's scales times a factor `[B, N]`, as stored."""
+        wanted = self.scale * factor.unsqueeze(1)
+        return Codes(self.integers, storable_scale(wanted.abs()).float().copysign(wanted))
+
 
 def gptq(weights: Tensor, gram: Tensor, grid: Grid) -> Codes:
     """Codes of weights `[B, K, N]` (float32) under input moments `gram` (`[B, K, K]`).

@@ -4,7 +4,7 @@ rtn: each group's scale is its largest magnitude over the largest integer, each 
 nearest point. What everybody else's converter does without data.
 optimal: the group's best scale, exactly (`scale_search`): MXFP4 values are few, so every assignment
 of values to integers can be listed. Uses the inputs' second moments when they are known. For GGUF's
-blocks it is the encoder's search, weighted in the same way.
+blocks it is the encoder's search, weighted in the same way. Rows get their gain back (`gain`).
 gptq: codes chosen together, by the full second moments of the inputs (`gptq`, then `refine`). It
 sees a layer's inputs while they stream past, so it runs inside `calibrate --solve` (`solve.py`) and
 leaves a `Solution`; a conversion packs that.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from v4quant_calibration.defaults import SOLVER_NAMES
 from v4quant_calibration.rounding.coders import coder_of
+from v4quant_calibration.rounding.gain import solved_gain, with_gain
 from v4quant_calibration.rounding.measure import measured
 from v4quant_calibration.rounding.refine import DEFAULT_SWEEPS, rough_errors
 from v4quant_kernels import codec
@@ -30,23 +31,27 @@ from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scale_search import QuantizedMatrix
 from v4quant_kernels.scheme import Scheme
 
-Solver = Callable[[QTensor, Scheme, Tensor | None], QuantizedMatrix]
-"""Codes an integer scheme from a source matrix and, where known, its inputs' second moments [K]."""
+Solver = Callable[[QTensor | Tensor, Scheme, Tensor | None], QuantizedMatrix]
+"""Codes a matrix, coded or float32 `[N, K]`; where known, by its inputs' second moments [K]."""
 
 
-def rtn(matrix: QTensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedMatrix:
+def rtn(
+    matrix: QTensor | Tensor, scheme: Scheme, importance: Tensor | None = None
+) -> QuantizedMatrix:
     """Largest magnitude over largest integer, round to nearest; `importance` is not used.
 
     GGUF's blocks have no such plain rounding: theirs is the encoder's search without importance.
     """
     del importance
-    values = codec.dequantize(matrix)
+    values = matrix if isinstance(matrix, Tensor) else codec.dequantize(matrix)
     return measured(values, codec.quantize(values, scheme))
 
 
-def optimal(matrix: QTensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedMatrix:
-    """The best scale of every group, weighted by `importance` where it is given."""
-    return coder_of(scheme).search(matrix, importance)
+def optimal(
+    matrix: QTensor | Tensor, scheme: Scheme, importance: Tensor | None = None
+) -> QuantizedMatrix:
+    """The best scale of every group, weighted by `importance` where it is given, gain restored."""
+    return with_gain(matrix, coder_of(scheme).search(matrix, importance), importance)
 
 
 SOLVERS: dict[str, Solver] = {"rtn": rtn, "optimal": optimal}
@@ -87,13 +92,14 @@ def solve_batch(
     fallback = coder.read(side_by_side(jobs), grams.device)
     first, second = (rough_errors(target - coder.values(c), grams) for c in (codes, fallback))
     codes = coder.refine(target, grams, coder.choose(second < first, fallback, codes), sweeps)
+    codes = coder.scaled(codes, solved_gain(target, coder.values(codes), grams))
     return [
         coder.write(codes, i, [q.shape[0] for q in matrices]) for i, matrices in enumerate(sources)
     ]
 
 
 def _optimal_each(matrices: Sequence[QTensor], scheme: Scheme, moments: Tensor) -> list[QTensor]:
-    return [optimal(q, scheme, moments).tensor for q in matrices]
+    return [coder_of(scheme).search(q, moments).tensor for q in matrices]
 
 
 def _columns(matrices: Sequence[QTensor]) -> Tensor:

@@ -19,6 +19,8 @@ The codes are one dense bit stream a row, see `pack`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -71,3 +73,11 @@ def dequantize(q: QTensor) -> Tensor:
     integers = unpack_bits(q.codes, q.scheme.bits, q.shape[1])
     groups = integers.float().view(*q.scale.shape, q.scheme.group_size)
     return groups.mul_(q.scale.float().unsqueeze(-1)).view(q.shape)
+
+
+def rescale(q: QTensor, factor: Tensor) -> QTensor:
+    """Scales of rows times `factor`, float64 `[N]`, to the nearest stored ones; codes stay."""
+    assert q.scale is not None
+    wanted = q.scale.double() * factor.to(q.scale.device).unsqueeze(1)
+    scale = storable_scale(wanted.abs()).copysign(q.scale)
+    return replace(q, scale=torch.where(wanted.abs() <= _LIMITS.max, scale, q.scale))

@@ -24,18 +24,18 @@ PINNED = {
     "bf16": "3fc31700fc8aea73",
     "nvfp4": "f2ebe4aa489f7433",
     "int8-g32": "47f830786d10aa93",
-    "int4-g32": "3993ecd1ee502146",
-    "int3-g128": "01c4b45b273941ab",
-    "int2-g64": "f2504d0aad8f7a2f",
+    "int4-g32": "00738d68721622a1",
+    "int3-g128": "d3a7849afdf9b475",
+    "int2-g64": "e22c5d0a73d98ac2",
     "mxfp8": "93d7b269156ef3a1",
     "mxfp4/compressed-tensors@vllm": "eef4c77f9453eb39",
-    "int4-g32@vllm": "bbe073df198cfbf1",
+    "int4-g32@vllm": "49d4345ec08f155c",
     "nvfp4@sglang": "b3e5631438e2d9a4",
     "mxfp4/gguf": "08d67cb3b2a3fa8d",
     "q8_0/gguf": "4c717c1723c08549",
     "q6_k/gguf": "f691d50a0069f79b",
     "q4_k/gguf": "b32f5bc914d03de9",
-    "q2_k/gguf": "bc5e6dd92afcd403",
+    "q2_k/gguf": "9878bc66c940cf9a",
 }
 
 
