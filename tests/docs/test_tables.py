@@ -36,20 +36,20 @@ def stored_bits(layout: str, scheme: str) -> float:
     return bits / (shape[0] * shape[1])
 
 
-def test_readme_lists_every_pair_once() -> None:
-    listed = [(r[0], r[1]) for r in rows("README.md") if len(r) == 7 and r[0] in SCHEMES]
+def test_schemes_page_lists_every_pair_once() -> None:
+    listed = [(r[0], r[1]) for r in rows("docs/schemes.md") if len(r) == 7 and r[0] in SCHEMES]
     pairs = [(scheme, layout.name) for layout in LAYOUTS.values() for scheme in layout.schemes]
     assert sorted(listed) == sorted(pairs)
 
 
-def test_readme_bits_are_those_stored() -> None:
-    for row in rows("README.md"):
+def test_schemes_page_bits_are_those_stored() -> None:
+    for row in rows("docs/schemes.md"):
         if len(row) == 7 and row[0] in SCHEMES:
             assert abs(float(row[2]) - stored_bits(row[1], row[0])) < 6e-4, row
 
 
-def test_readme_engines_are_those_of_the_layout() -> None:
-    for row in rows("README.md"):
+def test_schemes_page_engines_are_those_of_the_layout() -> None:
+    for row in rows("docs/schemes.md"):
         if len(row) == 7 and row[0] in SCHEMES:
             for engine in re.split(r", ", row[6]):
                 assert engine in LAYOUTS[row[1]].engines, row
