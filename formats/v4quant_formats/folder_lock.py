@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from v4quant_formats.errors import OutputError
@@ -14,10 +14,13 @@ LOCK_NAME = "lock"
 
 
 @contextmanager
-def locked_folder(folder: Path, taken: str, name: str = LOCK_NAME) -> Iterator[None]:
+def locked_folder(
+    folder: Path, taken: str, name: str = LOCK_NAME, stays: bool = True
+) -> Iterator[None]:
     """Make the folder if need be and hold its lock.
 
-    taken: what to tell the user when another process has it. Raises OutputError.
+    taken: what to tell the user when another process has it. stays: whether the lock's file is left
+    behind. Raises OutputError.
     """
     lock = folder / name
     with ExitStack() as stack:
@@ -28,4 +31,10 @@ def locked_folder(folder: Path, taken: str, name: str = LOCK_NAME) -> Iterator[N
             raise output_error(lock, error) from None
         except LockHeld:
             raise OutputError(taken) from None
-        yield
+        try:
+            yield
+        finally:
+            if not stays:
+                # Where an open file cannot be removed it stays; it locks nobody out.
+                with suppress(PermissionError):
+                    lock.unlink(missing_ok=True)

@@ -67,6 +67,11 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.{_RUN}{TEMPORARY_SUFFIX}")
 
 
+def all_leftovers(folder: Path) -> list[Path]:
+    """What processes that were killed left in a folder that is v4quant's altogether."""
+    return [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
+
+
 def leftovers(folder: Path, names: Iterable[str]) -> list[Path]:
     """What processes that were killed left of these files (relative names, with /)."""
     wanted: dict[Path, set[str]] = {}

@@ -202,6 +202,11 @@ def current_rss_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def total_memory_bytes() -> int:
+    """The memory this machine has."""
+    return int(psutil.virtual_memory().total)
+
+
 def return_freed_memory() -> None:
     """Ask the C library to give large freed blocks back at once, where it is glibc.
 

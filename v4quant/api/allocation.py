@@ -31,6 +31,7 @@ from v4quant.api.arguments import (
     Size,
     SourceLike,
     config_of,
+    listed_files,
     path_of,
     read_corpus,
     size_of,
@@ -38,6 +39,7 @@ from v4quant.api.arguments import (
 )
 from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.conversion.plan import make_plan
+from v4quant.outputs import refuse_inputs
 from v4quant.progress import default_progress
 from v4quant.source import open_source
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE
@@ -135,6 +137,7 @@ def allocate(
     parts = 1 if cards is None or expert_parallel else cards.serving.gpus
     options = Options(format, engine, dense, draft, split_size, Sample(experts), parts)
     with open_source(source_of(source)) as checkpoint:
+        refuse_inputs([Path(out)], [checkpoint], [*listed_files(corpus), path_of(stats)])
         if cards is not None:
             check_split(model_config(checkpoint), cards.serving)
         costs = find_costs(checkpoint, options)

@@ -69,11 +69,16 @@ def read_corpus(
 
     Raises BuiltinError, CorpusError, TokenizerError or EncodingError.
     """
-    listed = [names] if isinstance(names, str | os.PathLike) else names
-    files = resolve_corpus([os.fspath(name) for name in listed])
+    files = listed_files(names)
     release = "v41" if checkpoint.config.get("model_type") == "deepseek_v41" else DEFAULT_RELEASE
     request = CorpusRequest(seq_len, tokens, config.bos_token_id, config.vocab_size, mode, release)
     return load_corpus(files, checkpoint.path / "tokenizer.json", request)
+
+
+def listed_files(names: PathLike | Sequence[PathLike]) -> list[Path]:
+    """The files that names, or one name, of a corpus mean. Raises BuiltinError."""
+    listed = [names] if isinstance(names, str | os.PathLike) else names
+    return resolve_corpus([os.fspath(name) for name in listed])
 
 
 def forward_options(activations: str, products: str = "f32") -> ForwardOptions:

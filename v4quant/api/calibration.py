@@ -12,6 +12,7 @@ from v4quant.api.arguments import (
     SourceLike,
     config_of,
     forward_options,
+    listed_files,
     path_of,
     read_corpus,
     size_of,
@@ -20,6 +21,7 @@ from v4quant.api.arguments import (
 from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.calibration.collect import calibrate_to, draw_corpus, solve_settings
 from v4quant.devices import find_device
+from v4quant.outputs import refuse_inputs
 from v4quant.progress import default_progress
 from v4quant.recipe import Recipe, read_toml, recipe_from_table
 from v4quant.source import open_source
@@ -84,6 +86,7 @@ def calibrate(
     target = path_of(out)
     assert target is not None
     with open_source(source_of(source)) as checkpoint:
+        refuse_inputs([target], [checkpoint], listed_files(corpus))
         config = config_of(checkpoint)
         settings = solve_settings(checkpoint, wanted, propagate) if wanted else None
 

@@ -12,6 +12,7 @@ from v4quant.api.arguments import (
     SourceLike,
     config_of,
     forward_options,
+    listed_files,
     path_of,
     read_corpus,
     size_of,
@@ -22,6 +23,7 @@ from v4quant.builtin import MIXED_HELDOUT
 from v4quant.devices import find_device
 from v4quant.evaluation.evaluate import LogitFiles, Resources, evaluate_checkpoint
 from v4quant.evaluation.report import write_report
+from v4quant.outputs import refuse_inputs
 from v4quant.progress import default_progress
 from v4quant.source import open_source
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE
@@ -79,6 +81,12 @@ def evaluate(
         base = None
         if reference is not None:
             base = opened.enter_context(open_source(source_of(reference)))
+        others = [opened.enter_context(open_source(source_of(other))) for other in candidates]
+        refuse_inputs(
+            [path_of(save_logits), path_of(report)],
+            [checkpoint, base, *others],
+            [*listed_files(corpus), path_of(reference_logits)],
+        )
         config = config_of(checkpoint)
         text = read_corpus(corpus, checkpoint, config, seq_len, tokens, mode)
         needles = None
@@ -94,7 +102,7 @@ def evaluate(
             LogitFiles(path_of(save_logits), save_top_k, path_of(reference_logits)),
             weights,
             Measures(floors, draft, needles),
-            [opened.enter_context(open_source(source_of(other))) for other in candidates],
+            others,
             limits,
         )
     result = {"tool": tool_facts(), **figures}

@@ -28,6 +28,7 @@ from v4quant_calibration.solve.solve import solve
 from v4quant_calibration.statistics.collect import Calibration, OpenRoom, calibrate, stages_of
 from v4quant_calibration.statistics.stats import write_stats
 from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.folder_lock import locked_folder
 from v4quant_formats.model_config import ModelConfig
 from v4quant_formats.system import return_freed_memory
 from v4quant_kernels.cast import can_cast
@@ -132,6 +133,25 @@ def calibrate_to(
     raise, and SizeError for too little memory.
     """
     check_floor(corpus, config, floor)
+    taken = f"{out}: another v4quant process is calibrating to it; give another --out"
+    with locked_folder(out.parent, taken, f"{out.name}.lock", stays=False):
+        return _calibrate_locked(
+            checkpoint, config, corpus, options, floor, settings, out, progress, max_memory, device
+        )
+
+
+def _calibrate_locked(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    corpus: DrawnCorpus,
+    options: ForwardOptions,
+    floor: int,
+    settings: SolveSettings | None,
+    out: Path,
+    progress: Progress,
+    max_memory: int | None,
+    device: torch.device,
+) -> Calibration:
     windows, first = corpus.windows, {}
     held = statistics_bytes(config, len(stages_of(checkpoint, config)))
     limits = Limits.of(max_memory, device_bytes(device))

@@ -1,8 +1,9 @@
 """One file of a repository onto the disk: resumed, never longer than announced, digest compared.
 
 Bytes go to `NAME.part` and get their name only when size and digest are those of the listing. A
-part left by an earlier run is hashed and continued. The disk is asked for room before the first
-byte.
+part left by an earlier run is hashed and continued, a whole file hashed before it is taken: its
+name and size say nothing. The folder is the caller's alone, by a lock or because it is temporary;
+still nothing is written through a link. The disk is asked for room before the first byte.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from v4quant.hub.client import HubError
 from v4quant.hub.remote import Remote, RemoteFile
 from v4quant_formats.errors import OutputError, SourceChanged
-from v4quant_formats.shards import output_error, temporary_path
+from v4quant_formats.shards import output_error
+from v4quant_formats.system import open_own
 
 _CHUNK = 8 * 2**20
 
@@ -49,10 +51,10 @@ def download(
     advance(count) is told bytes as they are there. Raises HubError, SourceChanged (size or digest
     is not as announced) or OutputError (the disk).
     """
-    if target.is_file() and target.stat().st_size == file.size:
-        return
-    part = temporary_path(target)
+    part = part_path(target)
     try:
+        if _is_whole(target, file, advance):
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         resumed = part.exists()
         # A part of an earlier run may have been damaged since; one that fails is fetched anew.
@@ -69,6 +71,27 @@ def download(
         raise output_error(target, error) from None
 
 
+def part_path(target: Path) -> Path:
+    """Where a download lies until it is whole."""
+    return target.with_name(f"{target.name}.part")
+
+
+def _is_whole(target: Path, file: RemoteFile, advance: Callable[[int], None]) -> bool:
+    """Whether an earlier run brought this file; what has other bytes is removed."""
+    if target.is_symlink() or not target.is_file():
+        return False
+    digest = _Digest(file)
+    if target.stat().st_size == file.size:
+        with target.open("rb") as there:
+            while chunk := there.read(_CHUNK):
+                digest.update(chunk)
+        if digest.matches():
+            advance(file.size)
+            return True
+    target.unlink()
+    return False
+
+
 def _fetch(
     remote: Remote,
     file: RemoteFile,
@@ -78,8 +101,8 @@ def _fetch(
 ) -> bool:
     """Continue a part to its full size; whether its digest is right."""
     digest = _Digest(file)
-    with part.open("a+b") as out:
-        if out.tell() > file.size:
+    with os.fdopen(open_own(part), "r+b") as out:
+        if out.seek(0, os.SEEK_END) > file.size:
             out.truncate(0)
         at = out.seek(0, os.SEEK_END)
         free = shutil.disk_usage(part.parent).free

@@ -7,25 +7,26 @@ is first read and the one not used for longest makes room. Short reads of a shar
 (a norm, a slice for the digest) are ranges over the network and fetch nothing whole.
 
 The cap is kept by reservation: a download counts with its full size before its first byte, so the
-disk never holds more than the cap, whatever breaks.
+disk never holds more than the cap, whatever breaks. What an earlier run left counts as well, until
+it is taken (its digest compared), and goes before it could block a shard that is needed sooner.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from v4quant.hub.client import HubError
-from v4quant.hub.download import download
+from v4quant.hub.download import download, part_path
 from v4quant.hub.remote import Remote
 from v4quant_formats.shard_files import read_whole
-from v4quant_formats.shards import temporary_path
 from v4quant_formats.system import bytes_at, open_for_reading
 from v4quant_kernels.errors import V4QuantError
 
@@ -33,6 +34,7 @@ DOWNLOADS = 2  # at a time
 RANGE_BYTES = 64 * 2**10  # reads up to this size need not fetch a shard,
 RANGE_SHARE = 16  # unless they have added up to this fraction of it
 _SLICES_AT_ONCE = 16
+_NAME = re.compile(r"[0-9a-f]{16}-[^/]+\.safetensors(\.part)?")
 
 
 class DiskCapError(V4QuantError):
@@ -48,6 +50,20 @@ class _Shard:
     size: int
     readers: int = 0
     used: int = 0
+
+
+def remove_shards(folder: Path) -> None:
+    """Remove the shards that a shelf in this folder left, and the folder if nothing else is in it.
+
+    For a folder that a record of ours names, and under its lock.
+    """
+    if folder.is_symlink() or folder.parent.is_symlink() or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if _NAME.fullmatch(path.name) and not path.is_dir():
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 class Shelf:
@@ -71,7 +87,7 @@ class Shelf:
         """
         self._remote, self._folder, self._cached = remote, folder, dict(cached)
         self._names = set(shards)
-        sizes = {n: remote.files[n].size for n in self._names}
+        sizes = {n: remote.files[n].size for n in sorted(self._names)}
         largest = max(sizes.values(), default=0)
         self.cap = 3 * largest if cap is None else cap
         foreign = [n for n in self._names if n not in self._cached and sizes[n] > self.cap]
@@ -82,6 +98,7 @@ class Shelf:
             )
         self.advance, self._keep, self._lock = advance, keep, lock
         self._here: dict[str, _Shard] = {}
+        self._left = {f: n for f, n in sizes.items() if f not in self._cached and self._is_left(f)}
         self._queue: deque[str] = deque()
         self._wanted: list[str] = []
         self._pinned: set[str] = set()
@@ -92,6 +109,8 @@ class Shelf:
         self._error: BaseException | None = None
         self._stopping = False
         self._changed = threading.Condition()
+        while sum(self._left.values()) > self.cap:
+            self._drop_left(next(reversed(self._left)))
 
     # -- what a Checkpoint asks
 
@@ -184,6 +203,7 @@ class Shelf:
                     self._drop(file)
             self._pinned.clear()
             self._reserved = 0
+            self._left.clear()
             if self._lock is not None:
                 self._lock.close()
             self._threads, self._stopping, self._error = [], False, None
@@ -237,8 +257,9 @@ class Shelf:
                     self._changed.wait()
                 size = self._remote.files[file].size
                 self._reserved += size
+                self._left.pop(file, None)
                 self._fetching.add(file)
-            path = self._folder / file
+            path = self._path(file)
             try:
                 download(self._remote, self._remote.files[file], path, self._stop, self.advance)
                 handle = open_for_reading(path)
@@ -265,7 +286,7 @@ class Shelf:
         self._wanted = [f for f in self._wanted if f not in self._here and f not in self._fetching]
         if self._wanted:
             file = self._wanted[0]
-            if not self._make_room(self._remote.files[file].size, True):
+            if not self._make_room(file, True):
                 return None
             self._queue = deque(f for f in self._queue if f != file)
             return self._wanted.pop(0)
@@ -274,20 +295,40 @@ class Shelf:
             if file in self._here or file in self._fetching or file in self._cached:
                 self._queue.popleft()
                 continue
-            if not self._make_room(self._remote.files[file].size, False):
+            if not self._make_room(file, False):
                 return None
             return self._queue.popleft()
         return None
 
-    def _make_room(self, size: int, urgent: bool) -> bool:
-        """Delete what is not needed until `size` bytes fit. Only an urgent wish evicts."""
+    def _path(self, file: str) -> Path:
+        """Where a shard lies: its digest is part of the name."""
+        told = self._remote.files[file]
+        return self._folder / f"{(told.sha256 or told.blob)[:16]}-{file}"
+
+    def _make_room(self, file: str, urgent: bool) -> bool:
+        """Delete what is not needed until the file fits.
+
+        Only an urgent wish evicts; what an earlier run left of other files makes room for any.
+        """
+        size = self._remote.files[file].size
+
+        def held() -> int:
+            return self._reserved + sum(n for f, n in self._left.items() if f != file)
+
+        while held() + size > self.cap and (others := [f for f in self._left if f != file]):
+            self._drop_left(others[-1])
         idle = [
             f for f, s in self._here.items() if s.path and not s.readers and f not in self._pinned
         ]
         idle.sort(key=lambda f: self._here[f].used, reverse=True)
-        while urgent and self._reserved + size > self.cap and idle:
+        while urgent and held() + size > self.cap and idle:
             self._drop(idle.pop())
-        return self._reserved + size <= self.cap
+        return held() + size <= self.cap
+
+    def _drop_left(self, file: str) -> None:
+        del self._left[file]
+        for path in (self._path(file), part_path(self._path(file))):
+            path.unlink(missing_ok=True)
 
     def _drop(self, file: str) -> None:
         shard = self._here.pop(file)
@@ -297,24 +338,22 @@ class Shelf:
             self._reserved -= shard.size
 
     def _sweep(self, keep: set[str]) -> None:
-        """Delete what an earlier run left and this one does not need soon."""
+        """Delete what an earlier run left and this one does not need soon; count the rest."""
         for file, shard in list(self._here.items()):
             if file not in keep and not shard.readers and file not in self._pinned:
                 self._drop(file)
-        if not self._folder.is_dir():
-            return
-        known = {self._folder / n for n in self._names}
-        total = 0
-        order = [f for f in self._queue if f in keep]
-        for file in order:  # the first in line may stay, as far as the cap goes
-            path = self._folder / file
-            for candidate in (path, temporary_path(path)):
-                if candidate.is_file() and file not in self._here and file not in self._fetching:
-                    total += self._remote.files[file].size
-                    if total > self.cap - self._reserved:
-                        candidate.unlink()
-        for path in known:
-            file = path.name
-            if file not in keep and file not in self._here and file not in self._fetching:
-                path.unlink(missing_ok=True)
-                temporary_path(path).unlink(missing_ok=True)
+        busy = {*self._here, *self._fetching}
+        left = [f for f in self._names - busy if self._is_left(f)]
+        self._left = {f: self._remote.files[f].size for f in self._queue if f in left}
+        ahead = 0
+        for file in self._queue:  # those that will be fetched first fit beside each other
+            ahead += 0 if file in self._cached else self._remote.files[file].size
+            if ahead > self.cap and file in self._left:
+                self._drop_left(file)
+        for file in set(left) - self._left.keys():
+            self._left[file] = 0
+            self._drop_left(file)
+
+    def _is_left(self, file: str) -> bool:
+        path = self._path(file)
+        return any(os.path.lexists(p) for p in (path, part_path(path)))

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from tempfile import mkdtemp
 
 from v4quant.hub.client import HubError, HubOffline, is_offline
 from v4quant.hub.download import download
-from v4quant.hub.refs import HubRef
+from v4quant.hub.refs import SCHEME, HubRef, HubReferenceError, parse_hub
 from v4quant.hub.remote import Remote, open_remote, require
-from v4quant.hub.shard_cache import Shelf
+from v4quant.hub.shard_cache import Shelf, remove_shards
 from v4quant_formats.checkpoint import (
     INDEX_NAME,
     MAX_INDEX_BYTES,
@@ -32,16 +33,20 @@ from v4quant_formats.checkpoint import (
     link_root,
     read_structure,
 )
-from v4quant_formats.errors import MissingShard
+from v4quant_formats.errors import FormatError, MissingShard, OutputError
 from v4quant_formats.folder_lock import locked_folder
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.safetensors_header import parse_header
 from v4quant_formats.shard_files import FileState, Origin
 from v4quant_formats.shards import write_file_atomically
 from v4quant_formats.sidecars import ALLOWED_FILES, ALLOWED_FOLDERS, MAX_SIDECAR_BYTES
+from v4quant_formats.small_files import read_small
 from v4quant_formats.spec import TensorSpec
 
 PIN_NAME = "pin.json"
+SHARDS = "shards"
+"""The folder, in a repository's folder, that its shards are fetched into."""
+_MAX_PIN_BYTES = 4096
 _HEADER_GUESS = 64 * 2**10  # most of a layer's header; the rest is asked for when it is longer
 _AT_ONCE = 8
 _MAX_CONFIG_BYTES = 2**24
@@ -93,17 +98,27 @@ def _open_in(
     keep: bool,
     lock: ExitStack | None = None,
 ) -> Checkpoint:
-    remote = open_remote(ref, _pinned(folder, ref))
+    told = _read_pin(folder)
+    known = told is not None and (told.repo, told.revision) == (ref.repo, ref.revision)
+    remote = open_remote(ref, told.commit if told is not None and known else None)
+    skeleton = folder / _skeleton_name(ref.repo, remote.commit)
+    if skeleton.is_symlink():
+        raise OutputError(f"{skeleton}: is a symbolic link; remove it or choose another folder")
     if keep:
-        _pin(folder, ref, remote.commit)
-    skeleton = folder / f"{ref.repo.replace('/', '--')}@{remote.commit[:12]}"
+        if told is not None and not known:
+            remove_shards(folder / _skeleton_name(told.repo, told.commit) / SHARDS)
+        _pin(folder, _Pin(ref.repo, ref.revision, remote.commit))
     for name in _small_files(remote, headers_only):
         cached = _cached(remote, name)
         if cached is not None:
             write_file_atomically(skeleton / name, cached.read_bytes())
         else:
             download(remote, remote.files[name], skeleton / name)
-    return _open_skeleton(remote, skeleton, folder, cap, keep, lock)
+    return _open_skeleton(remote, skeleton, skeleton / SHARDS, cap, keep, lock)
+
+
+def _skeleton_name(repo: str, commit: str) -> str:
+    return f"{repo.replace('/', '--')}@{commit[:12]}"
 
 
 def _open_skeleton(
@@ -120,7 +135,7 @@ def _open_skeleton(
     config, tensors = read_structure(skeleton, headers, single=SINGLE_NAME in remote.files)
     used = sorted(headers.read)
     files = {n: FileState(remote.files[n].size) for n in used}
-    shelf = Shelf(remote, used, folder / "shards", cap, cached, keep, lock)
+    shelf = Shelf(remote, used, folder, cap, cached, keep, lock)
     origin = Origin(remote.repo, remote.commit, remote.license)
     return Checkpoint(skeleton, config, tensors, files, shelf, origin)
 
@@ -240,19 +255,25 @@ def _lock(folder: Path) -> ExitStack:
     return held
 
 
-def _pinned(folder: Path, ref: HubRef) -> str | None:
-    """The commit an earlier run in this scratch folder began with."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        told = json.loads((folder / PIN_NAME).read_bytes())
-        if isinstance(told, dict) and (told.get("repo"), told.get("revision")) == (
-            ref.repo,
-            ref.revision,
-        ):
-            commit = told.get("commit")
-            return commit if isinstance(commit, str) else None
+@dataclass(frozen=True)
+class _Pin:
+    """The commit that a scratch folder began with."""
+
+    repo: str
+    revision: str | None
+    commit: str
+
+
+def _read_pin(folder: Path) -> _Pin | None:
+    """What an earlier run in this scratch folder wrote; None for anything else."""
+    wrong = (FormatError, HubReferenceError, ValueError, RecursionError, TypeError)
+    with contextlib.suppress(*wrong):
+        pin = _Pin(**json.loads(read_small(folder / PIN_NAME, _MAX_PIN_BYTES)))
+        parse_hub(f"{SCHEME}{pin.repo}")
+        right = pin.revision is None or isinstance(pin.revision, str)
+        return pin if right and re.fullmatch(r"[0-9a-f]{40,64}", pin.commit) else None
     return None
 
 
-def _pin(folder: Path, ref: HubRef, commit: str) -> None:
-    told = {"repo": ref.repo, "revision": ref.revision, "commit": commit}
-    write_file_atomically(folder / PIN_NAME, json.dumps(told).encode() + b"\n")
+def _pin(folder: Path, pin: _Pin) -> None:
+    write_file_atomically(folder / PIN_NAME, json.dumps(vars(pin)).encode() + b"\n")

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import subprocess
 from dataclasses import replace
 
-from v4quant.planner.machines import CARDS, MIB, Card, Machine, MachineError
+from v4quant.planner.machines import CARDS, MIB, Card, Machine
+from v4quant_formats.system import total_memory_bytes
 
 _BANDWIDTH = 60e9
 _SECONDS = 10
 
 
 def this_machine() -> Machine:
-    """This machine. Raises MachineError where its memory cannot be found out."""
-    ram = _total_memory()
-    if ram is None:
-        raise MachineError("the memory of this machine cannot be found out; use --cards and --ram")
+    """This machine."""
+    ram = total_memory_bytes()
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         return _apple(ram)
     cards = _nvidia()
@@ -36,13 +34,6 @@ def this_machine() -> Machine:
         "auto", len(alike), first, ram, _BANDWIDTH,
         assumptions=(*notes, "memory of 60 GB/s is assumed; say --ram-bandwidth"),
     )  # fmt: skip
-
-
-def _total_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _nvidia() -> list[Card]:

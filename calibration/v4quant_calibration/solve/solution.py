@@ -32,7 +32,12 @@ from v4quant_formats.manifest import to_json
 from v4quant_formats.model_config import ConfigError, read_json_object
 from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shard_files import LocalShards, file_state
-from v4quant_formats.shards import ShardWriter, write_file_atomically
+from v4quant_formats.shards import (
+    ShardWriter,
+    all_leftovers,
+    remove_leftovers,
+    write_file_atomically,
+)
 from v4quant_formats.spec import TensorSpec
 from v4quant_formats.weights import find_weight, read_weight
 from v4quant_kernels.ggml_types import block_type, get_type
@@ -213,8 +218,11 @@ def begin_solution(folder: Path, header: Mapping[str, Any]) -> None:
             raise SolutionError(
                 f"{path}: was begun for another checkpoint, corpus or setting; choose a new folder"
             )
+        for left in all_leftovers(folder):
+            left.unlink(missing_ok=True)
         return
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder, [SOLUTION_NAME])
     if any(folder.iterdir()):
         raise SolutionError(f"{folder}: is not empty and holds no solution; choose a new folder")
     write_file_atomically(path, to_json({**header, "finished": False}))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +24,18 @@ from v4quant.hub.client import (
     HubNotFound,
     HubOffline,
 )
+from v4quant.hub.download import part_path
 from v4quant.hub.refs import HubRef, HubReferenceError, parse_hub
 from v4quant.hub.shard_cache import DiskCapError
 from v4quant.hub.source import open_hub
 from v4quant_formats.checkpoint import INDEX_NAME
-from v4quant_formats.errors import FormatError, MissingShard, SourceChanged, UnsafePath
+from v4quant_formats.errors import (
+    FormatError,
+    MissingShard,
+    OutputError,
+    SourceChanged,
+    UnsafePath,
+)
 from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.errors import V4QuantError
 
@@ -130,6 +138,12 @@ def test_what_passes_is_survived(
     assert hub.pending_faults() == 0
 
 
+def shelf(scratch: Path) -> Path:
+    """Where the shards of the one repository in a scratch folder lie."""
+    (folder,) = scratch.glob("*@*/shards")
+    return folder
+
+
 def test_a_broken_download_goes_on_where_it_broke(
     plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -143,10 +157,11 @@ def test_a_broken_download_goes_on_where_it_broke(
         size = len(model_files[file])
         assert starts == [0, size // 2, size // 2 + (size - size // 2) // 2]
     # What an earlier process left: a good part is continued, a damaged one fetched anew.
-    whole = tmp_path / "shards" / file
+    (whole,) = shelf(tmp_path).iterdir()
+    assert whole.name.endswith(f"-{file}") and re.match(r"[0-9a-f]{16}-", whole.name)
     for damage in (b"", b"x"):
         whole.unlink()
-        part = whole.with_name(f"{file}.part")
+        part = part_path(whole)
         part.write_bytes((damage + model_files[file])[:1000])
         plain_hub.log.clear()
         with open_hub(REF, tmp_path) as remote:
@@ -155,6 +170,82 @@ def test_a_broken_download_goes_on_where_it_broke(
         starts = [int(s.headers["Range"][6:].partition("-")[0]) for s in plain_hub.log]
         assert starts == ([1000, 0] if damage else [1000])
         assert whole.read_bytes() == model_files[file] and not part.exists()
+
+
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_a_download_is_never_written_through_a_link(
+    link: str, plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    plain_hub.add_repo(REF.repo, model_files)
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    with open_hub(REF, tmp_path / "s") as remote:
+        file = remote.spec("embed.weight").file
+        remote.shards.acquire([file])
+        (whole,) = shelf(tmp_path / "s").iterdir()
+    whole.unlink()
+    getattr(part_path(whole), link)(victim)
+    with open_hub(REF, tmp_path / "s") as remote, pytest.raises(OutputError, match=r"embed|top"):
+        remote.shards.acquire([file])
+    assert victim.read_bytes() == b"precious"
+
+
+def test_what_is_left_of_one_repository_is_never_taken_for_another(
+    plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Two fine-tunes have the same names and sizes."""
+    other = {n: d[:-1] + bytes([d[-1] ^ 1]) if n.endswith("ors") else d
+             for n, d in model_files.items()}  # fmt: skip
+    plain_hub.add_repo(REF.repo, model_files)
+    plain_hub.add_repo("maker/other", other)
+    files = [n for n in model_files if n.endswith(".safetensors")]
+    with open_hub(REF, tmp_path) as remote:
+        remote.shards.acquire(files[:2])
+        left = shelf(tmp_path)
+    assert len(list(left.iterdir())) == 2
+    with open_hub(HubRef("maker/other"), tmp_path) as remote:
+        assert not left.exists(), "the folder is the other's now"
+        remote.shards.acquire(files[:2])
+        held = {p.name.partition("-")[2]: p.read_bytes() for p in shelf(tmp_path).iterdir()}
+    assert held == {n: other[n] for n in files[:2]}
+
+
+def test_a_leftover_of_other_bytes_is_fetched_anew(
+    plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    plain_hub.add_repo(REF.repo, model_files)
+    with open_hub(REF, tmp_path) as remote:
+        file = remote.spec("embed.weight").file
+        remote.shards.acquire([file])
+    (whole,) = shelf(tmp_path).iterdir()
+    whole.write_bytes(bytes(len(model_files[file])))
+    with open_hub(REF, tmp_path) as remote:
+        remote.shards.acquire([file])
+        assert whole.read_bytes() == model_files[file]
+
+
+def test_leftovers_of_later_shards_neither_break_the_cap_nor_block(
+    plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    plain_hub.add_repo(REF.repo, model_files)
+    files = sorted(n for n in model_files if n.endswith(".safetensors"))
+    cap = sum(len(model_files[n]) for n in files[-2:])
+    cap = max(cap, *(len(model_files[n]) for n in files))
+    with open_hub(REF, tmp_path, cap) as remote:
+        remote.shards.acquire(files[-2:])
+    held: list[int] = []
+
+    def measure(route: str, path: str) -> None:
+        held.append(sum(p.stat().st_size for p in tmp_path.glob("*@*/shards/*")))
+
+    plain_hub.on_request = measure
+    with open_hub(REF, tmp_path, cap) as remote:
+        remote.shards.expect(files)
+        for file in files:
+            remote.shards.acquire([file])
+            measure("", "")
+            remote.shards.release(file)
+    assert 0 < max(held) <= cap
 
 
 def test_wrong_bytes_are_refused(
@@ -166,7 +257,7 @@ def test_wrong_bytes_are_refused(
         file = remote.spec("embed.weight").file
         with pytest.raises(SourceChanged, match="digest"):
             remote.shards.acquire([file])
-        assert not list((tmp_path / "shards").iterdir())
+        assert not list(shelf(tmp_path).iterdir())
     hub.fail("resolve", "flip")  # config.json, not in large storage
     with pytest.raises(SourceChanged, match=r"config\.json"):
         open_hub(REF)
@@ -184,7 +275,7 @@ def test_a_file_longer_or_shorter_than_announced(
             with pytest.raises(SourceChanged, match=r"model-top.*announces"):
                 remote.shards.acquire(["model-top.safetensors"])
             plain_hub.blobs[entry.sha256] = honest
-        assert sum(p.stat().st_size for p in (tmp_path / "shards").iterdir()) <= len(honest)
+        assert sum(p.stat().st_size for p in shelf(tmp_path).iterdir()) <= len(honest)
 
 
 def test_a_branch_that_moves_cannot_mix(
@@ -297,8 +388,7 @@ def test_caps(plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path)
     held: list[int] = []
 
     def measure(route: str, path: str) -> None:
-        folder = tmp_path / "shards"
-        held.append(sum(p.stat().st_size for p in folder.iterdir()) if folder.is_dir() else 0)
+        held.append(sum(p.stat().st_size for p in tmp_path.glob("*@*/shards/*")))
 
     plain_hub.on_request = measure
     with open_hub(REF, tmp_path, cap) as remote:
