@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from v4quant.calibration.memory import calibration_room, fit_solving, statistics_bytes
+from v4quant.checks.soundness import require_sound
 from v4quant.conversion.calibrated import solved_part
 from v4quant.conversion.plan import make_plan
 from v4quant.devices import CPU, device_bytes
@@ -132,6 +133,7 @@ def calibrate_to(
     device: where passes run and solvers work. Raises what `check_floor`, `calibrate` and `solve`
     raise, and SizeError for too little memory.
     """
+    require_sound(checkpoint)
     check_floor(corpus, config, floor)
     taken = f"{out}: another v4quant process is calibrating to it; give another --out"
     with locked_folder(out.parent, taken, f"{out.name}.lock", stays=False):

@@ -21,6 +21,7 @@ from v4quant.checks.independent_decoder import Array, decode_rows
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import parse_name, split_part
 from v4quant_formats.errors import FormatError
+from v4quant_formats.structure import find_defects
 from v4quant_formats.weights import StoredWeight, find_weight
 from v4quant_kernels.progress import Progress
 
@@ -52,17 +53,21 @@ class Difference:
 
 @dataclass(frozen=True)
 class DiffResult:
-    """Differences beyond `equal` and `exact`, counts of every verdict, how much was compared."""
+    """Differences beyond `equal` and `exact`, counts of every verdict, how much was compared.
+
+    defects: what is structurally wrong with either side, which no comparison of values would show.
+    """
 
     compared: int
     skipped: int
     verdicts: dict[str, int]
     differences: tuple[Difference, ...]
+    defects: tuple[str, ...] = ()
 
     @property
     def same(self) -> bool:
-        """Whether both hold the same values, as far as they were compared."""
-        return not self.differences
+        """Whether both hold the same values, as far as they were compared, and are understood."""
+        return not self.differences and not self.defects
 
 
 def diff_checkpoints(
@@ -88,7 +93,13 @@ def diff_checkpoints(
     counts = Counter(d.verdict for d in found)
     differences = tuple(d for d in found if d.verdict not in (*SAME, "unread"))
     skipped = counts.pop("unread", 0)
-    return DiffResult(len(both) - skipped, skipped, dict(counts), differences)
+    defects = tuple(
+        f"{side}: {defect}"
+        for side, checkpoint in (("A", a), ("B", b))
+        for defect in find_defects(checkpoint).defects
+        if defect.blocking
+    )
+    return DiffResult(len(both) - skipped, skipped, dict(counts), differences, defects)
 
 
 def _modules(checkpoint: Checkpoint) -> list[str]:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -19,20 +18,16 @@ from v4quant_formats.deepseek_v4 import (
     TensorName,
     detect_release,
     draft_stages,
-    expected_modules,
-    module_shape,
-    other_release,
     parse_name,
     role_of,
 )
 from v4quant_formats.errors import FormatError
-from v4quant_formats.model_config import ConfigError, Dimensions, LayerFacts, parse_dimensions
-from v4quant_formats.weights import StoredWeight, check_finite, find_weight, read_weight
+from v4quant_formats.model_config import Dimensions, LayerFacts
+from v4quant_formats.structure import MAX_DEFECTS, find_defects
+from v4quant_formats.weights import StoredWeight, check_finite, read_weight
 from v4quant_kernels.cast import nonzero_exponents
 from v4quant_kernels.errors import NonFiniteWeight
 from v4quant_kernels.progress import Progress
-
-MAX_DEFECTS = 1000
 
 
 @dataclass
@@ -96,14 +91,10 @@ def inspect_checkpoint(
     checkpoint: Checkpoint, progress: Progress, deep: bool = False
 ) -> Inspection:
     """Describe a checkpoint. `deep` also reads every coded matrix and every float tensor."""
-    defects: list[str] = []
-    names = {spec.name: parse_name(spec.name) for spec in checkpoint}
-    config = _config(checkpoint, defects)
-    stored = _find_all(checkpoint, names, defects)
-    if config is not None:
-        defects += other_release(config, names)
-        _check_model(config, names, stored, defects)
-    defects += [f"'{n}': belongs to no V4 release v4quant knows" for n, p in names.items() if not p]
+    structure = find_defects(checkpoint)
+    config, names, stored = structure.config, structure.names, dict(structure.stored)
+    stored |= {n: _unknown(checkpoint, n) for n, parsed in names.items() if parsed is None}
+    defects = [str(d) for d in structure.defects]
     scales = _read_all(checkpoint, config, names, stored, progress, defects) if deep else None
     expert_dtypes = {
         w.parts["weight"].dtype
@@ -142,45 +133,13 @@ def layer_roles(layers: Iterable[LayerFacts]) -> dict[str, list[int]]:
     return found
 
 
-def _config(checkpoint: Checkpoint, defects: list[str]) -> Dimensions | None:
-    try:
-        return parse_dimensions(dict(checkpoint.config))
-    except ConfigError as error:
-        defects.append(str(error))
-        return None
-
-
-def _find_all(
-    checkpoint: Checkpoint, names: dict[str, TensorName | None], defects: list[str]
-) -> dict[str, StoredWeight]:
-    found: dict[str, StoredWeight] = {}
-    for module in dict.fromkeys(n.module if n else name for name, n in names.items()):
-        try:
-            found[module] = find_weight(checkpoint, module)
-        except FormatError as error:
-            defects.append(str(error))
-    return found
-
-
-def _check_model(
-    config: Dimensions,
-    names: dict[str, TensorName | None],
-    stored: dict[str, StoredWeight],
-    defects: list[str],
-) -> None:
-    # A hostile config may require billions of modules.
-    absent = (m for m in expected_modules(config, names) if m not in stored)
-    defects += [f"'{m}': missing, but config.json requires it" for m in islice(absent, MAX_DEFECTS)]
-    for module, weight in stored.items():
-        wanted = module_shape(config, module)
-        if wanted is not None and weight.shape != wanted:
-            defects.append(
-                f"'{module}': shape {list(weight.shape)}, config.json implies {list(wanted)}"
-            )
+def _unknown(checkpoint: Checkpoint, name: str) -> StoredWeight:
+    spec = checkpoint.spec(name)
+    return StoredWeight(name, {"": spec}, spec.shape, None)
 
 
 def _classes(
-    names: dict[str, TensorName | None], stored: dict[str, StoredWeight]
+    names: Mapping[str, TensorName | None], stored: dict[str, StoredWeight]
 ) -> list[ByteClass]:
     classes: dict[str, ByteClass] = {}
     counts: defaultdict[str, int] = defaultdict(int)
@@ -203,14 +162,13 @@ def _classes(
 def _read_all(
     checkpoint: Checkpoint,
     config: Dimensions | None,
-    names: dict[str, TensorName | None],
+    names: Mapping[str, TensorName | None],
     stored: dict[str, StoredWeight],
     progress: Progress,
     defects: list[str],
 ) -> ScaleStatistics | None:
     """Read every module: NaN anywhere, E8M0 spreads, routing tables in range."""
     progress.start("Reading", checkpoint.nbytes, "B")
-    experts = config.n_routed_experts if config else None
     routed = {n.module for n in names.values() if n and n.expert is not None}
     spans: list[tuple[int, int, int]] = []
     for module, weight in stored.items():
@@ -220,7 +178,7 @@ def _read_all(
                 if module in routed and weight.scheme.name == "mxfp4":
                     spans.append(_spans(nonzero_exponents(q)))
             else:
-                _check_plain(checkpoint, weight, experts, defects)
+                _check_plain(checkpoint, weight)
         except (FormatError, NonFiniteWeight) as error:
             defects.append(str(error))
         progress.advance(weight.nbytes)
@@ -228,17 +186,10 @@ def _read_all(
     return _summarise(spans)
 
 
-def _check_plain(
-    checkpoint: Checkpoint, weight: StoredWeight, experts: int | None, defects: list[str]
-) -> None:
-    spec = next(iter(weight.parts.values()))
-    largest, smallest = 0, 0
+def _check_plain(checkpoint: Checkpoint, weight: StoredWeight) -> None:
+    spec = weight.first
     for _, piece in checkpoint.read_chunks(spec.name):
         check_finite(checkpoint, spec, piece)
-        if weight.module.endswith(".tid2eid") and piece.numel():
-            largest, smallest = max(largest, int(piece.max())), min(smallest, int(piece.min()))
-    if smallest < 0 or (experts is not None and largest >= experts):
-        defects.append(f"'{weight.module}': expert ids run {smallest}..{largest} of {experts}")
 
 
 def _spans(exponents: Tensor) -> tuple[int, int, int]:

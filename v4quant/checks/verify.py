@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,20 @@ import numpy as np
 import torch
 
 from v4quant.checks.independent_decoder import decode_rows
+from v4quant.checks.soundness import unknown_of
 from v4quant.conversion.records import TensorRecord, record_from_dict
 from v4quant.source import Source, open_source
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.deepseek_v4 import expected_modules, split_part
+from v4quant_formats.deepseek_v4 import split_part
 from v4quant_formats.file_hash import hash_file
 from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
-from v4quant_formats.model_config import parse_dimensions
 from v4quant_formats.opening import open_checkpoint
+from v4quant_formats.structure import find_defects
 from v4quant_formats.weights import find_weight
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.scheme import SCHEMES
 
-MAX_FINDINGS = 1000
 _ROWS = 512  # compared at a time; a multiple of every tile height
 
 
@@ -106,11 +105,12 @@ def _check_files(out: Path, manifest: dict[str, Any], progress: Progress) -> Ite
 
 
 def _check_structure(output: Checkpoint, records: dict[str, TensorRecord]) -> Iterator[Finding]:
-    config = parse_dimensions(dict(output.config), str(output.path / "config.json"))
     modules = {split_part(spec.name)[0] for spec in output}
-    absent = (m for m in expected_modules(config, output.tensors) if m not in modules)
-    for module in islice(absent, MAX_FINDINGS):
-        yield Finding(module, "missing, but config.json requires it")
+    found = find_defects(output)
+    copies = unknown_of(output) == "copy"
+    for defect in found.defects:
+        if not (copies and defect.where in found.names and found.names[defect.where] is None):
+            yield Finding(defect.where or str(output.path), defect.problem)
     for module in sorted(modules ^ records.keys()):
         yield Finding(module, "in the shards or in the manifest, but not in both")
 

@@ -53,6 +53,7 @@ def _as_text(result: DiffResult) -> str:
         lines.append(f"{d.module}: {d.verdict} ({d.a} -> {d.b}{error}){detail}")
     if len(result.differences) > _SHOWN:
         lines.append(f"... and {len(result.differences) - _SHOWN:,} more (--json lists them)")
+    lines += result.defects[:_SHOWN]
     counts = ", ".join(f"{n:,} {verdict}" for verdict, n in sorted(result.verdicts.items()))
     lines.append(f"{result.compared:,} modules compared, {result.skipped:,} by headers only")
     lines.append(counts or "nothing in common")

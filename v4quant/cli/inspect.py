@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 import v4quant
-from v4quant.cli import _output
+from v4quant.cli import _exit, _output
 from v4quant.cli._types import SOURCE
 
 if TYPE_CHECKING:
@@ -20,13 +20,19 @@ if TYPE_CHECKING:
 @click.argument("source", type=SOURCE)
 @click.option("--deep", is_flag=True, help="Also read all data: NaN, scale spreads, tables.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(source: str, deep: bool, as_json: bool) -> None:
-    """Show what checkpoint SOURCE is: release, layers, bytes by class, anything wrong."""
+@click.pass_context
+def inspect(ctx: click.Context, source: str, deep: bool, as_json: bool) -> None:
+    """Show what checkpoint SOURCE is: release, layers, bytes by class, anything wrong.
+
+    Exit code 3: it has defects.
+    """
     found = v4quant.inspect(source, deep=deep, progress=_output.TerminalProgress())
     if as_json:
         _output.emit(_as_json(found))
     else:
         _output.data(_as_text(found))
+    if found.defects:
+        ctx.exit(_exit.DIFFERENT)
 
 
 def _as_json(found: Inspection) -> dict[str, object]:

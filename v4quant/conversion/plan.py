@@ -29,16 +29,14 @@ from v4quant_formats.deepseek_v4 import (
     PROJECTIONS,
     TensorName,
     draft_stages,
-    expected_modules,
     expert_module,
-    module_shape,
-    parse_name,
 )
-from v4quant_formats.errors import MissingTensor, UnexpectedTensor, UnsupportedPair, WrongDtype
+from v4quant_formats.errors import UnexpectedTensor, UnsupportedPair, WrongDtype
 from v4quant_formats.layouts.deepseek import DEEPSEEK
-from v4quant_formats.model_config import Dimensions, parse_dimensions
+from v4quant_formats.model_config import Dimensions
 from v4quant_formats.spec import TORCH_DTYPES, TensorSpec
-from v4quant_formats.weights import StoredWeight, find_weight, scale_part
+from v4quant_formats.structure import Structure, check_structure
+from v4quant_formats.weights import StoredWeight, scale_part
 from v4quant_kernels.ggml_types import GGML_TYPES, fitting_type, get_type
 from v4quant_kernels.scheme import SCHEMES, Scheme
 
@@ -101,7 +99,9 @@ class Plan:
             config = layout.mixed_config(raw, self._stage_schemes())
         else:
             config = layout.config(raw, self.scheme, self.kept)
-        return without_drafts(config) if self.recipe.draft == "drop" else config
+        return _with_drafts(
+            config, len(draft_stages(s.name for f in self.shards for s in f.outputs))
+        )
 
     def _stage_schemes(self) -> dict[str, Scheme]:
         """The scheme of every stage's experts, where a layer has one."""
@@ -122,9 +122,9 @@ class PlannedUnits:
 
 def plan_units(checkpoint: Checkpoint, recipe: Recipe) -> PlannedUnits:
     """What becomes of every tensor; headers are enough. Raises as make_plan does."""
-    config = parse_dimensions(dict(checkpoint.config), str(checkpoint.path / "config.json"))
-    names = _parse_names(checkpoint, recipe)
-    _check_complete(checkpoint, config, names)
+    found = check_structure(checkpoint, recipe.unknown, drafts=recipe.draft != "drop")
+    config, names = found.config, found.names
+    assert config is not None
     kept: tuple[str, ...] = ()
     if recipe.on_inexact == "keep":
         experts = {(n.stage, n.expert) for n in names.values() if n and n.expert is not None}
@@ -133,7 +133,7 @@ def plan_units(checkpoint: Checkpoint, recipe: Recipe) -> PlannedUnits:
         kept += tuple(s for s in draft_stages(names) if s not in kept)
     recipe.layout.check(config, draft_stages(names) if recipe.draft == "convert" else [])
     check_places(recipe.places, places_of(names.values(), recipe.draft != "drop"))
-    planner = _Planner(checkpoint, config, recipe, names, kept)
+    planner = _Planner(checkpoint, config, recipe, found, kept)
     units = (planner.unit(module) for module in planner.leading_modules())
     return PlannedUnits(config, tuple(u for u in units if u), tuple(planner.dropped), kept)
 
@@ -166,6 +166,18 @@ def _shards_as_source(units: Iterable[Unit]) -> tuple[ShardPlan, ...]:
     )
 
 
+def _with_drafts(config: dict[str, Any], stages: int) -> dict[str, Any]:
+    """A config.json that promises draft stages where there are some, and none where there is none.
+
+    A count that is not zero is left alone: DSpark's releases say 1 for their three stages.
+    """
+    if not stages:
+        return without_drafts(config)
+    if config.get("num_nextn_predict_layers") == 0:
+        return {**config, "num_nextn_predict_layers": stages}
+    return config
+
+
 def without_drafts(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json that promises no draft stages, so that no engine looks for them."""
     kept = {k: v for k, v in config.items() if not k.startswith("dspark_")}
@@ -181,36 +193,6 @@ def _output_file(file: str) -> str:
     if file == SINGLE_NAME:
         return "model-00001-of-00001.safetensors"
     return file.removesuffix(".gguf") + ".safetensors" if file.endswith(".gguf") else file
-
-
-def _parse_names(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, TensorName | None]:
-    names = {spec.name: parse_name(spec.name) for spec in checkpoint}
-    for name, parsed in names.items():
-        if parsed is None and recipe.unknown == "refuse":
-            raise UnexpectedTensor(
-                f"{checkpoint.path / checkpoint.tensors[name].file}: tensor '{name}' belongs to no "
-                "V4 release v4quant knows; --unknown copy carries such tensors byte for byte"
-            )
-    return names
-
-
-def _check_complete(
-    checkpoint: Checkpoint, config: Dimensions, names: dict[str, TensorName | None]
-) -> None:
-    for name, n in names.items():
-        layer = int(n.stage.rpartition(".")[2]) if n and n.stage.startswith("layers.") else 0
-        if layer >= config.num_hidden_layers:
-            raise UnexpectedTensor(
-                f"{checkpoint.path / checkpoint.tensors[name].file}: tensor '{name}' is beyond the "
-                f"{config.num_hidden_layers} layers of config.json; it belongs to another model"
-            )
-    present = {n.module for n in names.values() if n}
-    for module in expected_modules(config, names):
-        if module not in present:
-            raise MissingTensor(
-                f"{checkpoint.path}: '{module}' is missing, which config.json requires; "
-                "the download is incomplete or config.json belongs to another model"
-            )
 
 
 def _check_accounted(
@@ -242,24 +224,33 @@ class _Planner:
         checkpoint: Checkpoint,
         config: Dimensions,
         recipe: Recipe,
-        names: dict[str, TensorName | None],
+        found: Structure,
         kept: tuple[str, ...],
     ) -> None:
         self.kept = kept
+        self.stored = found.stored
         self.checkpoint = checkpoint
         self.config = config
         self.recipe = recipe
         self.layout = recipe.layout
         self.scheme = recipe.expert_scheme
-        self.names = names
         self.dropped: list[Dropped] = []
-        self.by_module = {n.module: n for n in names.values() if n}
-        self.unknown = [n for n, parsed in names.items() if parsed is None]
+        self.by_module = {n.module: n for n in found.names.values() if n}
+        self.tensors_of: dict[str, list[str]] = {}
+        for tensor, parsed in found.names.items():
+            if parsed is not None:
+                self.tensors_of.setdefault(parsed.module, []).append(tensor)
+        self.unknown = [n for n, parsed in found.names.items() if parsed is None]
 
     def leading_modules(self) -> Iterator[str]:
-        """One module per unit: w1 leads its expert; every other module leads itself."""
+        """One module per unit: w1 leads its expert; every other module leads itself.
+
+        Of a draft stage that is dropped, half an expert may have no w1.
+        """
+        dropped = self.recipe.draft == "drop"
         for module, name in self.by_module.items():
-            if name.expert is None or name.projection == PROJECTIONS[0]:
+            alone = name.is_draft and dropped
+            if name.expert is None or name.projection == PROJECTIONS[0] or alone:
                 yield module
         yield from self.unknown
 
@@ -282,37 +273,17 @@ class _Planner:
             return None
         if name.expert is not None:
             return self._expert(name.stage, name.expert)
-        return self._dense(name, self._find(module))
-
-    def _find(self, module: str) -> StoredWeight:
-        """How a module is stored, refused when its shape is not what config.json implies."""
-        stored = find_weight(self.checkpoint, module)
-        wanted = module_shape(self.config, module)
-        first = next(iter(stored.parts.values()))
-        if wanted is not None and stored.shape != wanted:
-            raise WrongDtype(
-                f"{self.checkpoint.path / first.file}: '{module}' has shape {list(stored.shape)}, "
-                f"but config.json implies {list(wanted)}; the files belong to different models"
-            )
-        integer = module.endswith(".tid2eid")
-        kinds = ("I64", "I32") if integer else ("F32", "BF16", "F16")
-        if stored.scheme is None and first.dtype not in kinds:
-            raise WrongDtype(
-                f"{self.checkpoint.path / first.file}: '{first.name}' is {first.dtype}, expected "
-                f"{'I64' if integer else 'a float dtype'}; the file was written wrongly"
-            )
-        return stored
+        return self._dense(name, self.stored[module])
 
     def _drop(self, module: str, name: TensorName, reason: str) -> None:
         modules = [module]
-        if name.expert is not None:
+        if name.expert is not None and not (name.is_draft and self.recipe.draft == "drop"):
             modules = [expert_module(name.stage, name.expert, p) for p in PROJECTIONS]
         for m in modules:
-            parts = find_weight(self.checkpoint, m).parts.values()
-            self.dropped += [Dropped(p.name, reason) for p in parts]
+            self.dropped += [Dropped(tensor, reason) for tensor in self.tensors_of.get(m, ())]
 
     def _expert(self, stage: str, expert: int) -> Unit:
-        sources = tuple(self._find(expert_module(stage, expert, p)) for p in PROJECTIONS)
+        sources = tuple(self.stored[expert_module(stage, expert, p)] for p in PROJECTIONS)
         kept = stage in self.kept
         if kept and all(_is_native(stored) for stored in sources):
             return _copy(*sources)

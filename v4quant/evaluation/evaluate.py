@@ -19,6 +19,7 @@ import torch
 
 from v4quant import __version__
 from v4quant.checks.inspection import inspect_checkpoint
+from v4quant.checks.soundness import require_sound
 from v4quant.devices import CPU, device_bytes
 from v4quant.evaluation.memory import plan_evaluation, work_of
 from v4quant.evaluation.saved_logits import LogitFacts, LogitsError, LogitsFile, SavedLogits
@@ -104,6 +105,7 @@ def evaluate_checkpoint(
     LogitsError, EvaluationError, SizeError for too little memory and OutputError for scratch files.
     """
     _check_request(reference, others, files, measures)
+    require_sound(checkpoint, *others, *([reference] if reference is not None else []))
     candidates = [checkpoint, *others]
     runs = reference is not None and files.reference is None
     floors = measures.floors if reference is not None or files.reference is not None else 0

@@ -127,6 +127,7 @@ def _reading(folder: Path, model: _Model) -> tuple[_MeaningOf, dict[str, Any]]:
         if len(tables) != 1:
             raise WrongMetadata(f"{where}: has no '{_MARKOV}', which DSpark's stages need")
         added, stages = dspark_config(model.metadata, tables[0].shape[-1], where)
+        added["num_nextn_predict_layers"] = stages
         return partial(dspark_meaning_of, stages=stages), added
     config, drafts = config_from_fields(model.metadata, where)
     layers = int(config["num_hidden_layers"])

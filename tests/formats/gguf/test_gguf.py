@@ -29,7 +29,7 @@ from v4quant.conversion.plan import make_plan
 from v4quant.recipe import Recipe, RecipeError
 from v4quant.sizes import SizeError
 from v4quant_calibration.statistics.stats import Stats
-from v4quant_formats.errors import UnknownTokenizer, UnsupportedPair, WrongDtype
+from v4quant_formats.errors import UnknownTokenizer, UnsupportedPair
 from v4quant_formats.layouts.gguf import GGUF
 from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.opening import open_checkpoint
@@ -443,12 +443,12 @@ def test_an_unknown_tensor_has_no_place(tmp_path: Path) -> None:
 
 
 def test_gguf_files_are_sources_again(converted: Convert, tmp_path: Path) -> None:
-    """MXFP4 experts come back as the release's own bytes; K-types are no start for a conversion."""
+    """MXFP4 experts come back as the release's own values; K-types are read as they are."""
     convert(converted("mxfp4"), tmp_path / "nvfp4-like", Recipe("int8-g32"))
     assert verify(tmp_path / "nvfp4-like", converted("mxfp4"), SilentProgress()).findings == ()
     oracle = OracleParams(TINY)
     with open_checkpoint(tmp_path / "nvfp4-like") as output:
         module = "layers.2.ffn.experts.1.w1"
         assert torch.equal(read_dense(output, module), oracle(module))
-    with pytest.raises(WrongDtype, match="is q5_0; conversion starts"):
-        convert(converted("q4_k"), tmp_path / "no", Recipe("int8-g32"))
+    convert(converted("q4_k"), tmp_path / "again", Recipe("int8-g32"))
+    assert verify(tmp_path / "again", converted("q4_k"), SilentProgress()).findings == ()

@@ -76,8 +76,8 @@ def test_all_defects_are_listed(edited: EditableCheckpoint, tmp_path: Path) -> N
     edited[f"{EXPERT}.scale"].shape = (64, 8)
     found = inspect(edited.write(tmp_path), deep=True)
     text = "\n".join(found.defects)
-    for part in ("layers.0.attn.wq_a.scale", "'layers.2.attn_norm': missing", "'backdoor'",
-                 "'norm': shape [2, 64]", f"{EXPERT}.scale"):  # fmt: skip
+    for part in ("layers.0.attn.wq_a.scale", "'layers.2.attn_norm' is missing", "'backdoor'",
+                 "'norm' has shape [2, 64]", f"{EXPERT}.scale"):  # fmt: skip
         assert part in text, part
     assert len(found.defects) >= 5
 
