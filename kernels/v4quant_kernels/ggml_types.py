@@ -14,7 +14,7 @@ from typing import Literal
 
 from v4quant_kernels.errors import UnsupportedScheme
 
-BlockCoding = Literal["", "block", "codebook"]
+BlockCoding = Literal["", "block"]
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,7 @@ def _stand_in(name: str, type_id: int, block_bytes: int, bits: int) -> GgmlType:
 
 def _codebook(name: str, type_id: int, block_bytes: int, bits: int, file_type: int) -> GgmlType:
     """A type of 256 columns whose weights are points of a codebook."""
-    return GgmlType(
-        name, type_id, 256, block_bytes, bits, "iq4_nl", file_type, offered=False, dense=False
-    )
+    return GgmlType(name, type_id, 256, block_bytes, bits, "iq4_nl", file_type, "block")
 
 
 # Numbers as in llama.cpp's ggml.h (ggml_type) and llama.h (llama_ftype).
@@ -100,7 +98,7 @@ GGML_TYPES: dict[str, GgmlType] = {
         GgmlType("q4_k", 12, 256, 144, 4, "q5_0", 14, "block"),
         GgmlType("q3_k", 11, 256, 110, 3, "q4_0", 11, "block"),
         GgmlType("q2_k", 10, 256, 84, 2, "q4_0", 10, "block"),
-        GgmlType("q2_0", 42, 64, 18, 2, "q4_0", coder="block", offered=False, dense=False),
+        GgmlType("q2_0", 42, 64, 18, 2, "q4_0", 41, "block"),
         # llama.cpp's file types IQ2_M and IQ3_S are those of the types IQ2_S and IQ3_S.
         _codebook("iq4_xs", 23, 136, 4, 30),
         _codebook("iq3_s", 21, 110, 3, 26),
@@ -110,12 +108,15 @@ GGML_TYPES: dict[str, GgmlType] = {
         _codebook("iq2_xxs", 16, 66, 2, 19),
         _codebook("iq1_m", 29, 56, 1, 31),
         _codebook("iq1_s", 19, 50, 1, 24),
-        GgmlType("iq4_nl", 20, 32, 18, 4, "bf16", 25, offered=False, dense=False),
+        GgmlType("iq4_nl", 20, 32, 18, 4, "bf16", 25, "block"),
         _stand_in("q5_1", 7, 24, 5),
         _stand_in("q5_0", 6, 22, 5),
         _stand_in("q4_0", 2, 18, 4),
     )
 }
+
+BY_ID = {kind.type_id: kind for kind in GGML_TYPES.values()}
+"""The types by ggml's numbers."""
 
 
 def get_type(name: str) -> GgmlType:

@@ -22,7 +22,7 @@ from v4quant_kernels.ggml_types import GGML_TYPES, GgmlType, fitting_type
 
 Element = Literal["e2m1", "e4m3", "int", "bf16", "ggml"]
 ScaleFormat = Literal["e8m0", "e4m3", "bf16", "f32", "none"]
-CoderKind = Literal["", "integer", "block", "codebook"]
+CoderKind = Literal["", "integer", "block"]
 
 ALL_OCTAVES = 255
 """More than lie between any two E8M0 scales: MXFP4 is held exactly, whatever its scales are."""

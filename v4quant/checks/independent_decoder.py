@@ -116,6 +116,12 @@ def _elements(raw: Bytes, weight: TensorSpec) -> Array:
 
 def _blocks(raw: Bytes, dtype: str) -> Array:
     """GGUF's blocks. MXFP4: scale byte, then element j below element j + 16, sixteen times."""
+    if dtype == "Q2_0":  # a half-precision step, then four weights a byte, -1 to 2, lowest first
+        steps = raw.reshape(raw.shape[0], -1, 18)
+        codes = (steps[..., 2:, None] >> np.arange(0, 8, 2, dtype=np.uint8)) & 3
+        half = np.ascontiguousarray(steps[..., :2]).view(np.float16).astype(np.float64)
+        found: Array = (codes.reshape(*half.shape[:2], 64) - 1.0) * half
+        return found.reshape(raw.shape[0], -1)
     if dtype != "MXFP4":
         values: Array = dequantize(raw, GGMLQuantizationType[dtype]).astype(np.float64)
         return values

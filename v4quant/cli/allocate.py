@@ -47,7 +47,7 @@ if TYPE_CHECKING:
               "compressed-tensors with --engine vllm whole layers.")  # fmt: skip
 @click.option("--engine", type=click.Choice(ENGINE_CHOICES), default=NEUTRAL, show_default=True,
               help="Write what this engine wants, as of quantize.")  # fmt: skip
-@click.option("--dense", type=click.Choice([*dense_types(), AUTO, ALL]),
+@click.option("--dense", type=click.Choice([*dense_types(), AUTO, ALL]), metavar="TYPE|auto|all",
               help="Type of dense matrices, for gguf (default bf16); auto: one a layer, for "
               "embedding and head; all: compressors and hyper-connections take part too. Both "
               "need --measure-kl.")  # fmt: skip

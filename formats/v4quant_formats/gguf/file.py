@@ -118,7 +118,8 @@ def _header(fields: Sequence[Field], tensors: Sequence[_Stored]) -> bytes:
     for field in fields:
         writer.add_key_value(field.key, field.value, field.type, field.element)
     for tensor in tensors:
-        kind = GGMLQuantizationType[tensor.dtype]
+        ours = block_type(tensor.dtype)  # the package may not know a type yet: its number will do
+        kind: Any = ours.type_id if ours else GGMLQuantizationType[tensor.dtype]
         elements = np.dtype(np.float32)  # only says that `shape` counts elements, not bytes
         writer.add_tensor_info(tensor.name, tensor.shape, elements, tensor.nbytes, kind)
         assert math.prod(tensor.shape) > 0, tensor.name

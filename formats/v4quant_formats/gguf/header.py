@@ -33,6 +33,7 @@ from v4quant_formats.errors import (
     UnknownDtype,
     WrongMetadata,
 )
+from v4quant_kernels.ggml_types import BY_ID
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -212,12 +213,20 @@ def _place(cursor: _Cursor, table: list[_Line], alignment: int) -> dict[str, Ggu
     return tensors
 
 
-def _one(line: _Line, where: str, start: int, alignment: int, size: int) -> GgufTensor:
+def _stored_type(type_id: int, where: str) -> tuple[str, int, int]:
+    """Name of a type, elements and bytes of its blocks: ours, or one that the package knows."""
+    ours = BY_ID.get(type_id)
+    if ours is not None:
+        return ours.dtype, ours.block, ours.block_bytes
     try:
-        kind = GGMLQuantizationType(line.type_id)
+        kind = GGMLQuantizationType(type_id)
     except ValueError:
-        raise UnknownDtype(f"{where} has the unknown type {line.type_id}") from None
-    block, block_bytes = GGML_QUANT_SIZES[kind]
+        raise UnknownDtype(f"{where} has the unknown type {type_id}") from None
+    return kind.name, *GGML_QUANT_SIZES[kind]
+
+
+def _one(line: _Line, where: str, start: int, alignment: int, size: int) -> GgufTensor:
+    dtype, block, block_bytes = _stored_type(line.type_id, where)
     elements = 1
     for length in line.shape:
         elements *= length
@@ -225,7 +234,7 @@ def _one(line: _Line, where: str, start: int, alignment: int, size: int) -> Gguf
             raise InvalidShape(f"{where} has the shape {list(line.shape)}")
     if line.shape[-1] % block:
         raise InvalidShape(
-            f"{where} has rows of {line.shape[-1]} elements, no multiple of {kind.name}'s {block}"
+            f"{where} has rows of {line.shape[-1]} elements, no multiple of {dtype}'s {block}"
         )
     nbytes = elements // block * block_bytes
     if line.offset % alignment:
@@ -235,4 +244,4 @@ def _one(line: _Line, where: str, start: int, alignment: int, size: int) -> Gguf
             f"{where} ends at byte {start + line.offset + nbytes:,} of {size:,}; the download is "
             "incomplete or the header is wrong"
         )
-    return GgufTensor(line.name, kind.name, line.shape, start + line.offset, nbytes)
+    return GgufTensor(line.name, dtype, line.shape, start + line.offset, nbytes)

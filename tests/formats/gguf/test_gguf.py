@@ -247,7 +247,12 @@ def _records(folder: Path) -> list[Any]:
 
 
 # Rows of 128, which the query's second matrix has, cannot be K-types.
-SUBSTITUTES = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "q4_0", "q2_k": "q4_0"}
+SUBSTITUTES = {
+    "q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "q4_0", "q2_k": "q4_0",
+    **dict.fromkeys(
+        ("iq4_xs", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"), "iq4_nl"
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dense", GGUF.dense_types)
