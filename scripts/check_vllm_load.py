@@ -231,7 +231,7 @@ def child(folder: Path, sm: int, tp: int, rank: int, port: int) -> dict[str, Any
 
 
 def run(folder: Path, sm: int, tp: int) -> dict[str, Any]:
-    """One load, in a fresh process a rank; the first's result, or the last line of its error."""
+    """One load, in a fresh process per rank; the first's result, or the last line of its error."""
     cache = f"/tmp/vllm-load-check-{os.getpid()}"
     port = 20000 + (os.getpid() + sm) % 20000
     command = [sys.executable, __file__, str(folder), "--sm", str(sm), "--tp", str(tp)]

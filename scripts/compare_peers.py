@@ -10,7 +10,7 @@ checkpoint, and `evaluate`'s own functions score it against the source on the wi
 docs/quality.md, which nobody calibrated with; our own figures are that table's. What a peer left
 in FOLDER is not computed again. Figures and versions go to docs/peers.json, the table to
 docs/peers.md; cells not asked for are kept. auto-round's tuning of rounding takes most of the time
-(half an hour a scheme and core); `--iterations 50`, its "light" setting, takes a quarter of it.
+(half an hour per scheme and core); `--iterations 50`, its "light" setting, takes a quarter of it.
 """
 
 from __future__ import annotations
@@ -255,8 +255,8 @@ def page(found: dict[str, Any]) -> str:
         "code.",
         f"Everybody had the same {found['calibration_tokens']:,} tokens to calibrate with, in "
         "windows of 512, and the",
-        "same bits: symmetric integers, one 16-bit scale a group. Weights as each one decodes them "
-        "are",
+        "same bits: symmetric integers, one 16-bit scale per group. Weights as each one decodes "
+        "them are",
         "scored by `evaluate`'s own functions, so nothing of an engine is in the figures. The "
         "noise floor is",
         f"{found['floor_kl']:.5f}. `scripts/compare_peers.py` writes this page.",

@@ -182,7 +182,7 @@ def page(found: dict[str, Any]) -> str:
         f"perplexity is {found['reference_perplexity']:.3f}.",
         "`scripts/quality_table.py` writes this page.",
         "",
-        "| scheme | bits a weight | " + " | ".join(LABELS[s] for s in SOLVERS) + " |",
+        "| scheme | bits per weight | " + " | ".join(LABELS[s] for s in SOLVERS) + " |",
         "|---|---|" + "---|" * len(SOLVERS),
     ]
     ppl = []

@@ -60,10 +60,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tokenizer", type=Path, default=DATA / "tiny-v4", help="folder of the tokenizer")
     add("--start", type=Path, help="V4 checkpoint of the same widths to start a V4.1 from")
     add("--train-tokenizer", action="store_true", help="learn a new vocabulary from the text")
-    add(
-        "--window", type=int, default=512, help="tokens a window, half of it at first (default 512)"
-    )
-    add("--tokens-per-step", type=int, default=2048, help="tokens a step (default 2048)")
+    add("--window", type=int, default=512, help="tokens per window, half at first (default 512)")
+    add("--tokens-per-step", type=int, default=2048, help="tokens per step (default 2048)")
     add("--heldout-windows", type=int, default=32, help="windows measured per text (default 32)")
     add("--save-minutes", type=float, default=5.0, help="time between saved states (default 5)")
     chosen = parser.parse_args(arguments)

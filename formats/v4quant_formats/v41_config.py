@@ -77,7 +77,7 @@ def parse_v41(text: dict[str, Any], layers: int, ratios: Sequence[int], where: s
         engram_compressed_vocab_size=integer(text, "engram_compressed_vocab_size", where),
     )
     if v41.engram_columns > _MOST_COLUMNS:
-        raise ConfigError(f"{where}: Engram would look up {v41.engram_columns:,} rows a token")
+        raise ConfigError(f"{where}: Engram would look up {v41.engram_columns:,} rows per token")
     _check_sources(v41, ratios[:layers], where)
     return v41
 

@@ -154,7 +154,7 @@ def _fp8(module: str, parts: dict[str, TensorSpec]) -> StoredWeight:
     rows, columns = _matrix(weight)
     form = _FP8_SCALES.get(scale.dtype)
     if form == "f32" and rows > 1 and scale.shape == (rows, 1):
-        scheme = Scheme("fp8-channel", "e4m3", 8, (1, columns), "f32")  # one scale a row
+        scheme = Scheme("fp8-channel", "e4m3", 8, (1, columns), "f32")  # one scale per row
         return StoredWeight(module, parts, (rows, columns), scheme)
     for block in ((128, 128), (1, 32), (32, 32)):
         if form is None or scale.shape != (-(-rows // block[0]), -(-columns // block[1])):

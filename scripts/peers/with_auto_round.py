@@ -69,7 +69,7 @@ def main(source: str, windows: str, bits: str, group: str, out: str, iterations:
 
 def flatten(layer: Any) -> None:
     """Let a decoder layer take its rotary tables, and its token ids, as single tensors, and pass
-    streams on as one row a token."""
+    streams on as one row per token."""
     kind = type(layer)
     if not hasattr(kind, "plain_forward"):
         kind.plain_forward = kind.forward

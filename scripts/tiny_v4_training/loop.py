@@ -39,8 +39,8 @@ class Settings:
 
     seed: int
     bos: int
-    short: int  # tokens a window, first part
-    long: int  # tokens a window, last part
+    short: int  # tokens per window, first part
+    long: int  # tokens per window, last part
     tokens_per_step: int
     save_minutes: float
 

@@ -88,7 +88,7 @@ def stored(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 def _shards(
     raw: Mapping[str, Any], trunk: nn.Module, draft: nn.Module
 ) -> Iterator[dict[str, Tensor]]:
-    """Embedding, one layer a shard, final parts, one stage a shard, one table a shard."""
+    """Embedding, one layer per shard, final parts, one stage per shard, one table per shard."""
     c, state = raw["text_config"], dict(trunk.state_dict())
     tables = {n: state.pop(n) for n in list(state) if n.endswith("engram.embed.weight")}
     yield _store({"embed.weight": state.pop("embed.weight")})

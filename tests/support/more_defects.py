@@ -91,7 +91,7 @@ def one_fp8_expert(c: EditableCheckpoint) -> None:
 
 
 def row_scales(c: EditableCheckpoint) -> None:
-    """FP8 attention with a scale a row instead of a tile."""
+    """FP8 attention with a scale per row instead of a tile."""
     for name in [n for n in c.names if ".attn." in n and n.endswith(".scale")]:
         rows = c[name.removesuffix("scale") + "weight"].shape[0]
         c[name] = StoredTensor("F32", (rows, 1), bytes(4 * rows))

@@ -237,7 +237,7 @@ def allocate_recipe(
         dense = "; --dense q8_0 or less lowers it" if _holds_bf16(options, costs) else ""
         raise BudgetError(
             f"a budget of {budget:,} bytes is below the smallest possible of these choices, "
-            f"{smallest:,} ({8 * smallest / costs.weights:.3f} bits a weight){dense}"
+            f"{smallest:,} ({8 * smallest / costs.weights:.3f} bits per weight){dense}"
         )
     shapes = {s.module: s.shape for u in costs.base.units for s in u.sources}
     wanted = {place: _distinct(sizes) for place, sizes in costs.places.items()}
@@ -322,7 +322,7 @@ def recipe_toml(allocation: Allocation, costs: Costs) -> str:
     recipe, unit = allocation.recipe, "nats of KL" if allocation.measured else "relative noise"
     lines = [
         f"# Chosen by v4quant {__version__} for at most {allocation.budget:,} bytes:",
-        f"# the output has {allocation.nbytes:,}, {allocation.bits_per_weight:.3f} bits a weight.",
+        f"# it has {allocation.nbytes:,}, {allocation.bits_per_weight:.3f} bits per weight.",
         f"# Any of these choices would have {allocation.smallest:,} to {allocation.largest:,}.",
         "# Lines may be changed: `quantize SOURCE OUT --recipe THIS --dry-run` tells the size.",
         f'scheme = "{recipe.scheme}"  # where no line below says otherwise',

@@ -1,7 +1,7 @@
 """budget: how many bytes an output may have, from what people know.
 
-A size; bits a weight, over all parameters of the output as llama.cpp counts them; or cards and the
-context they shall serve. For the last, what else must fit is estimated from the release's own
+A size; bits per weight, over all parameters of the output as llama.cpp counts them; or cards and
+the context they shall serve. For the last, what else must fit is estimated from the release's own
 dimensions, in llama.cpp's way of sharing out whole layers:
 
     room  = cards * size * 0.95 - KV(context) - cards * (runtime + activations)
@@ -27,7 +27,7 @@ _STREAM_COPIES = 16
 def bits_budget(bits: float, weights: int) -> int:
     """Bytes of `weights` parameters at `bits` each."""
     if not 0 < bits < 64:
-        raise BudgetError(f"--bpw {bits} is no number of bits a weight")
+        raise BudgetError(f"--bpw {bits} is no number of bits per weight")
     return int(bits * weights / 8)
 
 

@@ -1,4 +1,4 @@
-"""The library: one public function a verb, which the command line calls as Python users do.
+"""The library: one public function per verb, which the command line calls as Python users do.
 
 Functions take names as people write them (folders, `hf://owner/name`, `builtin:tiny-v4`, sizes like
 "6GB"), keyword-only options with the command line's defaults, and a `Progress`; they return frozen

@@ -1,4 +1,4 @@
-"""The command line: one file a verb, each a thin face of one public function.
+"""The command line: one file per verb, each a thin face of one public function.
 
 `main` is the outermost frame: it turns a V4QuantError into one line and exit code 1 (tracebacks
 only with V4QUANT_DEBUG=1), wrong usage into 2, and SIGINT / SIGTERM into 130 / 143 after workers

@@ -156,11 +156,11 @@ def solver(
     header = (
         "solver",
         "at once",
-        "s an expert",
+        "s per expert",
         "moments s",
         "peak memory",
-        "h a layer",
-        "h a model",
+        "h per layer",
+        "h per model",
     )
     _output.data(_output.table(table, header))
 

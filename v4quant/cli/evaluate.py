@@ -155,7 +155,7 @@ def needle_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     for row in result.get("needle", {}).get("depths", []):
         where = "absent" if row["depth"] is None else f"at {100 * row['depth']:.0f} %"
         told = [f"{row[k]:.3f}" for k in ("reference_nll", "nll") if k in row]
-        rows.append((f"needle {where}", " -> ".join(told) + " nats a token"))
+        rows.append((f"needle {where}", " -> ".join(told) + " nats per token"))
     return rows
 
 

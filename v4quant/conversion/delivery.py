@@ -56,25 +56,25 @@ class StayHere:
         return found if (out / INDEX_NAME).exists() or not indexed else None
 
     def has(self, file: WrittenFile) -> bool:
-        """Only the folder has shards."""
+        """False: shards are in the folder only."""
         return False
 
     def space(self, sizes: Sequence[int]) -> int:
-        """All of them."""
+        """The shards stay, so the disk needs room for every one."""
         return sum(sizes)
 
     def has_room(self, nbytes: int) -> bool:
-        """The disk was asked at the beginning."""
+        """True: space was checked before the work began."""
         return True
 
     def make_room(self, nbytes: int) -> None:
-        """Nothing to wait for."""
+        """Return at once: no shard leaves the folder."""
 
     def take(self, file: WrittenFile) -> None:
-        """It stays."""
+        """Leave the file where it is."""
 
     def finish(self, out: Path, manifest: dict[str, Any]) -> None:
-        """The index, written last, was all."""
+        """Do nothing more: the index has been written."""
 
     def stop(self) -> None:
-        """Nothing runs."""
+        """Do nothing: no thread runs."""

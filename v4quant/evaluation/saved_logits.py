@@ -161,7 +161,7 @@ class SavedLogits:
         self.vocab_size = self._width if whole else None
         self.top_k = None if whole else self._width
         if self.top_k is not None and self.top_k < BEST:
-            raise LogitsError(f"{path}: holds {self.top_k} tokens a position; at least {BEST}")
+            raise LogitsError(f"{path}: holds {self.top_k} tokens per position; at least {BEST}")
         self.facts = self._read_facts()
         self._file = open_for_reading(path)
 

@@ -7,8 +7,8 @@
 
 Processor time of a Flash expert is measured (docs/calibration.md, `v4quant bench solver`); other
 shapes follow from 2 N K^2, and the block types of GGUF from the tiny model, where they take twice
-an integer's time. Forward passes are counted at 2 operations a weight in use and 50 GFLOP/s a core.
-No GPU has been timed.
+an integer's time. Forward passes are counted at 2 operations per weight in use and 50 GFLOP/s per
+core. No GPU has been timed.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ _BY_SIZE = {
     96: "rtx-pro-6000", 128: "dgx-spark", 141: "h200", 180: "b200", 192: "b200", 288: "b300",
 }  # fmt: skip
 
-# GiB of system memory and bytes a second that are assumed for a card, and at most for a machine.
+# GiB of system memory and bytes per second that are assumed for a card, and at most for a machine.
 _HOSTS = {
     "desktop": (64, 256, 60e9),
     "workstation": (128, 512, 60e9),

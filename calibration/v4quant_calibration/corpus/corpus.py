@@ -5,7 +5,7 @@ in one pass per document with the checkpoint's own tokenizer.json and cut into w
 `seq_len` tokens that start with BOS, which the release's tokenizer does not add by itself. A chat
 (a JSONL row with `messages`) becomes text by the release's encoding; the BOS that brings along is
 the first window's, not a second one. Chats of one file and mode are a part named after both.
-Token ids (.npy, or safetensors with `input_ids`) are taken as they are, a row a window, nothing
+Token ids (.npy, or safetensors with `input_ids`) are taken as they are, a row per window, nothing
 added. When fewer tokens are wanted than a file holds, windows are taken evenly from its whole
 length. Several files share the tokens evenly, as far as they hold so many; where one does not, all
 of it is taken, and the others make up for it.

@@ -52,7 +52,7 @@ def classic_hits(
     store: StreamStore,
     tile: TileSize,
 ) -> DraftHits:
-    """Hits of the MTP stage, which guesses one token a position, from the final trunk streams.
+    """Hits of the MTP stage, which guesses one token per position, from the final trunk streams.
 
     choices: by sequence, the trunk's most probable successor of every position. The last two
     positions of a window have nothing to be held against and are left out. Raises DivergenceError

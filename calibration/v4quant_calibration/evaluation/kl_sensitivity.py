@@ -42,7 +42,7 @@ class Altered:
 def measure_effects(
     checkpoint: Checkpoint, corpus: Corpus, alters: Sequence[Alter], progress: Progress
 ) -> list[float]:
-    """Mean KL, in nats a token, of the model altered in each way.
+    """Mean KL, in nats per token, of the model altered in each way.
 
     Raises DivergenceError for too little text and what the forward pass raises.
     """

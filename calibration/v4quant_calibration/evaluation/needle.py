@@ -84,7 +84,7 @@ def make_needles(corpus: Corpus, encode: Callable[[str], Tensor], bos: int) -> N
 def needle_figures(
     needles: Needles, candidate: TokenRecords, floors: Sequence[TokenRecords]
 ) -> dict[str, Any]:
-    """`needle` of the result: mean loss of the answers' tokens by depth, in nats a token.
+    """`needle` of the result: mean loss of the answers' tokens by depth, in nats per token.
 
     candidate, floors: records of the needles' windows alone, in order. The row whose depth is None
     is the text without a needle.

@@ -253,7 +253,7 @@ def embed(params: Params, ids: Tensor, streams: Streams) -> None:
 
 
 def matrix_rows(params: Params, base: str, ids: Tensor) -> Tensor:
-    """Rows of a matrix with a row a token, `[n, width]`, reading near those that occur in `ids`."""
+    """Rows of a matrix with a row per token, `[n, width]`, reading near those found in `ids`."""
     kinds, index = ids.unique(return_inverse=True)
     found, at = [], 0
     while at < len(kinds):

@@ -1,4 +1,4 @@
-"""The reference forward pass of DeepSeek-V4: plain torch, float32, one file an idea.
+"""The reference forward pass of DeepSeek-V4: plain torch, float32, one file per idea.
 
 Start at `block.layer_forward`; `stream.py` beside this folder runs whole models through it. The
 architecture is that of the technical report (arXiv 2606.19348) with the details of the inference

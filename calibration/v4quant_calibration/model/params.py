@@ -30,7 +30,7 @@ class Params(Protocol):
 
 @runtime_checkable
 class RowParams(Params, Protocol):
-    """A provider that can also decode a few rows of a matrix, for those with a row a token."""
+    """A provider that can also decode a few rows of a matrix, for those with a row per token."""
 
     def rows(self, base: str, start: int, stop: int, /) -> Tensor:
         """Rows start .. stop - 1 of the tensor called `base`."""

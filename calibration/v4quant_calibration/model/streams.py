@@ -1,6 +1,6 @@
 """Streams: what a model carries from layer to layer, and the only thing that grows with the text.
 
-Between two layers a model is its residual streams, `hc_mult * hidden` numbers a token. The tokens
+Between two layers a model is its residual streams, `hc_mult * hidden` numbers per token. The tokens
 of all sequences lie end to end, so that a layer can take any range of them: attention goes sequence
 by sequence, experts take as many tokens as memory allows. Where the rows live is not the layer's
 business: here they live in memory, in `scratch.py` in files. A GPU gets the rows in work only: the

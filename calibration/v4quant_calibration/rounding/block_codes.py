@@ -2,8 +2,8 @@
 
 A value is step * q + lowest with step = d * sc and lowest = -(dmin * m): `q` a small integer, `d`
 and `dmin` half-precision numbers of a block, `sc` and `m` small integers of a sub-block (types of
-one scale a block: both 1). What may change together lies together: `grids` lists the neighbours of
-a sub-block's pair (sc, m), or of its d where there is no sc.
+one scale per block: both 1). What may change together lies together: `grids` lists the neighbours
+of a sub-block's pair (sc, m), or of its d where there is no sc.
 
 Matrices lie transposed as in `gptq`, `[B, K, N]`; a block's numbers are `[B, blocks, N]`, a
 sub-block's `[B, sub-blocks, N]`.
@@ -168,7 +168,7 @@ def grids(codes: BlockCodes, shape: BlockShape, sub: int, reach: int) -> Grids:
 
 
 _STRIDE = 0.03
-"""Step of the scales tried for types of one scale a block, as a share of the scale."""
+"""Step of the scales tried for types of one scale per block, as a share of the scale."""
 
 
 def _single_grids(d: Tensor, dmin: Tensor, offsets: Tensor, shape: BlockShape) -> Grids:

@@ -1,6 +1,6 @@
 """Solution: expert matrices that a solver has coded, on disk until a conversion packs them.
 
-A folder with one safetensors file a stage (each matrix as packed codes, scales and shape, like
+A folder with one safetensors file per stage (each matrix as packed codes, scales and shape, like
 compressed-tensors' `pack-quantized`; GGUF's blocks as bytes under the name of their type) and
 `solution.json`, which says for which checkpoint, scheme and settings they are and what each
 stage's file hashes to; a file is held against that when the first of its matrices is asked for, so

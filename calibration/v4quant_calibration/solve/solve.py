@@ -1,7 +1,7 @@
 """solve: calibrate and quantize in one pass, layer by layer, storing no statistics.
 
 The full moments of one Flash expert's inputs take 80 MB, those of all experts 900 GB; even a
-sample of 2,048 rows an expert would be 270 GB, more than the model. But a layer's inputs are all
+sample of 2,048 rows per expert would be 270 GB, more than the model. But a layer's inputs are all
 there at the moment the streams reach its experts. So the moments are formed then, for a few experts
 at a time within the memory cap, the experts' codes solved and written to the stage's file, and the
 moments dropped. What remains is the result.

@@ -7,7 +7,7 @@ promise most to the starved. What a token id promises is learned from the rounds
 layer's table says outright which experts an id visits; in other layers each occurrence tells how
 far an expert's router score lay below the last one chosen, and ids whose occurrences came close are
 the likeliest to get there in another context. All starved experts of all layers vote, each with
-what it lacks of the floor, and one number a token id is all that is kept. Who is starved is known
+what it lacks of the floor, and one number per token id is all that is kept. Who is starved is known
 only when a layer's last token has been routed, so a layer's router scores are kept until then.
 """
 
@@ -33,7 +33,7 @@ class Demand:
     """How much starved experts want each token id, learned while a round streams."""
 
     def __init__(self, config: ModelConfig, params: Params, floor: int) -> None:
-        """Nothing wanted yet. floor: tokens an expert must see."""
+        """Nothing wanted yet. floor: tokens per expert must see."""
         self._config, self._params, self._floor = config, params, floor
         self._ids = torch.empty(0, dtype=torch.int64)
         self._routed = 0

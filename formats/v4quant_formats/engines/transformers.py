@@ -54,5 +54,5 @@ TRANSFORMERS = Engine(
     shards=False,
     decodes=True,
     reads_architectures=False,
-    advice="weights are decoded to BF16 when loaded: count two bytes a weight",
+    advice="weights are decoded to BF16 when loaded: count two bytes per weight",
 )

@@ -1,7 +1,7 @@
 """A GGUF file planned: its header, and where official tensors' bytes go.
 
 The gguf package writes metadata and the table of tensors, into memory; tensor data goes straight
-into place. The package itself would take a stacked expert tensor only whole (3.4 GB a layer of
+into place. The package itself would take a stacked expert tensor only whole (3.4 GB per layer of
 Flash, in memory) and files in one piece after another; here every expert writes its own slice,
 from any thread, in any order, and a killed run leaves no half-written file behind.
 

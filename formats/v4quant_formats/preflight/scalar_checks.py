@@ -1,6 +1,6 @@
 """Checks that read numbers: scalars beside NVFP4 weights, shapes beside packed integers.
 
-They are the only data preflight reads, a few bytes a tensor, fetched shard by shard.
+They are the only data preflight reads, a few bytes per tensor, fetched shard by shard.
 """
 
 from __future__ import annotations

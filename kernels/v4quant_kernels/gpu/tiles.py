@@ -197,7 +197,7 @@ def choose_index_tile(arch: int, operand: str, shared: bool) -> IndexTile:
 
 
 def index_tile(arch: int, shared: bool) -> IndexTile:
-    """The static choice: fewest instructions a score that compile without spilling."""
+    """The static choice: fewest instructions per score that compile without spilling."""
     if shared:
         return IndexTile(step=2 if arch == 90 or arch >= 120 else 1)
     return IndexTile(keys=64 if arch in {89, 90} else 128, stages=2)

@@ -1,6 +1,6 @@
 """Block FP8: E4M3 elements in square tiles (128x128) with a power-of-two scale.
 
-How DeepSeek-V4 ships its dense matrices: 8.0005 bits a weight. The scale of a tile is
+How DeepSeek-V4 ships its dense matrices: 8.0005 bits per weight. The scale of a tile is
 `2^ceil(log2(amax / 448))`, the smallest that saturates nothing, stored as E8M0, or, in the Base
 releases and for some engines, as the same number in float32. Powers of two matter: some engines
 quantize any other scale again. Elements round to nearest, ties to even.

@@ -92,7 +92,7 @@ def _to_q4_0(b: Blocks, join: Join) -> Tensor:
 
 
 def _fifth_bits(data: Tensor) -> Tensor:
-    """`[B, 32]` zeros and ones from four bytes a block, element 0 in the lowest bit."""
+    """`[B, 32]` zeros and ones from four bytes per block, element 0 in the lowest bit."""
     return split_fields(data[:, :, None], 1).flatten(1)
 
 

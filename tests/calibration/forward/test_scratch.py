@@ -118,7 +118,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         Scratch(tmp_path / "file", "ab" * 32)
 
 
-# Four layers of three models, one of them also on the reference's input: four steps a layer.
+# Four layers of three models, one of them also on the reference's input: four steps per layer.
 @pytest.mark.parametrize(("steps", "finished"), [(2, 0), (6, 1), (13, 3)])
 def test_a_killed_run_goes_on_and_gives_the_same(
     converted: Any, tmp_path: Path, steps: int, finished: int

@@ -55,7 +55,7 @@ def test_tile_scales_repeat() -> None:
 
 @pytest.mark.parametrize("scheme", KERNELS)
 def test_bits_stored(scheme: str) -> None:
-    """The codes' bits, and scales of 8 (MXFP4) or 32 (integers) bits a group."""
+    """The codes' bits, and scales of 8 (MXFP4) or 32 (integers) bits per group."""
     specs = expert_specs(block(scheme))
     weights = 3 * 3 * 128 * 256
     scale = 8 if scheme == "mxfp4" else 32

@@ -128,7 +128,7 @@ def test_dense_matrices_take_part_where_asked(
 
 def test_budget_below_the_smallest(checkpoint: Checkpoint, costs: Costs) -> None:
     least, _ = _sizes(costs)
-    bits = f"{8 * least / costs.weights:.3f} bits a weight"
+    bits = f"{8 * least / costs.weights:.3f} bits per weight"
     with pytest.raises(BudgetError, match=f"smallest possible.*{least:,} .{bits}.*--dense q8_0"):
         allocate_recipe(checkpoint, costs, least - 1, SMALL)
 

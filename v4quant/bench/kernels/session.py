@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_GRACE = 30.0  # seconds a step may go on behind its time, for the cell it has begun
+_GRACE = 30.0  # seconds per step may go on behind its time, for the cell it has begun
 _LEAST = 15.0  # with less than this left no process is worth starting
 PROGRAM = (sys.executable, "-m", "v4quant", "bench")
 

@@ -195,7 +195,7 @@ def _saved_logits(result: Mapping[str, Any]) -> list[str]:
     if not text(saved, "file"):
         return []
     top_k, kl = number(saved, "top_k"), text(saved, "kl")
-    kept = f", {count(top_k)} tokens a position: KL is a {kl}" if top_k is not None else ""
+    kept = f", {count(top_k)} tokens per position: KL is a {kl}" if top_k is not None else ""
     return [
         f"against saved logits <code>{escape_html(text(saved, 'file'))}</code>{escape_html(kept)}"
     ]

@@ -1,6 +1,6 @@
-"""The tables with one row a layer: what it chose, what it lost, what its experts were fed.
+"""The tables with one row per layer: what it chose, what it lost, what its experts were fed.
 
-A layer's own error and the experts' errors say where damage sits; how many tokens an expert saw
+A layer's own error and the experts' errors say where damage sits; how many tokens per expert saw
 says whether its error was measured at all.
 """
 
@@ -26,7 +26,7 @@ LAYER_KINDS = {"swa": "sliding window", "csa": "CSA", "hca": "HCA", "mtp": "MTP"
 
 
 def layer_table(result: Mapping[str, Any]) -> Table | None:
-    """One row a layer: kind, errors, and whether it chose the same experts and entries."""
+    """One row per layer: kind, errors, and whether it chose the same experts and entries."""
     rows = [
         (
             text(layer, "name"),
@@ -54,7 +54,7 @@ def layer_table(result: Mapping[str, Any]) -> Table | None:
 
 
 def expert_table(result: Mapping[str, Any]) -> Table | None:
-    """One row a layer: what its experts' weights and outputs lost, and what they were fed."""
+    """One row per layer: what its experts' weights and outputs lost, and what they were fed."""
     fed = {text(r, "name"): numbers(r, "tokens_per_expert") for r in _coverage_layers(result)}
     rows = []
     for layer in records(result, "layers"):
@@ -76,7 +76,7 @@ def expert_table(result: Mapping[str, Any]) -> Table | None:
         "Largest (matrix)",
         "Output error, median",
         "Largest (expert)",
-        "Fewest tokens an expert saw",
+        "Fewest tokens per expert saw",
         "Median tokens per expert",
     )
     note = "Output errors: on the reference's input, for a sample of tokens of each expert."
@@ -85,7 +85,7 @@ def expert_table(result: Mapping[str, Any]) -> Table | None:
 
 
 def starved_table(result: Mapping[str, Any]) -> Table | None:
-    """Experts that saw fewer tokens than the coverage floor, one row a layer."""
+    """Experts that saw fewer tokens than the coverage floor, one row per layer."""
     coverage = section(result, "coverage")
     by_layer: dict[str, list[str]] = {}
     for entry in records(coverage, "starved"):

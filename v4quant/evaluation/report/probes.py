@@ -43,8 +43,8 @@ def needle_table(result: Mapping[str, Any]) -> Table | None:
     columns = (
         "Depth",
         "Answer tokens",
-        "Reference (nats a token)",
-        "Candidate (nats a token)",
+        "Reference (nats per token)",
+        "Candidate (nats per token)",
         "Change",
         "Change by noise",
     )

@@ -130,7 +130,7 @@ def _search_levels(x: F32, weights: F32, shape: BlockShape, q: NDArray[np.int8],
 def _search_single(
     x: F32, weights: F32, name: str, shape: BlockShape, q: NDArray[np.int8], d: F32
 ) -> F32 | None:
-    """The types of one scale a block; returns the lowest values of q5_1."""
+    """The types of one scale per block; returns the lowest values of q5_1."""
     low, high = (np.float32(v) for v in shape.q)
     if name == "q8_0":
         ggml_symmetric.round_bytes(x, _EXACT_BITS[name], q, d)

@@ -51,7 +51,7 @@ def test_moe_on_the_cpu(tmp_path: Path) -> None:
                 assert packed < row["bytes"] < packed * 1.06 + 4 * 256
             assert row["flop"] == 2 * 3 * 256 * 128 * 2 * row["tokens"]
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [line["bench"] for line in lines] == ["moe"] * 8, "a line a row"
+    assert [line["bench"] for line in lines] == ["moe"] * 8, "a line per row"
     assert lines[0]["machine"]["copy_bytes_per_second"] > 0
     assert lines[7]["row"] == row
 
