@@ -96,10 +96,11 @@ class WeightComparison:
 def compare_weights(
     reference: Checkpoint, candidates: Sequence[Checkpoint], progress: Progress
 ) -> list[WeightComparison]:
-    """Compare every linear matrix of the reference with each candidate's, trunk and drafts.
+    """Compare every linear matrix of the reference, and its embedding, with each candidate's.
 
-    Modules a candidate lacks (dropped drafts) are passed over. Each reference matrix is decoded
-    once for the measurement. Memory: one matrix of the reference and one candidate, in float32.
+    Trunk and drafts; modules a candidate lacks (dropped drafts) are passed over. Each reference
+    matrix is decoded once for the measurement. Memory: one matrix of the reference and one
+    candidate, in float32.
     Raises WeightShapeError and what reading a damaged weight raises.
     """
     names = _matrices(reference)
@@ -152,11 +153,11 @@ def robust_z(errors: Sequence[float]) -> list[float]:
 
 
 def _matrices(reference: Checkpoint) -> list[TensorName]:
-    """Linear modules in the order of the files."""
+    """Linear modules and the embedding, in the order of the files."""
     modules: dict[str, TensorName] = {}
     for spec in reference:
         name = parse_name(spec.name)
-        if name is not None and name.is_linear:
+        if name is not None and (name.is_linear or name.module == "embed"):
             modules.setdefault(name.module, name)
     return list(modules.values())
 
