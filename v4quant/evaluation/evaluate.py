@@ -23,6 +23,7 @@ from v4quant.checks.soundness import require_sound
 from v4quant.devices import CPU, device_bytes
 from v4quant.evaluation.memory import plan_evaluation, work_of
 from v4quant.evaluation.saved_logits import LogitFacts, LogitsError, LogitsFile, SavedLogits
+from v4quant.evaluation.worst_stretches import worst_stretches
 from v4quant.memory import Limits
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.evaluation.evaluate import (
@@ -144,6 +145,10 @@ def evaluate_checkpoint(
     if reference is not None:
         for index, (figures, candidate) in enumerate(zip(all_figures, candidates, strict=True)):
             _add_weights(figures, None if compared is None else compared[index], candidate)
+    tokenizer = checkpoint.path / "tokenizer.json"
+    for figures in all_figures:
+        if "verdict" in figures:
+            figures["worst_stretches"] = worst_stretches(figures["verdict"], ran, tokenizer)
     lengths = [len(w) for w in corpus.windows]
     result = {
         "reference": _facts(reference) if reference is not None else None,

@@ -20,7 +20,7 @@ class TokenizerError(V4QuantError):
 
 
 class TextTokenizer:
-    """Text to ids."""
+    """Text to ids, and back."""
 
     def __init__(self, path: Path) -> None:
         """`path`: a tokenizer.json; it need not exist if no text is tokenized."""
@@ -29,6 +29,16 @@ class TextTokenizer:
 
     def __call__(self, text: str) -> Tensor:
         """Ids, int64 [length]. Raises TokenizerError."""
+        # Half a surrogate pair, which JSON can spell, has no UTF-8 form for the tokenizer.
+        text = text.encode(errors="replace").decode()
+        ids = self._loaded().encode(text, add_special_tokens=False).ids
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def text(self, ids: Tensor) -> str:
+        """The text of ids `[length]`, special tokens included. Raises TokenizerError."""
+        return str(self._loaded().decode(ids.tolist(), skip_special_tokens=False))
+
+    def _loaded(self) -> Tokenizer:
         if self._tokenizer is None:
             if not self._path.is_file():
                 raise TokenizerError(
@@ -39,7 +49,4 @@ class TextTokenizer:
                 self._tokenizer = Tokenizer.from_file(str(self._path))
             except Exception as error:  # noqa: BLE001  (tokenizers raises bare Exception)
                 raise TokenizerError(f"{self._path}: is no usable tokenizer ({error})") from None
-        # Half a surrogate pair, which JSON can spell, has no UTF-8 form for the tokenizer.
-        text = text.encode(errors="replace").decode()
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return torch.tensor(ids, dtype=torch.int64)
+        return self._tokenizer

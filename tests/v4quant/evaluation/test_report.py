@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 from v4quant.evaluation.report import render_html, render_markdown
+from v4quant.evaluation.report.decision import decisions, distinct_names, recommendations
 from v4quant.evaluation.report.svg import even_ticks, log_axis
 from v4quant.evaluation.report.text import (
     ReportError,
@@ -455,7 +456,7 @@ def test_lossless_result_has_no_error_plot_but_says_zero() -> None:
     result = {"layers": [{"name": "layers.0", "local_relative_error": 0.0}], "kl_mean": 0.0}
     page = render_html(result)
     assert "<svg" not in page
-    assert "<td>0</td>" in page
+    assert '<td data-label="Local relative error">0</td>' in page
 
 
 def test_missing_parts_are_left_out() -> None:
@@ -466,7 +467,7 @@ def test_missing_parts_are_left_out() -> None:
         "kl_histogram": "Divergence per token",
         "coverage": "Expert coverage",
         "corpora": "Parts of the evaluation text",
-        "verdict": "Above the noise floor",
+        "verdict": "Clearly worse than the floor.",
         "noise_floor": "Noise floor",
     }
     assert all(title in render_html(full) for title in titles.values())
@@ -578,3 +579,68 @@ def test_axes() -> None:
 
 def _without(result: dict[str, Any], key: str) -> dict[str, Any]:
     return {k: v for k, v in result.items() if k != key}
+
+
+def three() -> dict[str, Any]:
+    """Three candidates: the second is larger and worse than the first, the third small and bad."""
+
+    def part(path: str, nbytes: int, kl: float, grade: str) -> dict[str, Any]:
+        verdict = {"above_floor": True, "grade": grade, "text": f"{path} is {grade}."}
+        stretch = {
+            "part": "prose", "window": 3, "start": 512, "tokens": 511, "kl_mean": kl,
+            "floor_kl_mean": 1e-4, "kl_max": 2.0, "text": f"words of {path} {HOSTILE}",
+        }  # fmt: skip
+        return {
+            "candidate": {"path": path, "bytes": nbytes, "scheme": "q4_k"},
+            "kl_mean": kl, "verdict": verdict, "worst_stretches": [stretch], "findings": [],
+            "layers": [{"name": "layers.0", "local_relative_error": kl, "kind": "swa"}],
+        }  # fmt: skip
+
+    first = part("/a/out", 100, 0.001, "small")
+    others = [part("/b/out", 120, 0.002, "small"), part("/c/out", 60, 0.09, "damaged")]
+    return {**first, "noise_floor": {"kl_mean": 1e-4}, "others": others}
+
+
+def test_candidates_go_by_the_part_of_their_path_that_differs() -> None:
+    assert distinct_names(["/a/out", "/b/out"]) == ["a/out", "b/out"]
+    assert distinct_names([r"C:\\models\\x", "/models/y"]) == ["x", "y"]
+
+
+def test_a_dominated_candidate_is_marked_and_the_front_is_recommended() -> None:
+    found = {d.name: d for d in decisions(three())}
+    assert found["b/out"].dominated_by == "a/out"
+    assert not found["a/out"].dominated_by and not found["c/out"].dominated_by
+    lines = recommendations(decisions(three()))
+    assert len(lines) == 2
+    assert "a/out" in lines[0] and "c/out (damaged)" in lines[1] and "not for 100" in lines[1]
+    damaged = three() | {"findings": [{"where": "layers.0", "problem": "scales doubled"}]}
+    assert not any("a/out" in line for line in recommendations(decisions(damaged)))
+
+
+def test_every_candidate_has_verdict_charts_and_its_worst_text() -> None:
+    result = three()
+    html = render_html(result)
+    page = Page(html)
+    for name in ("a/out", "b/out", "c/out"):
+        assert f"{name}." in html and f"Where {name} diverges most" in html
+    assert html.count("<svg") == 4  # sizes, and each one's layers
+    ids = {attrs.get("id") for _, attrs in page.tags}
+    links = {attrs["href"] for tag, attrs in page.tags if tag == "a"}
+    assert links == {f"#worst-{n}" for n in (1, 2, 3)} and {x[1:] for x in links if x} <= ids
+    assert "<script" not in html
+    assert html.count("words of /a/out") == 1
+
+
+def test_on_a_narrow_screen_every_value_has_its_columns_name() -> None:
+    html = render_html(three())
+    cells = re.findall(r"<td([^>]*)>([^<]*)</td>", html)
+    named = [a for a, _ in cells if "data-label" in a]
+    assert len(named) > 10 and "max-width:640px" in html
+    assert 'data-label="KL mean (nats)"' in html
+
+
+def test_unusual_figures_are_explained_in_a_sentence() -> None:
+    result = three() | {"kl_p99": 1.167, "noise_floor": {"kl_mean": 1e-4, "kl_p99": 0.001}}
+    html = render_html(result)
+    assert "The worst one in 100 tokens have a KL of 1.2 nats or more, 1,167 times" in html
+    assert "What the words mean" in html

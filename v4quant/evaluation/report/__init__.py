@@ -12,11 +12,13 @@ does not hold leaves its place out; the report never fills one in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from v4quant.evaluation.report.candidates import candidates_table, size_quality_plot
+from v4quant.evaluation.report.decision import distinct_names
+from v4quant.evaluation.report.glossary import TERMS, worked_sentences
 from v4quant.evaluation.report.layers import expert_table, layer_table, starved_table
 from v4quant.evaluation.report.plots import coverage_plot, kl_histogram_plot, layer_error_plot
 from v4quant.evaluation.report.probes import draft_table, needle_table
@@ -48,9 +50,11 @@ from v4quant.evaluation.report.text import (
     section,
     text,
 )
+from v4quant.evaluation.report.worst import worst_html
 from v4quant_formats.manifest import to_json_text
 from v4quant_formats.shards import write_file_atomically
 
+Plot = Callable[[Mapping[str, Any]], str]
 DETAIL_TABLES = (
     confidence_table,
     floors_table,
@@ -62,13 +66,13 @@ DETAIL_TABLES = (
     starved_table,
     run_table,
 )
+SIZE_PLOT = (
+    "Size and quality",
+    size_quality_plot,
+    "Every candidate of this run; the line joins those that no other one dominates. Lower left is "
+    "better. The limits of the grades are drawn where they fall inside.",
+)
 PLOTS = (
-    (
-        "Size and quality",
-        size_quality_plot,
-        "Every candidate of this run. Lower left is better; a candidate with another one below it "
-        "and to its left is no bargain. Everything else on this page is about the first.",
-    ),
     (
         "Error per layer",
         layer_error_plot,
@@ -122,18 +126,13 @@ def render_html(result: Mapping[str, Any]) -> str:
     several = candidates_table(result)
     if several is not None:
         parts.append(_table_html(several))
-    for title, plot, caption in PLOTS:
-        drawing = plot(result)
-        if drawing:
-            parts.append(
-                f"<section>\n<h2>{title}</h2>\n<p>{caption}</p>\n"
-                f'<div class="wide">{drawing}</div>\n</section>'
-            )
+    parts += [_plot_html(result, *SIZE_PLOT), *_charts(result), *_worst(result)]
     parts += [
         _table_html(t)
         for build in (distribution_table, *DETAIL_TABLES)
         if (t := build(result)) is not None
     ]
+    parts.append(_glossary(result))
     command = command_line(result)
     if command:
         parts.append(f"<section>\n<h2>Command</h2>\n<pre>{escape_html(command)}</pre>\n</section>")
@@ -147,6 +146,51 @@ def render_html(result: Mapping[str, Any]) -> str:
         f"<title>Evaluation of {escape_html(subject)}</title>\n<style>{STYLE}</style>\n"
         f"</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
+
+
+def _plot_html(result: Mapping[str, Any], title: str, plot: Plot, caption: str) -> str:
+    drawing = plot(result)
+    return (
+        f"<section>\n<h2>{title}</h2>\n<p>{caption}</p>\n"
+        f'<div class="wide plot">{drawing}</div>\n</section>'
+        if drawing
+        else ""
+    )
+
+
+def _charts(result: Mapping[str, Any]) -> list[str]:
+    """The charts of the first candidate, and those of the others folded up behind their names."""
+    parts = [_plot_html(result, *plot) for plot in PLOTS]
+    others = records(result, "others")
+    for name, other in zip(_names(result)[1:], others, strict=True):
+        own = {"noise_floor": result.get("noise_floor"), **other}
+        charts = "\n".join(filter(None, (_plot_html(own, *plot) for plot in PLOTS)))
+        if charts:
+            parts.append(
+                f"<details>\n<summary>Charts of {escape_html(name)}</summary>\n{charts}\n</details>"
+            )
+    return parts
+
+
+def _worst(result: Mapping[str, Any]) -> list[str]:
+    everyone = [result, *records(result, "others")]
+    return [
+        worst_html(part, name, f"worst-{number_}")
+        for number_, (name, part) in enumerate(zip(_names(result), everyone, strict=True), 1)
+    ]
+
+
+def _names(result: Mapping[str, Any]) -> list[str]:
+    parts = [result, *records(result, "others")]
+    return distinct_names([text(section(p, "candidate"), "path") for p in parts])
+
+
+def _glossary(result: Mapping[str, Any]) -> str:
+    if result.get("noise_floor") is None:
+        return ""
+    told = "".join(f"<p>{escape_html(line)}</p>\n" for line in worked_sentences(result))
+    terms = "\n".join(f"<dt>{escape_html(t)}</dt><dd>{escape_html(m)}</dd>" for t, m in TERMS)
+    return f"<section>\n<h2>What the words mean</h2>\n{told}<dl>\n{terms}\n</dl>\n</section>"
 
 
 def render_markdown(result: Mapping[str, Any]) -> str:
@@ -202,18 +246,26 @@ def _saved_logits(result: Mapping[str, Any]) -> list[str]:
 
 
 def _verdict(result: Mapping[str, Any]) -> str:
-    verdict = section(result, "verdict")
-    above, told = verdict.get("above_floor"), text(verdict, "text")
-    if above is not None and not isinstance(above, bool):
-        raise ReportError("result field 'verdict.above_floor' must be true, false or null")
-    if above is None and not told:
-        return ""
-    css, sign = "", ""
-    if above is not None:
-        css = "differs" if above else "same"
-        sign = "Above the noise floor." if above else "Within the noise floor."
-    strong = f"<strong>{sign}</strong> " if sign else ""
-    return f'<p class="verdict {css}">{strong}{escape_html(told)}</p>'
+    """The first candidate's verdict, or one of every candidate."""
+    everyone = [result, *records(result, "others")]
+    several = len(everyone) > 1
+    lines = []
+    for index, (name, part) in enumerate(zip(_names(result), everyone, strict=True), 1):
+        verdict = section(part, "verdict")
+        above, told = verdict.get("above_floor"), text(verdict, "text")
+        if above is not None and not isinstance(above, bool):
+            raise ReportError("result field 'verdict.above_floor' must be true, false or null")
+        if above is None and not told:
+            continue
+        css = "" if above is None else "differs" if above else "same"
+        if text(verdict, "grade").startswith("damaged"):
+            css = "damaged"
+        strong = f"<strong>{escape_html(name)}.</strong> " if several else ""
+        link = ""
+        if records(part, "worst_stretches"):
+            link = f' <a href="#worst-{index}">Where it diverges most.</a>'
+        lines.append(f'<p class="verdict {css}">{strong}{escape_html(told)}{link}</p>')
+    return "\n".join(lines)
 
 
 def _findings_html(result: Mapping[str, Any]) -> str:
@@ -232,7 +284,10 @@ def _findings_html(result: Mapping[str, Any]) -> str:
 def _table_html(table: Table) -> str:
     def cell(tag: str, column: int, value: str) -> str:
         css = ' class="name"' if column < table.text_columns else ""
-        return f"<{tag}{css}>{escape_html(value)}</{tag}>"
+        # On a narrow screen a row is a list, and each value stands beside its column's name.
+        label = table.columns[column] if tag == "td" and column else ""
+        label = f' data-label="{escape_html(label)}"' if label else ""
+        return f"<{tag}{css}{label}>{escape_html(value)}</{tag}>"
 
     rows = [
         "<tr>" + "".join(cell("td", c, value) for c, value in enumerate(row)) + "</tr>"

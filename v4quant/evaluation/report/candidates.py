@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
 from v4quant.evaluation.report import svg
+from v4quant.evaluation.report.decision import decisions, distinct_names, recommendations
 from v4quant.evaluation.report.tables import Table, build_table, metric, multiple_of_floor
 from v4quant.evaluation.report.text import (
     change,
@@ -25,6 +25,7 @@ from v4quant.evaluation.report.text import (
     size,
     text,
 )
+from v4quant_calibration.evaluation.verdict import CLEAR, SMALL
 
 WIDTH, LEFT, RIGHT = 960.0, 76.0, 944.0
 TOP, BOTTOM = 44.0, 330.0
@@ -39,50 +40,65 @@ def candidates(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return sorted([result, *others], key=lambda c: number(section(c, "candidate"), "bytes") or 0.0)
 
 
-def candidate_name(part: Mapping[str, Any]) -> str:
-    """The last part of a candidate's path."""
-    return PurePath(text(section(part, "candidate"), "path")).name or "checkpoint"
-
-
 def candidates_table(result: Mapping[str, Any]) -> Table | None:
-    """One row a candidate: size and quality."""
+    """One row a candidate, smallest first: size, quality, and whether another one is better."""
+    if not candidates(result):
+        return None
     floor = section(result, "noise_floor")
+    by_name = _by_name(result)
     rows = []
-    for part in candidates(result):
+    for one in decisions(result):
+        part = by_name[one.name]
         facts = section(part, "candidate")
         before, after = number(part, "reference_perplexity"), number(part, "perplexity")
         rows.append(
             (
-                candidate_name(part),
+                one.name,
                 text(facts, "scheme"),
+                one.grade,
                 size(number(facts, "bytes")),
                 plain(number(facts, "expert_bits_per_weight")),
                 metric(part, "kl_mean"),
                 multiple_of_floor(part, floor, "kl_mean"),
                 change(before, after),
                 metric(part, "top1_agreement"),
-                count(len(records(part, "findings"))) if part.get("findings") is not None else "",
+                one.dominated_by,
+                count(one.defects) if part.get("findings") is not None else "",
             )
         )
     columns = (
         "Candidate",
         "Scheme",
+        "Verdict",
         "Size",
         "Bits per weight",
         "KL mean (nats)",
         "KL / floor",
         "Perplexity change",
         "Same top-1 token",
+        "Dominated by",
         "Defects",
     )
-    return build_table("Candidates", columns, rows, text_columns=2)
+    notes = (
+        "Dominated: another candidate is no larger and no worse.",
+        *recommendations(decisions(result)),
+    )
+    return build_table("Candidates", columns, rows, notes, text_columns=3)
+
+
+def _by_name(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    parts = [result, *records(result, "others")]
+    names = distinct_names([text(section(p, "candidate"), "path") for p in parts])
+    return dict(zip(names, parts, strict=True))
 
 
 def size_quality_plot(result: Mapping[str, Any]) -> str:
     """Size against mean KL of every candidate, with the noise floor; empty without candidates."""
+    if not candidates(result):
+        return ""
     points = [
-        (x, y, part)
-        for part in candidates(result)
+        (x, y, name)
+        for name, part in _by_name(result).items()
         if (x := number(section(part, "candidate"), "bytes")) is not None
         and (y := number(part, "kl_mean")) is not None
         and math.isfinite(x)
@@ -102,11 +118,30 @@ def size_quality_plot(result: Mapping[str, Any]) -> str:
     if drawn is not positive:
         parts.append(svg.polyline([(LEFT, axis(floor)), (RIGHT, axis(floor))], "floor"))
         parts.append(svg.label(RIGHT, axis(floor) - 5, "noise floor", "legend", "end"))
+    parts += _anchors(axis)
+    front = [d for d in decisions(result) if not d.dominated_by and not d.defects]
+    line = [
+        (place(d.size), axis(d.kl) if d.kl > 0 else BOTTOM - 10)
+        for d in front
+        if math.isfinite(d.size) and math.isfinite(d.kl)
+    ]
+    if len(line) > 1:
+        parts.append(svg.polyline(line, "front"))
     parts += _marks(points, axis, place)
     return svg.figure(WIDTH, BOTTOM + 52, "Size against mean KL of every candidate", parts)
 
 
-def _marks(points: Sequence[tuple[float, float, Any]], axis: svg.LogAxis, place: Any) -> list[str]:
+def _anchors(axis: svg.LogAxis) -> list[str]:
+    """The limits of the grades, where they fall inside the axis."""
+    parts = []
+    for value, told in ((SMALL, "a good 4-bit file"), (CLEAR, "a good 2-bit file")):
+        if 10.0**axis.low < value < 10.0**axis.high:
+            parts.append(svg.line(LEFT, axis(value), RIGHT, axis(value), "anchor"))
+            parts.append(svg.label(RIGHT, axis(value) - 5, told, "legend", "end"))
+    return parts
+
+
+def _marks(points: Sequence[tuple[float, float, str]], axis: svg.LogAxis, place: Any) -> list[str]:
     """Dots with their names, from above.
 
     A name that would touch a higher one moves down, or up at the foot of the plot.
@@ -116,10 +151,10 @@ def _marks(points: Sequence[tuple[float, float, Any]], axis: svg.LogAxis, place:
         return TOP - 8 if not math.isfinite(y) else axis(y) if y > 0 else BOTTOM - 10
 
     parts, taken = [], list[tuple[float, float]]()
-    for x, y, part in sorted(points, key=lambda point: height_of(point[1])):
+    for x, y, whole in sorted(points, key=lambda point: height_of(point[1])):
         at, height = place(x), height_of(y)
-        name = svg.shorten(candidate_name(part), 20)
-        tip = f"{candidate_name(part)}: {size(x)}, mean KL {plain(y, 3)} nats"
+        name = svg.shorten(whole, 20)
+        tip = f"{whole}: {size(x)}, mean KL {plain(y, 3)} nats"
         parts.append(svg.circle(at, height, 5, "local", tip))
         line = height + 4
         while any(abs(at - a) < 150 and abs(line - b) < _LABEL_HEIGHT for a, b in taken):

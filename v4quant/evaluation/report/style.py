@@ -62,4 +62,25 @@ text{fill:var(--ink)}.tick{fill:var(--soft)}.axis{fill:var(--ink);font-size:13px
 .starved{fill:var(--alarm)}.heat0{fill:var(--heat0)}.heat1{fill:var(--heat1)}
 .heat2{fill:var(--heat2)}.heat3{fill:var(--heat3)}.heat4{fill:var(--heat4)}
 .heat5{fill:var(--heat5)}.heat6{fill:var(--heat6)}
+.front{fill:none;stroke:var(--local);stroke-width:2}
+.anchor{stroke:var(--soft);stroke-dasharray:8 5}
+.verdict.damaged{border-color:var(--alarm)}.verdict.damaged strong{color:var(--alarm)}
+a{color:var(--local)}
+details{margin:8px 0}summary{cursor:pointer;padding:6px 0;overflow-wrap:anywhere}
+dt{font-weight:600;margin-top:8px}dd{margin:0 0 4px;max-width:80ch}
+@media(max-width:640px){
+main{padding:16px 12px 40px}
+thead{display:none}
+table,tbody,tr,td{display:block;width:100%}
+tr{border-bottom:2px solid var(--rule);padding:6px 0}
+td,td:not(.name){display:flex;justify-content:space-between;gap:12px;border:0;padding:3px 0;
+white-space:normal;text-align:right;overflow-wrap:anywhere}
+td.name{min-width:0;text-align:left;font-weight:600}
+td[data-label]:before{content:attr(data-label);color:var(--soft);font-weight:400;text-align:left;
+flex:0 0 45%}
+td:empty{display:none}
+.plot:before{content:"The chart is wider than the screen: move it sideways.";display:block;
+color:var(--soft);font-size:13px}
+.plot{border:1px solid var(--rule);border-radius:4px;padding:4px}
+}
 """

@@ -1,0 +1,81 @@
+"""The words of the page, and a sentence for each unusual figure with this run's own numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from v4quant.evaluation.report.text import number, percent, plain, section
+
+TERMS = (
+    (
+        "KL (divergence)",
+        "how far the probabilities of the next token moved from the source's, in nats per token, "
+        "over the whole vocabulary; 0 if not at all.",
+    ),
+    (
+        "Noise floor",
+        "the source compared with itself under another legitimate rounding. What is not above it "
+        "is not the conversion's doing.",
+    ),
+    (
+        "Perplexity",
+        "how surprised the model is by the text, as a number of equally likely tokens. Gains and "
+        "losses cancel in it, so it can stay while answers change.",
+    ),
+    (
+        "Same top-1 token",
+        "share of tokens for which the most probable next token stays the same. Most that change "
+        "were near ties.",
+    ),
+    (
+        "Stretch",
+        "up to 512 consecutive tokens of one window; neighbours are hard or easy together, so "
+        "tests and error bars count stretches, not tokens.",
+    ),
+    ("99th percentile", "one token in a hundred has a larger KL."),
+    (
+        "Local and stream error",
+        "of a layer: what it adds alone, on the source's input, and what all layers so far have "
+        "added up to, relative to what the layer adds.",
+    ),
+    (
+        "Starved expert",
+        "an expert that so few tokens reached that its error is not measured well.",
+    ),
+)
+
+
+def worked_sentences(result: Mapping[str, Any]) -> list[str]:
+    """What this run's unusual figures mean, one sentence each."""
+    floor, lines = section(result, "noise_floor"), []
+    for key, share in (("kl_p99", "one in 100"), ("kl_p999", "one in 1,000")):
+        ours, base = number(result, key), number(floor, key)
+        if ours is None or base is None or not base or not math.isfinite(ours / base):
+            continue
+        if ours / base >= 3:
+            lines.append(
+                f"The worst {share} tokens have a KL of {plain(ours, 2)} nats or more, "
+                f"{_times(ours / base)} times what rounding alone does to its worst {share}: "
+                f"{_meaning(ours)}."
+            )
+    flips = number(result, "flips_confident")
+    if flips:
+        lines.append(
+            f"Of the tokens of which the source was more than half sure, {percent(flips)} get "
+            "another first choice: these change what the model writes."
+        )
+    return lines
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 10 else plain(ratio, 2)
+
+
+def _meaning(kl: float) -> str:
+    if kl >= 1:
+        return "there the converted model expects something else"
+    if kl >= 0.1:
+        return "there probabilities moved by tens of percent"
+    return "there probabilities moved by some percent, which rarely changes the choice"
