@@ -14,7 +14,17 @@ from pathlib import PurePath
 from typing import Any
 
 from v4quant.evaluation.report.text import number, records, section, size, text
-from v4quant_calibration.evaluation.verdict import GRADES
+from v4quant_calibration.evaluation.verdict import GRADES, Grade
+
+SHORT: dict[Grade, str] = {
+    "identical": "identical",
+    "indistinguishable": "indistinguishable",
+    "undecided": "undecided",
+    "small": "small loss",
+    "clear": "clearly worse",
+    "damaged": "damaged",
+    "damaged in places": "damaged in places",
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,8 @@ def _decision(part: Mapping[str, Any], name: str) -> Decision:
     verdict, facts = section(part, "verdict"), section(part, "candidate")
     nbytes, kl = number(facts, "bytes"), number(part, "kl_mean")
     defects = len(records(part, "findings"))
-    grade = dict(GRADES).get(text(verdict, "grade"), text(verdict, "grade"))  # type: ignore[call-overload]
+    told = text(verdict, "grade")
+    grade = next((SHORT[g] for g in GRADES if g == told), told)
     sentence = text(verdict, "text")
     if defects:
         grade = "suspected defects"

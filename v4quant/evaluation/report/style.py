@@ -23,7 +23,7 @@ STYLE = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}
-main{max-width:1040px;margin:0 auto;padding:24px 20px 60px}
+main{max-width:1120px;margin:0 auto;padding:24px 20px 60px}
 h1{font-size:23px;line-height:1.3;margin:0 0 4px;font-weight:600;overflow-wrap:anywhere}
 h2{font-size:17px;margin:34px 0 6px;font-weight:600}
 p{margin:4px 0 10px;max-width:80ch}
@@ -42,8 +42,8 @@ margin:16px 0}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:5px 10px;border-bottom:1px solid var(--rule);vertical-align:top}
 th{font-weight:600;font-size:13px;color:var(--soft);vertical-align:bottom}
-.name{text-align:left;min-width:11em;overflow-wrap:break-word}
-.name+.name{min-width:8em}
+.name{text-align:left;min-width:8em;overflow-wrap:break-word}
+.name+.name{min-width:6em}
 td:not(.name){white-space:nowrap}
 pre{background:var(--panel);padding:12px 16px;white-space:pre-wrap;overflow-wrap:anywhere}
 svg{display:block;width:100%;min-width:760px;height:auto;fill:var(--ink);font-size:12px}

@@ -26,7 +26,8 @@ def worst_html(result: Mapping[str, Any], name: str, anchor: str) -> str:
             f"{plain(number(row, 'floor_kl_mean'), 3)} there"
         )
         told = text(row, "text")
-        body = f"<pre>{escape_html(told)}</pre>" if told else "<p>Its text is not kept.</p>"
+        lines = "\n".join(escape_html(line) for line in told.splitlines())
+        body = f"<pre>{lines}</pre>" if told else "<p>Its text is not kept.</p>"
         is_open = " open" if index == 1 else ""
         parts.append(
             f'<details id="{anchor}-{index}"{is_open}>\n'
