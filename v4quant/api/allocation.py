@@ -38,13 +38,14 @@ from v4quant.api.arguments import (
     source_of,
 )
 from v4quant.builtin import MIXED_CALIBRATION
+from v4quant.conversion.calibrated import read_stats
 from v4quant.conversion.plan import make_plan
 from v4quant.outputs import refuse_inputs
 from v4quant.progress import default_progress
 from v4quant.source import open_source
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE
 from v4quant_calibration.solve.solution import is_solution, load_solution
-from v4quant_calibration.statistics.stats import Stats, load_stats
+from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.engines.vllm_memory import UTILIZATION, Serving, default_batch
 from v4quant_formats.layouts.choices import NEUTRAL
@@ -184,7 +185,7 @@ def _stats(checkpoint: Checkpoint, path: Path | None) -> Stats | None:
     if path is None:
         return None
     if not is_solution(path):
-        return load_stats(path, checkpoint.digest())
+        return read_stats(checkpoint, path)[0]
     solution = load_solution(path, checkpoint.digest())
     solution.close()
     return solution.stats

@@ -81,6 +81,12 @@ def listed_files(names: PathLike | Sequence[PathLike]) -> list[Path]:
     return resolve_corpus([os.fspath(name) for name in listed])
 
 
+def corpus_names(names: PathLike | Sequence[PathLike]) -> list[str]:
+    """What a corpus is called, without the folders it lies in."""
+    listed = [names] if isinstance(names, str | os.PathLike) else names
+    return [Path(name).name for name in listed]
+
+
 def forward_options(activations: str, products: str = "f32") -> ForwardOptions:
     """How the forward pass multiplies: activations "plain" or "official"; products "f32", "bf16"
     or "kernels"."""

@@ -11,6 +11,7 @@ from v4quant.api.arguments import (
     Size,
     SourceLike,
     config_of,
+    corpus_names,
     forward_options,
     listed_files,
     path_of,
@@ -29,6 +30,7 @@ from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.defaults import MIN_TOKENS
 from v4quant_calibration.statistics.coverage import coverage
+from v4quant_calibration.statistics.imatrix import save_imatrix
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_kernels.errors import OptionError
 from v4quant_kernels.progress import Progress
@@ -69,6 +71,7 @@ def calibrate(
     propagate: bool = True,
     device: str = "cpu",
     max_memory: Size = None,
+    imatrix: PathLike | None = None,
     progress: Progress | None = None,
 ) -> CalibrationResult:
     """Run a corpus through checkpoint `source`; write statistics, or a solution, to `out`.
@@ -76,15 +79,20 @@ def calibrate(
     tokens: how many to read first; more of the corpus is drawn until every expert has seen
     `min_tokens`. solve: a scheme whose codes are found as well, or `recipe`: what to solve place by
     place; an interrupted run then resumes. propagate: later layers are solved on what the already
-    converted ones give them.
+    converted ones give them. imatrix: a file to write as well, what llama.cpp's quantizer reads.
 
     Raises OptionError, RecipeError, CorpusError, SizeError, OutputError and what opening the source
     raises.
     """
     wanted = _recipe(solve, dense, recipe)
     where, cap = find_device(device), size_of(max_memory)
-    target = path_of(out)
+    target, matrix = path_of(out), path_of(imatrix)
     assert target is not None
+    if matrix is not None and wanted is not None:
+        raise OptionError(
+            "--imatrix goes without --solve: what a solved layer sees are the converted model's "
+            "inputs; calibrate once more without --solve"
+        )
     with open_source(source_of(source)) as checkpoint:
         refuse_inputs([target], [checkpoint], listed_files(corpus))
         config = config_of(checkpoint)
@@ -104,7 +112,10 @@ def calibrate(
             default_progress(progress),
             cap,
             where,
+            dense=matrix is not None,
         )
+        if matrix is not None:
+            save_imatrix(matrix, done.stats, config, corpus_names(corpus), done.windows)
     return CalibrationResult(
         str(target),
         sum(map(len, done.windows)),

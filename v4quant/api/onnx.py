@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from v4quant.api.arguments import PathLike, SourceLike, path_of, source_of
+from v4quant.conversion.calibrated import read_stats
 from v4quant.onnx_export.export import OnnxResult
 from v4quant.onnx_export.export import export_onnx as write_graphs
 from v4quant.onnx_export.plan import OnnxPlan, make_onnx_plan
 from v4quant.progress import default_progress
 from v4quant.source import open_source
-from v4quant_calibration.statistics.stats import Stats, load_stats, stats_digest
+from v4quant_calibration.statistics.stats import Stats
 from v4quant_kernels.progress import Progress
 
 
@@ -88,6 +89,5 @@ def _planned(
     with open_source(source_of(source), headers_only=headers_only) as checkpoint:
         found, digest = None, ""
         if (file := path_of(stats)) is not None:
-            found = load_stats(file, checkpoint.digest())
-            digest = stats_digest(file.read_bytes())
+            found, digest = read_stats(checkpoint, file)
         yield make_onnx_plan(checkpoint, scheme, list(layers), kernel, digest), found

@@ -126,11 +126,13 @@ def calibrate_to(
     progress: Progress,
     max_memory: int | None = None,
     device: torch.device = CPU,
+    dense: bool = False,
 ) -> Calibration:
     """Calibrate, and with `settings` solve; writes file or folder `out`.
 
     max_memory: the most bytes this may take; streams then go to files beside `out` where they must.
-    device: where passes run and solvers work. Raises what `check_floor`, `calibrate` and `solve`
+    device: where passes run and solvers work. dense: inputs of dense matrices are in the returned
+    statistics too (without `settings`). Raises what `check_floor`, `calibrate` and `solve`
     raise, and SizeError for too little memory.
     """
     require_sound(checkpoint)
@@ -138,7 +140,17 @@ def calibrate_to(
     taken = f"{out}: another v4quant process is calibrating to it; give another --out"
     with locked_folder(out.parent, taken, f"{out.name}.lock", stays=False):
         return _calibrate_locked(
-            checkpoint, config, corpus, options, floor, settings, out, progress, max_memory, device
+            checkpoint,
+            config,
+            corpus,
+            options,
+            floor,
+            settings,
+            out,
+            progress,
+            max_memory,
+            device,
+            dense,
         )
 
 
@@ -153,6 +165,7 @@ def _calibrate_locked(
     progress: Progress,
     max_memory: int | None,
     device: torch.device,
+    dense: bool,
 ) -> Calibration:
     windows, first = corpus.windows, {}
     held = statistics_bytes(config, len(stages_of(checkpoint, config)))
@@ -162,7 +175,16 @@ def _calibrate_locked(
         return_freed_memory()
     if settings is None or corpus.reserve:
         found = calibrate(
-            checkpoint, config, windows, options, floor, progress, corpus.reserve, rooms, device
+            checkpoint,
+            config,
+            windows,
+            options,
+            floor,
+            progress,
+            corpus.reserve,
+            rooms,
+            device,
+            dense,
         )
         if settings is None:
             write_stats(out, found.stats)

@@ -66,6 +66,11 @@ if TYPE_CHECKING:
               "work: cpu, cuda, cuda:0, ...")  # fmt: skip
 @click.option("--max-memory", help="Cap on memory, like 6GB: streams go to files, experts' inputs "
               "in parts, fewer experts are solved at once.")  # fmt: skip
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    help="Also write an importance matrix (.gguf) that llama.cpp's own quantizer reads.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def calibrate(
     source: str,
@@ -83,6 +88,7 @@ def calibrate(
     propagate: bool,
     device: str,
     max_memory: str | None,
+    imatrix: Path | None,
     as_json: bool,
 ) -> None:
     """Run a corpus through checkpoint SOURCE and record what every expert's inputs look like.
@@ -105,6 +111,7 @@ def calibrate(
         propagate=propagate,
         device=device,
         max_memory=max_memory,
+        imatrix=imatrix,
         progress=_output.TerminalProgress(),
     )
     if as_json:

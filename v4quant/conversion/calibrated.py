@@ -1,7 +1,8 @@
 """evidence: what calibration left, opened for one conversion and checked against its recipe.
 
-`--stats` takes either file that `calibrate` writes: statistics, or the folder of a solution. Only
-the solver `gptq` packs a solution's codes, and only for the scheme they were solved for.
+`--stats` takes what `calibrate` writes, statistics or the folder of a solution, and importance
+matrices as `llama-imatrix` writes them. Only the solver `gptq` packs a solution's codes, and only
+for the scheme they were solved for.
 """
 
 from __future__ import annotations
@@ -9,9 +10,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from v4quant.recipe import Recipe, RecipeError
+from v4quant_calibration.defaults import MIN_TOKENS
 from v4quant_calibration.solve.solution import Evidence, Solution, is_solution, load_solution
-from v4quant_calibration.statistics.stats import load_stats, stats_digest
+from v4quant_calibration.statistics.imatrix import load_imatrix
+from v4quant_calibration.statistics.stats import Stats, StatsError, load_stats, stats_digest
 from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.errors import FormatError
+from v4quant_formats.file_hash import hash_file
+from v4quant_formats.gguf.imatrix import looks_like_gguf
+from v4quant_formats.model_config import parse_model_config
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import Scheme
 
@@ -31,11 +38,23 @@ def read_evidence(
             )
         if path is None:
             return None, ""
-        return load_stats(path, checkpoint.digest()), stats_digest(path.read_bytes())
+        return read_stats(checkpoint, path)
     solution = load_solution(path, checkpoint.digest())
     if recipe.solver == "gptq":
         _check_recipe(path, solution, recipe)
     return solution, solution.digest
+
+
+def read_stats(checkpoint: Checkpoint, path: Path) -> tuple[Stats, str]:
+    """Statistics or an importance matrix, and what the file hashes to. Raises StatsError."""
+    if not looks_like_gguf(path):
+        return load_stats(path, checkpoint.digest()), stats_digest(path.read_bytes())
+    config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
+    try:
+        stats = load_imatrix(path, config, checkpoint.digest(), MIN_TOKENS)
+    except FormatError as error:
+        raise StatsError(str(error)) from None
+    return stats, hash_file(path)
 
 
 def _check_recipe(path: Path, solution: Solution, recipe: Recipe) -> None:

@@ -94,10 +94,11 @@ def round_to_blocks(
     scheme = SCHEMES[kind.name]
     shape = (stored.shape[0], stored.shape[1])
     solved = solved_codes(plan.recipe, stats, stored.module, scheme, shape)
+    importance = stats.importance(stored.module) if stats else None
     squared, norm, largest = 0.0, 0.0, 0.0
     for start, values in _dense_rows(plan, stored):
         if solved is None:
-            found = optimal(values, scheme)
+            found = optimal(values, scheme, importance)
         else:
             found = measured(values, solved.rows(start, start + len(values)))
         squared, norm = squared + found.squared_error, norm + found.squared_norm

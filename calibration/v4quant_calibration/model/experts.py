@@ -40,7 +40,7 @@ def mixture_of_experts(
     x = quantized_input(x, options)
     if observer is not None:
         observer.on_experts(layer, x, routing.expert_ids, routing.weights)
-    output = _shared_expert(x, params, module, config, options)
+    output = _shared_expert(x, params, module, config, options, observer)
     require_finite(output, module)
     if options.expert_kernels:
         add_routed_experts(x, routing, output, params, layer, config, options)
@@ -90,13 +90,21 @@ def _routed_expert(
 
 
 def _shared_expert(
-    x: Tensor, params: Params, module: str, config: ModelConfig, options: ForwardOptions
+    x: Tensor,
+    params: Params,
+    module: str,
+    config: ModelConfig,
+    options: ForwardOptions,
+    observer: Observer | None,
 ) -> Tensor:
     w1, w2, w3 = (params(f"{module}.{w}") for w in ("w1", "w2", "w3"))
     limit = config.swiglu_limit if options.shared_clamp else 0.0
     parts = []
     for rows in torch.split(x, ROWS):
         hidden = quantized_input(expert_hidden(rows, w1, w3, limit, options), options)
+        if observer is not None:
+            observer.on_linear(f"{module}.w1", rows)
+            observer.on_linear(f"{module}.w2", hidden)
         parts.append(linear(hidden, w2, options))
     return torch.cat(parts)
 

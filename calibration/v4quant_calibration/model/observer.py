@@ -27,10 +27,10 @@ class Observer(Protocol):
         """
 
     def on_linear(self, module: str, x: Tensor) -> None:
-        """Rows that a matrix of the attention multiplies, `[n, K]` (wo_a: `[groups, n, K]`).
+        """Rows that a dense matrix multiplies, `[n, K]` (wo_a: `[groups, n, K]`), piece by piece.
 
-        Called for wkv (which shares its rows with wq_a and the compressors), wq_b (with the
-        indexer's), wo_a and wo_b, piece by piece.
+        Called once for matrices that share their rows (`sharing.SHARING`): attention's wkv, wq_b,
+        wo_a and wo_b, and the shared expert's w1 and w2.
         """
 
     def on_route(self, layer: str, expert_ids: Tensor, weights: Tensor) -> None:

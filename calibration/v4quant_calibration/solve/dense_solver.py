@@ -24,6 +24,7 @@ from v4quant_calibration.model.block import attention_sublayer
 from v4quant_calibration.model.observer import SilentObserver
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.params import Params
+from v4quant_calibration.model.sharing import SHARING
 from v4quant_calibration.model.streams import Streams, spans
 from v4quant_calibration.rounding.second_moments import (
     CrossSums,
@@ -51,15 +52,7 @@ from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import SCHEMES, Scheme
 
 # Matrices of an attention by the one whose rows they share.
-_SHARING = {
-    "wkv": (
-        "wq_a", "wkv", "compressor.wkv", "compressor.wgate", "indexer.compressor.wkv",
-        "indexer.compressor.wgate", "indexer.weights_proj",
-    ),
-    "wq_b": ("wq_b", "indexer.wq_b"),
-    "wo_a": ("wo_a",),
-    "wo_b": ("wo_b",),
-}  # fmt: skip
+_SHARING = {shared: names for shared, names in SHARING.items() if shared.startswith("attn.")}
 _ROWS = 4096
 
 
@@ -125,9 +118,7 @@ class DenseSolver:
 
     def solve_attention(self, layer: str, before: Streams) -> None:
         """Solve a layer's attention on the rows it is about to run on, unless its file is there."""
-        wanted = self._wanted(
-            f"{layer}.attn.{name}" for names in _SHARING.values() for name in names
-        )
+        wanted = self._wanted(f"{layer}.{name}" for names in _SHARING.values() for name in names)
         if not wanted or stage_file(self._folder, attention_file(layer)).exists():
             return
         original = None if self._reference is None else self._reference.attention
@@ -135,13 +126,14 @@ class DenseSolver:
         attention_sublayer(self._params, self._config, layer, before, None, self._options, seen)
         found: dict[str, QTensor] = {}
         for shared, names in _SHARING.items():
-            modules = [m for name in names if (m := f"{layer}.attn.{name}") in wanted]
+            modules = [m for name in names if (m := f"{layer}.{name}") in wanted]
             if not modules:
                 continue
-            gram = seen.damped(shared)
+            matrix = shared.removeprefix("attn.")
+            gram = seen.damped(matrix)
             lost = None
-            if seen.lost and shared == "wkv":
-                borrowed = rows_of_no_direction(gram.shape[-1], seen.counts[shared])
+            if seen.lost and matrix == "wkv":
+                borrowed = rows_of_no_direction(gram.shape[-1], seen.counts[matrix])
                 lost = seen.lost.correction(gram[0], borrowed)
             found |= self._solved(modules, gram.float(), lost, wanted)
         self._write(attention_file(layer), found)

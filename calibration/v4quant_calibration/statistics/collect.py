@@ -22,7 +22,8 @@ from v4quant_calibration.model.dspark import draft_blocks
 from v4quant_calibration.model.observer import SilentObserver
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.statistics.coverage import Demand, next_round
-from v4quant_calibration.statistics.stats import StageStats, Stats
+from v4quant_calibration.statistics.imatrix import spread_dense
+from v4quant_calibration.statistics.stats import DenseInputs, StageStats, Stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import trunk_stages
 from v4quant_formats.model_config import ModelConfig
@@ -62,10 +63,18 @@ class MomentObserver(SilentObserver):
     """Accumulates float64 sums of squares, magnitudes and token counts of every expert's inputs."""
 
     def __init__(
-        self, config: ModelConfig, stages: Sequence[str], demand: Demand | None = None
+        self,
+        config: ModelConfig,
+        stages: Sequence[str],
+        demand: Demand | None = None,
+        dense: bool = False,
     ) -> None:
-        """Empty statistics for `stages`; `demand` learns which token ids starved experts want."""
+        """Empty statistics for `stages`; `demand` learns which token ids starved experts want.
+
+        dense: the inputs of matrices outside the routed experts are summed as well.
+        """
         self._demand = demand
+        self.dense: dict[str, DenseInputs] | None = {} if dense else None
         experts = self._experts = config.n_routed_experts
         widths = {"w13": config.hidden_size, "w2": config.moe_intermediate_size}
         self.stages = {
@@ -83,6 +92,14 @@ class MomentObserver(SilentObserver):
             added = torch.bincount(expert_ids.flatten().cpu(), minlength=self._experts)
             self._demand.learn(layer, x, self.stages[layer].tokens + added)
 
+    def on_linear(self, module: str, x: Tensor) -> None:
+        """Rows that a dense matrix multiplies."""
+        if self.dense is None:
+            return
+        rows = x.reshape(-1, x.shape[-1])
+        before = self.dense.get(module, DenseInputs(torch.zeros(rows.shape[1]).double(), 0))
+        self.dense[module] = DenseInputs(before.sums + _squares(rows), before.rows + rows.shape[0])
+
     def on_expert_input(self, layer: str, expert: int, x: Tensor) -> None:
         """Rows that w1 and w3 multiply; they also count the expert's tokens."""
         self.stages[layer].tokens[expert] += x.shape[0]
@@ -94,11 +111,18 @@ class MomentObserver(SilentObserver):
 
     def _add(self, layer: str, source: str, expert: int, rows: Tensor) -> None:
         stage = self.stages[layer]
-        for part in torch.split(rows, _ROWS):
-            stage.sums[source][expert] += part.double().square().sum(0).cpu()
+        stage.sums[source][expert] += _squares(rows)
         if rows.numel():
             largest = rows.abs().amax().float().cpu()
             stage.amax[source][expert] = torch.maximum(stage.amax[source][expert], largest)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """Sums of squares, float64 `[K]` on the CPU, of rows `[n, K]`."""
+    total = torch.zeros(rows.shape[1], dtype=torch.float64)
+    for part in torch.split(rows, _ROWS):
+        total += part.double().square().sum(0).cpu()
+    return total
 
 
 def calibrate(
@@ -111,16 +135,18 @@ def calibrate(
     reserve: Sequence[Tensor] = (),
     open_room: OpenRoom = all_in_memory,
     device: torch.device = CPU,
+    dense: bool = False,
 ) -> Calibration:
     """Statistics of every routed expert over the given windows (int64 ids).
 
     floor: experts with fewer tokens are starved; while there are any, windows of `reserve` are
-    drawn too. open_room: memory for each round. device: where the arithmetic is done.
+    drawn too. open_room: memory for each round. device: where the arithmetic is done. dense: the
+    inputs of other matrices are summed too.
     """
     drafts, stages = drafts_of(checkpoint, config), stages_of(checkpoint, config)
     params = CheckpointParams(checkpoint, device)
     demand = Demand(config, params, floor) if reserve else None
-    observer = MomentObserver(config, stages, demand)
+    observer = MomentObserver(config, stages, demand, dense)
     drawn, left, draw = list(windows), list(reserve), list(windows)
     first: dict[str, Tensor] = {}
     while draw:
@@ -137,7 +163,9 @@ def calibrate(
             draw = [ids for i, ids in enumerate(left) if i in chosen]
             left = [ids for i, ids in enumerate(left) if i not in chosen]
             drawn += draw
-    return Calibration(Stats(checkpoint.digest(), floor, observer.stages, first), drawn)
+    seen = spread_dense(observer.dense or {})
+    stats = Stats(checkpoint.digest(), floor, observer.stages, first, seen)
+    return Calibration(stats, drawn)
 
 
 def stages_of(checkpoint: Checkpoint, config: ModelConfig) -> list[str]:

@@ -50,23 +50,35 @@ class StageStats:
 
 
 @dataclass(frozen=True)
+class DenseInputs:
+    """Sums of squares float64 [K] of what a dense matrix multiplies, over so many rows."""
+
+    sums: Tensor
+    rows: int
+
+
+@dataclass(frozen=True)
 class Stats:
     """Calibration statistics of a checkpoint; `source_digest` says which.
 
     first: tokens of every expert after the first draw, before starved experts had more text drawn
-    for them; empty where nothing is known of draws.
+    for them; empty where nothing is known of draws. dense: inputs of other matrices by module,
+    which importance matrices know and the file of statistics does not keep.
     """
 
     source_digest: str
     floor: int
     stages: Mapping[str, StageStats]
     first: Mapping[str, Tensor] = field(default_factory=dict)
+    dense: Mapping[str, DenseInputs] = field(default_factory=dict)
 
     def importance(self, module: str) -> Tensor | None:
         """Second moment [K] of a matrix's input channels; mixed with the pool's when starved.
 
         None for a module calibration did not cover (no token reached its whole layer).
         """
+        if (seen := self.dense.get(module)) is not None:
+            return seen.sums / seen.rows if seen.rows else None
         stage, expert, source = self._locate(module)
         if stage is None:
             return None

@@ -27,6 +27,7 @@ from v4quant_formats.errors import (
     WrongMetadata,
 )
 from v4quant_formats.gguf.header import GgufHeader, GgufTensor, read_gguf_header
+from v4quant_formats.gguf.imatrix import is_imatrix
 from v4quant_formats.gguf.metadata import config_from_fields, dspark_config
 from v4quant_formats.gguf.names import (
     DSPARK_ARCHITECTURE,
@@ -55,6 +56,12 @@ class _Model:
     @property
     def metadata(self) -> dict[str, Any]:
         return next(iter(self.files.values())).metadata
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether it only lies beside a model: a vision tower, an importance matrix."""
+        tower = self.metadata.get("general.architecture") == "clip"
+        return tower or any(map(is_imatrix, self.files.values()))
 
     @property
     def is_dspark(self) -> bool:
@@ -87,10 +94,15 @@ def open_gguf(path: Path) -> Checkpoint:
     """
     folder = path if path.is_dir() else path.parent
     models = [_open_model(folder, names) for names in _file_groups(path)]
-    models = [m for m in models if m.metadata.get("general.architecture") != "clip"]
+    models = [m for m in models if not m.is_beside]
+    if not models:
+        raise FormatError(
+            f"{path}: holds no model, only what lies beside one (an importance matrix, a vision "
+            "tower); give the model as the source, and an importance matrix to --stats"
+        )
     trunks = [m for m in models if not m.is_draft]
     drafts = [m for m in models if m.is_draft]
-    if len(trunks) > 1 or len(drafts) > 1 or not models:
+    if len(trunks) > 1 or len(drafts) > 1:
         names = ", ".join(sorted(next(iter(m.files)) for m in models)[:4])
         raise FormatError(f"{path}: holds several models ({names}); give one of the files")
     if not trunks and drafts[0].is_dspark:

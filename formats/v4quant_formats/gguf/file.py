@@ -59,7 +59,15 @@ PlaceOf = Callable[[str], Place | None]
 
 def plan_gguf(fields: Sequence[Field], place_of: PlaceOf, specs: Iterable[TensorSpec]) -> FilePlan:
     """The file that holds `specs`, official tensors; place_of(module) says where each lies."""
-    stored = _stored(place_of, specs)
+    return _plan(fields, _stored(place_of, specs))
+
+
+def plan_named(fields: Sequence[Field], specs: Iterable[TensorSpec]) -> FilePlan:
+    """The file that holds `specs` under their own names, which are no official ones."""
+    return _plan(fields, [_Stored(s.name, s.dtype, s.shape, ((Place(s.name), s),)) for s in specs])
+
+
+def _plan(fields: Sequence[Field], stored: Sequence[_Stored]) -> FilePlan:
     header = _header(fields, stored)
     header += bytes(-len(header) % ALIGNMENT)
     placed, position = [], len(header)

@@ -1,0 +1,184 @@
+"""Importance matrices: what llama.cpp reads and writes, both ways, and beside a model."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader, GGUFWriter
+
+import v4quant
+from tests.support.conversion import TINY, convert
+from v4quant.api.calibration import CalibrationResult
+from v4quant.builtin import CALIBRATION
+from v4quant.checks.verify import verify
+from v4quant.conversion.calibrated import read_evidence
+from v4quant.recipe import Recipe
+from v4quant_calibration.statistics.imatrix import load_imatrix
+from v4quant_calibration.statistics.stats import StatsError
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.errors import FormatError
+from v4quant_formats.gguf.imatrix import Inputs, read_imatrix, write_imatrix
+from v4quant_formats.gguf.names import place_of
+from v4quant_formats.model_config import ModelConfig, parse_model_config
+from v4quant_formats.opening import open_checkpoint
+from v4quant_kernels.errors import OptionError
+from v4quant_kernels.progress import SilentProgress
+
+TINY_V4 = Path(v4quant.__file__).parent / "data" / "tiny-v4"
+LAYER, EXPERT = "layers.3", "layers.3.ffn.experts.5"
+
+
+@pytest.fixture(scope="module")
+def source() -> Checkpoint:
+    return open_checkpoint(TINY_V4)
+
+
+@pytest.fixture(scope="module")
+def config(source: Checkpoint) -> ModelConfig:
+    return parse_model_config(dict(source.config), "config.json")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CalibrationResult]:
+    folder = tmp_path_factory.mktemp("imatrix")
+    found = v4quant.calibrate(
+        TINY_V4, folder / "stats.v4q", corpus=CALIBRATION, tokens=256, seq_len=128, min_tokens=1,
+        imatrix=folder / "imatrix.gguf", progress=SilentProgress(),
+    )  # fmt: skip
+    return folder / "imatrix.gguf", found
+
+
+def test_llama_cpps_reader_finds_every_matrix_it_would_quantize(
+    made: tuple[Path, CalibrationResult], source: Checkpoint, config: ModelConfig
+) -> None:
+    path, found = made
+    reader = GGUFReader(path)
+    assert reader.fields["general.type"].contents() == "imatrix"
+    assert reader.fields["imatrix.chunk_size"].contents() == 128
+    tensors = {t.name: t for t in reader.tensors}
+    names = {n.removesuffix(".in_sum2") for n in tensors if n.endswith(".in_sum2")}
+    assert tensors.keys() == {n + s for n in names for s in (".in_sum2", ".counts")}
+    trunk = {
+        place.tensor
+        for spec in source
+        if spec.name.startswith("layers.")
+        and ("attn.w" in spec.name or "compressor.w" in spec.name or "experts" in spec.name)
+        and (place := place_of(spec.name.rpartition(".")[0], config.num_hidden_layers))
+    }
+    assert trunk <= names
+    for projection in ("gate", "up", "down"):
+        sums = tensors[f"blk.3.ffn_{projection}_exps.weight.in_sum2"]
+        counts = tensors[f"blk.3.ffn_{projection}_exps.weight.counts"]
+        stage = found.stats.stages[LAYER]
+        wanted = stage.sums["w2" if projection == "down" else "w13"]
+        # ggml lists dimensions last first: channels, then experts.
+        assert list(sums.shape) == [wanted.shape[1], wanted.shape[0]]
+        assert list(counts.shape) == [1, wanted.shape[0]]
+        assert np.array_equal(sums.data, wanted.float().numpy())
+        assert np.array_equal(counts.data.reshape(-1), stage.tokens.float().numpy())
+
+
+def test_dense_inputs_are_those_the_experts_see(made: tuple[Path, CalibrationResult]) -> None:
+    """Every token's row goes to the shared expert once and to top_k routed ones."""
+    path, found = made
+    seen = dict(read_imatrix(path))
+    shared = seen["blk.3.ffn_up_shexp.weight"]
+    stage = found.stats.stages[LAYER]
+    tokens, top_k = float(shared.counts), int(stage.tokens.sum()) / float(shared.counts)
+    assert tokens == found.tokens and top_k == round(top_k)
+    torch.testing.assert_close(shared.sums[0], stage.sums["w13"].sum(0) / top_k, rtol=1e-6, atol=0)
+    rows = seen["blk.3.attn_kv.weight"]
+    assert torch.equal(rows.sums, seen["blk.3.attn_q_a.weight"].sums)
+    assert float(rows.counts) == found.tokens
+
+
+def test_own_file_comes_back_as_statistics(
+    made: tuple[Path, CalibrationResult], source: Checkpoint, config: ModelConfig
+) -> None:
+    path, found = made
+    stats = load_imatrix(path, config, source.digest(), 1)
+    assert stats.stages.keys() >= {f"layers.{i}" for i in range(config.num_hidden_layers)}
+    for module in (f"{EXPERT}.w1", f"{EXPERT}.w2", f"{LAYER}.attn.wo_b"):
+        ours, theirs = found.stats.importance(module), stats.importance(module)
+        assert ours is not None and theirs is not None
+        torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=0)
+    assert stats.input_amax(f"{EXPERT}.w1") is None, "llama.cpp's files have no magnitudes"
+
+
+def test_somebody_elses_file_weighs_errors(
+    made: tuple[Path, CalibrationResult], source: Checkpoint, tmp_path: Path
+) -> None:
+    path, _ = made
+    recipe = Recipe("q2_k", "gguf", dense="q2_k")
+    stats, digest = read_evidence(source, path, recipe)
+    assert stats is not None and len(digest) == 64
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    convert(TINY_V4, out, recipe, stats=stats)
+    convert(TINY_V4, plain, recipe)
+    assert verify(out, source, SilentProgress()).findings == ()
+    with open_checkpoint(out) as weighed, open_checkpoint(plain) as even:
+        for module in (f"{EXPERT}.w1", f"{LAYER}.attn.wo_b"):
+            name = f"{module}.weight"
+            assert not torch.equal(weighed.read(name), even.read(name)), module
+
+
+def test_a_file_beside_a_model_is_not_a_model(
+    made: tuple[Path, CalibrationResult], tmp_path: Path
+) -> None:
+    convert(TINY, tmp_path / "out", Recipe("mxfp4", "gguf"))
+    with open_checkpoint(tmp_path / "out") as alone:
+        tensors = set(alone.tensors)
+    shutil.copy(made[0], tmp_path / "out" / "imatrix.gguf")
+    with open_checkpoint(tmp_path / "out") as beside:
+        assert set(beside.tensors) == tensors
+    (tmp_path / "only").mkdir()
+    shutil.copy(made[0], tmp_path / "only" / "model.gguf")
+    with pytest.raises(FormatError, match="give the model as the source"):
+        open_checkpoint(tmp_path / "only")
+
+
+def test_solved_inputs_are_no_importance_matrix(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="without --solve"):
+        v4quant.calibrate(TINY_V4, tmp_path / "x", solve="q3_k", imatrix=tmp_path / "imatrix.gguf")
+
+
+def _file(path: Path, sums: torch.Tensor, counts: torch.Tensor) -> Path:
+    write_imatrix(path, {"blk.0.ffn_up_exps.weight": Inputs(sums, counts)}, ["x"], 1, 1)
+    return path
+
+
+def test_bad_files_are_refused(source: Checkpoint, config: ModelConfig, tmp_path: Path) -> None:
+    seed = secrets.randbits(32)
+    generator = torch.Generator().manual_seed(seed)
+    experts, columns = config.n_routed_experts, config.hidden_size
+    sums, counts = torch.rand(experts, columns, generator=generator), torch.ones(experts)
+
+    def refuse(path: Path, match: str) -> None:
+        with pytest.raises(StatsError, match=match):
+            read_evidence(source, path, Recipe("q2_k"))
+
+    refuse(_file(tmp_path / "a", sums[:, 1:], counts), "made for another model")
+    refuse(_file(tmp_path / "b", sums, counts), "covers no layer")
+    damaged = sums.clone()
+    damaged[3, 7] = float("nan")
+    refuse(_file(tmp_path / "c", damaged, counts), "NaN")
+    refuse(_file(tmp_path / "d", -sums, counts), "negative")
+    writer = GGUFWriter(tmp_path / "e", "")
+    writer.add_type("imatrix")
+    writer.add_tensor("blk.0.ffn_up_exps.weight.in_sum2", sums.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refuse(tmp_path / "e", "pairs")
+    convert(TINY, tmp_path / "out", Recipe("mxfp4", "gguf"))
+    (model,) = (tmp_path / "out").glob("model*.gguf")
+    refuse(model, "is no importance matrix")
+    whole = _file(tmp_path / "f", sums, counts).read_bytes()
+    (tmp_path / "g").write_bytes(whole[: len(whole) // 2])
+    refuse(tmp_path / "g", "incomplete")
