@@ -4,6 +4,7 @@
     python kernels/bench/compile_grid.py --full     every format, tile size, epilogue, architecture
     python kernels/bench/compile_grid.py --full --write     and store the counts as the new baseline
     ... --only=REGEX                                only kernels whose name matches
+    python kernels/bench/compile_grid.py --special  every kernel as Triton specialises it
 
 For each kernel: registers, spilled bytes and shared memory as ptxas and Triton report them, which
 matrix instructions the machine code holds, and how many instructions one pass of the innermost loop
@@ -22,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import torch
 import triton.backends.nvidia
 import triton.language as tl
+from specialisations import Launch, first_form, specials
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from v4quant_kernels.dispatch import operand_for
 from v4quant_kernels.gpu import (
@@ -226,24 +227,44 @@ def jobs(full: bool) -> list[Job]:
     return found + list(small_kernels(ARCHITECTURES if full else (80,)))
 
 
-def compile_one(job: Job) -> dict[str, Any]:
+def launch_of(job: Job) -> Launch:
     modules = (
         gemm, native, moe, index_vectors, index_scores, routing, activation, topk, feedback,
     )  # fmt: skip
     function = next(getattr(m, job.kernel) for m in modules if hasattr(m, job.kernel))
-    options = {k: v for k, v in job.constants.items() if k in {"num_warps", "num_stages"}}
-    constants = {k: v for k, v in job.constants.items() if k not in options}
-    known = {**TYPES, **job.types}
+    constants, known = job.constants, {**TYPES, **job.types}
     types = {n: "constexpr" if n in constants else known.get(n, "i32") for n in function.arg_names}
-    pointers = [i for i, n in enumerate(types) if types[n].startswith("*")]
-    source = ASTSource(
-        fn=function,
-        signature=types,
-        constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
-    )
+    return Launch(function, types, constants)
+
+
+def special_jobs() -> list[Job]:
+    """Every kernel once in every form it has, with as few constants as that takes."""
+    found = {(j.kernel, j.variant): j for j in jobs(True) if "gemm" not in j.kernel}
+    found |= {(j.kernel, j.variant): j for j in sampled_gemms()}
+    return list(found.values())
+
+
+def specialise(job: Job) -> list[dict[str, Any]]:
+    """What becomes of each specialisation of a kernel: its name, and an error if there is one."""
+    plain, found = launch_of(job), []
+    for special in specials(plain):
+        record = {"kernel": job.kernel, "name": f"{job.name}: {special.name}"}
+        try:
+            first_form(replace(plain, special=special), job.arch)
+        except Exception as error:  # noqa: BLE001  # any failure to compile is the finding
+            record["error"] = f"{type(error).__name__}: {error}"
+        found.append(record)
+    return found
+
+
+def compile_one(job: Job) -> dict[str, Any]:
+    launch = launch_of(job)
+    options = launch.options
+    constants = {k: v for k, v in job.constants.items() if k not in options}
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
+        compiled = triton.compile(
+            launch.source(), target=GPUTarget("cuda", job.arch, 32), options=options
+        )
     except Exception as error:  # noqa: BLE001  # any failure to compile is the finding
         return {"name": job.name, "arch": job.arch, "error": f"{type(error).__name__}: {error}"}
     usage, sass = _disassemble(compiled.asm["cubin"], bool(job.weights))
@@ -310,6 +331,12 @@ def main() -> None:
     only = next((a.removeprefix("--only=") for a in sys.argv if a.startswith("--only=")), "")
     workers = min(8, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        if "--special" in sys.argv:
+            chosen = [j for j in special_jobs() if re.search(only, j.name)]
+            sys.stdout.write(
+                json.dumps([r for found in pool.map(specialise, chosen) for r in found])
+            )
+            return
         records = list(pool.map(compile_one, [j for j in jobs(full) if re.search(only, j.name)]))
     if write:
         stored = json.loads(BASELINE.read_text()) if only else {"kernels": {}}

@@ -6,6 +6,9 @@ A program multiplies a tile of BS keys with the heads of STEP tokens at a time (
 * `own_kernel` keeps its STEP tokens and walks over TILES tiles of keys, decoding them on the way:
   68 bytes a key are read and nothing else. In a ragged batch a token has keys of its own.
 
+Triton makes an integer of 1 a constant, and what a kernel needs as a number of its own then has no
+type: such arguments are not specialised.
+
 What is multiplied, OPERAND, is explained in `index_vectors.py`. Where a factor of FP8 is NaN, or a
 scale lies outside the window, the program takes `exact_tile` instead (`index_exact.py`).
 """
@@ -36,7 +39,7 @@ from v4quant_kernels.gpu.index_vectors import (
 from v4quant_kernels.gpu.words import as_fp8, byte_of, fp8_fours, index_vectors
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def shared_kernel(
     q_ptr,
     q_words_ptr,
@@ -120,7 +123,7 @@ def shared_kernel(
         scale_tile += STEP * HEADS * 4
         weight_line += STEP * HEADS
         token += STEP
-        out += STEP * columns.to(tl.int64)
+        out += STEP * tl.cast(columns, tl.int64)
 
 
 @triton.jit
@@ -205,7 +208,7 @@ def score_run(
         out += BS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_keys"])
 def own_kernel(
     q_ptr,
     q_words_ptr,

@@ -103,7 +103,7 @@ def moe(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if num_slots == 0:
         return out.zero_()
-    compute = compute or compute_type()
+    limit, compute = float(swiglu_limit), compute or compute_type()  # an integer is another type
     who = Routed(expert_ids.contiguous().view(-1), expert_map, experts.num_experts)
     routing = expert_weights.contiguous()
     per_expert = num_slots / experts.num_experts
@@ -111,9 +111,7 @@ def moe(
     second = tile or choose_tile(arch, experts.down, per_expert)
     plan = sort_slots(who, first.rows)
     rows = _round(x.contiguous(), experts.gate_up, activations)
-    h = _gate_up(
-        rows, routing, who, experts, plan, swiglu_limit, activations, first, split, compute
-    )
+    h = _gate_up(rows, routing, who, experts, plan, limit, activations, first, split, compute)
     if second.rows != first.rows:
         plan = sort_slots(who, second.rows)
     tiles = plan.tile_expert.numel()
