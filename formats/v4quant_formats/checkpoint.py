@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from v4quant_formats.errors import (
     InvalidIndex,
     MissingShard,
     MissingTensor,
+    SourceChanged,
     UnexpectedTensor,
     UnknownDtype,
     UnsafePath,
@@ -114,6 +115,21 @@ class Checkpoint:
         row = spec.nbytes // max(spec.shape[0], 1)
         data = self._read_span(spec, start * row, (stop - start) * row)
         return data.view(_torch_dtype(spec)).reshape(stop - start, *spec.shape[1:])
+
+    def read_rows_at(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Read the rows of these numbers of a tensor (at least 1-D), each by itself."""
+        spec = self.spec(name)
+        if not spec.shape or (rows and not 0 <= min(rows) <= max(rows) < spec.shape[0]):
+            raise IndexError(f"rows {min(rows)} to {max(rows)} of {spec}")
+        shape = (len(rows), *spec.shape[1:])
+        if not rows:
+            return torch.empty(shape, dtype=_torch_dtype(spec))
+        step = spec.stride or spec.row_bytes
+        offsets = [spec.offset + row * step for row in rows]
+        data = bytearray(b"".join(self.shards.slices(spec.file, offsets, spec.row_bytes)))
+        if len(data) != len(rows) * spec.row_bytes:
+            raise SourceChanged(f"{self.path / spec.file}: ends inside tensor '{name}'")
+        return torch.frombuffer(data, dtype=torch.uint8).view(_torch_dtype(spec)).view(shape)
 
     def read_chunks(self, name: str, limit: int = 32 * 2**20) -> Iterator[tuple[int, Tensor]]:
         """Read a tensor in flat pieces of at most `limit` bytes: (first byte, 1-D piece) pairs."""

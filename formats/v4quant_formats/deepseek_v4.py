@@ -207,14 +207,19 @@ def _v41_modules(facts: LayerFacts) -> Iterator[str]:
     """Compressor, indexer and Engram of a V4.1 layer."""
     if facts.makes_entries:
         yield from ("attn.compressor.wkv", "attn.compressor.norm")
-        # At ratio 1 there is nothing to pool, and so no gate.
-        if facts.ratio > 1:
+        if facts.gates_entries:
             yield "attn.compressor.wgate"
         yield from ("attn.indexer.wk", "attn.indexer.k_norm")
     if facts.makes_choice:
         yield from ("attn.indexer.wq_b", "attn.indexer.weights_proj")
     if facts.engram is not None:
         yield from (f"engram.{m}" for m in ("embed", "wkv", "q_weight", "k_weight"))
+
+
+def markov_modules(config: Dimensions, stage: str) -> tuple[str, str]:
+    """DSpark's low-rank table in its last stage: read by token, and multiplied for the logits."""
+    names = ("embed", "head") if config.v41 else ("markov_w1", "markov_w2")
+    return f"{stage}.markov_head.{names[0]}", f"{stage}.markov_head.{names[1]}"
 
 
 def draft_modules(config: Dimensions, stages: list[str], dspark: bool) -> Iterator[str]:
@@ -226,9 +231,8 @@ def draft_modules(config: Dimensions, stages: list[str], dspark: bool) -> Iterat
         return
     first, last = stages[0], stages[-1]
     if dspark:
-        markov = ("embed", "head") if config.v41 else ("markov_w1", "markov_w2")
         yield from (f"{first}.{m}" for m in ("main_proj", "main_norm"))
-        yield from (f"{last}.markov_head.{m}" for m in markov)
+        yield from markov_modules(config, last)
         yield f"{last}.confidence_head.proj"
     else:
         yield from (f"{first}.{m}" for m in ("e_proj", "h_proj", "enorm", "hnorm"))

@@ -59,6 +59,21 @@ class LayerFacts:
         return self.index_source == self.number
 
     @property
+    def gates_entries(self) -> bool:
+        """Whether its compressor weighs the tokens of a block: not where a block is one token."""
+        return self.makes_entries and self.ratio > 1
+
+    @property
+    def places_entries(self) -> bool:
+        """Whether its compressor's gates have a positional term (V4)."""
+        return self.makes_entries and self.kind in _V4_KINDS.values()
+
+    @property
+    def has_key_compressor(self) -> bool:
+        """Whether index keys come from a compressor of their own (V4), not from latents."""
+        return self.makes_choice and self.kind in _V4_KINDS.values()
+
+    @property
     def overlaps(self) -> bool:
         """Whether an entry also pools the block before its own (CSA)."""
         return self.ratio == CSA_RATIO

@@ -77,7 +77,8 @@ class DSpark:
     """Speculative stages of the DSpark releases (config `dspark_*`).
 
     They guess `block_size` tokens at a time, all but the first position fed with `noise_token_id`.
-    Their layers may have fewer experts than the trunk's.
+    Their layers may have fewer experts than the trunk's. reads_inputs: whether what the target
+    layers read is what they are given (V4.1), or what these leave behind them.
     """
 
     target_layer_ids: tuple[int, ...]
@@ -86,6 +87,7 @@ class DSpark:
     num_experts_per_tok: int
     block_size: int
     noise_token_id: int
+    reads_inputs: bool
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,11 @@ class ModelConfig(Dimensions):
         """Whether a sublayer reads the streams by the weights the sublayer before it made (V4.1),
         and the end of the trunk by the last ones, instead of by its own."""
         return self.v41 is not None
+
+    @property
+    def normalizes_heads(self) -> bool:
+        """Whether every head's query is normalised (V4)."""
+        return self.v41 is None
 
 
 _POSITIONS = 2**20
@@ -295,12 +302,12 @@ def _dimension_values(raw: dict[str, Any], where: str) -> dict[str, Any]:
     allowed = _V41_RATIOS if v41 else _V4_RATIOS
     layers = values["num_hidden_layers"]
     values["compress_ratios"] = ratios = _ratios(text, layers, allowed, where)
-    values["dspark"] = _dspark(text, values, where)
+    values["dspark"] = _dspark(text, values, v41, where)
     values["v41"] = parse_v41(text, layers, ratios, where) if v41 else None
     return values
 
 
-def _dspark(text: dict[str, Any], values: dict[str, Any], where: str) -> DSpark | None:
+def _dspark(text: dict[str, Any], values: dict[str, Any], v41: bool, where: str) -> DSpark | None:
     if "dspark_target_layer_ids" not in text:
         return None
     experts, chosen = values["n_routed_experts"], values["num_experts_per_tok"]
@@ -311,6 +318,7 @@ def _dspark(text: dict[str, Any], values: dict[str, Any], where: str) -> DSpark 
         integer(text, "dspark_num_experts_per_tok", where, default=chosen),
         integer(text, "dspark_block_size", where),
         _noise_token(text, values["vocab_size"], where),
+        reads_inputs=v41,
     )
 
 

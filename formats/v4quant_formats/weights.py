@@ -265,10 +265,13 @@ def _pack_scheme(pack: IntegerPack) -> Scheme:
     return Scheme(pack.name, "int", pack.bits, (1, pack.group), "bf16")
 
 
-def read_weight(
-    checkpoint: Checkpoint, stored: StoredWeight, rows: tuple[int, int] | None = None
-) -> QTensor:
-    """Read a coded matrix, or its rows `start:stop` (start a multiple of the block's height).
+Rows = tuple[int, int] | Tensor | None
+"""Which rows of a matrix: start and stop, numbers (int64 `[n]`), or all."""
+
+
+def read_weight(checkpoint: Checkpoint, stored: StoredWeight, rows: Rows = None) -> QTensor:
+    """Read a coded matrix, or its rows: `start:stop` (start a multiple of the block's height), or
+    those of some numbers, which then have a scale each.
 
     Forms that no scheme has come as float32 values (`PLAIN_SCHEMES`). Raises NonFiniteWeight for
     NaN codes or scales, WrongDtype for a group index that names no group.
@@ -279,19 +282,18 @@ def read_weight(
         return _read_pack(checkpoint, stored, stored.pack, rows)
     if stored.parts.keys() == {"weight"}:
         return _read_blocks(checkpoint, stored, rows)
-    height, columns = stored.shape
-    start, stop = rows or (0, height)
-    assert start % scheme.block[0] == 0, (stored.module, rows)
-    by_scale = (start // scheme.block[0], -(-stop // scheme.block[0]))
+    height = scheme.block[0]
+    assert not isinstance(rows, tuple) or rows[0] % height == 0, (stored.module, rows)
+    if isinstance(rows, Tensor):
+        scheme = replace(scheme, block=(1, scheme.block[1]))
 
-    def read(part: str, span: tuple[int, int]) -> Tensor:
-        name = stored.parts[part].name
-        value = checkpoint.read_rows(name, *span) if rows else checkpoint.read(name)
+    def read(part: str, height: int = 1) -> Tensor:
+        value = _read_part(checkpoint, stored.parts[part], rows, height)
         check_finite(checkpoint, stored.parts[part], value)
         return value
 
     scale_name = next(p for p in _SCALE_PARTS if p in stored.parts)
-    scale = read(scale_name, by_scale)
+    scale = read(scale_name, height)
     if scheme.scale == "e8m0":
         if scale.dtype == torch.uint8:  # stored as plain bytes, which `check_finite` lets pass
             _refuse_nan_scale(checkpoint, stored.parts[scale_name], scale)
@@ -300,17 +302,27 @@ def read_weight(
         scale = scale.float()
     global_scale: Tensor | None = None
     if "weight_packed" in stored.parts:
-        codes = read("weight_packed", (start, stop)).view(torch.uint8)
+        codes = read("weight_packed").view(torch.uint8)
     else:
-        codes = read("weight", (start, stop))
+        codes = read("weight")
         if scheme.element == "e2m1":
             codes = codes.view(torch.uint8)
     if scheme.has_global_scale:
         global_scale = _global_scale(checkpoint, stored)
+    shape = (codes.shape[0], stored.shape[1])
     if scheme.element == "e2m1" and scheme.scale == "f32":
         groups = e2m1.decode_packed(codes).view(*scale.shape, scheme.group_size)
-        return _plain_matrix(groups.mul_(scale.unsqueeze(-1)).view(stop - start, columns))
-    return QTensor(scheme, (stop - start, columns), codes, scale, global_scale)
+        return _plain_matrix(groups.mul_(scale.unsqueeze(-1)).view(shape))
+    return QTensor(scheme, shape, codes, scale, global_scale)
+
+
+def _read_part(checkpoint: Checkpoint, spec: TensorSpec, rows: Rows, height: int = 1) -> Tensor:
+    """A part of a weight, of which a row stands for `height` rows of the matrix."""
+    if rows is None:
+        return checkpoint.read(spec.name)
+    if isinstance(rows, Tensor):
+        return checkpoint.read_rows_at(spec.name, (rows // height).tolist())
+    return checkpoint.read_rows(spec.name, rows[0] // height, -(-rows[1] // height))
 
 
 def read_matrix(
@@ -336,7 +348,7 @@ def _plain_matrix(values: Tensor) -> QTensor:
 
 
 def _read_pack(
-    checkpoint: Checkpoint, stored: StoredWeight, pack: IntegerPack, rows: tuple[int, int] | None
+    checkpoint: Checkpoint, stored: StoredWeight, pack: IntegerPack, rows: Rows
 ) -> QTensor:
     def read(part: str) -> Tensor | None:
         spec = stored.parts.get(part)
@@ -351,7 +363,9 @@ def _read_pack(
     except WrongDtype as error:
         where = checkpoint.path / stored.first.file
         raise WrongDtype(f"{where}: '{stored.module}': {error}") from None
-    return _plain_matrix(values[slice(*rows)] if rows else values)
+    if rows is None:
+        return _plain_matrix(values)
+    return _plain_matrix(values[rows if isinstance(rows, Tensor) else slice(*rows)])
 
 
 def _global_scale(checkpoint: Checkpoint, stored: StoredWeight) -> Tensor:
@@ -365,13 +379,11 @@ def _global_scale(checkpoint: Checkpoint, stored: StoredWeight) -> Tensor:
     return value.reciprocal() if inverse else value
 
 
-def _read_blocks(
-    checkpoint: Checkpoint, stored: StoredWeight, rows: tuple[int, int] | None
-) -> QTensor:
+def _read_blocks(checkpoint: Checkpoint, stored: StoredWeight, rows: Rows) -> QTensor:
     assert stored.scheme is not None
-    start, stop = rows or (0, stored.shape[0])
-    weight, shape = stored.parts["weight"], (stop - start, stored.shape[1])
-    codes = checkpoint.read_rows(weight.name, start, stop)
+    weight = stored.parts["weight"]
+    codes = _read_part(checkpoint, weight, rows)
+    shape = (codes.shape[0], stored.shape[1])
     if stored.scheme.name == "mxfp4":
         # Byte 255 is NaN in the release and a number in llama.cpp: nobody may have meant it.
         nibbles, scale = unpack_mxfp4(codes)
@@ -459,5 +471,22 @@ def read_dense_rows(
     value = checkpoint.read_rows(spec.name, start, stop)
     if not value.is_floating_point():
         return value.to(device)
+    check_finite(checkpoint, spec, value)
+    return value.to(device).float()
+
+
+def read_dense_at(
+    checkpoint: Checkpoint, module: str, rows: Tensor, device: torch.device = _CPU
+) -> Tensor:
+    """Rows of `read_dense` by number, `[n, K]`: of tables too large to read. Nothing else is read.
+
+    rows: int64 `[n]`; sorted ones are read in the file's order. Raises IndexError for a row that
+    is not there.
+    """
+    stored = find_weight(checkpoint, module)
+    if stored.scheme is not None:
+        return dequantize(read_weight(checkpoint, stored, rows).to(device))
+    spec = next(iter(stored.parts.values()))
+    value = _read_part(checkpoint, spec, rows)
     check_finite(checkpoint, spec, value)
     return value.to(device).float()

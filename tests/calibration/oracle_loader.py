@@ -8,6 +8,7 @@ therefore be held against it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,9 +21,12 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, 
 class OracleParams:
     """Dense float32 tensors of a checkpoint in the released layout, by official base name."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, made: Mapping[str, Tensor] | None = None) -> None:
+        """made: tensors that are not stored, by base name (V4.1's token map)."""
+        config = json.loads((folder / "config.json").read_text())
+        self.tile = config["quantization_config"]["weight_block_size"][0]
         index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = dict(made or {})
         for file in sorted(set(index.values())):
             with safe_open(folder / file, "pt") as shard:
                 self.tensors |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
@@ -38,7 +42,8 @@ class OracleParams:
         if weight.dtype == torch.int8:
             return _fp4(weight, scale)
         assert weight.dtype == torch.float8_e4m3fn
-        tiles = scale.float().repeat_interleave(128, 0).repeat_interleave(128, 1)
+        height, width = (1, 32) if base.endswith("engram.embed") else (self.tile, self.tile)
+        tiles = scale.float().repeat_interleave(height, 0).repeat_interleave(width, 1)
         return weight.float() * tiles[: weight.shape[0], : weight.shape[1]]
 
 

@@ -179,7 +179,7 @@ def test_layers_of_the_trained_model(
             for tokens in (1, 50):
                 x = torch.randn(tokens, config.hidden_size, generator=generator)
                 token_ids = torch.randint(0, config.vocab_size, (tokens,), generator=generator)
-                routing = route(x, token_ids, params, stage, hashed, config)
+                routing = route(x, token_ids, params, config.facts(stage), config)
                 wanted = mixture_of_experts(
                     x, routing, params, stage, config, ForwardOptions(), None
                 )
@@ -234,7 +234,9 @@ def test_our_own_outputs_as_sources(
     with open_checkpoint(source) as checkpoint:
         params = CheckpointParams(checkpoint)
         x = torch.randn(20, config.hidden_size, generator=generator)
-        routing = route(x, torch.zeros(20, dtype=torch.int64), params, "layers.1", False, config)
+        routing = route(
+            x, torch.zeros(20, dtype=torch.int64), params, config.facts("layers.1"), config
+        )
         wanted = mixture_of_experts(x, routing, params, "layers.1", config, ForwardOptions(), None)
         keep = decided(x, params, "layers.1", config.num_experts_per_tok)
     assert relative(run(out / "layers.1.moe.onnx", x=x)[keep], wanted[keep]) < TOLERANCE

@@ -24,7 +24,7 @@ from v4quant_calibration.model.attention import DENSE_FACTOR, indexer_matters
 from v4quant_calibration.model.experts import ROWS
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.packed_experts import GROUP
-from v4quant_formats.model_config import CSA_RATIO, HCA_RATIO, ModelConfig
+from v4quant_formats.model_config import ModelConfig
 
 # Interpreter, torch and the other libraries, threads' stacks, allocator slack.
 _BASE_BYTES = 400 * 2**20
@@ -149,6 +149,7 @@ def _plan(
     kept = work.held + records + (0 if spill else _streams(config, work))
     fixed = max(
         _attention(config, work, min(rows, max(work.lengths)), queries),
+        _engram(config, min(rows, work.tokens)),
         _logits(config, work, tile) if work.scored else 0,
     )
     if limits.device is None:
@@ -173,7 +174,7 @@ def _plan(
 
 
 def _row(config: ModelConfig) -> int:
-    return _F32 * config.hc_mult * config.hidden_size
+    return _F32 * config.hc_mult * (config.hidden_size + config.delayed_mixing)
 
 
 def _streams(config: ModelConfig, work: Work) -> int:
@@ -183,19 +184,51 @@ def _streams(config: ModelConfig, work: Work) -> int:
     after the other's, or with propagation all models' at once.
     """
     rows = work.models + (2 if work.candidates else 0)
+    caches = work.models * _shared_caches(config, work)
     if not work.drafts or config.dspark is None:
-        return rows * work.tokens * _row(config)
+        return rows * work.tokens * _row(config) + caches
     live = work.models if work.together else 1
     vectors = work.drafts * len(config.dspark.target_layer_ids) + live
-    return work.tokens * ((rows + live) * _row(config) + vectors * _F32 * config.hidden_size)
+    streams = (rows + live) * _row(config) + vectors * _F32 * config.hidden_size
+    return work.tokens * streams + caches
+
+
+def _shared_caches(config: ModelConfig, work: Work) -> int:
+    """What one model's layers leave for later ones: entries and keys of every ratio, a choice, and
+    candidate blocks where there are more than are kept."""
+    lent = {f.ratio: f for f in config.layers if f.lends_entries}
+    if not lent or config.v41 is None:
+        return 0
+    each = sum(_F32 * (config.head_dim + config.index_head_dim) / ratio for ratio in lent)
+    longest = max(work.lengths)
+    if any(indexer_matters(f, longest, config) for f in lent.values()):
+        each += 4 * config.index_topk
+    blocks = longest // min(lent) // config.v41.candidate_block_size
+    if blocks > config.v41.candidate_topk_blocks:
+        each += 4 * config.v41.candidate_topk_blocks
+    return int(work.tokens * each)
+
+
+def _engram(config: ModelConfig, rows: int) -> int:
+    """A piece of text's rows of an n-gram table, what one block of the matrix makes of them, and
+    that block; the hashes of all tokens are among `_records`."""
+    if config.v41 is None or not config.v41.engram_layer_ids:
+        return 0
+    width = config.v41.engram_columns * config.v41.engram_head_dim
+    block = _F32 * config.hidden_size * width * (1 + _DECODING)
+    gathered = rows * (3 * _F32 * width + 16 * config.v41.engram_columns)
+    return int(block + gathered + rows * (3 * _row(config) + 4 * _F32 * config.hidden_size))
 
 
 def _records(config: ModelConfig, work: Work) -> int:
     """What is kept of every token: ids, chosen experts and entries, scores."""
     each = 64 + 150 * work.models
+    if config.v41 is not None:
+        each += 3 * 8 * config.v41.engram_columns  # hashes, and what they are put together from
     if work.candidates:
         each += 3 * 8 * config.num_experts_per_tok
-        if indexer_matters(CSA_RATIO, max(work.lengths), config):
+        longest = max(work.lengths)
+        if any(indexer_matters(f, longest, config) for f in config.layers if f.makes_choice):
             each += 2 * 4 * config.index_topk
     if work.drafts and config.dspark is not None:
         each += 100 + _F32 * config.dspark.markov_rank
@@ -215,15 +248,18 @@ def _attention(config: ModelConfig, work: Work, rows: int, queries: int) -> int:
         3 * 2 * (c.head_dim + c.index_head_dim) * c.hidden_size,
     ]
     weights = _F32 * (sum(matrices) + _DECODING * max(matrices))
-    # Window, CSA entries and index keys.
-    entries = _F32 * longest * (c.head_dim * 1.5 + c.index_head_dim * 0.5)
+    # Window, entries with their latents, and index keys.
+    ratio = min((f.ratio for f in c.layers if f.ratio), default=longest)
+    entries = _F32 * longest * (c.head_dim * (1 + 2 / ratio) + c.index_head_dim * 2 / ratio)
     work_rows = rows * (4 * _row(c) + _F32 * (6 * c.hidden_size + 12 * c.head_dim))
-    dense = min(longest // CSA_RATIO, DENSE_FACTOR * c.index_topk)
-    keys = c.sliding_window + queries + max(dense, longest // HCA_RATIO)
+    chosen = [f for f in c.layers if f.index_source is not None]
+    dense = min(longest // ratio, DENSE_FACTOR * c.index_topk) if chosen else 0
+    whole = [longest // f.ratio for f in c.layers if f.ratio and f.index_source is None]
+    keys = c.sliding_window + queries + max(dense, *whole, 0)
     scores = 3 * c.num_attention_heads * keys + 2 * keys
     gathered = 0
-    if indexer_matters(CSA_RATIO, longest, c):
-        index = longest // CSA_RATIO
+    if any(indexer_matters(f, longest, c) for f in chosen):
+        index = longest // ratio
         scores += 6 * index + c.index_n_heads * min(4096, index)
         if index > DENSE_FACTOR * c.index_topk:
             gathered = 2 * c.index_topk * (c.head_dim + c.num_attention_heads)

@@ -114,7 +114,7 @@ def dspark_hits(
         columns=tile.columns,
     ):
         guesses.add(piece)
-    markov = markov_rows(model.params, stages[-1], blocks.previous)
+    markov = markov_rows(model.params, config, stages[-1], blocks.previous)
     sure = confidence(model.params, config, stages[-1], rows, markov, tile.rows)
     shape = (-1, blocks.size)
     return DraftHits(

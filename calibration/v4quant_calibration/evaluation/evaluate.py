@@ -58,8 +58,7 @@ class Measures:
 
     def taps(self, config: ModelConfig, models: int) -> Taps:
         """What the trunk leaves for the first `models` models' drafts: DSpark's stages need it."""
-        dspark = config.dspark if self.draft else None
-        return Taps(() if dspark is None else dspark.target_layer_ids, models)
+        return Taps.of_config(config, models) if self.draft else Taps((), models)
 
     def with_needles(self, corpus: Corpus) -> Corpus:
         """All that runs: the corpus and the needles behind it."""

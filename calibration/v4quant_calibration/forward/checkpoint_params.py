@@ -6,11 +6,16 @@ is kept, so memory is one matrix at a time; the same object may serve several ru
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
+from v4quant_calibration.model.params import TOKEN_MAP
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.weights import read_coded, read_dense, read_dense_rows
+from v4quant_formats.engram import read_token_map
+from v4quant_formats.model_config import parse_dimensions
+from v4quant_formats.weights import read_coded, read_dense, read_dense_at, read_dense_rows
 from v4quant_kernels.qtensor import QTensor
 
 CPU = torch.device("cpu")
@@ -25,7 +30,10 @@ class CheckpointParams:
         self.checkpoint, self._device = checkpoint, device
 
     def __call__(self, base: str, /) -> Tensor:
-        """The tensor called `base`; raises what `read_dense` raises."""
+        """The tensor called `base`; raises what `read_dense` raises, and ConfigError for a
+        tokenizer that Engram's rows cannot be hashed from."""
+        if base == TOKEN_MAP:
+            return self._token_map.to(self._device)
         return read_dense(self.checkpoint, base, self._device)
 
     def packed(self, base: str, /) -> QTensor:
@@ -35,3 +43,15 @@ class CheckpointParams:
     def rows(self, base: str, start: int, stop: int, /) -> Tensor:
         """Rows start .. stop - 1 of the matrix called `base`; raises what `read_dense` raises."""
         return read_dense_rows(self.checkpoint, base, start, stop, self._device)
+
+    def gather(self, base: str, rows: Tensor, /) -> Tensor:
+        """Rows of the matrix called `base` by number; raises what `read_dense_at` raises."""
+        return read_dense_at(self.checkpoint, base, rows, self._device)
+
+    @cached_property
+    def _token_map(self) -> Tensor:
+        folder = self.checkpoint.path
+        config = parse_dimensions(dict(self.checkpoint.config), str(folder / "config.json"))
+        assert config.v41 is not None, "only V4.1 has an Engram"
+        size = config.v41.engram_compressed_vocab_size
+        return torch.tensor(read_token_map(folder / "tokenizer.json", config.vocab_size, size))

@@ -20,6 +20,7 @@ from v4quant_calibration.forward.stream import (
     Taps,
     embed,
     named,
+    reading_width,
 )
 from v4quant_calibration.model.dspark import DraftBlocks, draft_blocks, project_trunk, stage_forward
 from v4quant_calibration.model.mtp import STAGE, mtp_forward, next_tokens
@@ -39,22 +40,18 @@ class Drafts:
 
     def taps(self, config: ModelConfig, models: int) -> Taps:
         """What the trunk must leave for the stages of so many models."""
-        chain = config.dspark if self.kind == "dspark" else None
-        return Taps(() if chain is None else chain.target_layer_ids, models)
+        return Taps.of_config(config, models) if self.kind == "dspark" else Taps((), models)
 
 
 def drafts_of(checkpoint: Checkpoint, config: ModelConfig) -> Drafts:
     """A checkpoint's draft stages.
 
-    DSpark's can be run when config.json says what they are given, and has them as many experts as
-    the trunk's layers.
+    DSpark's can be run when config.json says what they are given.
     """
     stages = tuple(draft_stages(checkpoint.tensors))
     if _holds(checkpoint, f"{STAGE}.e_proj"):
         return Drafts("classic", stages[:1])
-    dspark = config.dspark
-    told = dspark is not None and dspark.n_routed_experts == config.n_routed_experts
-    if told and _holds(checkpoint, f"{STAGE}.main_proj"):
+    if config.dspark is not None and _holds(checkpoint, f"{STAGE}.main_proj"):
         return Drafts("dspark", stages)
     return Drafts("none", ())
 
@@ -134,7 +131,10 @@ def stream_dspark(
         trunk = store.open(f"draft.trunk.{number}", given[0].shape)
         _named(model, project_trunk, config, stages[0], given, trunk, model.options)
         shape = replace(
-            trunk.shape, lengths=blocks.lengths, row=(config.hc_mult, config.hidden_size)
+            trunk.shape,
+            lengths=blocks.lengths,
+            row=(config.hc_mult, config.hidden_size),
+            pre=reading_width(config),
         )
         room = store.open(f"draft.{number}", shape)
         embed(model.params, blocks.token_ids, room)

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from v4quant_calibration.forward.drafts import stream_mtp
 from v4quant_calibration.forward.stream import StreamModel, StreamStore, matrix_rows
-from v4quant_calibration.model.hyper_connection import HyperWeights, head_streams, load_hyper
+from v4quant_calibration.model.hyper_connection import HyperWeights, collapse, load_collapse
 from v4quant_calibration.model.mtp import STAGE
 from v4quant_calibration.model.numerics import rms_norm
 from v4quant_calibration.model.params import Params, read_rows
 from v4quant_calibration.model.streams import Streams, spans
+from v4quant_formats.deepseek_v4 import markov_modules
 from v4quant_formats.model_config import ModelConfig
 
 TILE_ROWS = 256
-_MARKOV = "markov_head"
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,11 @@ class LogitTile:
     logits: list[Tensor]
 
 
-def head_inputs(params: Params, streams: Tensor, config: ModelConfig) -> Tensor:
-    """What the head multiplies, `[n, hidden]`, of the trunk's last rows `[n, hc_mult, hidden]`."""
-    return _load_head(params, "", None).inputs(streams, 0, config)[0]
+def head_inputs(
+    params: Params, streams: Streams, start: int, stop: int, config: ModelConfig
+) -> Tensor:
+    """What the head multiplies, `[n, hidden]`, of the trunk's last rows start .. stop - 1."""
+    return _load_head(params, "", None, config).inputs(streams, start, stop, config)[0]
 
 
 @torch.no_grad()
@@ -66,12 +68,12 @@ def stream_logits(
     of a tile (None: all). A head that fits into one tile's columns is read once, another once for
     every block of positions.
     """
-    heads = [_load_head(model.params, stage, previous) for model in models]
+    heads = [_load_head(model.params, stage, previous, config) for model in models]
     stretches = spans(0, config.vocab_size, columns)
     kept = [head.piece(*stretches[0]) for head in heads] if len(stretches) == 1 else None
     for start, stop in spans(0, streams[0].shape.tokens, rows):
         inputs = [
-            head.inputs(part.read(start, stop), start, config)
+            head.inputs(part, start, stop, config)
             for head, part in zip(heads, streams, strict=True)
         ]
         for first, last in stretches:
@@ -98,42 +100,41 @@ def mtp_logits(
     yield from stream_logits(models, config, after, stage=STAGE, rows=rows, columns=columns)
 
 
-def markov_rows(params: Params, stage: str, previous: Tensor) -> Tensor:
+def markov_rows(params: Params, config: ModelConfig, stage: str, previous: Tensor) -> Tensor:
     """DSpark's w1 rows `[T, rank]` of the tokens `previous`, int64 `[T]`."""
-    return matrix_rows(params, f"{stage}.{_MARKOV}.markov_w1", previous)
+    return matrix_rows(params, markov_modules(config, stage)[0], previous)
 
 
 @dataclass(frozen=True)
 class _Head:
     """Collapse and norm before the vocabulary projection; the release runs these in float32.
 
-    markov: of every position w1 of the token before, for a stage that adds w2 times it.
+    markov: of every position w1 of the token before, for a stage that adds w2, called `second`,
+    times it.
     """
 
     params: Params
-    stage: str
-    hyper: HyperWeights
+    hyper: HyperWeights | None
     norm: Tensor
     markov: Tensor | None
+    second: str
 
-    def inputs(self, streams: Tensor, start: int, config: ModelConfig) -> list[Tensor]:
-        """What `piece` multiplies, `[n, ...]` each, of rows `[n, hc_mult, hidden]` from `start`."""
-        x = rms_norm(head_streams(streams, self.hyper, config), self.norm, config.rms_norm_eps)
-        if self.markov is None:
-            return [x]
-        return [x, self.markov[start : start + x.shape[0]]]
+    def inputs(self, streams: Streams, start: int, stop: int, config: ModelConfig) -> list[Tensor]:
+        """What `piece` multiplies, `[n, ...]` each, of rows start .. stop - 1."""
+        x = collapse(streams, start, stop, self.hyper, config)
+        x = rms_norm(x, self.norm, config.rms_norm_eps)
+        return [x] if self.markov is None else [x, self.markov[start:stop]]
 
     def piece(self, first: int, last: int) -> list[Tensor]:
         """The matrices' rows of vocabulary first .. last - 1."""
         found = [read_rows(self.params, "head", first, last)]
         if self.markov is not None:
-            module = f"{self.stage}.{_MARKOV}.markov_w2"
-            found.append(read_rows(self.params, module, first, last))
+            found.append(read_rows(self.params, self.second, first, last))
         return found
 
 
-def _load_head(params: Params, stage: str, previous: Tensor | None) -> _Head:
+def _load_head(params: Params, stage: str, previous: Tensor | None, config: ModelConfig) -> _Head:
     prefix = f"{stage}." if stage else ""
-    markov = None if previous is None else markov_rows(params, stage, previous)
-    hyper, norm = load_hyper(params, f"{prefix}hc_head"), params(f"{prefix}norm")
-    return _Head(params, stage, hyper, norm, markov)
+    markov = None if previous is None else markov_rows(params, config, stage, previous)
+    hyper, norm = load_collapse(params, prefix, config), params(f"{prefix}norm")
+    return _Head(params, hyper, norm, markov, markov_modules(config, stage)[1])

@@ -56,8 +56,28 @@ class FileStreams(Streams):
     def read(self, start: int, stop: int) -> Tensor:
         """A copy of the rows. Raises OutputError."""
         rows = torch.empty((stop - start, *self.shape.row), dtype=self.shape.dtype)
-        view, offset = _bytes(rows), self._offset(start)
-        done = 0
+        self._fill(rows, start * self.shape.row_bytes)
+        return rows.to(self.shape.device)
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """Write the rows. Raises OutputError."""
+        self._put(rows, start * self.shape.row_bytes)
+
+    def read_pre(self, start: int, stop: int) -> Tensor:
+        """As `read`: reading weights lie behind all rows."""
+        weights = torch.empty((stop - start, self.shape.pre), dtype=self.shape.dtype)
+        self._fill(weights, self._pre_offset(start))
+        return weights.to(self.shape.device)
+
+    def write_pre(self, start: int, weights: Tensor) -> None:
+        """As `write`."""
+        self._put(weights, self._pre_offset(start))
+
+    def _pre_offset(self, row: int) -> int:
+        return self.shape.tokens * self.shape.row_bytes + row * self.shape.pre_bytes
+
+    def _fill(self, target: Tensor, offset: int) -> None:
+        view, done = _bytes(target), 0
         while done < len(view):
             try:
                 count = read_at(self._handle, view[done:], offset + done)
@@ -66,14 +86,11 @@ class FileStreams(Streams):
             if not count:
                 raise OutputError(f"{self._path}: became shorter while it was used")
             done += count
-        return rows.to(self.shape.device)
 
-    def write(self, start: int, rows: Tensor) -> None:
-        """Write the rows. Raises OutputError."""
-        data = rows.to("cpu", self.shape.dtype).contiguous()
-        view, offset = _bytes(data), self._offset(start)
+    def _put(self, values: Tensor, offset: int) -> None:
+        data = values.to("cpu", self.shape.dtype).contiguous()
         try:
-            write_at(self._handle, view, offset)
+            write_at(self._handle, _bytes(data), offset)
         except OSError as error:
             raise output_error(self._path, error) from None
 
@@ -87,9 +104,6 @@ class FileStreams(Streams):
     def close(self) -> None:
         """Close the file; it stays."""
         os.close(self._handle)
-
-    def _offset(self, row: int) -> int:
-        return row * self.shape.row_bytes
 
 
 class Scratch:
@@ -126,7 +140,7 @@ class Scratch:
     def open(self, name: str, shape: StreamShape) -> Streams:
         """The file of streams called `name`; see StreamStore."""
         model, _, done = name.partition(".")
-        # Only numbers of layers alternate; "draft.0", "local" and "tap.0.42" are names.
+        # Only numbers of layers alternate; "draft.0", "local", "tap.0.42" and the like are names.
         file = f"{model}.{int(done) % 2}" if model.isdigit() else name
         if file not in self._files:
             self._files[file] = FileStreams(self.folder / f"{file}.rows", shape)
@@ -141,7 +155,7 @@ class Scratch:
         if not self._resumes:
             return
         for name, file in self._files.items():
-            if name.endswith(f".{done - 1}" if _is_tap(name) else f".{done % 2}"):
+            if name.endswith(f".{done - 1}") if _is_tap(name) else _is_needed(name, done):
                 file.flush()
         self.finished = done
         sizes = {name: file.shape.nbytes for name, file in self._files.items()}
@@ -161,11 +175,16 @@ class Scratch:
             finished, notes, files = state["finished"], state["notes"], state["files"]
             right = state["key"] == self._key and isinstance(notes, dict) and finished > 0
             for name, size in files.items():
-                if _is_tap(name) or name.endswith(f".{finished % 2}"):
+                if _is_needed(name, finished):
                     right &= (self.folder / f"{name}.rows").stat().st_size == size
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return 0, {}
         return (finished, notes) if right else (0, {})
+
+
+def _is_needed(name: str, finished: int) -> bool:
+    """Whether a run that goes on behind so many layers reads the file."""
+    return _is_tap(name) or name.startswith("shared.") or name.endswith(f".{finished % 2}")
 
 
 def _is_tap(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Run whole models layer by layer, several side by side, in the memory of one layer.
 
-Between two layers a model's entire state is its residual streams; a scored text needs no KV cache.
+Between two layers a model's entire state is its residual streams, in V4.1 with the caches that few
+layers make for all; a scored text needs no KV cache beyond.
 So the loops are swapped: for each layer, for each model, push all tokens of all sequences through,
 then forget the layer. Comparing two checkpoints of any size therefore takes the streams of both and
 one expert. Side by side also allows the question no end result answers: what does the candidate's
@@ -15,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from v4quant_calibration.model.block import layer_forward
+from v4quant_calibration.model.caches import OpenRows, SharedCaches
 from v4quant_calibration.model.numerics import NonFiniteActivation
 from v4quant_calibration.model.observer import Observer
 from v4quant_calibration.model.options import ForwardOptions
@@ -91,30 +94,50 @@ class StreamStore(Protocol):
 
 
 class Taps:
-    """Keeps of the trunk what DSpark stages read: behind some layers, the mean over streams."""
+    """Keeps of the trunk what DSpark stages read: at some layers, the mean over streams."""
 
-    def __init__(self, layers: Sequence[int], models: int) -> None:
-        """layers: their indices. models: of the run's models, how many from the first on."""
-        self._layers, self._models = tuple(layers), models
+    def __init__(self, layers: Sequence[int], models: int, inputs: bool = False) -> None:
+        """layers: their indices. models: of the run's models, how many from the first on. inputs:
+        rows that a layer's attention reads, instead of those behind it."""
+        self._layers, self._models, self._inputs = tuple(layers), models, inputs
         self._rows: dict[tuple[int, int], Streams] = {}
+
+    @staticmethod
+    def of_config(config: ModelConfig, models: int) -> Taps:
+        """What a config's DSpark stages read, if it has any."""
+        chain = config.dspark
+        return (
+            Taps((), models)
+            if chain is None
+            else Taps(chain.target_layer_ids, models, chain.reads_inputs)
+        )
 
     def open(self, store: StreamStore, number: int, shape: StreamShape) -> None:
         """Room for a model, or what an earlier process kept there."""
         if number < self._models:
-            flat = replace(shape, row=(1, shape.row[1]))
+            flat = replace(shape, row=(1, shape.row[1]), pre=0)
             for index in self._layers:
                 self._rows[number, index] = store.open(f"tap.{number}.{index}", flat)
 
-    def keep(self, number: int, index: int, streams: Streams) -> None:
+    def before(self, number: int, index: int, streams: Streams) -> None:
+        """A model's layer is about to read these rows."""
+        if self._inputs:
+            self._keep(number, index, streams)
+
+    def behind(self, number: int, index: int, streams: Streams) -> None:
         """A model's layer is done."""
-        rows = self._rows.get((number, index))
-        if rows is not None:
-            for start, stop in spans(0, rows.shape.tokens, PIECE):
-                rows.write(start, streams.read(start, stop).mean(1, keepdim=True))
+        if not self._inputs:
+            self._keep(number, index, streams)
 
     def of(self, number: int) -> list[Streams]:
         """A model's rows `[T, 1, hidden]`, layer by layer in the order given."""
         return [self._rows[number, index] for index in self._layers]
+
+    def _keep(self, number: int, index: int, streams: Streams) -> None:
+        rows = self._rows.get((number, index))
+        if rows is not None:
+            for start, stop in spans(0, rows.shape.tokens, PIECE):
+                rows.write(start, streams.read(start, stop).mean(1, keepdim=True))
 
 
 class MemoryStore:
@@ -163,8 +186,10 @@ def stream_forward(
         for number, model in enumerate(models)
     ]
     taps = taps or Taps((), 0)
+    caches = []
     for number, part in enumerate(streams):
         taps.open(store, number, part.shape)
+        caches.append(SharedCaches(_cache_room(store, number), part.shape, config))
     if not store.finished:
         for model, room in zip(models, streams, strict=True):
             embed(model.params, ids, room)
@@ -182,13 +207,12 @@ def stream_forward(
         before = streams[0]
         for number, model in enumerate(models):
             keep = number == 0 and on_layer is not None
-            streams[number] = step.run(number, model, streams[number], keep)
-            taps.keep(number, index, streams[number])
+            streams[number] = step.run(number, model, streams[number], keep, caches[number], taps)
             advance(step.layer)
             if on_layer is not None:
                 beside = None
                 if number in local:
-                    beside = step.beside(model, before)
+                    beside = step.beside(model, before, caches[0].reading())
                     advance(step.layer)
                 on_layer(
                     LayerResult(step.layer, number, before, streams[0], streams[number], beside)
@@ -209,28 +233,50 @@ class _Step:
     ids: Tensor
     store: StreamStore
 
-    def run(self, number: int, model: StreamModel, before: Streams, keep: bool) -> Streams:
+    def run(
+        self,
+        number: int,
+        model: StreamModel,
+        before: Streams,
+        keep: bool,
+        caches: SharedCaches,
+        taps: Taps,
+    ) -> Streams:
         """The layer on a model's own streams."""
         after = self.store.behind(number, self.index + 1, before, keep)
-        self._forward(model, before, after, model.observer)
+        on_input = partial(taps.before, number, self.index)
+        self._forward(model, before, after, model.observer, caches, on_input)
+        taps.behind(number, self.index, after)
         return after
 
-    def beside(self, model: StreamModel, before: Streams) -> Streams:
-        """The layer on the reference's streams."""
+    def beside(self, model: StreamModel, before: Streams, caches: SharedCaches) -> Streams:
+        """The layer on the reference's streams and caches."""
         after = self.store.open("local", before.shape)
-        self._forward(model, before, after, model.local_observer)
+        self._forward(model, before, after, model.local_observer, caches, None)
         return after
 
     def _forward(
-        self, model: StreamModel, before: Streams, after: Streams, observer: Observer | None
+        self,
+        model: StreamModel,
+        before: Streams,
+        after: Streams,
+        observer: Observer | None,
+        caches: SharedCaches,
+        on_input: Callable[[Streams], None] | None,
     ) -> None:
         ids = self.ids.to(before.shape.device)
         try:
             layer_forward(
-                model.params, self.config, self.layer, before, after, ids, model.options, observer
-            )
+                model.params, self.config, self.layer, before, after, ids, model.options, observer,
+                caches, on_input,
+            )  # fmt: skip
         except NonFiniteActivation as error:
             raise NonFiniteActivation(named(model, str(error))) from None
+
+
+def _cache_room(store: StreamStore, number: int) -> OpenRows:
+    """Where a model's shared caches live."""
+    return lambda kind, shape: store.open(f"shared.{number}.{kind}", shape)
 
 
 def named(model: StreamModel, message: str) -> str:
@@ -241,15 +287,26 @@ def named(model: StreamModel, message: str) -> str:
 def _shape(params: Params, config: ModelConfig, sequences: Sequence[Tensor]) -> StreamShape:
     norm = params("norm")  # tells dtype and device of the arithmetic
     lengths = tuple(len(ids) for ids in sequences)
-    return StreamShape(lengths, (config.hc_mult, config.hidden_size), norm.dtype, norm.device)
+    return StreamShape(lengths, (config.hc_mult, config.hidden_size), norm.dtype, norm.device,
+                       reading_width(config))  # fmt: skip
+
+
+def reading_width(config: ModelConfig) -> int:
+    """Reading weights that a row of streams carries."""
+    return config.hc_mult if config.delayed_mixing else 0
 
 
 def embed(params: Params, ids: Tensor, streams: Streams) -> None:
-    """hc_mult equal streams of each token's embedding. Reads the rows of `embed` that occur."""
+    """hc_mult equal streams of each token's embedding, of which the first sublayer reads number 0
+    where reading weights are carried. Reads the rows of `embed` that occur."""
     for start, stop in spans(0, streams.shape.tokens, EMBEDDING_ROWS):
         rows = matrix_rows(params, "embed", ids[start:stop])
         embedded = rows.to(streams.shape.device, streams.shape.dtype)
         streams.write(start, embedded.unsqueeze(1).expand(-1, streams.shape.row[0], -1))
+        if streams.shape.pre:
+            first = torch.zeros(stop - start, streams.shape.pre, dtype=streams.shape.dtype)
+            first[:, 0] = 1.0
+            streams.write_pre(start, first)
 
 
 def matrix_rows(params: Params, base: str, ids: Tensor) -> Tensor:

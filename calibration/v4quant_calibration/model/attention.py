@@ -1,9 +1,10 @@
 """Attention of one layer: sliding window, compressed entries, sink, grouped output.
 
 One latent head of `head_dim` values serves all query heads as key and as value. A query reads the
-window's recent entries and, in compressed layers, entries that stand for 4 or 128 tokens each: all
-visible ones in HCA layers, the indexer's choice in CSA layers. A block may overlap the window; its
-tokens are then seen twice, by design. Each head has a learned sink, a score that takes part in the
+window's recent entries and, in layers with a ratio, entries that stand for that many tokens each:
+all visible ones in HCA layers, an indexer's choice elsewhere. In V4.1 entries and choice may be
+another layer's (`caches.py`). A block may overlap the window; its tokens are then seen twice, by
+design. Each head has a learned sink, a score that takes part in the
 softmax and carries no value; here it is a key of zeros whose score is replaced.
 
 Memory is linear in the sequence: queries go in blocks of `query_chunk`, the whole path of a block
@@ -20,7 +21,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from v4quant_calibration.model.compressor import CompressorWeights, compress, load_compressor
+from v4quant_calibration.model.caches import SharedCaches
+from v4quant_calibration.model.candidates import Candidates
+from v4quant_calibration.model.compressor import (
+    CompressorWeights,
+    entries_of,
+    load_compressor,
+    pool,
+)
 from v4quant_calibration.model.indexer import (
     IndexerWeights,
     choose_entries,
@@ -32,14 +40,15 @@ from v4quant_calibration.model.numerics import (
     product,
     quantized_input,
     rms_norm,
-    round_kv_,
+    round_compressed_,
+    round_window_,
 )
 from v4quant_calibration.model.observer import Observer
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.params import Params
 from v4quant_calibration.model.rope import rotate_tail_
 from v4quant_calibration.model.streams import spans
-from v4quant_formats.model_config import CSA_RATIO, ModelConfig
+from v4quant_formats.model_config import LayerFacts, ModelConfig
 
 # Gathering costs a copy of every chosen entry for every query, so scoring this many times more
 # entries than are chosen, densely, is still the cheaper way.
@@ -64,29 +73,34 @@ class AttentionWeights:
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """What all sequences of one layer share: name, ratio (0, 4, 128), weights and rope table."""
+    """What all sequences of one layer share: facts, weights, rope table, and others' caches."""
 
-    name: str
-    ratio: int
+    facts: LayerFacts
     weights: AttentionWeights
     table: Tensor
     config: ModelConfig
     options: ForwardOptions
     observer: Observer | None
+    caches: SharedCaches | None = None
 
 
 @dataclass(frozen=True)
 class Entries:
-    """KV of one sequence: window `[S, D]`, compressed `[S // ratio, D]`, index keys if needed."""
+    """KV of one sequence: window `[S, D]`, compressed `[S // ratio, D]`, index keys if needed.
+
+    row: of its first token among the tokens of all sequences.
+    """
 
     window: Tensor
     compressed: Tensor
     index_keys: Tensor | None
+    row: int = 0
 
 
-def load_attention(params: Params, layer: str, ratio: int, use_indexer: bool) -> AttentionWeights:
-    """Read the attention of `layer`; the indexer only if asked for (long sequences need it)."""
-    prefix = f"{layer}.attn"
+def load_attention(params: Params, facts: LayerFacts, use_indexer: bool) -> AttentionWeights:
+    """Read the attention of a layer; the indexer only if asked for (long sequences need it)."""
+    prefix = f"{facts.name}.attn"
+    compressor = f"{prefix}.compressor"
     return AttentionWeights(
         wq_a=params(f"{prefix}.wq_a"),
         q_norm=params(f"{prefix}.q_norm"),
@@ -96,14 +110,16 @@ def load_attention(params: Params, layer: str, ratio: int, use_indexer: bool) ->
         wo_a=params(f"{prefix}.wo_a"),
         wo_b=params(f"{prefix}.wo_b"),
         sink=params(f"{prefix}.attn_sink"),
-        compressor=load_compressor(params, f"{prefix}.compressor") if ratio else None,
-        indexer=load_indexer(params, f"{prefix}.indexer") if use_indexer else None,
+        compressor=load_compressor(params, compressor, facts) if facts.makes_entries else None,
+        indexer=load_indexer(params, f"{prefix}.indexer", facts)
+        if use_indexer and facts.makes_choice
+        else None,
     )
 
 
-def indexer_matters(ratio: int, length: int, config: ModelConfig) -> bool:
-    """Whether a sequence of `length` tokens has more compressed entries than the indexer keeps."""
-    return ratio == CSA_RATIO and length // ratio > config.index_topk
+def indexer_matters(facts: LayerFacts, length: int, config: ModelConfig) -> bool:
+    """Whether a sequence of `length` tokens has more compressed entries than an indexer keeps."""
+    return facts.index_source is not None and length // facts.ratio > config.index_topk
 
 
 class EntryBuilder:
@@ -113,10 +129,10 @@ class EntryBuilder:
     any later one; they are a small part of the streams.
     """
 
-    def __init__(self, layer: AttentionLayer, length: int) -> None:
-        """For a sequence of `length` tokens."""
-        self._layer = layer
-        self._with_index = indexer_matters(layer.ratio, length, layer.config)
+    def __init__(self, layer: AttentionLayer, sequence: int, span: tuple[int, int]) -> None:
+        """For the sequence of that number, whose tokens are rows span[0] .. span[1] - 1."""
+        self._layer, self._sequence, self._row = layer, sequence, span[0]
+        self._with_index = indexer_matters(layer.facts, span[1] - span[0], layer.config)
         self._window: list[Tensor] = []
         self._compressed: list[Tensor] = []
         self._keys: list[Tensor] = []
@@ -127,8 +143,8 @@ class EntryBuilder:
 
         All pieces but the last hold a multiple of 128 tokens.
         """
-        layer, weights = self._layer, self._layer.weights
-        watch(layer, "wkv", quantized_input(x, layer.options))
+        layer, weights, facts = self._layer, self._layer.weights, self._layer.facts
+        watch(layer, "wkv", quantized_input(x, layer.config, layer.options))
         self._window.append(window_entries(x, layer.table[first : first + x.shape[0]], layer))
         if weights.compressor is None:
             return
@@ -136,29 +152,41 @@ class EntryBuilder:
         lead = 0 if self._before is None else self._before.shape[0]
         whole = x if self._before is None else torch.cat([self._before, x])
         table = layer.table[first - lead :]
-        found = compress(whole, weights.compressor, layer.ratio, table, layer.config)
-        found = found[lead // layer.ratio :]
-        round_kv_(found, layer.config.qk_rope_head_dim, layer.options)
-        self._compressed.append(found)
-        if self._with_index:
+        latents = pool(whole, weights.compressor, facts, layer.config)
+        if self._with_index and facts.makes_choice:
             assert weights.indexer is not None
-            keys = index_keys(whole, weights.indexer, table, layer.config, layer.options)
-            self._keys.append(keys[lead // layer.ratio :])
-        self._before = x[-CSA_RATIO:].clone() if layer.ratio == CSA_RATIO else None
+            keys = index_keys(
+                whole, latents, weights.indexer, table, facts, layer.config, layer.options
+            )
+            self._keys.append(keys[lead // facts.ratio :])
+        found = entries_of(latents, table, facts.ratio)[lead // facts.ratio :]
+        round_compressed_(found, layer.config, layer.options)
+        self._compressed.append(found)
+        self._before = x[-facts.ratio :].clone() if facts.overlaps else None
 
     def finish(self) -> Entries:
-        """The entries of all pieces."""
-        window = torch.cat(self._window)
-        compressed = torch.cat(self._compressed) if self._compressed else window[:0]
-        return Entries(window, compressed, torch.cat(self._keys) if self._keys else None)
+        """The entries of all pieces, kept for later layers; or those of an earlier one."""
+        window, facts, caches = torch.cat(self._window), self._layer.facts, self._layer.caches
+        if facts.kv_source is None or facts.makes_entries:
+            compressed = torch.cat(self._compressed) if self._compressed else window[:0]
+            keys = torch.cat(self._keys) if self._keys else None
+            if caches is not None:
+                caches.keep_entries(facts, self._sequence, compressed, keys)
+            return Entries(window, compressed, keys, self._row)
+        assert caches is not None, f"{facts.name} reads layer {facts.kv_source}'s entries"
+        compressed = caches.entries(facts, self._sequence)
+        wanted = self._with_index and facts.makes_choice
+        keys = caches.keys(facts, self._sequence) if wanted else None
+        return Entries(window, compressed, keys, self._row)
 
 
 def window_entries(x: Tensor, table: Tensor, layer: AttentionLayer) -> Tensor:
     """Entries `[n, D]` of normalised inputs x `[n, hidden]`; table: the rope rows of each."""
-    entries = linear(quantized_input(x, layer.options), layer.weights.wkv, layer.options)
-    entries = rms_norm(entries, layer.weights.kv_norm, layer.config.rms_norm_eps)
+    config, options = layer.config, layer.options
+    entries = linear(quantized_input(x, config, options), layer.weights.wkv, options)
+    entries = rms_norm(entries, layer.weights.kv_norm, config.rms_norm_eps)
     rotate_tail_(entries, table)
-    round_kv_(entries, layer.config.qk_rope_head_dim, layer.options)
+    round_window_(entries, config, options)
     return entries
 
 
@@ -171,17 +199,19 @@ def low_rank_queries(rounded: Tensor, layer: AttentionLayer) -> Tensor:
 def head_queries(low_rank: Tensor, table: Tensor, layer: AttentionLayer) -> Tensor:
     """Queries `[n, H, D]` of all heads; table: the rope rows of each."""
     config, options = layer.config, layer.options
-    low_rank = quantized_input(low_rank, options)
+    low_rank = quantized_input(low_rank, config, options)
     watch(layer, "wq_b", low_rank)
     queries = linear(low_rank, layer.weights.wq_b, options)
     queries = queries.view(-1, config.num_attention_heads, config.head_dim)
-    return rotate_tail_(rms_norm(queries, None, config.rms_norm_eps), table)
+    if config.normalizes_heads:
+        queries = rms_norm(queries, None, config.rms_norm_eps)
+    return rotate_tail_(queries, table)
 
 
 def attention(x: Tensor, first: int, entries: Entries, layer: AttentionLayer) -> Tensor:
     """Attention output of positions from `first` on: x normalised `[n, hidden]`, same out."""
     options = layer.options
-    rounded = quantized_input(x, options)
+    rounded = quantized_input(x, layer.config, options)
     output = torch.empty_like(x)
     for start, stop in spans(0, x.shape[0], options.query_chunk):
         low_rank = low_rank_queries(rounded[start:stop], layer)
@@ -201,14 +231,15 @@ def _query_block(
     keys = [entries.window[start:last]]
     masks = [_window_mask(first, last, start, config.sliding_window, x.device)]
     gathered = None
-    seen = last // layer.ratio if layer.ratio else 0
+    ratio = layer.facts.ratio
+    seen = last // ratio if ratio else 0
     if seen:
         picks = _picks(x, low_rank, first, seen, entries, table, layer)
         if picks is not None and seen > DENSE_FACTOR * config.index_topk:
             gathered = (entries.compressed[picks.clamp(min=0)], picks >= 0)
         else:
             keys.append(entries.compressed[:seen])
-            masks.append(_compressed_mask(first, last, seen, layer.ratio, picks, x.device))
+            masks.append(_compressed_mask(first, last, seen, ratio, picks, x.device))
     output = attend(
         queries, torch.cat(keys), torch.cat(masks, -1), gathered, layer.weights.sink, options
     )
@@ -224,10 +255,19 @@ def _picks(
     table: Tensor,
     layer: AttentionLayer,
 ) -> Tensor | None:
-    """The indexer's choice for a block of queries, or None where all visible entries are read."""
-    if entries.index_keys is None or seen <= layer.config.index_topk:
+    """The choice for a block of queries, or None where all visible entries are read."""
+    facts, config, caches = layer.facts, layer.config, layer.caches
+    if facts.index_source is None or seen <= config.index_topk:
         return None
-    assert layer.weights.indexer is not None
+    row = entries.row + first
+    if not facts.makes_choice:
+        assert caches is not None, f"{facts.name} reads layer {facts.index_source}'s choice"
+        return caches.choice(row, row + x.shape[0])
+    assert layer.weights.indexer is not None and entries.index_keys is not None
+    candidates = None
+    if facts.candidate_source is not None:
+        assert caches is not None, facts
+        candidates = Candidates(facts, config, caches, row)
     picks = choose_entries(
         x,
         low_rank,
@@ -235,12 +275,15 @@ def _picks(
         entries.index_keys[:seen],
         layer.weights.indexer,
         table,
-        layer.config,
+        facts,
+        config,
         layer.options,
-        f"{layer.name}.attn.indexer",
+        candidates,
     )
+    if caches is not None:
+        caches.keep_choice(facts, row, picks)
     if layer.observer is not None:
-        layer.observer.on_index(layer.name, picks)
+        layer.observer.on_index(facts.name, picks)
     return picks
 
 
@@ -303,7 +346,7 @@ def project(output: Tensor, layer: AttentionLayer) -> Tensor:
     first = layer.weights.wo_a.view(groups, config.o_lora_rank, -1)
     watch(layer, "wo_a", grouped)
     low_rank = product(grouped, first.mT, options.matmul_dtype).transpose(0, 1).flatten(1)
-    low_rank = quantized_input(low_rank, options)
+    low_rank = quantized_input(low_rank, config, options)
     watch(layer, "wo_b", low_rank)
     return linear(low_rank, layer.weights.wo_b, options)
 
@@ -311,4 +354,4 @@ def project(output: Tensor, layer: AttentionLayer) -> Tensor:
 def watch(layer: AttentionLayer, matrix: str, x: Tensor) -> None:
     """Show an observer the rows a matrix multiplies."""
     if layer.observer is not None:
-        layer.observer.on_linear(f"{layer.name}.attn.{matrix}", x)
+        layer.observer.on_linear(f"{layer.facts.name}.attn.{matrix}", x)

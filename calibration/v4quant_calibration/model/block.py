@@ -1,16 +1,17 @@
 """One layer: the unit that a streamed run loads, uses on every token, and drops.
 
-    streams -> attention sublayer -> mixture-of-experts sublayer -> streams
+    streams -> (Engram) -> attention sublayer -> mixture-of-experts sublayer -> streams
 
 Both sublayers read and write the residual streams through hyper-connections. Attention runs
 sequence by sequence; the experts run over the tokens of all sequences at once, so that each is
 decoded once, or over as many as `ForwardOptions.expert_tokens` allows. Streams are read and written
-a piece at a time, wherever they live. A layer's name decides its weights ("layers.3", "mtp.0"), its
-index the attention kind and whether it routes by table.
+a piece at a time, wherever they live. A layer's name decides its weights ("layers.3", "mtp.0");
+what kind of layer it is, `LayerFacts` say.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ from v4quant_calibration.model.attention import (
     indexer_matters,
     load_attention,
 )
+from v4quant_calibration.model.caches import SharedCaches
+from v4quant_calibration.model.engram import engram_forward
 from v4quant_calibration.model.experts import mixture_of_experts
 from v4quant_calibration.model.hyper_connection import (
     HyperWeights,
@@ -30,6 +33,7 @@ from v4quant_calibration.model.hyper_connection import (
     load_hyper,
     mixing_weights,
     read_streams,
+    reading_weights,
     write_streams,
 )
 from v4quant_calibration.model.numerics import require_finite, rms_norm
@@ -39,7 +43,7 @@ from v4quant_calibration.model.params import Params
 from v4quant_calibration.model.rope import rope_table
 from v4quant_calibration.model.router import route
 from v4quant_calibration.model.streams import Streams, spans
-from v4quant_formats.model_config import ModelConfig
+from v4quant_formats.model_config import LayerFacts, ModelConfig
 
 
 def layer_forward(
@@ -51,60 +55,71 @@ def layer_forward(
     token_ids: Tensor,
     options: ForwardOptions,
     observer: Observer | None = None,
+    caches: SharedCaches | None = None,
+    on_input: Callable[[Streams], None] | None = None,
 ) -> None:
     """Run one layer over sequences of any lengths, from the rows of `before` to those of `after`,
     which may be the same.
 
-    layer: "layers.N" or "mtp.0" (a window layer routed by bias). token_ids: int64 `[T]` of all
-    sequences end to end, for the hash-routed layers. Raises NonFiniteActivation naming the
-    attention, the expert or else the layer whose result is not finite.
+    layer: "layers.N", or the classic MTP stage. token_ids: int64 `[T]` of all sequences end to end.
+    caches: what layers leave for later ones, for V4.1. on_input: shown the rows that attention is
+    about to read, the Engram's part among them. Raises NonFiniteActivation naming the attention,
+    the expert or else the layer whose result is not finite.
     """
+    facts = config.facts(layer)
+    if facts.engram is not None:
+        engram_forward(params, config, facts, before, after, token_ids, options)
+        before = after
+    if on_input is not None:
+        on_input(before)
     if observer is not None:
-        observer.on_layer(layer, before)
-    attention_sublayer(params, config, layer, before, after, options, observer)
-    _, hashed = _layer_facts(layer, config)
-    expert_sublayer(params, config, layer, hashed, after, token_ids, options, observer)
+        observer.on_layer(layer, before, caches)
+    attention_sublayer(params, config, layer, before, after, options, observer, caches)
+    expert_sublayer(params, config, layer, after, token_ids, options, observer)
 
 
 def expert_sublayer(
     params: Params,
     config: ModelConfig,
     layer: str,
-    hashed: bool,
     streams: Streams,
     token_ids: Tensor,
     options: ForwardOptions,
     observer: Observer | None,
 ) -> None:
-    """A layer's second half, on the streams in place; hashed: whether it routes by token id."""
-    read = load_sublayer(params, config, layer, "ffn")
+    """A layer's second half, on the streams in place."""
+    facts = config.facts(layer)
+    sublayer = load_sublayer(params, config, layer, "ffn")
     for start, stop in spans(0, streams.shape.tokens, options.expert_tokens):
         _expert_pass(
-            read, params, layer, hashed, streams, start, token_ids[start:stop], options, observer
+            sublayer, params, facts, streams, start, token_ids[start:stop], options, observer
         )
-
-
-def _layer_facts(layer: str, config: ModelConfig) -> tuple[int, bool]:
-    """Compression ratio and whether the layer routes by token id."""
-    kind, index = layer.split(".")
-    if kind == "mtp":
-        return 0, False
-    return config.compress_ratios[int(index)], int(index) < config.num_hash_layers
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """How a sublayer reads the streams."""
+    """How a sublayer reads the streams, and writes what it makes of them."""
 
     hyper: HyperWeights
     norm: Tensor
     config: ModelConfig
 
-    def __call__(self, rows: Tensor) -> tuple[Mixing, Tensor]:
-        """Mixing weights and normalised input `[n, hidden]` of rows `[n, hc_mult, hidden]`."""
+    def read(self, streams: Streams, start: int, stop: int) -> tuple[Mixing, Tensor]:
+        """Mixing weights and normalised input `[n, hidden]` of rows start .. stop - 1."""
+        rows = streams.read(start, stop)
         mixing = mixing_weights(rows, self.hyper, self.config)
-        x = read_streams(rows, mixing.pre)
+        x = read_streams(rows, reading_weights(streams, start, stop, mixing, self.config))
         return mixing, rms_norm(x, self.norm, self.config.rms_norm_eps)
+
+    def mixed(self, streams: Streams, start: int, output: Tensor, mixing: Mixing) -> Tensor:
+        """The rows from `start` on with the sublayer's output `[n, hidden]` written into them."""
+        return write_streams(streams.read(start, start + output.shape[0]), output, mixing)
+
+    def write(self, streams: Streams, start: int, rows: Tensor, mixing: Mixing) -> None:
+        """Replace rows, and what the next sublayer is to read them by."""
+        streams.write(start, rows)
+        if self.config.delayed_mixing:
+            streams.write_pre(start, mixing.pre.mT)
 
 
 def load_sublayer(params: Params, config: ModelConfig, layer: str, half: str) -> Sublayer:
@@ -121,38 +136,37 @@ def attention_sublayer(
     after: Streams | None,
     options: ForwardOptions,
     observer: Observer | None,
+    caches: SharedCaches | None = None,
 ) -> None:
     """A layer's first half, from `before` to `after`; None leaves what it computes to observers."""
-    ratio, _ = _layer_facts(layer, config)
+    facts = config.facts(layer)
     longest = max(before.shape.lengths)
-    use_indexer = indexer_matters(ratio, longest, config)
-    weights = load_attention(params, layer, ratio, use_indexer)
-    table = rope_table(config, ratio, longest, before.shape.device)
-    shared = AttentionLayer(layer, ratio, weights, table, config, options, observer)
-    read = load_sublayer(params, config, layer, "attn")
-    for first, last in before.spans:
+    weights = load_attention(params, facts, indexer_matters(facts, longest, config))
+    table = rope_table(config, facts.ratio, longest, before.shape.device)
+    if after is None and caches is not None:
+        caches = caches.reading()
+    shared = AttentionLayer(facts, weights, table, config, options, observer, caches)
+    sublayer = load_sublayer(params, config, layer, "attn")
+    for number, (first, last) in enumerate(before.spans):
         pieces = spans(first, last, options.row_chunk)
-        builder = EntryBuilder(shared, last - first)
+        builder = EntryBuilder(shared, number, (first, last))
         for start, stop in pieces:
-            rows = before.read(start, stop)
-            mixing, x = read(rows)
+            mixing, x = sublayer.read(before, start, stop)
             builder.add(x, start - first)
         entries = builder.finish()
         for start, stop in pieces:
             if len(pieces) > 1:  # the inputs of a long sequence are computed twice, not kept
-                rows = before.read(start, stop)
-                mixing, x = read(rows)
+                mixing, x = sublayer.read(before, start, stop)
             output = attention(x, start - first, entries, shared)
             require_finite(output, f"{layer}.attn")
             if after is not None:
-                after.write(start, write_streams(rows, output, mixing))
+                sublayer.write(after, start, sublayer.mixed(before, start, output, mixing), mixing)
 
 
 def _expert_pass(
-    read: Sublayer,
+    sublayer: Sublayer,
     params: Params,
-    layer: str,
-    hashed: bool,
+    facts: LayerFacts,
     streams: Streams,
     first: int,
     token_ids: Tensor,
@@ -160,18 +174,17 @@ def _expert_pass(
     observer: Observer | None,
 ) -> None:
     """The experts on the rows from `first` on, which are replaced."""
+    layer, config = facts.name, sublayer.config
     pieces = spans(first, first + token_ids.shape[0], options.row_chunk)
-    found = [read(streams.read(*piece)) for piece in pieces]
+    found = [sublayer.read(streams, *piece) for piece in pieces]
     mixings = [mixing for mixing, _ in found]
     x = torch.cat([x for _, x in found])
     del found
-    routing = route(x, token_ids, params, layer, hashed, read.config)
+    routing = route(x, token_ids, params, facts, config)
     if observer is not None:
         observer.on_route(layer, routing.expert_ids, routing.weights)
-    output = mixture_of_experts(x, routing, params, layer, read.config, options, observer)
+    output = mixture_of_experts(x, routing, params, layer, config, options, observer)
     for (start, stop), mixing in zip(pieces, mixings, strict=True):
-        rows = write_streams(
-            streams.read(start, stop), output[start - first : stop - first], mixing
-        )
+        rows = sublayer.mixed(streams, start, output[start - first : stop - first], mixing)
         require_finite(rows, layer)
-        streams.write(start, rows.bfloat16() if options.round_streams else rows)
+        sublayer.write(streams, start, rows.bfloat16() if options.round_streams else rows, mixing)

@@ -4,16 +4,16 @@ When the trunk has run position a and token a + 1 is chosen, the stages are give
 token and, for the places behind it, a noise token. Row k of the block, at position a + 1 + k,
 guesses the token of position a + 2 + k. All rows of a block see each other, in both directions;
 none sees what another guesses. Of the text they see only what the trunk made of it: the mean over
-streams behind a few target layers, side by side through `main_proj` and `main_norm`, is one vector
-a position, and every stage makes the window's entries of it with its own `wkv`. A block reads those
-of positions a - window + 1 .. a, the same for all its rows, and its own rows' entries made of the
-stage's input. Beyond that a stage is a window layer routed by bias; streams begin as copies of the
-embedding.
+streams behind a few target layers (in V4.1 before them, the Engram's part among it), side by side
+through `main_proj` and `main_norm`, is one vector a position, and every stage makes the window's
+entries of it with its own `wkv`. A block reads those of positions a - window + 1 .. a, the same for
+all its rows, and its own rows' entries made of the stage's input. Beyond that a stage is a window
+layer routed by bias; streams begin as copies of the embedding.
 
-The last stage has the collapse and the norm before the trunk's head. What a row guesses also
-depends on the token before it, by a table of low rank (`markov_head`): w2 . w1[token] is added to
-the logits. A further row (`confidence_head`), on the collapsed streams before the norm and
-w1[token], gives the logit of "this guess will be accepted".
+The last stage has the collapse (in V4.1 the last sublayer's reading weights) and the norm before
+the trunk's head. What a row guesses also depends on the token before it, by a table of low rank
+(`markov_head`): w2 . w1[token] is added to the logits. A further row (`confidence_head`), on the
+collapsed streams before the norm and w1[token], gives the logit of "this guess will be accepted".
 
 A text is drafted from many places in one pass: blocks are no part of each other's context, so all
 of them lie end to end like sequences of their own. The arithmetic is that of the inference code
@@ -39,7 +39,7 @@ from v4quant_calibration.model.attention import (
     window_entries,
 )
 from v4quant_calibration.model.block import Sublayer, expert_sublayer, load_sublayer
-from v4quant_calibration.model.hyper_connection import head_streams, load_hyper, write_streams
+from v4quant_calibration.model.hyper_connection import collapse, load_collapse
 from v4quant_calibration.model.numerics import linear, quantized_input, require_finite, rms_norm
 from v4quant_calibration.model.observer import Observer
 from v4quant_calibration.model.options import ForwardOptions
@@ -118,12 +118,12 @@ def project_trunk(
 ) -> None:
     """What the stages see of the text, rows `[T, 1, hidden]` into `out`.
 
-    stage: the first. taps: behind each target layer, the mean over streams, rows `[T, 1, hidden]`.
+    stage: the first. taps: at each target layer, the mean over streams, rows `[T, 1, hidden]`.
     """
     weight, norm = params(f"{stage}.main_proj"), params(f"{stage}.main_norm")
     for start, stop in spans(0, out.shape.tokens, options.row_chunk):
         joined = torch.cat([tap.read(start, stop)[:, 0] for tap in taps], -1)
-        rows = linear(quantized_input(joined, options), weight, options)
+        rows = linear(quantized_input(joined, config, options), weight, options)
         rows = rms_norm(rows, norm, config.rms_norm_eps)
         require_finite(rows, f"{stage}.main_proj")
         out.write(start, rows.unsqueeze(1))
@@ -141,17 +141,18 @@ def stage_forward(
 ) -> None:
     """One stage on the rows of all blocks, in place; trunk: what `project_trunk` made."""
     longest = max(trunk.shape.lengths) + blocks.size
-    weights = load_attention(params, stage, 0, use_indexer=False)
-    table = rope_table(config, 0, longest, trunk.shape.device)
-    layer = AttentionLayer(stage, 0, weights, table, config, options, observer)
-    read = load_sublayer(params, config, stage, "attn")
+    facts = config.facts(stage)
+    weights = load_attention(params, facts, use_indexer=False)
+    table = rope_table(config, facts.ratio, longest, trunk.shape.device)
+    layer = AttentionLayer(facts, weights, table, config, options, observer)
+    sublayer = load_sublayer(params, config, stage, "attn")
     for text, rows, anchors in zip(trunk.spans, streams.spans, blocks.anchors, strict=True):
         if len(anchors):
             context = _context(trunk, text, layer)
             there = anchors.to(context.device)
-            _sequence(streams, rows[0], there, blocks.size, context, read, layer)
+            _sequence(streams, rows[0], there, blocks.size, context, sublayer, layer)
     ids = blocks.token_ids.to(streams.shape.device)
-    expert_sublayer(params, config, stage, False, streams, ids, options, observer)
+    expert_sublayer(params, config, stage, streams, ids, options, observer)
 
 
 def _context(trunk: Streams, text: tuple[int, int], layer: AttentionLayer) -> Tensor:
@@ -170,20 +171,20 @@ def _sequence(
     anchors: Tensor,
     size: int,
     context: Tensor,
-    read: Sublayer,
+    sublayer: Sublayer,
     layer: AttentionLayer,
 ) -> None:
     """The attention half on one sequence's blocks, whose rows begin at `first`."""
     options = layer.options
     for start, stop in spans(0, len(anchors), max(1, options.row_chunk // size)):
-        rows = streams.read(first + start * size, first + stop * size)
-        mixing, x = read(rows)
+        row = first + start * size
+        mixing, x = sublayer.read(streams, row, first + stop * size)
         output = torch.empty_like(x)
         for begin, end in spans(start, stop, max(1, options.query_chunk // size)):
             piece = slice((begin - start) * size, (end - start) * size)
             output[piece] = _attention(x[piece], anchors[begin:end], size, context, layer)
-        require_finite(output, f"{layer.name}.attn")
-        streams.write(first + start * size, write_streams(rows, output, mixing))
+        require_finite(output, f"{layer.facts.name}.attn")
+        sublayer.write(streams, row, sublayer.mixed(streams, row, output, mixing), mixing)
 
 
 def _attention(
@@ -192,7 +193,7 @@ def _attention(
     """Attention output of some blocks: x normalised `[blocks * size, hidden]`, same out."""
     inside = torch.arange(size, device=x.device)
     table = layer.table[(anchors.unsqueeze(1) + 1 + inside).flatten()]
-    low_rank = low_rank_queries(quantized_input(x, layer.options), layer)
+    low_rank = low_rank_queries(quantized_input(x, layer.config, layer.options), layer)
     queries = head_queries(low_rank, table, layer)
     window = layer.config.sliding_window
     first, last = max(0, int(anchors[0]) - window + 1), int(anchors[-1]) + 1
@@ -219,9 +220,10 @@ def confidence(
 
     stage: the last. rows: how many are collapsed at once.
     """
-    hyper, weight = load_hyper(params, f"{stage}.hc_head"), params(f"{stage}.confidence_head.proj")
+    weight = params(f"{stage}.confidence_head.proj")
+    hyper = load_collapse(params, f"{stage}.", config)
     found = []
     for start, stop in spans(0, streams.shape.tokens, rows):
-        x = head_streams(streams.read(start, stop), hyper, config)
+        x = collapse(streams, start, stop, hyper, config)
         found.append(torch.cat([x, markov[start:stop]], -1) @ weight[0])
     return torch.cat(found)

@@ -37,14 +37,15 @@ def mixture_of_experts(
 ) -> Tensor:
     """Shared expert plus the weighted routed experts: x normalised `[T, hidden]`, same out."""
     module = f"{layer}.ffn.shared_experts"
-    x = quantized_input(x, options)
+    x = quantized_input(x, config, options)
     if observer is not None:
         observer.on_experts(layer, x, routing.expert_ids, routing.weights)
-    output = _shared_expert(x, params, module, config, options, observer)
-    require_finite(output, module)
+    shared = _shared_expert(x, params, module, config, options, observer)
+    require_finite(shared, module)
+    output = torch.zeros_like(x)  # the routed experts' first, as the release sums
     if options.expert_kernels:
         add_routed_experts(x, routing, output, params, layer, config, options)
-        return output
+        return output.add_(shared)
     top_k = routing.expert_ids.shape[1]
     flat = routing.expert_ids.flatten()
     order = flat.argsort(stable=True)
@@ -58,7 +59,7 @@ def mixture_of_experts(
                 x, slots // top_k, routing.weights.flatten()[slots], expert, output,
                 params, layer, config, options, observer,
             )  # fmt: skip
-    return output
+    return output.add_(shared)
 
 
 def _routed_expert(
@@ -78,7 +79,7 @@ def _routed_expert(
     for rows, scale in zip(torch.split(tokens, ROWS), torch.split(weights, ROWS), strict=True):
         inputs = x[rows]
         hidden = expert_hidden(inputs, w1, w3, config.swiglu_limit, options) * scale.unsqueeze(-1)
-        hidden = quantized_input(hidden, options)
+        hidden = quantized_input(hidden, config, options)
         if observer is not None:
             observer.on_expert_input(layer, expert, inputs)
             observer.on_expert_hidden(layer, expert, hidden)
@@ -101,7 +102,8 @@ def _shared_expert(
     limit = config.swiglu_limit if options.shared_clamp else 0.0
     parts = []
     for rows in torch.split(x, ROWS):
-        hidden = quantized_input(expert_hidden(rows, w1, w3, limit, options), options)
+        hidden = expert_hidden(rows, w1, w3, limit, options)
+        hidden = quantized_input(hidden, config, options)
         if observer is not None:
             observer.on_linear(f"{module}.w1", rows)
             observer.on_linear(f"{module}.w2", hidden)

@@ -1,12 +1,13 @@
-"""The indexer: which compressed entries a CSA query reads.
+"""The indexer: which compressed entries a query reads.
 
 A small attention of its own scores every visible entry, score = sum_h w_h * relu(q_h . k), and the
-`index_topk` best are kept. Queries come from the same low-rank query as attention's, keys from a
-compressor of their own, head weights from the layer's input. The release rounds queries and keys to
-FP4 after a Hadamard rotation; the rotation is orthonormal, so without the rounding it changes
-nothing and is left out.
+`index_topk` best are kept. Queries come from the same low-rank query as attention's, head weights
+from the layer's input, and keys, in V4, from a compressor of their own; in V4.1 from the latents of
+the entries themselves, before these are turned. The release rounds queries and keys to FP4, V4
+after a Hadamard rotation; the rotation is orthonormal, so without the rounding it changes nothing
+and is left out. In V4.1 a choice may be bounded by candidate blocks (`candidates.py`).
 
-A query at position s sees s // 4-ish entries, so up to 4 * index_topk tokens everything is kept:
+A query at position s sees s // ratio entries, so up to ratio * index_topk tokens all are kept:
 nothing of the indexer, weights included, is touched for shorter sequences. Beyond that, scores
 exist only for one block of queries at a time, and their per-head form only for one block of keys.
 Equal scores (relu makes exact zeros) go to the earlier entry.
@@ -22,61 +23,93 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from v4quant_calibration.model.compressor import CompressorWeights, compress, load_compressor
+from v4quant_calibration.model.candidates import Candidates
+from v4quant_calibration.model.compressor import (
+    CompressorWeights,
+    entries_of,
+    load_compressor,
+    pool,
+)
 from v4quant_calibration.model.numerics import (
     linear,
     product,
     quantized_input,
     require_finite,
+    rms_norm,
+    rounded_index,
+    roundings,
     top_k_lowest_index,
 )
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.params import Params
 from v4quant_calibration.model.rope import rotate_tail_
-from v4quant_formats.model_config import CSA_RATIO, ModelConfig
+from v4quant_formats.model_config import LayerFacts, ModelConfig
 from v4quant_kernels import dispatch
-from v4quant_kernels.twins.activation import fake_quant_e2m1, hadamard
 from v4quant_kernels.twins.indexer import pack_index_keys
 
 KEY_BLOCK = 4096
 
 
 @dataclass(frozen=True)
+class KeyWeights:
+    """V4.1's keys from latents: wk `[D, head_dim]`, norm `[D]`."""
+
+    wk: Tensor
+    norm: Tensor
+
+
+@dataclass(frozen=True)
 class IndexerWeights:
-    """wq_b `[heads * D, q_lora_rank]`, weights_proj `[heads, hidden]`, the key compressor."""
+    """wq_b `[heads * D, q_lora_rank]`, weights_proj `[heads, hidden]`, and what makes the keys:
+    V4's compressor, or V4.1's key weights in a layer that makes entries."""
 
     wq_b: Tensor
     weights_proj: Tensor
-    compressor: CompressorWeights
+    compressor: CompressorWeights | None
+    keys: KeyWeights | None
 
 
-def load_indexer(params: Params, prefix: str) -> IndexerWeights:
+def load_indexer(params: Params, prefix: str, facts: LayerFacts) -> IndexerWeights:
     """Read the indexer called `prefix`, e.g. "layers.2.attn.indexer"."""
-    return IndexerWeights(
-        params(f"{prefix}.wq_b"),
-        params(f"{prefix}.weights_proj"),
-        load_compressor(params, f"{prefix}.compressor"),
-    )
+    wq_b, weights_proj = params(f"{prefix}.wq_b"), params(f"{prefix}.weights_proj")
+    if facts.has_key_compressor:
+        compressor = load_compressor(params, f"{prefix}.compressor", facts)
+        return IndexerWeights(wq_b, weights_proj, compressor, None)
+    if not facts.makes_entries:
+        return IndexerWeights(wq_b, weights_proj, None, None)
+    keys = KeyWeights(params(f"{prefix}.wk"), params(f"{prefix}.k_norm"))
+    return IndexerWeights(wq_b, weights_proj, None, keys)
 
 
 def index_keys(
     x: Tensor,
+    latents: Tensor,
     weights: IndexerWeights,
     table: Tensor,
+    facts: LayerFacts,
     config: ModelConfig,
     options: ForwardOptions,
 ) -> Tensor:
-    """Index keys of a sequence x `[S, hidden]`: float32 `[S // 4, index_head_dim]`, or rows of
-    packed bytes for the kernel."""
-    keys = compress(x, weights.compressor, CSA_RATIO, table, config)
-    if uses_kernel(keys, options):
+    """Index keys of a sequence: float32 `[S // ratio, index_head_dim]`, or rows of packed bytes for
+    the kernel.
+
+    x `[S, hidden]`: the layer's input; latents `[S // ratio, head_dim]`: its entries' latents.
+    """
+    if weights.compressor is not None:
+        keys = pool(x, weights.compressor, facts, config)
+    else:
+        assert weights.keys is not None, facts
+        keys = linear(latents, weights.keys.wk, options)
+        keys = rms_norm(keys, weights.keys.norm, config.rms_norm_eps)
+    keys = entries_of(keys, table, facts.ratio)
+    if uses_kernel(keys, config, options):
         return pack_index_keys(*dispatch.quantize_index_vectors(keys))
-    return _rounded(keys, options)
+    return rounded_index(keys, config, options)
 
 
-def uses_kernel(x: Tensor, options: ForwardOptions) -> bool:
-    """Whether the kernel that takes FP4 vectors does the work: where they are, on CUDA."""
-    return options.official and x.is_cuda
+def uses_kernel(x: Tensor, config: ModelConfig, options: ForwardOptions) -> bool:
+    """Whether the kernel that rotates and takes FP4 vectors does the work: for V4, on CUDA."""
+    return options.rounds_index and x.is_cuda and roundings(config).rotates_index
 
 
 def choose_entries(
@@ -86,31 +119,35 @@ def choose_entries(
     keys: Tensor,
     weights: IndexerWeights,
     table: Tensor,
+    facts: LayerFacts,
     config: ModelConfig,
     options: ForwardOptions,
-    what: str,
+    candidates: Candidates | None,
 ) -> Tensor:
-    """Entries chosen for queries first .. first + q - 1.
+    """Entries chosen for queries first .. first + q - 1, among candidates where there are such.
 
     x `[q, hidden]`, low_rank `[q, q_lora_rank]` and table `[q, rope_dim / 2]` belong to the
     queries; keys `[n, index_head_dim]` are the entries the last query sees, more than
     index_topk. int64 `[q, index_topk]`, ascending, -1 where a query sees fewer.
     """
-    heads, dim = config.index_n_heads, config.index_head_dim
-    queries = linear(quantized_input(low_rank, options), weights.wq_b, options)
+    heads, dim, what = config.index_n_heads, config.index_head_dim, f"{facts.name}.attn.indexer"
+    queries = linear(quantized_input(low_rank, config, options), weights.wq_b, options)
     queries = rotate_tail_(queries.view(-1, heads, dim), table)
     head_weights = linear(x, weights.weights_proj, options) * (dim * heads) ** -0.5
     if keys.dtype == torch.uint8:
         return _choose_packed(queries, keys, head_weights, first, config.index_topk, what)
-    queries = _rounded(queries, options)
+    queries = rounded_index(queries, config, options)
     scores = torch.cat(
         [_scores(queries, part, head_weights, options) for part in torch.split(keys, KEY_BLOCK)],
         dim=-1,
     )
     positions = torch.arange(first, first + x.shape[0], device=x.device)
-    seen = ((positions + 1) // CSA_RATIO).unsqueeze(-1)
+    seen = ((positions + 1) // facts.ratio).unsqueeze(-1)
     hidden = torch.arange(keys.shape[0], device=x.device) >= seen
-    picks = top_k_lowest_index(scores.masked_fill_(hidden, -torch.inf), config.index_topk, what)
+    scores.masked_fill_(hidden, -torch.inf)
+    if candidates is not None:
+        scores = candidates.restrict(scores, seen, what)
+    picks = top_k_lowest_index(scores, config.index_topk, what)
     return picks.masked_fill_(picks >= seen, -1)
 
 
@@ -133,7 +170,3 @@ def _scores(queries: Tensor, keys: Tensor, head_weights: Tensor, options: Forwar
     each = product(queries.flatten(0, 1), keys.mT, options.matmul_dtype).relu_()
     per_head = each.view(*queries.shape[:2], -1)
     return torch.bmm(head_weights.unsqueeze(1), per_head).squeeze(1)
-
-
-def _rounded(x: Tensor, options: ForwardOptions) -> Tensor:
-    return fake_quant_e2m1(hadamard(x)) if options.official else x

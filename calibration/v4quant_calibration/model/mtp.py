@@ -51,8 +51,8 @@ def mtp_forward(
     for start, stop in spans(0, streams.shape.tokens, options.row_chunk):
         token = rms_norm(embedded.read(start, stop)[:, 0], e_norm, eps)
         trunk = rms_norm(streams.read(start, stop), h_norm, eps)
-        joined = linear(quantized_input(trunk, options), h_proj, options)
-        joined += linear(quantized_input(token, options), e_proj, options).unsqueeze(1)
+        joined = linear(quantized_input(trunk, config, options), h_proj, options)
+        joined += linear(quantized_input(token, config, options), e_proj, options).unsqueeze(1)
         embedded.write(start, joined)
     del e_proj, h_proj
     layer_forward(params, config, STAGE, embedded, embedded, next_ids, options, observer)

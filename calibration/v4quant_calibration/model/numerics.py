@@ -9,17 +9,47 @@ input can feed several linears, as in the release's code.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from v4quant_calibration.model.options import ForwardOptions
+from v4quant_formats.model_config import ModelConfig
 from v4quant_kernels import dispatch
 from v4quant_kernels.errors import V4QuantError
-from v4quant_kernels.twins.activation import fake_quant_e4m3
+from v4quant_kernels.twins.activation import (
+    fake_quant_e2m1,
+    fake_quant_e2m1_e4m3,
+    fake_quant_e4m3,
+    hadamard,
+)
 
-LINEAR_INPUT_BLOCK = 128
-KV_BLOCK = 64
+
+@dataclass(frozen=True)
+class Roundings:
+    """What a release rounds activations to.
+
+    linear, window: columns of a block of E4M3, of linears' inputs and of KV entries.
+    rope_too: whether the rope part of KV entries is rounded as well. entries_fp4: whether
+    compressed entries are in E2M1 (groups of 16, E4M3 scales) and not like the window's.
+    rotates_index: whether index vectors are rotated (Hadamard) before they are rounded to E2M1.
+    """
+
+    linear: int
+    window: int
+    rope_too: bool
+    entries_fp4: bool
+    rotates_index: bool
+
+
+_V4 = Roundings(128, 64, rope_too=False, entries_fp4=False, rotates_index=True)
+_V41 = Roundings(32, 32, rope_too=True, entries_fp4=True, rotates_index=False)
+
+
+def roundings(config: ModelConfig) -> Roundings:
+    """The roundings of a model's release."""
+    return _V4 if config.v41 is None else _V41
 
 
 class NonFiniteActivation(V4QuantError):
@@ -48,9 +78,9 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
 
 
-def quantized_input(x: Tensor, options: ForwardOptions) -> Tensor:
-    """The input of an FP8 or FP4 linear: E4M3 per 128 values in official mode, else unchanged."""
-    return fake_quant_e4m3(x, LINEAR_INPUT_BLOCK) if options.official else x
+def quantized_input(x: Tensor, config: ModelConfig, options: ForwardOptions) -> Tensor:
+    """The input of an FP8 or FP4 linear: E4M3 per block in official mode, else unchanged."""
+    return fake_quant_e4m3(x, roundings(config).linear) if options.official else x
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,11 +96,27 @@ def linear(x: Tensor, weight: Tensor, options: ForwardOptions) -> Tensor:
     return product(x, weight.mT, options.matmul_dtype)
 
 
-def round_kv_(entries: Tensor, rope_dim: int, options: ForwardOptions) -> None:
-    """Round KV entries `[..., head_dim]` in place to E4M3 per 64 values, except their rope tail."""
+def round_window_(entries: Tensor, config: ModelConfig, options: ForwardOptions) -> None:
+    """Round the window's KV entries `[..., head_dim]` in place, as the release caches them."""
     if options.rounds_kv:
-        plain = entries[..., :-rope_dim]
-        plain.copy_(fake_quant_e4m3(plain.contiguous(), KV_BLOCK))
+        rules = roundings(config)
+        part = entries if rules.rope_too else entries[..., : -config.qk_rope_head_dim]
+        part.copy_(fake_quant_e4m3(part.contiguous(), rules.window))
+
+
+def round_compressed_(entries: Tensor, config: ModelConfig, options: ForwardOptions) -> None:
+    """Round compressed KV entries `[..., head_dim]` in place, as the release caches them."""
+    if options.rounds_kv and roundings(config).entries_fp4:
+        entries.copy_(fake_quant_e2m1_e4m3(entries))
+    else:
+        round_window_(entries, config, options)
+
+
+def rounded_index(x: Tensor, config: ModelConfig, options: ForwardOptions) -> Tensor:
+    """Index queries or keys `[..., index_head_dim]` as the release scores them."""
+    if not options.rounds_index:
+        return x
+    return fake_quant_e2m1(hadamard(x) if roundings(config).rotates_index else x)
 
 
 def top_k_lowest_index(scores: Tensor, top_k: int, what: str) -> Tensor:

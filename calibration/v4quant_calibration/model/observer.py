@@ -14,14 +14,16 @@ from typing import Protocol
 
 from torch import Tensor
 
+from v4quant_calibration.model.caches import SharedCaches
 from v4quant_calibration.model.streams import Streams
 
 
 class Observer(Protocol):
     """Receives intermediate tensors of one model; `layer` is "layers.3" or "mtp.0"."""
 
-    def on_layer(self, layer: str, before: Streams) -> None:
-        """A layer is about to run on the rows of `before`; none of its weights was asked for yet.
+    def on_layer(self, layer: str, before: Streams, caches: SharedCaches | None) -> None:
+        """A layer's attention is about to run on the rows of `before`, and on what earlier layers
+        left in `caches`; none of its weights, an Engram's apart, was asked for yet.
 
         Not called for DSpark's stages.
         """
@@ -62,18 +64,19 @@ class Observer(Protocol):
         """
 
     def on_index(self, layer: str, picks: Tensor) -> None:
-        """Compressed entries a CSA layer chose for consecutive queries, int64 `[q, top_k]`.
+        """Compressed entries an indexer chose for consecutive queries, int64 `[q, top_k]`.
 
-        Ascending; -1 fills the places of a query that sees fewer entries. Called sequence by
-        sequence, block of queries by block, and only for blocks in which some query has more
-        entries to choose from than index_topk (before that the choice is "all of them").
+        Not called for layers that read another's choice. Ascending; -1 fills the places of a query
+        that sees fewer entries. Called sequence by sequence, block of queries by block, and only
+        for blocks in which some query has more entries to choose from than index_topk (before that
+        the choice is "all of them").
         """
 
 
 class SilentObserver:
     """An observer that ignores everything: inherit from it and override what you want to see."""
 
-    def on_layer(self, layer: str, before: Streams) -> None:
+    def on_layer(self, layer: str, before: Streams, caches: SharedCaches | None) -> None:
         """Ignore the layer."""
 
     def on_linear(self, module: str, x: Tensor) -> None:

@@ -19,9 +19,10 @@ import torch
 class ForwardOptions:
     """How to run the forward pass.
 
-    activations: "plain" rounds nothing; "official" rounds the inputs of FP8 and FP4 linears (Q8,
-        128), KV entries (Q8, 64, without the rope part) and indexer vectors (Hadamard, Q4, 32).
-    kv_rounding: in official mode, whether KV entries are rounded (July 2026 code) or left alone
+    activations: "plain" rounds nothing; "kv" rounds what is cached, as the release does (see
+        `numerics.Roundings`): KV entries and indexer vectors; "official" also the inputs of FP8
+        and FP4 linears.
+    kv_rounding: in the other modes, whether KV entries are rounded (July 2026 code) or left alone
         (the April kernels cast to BF16 and so rounded nothing).
     shared_clamp: clamp the shared expert like the routed ones (all code but April's).
     matmul_dtype: what the operands of products are rounded to that the release runs in FP8, FP4 or
@@ -35,7 +36,7 @@ class ForwardOptions:
         and read the experts' weights more often.
     """
 
-    activations: Literal["plain", "official"] = "plain"
+    activations: Literal["plain", "kv", "official"] = "plain"
     kv_rounding: bool = True
     shared_clamp: bool = True
     matmul_dtype: torch.dtype = torch.float32
@@ -47,7 +48,7 @@ class ForwardOptions:
 
     @property
     def official(self) -> bool:
-        """Whether the release's activation rounding is on."""
+        """Whether inputs of linears are rounded."""
         return self.activations == "official"
 
     @property
@@ -59,5 +60,10 @@ class ForwardOptions:
 
     @property
     def rounds_kv(self) -> bool:
-        """Whether KV entries are rounded to E4M3."""
-        return self.official and self.kv_rounding
+        """Whether KV entries are rounded."""
+        return self.activations != "plain" and self.kv_rounding
+
+    @property
+    def rounds_index(self) -> bool:
+        """Whether the indexer's queries and keys are rounded."""
+        return self.activations != "plain"

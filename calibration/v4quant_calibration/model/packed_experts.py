@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from v4quant_calibration.model.numerics import require_finite
+from v4quant_calibration.model.numerics import require_finite, roundings
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.params import PackedParams, Params
 from v4quant_calibration.model.router import Routing
@@ -29,6 +29,7 @@ from v4quant_kernels import dispatch
 from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
 from v4quant_kernels.experts import Activations, ExpertWeights, stack_experts
 from v4quant_kernels.runtime import RuntimeExperts
+from v4quant_kernels.twins.moe import ACTIVATION_BLOCK
 
 GROUP = 8
 """Experts stacked at a time: bounds memory, and decides where sums are rounded."""
@@ -50,6 +51,11 @@ def add_routed_experts(
 
     Raises UnsupportedScheme for experts that no kernel multiplies.
     """
+    if options.official and roundings(config).linear != ACTIVATION_BLOCK:
+        raise V4QuantError(
+            f"--products kernels: the kernels round inputs in blocks of {ACTIVATION_BLOCK}, this "
+            f"release in blocks of {roundings(config).linear}; use --products f32"
+        )
     activations: Activations = "e4m3" if options.official else "bf16"
     limit = config.swiglu_limit or math.inf
     ids, weights = routing.expert_ids, routing.weights.float()

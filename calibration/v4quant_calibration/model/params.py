@@ -15,6 +15,10 @@ from torch import Tensor
 
 from v4quant_kernels.qtensor import QTensor
 
+TOKEN_MAP = "engram.token_map"
+"""What V4.1's providers also answer: the compressed id of every token id, `[vocab_size]`. It is no
+tensor of the checkpoint but made from its tokenizer (`v4quant_formats.engram`)."""
+
 
 class Params(Protocol):
     """Answers an official tensor name, without its `.weight` suffix, with a dense tensor."""
@@ -22,8 +26,9 @@ class Params(Protocol):
     def __call__(self, base: str, /) -> Tensor:
         """The tensor called `base`, for example "layers.0.ffn.experts.3.w1" or "hc_head_fn".
 
-        Float32 and, for linear weights, dequantized to `[out, in]`; only "...ffn.gate.tid2eid"
-        is int64 `[vocab_size, top_k]`. The device of the answer is the device of the arithmetic.
+        Float32 and, for linear weights, dequantized to `[out, in]`; only "...ffn.gate.tid2eid",
+        `[vocab_size, top_k]`, and `TOKEN_MAP` are int64. The device of the answer is the device of
+        the arithmetic.
         """
         ...
 
@@ -38,12 +43,35 @@ class RowParams(Params, Protocol):
 
 
 @runtime_checkable
+class GatherParams(Params, Protocol):
+    """A provider that can also decode scattered rows of a matrix, of tables too large to read."""
+
+    def gather(self, base: str, rows: Tensor, /) -> Tensor:
+        """Rows `[n, K]` of the tensor called `base`; rows: int64 `[n]`, any order, on the CPU."""
+        ...
+
+
+@runtime_checkable
 class PackedParams(Params, Protocol):
     """A provider that can also give a matrix as it is stored, for kernels that decode it."""
 
     def packed(self, base: str, /) -> QTensor:
         """The matrix called `base`, on the device of the arithmetic."""
         ...
+
+
+def gather_rows(params: Params, base: str, rows: Tensor) -> Tensor:
+    """Rows `[n, K]` of a matrix by number, int64 `[n]`, without the others where the provider can.
+
+    They come sorted from the file, each once.
+    """
+    kinds, index = rows.unique(return_inverse=True)
+    if isinstance(params, GatherParams):
+        found = params.gather(base, kinds)
+    else:
+        whole = params(base)
+        found = whole[kinds.to(whole.device)]
+    return found[index.to(found.device)]
 
 
 def read_rows(params: Params, base: str, start: int, stop: int) -> Tensor:

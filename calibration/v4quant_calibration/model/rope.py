@@ -23,7 +23,9 @@ def rope_frequencies(config: ModelConfig, ratio: int) -> Tensor:
     """Radians per position, float32 `[qk_rope_head_dim / 2]`, for a layer's compression ratio."""
     dim = config.qk_rope_head_dim
     theta = config.compress_rope_theta if ratio else config.rope_theta
-    frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    # As the release computes them: another order of operations moves far positions' angles enough
+    # to turn roundings of activations.
+    frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     if ratio == 0 or config.yarn is None:
         return frequencies
     ramp = _yarn_ramp(config.yarn, dim, theta)

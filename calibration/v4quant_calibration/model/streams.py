@@ -1,6 +1,7 @@
 """Streams: what a model carries from layer to layer, and the only thing that grows with the text.
 
-Between two layers a model is its residual streams, `hc_mult * hidden` numbers per token. The tokens
+Between two layers a model is its residual streams, `hc_mult * hidden` numbers per token, in V4.1
+with the `hc_mult` weights by which the next sublayer reads them ("pre"). The tokens
 of all sequences lie end to end, so that a layer can take any range of them: attention goes sequence
 by sequence, experts take as many tokens as memory allows. Where the rows live is not the layer's
 business: here they live in memory, in `scratch.py` in files. A GPU gets the rows in work only: the
@@ -27,13 +28,14 @@ class StreamShape:
     """What a layer's rows look like.
 
     lengths: tokens of each sequence. row: (hc_mult, hidden). dtype: of the arithmetic. device:
-    where rows that are read appear.
+    where rows that are read appear. pre: how many reading weights a row carries, or none.
     """
 
     lengths: tuple[int, ...]
     row: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+    pre: int = 0
 
     @property
     def tokens(self) -> int:
@@ -43,12 +45,17 @@ class StreamShape:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows at rest."""
-        return self.tokens * self.row_bytes
+        return self.tokens * (self.row_bytes + self.pre_bytes)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row at rest."""
+        """Bytes of one row at rest, reading weights apart."""
         return self.row[0] * self.row[1] * self.dtype.itemsize
+
+    @property
+    def pre_bytes(self) -> int:
+        """Bytes of one row's reading weights."""
+        return self.pre * self.dtype.itemsize
 
 
 class Streams(ABC, Sequence[Tensor]):
@@ -66,6 +73,14 @@ class Streams(ABC, Sequence[Tensor]):
     @abstractmethod
     def write(self, start: int, rows: Tensor) -> None:
         """Replace the rows from `start` on."""
+
+    @abstractmethod
+    def read_pre(self, start: int, stop: int) -> Tensor:
+        """Reading weights of rows start .. stop - 1, `[n, shape.pre]`."""
+
+    @abstractmethod
+    def write_pre(self, start: int, weights: Tensor) -> None:
+        """Replace the reading weights from row `start` on."""
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -89,6 +104,7 @@ class MemoryStreams(Streams):
         """Allocate the rows."""
         super().__init__(shape)
         self._rows = torch.empty((shape.tokens, *shape.row), dtype=shape.dtype)
+        self._pre = torch.empty((shape.tokens, shape.pre), dtype=shape.dtype)
 
     def read(self, start: int, stop: int) -> Tensor:
         """A view of the rows; a copy where the arithmetic is on a GPU."""
@@ -97,6 +113,14 @@ class MemoryStreams(Streams):
     def write(self, start: int, rows: Tensor) -> None:
         """Copy rows in."""
         self._rows[start : start + rows.shape[0]] = rows
+
+    def read_pre(self, start: int, stop: int) -> Tensor:
+        """As `read`."""
+        return self._pre[start:stop].to(self.shape.device)
+
+    def write_pre(self, start: int, weights: Tensor) -> None:
+        """As `write`."""
+        self._pre[start : start + weights.shape[0]] = weights
 
 
 def spans(start: int, stop: int, size: int | None) -> list[tuple[int, int]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from v4quant_calibration.forward.logits import head_inputs
 from v4quant_calibration.model.block import attention_sublayer
+from v4quant_calibration.model.caches import SharedCaches
 from v4quant_calibration.model.observer import SilentObserver
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.params import Params
@@ -116,14 +117,16 @@ class DenseSolver:
         self._folder, self._options, self._params = folder, options, params
         self._reference = reference
 
-    def solve_attention(self, layer: str, before: Streams) -> None:
+    def solve_attention(self, layer: str, before: Streams, caches: SharedCaches | None) -> None:
         """Solve a layer's attention on the rows it is about to run on, unless its file is there."""
         wanted = self._wanted(f"{layer}.{name}" for names in _SHARING.values() for name in names)
         if not wanted or stage_file(self._folder, attention_file(layer)).exists():
             return
         original = None if self._reference is None else self._reference.attention
         seen = _Moments(original)
-        attention_sublayer(self._params, self._config, layer, before, None, self._options, seen)
+        attention_sublayer(
+            self._params, self._config, layer, before, None, self._options, seen, caches
+        )
         found: dict[str, QTensor] = {}
         for shared, names in _SHARING.items():
             modules = [m for name in names if (m := f"{layer}.{name}") in wanted]
@@ -147,7 +150,7 @@ class DenseSolver:
         tokens = streams[0].shape.tokens
         for start, stop in spans(0, tokens, _ROWS):
             rows = [
-                head_inputs(p, s.read(start, stop), self._config)
+                head_inputs(p, s, start, stop, self._config)
                 for p, s in zip(params, streams, strict=True)
             ]
             x = rows[-1]

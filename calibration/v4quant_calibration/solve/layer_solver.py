@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from v4quant_calibration.model.caches import SharedCaches
 from v4quant_calibration.model.experts import expert_hidden
 from v4quant_calibration.model.numerics import quantized_input
 from v4quant_calibration.model.options import ForwardOptions
@@ -110,9 +111,9 @@ class LayerSolver(MomentObserver):
         self._progress = progress
         self._dense = DenseSolver(checkpoint, config, settings, folder, options, params, reference)
 
-    def on_layer(self, layer: str, before: Streams) -> None:
+    def on_layer(self, layer: str, before: Streams, caches: SharedCaches | None) -> None:
         """Solve the layer's attention, unless its file is there."""
-        self._dense.solve_attention(layer, before)
+        self._dense.solve_attention(layer, before, caches)
 
     def on_experts(self, layer: str, x: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
         """Solve the layer, unless its file is there."""
@@ -253,7 +254,7 @@ class LayerSolver(MomentObserver):
         if expert.endswith(".shared_experts") and not self._options.shared_clamp:
             limit = 0.0
         hidden = expert_hidden(x, matrices[0], matrices[1], limit, self._options)
-        return quantized_input(hidden * weights.unsqueeze(1), self._options)
+        return quantized_input(hidden * weights.unsqueeze(1), self._config, self._options)
 
 
 def experts_at_once(memory: int, hidden: int, intermediate: int) -> int:

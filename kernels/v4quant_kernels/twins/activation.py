@@ -10,6 +10,9 @@ faithful reference pass must do the same.
 * Queries and keys of the indexer are first rotated by a Hadamard matrix, which spreads an outlier
   over all channels, then go through E2M1 in blocks of 32: `amax` not less than `6 * 2^-126`;
   `s = 2^ceil(log2(amax * f32(1/6)))`; `RNE(clamp(x / s, +-6)) * s`, ties to the even code.
+* V4.1 does not rotate, takes blocks of 32 for E4M3 everywhere, and rounds compressed entries to
+  E2M1 in groups of 16 with an E4M3 scale: `amax` not less than `6 * 2^-9`; `s = E4M3(amax / 6)`, to
+  nearest, so a group's largest value may saturate; `RNE(clamp(x / s, +-6)) * s`.
 
 The release multiplies by the rounded reciprocal; the weight formats (`mx`, `fp8_block`) compare
 exactly. For 6 and for 448 both rules choose the same scale for every normal float32 amax: rounding
@@ -29,6 +32,7 @@ from torch import Tensor
 from v4quant_kernels.ref import e2m1, e4m3, e8m0
 
 _AMAX_FLOOR_E4M3 = 1e-4
+_AMAX_FLOOR_SCALED = e2m1.MAX * 2.0**-9
 _AMAX_FLOOR_E2M1 = e2m1.MAX * 2.0**-126
 
 
@@ -93,6 +97,22 @@ def fake_quant_e2m1(x: Tensor, block: int = 32) -> Tensor:
         block,
         lambda b: _fake_quant(b, _AMAX_FLOOR_E2M1, _INVERSE_E2M1, e2m1.round_values),
     )
+
+
+def fake_quant_e2m1_e4m3(x: Tensor, group: int = 16) -> Tensor:
+    """`x` (any floating dtype and leading shape) rounded to E2M1 under an E4M3 scale per `group`.
+
+    Same conventions as `fake_quant_e4m3`. Groups whose largest magnitude is above 6 * 448 saturate.
+    """
+    return _by_blocks(x, group, _fake_quant_scaled)
+
+
+def _fake_quant_scaled(x: Tensor) -> Tensor:
+    """Round groups (the whole last dimension of `x`) to E2M1 under an E4M3 scale, in float32."""
+    x = x.float()
+    amax = x.abs().amax(-1, keepdim=True).clamp_(min=_AMAX_FLOOR_SCALED)
+    scale = e4m3.decode(e4m3.encode(amax / e2m1.MAX))
+    return e2m1.round_values(x / scale).mul_(scale)
 
 
 def hadamard(x: Tensor) -> Tensor:

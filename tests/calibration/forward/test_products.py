@@ -12,11 +12,13 @@ from v4quant_calibration.evaluation.noise_floor import EXACT, PRODUCTS, floor_op
 from v4quant_calibration.forward.checkpoint_params import CheckpointParams
 from v4quant_calibration.model.numerics import linear, product, quantized_input
 from v4quant_calibration.model.options import ForwardOptions
+from v4quant_formats.model_config import load_model_config
 from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.cpu_products import has_bf16_units
 from v4quant_kernels.twins.bf16_product import rounded
 
 TINY = Path(__file__).parents[2] / "data" / "tiny-a"
+CONFIG = load_model_config(TINY)
 BF16 = ForwardOptions(matmul_dtype=torch.bfloat16)
 
 
@@ -25,7 +27,7 @@ def test_nothing_is_lost_where_operands_are_bf16_already(generator: torch.Genera
     official = ForwardOptions(activations="official")
     with open_checkpoint(TINY) as checkpoint:
         weight = CheckpointParams(checkpoint)("layers.1.ffn.experts.0.w1")
-    x = quantized_input(torch.randn(50, weight.shape[1], generator=generator), official)
+    x = quantized_input(torch.randn(50, weight.shape[1], generator=generator), CONFIG, official)
     assert torch.equal(weight, rounded(weight)) and torch.equal(x, rounded(x))
     assert_sums_are_float32(linear(x, weight, BF16), x, weight.mT)
     if not has_bf16_units():

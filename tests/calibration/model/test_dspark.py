@@ -93,7 +93,7 @@ def draft(
     tiles = stream_logits(
         [model], config, [rows], stage=STAGES[-1], previous=blocks.previous, rows=10_000
     )
-    markov = markov_rows(params, STAGES[-1], blocks.previous)
+    markov = markov_rows(params, config, STAGES[-1], blocks.previous)
     return next(iter(tiles)).logits[0], confidence(params, config, "mtp.2", rows, markov, 7)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from v4quant_calibration.model.compressor import CompressorWeights, compress
+from v4quant_calibration.model.compressor import CompressorWeights, entries_of, pool
 from v4quant_calibration.model.hyper_connection import (
     HyperWeights,
     mixing_weights,
@@ -122,7 +122,8 @@ def test_compressor_pools_complete_blocks(
         torch.rand(dim, generator=generator),
     )
     table = rope_table(CONFIG, ratio, length, x.device)
-    found = compress(x, weights, ratio, table, CONFIG)
+    facts = CONFIG.facts("layers.1" if ratio == 4 else "layers.2")
+    found = entries_of(pool(x, weights, facts, CONFIG), table, ratio)
     assert found.shape == (length // ratio, dim)
     value, gate = (x @ weights.wkv.T).double(), (x @ weights.wgate.T).double()
     for block in range(length // ratio):
@@ -150,9 +151,10 @@ def test_router_bias_chooses_but_does_not_weigh(generator: torch.Generator) -> N
     x = torch.randn(2, 16, generator=generator)
     ids = torch.tensor([1, 0])
     scores = torch.log1p((x.double() @ gate.T.double()).exp()).sqrt()
-    biased = route(x, ids, tensors.__getitem__, "layers.7", False, CONFIG)
+    facts = replace(CONFIG.facts("layers.1"), name="layers.7")
+    biased = route(x, ids, tensors.__getitem__, facts, CONFIG)
     assert biased.expert_ids.tolist() == [[1, 3], [1, 3]]
-    hashed = route(x, ids, tensors.__getitem__, "layers.7", True, CONFIG)
+    hashed = route(x, ids, tensors.__getitem__, replace(facts, hashed=True), CONFIG)
     assert hashed.expert_ids.tolist() == [[0, 2], [3, 1]]
     for routing in (biased, hashed):
         chosen = scores.gather(-1, routing.expert_ids)

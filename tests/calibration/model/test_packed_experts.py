@@ -99,7 +99,7 @@ def test_every_group_keeps_the_kernels_bound(
     monkeypatch.setattr(packed_experts, "ROWS", 5)
     options = ForwardOptions(activations, torch.bfloat16, expert_kernels=True)
     x, routing = case(generator, 7 if backend == "triton" else 40)
-    x = quantized_input(x, options)
+    x = quantized_input(x, CONFIG, options)
     with open_checkpoint(converted(scheme)) as checkpoint:
         found = routed(checkpoint, x, routing, options)
         value, bound = value_and_bound(checkpoint, x, routing, options.official)
