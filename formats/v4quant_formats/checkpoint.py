@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,13 +46,18 @@ from v4quant_formats.spec import TensorSpec, torch_dtype
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = 256 * 2**20
+_SERIES = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _DIGEST_SLICES = 64
 _DIGEST_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of shards: its tensors by name, in shard order, and its raw config.json."""
+    """A folder of shards: its tensors by name, in shard order, and its config.json.
+
+    Names and config are the release's; `renamed` gives the name in the files of tensors that other
+    tools call otherwise, `written_config` the config.json as it stands, where that differs.
+    """
 
     path: Path
     config: Mapping[str, Any]
@@ -59,6 +65,8 @@ class Checkpoint:
     files: Mapping[str, FileState]
     shards: ShardFiles = field(repr=False, compare=False)
     origin: Origin | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict, repr=False)
+    written_config: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -188,19 +196,20 @@ class Checkpoint:
 
 
 def read_structure(
-    folder: Path, header_of: Callable[[str], dict[str, TensorSpec]], single: bool = False
+    folder: Path, header_of: Callable[[str], dict[str, TensorSpec]], names: Collection[str]
 ) -> tuple[Mapping[str, Any], Mapping[str, TensorSpec]]:
     """config.json and all tensors by name, index and headers in agreement.
 
-    header_of(name) reads one shard's header; `single`: the one shard exists, if not in `folder`.
+    header_of(name) reads one shard's header; names: of all .safetensors files there are. Without
+    an index they are one model where they are one file, or all parts of one series.
     Raises what `open_checkpoint` raises.
     """
     check_link(folder, "config.json")
     check_link(folder, INDEX_NAME)
     config = read_json_object(folder / "config.json")
-    weight_map = _weight_map(folder, single)
+    weight_map = _weight_map(folder)
     tensors: dict[str, TensorSpec] = {}
-    for name, promised in _tensors_by_file(weight_map).items():
+    for name, promised in _tensors_by_file(folder, weight_map, names).items():
         _check_file_name(folder, name)
         header = header_of(name)
         for tensor in header:
@@ -214,12 +223,10 @@ def read_structure(
     return MappingProxyType(config), MappingProxyType(tensors)
 
 
-def _weight_map(folder: Path, single: bool) -> dict[str, str] | None:
+def _weight_map(folder: Path) -> dict[str, str] | None:
     index_path = folder / INDEX_NAME
     if not index_path.exists():
-        if single or (folder / SINGLE_NAME).exists():
-            return None
-        raise MissingShard(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}")
+        return None
     try:
         index = read_json_object(index_path, limit=MAX_INDEX_BYTES)
     except ConfigError as error:
@@ -232,6 +239,24 @@ def _weight_map(folder: Path, single: bool) -> dict[str, str] | None:
     ):
         raise InvalidIndex(f"{index_path}: 'weight_map' must map tensor names to file names")
     return weight_map
+
+
+def files_without_index(folder: Path, names: Collection[str]) -> list[str]:
+    """The shards of a checkpoint that has no index. Raises MissingShard where that is not clear."""
+    if SINGLE_NAME in names:
+        return [SINGLE_NAME]
+    series = {m[1]: int(m[3]) for n in names if (m := _SERIES.fullmatch(n))}
+    if len(series) == 1:
+        ((stem, count),) = series.items()
+        parts = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        if missing := [p for p in parts if p not in names]:
+            raise MissingShard(f"{folder / missing[0]}: missing; all {count} parts are needed")
+        return parts
+    if len(names) == 1:
+        return list(names)
+    raise MissingShard(
+        f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}, nor the parts of one model"
+    )
 
 
 def _check_file_name(folder: Path, name: str) -> None:
@@ -264,9 +289,11 @@ def link_root(folder: Path) -> Path:
     return real.parent.parent if real.parent.name == "snapshots" else real
 
 
-def _tensors_by_file(weight_map: Mapping[str, str] | None) -> dict[str, set[str]]:
+def _tensors_by_file(
+    folder: Path, weight_map: Mapping[str, str] | None, names: Collection[str]
+) -> dict[str, set[str]]:
     if weight_map is None:
-        return {SINGLE_NAME: set()}
+        return {name: set() for name in files_without_index(folder, names)}
     promised: dict[str, set[str]] = {}
     for tensor, file in weight_map.items():
         promised.setdefault(file, set()).add(tensor)

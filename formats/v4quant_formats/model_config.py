@@ -267,7 +267,7 @@ def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any
             raise ConfigError(f"{path}: is empty or above this file's limit of {limit:,} bytes")
         if has_too_many_values(data):
             raise ConfigError(f"{path}: holds more than {MAX_JSON_VALUES:,} values; not our file")
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: file is missing; download it beside the shards") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from v4quant_formats.checkpoint import Checkpoint, check_link, read_structure
 from v4quant_formats.errors import FormatError
 from v4quant_formats.gguf.checkpoint import is_gguf, open_gguf
+from v4quant_formats.naming import understood
 from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shard_files import (
     FileState,
@@ -41,5 +42,10 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         files[name] = file_state((folder / name).stat())
         return header
 
-    config, tensors = read_structure(folder, header_of)
-    return Checkpoint(folder, config, tensors, files, LocalShards(folder, files))
+    found = [p.name for p in folder.glob("*.safetensors")]
+    written, stored = read_structure(folder, header_of, found)
+    config, tensors, renamed = understood(str(folder / "config.json"), written, stored)
+    shards = LocalShards(folder, files)
+    return Checkpoint(
+        folder, config, tensors, files, shards, renamed=renamed, written_config=written
+    )

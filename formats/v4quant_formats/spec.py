@@ -46,6 +46,7 @@ class TensorSpec:
 
     `file` is the shard's name inside the checkpoint folder; `offset` counts from the start of that
     file. Both are empty (`""`, 0) for a tensor that is planned and not yet written.
+    `is_f4`: the file calls these bytes pairs of safetensors' F4.
     `stride`: bytes from one row to the next where something else lies between them; 0 for none.
     """
 
@@ -55,6 +56,7 @@ class TensorSpec:
     file: str = ""
     offset: int = 0
     stride: int = 0
+    is_f4: bool = False
 
     @property
     def row_bytes(self) -> int:

@@ -219,6 +219,11 @@ def _of_module(config: Dimensions, module: str, weight: StoredWeight) -> Iterato
 
 def _of_declaration(checkpoint: Checkpoint, stored: Mapping[str, StoredWeight]) -> Iterator[Defect]:
     """A declared dtype that the bytes do not have. Engines believe it, v4quant does not."""
+    written = (checkpoint.written_config or {}).get("n_routed_experts")
+    if isinstance(written, int) and written != checkpoint.config.get("n_routed_experts"):
+        problem = f"config.json says {written} routed experts, every layer has "
+        problem += f"{checkpoint.config.get('n_routed_experts')}"
+        yield Defect("", problem, WrongDtype, blocking=False)
     said = checkpoint.config.get("expert_dtype")
     elements = {"fp4": ("e2m1",), "fp8": ("e4m3",)}.get(said) if isinstance(said, str) else None
     experts = {
@@ -254,8 +259,9 @@ def _of_tables(
             problem += "experts were pruned or renumbered) or damaged"
             yield Defect(spec.name, problem, WrongDtype)
         elif repeated:
+            # As naive renumbering after pruning leaves it; engines run it.
             problem = f"names an expert twice for {repeated} tokens, which counts it double"
-            yield Defect(spec.name, problem, WrongDtype)
+            yield Defect(spec.name, problem, WrongDtype, blocking=False)
 
 
 def _survey(checkpoint: Checkpoint, spec: TensorSpec) -> tuple[int, int, int]:

@@ -109,7 +109,9 @@ def _check_structure(output: Checkpoint, records: dict[str, TensorRecord]) -> It
     found = find_defects(output)
     copies = unknown_of(output) == "copy"
     for defect in found.defects:
-        if not (copies and defect.where in found.names and found.names[defect.where] is None):
+        if defect.blocking and not (
+            copies and defect.where in found.names and found.names[defect.where] is None
+        ):
             yield Finding(defect.where or str(output.path), defect.problem)
     for module in sorted(modules ^ records.keys()):
         yield Finding(module, "in the shards or in the manifest, but not in both")

@@ -30,11 +30,13 @@ from v4quant_formats.checkpoint import (
     MAX_INDEX_BYTES,
     SINGLE_NAME,
     Checkpoint,
+    files_without_index,
     link_root,
     read_structure,
 )
 from v4quant_formats.errors import FormatError, MissingShard, OutputError
 from v4quant_formats.folder_lock import locked_folder
+from v4quant_formats.naming import understood
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.safetensors_header import parse_header
 from v4quant_formats.shard_files import FileState, Origin
@@ -129,15 +131,20 @@ def _open_skeleton(
     keep: bool,
     lock: ExitStack | None,
 ) -> Checkpoint:
-    names = [n for n in remote.files if n.endswith(".safetensors") and "/" not in n]
+    names = _shards_of(remote)
     cached = {n: path for n in names if (path := _cached(remote, n)) is not None}
     headers = _Headers(remote, skeleton, cached)
-    config, tensors = read_structure(skeleton, headers, single=SINGLE_NAME in remote.files)
+    written, stored = read_structure(skeleton, headers, names)
+    config, tensors, renamed = understood(f"{remote}: config.json", written, stored)
     used = sorted(headers.read)
     files = {n: FileState(remote.files[n].size) for n in used}
     shelf = Shelf(remote, used, folder, cap, cached, keep, lock)
     origin = Origin(remote.repo, remote.commit, remote.license)
-    return Checkpoint(skeleton, config, tensors, files, shelf, origin)
+    return Checkpoint(skeleton, config, tensors, files, shelf, origin, renamed, written)
+
+
+def _shards_of(remote: Remote) -> list[str]:
+    return [n for n in remote.files if n.endswith(".safetensors") and "/" not in n]
 
 
 class _Headers:
@@ -166,8 +173,9 @@ class _Headers:
 
     def _read_all(self) -> None:
         index = self._skeleton / INDEX_NAME
-        names = [SINGLE_NAME]
-        if index.exists():  # already found to be of the right form
+        if not index.exists():
+            names = files_without_index(self._skeleton, _shards_of(self._remote))
+        else:  # already found to be of the right form
             named = set(json.loads(index.read_bytes())["weight_map"].values())
             names = sorted(named)
         names = [n for n in names if n in self._remote.files]
@@ -189,7 +197,7 @@ def _small_files(remote: Remote, headers_only: bool) -> list[str]:
     require(remote, "config.json")
     if INDEX_NAME in remote.files:
         limits[INDEX_NAME] = MAX_INDEX_BYTES
-    elif SINGLE_NAME not in remote.files:
+    elif not _shards_of(remote):
         raise MissingShard(f"{remote}: holds neither {INDEX_NAME} nor {SINGLE_NAME}")
     for name, limit in limits.items():
         if remote.files[name].size > limit:

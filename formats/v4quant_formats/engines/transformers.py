@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
-from v4quant_formats.engines.engine import GPUS, Engine
+from v4quant_formats.engines.engine import CONSTANTS, GPUS, ROUTING_KEYS, Engine
 
 _ATTENTION = {
     "wq_a": "q_a_proj",
@@ -29,6 +30,12 @@ def _module_name(module: str, layers: int) -> str:
     return f"{path}.{names.get(last, last)}"
 
 
+# What its own config.json has in place of the release's keys.
+_INSTEAD = {"compress_ratios": ("layer_types",), "num_hash_layers": ("mlp_layer_types",)}
+_CONFIG = tuple(
+    replace(rule, instead=(*rule.instead, *_INSTEAD.get(rule.key, ())))
+    for rule in (*ROUTING_KEYS, *CONSTANTS)
+)
 ANYWHERE = ("CPU", *GPUS)
 _EXPERTS = ("plain", "mxfp4", "fp8", "ct-mxfp4", *(f"int{b}" for b in (2, 3, 4, 8)))
 _DENSE = ("plain", "fp8", "ct-fp8-block", "ct-fp8-channel", *(f"int{b}" for b in (2, 3, 4, 8)))
@@ -48,6 +55,7 @@ TRANSFORMERS = Engine(
         "ct-fp8-block": "its conversion of block FP8 experts fails; use quant_method fp8",
     },
     wo_a=("plain", "fp8", "ct-fp8-block", "ct-fp8-channel"),
+    config=_CONFIG,
     drafts="ignored",
     unknown_names="warning",
     first_group=True,

@@ -82,7 +82,8 @@ def preflight(
         found = Finding("error", "container", str(checkpoint.path), problem, remedy)
         return Preflight(engine.name, (found,), (), (), None)
     config = parse_dimensions(dict(checkpoint.config), str(checkpoint.path / "config.json"))
-    declaration = Declaration(engine, checkpoint.config, config.num_hidden_layers)
+    written = checkpoint.written_config or checkpoint.config
+    declaration = Declaration(engine, written, config.num_hidden_layers)
     arranged = survey(checkpoint, declaration)
     if container == "gguf":
         findings = [f for check in (names, complete) for f in check(arranged)]

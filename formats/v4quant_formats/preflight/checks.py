@@ -15,6 +15,7 @@ from v4quant_formats.preflight.declared import Refusal
 from v4quant_formats.preflight.scalar_checks import SCALAR_CHECKS
 from v4quant_formats.preflight.storage import FLOATS, Storage, mismatches
 from v4quant_formats.preflight.survey import Check, Finding, Module, Survey
+from v4quant_formats.preflight.written_checks import WRITTEN_CHECKS
 
 _OTHER = "choose a scheme and format that this engine takes (docs/serving.md)"
 _cached_mismatches = lru_cache(maxsize=4096)(
@@ -34,19 +35,11 @@ def is_ignored_draft(survey: Survey, module: Module) -> bool:
 def names(survey: Survey) -> Iterator[Finding]:
     """Tensors the engine has no place for."""
     engine = survey.declaration.engine
-    prefixed = [s for s in survey.unknown if s.name.startswith("model.")]
-    if prefixed:
-        problem = "names start with 'model.', as save_pretrained writes them; only official names "
-        problem += "(layers.N..., embed, head) load everywhere"
-        remedy = "convert the release itself; never publish what save_pretrained wrote"
-        yield Finding("error", "name", prefixed[0].name, problem, remedy, len(prefixed))
     for spec in survey.unknown:
-        if not spec.name.startswith("model."):
-            problem = f"no V4 release has this tensor; {engine.title} " + (
-                "stops with a KeyError" if engine.unknown_names == "error" else "drops it"
-            )
-            remedy = "remove the tensor or correct its name"
-            yield Finding(engine.unknown_names, "name", spec.name, problem, remedy)
+        problem = f"no V4 release has this tensor; {engine.title} "
+        problem += "stops with a KeyError" if engine.unknown_names == "error" else "drops it"
+        remedy = "remove the tensor or correct its name"
+        yield Finding(engine.unknown_names, "name", spec.name, problem, remedy)
 
 
 def complete(survey: Survey) -> Iterator[Finding]:
@@ -153,4 +146,5 @@ CHECKS: tuple[Check, ...] = (
     wo_a,
     fused,
     *SCALAR_CHECKS,
+    *WRITTEN_CHECKS,
 )

@@ -14,9 +14,13 @@ REMEDY += "quantization_config to what the file holds"
 _RESTORE = "restore the key from the release's config.json"
 
 
+def _raw(survey: Survey) -> Mapping[str, Any]:
+    return survey.checkpoint.written_config or survey.checkpoint.config
+
+
 def _text(survey: Survey) -> Mapping[str, Any]:
-    """The table with the language model's keys."""
-    raw = survey.checkpoint.config
+    """The table with the language model's keys, as it is written."""
+    raw = _raw(survey)
     inner = raw.get("text_config")
     return inner if isinstance(inner, dict) else raw
 
@@ -37,7 +41,7 @@ def method(survey: Survey) -> Iterator[Finding]:
 
 def config_keys(survey: Survey) -> Iterator[Finding]:
     """Keys the engine reads, with the values V4 needs."""
-    raw, text = survey.checkpoint.config, _text(survey)
+    raw, text = _raw(survey), _text(survey)
     for rule in survey.declaration.engine.config:
         if survey.config.v41 is not None and not rule.every_release:
             continue
@@ -73,7 +77,7 @@ def patterns(survey: Survey) -> Iterator[Finding]:
 
 def model(survey: Survey) -> Iterator[Finding]:
     """Which class an engine builds, in which dtype, with which head."""
-    raw, text = survey.checkpoint.config, _text(survey)
+    raw, text = _raw(survey), _text(survey)
     classes = raw.get("architectures")
     named = classes if isinstance(classes, list) else []
     if survey.declaration.engine.reads_architectures and not any(

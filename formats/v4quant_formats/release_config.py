@@ -1,0 +1,190 @@
+"""config.json in the release's own keys, whoever wrote it.
+
+transformers rewrites a V4 config: `layer_types` and `compress_rates` for `compress_ratios`,
+`mlp_layer_types` for `num_hash_layers`, `rope_parameters` (flat, or nested into `main` and
+`compress`) for `rope_theta` and `rope_scaling`. Others nest everything under `text_config`, or
+leave keys out that the tensors state as well. All of these are read where the meaning is unique;
+where two keys say different things, nobody guesses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from v4quant_formats.model_config import CSA_RATIO, HCA_RATIO, ConfigError
+from v4quant_formats.spec import TensorSpec
+
+_V41 = "deepseek_v41"
+_RATES = {
+    "compressed_sparse_attention": CSA_RATIO,
+    "heavily_compressed_attention": HCA_RATIO,
+}
+_YARN = ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings")
+# What is replaced by keys of the release, and so would say everything twice.
+_REPLACED = ("layer_types", "mlp_layer_types", "compress_rates", "rope_parameters")
+
+
+def release_config(
+    raw: Mapping[str, Any], tensors: Mapping[str, TensorSpec], where: str
+) -> dict[str, Any]:
+    """The config with the release's keys in place of others'. `tensors`: official names.
+
+    Keys of the wrong kind stay, for who reads them to refuse. Raises ConfigError for two keys that
+    say different things.
+    """
+    config = _flat(dict(raw))
+    if config.get("model_type") == _V41 or isinstance(config.get("text_config"), dict):
+        return config
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, float) and layers.is_integer():
+        layers = int(layers)
+    if not isinstance(layers, int) or isinstance(layers, bool) or not 0 < layers <= 10_000:
+        return config
+    for key, value in config.items():
+        if isinstance(value, float) and value.is_integer() and key in _INTEGERS:
+            config[key] = int(value)
+    _experts(config, layers, tensors)
+    changed = _ratios(config, layers, tensors, where) + _hash_layers(config, layers, tensors, where)
+    changed += _rope(config, where)
+    return {k: v for k, v in config.items() if k not in changed}
+
+
+_EXPERT = re.compile(r"((?:layers|mtp)\.\d{1,4})\.ffn\.experts\.(\d{1,5})\.")
+_INTEGERS = frozenset(
+    {
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+        "q_lora_rank", "o_groups", "o_lora_rank", "moe_intermediate_size", "n_routed_experts",
+        "num_experts_per_tok", "index_n_heads", "index_head_dim", "hc_mult", "num_hash_layers",
+        "qk_rope_head_dim", "sliding_window", "index_topk", "hc_sinkhorn_iters", "bos_token_id",
+        "max_position_embeddings", "num_nextn_predict_layers",
+    }
+)  # fmt: skip
+
+
+def _experts(config: dict[str, Any], layers: int, tensors: Mapping[str, TensorSpec]) -> None:
+    """Experts that were pruned from every layer alike: the routers' rows and the experts agree."""
+    said = config.get("n_routed_experts")
+    gates = {f"layers.{i}.ffn.gate.weight" for i in range(layers)}
+    rows = {s.shape[0] for n, s in tensors.items() if n in gates and len(s.shape) == 2}
+    if not isinstance(said, int) or len(rows) != 1 or said in rows or not gates <= tensors.keys():
+        return
+    count = rows.pop()
+    numbers: dict[str, set[int]] = {}
+    for name in tensors:
+        if found := _EXPERT.match(name):
+            numbers.setdefault(found[1], set()).add(int(found[2]))
+    if len(numbers) >= layers and all(held == set(range(count)) for held in numbers.values()):
+        config["n_routed_experts"] = count
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """A V4 config that somebody nested under `text_config`, as multimodal models have it."""
+    text = config.get("text_config")
+    if not isinstance(text, dict) or config.get("model_type") == _V41:
+        return config
+    if text.get("model_type", config.get("model_type")) not in (None, "deepseek_v4"):
+        return config
+    if any(key.startswith("engram_") for key in text):
+        return config
+    return {**text, **{k: v for k, v in config.items() if k != "text_config"}}
+
+
+def _ratios(
+    config: dict[str, Any], layers: int, tensors: Mapping[str, TensorSpec], where: str
+) -> tuple[str, ...]:
+    said, kinds = config.get("compress_ratios"), config.get("layer_types")
+    found: list[int] | None = None
+    if isinstance(kinds, list) and len(kinds) >= layers:
+        rates = config.get("compress_rates")
+        rates = {**_RATES, **(rates if isinstance(rates, dict) else {}), "sliding_attention": 0}
+        if not all(isinstance(k, str) and isinstance(rates.get(k), int) for k in kinds):
+            raise ConfigError(
+                f"{where}: 'layer_types' names layers that are not V4's ({str(kinds)[:80]})"
+            )
+        found = [rates[k] for k in kinds[:layers]]
+    elif said is None and "compress_ratios" not in config:
+        found = [_ratio_of(f"layers.{i}", tensors) for i in range(layers)]
+    if found is None:
+        return ()
+    if isinstance(said, list):
+        if said[:layers] != found:
+            raise ConfigError(f"{where}: 'compress_ratios' and 'layer_types' say different things")
+    elif said is None:
+        config["compress_ratios"] = found
+    return ("layer_types", "compress_rates")
+
+
+def _ratio_of(layer: str, tensors: Mapping[str, TensorSpec]) -> int:
+    """What a layer's compressor says: its position biases are [ratio, channels]."""
+    spec = tensors.get(f"{layer}.attn.compressor.ape")
+    return spec.shape[0] if spec and len(spec.shape) == 2 else 0
+
+
+def _hash_layers(
+    config: dict[str, Any], layers: int, tensors: Mapping[str, TensorSpec], where: str
+) -> tuple[str, ...]:
+    said, kinds = config.get("num_hash_layers"), config.get("mlp_layer_types")
+    if isinstance(kinds, list) and len(kinds) >= layers:
+        hashed = [k == "hash_moe" for k in kinds[:layers]]
+        count = sum(hashed)
+        if hashed != [i < count for i in range(layers)]:
+            raise ConfigError(f"{where}: 'mlp_layer_types' has hash layers behind others")
+    elif said is None and "num_hash_layers" not in config:
+        count = sum(f"layers.{i}.ffn.gate.tid2eid" in tensors for i in range(layers))
+    else:
+        return ()
+    if said is None:
+        config["num_hash_layers"] = count
+    elif said != count:
+        raise ConfigError(f"{where}: 'num_hash_layers' and 'mlp_layer_types' say different things")
+    return ("mlp_layer_types",)
+
+
+def _rope(config: dict[str, Any], where: str) -> tuple[str, ...]:
+    """`rope_parameters`, flat or nested, as `rope_theta`, `rope_scaling`, `compress_rope_theta`."""
+    given = config.get("rope_parameters")
+    if not isinstance(given, dict):
+        return ()
+    main, compress = given.get("main"), given.get("compress")
+    nested = isinstance(main, dict) and isinstance(compress, dict)
+    plain: dict[str, Any] = main if isinstance(main, dict) and nested else given
+    scaled: dict[str, Any] = compress if isinstance(compress, dict) and nested else given
+    if nested and plain.get("rope_type", "default") != "default":
+        raise ConfigError(f"{where}: rope_parameters.main must be 'default'; V4 scales no window")
+    kind = scaled.get("rope_type", scaled.get("type", "default"))
+    if kind not in ("default", "yarn"):
+        raise ConfigError(
+            f"{where}: rope_parameters has rope_type {str(kind)[:40]!r}; V4's is yarn"
+        )
+    if scaled.get("attention_factor") not in (None, 1, 1.0):
+        raise ConfigError(f"{where}: rope_parameters has an attention_factor; V4's YaRN has none")
+    wanted: dict[str, Any] = {"rope_theta": plain.get("rope_theta")}
+    if nested:
+        wanted["compress_rope_theta"] = scaled.get("rope_theta")
+    for key, value in wanted.items():
+        _agree(config, key, value, where)
+    scaling = None
+    if kind == "yarn":
+        scaling = {k: scaled[k] for k in _YARN if k in scaled} | {"type": "yarn"}
+    old = config.get("rope_scaling")
+    if isinstance(old, dict) and {k: old.get(k) for k in _YARN} != {
+        k: (scaling or {}).get(k) for k in _YARN
+    }:
+        raise ConfigError(f"{where}: 'rope_scaling' and 'rope_parameters' say different things")
+    if not isinstance(old, dict):
+        config["rope_scaling"] = scaling
+    share, width = plain.get("partial_rotary_factor"), config.get("head_dim")
+    if "qk_rope_head_dim" not in config and isinstance(share, float) and isinstance(width, int):
+        config["qk_rope_head_dim"] = int(share * width)
+    return ("rope_parameters",)
+
+
+def _agree(config: dict[str, Any], key: str, value: Any, where: str) -> None:
+    if value is None:
+        return
+    if config.get(key) is None:
+        config[key] = value
+    elif config[key] != value:
+        raise ConfigError(f"{where}: '{key}' and 'rope_parameters' say different things")
