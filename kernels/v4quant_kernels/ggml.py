@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from v4quant_kernels import native
 from v4quant_kernels.errors import NonFiniteWeight, UnsupportedScheme, WeightOutOfRange
 from v4quant_kernels.ggml_types import get_type
 from v4quant_kernels.ref import e2m1, ggml_plain, mx
@@ -63,8 +64,6 @@ def encode(x: Tensor, type_name: str, importance: Tensor | None = None) -> Tenso
 
 
 def _put_together(blocks: Blocks, type_name: str) -> Tensor:
-    from v4quant_kernels import native
-
     if not native.available() or blocks.q.device.type != "cpu":
         return put_together(blocks, type_name)
     from v4quant_kernels.native.ggml.join import join
@@ -77,8 +76,6 @@ def search_blocks(x: Tensor, type_name: str, importance: Tensor | None) -> Block
 
     Half-precision scales of weights that are too large are infinite.
     """
-    from v4quant_kernels import native
-
     if not native.available():
         return ggml_plain.round_blocks(x.view(-1, SHAPES[type_name].block), type_name)
     from v4quant_kernels.native.ggml.search import search

@@ -174,7 +174,7 @@ def gpu(ctx: click.Context, minutes: float, append: Path) -> None:
 
 def _use(tuned: Tuned, path: Path) -> None:
     """Write the tuned tiles, and let this process use them."""
-    from v4quant.bench.kernels.tune import write_tiles
+    from v4quant.bench.kernels.tune import write_tiles  # torch, which --help can wait for
     from v4quant_kernels.gpu.tiles import TILES_VARIABLE, forget_tuned
 
     write_tiles(tuned, path)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from v4quant import __version__
 from v4quant_kernels.errors import V4QuantError
 
 if TYPE_CHECKING:
@@ -56,8 +57,6 @@ def client() -> HfApi:
     """The hub client for HF_ENDPOINT, with the user's stored token. Raises HubOffline."""
     from huggingface_hub import HfApi, constants, is_offline_mode
     from huggingface_hub.utils import disable_progress_bars, logging
-
-    from v4quant import __version__
 
     if is_offline_mode():
         raise HubOffline(

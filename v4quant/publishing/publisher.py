@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from v4quant.hub.client import HubAccessError, HubError, HubNotFound, client, persistently
-from v4quant.hub.remote import RemoteFile, check_name, list_files
+from v4quant.hub.download import download
+from v4quant.hub.refs import HubRef
+from v4quant.hub.remote import RemoteFile, check_name, list_files, open_remote, require
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.file_hash import hash_file
 from v4quant_formats.manifest import MANIFEST_NAME
@@ -203,10 +205,6 @@ class Publisher:
 
     def read_small(self, name: str, into: Path) -> None:
         """Fetch one file of main."""
-        from v4quant.hub.download import download
-        from v4quant.hub.refs import HubRef
-        from v4quant.hub.remote import open_remote, require
-
         remote = open_remote(HubRef(self.repo))
         download(remote, require(remote, name), into)
 
