@@ -114,14 +114,14 @@ def find_defects(checkpoint: Checkpoint, tables: bool = True) -> Structure:
 
 
 def check_structure(
-    checkpoint: Checkpoint, unknown: str = "refuse", drafts: bool = True
+    checkpoint: Checkpoint, unknown: str = "refuse", drafts: bool = True, tables: bool = True
 ) -> Structure:
     """Raise the first defect that makes work on a checkpoint meaningless, as its own error.
 
     unknown: "copy" lets tensors pass that no V4 release has, as `--unknown copy` wants. drafts:
-    whether draft stages will be used; half a stage may be left out.
+    whether draft stages will be used; half a stage may be left out. tables: as of `find_defects`.
     """
-    found = find_defects(checkpoint)
+    found = find_defects(checkpoint, tables)
     for defect in found.defects:
         stray = defect.kind is UnexpectedTensor and found.names.get(defect.where, ...) is None
         unused = not drafts and defect.where.startswith("mtp.")

@@ -120,9 +120,16 @@ class PlannedUnits:
     kept: tuple[str, ...]
 
 
-def plan_units(checkpoint: Checkpoint, recipe: Recipe) -> PlannedUnits:
-    """What becomes of every tensor; headers are enough. Raises as make_plan does."""
-    found = check_structure(checkpoint, recipe.unknown, drafts=recipe.draft != "drop")
+def plan_units(
+    checkpoint: Checkpoint, recipe: Recipe, structure: Structure | None = None
+) -> PlannedUnits:
+    """What becomes of every tensor. Raises as make_plan does.
+
+    structure: the checkpoint taken apart, where that was done and checked before; headers are then
+    enough, else the routing tables are read.
+    """
+    drafts = recipe.draft != "drop"
+    found = structure or check_structure(checkpoint, recipe.unknown, drafts)
     config, names = found.config, found.names
     assert config is not None
     kept: tuple[str, ...] = ()

@@ -23,6 +23,7 @@ from v4quant_formats.deepseek_v4 import TensorName, parse_name
 from v4quant_formats.engines.vllm_split import is_split
 from v4quant_formats.model_config import Dimensions, parse_dimensions
 from v4quant_formats.spec import TensorSpec
+from v4quant_formats.structure import Structure, check_structure
 
 _EXPERT = re.compile(r"\.ffn\.experts\.(\d+)\.")
 _COUNTS = ("n_routed_experts", "dspark_n_routed_experts")
@@ -51,12 +52,13 @@ def release_named(text: str) -> str | None:
 class Outline:
     """A checkpoint's headers with a few experts a layer, and how many there really are.
 
-    config: the real config.json. trunk, drafts: routed experts of a layer and of a draft stage.
-    nbytes: of the whole checkpoint's tensors.
+    structure: the thin checkpoint taken apart. config: the real config.json. trunk, drafts: routed
+    experts of a layer and of a draft stage. nbytes: of the whole checkpoint's tensors.
     """
 
     label: str
     thin: Checkpoint
+    structure: Structure
     config: Mapping[str, Any]
     dimensions: Dimensions
     trunk: int
@@ -170,7 +172,7 @@ def footprint(outline: Outline, recipe: Recipe) -> Footprint:
 
 
 def _outputs(outline: Outline, recipe: Recipe) -> list[TensorSpec]:
-    units = plan_units(outline.thin, recipe).units
+    units = plan_units(outline.thin, recipe, outline.structure).units
     return [spec for unit in units for spec in unit.outputs]
 
 
@@ -213,7 +215,8 @@ def _outline(
     thin_config = _thinned(config, dims.num_experts_per_tok)
     thin = Checkpoint(path, thin_config, tensors, {}, _NoShards())
     drafts = dims.dspark.n_routed_experts if dims.dspark is not None else dims.n_routed_experts
-    found = Outline(label, thin, config, dims, dims.n_routed_experts, drafts, 0)
+    structure = check_structure(thin, tables=False)
+    found = Outline(label, thin, structure, config, dims, dims.n_routed_experts, drafts, 0)
     return replace(found, nbytes=sum(_real_bytes(found, s, parse_name(s.name)) for s in thin))
 
 
