@@ -14,8 +14,9 @@ from v4quant.planner.candidates import Candidate, Request
 from v4quant.planner.footprint import Outline
 
 _MOST = 5
-# A worse file is worth showing beside a better one when it is this much faster.
-_FASTER = 1.25
+# A worse file is worth showing beside a better one when it is this much faster; the second figure
+# and so on where there are too many.
+_FASTER = (1.25, 1.5, 2.0, 3.0)
 _ENGINES = {"llama.cpp": for_llama_cpp.candidates, "vllm": for_vllm.candidates}
 
 
@@ -48,13 +49,30 @@ def _best(candidates: Sequence[Candidate]) -> list[Candidate]:
     ordered = sorted(
         resident or candidates, key=lambda c: (c.loss.order, -c.tokens_per_second, c.size)
     )
+    for factor in _FASTER:
+        kept = _front(ordered, factor)
+        # The way in another engine is worth a line, slower or not.
+        kept += [c for c in _other_engines(ordered, kept) if c.loss.order > kept[0].loss.order]
+        if len(kept) <= _MOST:
+            break
+    return sorted(kept[:_MOST], key=lambda c: (c.loss.order, -c.tokens_per_second))
+
+
+def _front(ordered: Sequence[Candidate], factor: float) -> list[Candidate]:
+    """The first, and every later one that is faster by `factor` than all kept before it."""
     kept: list[Candidate] = []
     for candidate in ordered:
         faster = (
-            candidate.tokens_per_second >= _FASTER * other.tokens_per_second
+            candidate.tokens_per_second >= factor * other.tokens_per_second
             for other in kept
             if candidate.budget or not other.budget
         )
         if all(faster):
             kept.append(candidate)
-    return kept[:_MOST]
+    return kept
+
+
+def _other_engines(ordered: Sequence[Candidate], kept: Sequence[Candidate]) -> list[Candidate]:
+    """The best candidate of each engine that `kept` has none of."""
+    missing = {c.engine for c in ordered} - {c.engine for c in kept}
+    return [next(c for c in ordered if c.engine == engine) for engine in sorted(missing)]

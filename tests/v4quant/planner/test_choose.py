@@ -132,4 +132,4 @@ def test_words_name_every_place(tmp_path: Path) -> None:
     assert done.exit_code == 0
     for words in ("on the cards", "in system memory", "tokens fit", "hf download", "llama-server"):
         assert words in done.stdout
-    assert CliRunner().invoke(cli, [*arguments, "--cards", "2x24GB"]).exit_code == 2
+    assert CliRunner().invoke(cli, [*arguments, "--cards", "2x24GB"]).exit_code == 1
