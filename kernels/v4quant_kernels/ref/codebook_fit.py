@@ -7,10 +7,10 @@ up a quarter to a third of what feedback gains. q S q^T depends on a row through
 so it is read from a table [group][signs][point]; signs and their opposites share a row.
 
 Signs start as those of the weights. Where an even number of them must be negative and an odd one
-is, each of the `FLIPS` cheapest to turn is tried with a search of its own. Then signs are turned,
-in pairs where their number must stay even, as long as the joint cost falls, with a new search after
-each turn. Grids of four take two vectors a group: the first one's error moves the second's weights,
-and signs are counted over both.
+is, each of the `FLIPS` cheapest to turn is tried with a search of its own. Where any may be, one or
+two are turned as long as the joint cost falls, with a new search after each turn. Grids of four
+take two vectors a group: the first one's error moves the second's weights, and signs are counted
+over both.
 
 `native.ggml.codebook_fit` does the same a row at a time. It sums in other orders and takes costs
 that differ by less than 2^-11 for equal, so the choice may differ where two cost the same.
@@ -161,16 +161,16 @@ class _Search:
         q = sign * self.grid.mT[index]
         return _Point(self.base + least, q, self.v - self.step.unsqueeze(2) * q)
 
-    def turned(self, point: _Point, pairs: bool) -> _Point:
-        """Signs turned while that lowers the cost."""
+    def turned(self, point: _Point) -> _Point:
+        """Signs turned, one or two at a time, while that lowers the cost."""
         for _ in range(TURNS):
-            turn = self._best_turn(point, pairs)
+            turn = self._best_turn(point)
             tried = self.under((point.q < 0) ^ turn)
             tried = _Point(tried.cost.masked_fill(~turn.any(2), torch.inf), tried.q, tried.error)
             point = point.or_better(tried)
         return point
 
-    def _best_turn(self, point: _Point, pairs: bool) -> Tensor:
+    def _best_turn(self, point: _Point) -> Tensor:
         """bool `[B, N, n]`: the signs whose turning gains most, none where none does."""
         gradient = point.error @ self.s
         move = 2 * self.step.unsqueeze(2) * point.q
@@ -180,8 +180,7 @@ class _Search:
         both = both + 2 * move.unsqueeze(3) * move.unsqueeze(2) * self.s.unsqueeze(1)
         n = gain.shape[2]
         eye = torch.eye(n, dtype=torch.bool, device=gain.device)
-        alone = torch.full_like(gain, torch.inf) if pairs else gain
-        both = torch.where(eye, alone.unsqueeze(3).expand_as(both), both)
+        both = torch.where(eye, gain.unsqueeze(3).expand_as(both), both)
         least, index = both.flatten(2).min(2)
         worth = least < -1e-5 * (gradient * point.error).sum(2)
         first, second = index.div(n, rounding_mode="floor"), index % n
@@ -218,25 +217,24 @@ def _where(mask: Tensor, one: _Point, other: _Point) -> _Point:
 def _eight(weighing: Weighing, group: int, v: Tensor, step: Tensor) -> _Point:
     search = _search(weighing, group, v, step)
     negative = search.natural()
-    even = weighing.codebook.signs == "even"
     point = search.under(negative)
-    if even:
-        odd = negative.sum(2) % 2 == 1
-        point = _where(odd, _flipped(search, negative, FLIPS), point)
-    return search.turned(point, even)
+    if weighing.codebook.signs == "free":
+        return search.turned(point)
+    odd = negative.sum(2) % 2 == 1
+    return _where(odd, _flipped(search, negative, FLIPS), point)
 
 
 def _fours(weighing: Weighing, group: int, v: Tensor, step: Tensor) -> _Point:
     first = _search(weighing, 2 * group, v[..., :4], step)
     negative = first.natural()
-    even = weighing.codebook.signs == "even"
-    best, odd = _second(weighing, group, v, step, first.turned(first.under(negative), even), FLIPS)
-    if not even:
-        return best
+    natural = first.under(negative)
+    if weighing.codebook.signs == "free":
+        return _second(weighing, group, v, step, first.turned(natural), FLIPS)[0]
+    best, odd = _second(weighing, group, v, step, natural, FLIPS)
     chosen = torch.arange(4, device=v.device)
     for index in first.cheapest(FLIPS).unbind(2):
         start = first.under(negative ^ (chosen == index.unsqueeze(2)))
-        tried, _ = _second(weighing, group, v, step, first.turned(start, even), 1)
+        tried, _ = _second(weighing, group, v, step, start, 1)
         best = _where(odd, best.or_better(tried), best)
     return best
 
@@ -248,12 +246,12 @@ def _second(
     moved = v[..., 4:] - first.error @ weighing.carry[:, group]
     search = _search(weighing, 2 * group + 1, moved, step)
     negative = search.natural()
-    even = weighing.codebook.signs == "even"
     point = search.under(negative)
     odd = ((first.q < 0).sum(2) + negative.sum(2)) % 2 == 1
-    if even:
+    if weighing.codebook.signs == "free":
+        point = search.turned(point)
+    else:
         point = _where(odd, _flipped(search, negative, flips), point)
-    point = search.turned(point, even)
     error = v[..., 4:] - step.unsqueeze(2) * point.q
     q = torch.cat([first.q, point.q], 2)
     return _Point(first.cost + point.cost, q, torch.cat([first.error, error], 2)), odd

@@ -42,11 +42,15 @@ def fit(
         shifts = (0, 1) if book.shift > 8 else (EITHER_SHIFT,)
     parts = (weighing.table, weighing.s, weighing.carry, weighing.inverse, weighing.factor)
     table, s, carry, inverse, factor = (part[member].contiguous().numpy() for part in parts)
+    # Row by row in memory: channels of many rows lie a power of two apart, in one set of the cache.
+    rows = np.ascontiguousarray(values.T)
+    codes, missed = np.zeros_like(rows), np.zeros_like(rows)
     loop = partial(
-        _fit, values, weighing.grid.numpy(), table, s, carry, inverse, factor, step, book.vector,
-        book.signs == "even", np.array(shifts), choice, q, errors, cost,
+        _fit, rows, weighing.grid.numpy(), table, s, carry, inverse, factor, step, book.vector,
+        book.signs == "even", np.array(shifts), choice, codes, missed, cost,
     )  # fmt: skip
-    over_rows(values.shape[1], loop)
+    over_rows(len(rows), loop)
+    q[:], errors[:] = codes.T, missed.T
 
 
 @compiled
@@ -54,7 +58,7 @@ def _fit(  # type: ignore[no-untyped-def]
     values, grid, table, s, carry, inverse, factor, step, vector, even, shifts, choice, q, errors,
     cost, start, stop,
 ):  # fmt: skip
-    size = values.shape[0]
+    size = values.shape[1]
     w = np.empty((ROWS, 8), np.float32)
     order, first = np.empty(FLIPS, np.int64), np.empty(FLIPS, np.int64)
     work, codes, missed = (
@@ -65,7 +69,7 @@ def _fit(  # type: ignore[no-untyped-def]
         for k in range(step.shape[0] * shifts.size):
             unit, shift = step[k // shifts.size, n], shifts[k % shifts.size]
             for i in range(size):
-                work[i] = values[i, n]
+                work[i] = values[n, i]
             total = ZERO
             for g in range(size // 8):
                 for i in range(8):
@@ -80,8 +84,8 @@ def _fit(  # type: ignore[no-untyped-def]
                 least = total
                 choice[n] = k // shifts.size
                 for i in range(size):
-                    q[i, n] = codes[i]
-                    errors[i, n] = missed[i]
+                    q[n, i] = codes[i]
+                    errors[n, i] = missed[i]
         cost[n] = least
 
 
@@ -90,17 +94,18 @@ def spread(  # type: ignore[no-untyped-def]
     inverse, factor, g, w, codes, missed, work
 ):
     """Keep a group's codes (row Q) and errors, move the weights behind it; returns its cost."""
-    cost = ZERO
+    start = 8 * g
     for j in range(8):
-        z = ZERO
-        for i in range(j + 1):
-            z += w[E, i] * inverse[g, i, j]
-        codes[8 * g + j] = w[Q, j]
-        missed[8 * g + j] = z
+        codes[start + j] = w[Q, j]
+        missed[start + j] = ZERO
+    for i in range(8):
+        error = w[E, i]
+        for j in range(8):
+            missed[start + j] += error * inverse[g, i, j]
+    cost = ZERO
+    for i in range(8):
+        z = missed[start + i]
         cost += z * z
-    for k in range(8 * g + 8, len(work)):
-        moved = work[k]
-        for i in range(8):
-            moved -= missed[8 * g + i] * factor[8 * g + i, k]
-        work[k] = moved
+        for k in range(start + 8, len(work)):
+            work[k] -= z * factor[start + i, k]
     return cost

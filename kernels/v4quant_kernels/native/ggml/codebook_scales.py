@@ -35,24 +35,25 @@ def ideal_steps(values: F32, weights: F32, weighing: Weighing, family: F32, foun
     book = weighing.codebook
     parts = (weighing.table, weighing.s, weighing.carry)
     table, s, carry = (part[0].contiguous().numpy() for part in parts)
+    rows = np.ascontiguousarray(values.T)  # as in `codebook_fit.fit`
     loop = partial(
-        _ideal_steps, values, weights, weighing.grid.numpy(), table, s, carry, family, book.vector,
+        _ideal_steps, rows, weights, weighing.grid.numpy(), table, s, carry, family, book.vector,
         book.signs == "even", EITHER_SHIFT if book.shift else NO_SHIFT, found,
     )  # fmt: skip
-    over_rows(values.shape[1], loop)
+    over_rows(len(rows), loop)
 
 
 @compiled
 def _ideal_steps(  # type: ignore[no-untyped-def]
     values, weights, grid, table, s, carry, family, vector, even, shift, found, start, stop
 ):
-    size = values.shape[0]
+    size = values.shape[1]
     w = np.empty((ROWS, 8), np.float32)
     order, first = np.empty(FLIPS, np.int64), np.empty(FLIPS, np.int64)
     for n in range(start, stop):
         top = ZERO
         for i in range(size):
-            top = max(top, abs(values[i, n]))
+            top = max(top, abs(values[n, i]))
         best, found[0, n], found[1, n] = ZERO, ZERO, ZERO
         if not top > ZERO:
             continue
@@ -63,7 +64,7 @@ def _ideal_steps(  # type: ignore[no-untyped-def]
             xq, qq = ZERO, ZERO
             for g in range(size // 8):
                 for i in range(8):
-                    w[V, i] = values[8 * g + i, n]
+                    w[V, i] = values[n, 8 * g + i]
                 code_group(
                     grid, table, s, carry, g, step, vector, even, shift, w, order, first
                 )  # fmt: skip
