@@ -18,9 +18,10 @@ from v4quant.sizes import parse_size
 from v4quant.source import Source, resolve_source
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_RELEASE
 from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
-from v4quant_calibration.model.options import ForwardOptions
+from v4quant_calibration.forward.checkpoint_params import model_config
+from v4quant_calibration.model.options import ACTIVATIONS, ForwardOptions
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.model_config import ModelConfig, parse_model_config
+from v4quant_formats.model_config import ModelConfig
 
 PathLike = str | os.PathLike[str]
 SourceLike = PathLike | HubRef
@@ -54,7 +55,7 @@ def size_of(value: Size) -> int | None:
 
 def config_of(checkpoint: Checkpoint) -> ModelConfig:
     """The checkpoint's config.json, complete enough to run the model. Raises ConfigError."""
-    return parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
+    return model_config(checkpoint)
 
 
 def read_corpus(
@@ -88,10 +89,10 @@ def corpus_names(names: PathLike | Sequence[PathLike]) -> list[str]:
 
 
 def forward_options(activations: str, products: str = "f32") -> ForwardOptions:
-    """How the forward pass multiplies: activations "plain" or "official"; products "f32", "bf16"
-    or "kernels"."""
+    """How the forward pass multiplies: activations "plain", "kv" or "official"; products "f32",
+    "bf16" or "kernels"."""
     return ForwardOptions(
-        activations="official" if activations == "official" else "plain",
+        activations=activations if activations in ACTIVATIONS else "plain",
         matmul_dtype=torch.float32 if products == "f32" else torch.bfloat16,
         expert_kernels=products == "kernels",
     )

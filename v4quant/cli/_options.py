@@ -32,7 +32,7 @@ def corpus_options(default: str) -> Callable[[Command], Command]:
         for option in (
             click.option(
                 "--activations",
-                type=click.Choice(["plain", "official"]),
+                type=click.Choice(["plain", "kv", "official"]),
                 default="plain",
                 show_default=True,
                 help="plain: weights alone; official: with the release's activation rounding.",

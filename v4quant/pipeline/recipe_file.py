@@ -79,7 +79,7 @@ def load_pipeline(name: str) -> Pipeline:
 
 Step = TypeVar("Step", CorpusStep, VerifyStep)
 
-_CHOICES = {"activations": ("plain", "official")}
+_CHOICES = {"activations": ("plain", "kv", "official")}
 _TYPES: dict[str, tuple[type, ...]] = {
     "tokens": (int,),
     "seq_len": (int,),

@@ -29,7 +29,7 @@ from v4quant_calibration.evaluation.scoring import (
     score,
 )
 from v4quant_calibration.evaluation.verdict import by_part, compared, largest_floor
-from v4quant_calibration.forward.checkpoint_params import CPU, CheckpointParams
+from v4quant_calibration.forward.checkpoint_params import CPU, CheckpointParams, model_config
 from v4quant_calibration.forward.stream import (
     LayerResult,
     MemoryStore,
@@ -41,7 +41,7 @@ from v4quant_calibration.forward.stream import (
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.streams import Streams
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.model_config import ModelConfig, parse_model_config
+from v4quant_formats.model_config import ModelConfig
 from v4quant_kernels.progress import Progress
 
 
@@ -110,9 +110,9 @@ def evaluate_all(
 
     Their noise floor and coverage are the same. Raises as `evaluate` does.
     """
-    config, room = _config(reference), room or Room()
+    config, room = model_config(reference), room or Room()
     for checkpoint in checkpoints:
-        _check_same_model(_config(checkpoint), config, checkpoint, reference)
+        _check_same_model(model_config(checkpoint), config, checkpoint, reference)
     experts = config.n_routed_experts
     watch = LayerWatch(experts, keep_outputs=True)
     params = CheckpointParams(reference, room.device)
@@ -150,10 +150,6 @@ def evaluate_all(
     return results
 
 
-def _config(checkpoint: Checkpoint) -> ModelConfig:
-    return parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
-
-
 def _candidate(
     checkpoint: Checkpoint, options: ForwardOptions, experts: int, device: torch.device
 ) -> StreamModel:
@@ -188,7 +184,7 @@ def _alone(
     measures: Measures,
     room: Room,
 ) -> dict[str, Any]:
-    config, text = _config(checkpoint), measures.with_needles(corpus)
+    config, text = model_config(checkpoint), measures.with_needles(corpus)
     params = CheckpointParams(checkpoint, room.device)
     model = StreamModel(params, options, name=str(checkpoint.path))
     taps = measures.taps(config, 1)
@@ -218,7 +214,7 @@ def evaluate_saved(
     The noise floor is then the checkpoint's own: it again under another rounding, against itself.
     There are no figures of layers, which need the reference's streams. Raises as `evaluate` does.
     """
-    config, room = _config(checkpoint), room or Room()
+    config, room = model_config(checkpoint), room or Room()
     params = CheckpointParams(checkpoint, room.device)
     model = StreamModel(params, options, name=str(checkpoint.path))
     variants = floor_options(options, measures.floors)

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.evaluation.scoring import score
-from v4quant_calibration.forward.checkpoint_params import CheckpointParams
+from v4quant_calibration.forward.checkpoint_params import CheckpointParams, model_config
 from v4quant_calibration.forward.stream import StreamModel, stream_forward
-from v4quant_calibration.model.params import Params
+from v4quant_calibration.model.params import Params, gather_rows
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.model_config import parse_model_config
 from v4quant_kernels.progress import Progress, SilentProgress
 
 _SIDE_BY_SIDE = 4
@@ -38,6 +37,10 @@ class Altered:
         """The tensor called `base`, altered."""
         return self.alter(base, self.params(base))
 
+    def gather(self, base: str, rows: Tensor, /) -> Tensor:
+        """Rows of the tensor called `base`, altered: what alters tables goes row by row."""
+        return self.alter(base, gather_rows(self.params, base, rows))
+
 
 def measure_effects(
     checkpoint: Checkpoint, corpus: Corpus, alters: Sequence[Alter], progress: Progress
@@ -46,7 +49,7 @@ def measure_effects(
 
     Raises DivergenceError for too little text and what the forward pass raises.
     """
-    config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
+    config = model_config(checkpoint)
     params = CheckpointParams(checkpoint)
     found: list[float] = []
     progress.start("Effect of each place", len(alters), "place")

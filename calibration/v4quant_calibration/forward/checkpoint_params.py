@@ -13,12 +13,30 @@ from torch import Tensor
 
 from v4quant_calibration.model.params import TOKEN_MAP
 from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.deepseek_v4 import other_release
 from v4quant_formats.engram import read_token_map
-from v4quant_formats.model_config import parse_dimensions
+from v4quant_formats.model_config import (
+    ConfigError,
+    ModelConfig,
+    parse_dimensions,
+    parse_model_config,
+)
 from v4quant_formats.weights import read_coded, read_dense, read_dense_at, read_dense_rows
 from v4quant_kernels.qtensor import QTensor
 
 CPU = torch.device("cpu")
+
+
+def model_config(checkpoint: Checkpoint) -> ModelConfig:
+    """What the forward pass needs of a checkpoint's config.json.
+
+    Raises ConfigError, also for a config of V4 beside tensors of V4.1 and the reverse.
+    """
+    where = f"{checkpoint.path / 'config.json'}"
+    config = parse_model_config(dict(checkpoint.config), where)
+    for problem in other_release(config, checkpoint.tensors):
+        raise ConfigError(f"{where}: {problem}; it belongs to another checkpoint")
+    return config
 
 
 class CheckpointParams:

@@ -10,9 +10,12 @@ legitimate computation is the noise floor against which a damage must be measure
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
+
+Activations = Literal["plain", "kv", "official"]
+ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class ForwardOptions:
         and read the experts' weights more often.
     """
 
-    activations: Literal["plain", "kv", "official"] = "plain"
+    activations: Activations = "plain"
     kv_rounding: bool = True
     shared_clamp: bool = True
     matmul_dtype: torch.dtype = torch.float32

@@ -117,7 +117,7 @@ class LayerSolver(MomentObserver):
 
     def on_experts(self, layer: str, x: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
         """Solve the layer, unless its file is there."""
-        experts = self._config.n_routed_experts
+        experts = self._config.facts(layer).experts
         if stage_file(self._folder, layer).exists():
             self._progress.advance(experts)
             return
@@ -150,7 +150,7 @@ class LayerSolver(MomentObserver):
         found = {}
         modules = [
             expert_module(layer, expert, projection)
-            for expert in range(self._config.n_routed_experts)
+            for expert in range(self._config.facts(layer).experts)
             for projection in PROJECTIONS
         ]
         for module in (*modules, *(f"{shared_expert(layer)}.{p}" for p in PROJECTIONS)):

@@ -65,6 +65,10 @@ class SolvedParams:
                 return dequantize(coded.to(self._device))
         return self._original(base)
 
+    def gather(self, base: str, rows: Tensor, /) -> Tensor:
+        """Rows of a table, which is never solved."""
+        return self._original.gather(base, rows)
+
     def close(self) -> None:
         """Close the files read last."""
         for stage in self._open.values():

@@ -87,7 +87,7 @@ def solve(
     stages = [*trunk_stages(config), *drafts.stages]
     header = _header(checkpoint, windows, options, floor, settings)
     begin_solution(folder, header)
-    progress.start("Solving", len(stages) * config.n_routed_experts, "expert")
+    progress.start("Solving", sum(config.facts(s).experts for s in stages), "expert")
     keeper = InputKeeper() if settings.propagate else None
     params = SolvedParams(checkpoint, folder, device)
     original = CheckpointParams(checkpoint, device)

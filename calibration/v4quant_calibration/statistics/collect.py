@@ -75,22 +75,23 @@ class MomentObserver(SilentObserver):
         """
         self._demand = demand
         self.dense: dict[str, DenseInputs] | None = {} if dense else None
-        experts = self._experts = config.n_routed_experts
         widths = {"w13": config.hidden_size, "w2": config.moe_intermediate_size}
-        self.stages = {
-            stage: StageStats(
+
+        def empty(experts: int) -> StageStats:
+            return StageStats(
                 torch.zeros(experts, dtype=torch.int64),
                 {k: torch.zeros(experts, w, dtype=torch.float64) for k, w in widths.items()},
                 {k: torch.zeros(experts) for k in widths},
             )
-            for stage in stages
-        }
+
+        self.stages = {stage: empty(config.facts(stage).experts) for stage in stages}
 
     def on_experts(self, layer: str, x: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
         """What this round adds is known now: tell the demand who is starved still."""
         if self._demand is not None:
-            added = torch.bincount(expert_ids.flatten().cpu(), minlength=self._experts)
-            self._demand.learn(layer, x, self.stages[layer].tokens + added)
+            tokens = self.stages[layer].tokens
+            added = torch.bincount(expert_ids.flatten().cpu(), minlength=len(tokens))
+            self._demand.learn(layer, x, tokens + added)
 
     def on_linear(self, module: str, x: Tensor) -> None:
         """Rows that a dense matrix multiplies."""

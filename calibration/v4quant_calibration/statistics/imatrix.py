@@ -66,7 +66,7 @@ def load_imatrix(path: Path, config: ModelConfig, source_digest: str, floor: int
             continue
         stage, _, projection = module.partition(".ffn.experts.{}.")
         source = _SOURCES[projection]
-        _check_shape(path, name, found, config, source)
+        _check_shape(path, name, found, config, stage, source)
         experts.setdefault(stage, {})[source] = found
     stages = {
         stage: _stage(parts) for stage, parts in experts.items() if parts.keys() == {"w13", "w2"}
@@ -78,9 +78,11 @@ def load_imatrix(path: Path, config: ModelConfig, source_digest: str, floor: int
     return Stats(source_digest, floor, stages, dense=dense)
 
 
-def _check_shape(path: Path, name: str, found: Inputs, config: ModelConfig, source: str) -> None:
+def _check_shape(
+    path: Path, name: str, found: Inputs, config: ModelConfig, stage: str, source: str
+) -> None:
     columns = config.hidden_size if source == "w13" else config.moe_intermediate_size
-    wanted = (config.n_routed_experts, columns)
+    wanted = (config.facts(stage).experts, columns)
     if tuple(found.sums.shape) != wanted:
         raise StatsError(
             f"{path}: '{name}' is of {found.sums.shape[0]} experts of {found.sums.shape[1]} "

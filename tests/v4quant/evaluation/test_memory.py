@@ -79,3 +79,28 @@ def test_peak_stays_below_the_cap(tmp_path: Path) -> None:
     for key in ("tokens", "sequences"):
         assert result[key] == again[key]
     assert again["nll"] == pytest.approx(result["nll"], rel=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a child")
+def test_peak_does_not_grow_with_engram_tables(tmp_path: Path) -> None:
+    """Two gigabytes of table, which the file system pretends, under a cap of half of one."""
+    sizes = {"hidden_size": 512, "num_hidden_layers": 3, "n_routed_experts": 2}
+    sizes |= {"dspark_n_routed_experts": 2}
+    np.save(tmp_path / "ids.npy", np.random.default_rng().integers(3, 400, (3, 500)))
+    peaks = []
+    for rows in (10_000, 30_000_000):
+        folder = tmp_path / str(rows)
+        write_checkpoint(
+            folder,
+            Request("v41", overrides=tuple(sizes.items()), engram_rows=rows, headers_only=True),
+        )
+        table = max(p.stat().st_size for p in folder.iterdir())
+        base = [sys.executable, "-m", "v4quant", "evaluate", str(folder), "--json"]
+        command = [*base, "--corpus", str(tmp_path / "ids.npy"), "--max-memory", "500MB"]
+        peak, result = peak_of(command, tmp_path)
+        print(f"{rows:,} rows, largest file {table / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
+        assert result["tokens"] == 3 * 499
+        peaks.append(peak)
+    assert table > 1.9e9
+    assert max(peaks) < 500e6
+    assert abs(peaks[1] - peaks[0]) < 20e6
