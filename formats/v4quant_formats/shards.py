@@ -236,7 +236,8 @@ def write_file_atomically(path: Path, data: bytes) -> WrittenFile:
 def output_error(path: Path, error: OSError) -> OutputError:
     """The one-line error for a failed write."""
     remedies = {
-        errno.ENOSPC: "the disk is full; free space and run the same command again, it resumes",
+        errno.ENOSPC: "the disk is full; free space (with the hub, a lower --disk-cap helps too) "
+        "and run the same command again, it resumes",
         errno.EROFS: "the file system is read-only; choose another output folder",
         errno.EACCES: "permission denied; choose a folder you may write to",
         errno.EPERM: "permission denied; choose a folder you may write to",

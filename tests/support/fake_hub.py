@@ -93,6 +93,8 @@ class FakeHub:
         self.lock = threading.RLock()
         self.slow: Callable[[str], float] = lambda route: 0.0
         self.on_request: Callable[[str, str], None] = lambda route, path: None
+        self.answers: dict[str, Callable[[Any], None]] = {}  # route -> what answers in its place
+        self.verify_url = ""  # where clients are told to confirm an upload; default: here
         self._faults: dict[str, deque[str]] = {}
         handler = type("Handler", (_Handler,), {"hub": self})
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(1 + cdn)]
@@ -225,6 +227,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.fault == "late drop":  # the work is done, the answer is lost
             self._lost = True
+        if name in self.hub.answers:
+            self.hub.answers[name](self)
+            return
         getattr(self, name)(*groups)
 
     def _hang_up(self) -> None:
@@ -329,14 +334,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def lfs_batch(self, name: str) -> None:
         self._repo(name, write=True)
-        rows = []
+        rows, verify = [], self.hub.verify_url or self.hub.url
         for item in json.loads(self.body)["objects"]:
             row: dict[str, Any] = {"oid": item["oid"], "size": item["size"]}
             if item["oid"] not in self.hub.blobs:
                 href = f"{self.hub.url}/lfs/{item['oid']}?X-Amz-Signature=secretsignature"
                 row["actions"] = {
                     "upload": {"href": href, "header": {}},
-                    "verify": {"href": f"{self.hub.url}/lfs-verify/{item['oid']}", "header": {}},
+                    "verify": {"href": f"{verify}/lfs-verify/{item['oid']}", "header": {}},
                 }
             rows.append(row)
         self._json({"transfer": "basic", "objects": rows})

@@ -6,15 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from v4quant.api.arguments import PathLike, SourceLike, source_of
+from v4quant.api.arguments import SourceLike, source_of
 from v4quant.checks.diff import DiffResult, diff_checkpoints
 from v4quant.checks.inspection import Inspection, inspect_checkpoint
 from v4quant.checks.kernel_check import check_kernels
 from v4quant.checks.verify import VerifyResult
 from v4quant.checks.verify import verify as verify_checkpoint
 from v4quant.progress import default_progress
-from v4quant.source import open_source
-from v4quant_formats.opening import open_checkpoint
+from v4quant.source import Source, open_source
 from v4quant_formats.preflight import Preflight, preflight, preflight_onnx
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.selfcheck import KernelCheck
@@ -59,7 +58,7 @@ def inspect(
 
 
 def verify(
-    out: PathLike,
+    out: SourceLike,
     *,
     source: SourceLike | None = None,
     kernels: bool = False,
@@ -69,7 +68,7 @@ def verify(
     context: int = 8192,
     progress: Progress | None = None,
 ) -> Verification:
-    """Check converted checkpoint `out`: hashes, structure, exactness.
+    """Check converted checkpoint `out`, a folder or a repository: hashes, structure, exactness.
 
     source: compare every value with it. kernels: run the Triton kernels on sampled tensors.
     engine: predict from headers whether it loads `out`, on `tp` GPUs of kind `gpu` with `context`
@@ -77,12 +76,15 @@ def verify(
 
     Raises ManifestError without a readable v4quant.json, and what opening raises.
     """
-    folder, shown = Path(out), default_progress(progress)
-    found = _predict(folder, engine, tp, context, gpu) if engine is not None else None
+    place, shown = source_of(out), default_progress(progress)
+    found = _predict(place, engine, tp, context, gpu) if engine is not None else None
     if found is not None and source is None and not kernels:
         return Verification(None, (), found)
-    values = verify_checkpoint(folder, None if source is None else source_of(source), shown)
-    checks = check_kernels(folder, shown) if kernels else []
+    values = verify_checkpoint(place, None if source is None else source_of(source), shown)
+    checks = []
+    if kernels:
+        with open_source(place) as checkpoint:
+            checks = check_kernels(checkpoint, shown)
     return Verification(values, tuple(checks), found)
 
 
@@ -102,8 +104,8 @@ def diff(
         return diff_checkpoints(left, right, default_progress(progress), full, samples)
 
 
-def _predict(out: Path, engine: str, tp: int, context: int, gpu: str | None) -> Preflight:
-    if engine == "onnxruntime" and next(out.glob("*.onnx"), None) is not None:
+def _predict(out: Source, engine: str, tp: int, context: int, gpu: str | None) -> Preflight:
+    if engine == "onnxruntime" and isinstance(out, Path) and any(out.glob("*.onnx")):
         return preflight_onnx(out)
-    with open_checkpoint(out) as checkpoint:
+    with open_source(out, headers_only=True) as checkpoint:
         return preflight(checkpoint, engine, tp, context, gpu or "")

@@ -168,7 +168,7 @@ def quantize(
         evidence, digest = read_evidence(checkpoint, path_of(stats), chosen)
         plan = replace(make_plan(checkpoint, chosen, digest), device=find_device(device))
         threads = fit_workers(plan, workers or os.cpu_count() or 1, size_of(max_memory))
-        share = share_cap(plan, disk, places.repo is not None)
+        share = share_cap(plan, disk, places.out if places.repo is not None else None)
         if places.repo is None:
             return run_job(plan, places.out, evidence, threads, shown, ranks)
         request = CardRequest(places.repo)

@@ -9,7 +9,7 @@ from typing import Any
 
 from v4quant.api.arguments import PathLike, path_of
 from v4quant.checks.verify import verify
-from v4quant.hub.client import HubError
+from v4quant.hub.errors import HubError
 from v4quant.hub.refs import SCHEME, parse_hub
 from v4quant.progress import default_progress
 from v4quant.publishing.card import CardRequest, license_of, render_card

@@ -6,11 +6,8 @@ what an interpreter can chew, and multiplied by the Triton kernel, its torch twi
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import PROJECTIONS, expert_module, parse_name
-from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.weights import find_weight, read_weight
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.experts import ExpertWeights, stack_experts
@@ -22,19 +19,18 @@ _EXPERTS = 3
 _WIDTH = 256  # a multiple of every scheme's block
 
 
-def check_kernels(out: Path, progress: Progress) -> list[KernelCheck]:
-    """Check kernels on sampled experts of a checkpoint folder; one entry per kernel and stage.
+def check_kernels(checkpoint: Checkpoint, progress: Progress) -> list[KernelCheck]:
+    """Check kernels on sampled experts of a checkpoint; one entry per kernel and stage.
 
     Raises BackendUnavailable without Triton, and what reading the checkpoint raises.
     """
-    with open_checkpoint(out) as checkpoint:
-        stages = _stages(checkpoint)
-        progress.start("Kernels", len(stages), "stage")
-        checks = []
-        for seed, stage in enumerate(stages):
-            checks += run_isolated(_sample(checkpoint, stage), seed)
-            progress.advance(1)
-        progress.finish()
+    stages = _stages(checkpoint)
+    progress.start("Kernels", len(stages), "stage")
+    checks = []
+    for seed, stage in enumerate(stages):
+        checks += run_isolated(_sample(checkpoint, stage), seed)
+        progress.advance(1)
+    progress.finish()
     return checks
 
 

@@ -7,11 +7,13 @@ every element, and the error of quantized matrices must be what the manifest say
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,12 +22,22 @@ import torch
 from v4quant.checks.independent_decoder import decode_rows
 from v4quant.checks.soundness import unknown_of
 from v4quant.conversion.records import TensorRecord, record_from_dict
+from v4quant.hub.download import download
+from v4quant.hub.refs import HubRef
+from v4quant.hub.remote import Remote
+from v4quant.hub.shard_cache import Shelf
 from v4quant.source import Source, open_source
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import split_part
 from v4quant_formats.file_hash import hash_file
-from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
+from v4quant_formats.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    ManifestError,
+    read_manifest,
+)
 from v4quant_formats.opening import open_checkpoint
+from v4quant_formats.sidecars import MAX_SIDECAR_BYTES
 from v4quant_formats.structure import find_defects
 from v4quant_formats.weights import find_weight
 from v4quant_kernels.errors import V4QuantError
@@ -54,30 +66,86 @@ class VerifyResult:
     findings: tuple[Finding, ...]
 
 
-def verify(out: Path, source: Source | Checkpoint | None, progress: Progress) -> VerifyResult:
-    """Check a folder written by `quantize`, against its source (open or not) when that is given.
+def verify(out: Source, source: Source | Checkpoint | None, progress: Progress) -> VerifyResult:
+    """Check what `quantize` wrote, against its source (open or not) when that is given.
 
+    out: a folder, whose files are hashed, or a repository, whose listing's digests are compared.
     Raises ManifestError without a readable v4quant.json, and V4QuantError for a bad source.
     """
+    if isinstance(out, HubRef):
+        with open_source(out) as published:
+            if not isinstance(published.shards, Shelf):  # the hub's cache has all of it
+                return verify(published.path, source, progress)
+            remote = published.shards.remote
+            manifest = _published_manifest(remote)
+            findings = list(_check_listed(remote, manifest, progress))
+            return _check_values(published, manifest, findings, source, progress)
     manifest = read_manifest(out)
     findings = list(_check_files(out, manifest, progress))
-    records = {r.module: r for r in map(record_from_dict, manifest["tensors"])}
-    findings += _check_claims(manifest, records)
-    compared = exact = 0
     try:
         output = open_checkpoint(out)
     except V4QuantError as error:
-        findings.append(Finding(str(out), str(error)))
+        records = _records(manifest)
+        findings += [*_check_claims(manifest, records), Finding(str(out), str(error))]
         return VerifyResult(len(manifest["files"]), len(records), 0, 0, tuple(findings))
     with output:
-        findings += _check_structure(output, records)
-        if source is not None:
-            opened = nullcontext(source) if isinstance(source, Checkpoint) else open_source(source)
-            with opened as original:
-                findings += _check_identity(original, manifest)
-                compared, exact, more = _compare_all(original, output, records, manifest, progress)
-                findings += more
+        return _check_values(output, manifest, findings, source, progress)
+
+
+def _records(manifest: dict[str, Any]) -> dict[str, TensorRecord]:
+    return {r.module: r for r in map(record_from_dict, manifest["tensors"])}
+
+
+def _check_values(
+    output: Checkpoint,
+    manifest: dict[str, Any],
+    findings: list[Finding],
+    source: Source | Checkpoint | None,
+    progress: Progress,
+) -> VerifyResult:
+    """What an open checkpoint is, beside what was found in its files."""
+    records, compared, exact = _records(manifest), 0, 0
+    findings = [*findings, *_check_claims(manifest, records), *_check_structure(output, records)]
+    if source is not None:
+        opened = nullcontext(source) if isinstance(source, Checkpoint) else open_source(source)
+        with opened as original:
+            findings += _check_identity(original, manifest)
+            compared, exact, more = _compare_all(original, output, records, manifest, progress)
+            findings += more
     return VerifyResult(len(manifest["files"]), len(records), compared, exact, tuple(findings))
+
+
+def _published_manifest(remote: Remote) -> dict[str, Any]:
+    """A repository's v4quant.json. Raises ManifestError or HubError."""
+    file = remote.files.get(MANIFEST_NAME)
+    if file is None or file.size > MAX_MANIFEST_BYTES:
+        raise ManifestError(
+            f"{remote}: holds no readable {MANIFEST_NAME}; it was not written by v4quant"
+        )
+    with TemporaryDirectory(prefix="v4quant-") as folder:
+        download(remote, file, Path(folder) / MANIFEST_NAME)
+        return read_manifest(Path(folder))
+
+
+def _check_listed(
+    remote: Remote, manifest: dict[str, Any], progress: Progress
+) -> Iterator[Finding]:
+    """Compare a repository's listing with the manifest. Files outside large storage are read."""
+    progress.start("Comparing digests", sum(f["bytes"] for f in manifest["files"]), "B")
+    for entry in manifest["files"]:
+        name, file = entry["name"], remote.files.get(entry["name"])
+        if file is None:
+            yield Finding(name, "file is missing")
+        elif file.size != entry["bytes"]:
+            yield Finding(name, "bytes differ from the manifest (size)")
+        else:
+            digest = file.sha256
+            if not digest and file.size <= MAX_SIDECAR_BYTES:
+                digest = hashlib.sha256(remote.read(name, 0, file.size)).hexdigest()
+            if digest != entry["sha256"]:
+                yield Finding(name, "bytes differ from the manifest (SHA-256)")
+        progress.advance(entry["bytes"])
+    progress.finish()
 
 
 def _check_claims(manifest: dict[str, Any], records: dict[str, TensorRecord]) -> Iterator[Finding]:

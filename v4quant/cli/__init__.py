@@ -20,6 +20,7 @@ import click
 
 from v4quant import __version__
 from v4quant.cli import _exit, _output
+from v4quant.cli._termination import watch_termination
 from v4quant_kernels.errors import V4QuantError
 
 COMMANDS = {
@@ -106,6 +107,7 @@ def _read_environment(command: click.Command, prefix: str) -> None:
 def main() -> NoReturn:
     """Entry point of the `v4quant` command."""
     signal.signal(signal.SIGTERM, _on_terminate)
+    watch_termination()
     # numpy is optional to torch and absent CUDA is normal here: neither concerns the user.
     warnings.filterwarnings("ignore", module=r"torch\..*")
     try:

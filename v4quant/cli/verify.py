@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="Example: v4quant verify out --source DeepSeek-V4-Flash --kernels")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=SOURCE)
 @click.option("--source", type=SOURCE, help="Compare every value with this.")
 @click.option("--kernels", is_flag=True, help="Run the Triton kernels on sampled tensors of OUT.")
 @click.option(
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 @click.pass_context
 def verify(
     ctx: click.Context,
-    out: Path,
+    out: str,
     source: str | None,
     kernels: bool,
     engine: str | None,
@@ -51,6 +50,9 @@ def verify(
     as_json: bool,
 ) -> None:
     """Check a converted checkpoint OUT: hashes, structure, exactness. Exit code 3: a difference.
+
+    OUT may be a repository, hf://owner/name: the digests of its listing are then compared, and with
+    --source or --kernels its shards are read.
 
     With --engine only headers, config.json and NVFP4's scalars are read, and exit code 3 means that
     the engine would not load it, or would load it wrongly; add --source for the rest.

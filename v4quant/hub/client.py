@@ -13,9 +13,12 @@ import json
 import re
 import time
 from collections.abc import Callable
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from v4quant import __version__
+from v4quant.hub.errors import HubAccessError, HubError, HubNotFound, HubOffline
+from v4quant.hub.session import guard_session, has_answered
 from v4quant_kernels.errors import V4QuantError
 
 if TYPE_CHECKING:
@@ -23,34 +26,20 @@ if TYPE_CHECKING:
 
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 TRIES = 10  # without any progress in between
+FIRST_TRIES = 3  # while no server has answered at all
 FIRST_WAIT, LONGEST_WAIT, LONGEST_RETRY_AFTER = 0.5, 30.0, 600.0
 _LONGEST_MESSAGE = 600
 
 Result = TypeVar("Result")
 
 
-class HubError(V4QuantError):
-    """The hub did not do what it was asked; the message says what helps."""
-
-
-class HubAccessError(HubError):
-    """No token, an expired one, or one that may not do this."""
-
-
-class HubNotFound(HubError):
-    """No such repository, revision or file (or none that this token may see)."""
-
-
-class HubOffline(HubError):
-    """HF_HUB_OFFLINE is set and the local cache does not hold what is asked."""
-
-
 class PassingFailure(Exception):
     """A failure that another try may not meet; `wait` is what the server asked for."""
 
-    def __init__(self, text: str, wait: float | None = None) -> None:
+    def __init__(self, text: str, wait: float | None = None, weight: int = 1) -> None:
+        """weight: as how many tries it counts."""
         super().__init__(text)
-        self.wait = wait
+        self.wait, self.weight = wait, weight
 
 
 def client() -> HfApi:
@@ -62,6 +51,7 @@ def client() -> HfApi:
         raise HubOffline(
             "HF_HUB_OFFLINE is set, so no hub is asked; unset it, or give a local folder"
         )
+    guard_session()
     if not constants.HF_DEBUG:
         # Its warnings name signed links, its bars would draw over ours.
         logging.set_verbosity_error()
@@ -102,15 +92,21 @@ class Patience:
 
     def wait(self, failure: PassingFailure) -> None:
         """Sleep before the next try. Raises HubError when there were enough."""
-        self._tries += 1
-        if self._tries >= TRIES:
+        self._tries += failure.weight
+        most = TRIES if has_answered() else FIRST_TRIES
+        if self._tries >= most:
             raise HubError(
-                f"{self._what} failed {TRIES} times in a row: {scrub(str(failure))}; the same "
-                "command resumes where this one stopped"
+                f"{self._what} failed {-(-most // failure.weight)} times in a row: "
+                f"{scrub(str(failure))}; the same command resumes where this one stopped"
+            ) from None
+        if failure.wait is not None and failure.wait > LONGEST_RETRY_AFTER:
+            raise HubError(
+                f"{self._what}: the hub asks to wait {failure.wait / 3600:,.1f} hours; the same "
+                "command, run then, resumes where this one stopped"
             ) from None
         pause = min(FIRST_WAIT * 2 ** (self._tries - 1), LONGEST_WAIT)
         if failure.wait is not None:
-            pause = min(max(pause, failure.wait), LONGEST_RETRY_AFTER)
+            pause = max(pause, failure.wait)
         end = time.monotonic() + pause
         while (left := end - time.monotonic()) > 0 and not self._stopped():
             time.sleep(min(left, 0.2))
@@ -156,7 +152,7 @@ def _judge(what: str, error: Exception) -> PassingFailure:
         return PassingFailure(f"{type(cause).__name__}: {cause}")
     if isinstance(cause, OSError):
         raise HubError(f"{what}: {scrub(str(cause))}") from None
-    if isinstance(error, ValueError | KeyError | TypeError):
+    if isinstance(error, ValueError | KeyError | TypeError | RecursionError | httpx2.InvalidURL):
         raise HubError(f"{what}: the hub's answer makes no sense: {scrub(str(error))}") from None
     raise error
 
@@ -165,9 +161,18 @@ def passing(response: Any) -> PassingFailure | None:
     """A failure worth another try, if an HTTP response is one."""
     if response.status_code not in PASSING:
         return None
-    wait = str(response.headers.get("Retry-After", ""))
-    seconds = float(wait) if re.fullmatch(r"\d{1,6}", wait) else None
-    return PassingFailure(f"HTTP {response.status_code}", seconds)
+    told = str(response.headers.get("Retry-After", ""))
+    return PassingFailure(f"HTTP {response.status_code}", _seconds(told))
+
+
+def _seconds(told: str) -> float | None:
+    """What `Retry-After` asks for: seconds, or a date."""
+    if re.fullmatch(r"\d+", told):
+        return float(told[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(told).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 def refusal(what: str, status: int, text: str) -> HubError:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from v4quant.hub.client import HubError
+from v4quant.hub.errors import HubError
 from v4quant.hub.remote import Remote, RemoteFile
 from v4quant_formats.errors import OutputError, SourceChanged
 from v4quant_formats.shards import output_error

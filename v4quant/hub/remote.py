@@ -9,6 +9,7 @@ to another host is followed without the token.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -16,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from v4quant.hub.client import (
-    HubError,
-    HubNotFound,
     PassingFailure,
     Patience,
     client,
@@ -25,7 +24,9 @@ from v4quant.hub.client import (
     persistently,
     refusal,
 )
+from v4quant.hub.errors import HubError, HubNotFound
 from v4quant.hub.refs import HubRef
+from v4quant.hub.session import origin
 from v4quant_formats.errors import SourceChanged, UnsafePath
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 MAX_FILES = 100_000
 MAX_FILE_BYTES = 2**44
 _MAX_REDIRECTS = 5
+_MAX_PAGES = 1000
+_PROGRESS, _PROGRESS_SHARE = 2**20, 4  # bytes, or one part of what was asked for
+_SLOW_SECONDS, _SLOW_BYTES = 20.0, 20_000  # an answer slower than this is given up
+_SLOW_WEIGHT = 5
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,13 @@ class Remote:
         while at < stop:
             if stopped():
                 raise HubError(f"{self}: reading {name}: stopped")
+            began, enough = at, min(_PROGRESS, (stop - at) // _PROGRESS_SHARE + 1)
             try:
                 for piece in self._request(name, at, stop):
                     at += len(piece)
-                    patience.progressed()
+                    # A line of a few bytes a second is no progress.
+                    if at - began >= enough:
+                        patience.progressed()
                     yield piece
                 failure = PassingFailure(f"the answer ended at byte {at:,} of {stop:,}")
             except PassingFailure as error:
@@ -107,7 +115,7 @@ class Remote:
         url = self._locations.get(name, home)
         for _ in range(_MAX_REDIRECTS):
             headers = build_hf_headers(token=self._api.token, library_name="v4quant")
-            if _origin(url) != _origin(home):
+            if origin(url) != origin(home):
                 headers = {"user-agent": headers.get("user-agent", "v4quant")}
             headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
             timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -124,9 +132,14 @@ class Remote:
         raise HubError(f"{self}: {name}: more than {_MAX_REDIRECTS} redirects")
 
     def _redirected(self, name: str, url: str, location: str) -> str:
-        target = urljoin(url, location)
-        secure = urlsplit(url).scheme
-        if urlsplit(target).scheme not in ({"https"} if secure == "https" else {"http", "https"}):
+        try:
+            target = urljoin(url, location)
+        except ValueError:
+            target = location
+        allowed = {"https"} if urlsplit(url).scheme == "https" else {"http", "https"}
+        scheme, host, _ = origin(target)
+        plain = target.isascii() and target.isprintable()
+        if not plain or not host or scheme not in allowed:
             raise HubError(f"{self}: {name}: is redirected to something that is not https; refused")
         return target
 
@@ -156,7 +169,15 @@ class Remote:
                     f"{self.files[name].size:,}"
                 )
         left = stop - start
+        began, seen = time.monotonic(), left
         for chunk in response.iter_raw():
+            if time.monotonic() - began > _SLOW_SECONDS:
+                if seen - left < _SLOW_BYTES:
+                    raise PassingFailure(
+                        f"fewer than {_SLOW_BYTES:,} bytes in {_SLOW_SECONDS:.0f} s",
+                        weight=_SLOW_WEIGHT,
+                    )
+                began, seen = time.monotonic(), left
             if not left:  # ending here only when there is more keeps the connection for the next
                 return
             piece = chunk[skip:] if skip else chunk
@@ -184,25 +205,58 @@ def open_remote(ref: HubRef, commit: str | None = None) -> Remote:
 
 def list_files(api: HfApi, repo: str, revision: str) -> dict[str, RemoteFile]:
     """All files of a revision by name, checked. Raises HubError or UnsafePath."""
-    from huggingface_hub.hf_api import RepoFile
-
-    def ask() -> list[RemoteFile]:
-        found = []
-        for item in api.list_repo_tree(repo, recursive=True, revision=revision):
-            if isinstance(item, RepoFile):
-                sha = item.lfs.sha256 if item.lfs else ""
-                found.append(RemoteFile(item.path, item.size, sha, item.blob_id))
-            if len(found) > MAX_FILES:
-                raise HubError(f"hf://{repo}: lists more than {MAX_FILES:,} files")
-        return found
-
-    files = persistently(f"hf://{repo}: listing files", ask)
+    files = [file for page in _pages(api, repo, revision) for file in map(_listed, page) if file]
     for file in files:
         check_name(repo, file.name)
         whole = isinstance(file.size, int) and 0 <= file.size <= MAX_FILE_BYTES
         if not whole or (file.sha256 and not re.fullmatch(r"[0-9a-f]{64}", file.sha256)):
             raise HubError(f"hf://{repo}: {file.name}: has an impossible size or digest")
     return {f.name: f for f in files}
+
+
+def _pages(api: HfApi, repo: str, revision: str) -> Iterator[list[dict[str, Any]]]:
+    """The pages of a listing, each asked for until it comes. Raises HubError when it has no end."""
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    home = f"{api.endpoint}/api/models/{repo}/tree/{quote(revision, safe='')}?recursive=true"
+    url: str = home
+    entries = 0
+
+    def ask() -> tuple[list[dict[str, Any]], str]:
+        headers = build_hf_headers(token=api.token, library_name="v4quant")
+        answer = get_session().get(url, headers=headers)
+        hf_raise_for_status(answer)
+        page = answer.json()
+        if not isinstance(page, list) or not all(isinstance(item, dict) for item in page):
+            raise HubError(f"hf://{repo}: the hub's listing is of another form than expected")
+        return page, str(answer.links.get("next", {}).get("url", ""))
+
+    for _ in range(_MAX_PAGES):
+        page, following = persistently(f"hf://{repo}: listing files", ask)
+        entries += len(page)
+        if entries > MAX_FILES:
+            break
+        yield page
+        if not following:
+            return
+        url = urljoin(url, following)
+        if origin(url) != origin(home):
+            raise HubError(f"hf://{repo}: its listing goes on at another host; refused")
+    raise HubError(f"hf://{repo}: lists more than {MAX_FILES:,} files, or has no end")
+
+
+def _listed(item: Mapping[str, Any]) -> RemoteFile | None:
+    """An entry of a listing; None for a folder. Raises HubError."""
+    if item.get("type") != "file":
+        return None
+    large = item.get("lfs")
+    sha = large.get("oid") if isinstance(large, dict) else ""
+    found = RemoteFile(item.get("path", 0), item.get("size", ""), sha or "", item.get("oid", 0))
+    kinds = [type(value) for value in (found.name, found.size, found.sha256, found.blob)]
+    if kinds != [str, int, str, str]:
+        raise HubError("the hub's listing is of another form than expected")
+    return found
 
 
 def check_name(repo: str, name: str) -> None:
@@ -225,8 +279,3 @@ def require(remote: Remote, name: str) -> RemoteFile:
         return remote.files[name]
     except KeyError:
         raise HubNotFound(f"{remote}: has no file {name}") from None
-
-
-def _origin(url: str) -> tuple[str, str, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname or "", parts.port

@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from tempfile import mkdtemp
 
-from v4quant.hub.client import HubError, HubOffline, is_offline
+from v4quant.hub.client import is_offline
 from v4quant.hub.download import download
+from v4quant.hub.errors import HubError, HubOffline
 from v4quant.hub.refs import SCHEME, HubRef, HubReferenceError, parse_hub
 from v4quant.hub.remote import Remote, open_remote, require
 from v4quant.hub.shard_cache import Shelf, remove_shards

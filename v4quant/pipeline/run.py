@@ -223,7 +223,7 @@ def _convert(
     job.watcher.step(f"Quantize to {recipe.scheme} ({recipe.format})")
     threads = fit_workers(plan, workers or os.cpu_count() or 1, job.limits.max_memory)
     repo = parse_hub(pipeline.target).repo if pipeline.target else None
-    share, delivery = share_cap(plan, disk, repo is not None), None
+    share, delivery = share_cap(plan, disk, target if repo is not None else None), None
     if repo is not None:
         delivery = open_target(repo, target, plan, share, True, CardRequest(repo))
     result = run_job(plan, target, stats, threads, job.progress, delivery=delivery)
@@ -257,7 +257,10 @@ def _verify(job: _Run, step: VerifyStep | None, source: Checkpoint) -> bool:
             f"{result.files} files and {result.modules} modules are as the manifest says; "
             f"{result.exact} hold exactly the source's values"
         )
-    checks = check_kernels(target, job.progress) if step.kernels else []
+    checks = []
+    if step.kernels:
+        with open_source(target) as output:
+            checks = check_kernels(output, job.progress)
     for check in checks:
         verdict = "ok" if check.ok else "DIFFERS"
         job.watcher.note(

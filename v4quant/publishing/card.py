@@ -18,7 +18,7 @@ from v4quant.conversion.records import TensorRecord, record_from_dict
 from v4quant.evaluation.report.probes import draft_table
 from v4quant.evaluation.report.tables import Table, distribution_table, summary_table
 from v4quant.evaluation.report.text import escape_markdown, section, text, visible
-from v4quant.hub.client import HubError
+from v4quant.hub.errors import HubError
 from v4quant.publishing.serving import serving_lines
 from v4quant.recipe import recipe_from_table
 from v4quant_formats.engines import ENGINES

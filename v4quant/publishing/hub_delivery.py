@@ -12,13 +12,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from v4quant.conversion.plan import Plan
-from v4quant.hub.client import HubError
+from v4quant.hub.errors import HubError
 from v4quant.hub.remote import RemoteFile
 from v4quant.hub.shard_cache import DiskCapError
 from v4quant.hub.source import open_published
@@ -37,7 +38,7 @@ from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
 from v4quant_formats.shards import WrittenFile
 
-_PATIENCE = 10.0  # seconds for the upload in flight when the job was interrupted
+_PATIENCE = 2.0  # seconds for the upload in flight when the job was interrupted
 
 
 class HubTarget:
@@ -135,7 +136,8 @@ class HubTarget:
         self._publisher.compare(p for p in parcels if p.is_shard)
         request = self._request
         if (out / INDEX_NAME).exists():  # other containers have no headers that engines check
-            with open_published(self.repo, out) as published:
+            # What only serves the card stops no conversion that took hours; a push renders it anew.
+            with suppress(HubError), open_published(self.repo, out) as published:
                 request = replace(request, engines=accepted_engines(published))
         parcels.append(card_parcel(render_card(manifest, request)))
         rest = tuple(p for p in parcels if not p.is_shard)

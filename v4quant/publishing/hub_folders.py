@@ -9,6 +9,7 @@ share of its own, so that neither can starve the other.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -86,8 +87,13 @@ def find_places(source: Source, out: Destination, scratch: Path | None, ranks: i
     return Places(out, scratch, None)
 
 
-def share_cap(plan: Plan, cap: int | None, target: bool) -> int:
-    """Divide the cap; set the source's share, return the output's. Raises DiskCapError."""
+def share_cap(plan: Plan, cap: int | None, work: Path | None) -> int:
+    """Divide the cap; set the source's share, return the output's. Raises DiskCapError.
+
+    work: the folder of output shards on their way to the hub, None for a conversion that stays.
+    Without a cap it is three shards a side, or what the disk has and an earlier run left here.
+    """
+    target = work is not None
     shelf = plan.checkpoint.shards
     sizes = {name: state.size for name, state in plan.checkpoint.files.items()}
     remote = isinstance(shelf, Shelf)
@@ -95,6 +101,13 @@ def share_cap(plan: Plan, cap: int | None, target: bool) -> int:
     output = max(s.nbytes for s in plan.shards) if target else 0
     if cap is None:
         cap = _AT_ONCE * (source + output)
+        room = [_room(p) for p in (work, shelf.folder if isinstance(shelf, Shelf) else None) if p]
+        cap = min([cap, *room])
+        if cap < source + output:
+            raise DiskCapError(
+                f"one source shard and one output shard need {source + output:,} bytes, and this "
+                f"disk has {cap:,} for them; free some, or give a --scratch folder on another disk"
+            )
     if cap < source + output:
         raise DiskCapError(
             f"--disk-cap {cap:,} bytes is too little: one source shard and one output shard need "
@@ -105,6 +118,13 @@ def share_cap(plan: Plan, cap: int | None, target: bool) -> int:
     if isinstance(shelf, Shelf):
         shelf.cap = mine
     return cap - mine
+
+
+def _room(folder: Path) -> int:
+    """Bytes of disk for a folder of shards: what is free, and what such a folder already takes."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+    taken = sum(p.lstat().st_size for p in folder.iterdir()) if folder.is_dir() else 0
+    return shutil.disk_usage(there).free + taken
 
 
 def update_card(repo: str, request: CardRequest) -> None:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from v4quant.hub.client import HubAccessError, HubError, HubNotFound, client, persistently
+from v4quant.hub.client import client, persistently
 from v4quant.hub.download import download
+from v4quant.hub.errors import HubAccessError, HubError, HubNotFound
 from v4quant.hub.refs import HubRef
 from v4quant.hub.remote import RemoteFile, check_name, list_files, open_remote, require
 from v4quant_formats.checkpoint import INDEX_NAME

@@ -18,13 +18,8 @@ from huggingface_hub import constants
 from tests.support.fake_hub import TOKEN, FakeHub
 from v4quant.cli import cli
 from v4quant.hub import client
-from v4quant.hub.client import (
-    HubAccessError,
-    HubError,
-    HubNotFound,
-    HubOffline,
-)
 from v4quant.hub.download import part_path
+from v4quant.hub.errors import HubAccessError, HubError, HubNotFound, HubOffline
 from v4quant.hub.refs import HubRef, HubReferenceError, parse_hub
 from v4quant.hub.shard_cache import DiskCapError
 from v4quant.hub.source import open_hub

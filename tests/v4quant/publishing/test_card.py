@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from tests.support.conversion import convert
-from v4quant.hub.client import HubError
+from v4quant.hub.errors import HubError
 from v4quant.publishing.card import CardRequest, license_of, render_card
 from v4quant.publishing.serving import accepted_engines
 from v4quant.recipe import Recipe

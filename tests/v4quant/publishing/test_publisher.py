@@ -11,7 +11,7 @@ import pytest
 from tests.support.conversion import convert, folder_bytes
 from tests.support.fake_hub import TOKEN, USER, FakeHub
 from v4quant.cli import cli
-from v4quant.hub.client import HubAccessError, HubError, HubOffline
+from v4quant.hub.errors import HubAccessError, HubError, HubOffline
 from v4quant.hub.refs import HubReferenceError
 from v4quant.publishing.publisher import NotPublished
 from v4quant_formats.checkpoint import INDEX_NAME

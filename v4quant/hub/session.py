@@ -1,0 +1,111 @@
+"""The HTTP session that huggingface_hub makes its requests with, and what we demand of it.
+
+Every request of the process to a hub goes through it, those of huggingface_hub included, so this is
+where three promises are kept. The token goes to the hub's own host and nowhere else, wherever a
+link, a redirect or an upload's address leads. An answer that is no file is read to a limit of bytes
+and of seconds. Nothing is accepted compressed: a small answer could then fill the memory.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from v4quant.hub.errors import HubError
+
+if TYPE_CHECKING:
+    import httpx2
+
+MAX_ANSWER_BYTES = 64 * 2**20
+MAX_ANSWER_SECONDS = 45.0
+_SECRETS = ("authorization", "cookie")
+_guarded = threading.Lock()
+_state = {"guarded": False, "answered": False}
+
+
+def guard_session() -> None:
+    """Make every session that huggingface_hub opens from now on keep the promises above."""
+    from huggingface_hub.utils import _http, close_session, set_client_factory
+
+    with _guarded:
+        if _state["guarded"]:
+            return
+        before: Callable[[], httpx2.Client] = getattr(
+            _http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory
+        )
+
+        def guarded() -> httpx2.Client:
+            client = before()
+            hooks = client.event_hooks
+            client.event_hooks = {
+                "request": [*hooks.get("request", ()), _before],
+                "response": [*hooks.get("response", ()), _after],
+            }
+            return client
+
+        set_client_factory(guarded)
+        close_session()
+        _state["guarded"] = True
+
+
+def has_answered() -> bool:
+    """Whether any server has answered this process; until then a hub may not be there at all."""
+    return _state["answered"]
+
+
+def origin(url: str) -> tuple[str, str, int | None]:
+    """Scheme, host and port. Raises HubError for what is no URL."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise HubError(f"the hub names {url[:200]!r}, which is no address") from None
+    return parts.scheme, host, port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _before(request: httpx2.Request) -> None:
+    from huggingface_hub import constants
+
+    if origin(str(request.url)) != origin(constants.ENDPOINT):
+        for name in _SECRETS:
+            request.headers.pop(name, None)
+    request.headers["accept-encoding"] = "identity"
+
+
+def _after(response: httpx2.Response) -> None:
+    import httpx2
+
+    _state["answered"] = True
+    what = re.sub(r"\?.*", "", str(response.request.url))[:200]
+    if response.headers.get("content-encoding", "identity").lower() != "identity":
+        raise HubError(f"{what}: answers compressed, which was not asked for; refused")
+    if "range" in response.request.headers:  # a file; its reader knows how long it is
+        return
+
+    class Limited(httpx2.SyncByteStream):
+        """An answer's bytes, to a limit."""
+
+        def __init__(self, stream: Any) -> None:
+            self._stream = stream
+
+        def __iter__(self) -> Iterator[bytes]:
+            count, end = 0, time.monotonic() + MAX_ANSWER_SECONDS
+            for piece in self._stream:
+                count += len(piece)
+                if count > MAX_ANSWER_BYTES:
+                    raise HubError(f"{what}: answers with more than {MAX_ANSWER_BYTES:,} bytes")
+                if time.monotonic() > end:
+                    raise HubError(
+                        f"{what}: has not answered in full after {MAX_ANSWER_SECONDS:.0f} s; try "
+                        "again later"
+                    )
+                yield piece
+
+        def close(self) -> None:
+            self._stream.close()
+
+    response.stream = Limited(response.stream)
