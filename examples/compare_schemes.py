@@ -16,6 +16,6 @@ first, *others = outs
 found = v4quant.evaluate(
     first, reference=source, candidates=others, corpus="builtin:heldout", tokens=256, weights=False
 )
-for row in (found, *found["others"]):
-    made = row["candidate"]
-    print(f"{made['scheme']:10} {made['bytes']:>12,} B  {row['kl_mean']:.2e}")
+for row in found.candidates:
+    made = row.candidate
+    print(f"{made.scheme:10} {made.bytes:>12,} B  {row.distance.kl_mean:.2e}")

@@ -14,4 +14,4 @@ cost = v4quant.evaluate(out, reference=source, corpus="builtin:heldout", tokens=
 
 print(f"{done.bytes_in / 1e9:.2f} GB -> {done.bytes_out / 1e9:.2f} GB in {done.seconds:.0f} s")
 print("verified" if check.ok else "DIFFERS from its manifest")
-print(f"KL {cost['kl_mean']:.2e} nats per token, floor {cost['noise_floor']['kl_mean']:.2e}")
+print(f"KL {cost.distance.kl_mean:.2e} nats per token, floor {cost.floor.kl_mean:.2e}")

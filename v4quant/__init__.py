@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from v4quant.checks.diff import DiffResult
     from v4quant.checks.inspection import Inspection
     from v4quant.conversion.job import JobResult
+    from v4quant.evaluation.result import Evaluation
     from v4quant.pipeline.run import RunResult, run
     from v4quant.progress import BarProgress
     from v4quant.publishing.publisher import PushResult
@@ -45,6 +46,7 @@ _HOMES = {
     "Checkpoint": "v4quant_formats.checkpoint",
     "DiffResult": "v4quant.checks.diff",
     "EncodedChat": "v4quant.api.chat",
+    "Evaluation": "v4quant.evaluation.result",
     "Inspection": "v4quant.checks.inspection",
     "JobResult": "v4quant.conversion.job",
     "PlanResult": "v4quant.api.planning",
@@ -84,6 +86,7 @@ __all__ = [
     "Checkpoint",
     "DiffResult",
     "EncodedChat",
+    "Evaluation",
     "Inspection",
     "JobResult",
     "PlanResult",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 from v4quant.api.arguments import (
     PathLike,
@@ -23,6 +22,7 @@ from v4quant.builtin import MIXED_HELDOUT
 from v4quant.devices import find_device
 from v4quant.evaluation.evaluate import LogitFiles, Resources, evaluate_checkpoint
 from v4quant.evaluation.report import write_report
+from v4quant.evaluation.result import Evaluation, evaluation_from_dict
 from v4quant.outputs import refuse_inputs
 from v4quant.progress import default_progress
 from v4quant.source import open_source
@@ -57,12 +57,12 @@ def evaluate(
     max_memory: Size = None,
     scratch: PathLike | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Perplexity of `source`; with `reference` also KL, top-1 agreement and the noise floor.
 
     candidates: further conversions of the reference, scored in the same run. weights: compare every
     matrix with the reference's and look for defects. floors: noise floors to run. report: a .html,
-    .md or .json file to write. The keys of the result are explained in docs/evaluation.md.
+    .md or .json file to write. docs/evaluation.md explains the figures.
 
     Raises OptionError for options that contradict each other, SizeError for too little memory,
     CorpusError, EvaluationError, LogitsError, OutputError and what opening checkpoints raises.
@@ -108,4 +108,4 @@ def evaluate(
     result = {"tool": tool_facts(), **figures}
     if (file := path_of(report)) is not None:
         write_report(result, file)
-    return result
+    return evaluation_from_dict(result)

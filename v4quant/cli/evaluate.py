@@ -75,7 +75,7 @@ def evaluate(
     Exit code 3: some candidate holds matrices that look damaged. What a conversion costs is no
     reason for it, however much.
     """
-    result = v4quant.evaluate(
+    found = v4quant.evaluate(
         source,
         reference=reference,
         candidates=others,
@@ -98,6 +98,7 @@ def evaluate(
         scratch=scratch,
         progress=_output.TerminalProgress(),
     )
+    result = found.as_dict()
     if as_json:
         _output.emit(result)
     else:
@@ -110,9 +111,7 @@ def evaluate(
             _output.data(_output.table(*candidate_rows(result)))
         if report is not None:
             _output.data(f"report in {report}")
-    from v4quant.evaluation.report import has_findings  # torch, which --help can wait for
-
-    if has_findings(result):
+    if found.is_damaged:
         ctx.exit(_exit.DIFFERENT)
 
 

@@ -80,7 +80,8 @@ class _Narrator:
 
 
 def _closing_table(done: RunResult) -> str:
-    job, result = done.conversion, done.evaluation
+    job, found = done.conversion, done.evaluation
+    result = None if found is None else found.as_dict()
     rows = [("", "before", "after")]
     rows.append(("size", _output.human_bytes(job.bytes_in), _output.human_bytes(job.bytes_out)))
     if result is not None:

@@ -29,7 +29,8 @@ from v4quant.conversion.plan import make_plan
 from v4quant.conversion.workers import fit_workers
 from v4quant.devices import find_device
 from v4quant.evaluation.evaluate import Resources, evaluate_checkpoint
-from v4quant.evaluation.report import has_findings, write_report
+from v4quant.evaluation.report import write_report
+from v4quant.evaluation.result import Evaluation, evaluation_from_dict
 from v4quant.hub.refs import HubRef, parse_hub
 from v4quant.own_folders import is_made_home, own_folder, remove_if_empty, remove_own_folder
 from v4quant.pipeline.recipe_file import CorpusStep, Pipeline, VerifyStep, load_pipeline
@@ -90,7 +91,7 @@ class RunResult:
     checkpoint: str
     folder: str
     conversion: JobResult
-    evaluation: dict[str, Any] | None
+    evaluation: Evaluation | None
     verified: bool
     serve: str
     seconds: float
@@ -98,13 +99,13 @@ class RunResult:
     @property
     def ok(self) -> bool:
         """Whether verification held and no candidate looks damaged."""
-        return self.verified and not (self.evaluation and has_findings(self.evaluation))
+        return self.verified and not (self.evaluation and self.evaluation.is_damaged)
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
         return {
             "conversion": asdict(self.conversion),
-            "evaluation": self.evaluation,
+            "evaluation": self.evaluation and self.evaluation.as_dict(),
             "seconds": self.seconds,
         }
 
@@ -160,7 +161,8 @@ def run(
     path = place.repo if isinstance(place, HubRef) else str(place)
     serve = pipeline.recipe.layout.serve.format(path=path)
     seconds = time.monotonic() - started
-    return RunResult(str(place), str(folder), converted, result, verified, serve, seconds)
+    found = None if result is None else evaluation_from_dict(result)
+    return RunResult(str(place), str(folder), converted, found, verified, serve, seconds)
 
 
 def _calibrate_first(

@@ -355,8 +355,3 @@ def write_report(result: dict[str, Any], path: Path) -> None:
     renderers = {".md": render_markdown, ".json": to_json_text}
     text = renderers.get(path.suffix, render_html)(result)
     write_file_atomically(path, text.encode())
-
-
-def has_findings(result: dict[str, Any]) -> bool:
-    """Whether a candidate has suspected defects."""
-    return any(part.get("findings") for part in (result, *result.get("others", [])))

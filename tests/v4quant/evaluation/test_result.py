@@ -1,0 +1,65 @@
+"""The typed result: the figures of the JSON under names, and nothing taken for an evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import v4quant
+from tests.support.conversion import TINY, convert
+from v4quant.evaluation.result import Evaluation, ResultError, evaluation_from_dict
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    """Two conversions of the tiny checkpoint beside it."""
+    folder = tmp_path_factory.mktemp("result")
+    for scheme in ("int8-g32", "int2-g64"):
+        convert(TINY, folder / scheme, scheme)
+    ids = Path(TINY).parent / "tiny-a.reference.safetensors"
+    return v4quant.evaluate(
+        folder / "int2-g64", reference=TINY, candidates=[folder / "int8-g32"], corpus=ids
+    )
+
+
+def test_names_hold_the_figures(found: Evaluation) -> None:
+    table = found.as_dict()
+    assert found.distance is not None and found.floor is not None and found.verdict is not None
+    assert found.distance.kl_mean == table["kl_mean"] > found.floor.kl_mean >= 0
+    assert found.floor.kl_mean == table["noise_floor"]["kl_mean"]
+    assert found.verdict.text == table["verdict"]["text"]
+    assert found.perplexity.value == table["perplexity"]
+    assert found.reference is not None and found.reference.path == table["reference"]["path"]
+    assert found.findings == () and not found.is_damaged
+    small, large = found.candidates
+    assert small.candidate.scheme == "int2-g64" and large.candidate.scheme == "int8-g32"
+    assert large.distance is not None and large.distance.kl_mean < found.distance.kl_mean
+
+
+def test_it_survives_json(found: Evaluation) -> None:
+    again = evaluation_from_dict(json.loads(json.dumps(found.as_dict())))
+    assert again == found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": "many"}, "no evaluation"),
+        ({"candidate": {}}, "'expert_bits_per_weight' is missing"),
+        ({"noise_floor": 3}, "no evaluation"),
+        ({"others": [1]}, "no evaluation"),
+    ],
+)
+def test_other_objects_are_refused(found: Evaluation, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ResultError, match=message):
+        evaluation_from_dict({**found.as_dict(), **change})
+
+
+def test_without_a_reference() -> None:
+    ids = Path(TINY).parent / "tiny-a.reference.safetensors"
+    alone = v4quant.evaluate(TINY, corpus=ids)
+    assert alone.distance is alone.floor is alone.verdict is alone.findings is None
+    assert alone.perplexity.value > 1 and not alone.is_damaged
