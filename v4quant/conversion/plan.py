@@ -383,9 +383,8 @@ class _Planner:
         """A tensor outside all matrices: as it is, or the same numbers in the layout's dtype."""
         spec = next(iter(stored.parts.values()))
         dtype = self.layout.plain(name, spec) if self.layout.plain else spec.dtype
-        if (
-            stored.scheme is not None and name.role != "engram"
-        ):  # as llama.cpp's quantizer leaves embeddings and routers
+        # As llama.cpp's quantizer leaves embeddings and routers; tables are for look-up as they are.
+        if stored.scheme is not None and name.role != "engram tables":
             wide = name.role == "hyper-connection" or name.module.endswith(_WIDE)
             own = spec.name if len(stored.parts) == 1 else f"{stored.module}.weight"
             dtype = "F32" if wide or dtype == "F32" else "BF16"

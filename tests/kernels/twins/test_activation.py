@@ -157,3 +157,26 @@ def test_hadamard_of_a_unit_vector_is_a_row_in_sylvester_order() -> None:
 def test_hadamard_rounds_to_bfloat16_once(generator: torch.Generator) -> None:
     x = torch.randn(3, 128, generator=generator).bfloat16()
     assert torch.equal(activation.hadamard(x), activation.hadamard(x.float()).bfloat16())
+
+
+@pytest.mark.parametrize("columns", [16, 64, 80, 512])
+def test_e2m1_under_e4m3_scales_by_definition(columns: int, generator: torch.Generator) -> None:
+    """V4.1's compressed entries: E4M3 scales round to nearest, so the largest may saturate."""
+    x = rows(generator, columns, -14, 9)
+    got = activation.fake_quant_e2m1_e4m3(x)
+    groups = x.numpy().reshape(x.shape[0], -1, 16)
+    amax = np.maximum(np.abs(groups).max(-1, keepdims=True), np.float32(6 * 2.0**-9))
+    scale = (amax / np.float32(6)).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    codes = np.clip(groups / scale, -6, 6).astype(ml_dtypes.float4_e2m1fn)
+    expected = codes.astype(np.float32) * scale
+    assert np.array_equal(got.numpy(), expected.reshape(x.shape))
+    assert bool((np.abs(groups) > np.abs(expected)).any()), "something saturated or rounded down"
+
+
+def test_e2m1_under_e4m3_scales_has_a_floor() -> None:
+    """The smallest scale is E4M3's smallest number."""
+    x = torch.zeros(1, 16)
+    x[0, 0] = 2.0**-9
+    assert activation.fake_quant_e2m1_e4m3(x)[0, 0] == 2.0**-9
+    x[0, 0] = 2.0**-11
+    assert activation.fake_quant_e2m1_e4m3(x)[0, 0] == 0
