@@ -57,6 +57,7 @@ class Checkpoint:
 
     Names and config are the release's; `renamed` gives the name in the files of tensors that other
     tools call otherwise, `written_config` the config.json as it stands, where that differs.
+    `carried()` makes the small files (tokenizer.json, ...) that a GGUF file holds as metadata.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class Checkpoint:
     origin: Origin | None = None
     renamed: Mapping[str, str] = field(default_factory=dict, repr=False)
     written_config: Mapping[str, Any] | None = field(default=None, repr=False)
+    carried: Callable[[], Mapping[str, bytes]] = field(default=dict, repr=False, compare=False)
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors

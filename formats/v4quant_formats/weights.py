@@ -24,7 +24,7 @@ from v4quant_formats.integer_packs import (
     find_gptq,
     read_values,
 )
-from v4quant_formats.spec import TensorSpec
+from v4quant_formats.spec import DTYPE_BITS, TensorSpec
 from v4quant_kernels.codec import dequantize, holds_nan
 from v4quant_kernels.errors import NonFiniteWeight
 from v4quant_kernels.ggml import unpack_mxfp4
@@ -124,7 +124,16 @@ def find_weight(checkpoint: Checkpoint, module: str) -> StoredWeight:
         return _fp4(module, parts)
     if block_type(weight.dtype) and len(parts) == 1:
         return _blocks(module, weight)
-    raise WrongDtype(
+    raise _unreadable(weight, parts)
+
+
+def _unreadable(weight: TensorSpec, parts: dict[str, TensorSpec]) -> WrongDtype:
+    if weight.dtype not in DTYPE_BITS:
+        return WrongDtype(
+            f"{weight.file}: '{weight.name}' is {weight.dtype}, which is not readable here, though "
+            "llama.cpp may run it; give a file of another type"
+        )
+    return WrongDtype(
         f"{weight.file}: '{weight.name}' is {weight.dtype} with parts {sorted(parts)}; "
         "no known V4 layout stores a weight so"
     )

@@ -18,6 +18,7 @@ from v4quant.sizes import parse_size
 from v4quant.source import Source, resolve_source
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_RELEASE
 from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
+from v4quant_calibration.corpus.tokenizer import tokenizer_of
 from v4quant_calibration.forward.checkpoint_params import model_config
 from v4quant_calibration.model.options import ACTIVATIONS, ForwardOptions
 from v4quant_formats.checkpoint import Checkpoint
@@ -73,7 +74,7 @@ def read_corpus(
     files = listed_files(names)
     release = "v41" if checkpoint.config.get("model_type") == "deepseek_v41" else DEFAULT_RELEASE
     request = CorpusRequest(seq_len, tokens, config.bos_token_id, config.vocab_size, mode, release)
-    return load_corpus(files, checkpoint.path / "tokenizer.json", request)
+    return load_corpus(files, tokenizer_of(checkpoint), request)
 
 
 def listed_files(names: PathLike | Sequence[PathLike]) -> list[Path]:

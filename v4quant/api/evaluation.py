@@ -27,7 +27,7 @@ from v4quant.outputs import refuse_inputs
 from v4quant.progress import default_progress
 from v4quant.source import open_source
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE
-from v4quant_calibration.corpus.tokenizer import TextTokenizer
+from v4quant_calibration.corpus.tokenizer import tokenizer_of
 from v4quant_calibration.evaluation.evaluate import Measures
 from v4quant_calibration.evaluation.needle import make_needles
 from v4quant_kernels.errors import OptionError
@@ -91,7 +91,7 @@ def evaluate(
         text = read_corpus(corpus, checkpoint, config, seq_len, tokens, mode)
         needles = None
         if needle:
-            tokenizer = TextTokenizer(checkpoint.path / "tokenizer.json")
+            tokenizer = tokenizer_of(checkpoint)
             needles = make_needles(text, tokenizer, config.bos_token_id)
         figures = evaluate_checkpoint(
             checkpoint,

@@ -16,10 +16,10 @@ from functools import partial
 from v4quant.conversion.units import ShardPlan, Unit
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import UnsupportedPair
+from v4quant_formats.gguf.carried import carried_fields
 from v4quant_formats.gguf.file import Field, PlaceOf, plan_gguf
 from v4quant_formats.gguf.metadata import dspark_fields, model_fields, split_fields
 from v4quant_formats.gguf.names import dspark_place_of, place_of
-from v4quant_formats.gguf.tokenizer import tokenizer_fields
 from v4quant_formats.model_config import parse_model_config
 
 _NAME = "DeepSeek-V4"
@@ -37,9 +37,12 @@ def gguf_shards(
     draft_place = dspark_place_of if config.dspark else place
     _check_places(checkpoint, trunk, place)
     _check_places(checkpoint, drafts, draft_place)
-    tokenizer = tokenizer_fields(checkpoint.path, checkpoint.config)
+    carried = carried_fields(checkpoint)
+    tokenizer = [f for f in carried if not f.key.startswith("general.")]
     stem = f"model-{scheme}"
-    fields = [*model_fields(config, _NAME, scheme), *tokenizer]
+    said = {f.key for f in carried}
+    fields = [f for f in model_fields(config, _NAME, scheme) if f.key not in said]
+    fields += carried
     shards = _split(_pack(trunk, split_bytes), stem, fields, place)
     if drafts and config.dspark:
         stages = len({u.module.split(".")[1] for u in drafts})

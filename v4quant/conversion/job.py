@@ -311,11 +311,19 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def _sidecar(checkpoint: Checkpoint, name: str) -> bytes:
+    """A small file from the folder, or else from a GGUF file's metadata. Raises FormatError."""
+    made = checkpoint.carried().get(name)
+    if made is None or (checkpoint.path / name).is_file():
+        return read_sidecar(checkpoint.path, name)
+    return made
+
+
 def _find_sidecars(checkpoint: Checkpoint) -> list[WrittenFile]:
     """What will travel with the checkpoint, decided before the work. Raises FormatError."""
     found = []
-    for name in find_sidecars(checkpoint.path):
-        data = read_sidecar(checkpoint.path, name)
+    for name in sorted({*find_sidecars(checkpoint.path), *checkpoint.carried()}):
+        data = _sidecar(checkpoint, name)
         found.append(WrittenFile(name, len(data), hashlib.sha256(data).hexdigest()))
     return found
 
@@ -330,7 +338,7 @@ def _finish(
     files = [s.file for s in shards]
     folder = plan.checkpoint.path
     for sidecar in sidecars:
-        data = read_sidecar(folder, sidecar.name)
+        data = _sidecar(plan.checkpoint, sidecar.name)
         if hashlib.sha256(data).hexdigest() != sidecar.sha256:
             raise SourceChanged(
                 f"{folder / sidecar.name}: changed during the conversion; the same command goes on "

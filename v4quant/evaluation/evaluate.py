@@ -26,6 +26,7 @@ from v4quant.evaluation.saved_logits import LogitFacts, LogitsError, LogitsFile,
 from v4quant.evaluation.worst_stretches import worst_stretches
 from v4quant.memory import Limits
 from v4quant_calibration.corpus.corpus import Corpus
+from v4quant_calibration.corpus.tokenizer import tokenizer_of
 from v4quant_calibration.evaluation.evaluate import (
     Measures,
     Room,
@@ -145,7 +146,7 @@ def evaluate_checkpoint(
     if reference is not None:
         for index, (figures, candidate) in enumerate(zip(all_figures, candidates, strict=True)):
             _add_weights(figures, None if compared is None else compared[index], candidate)
-    tokenizer = checkpoint.path / "tokenizer.json"
+    tokenizer = tokenizer_of(checkpoint)
     for figures in all_figures:
         if "verdict" in figures:
             figures["worst_stretches"] = worst_stretches(figures["verdict"], ran, tokenizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from v4quant_calibration.corpus.corpus import Corpus
@@ -14,7 +13,7 @@ _MOST_TOKENS = 512
 
 
 def worst_stretches(
-    verdict: Mapping[str, Any], corpus: Corpus, tokenizer: Path
+    verdict: Mapping[str, Any], corpus: Corpus, words: TextTokenizer
 ) -> list[dict[str, Any]]:
     """`worst_stretches` of a result: the verdict's worst, each with its place and its text.
 
@@ -25,7 +24,6 @@ def worst_stretches(
         for number, blocks in enumerate(token_blocks(corpus))
         for block in blocks.unique()
     }
-    words = TextTokenizer(tokenizer)
     found = []
     for stretch in verdict["worst"]:
         window, start = place[stretch["block"]]

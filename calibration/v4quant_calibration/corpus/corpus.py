@@ -91,7 +91,9 @@ class CorpusRequest:
     release: str = DEFAULT_RELEASE
 
 
-def load_corpus(files: Sequence[Path], tokenizer: Path, request: CorpusRequest) -> Corpus:
+def load_corpus(
+    files: Sequence[Path], tokenizer: Path | TextTokenizer, request: CorpusRequest
+) -> Corpus:
     """Read files into windows; the token budget is shared evenly, as far as files hold so much.
 
     tokenizer: the checkpoint's tokenizer.json, needed for text. Raises CorpusError naming the file
@@ -104,7 +106,7 @@ def load_corpus(files: Sequence[Path], tokenizer: Path, request: CorpusRequest) 
         raise CorpusError(f"--seq-len {request.seq_len} leaves nothing to predict; use at least 2")
     if request.tokens is not None and request.tokens < 2:
         raise CorpusError(f"--tokens {request.tokens} leaves nothing to predict; use at least 2")
-    encode = TextTokenizer(tokenizer)
+    encode = TextTokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer
     held = [_windows(file, encode, request) for file in files]
     parts: list[CorpusPart] = []
     for windows, share in zip(held, _shares(files, held, request.tokens), strict=True):

@@ -6,12 +6,14 @@ Those written in a text are recognised, as the release's own programs do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_kernels.errors import V4QuantError
 
 
@@ -19,12 +21,20 @@ class TokenizerError(V4QuantError):
     """A tokenizer.json that is missing or cannot be used."""
 
 
+def tokenizer_of(checkpoint: Checkpoint) -> TextTokenizer:
+    """The tokenizer of a checkpoint: its tokenizer.json, or what a GGUF file has in its place."""
+    made = lambda: checkpoint.carried().get("tokenizer.json")  # noqa: E731
+    return TextTokenizer(checkpoint.path / "tokenizer.json", made)
+
+
 class TextTokenizer:
     """Text to ids, and back."""
 
-    def __init__(self, path: Path) -> None:
-        """`path`: a tokenizer.json; it need not exist if no text is tokenized."""
-        self._path = path
+    def __init__(self, path: Path, made: Callable[[], bytes | None] = lambda: None) -> None:
+        """`path`: a tokenizer.json; it need not exist if no text is tokenized. made: its content
+        where there is no such file.
+        """
+        self._path, self._made = path, made
         self._tokenizer: Tokenizer | None = None
 
     def __call__(self, text: str) -> Tensor:
@@ -40,13 +50,17 @@ class TextTokenizer:
 
     def _loaded(self) -> Tokenizer:
         if self._tokenizer is None:
-            if not self._path.is_file():
+            made = None if self._path.is_file() else self._made()
+            if made is None and not self._path.is_file():
                 raise TokenizerError(
                     f"{self._path}: missing; text needs the checkpoint's tokenizer.json "
                     "(a corpus can also be token ids, as .npy)"
                 )
             try:
-                self._tokenizer = Tokenizer.from_file(str(self._path))
+                if made is not None:
+                    self._tokenizer = Tokenizer.from_str(made.decode())
+                else:
+                    self._tokenizer = Tokenizer.from_file(str(self._path))
             except Exception as error:  # noqa: BLE001  (tokenizers raises bare Exception)
                 raise TokenizerError(f"{self._path}: is no usable tokenizer ({error})") from None
         return self._tokenizer

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,10 +26,12 @@ from v4quant_formats.errors import (
     UnexpectedTensor,
     WrongMetadata,
 )
+from v4quant_formats.gguf.carried import carried_files
 from v4quant_formats.gguf.header import GgufHeader, GgufTensor, read_gguf_header
 from v4quant_formats.gguf.imatrix import is_imatrix
 from v4quant_formats.gguf.metadata import config_from_fields, dspark_config
 from v4quant_formats.gguf.names import (
+    ARCHITECTURE,
     DSPARK_ARCHITECTURE,
     Meaning,
     dspark_meaning_of,
@@ -107,7 +109,7 @@ def open_gguf(path: Path) -> Checkpoint:
         raise FormatError(f"{path}: holds several models ({names}); give one of the files")
     if not trunks and drafts[0].is_dspark:
         raise FormatError(f"{path}: holds DSpark's stages only; give their folder, with the model")
-    main, _ = config_from_fields((trunks or drafts)[0].metadata, _where(folder, models[0]))
+    main, _ = config_from_fields(_counted((trunks or drafts)[0]), _where(folder, models[0]))
     tensors: dict[str, TensorSpec] = {}
     for model in [*trunks, *drafts]:
         meaning, more = _reading(folder, model)
@@ -122,7 +124,15 @@ def open_gguf(path: Path) -> Checkpoint:
     for model in models:
         files |= {name: file_state((folder / name).stat()) for name in model.files}
     shards = LocalShards(folder, files)
-    return Checkpoint(folder, MappingProxyType(main), MappingProxyType(tensors), files, shards)
+    where, metadata = _where(folder, models[0]), (trunks or drafts)[0].metadata
+    return Checkpoint(
+        folder,
+        MappingProxyType(main),
+        MappingProxyType(tensors),
+        files,
+        shards,
+        carried=lru_cache(maxsize=1)(lambda: carried_files(metadata, where)),
+    )
 
 
 def _where(folder: Path, model: _Model) -> str:
@@ -141,10 +151,24 @@ def _reading(folder: Path, model: _Model) -> tuple[_MeaningOf, dict[str, Any]]:
         added, stages = dspark_config(model.metadata, tables[0].shape[-1], where)
         added["num_nextn_predict_layers"] = stages
         return partial(dspark_meaning_of, stages=stages), added
-    config, drafts = config_from_fields(model.metadata, where)
+    config, drafts = config_from_fields(_counted(model), where)
     layers = int(config["num_hidden_layers"])
     added = {"num_nextn_predict_layers": drafts} if drafts else {}
     return partial(meaning_of, layers=layers, draft_file=model.is_draft), added
+
+
+def _counted(model: _Model) -> Mapping[str, Any]:
+    """The metadata, with the number of blocks and of draft stages among them as the tensors have
+    it: a draft's blocks hold `nextn` tensors and lie behind all others.
+    """
+    names = [n for h in model.files.values() for n in h.tensors if n.startswith("blk.")]
+    blocks = {int(n.split(".")[1]) for n in names if n.split(".")[1].isdecimal()}
+    drafts = {int(n.split(".")[1]) for n in names if ".nextn." in n and n.split(".")[1].isdecimal()}
+    count = max(blocks, default=0) + 1
+    if model.is_draft or not blocks or drafts != set(range(count - len(drafts), count)):
+        return model.metadata
+    said = {"block_count": count, "nextn_predict_layers": len(drafts)}
+    return {**model.metadata, **{f"{ARCHITECTURE}.{k}": v for k, v in said.items()}}
 
 
 def _file_groups(path: Path) -> list[list[str]]:

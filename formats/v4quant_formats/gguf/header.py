@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,10 +68,14 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Key-value pairs and tensors of one file, in file order."""
+    """Key-value pairs and tensors of one file, in file order.
+
+    types: each pair's GGUF value type, and that of an array's elements.
+    """
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    types: dict[str, tuple[int, int | None]] = field(default_factory=dict)
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -118,6 +122,13 @@ class _Cursor:
         """One number by its struct format."""
         return struct.unpack("<" + form, self.take(struct.calcsize(form)))[0]
 
+    def peek_number(self) -> int:
+        """The next number of 32 bits, which stays to be read."""
+        value = int(self.number("I"))
+        self.position -= 4
+        self._file.seek(-4, os.SEEK_CUR)
+        return value
+
     def text(self, limit: int = MAX_HEADER_BYTES) -> str:
         """A length-prefixed UTF-8 string."""
         length = self.number("Q")
@@ -143,18 +154,21 @@ def _read(cursor: _Cursor) -> GgufHeader:
     if count > MAX_TENSORS or pairs > MAX_PAIRS:
         raise HeaderTooLarge(f"{path}: announces {count:,} tensors and {pairs:,} keys")
     metadata: dict[str, Any] = {}
+    types: dict[str, tuple[int, int | None]] = {}
     for _ in range(pairs):
         key = cursor.text(MAX_NAME)
         if key in metadata:
             raise WrongMetadata(f"{path}: key {key[:80]!r} occurs twice")
-        metadata[key] = _value(cursor, key, cursor.number("I"))
+        kind = cursor.number("I")
+        element = cursor.peek_number() if kind == _ARRAY else None
+        metadata[key], types[key] = _value(cursor, key, kind), (kind, element)
     table = [_tensor_line(cursor) for _ in range(count)]
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if type(alignment) is not int or not 8 <= alignment <= 2**20 or alignment & (alignment - 1):
         raise WrongMetadata(
             f"{path}: general.alignment is {str(alignment)[:40]!r}, expected a power of two from 8"
         )
-    return GgufHeader(metadata, _place(cursor, table, alignment))
+    return GgufHeader(metadata, _place(cursor, table, alignment), types)
 
 
 def _value(cursor: _Cursor, key: str, kind: int) -> Any:

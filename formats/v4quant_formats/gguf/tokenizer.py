@@ -42,6 +42,9 @@ _PRE = {
     ): "deepseek-v3",
 }
 
+PRE_TOKENIZERS = {name: patterns for patterns, name in _PRE.items()}
+"""llama.cpp's name of a pre-tokenizer -> its expressions, in order."""
+
 
 def tokenizer_fields(folder: Path, config: Mapping[str, Any]) -> list[Field]:
     """The tokenizer of a checkpoint folder, and the chat template.

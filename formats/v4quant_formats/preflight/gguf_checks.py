@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from v4quant_formats.errors import FormatError
-from v4quant_formats.gguf.header import read_gguf_header
+from v4quant_formats.gguf.carried import trunk_header
 from v4quant_formats.gguf.names import ARCHITECTURE
 from v4quant_formats.preflight.survey import Check, Finding, Survey
+from v4quant_formats.spec import DTYPE_BITS
 from v4quant_formats.weights import find_weight
+from v4quant_kernels.ggml_types import block_type
 
 _REMEDY = "convert again; the file was damaged or written wrongly"
 _TOKENIZER = "tokenizer.ggml"
@@ -37,6 +39,11 @@ _WITHOUT = {
 def shapes(survey: Survey) -> Iterator[Finding]:
     """Every module decodable, and of the shape the metadata implies; hash tables of integers."""
     for name, module in survey.modules.items():
+        dtype = next(iter(module.parts.values()))[0]
+        if dtype not in DTYPE_BITS and block_type(dtype) is None:
+            problem = f"its values are not readable here ({dtype}), so they were not looked at"
+            yield Finding("note", "dtype", name, problem, "llama.cpp's own tools read them")
+            continue
         try:
             shape = find_weight(survey.checkpoint, name).shape
         except FormatError as error:
@@ -45,7 +52,6 @@ def shapes(survey: Survey) -> Iterator[Finding]:
         if module.shape is not None and shape != module.shape:
             problem = f"shape is {list(shape)}, the metadata implies {list(module.shape)}"
             yield Finding("error", "shape", name, problem, _REMEDY)
-        dtype = next(iter(module.parts.values()))[0]
         if name.endswith(".tid2eid") and dtype != "I32":
             problem = f"the table of hash-routed experts is {dtype}; llama.cpp reads I32"
             yield Finding("error", "dtype", name, problem, _REMEDY)
@@ -92,15 +98,9 @@ def tokenizer(survey: Survey) -> Iterator[Finding]:
 def _metadata(survey: Survey) -> tuple[Mapping[str, Any], str]:
     """Metadata of the trunk's first file, and its name."""
     checkpoint = survey.checkpoint
-    found: list[tuple[Mapping[str, Any], str]] = []
-    for name in sorted(checkpoint.files):
-        if "-of-" in name and "-00001-of-" not in name:
-            continue
-        header = read_gguf_header(checkpoint.path / name)
-        if header.metadata.get("general.architecture") == ARCHITECTURE:
-            found.append((header.metadata, name))
-    trunk = [f for f in found if not f[0].get(f"{ARCHITECTURE}.nextn_predict_layers")]
-    return (trunk or found)[0]
+    header = trunk_header(checkpoint)
+    assert header is not None, "opened as GGUF"
+    return header.metadata, sorted(checkpoint.files)[0]
 
 
 GGUF_CHECKS: tuple[Check, ...] = (shapes, numbers, tokenizer)
