@@ -18,6 +18,8 @@ import pytest
 import torch
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# No probe of speed may decide about a test's last digits, nor write to the user's cache.
+os.environ.setdefault("V4QUANT_FLOAT32", "default")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from v4quant_kernels import native
-from v4quant_kernels.cpu_products import has_bf16_units
+from v4quant_kernels.cpu_products import fastest_way, has_bf16_units
+from v4quant_kernels.cpu_products import product as cpu_product
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.experts import Activations, ExpertWeights
 from v4quant_kernels.runtime import Operand, RuntimeExperts, prepare_experts
@@ -56,17 +57,24 @@ def uses_triton(tensor: Tensor, backend: Backend) -> bool:
 
 
 def product_way(tensor: Tensor, products: Products) -> ref_product.Way:
-    """How torch should take products on this tensor's device."""
-    units = not tensor.is_cuda and has_bf16_units()
-    if products == "f32" or (products == "auto" and not units):
+    """How torch should take products on this tensor's device; "auto" is for the CPU to say."""
+    if products != "bf16":
         return "f32"
+    units = not tensor.is_cuda and has_bf16_units()
     return "cuda" if tensor.is_cuda else "units" if units else "rounded"
 
 
 def bf16_product(a: Tensor, b: Tensor) -> Tensor:
     """float32 a @ b of operands rounded to BF16, see `ref.bf16_product`."""
     way = product_way(a, "bf16")
+    if way == "rounded":
+        return float32_product(ref_product.rounded(a), ref_product.rounded(b))
     return ref_product.bf16_product(a, b, way)
+
+
+def float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """float32 a @ b of float32 operands, see `cpu_products.product`."""
+    return cpu_product(a, b)
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -117,7 +125,9 @@ def moe(
     """
     arguments = (x, expert_ids, expert_weights, experts, swiglu_limit, expert_map, activations)
     if not uses_triton(x, backend):
-        return ref_moe.moe(*arguments, way=product_way(x, products))
+        on_cpu = products == "auto" and not x.is_cuda
+        way = fastest_way if on_cpu else product_way(x, products)
+        return ref_moe.moe(*arguments, way=way, multiply=float32_product)
     with _on_device_of(x):
         result: Tensor = _kernels("moe").moe(*arguments, arch=architecture(x))
     return result

@@ -23,6 +23,7 @@ from v4quant_calibration.forward.checkpoint_params import model_config
 from v4quant_calibration.model.options import ACTIVATIONS, ForwardOptions
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import ModelConfig
+from v4quant_kernels import cpu_products
 
 PathLike = str | os.PathLike[str]
 SourceLike = PathLike | HubRef
@@ -101,10 +102,12 @@ def forward_options(activations: str, products: str = "f32") -> ForwardOptions:
 
 def tool_facts() -> dict[str, str]:
     """Versions and the command (empty in a Python program), for reports."""
+    library = cpu_products.decided()
     own = Path(sys.argv[0]).name in ("v4quant", "__main__.py") if sys.argv else False
     return {
         "version": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "command": shlex.join(["v4quant", *sys.argv[1:]]) if own else "",
+        **({"float32_products": library} if library else {}),
     }

@@ -23,6 +23,7 @@ from v4quant_calibration.model.params import Params, read_rows
 from v4quant_calibration.model.streams import Streams, spans
 from v4quant_formats.deepseek_v4 import markov_modules
 from v4quant_formats.model_config import ModelConfig
+from v4quant_kernels import dispatch
 
 TILE_ROWS = 256
 
@@ -80,7 +81,10 @@ def stream_logits(
             logits = []
             for number, (head, terms) in enumerate(zip(heads, inputs, strict=True)):
                 pieces = kept[number] if kept else head.piece(first, last)
-                products = [x @ piece.mT for x, piece in zip(terms, pieces, strict=True)]
+                products = [
+                    dispatch.float32_product(x, piece.mT)
+                    for x, piece in zip(terms, pieces, strict=True)
+                ]
                 logits.append(products[0] if len(products) == 1 else products[0] + products[1])
             yield LogitTile(start, stop, first, last, logits)
 

@@ -86,7 +86,7 @@ def quantized_input(x: Tensor, config: ModelConfig, options: ForwardOptions) -> 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Matrix product of operands rounded to `dtype`, float32 or bfloat16; sums are float32."""
     if dtype == torch.float32:
-        return a @ b
+        return dispatch.float32_product(a, b)
     assert dtype == torch.bfloat16, dtype
     return dispatch.bf16_product(a, b)
 

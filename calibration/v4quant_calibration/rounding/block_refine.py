@@ -28,6 +28,7 @@ from v4quant_calibration.rounding.block_fit import Fit, fit
 from v4quant_calibration.rounding.block_gptq import set_grid
 from v4quant_calibration.rounding.gptq import feedback_factor
 from v4quant_calibration.rounding.refine import DEFAULT_SWEEPS, ENOUGH, row_errors
+from v4quant_kernels import dispatch
 from v4quant_kernels.ref.ggml_blocks import SHAPES
 from v4quant_kernels.ref.ggml_fields import BlockShape
 
@@ -51,7 +52,7 @@ def block_refine(
     for sweep in range(sweeps):
         left = goal - part.values()
         if sweep % _FRESH == 0:
-            pull = moments @ left
+            pull = dispatch.float32_product(moments, left)
         before = (left * pull).sum((1, 2))
         _sweep(pull, moments, factors, part, shape)
         left = goal - part.values()

@@ -168,7 +168,7 @@ def _sweep(goal: Tensor, gram: Tensor, codes: Codes, grid: Grid) -> tuple[Tensor
         part, inside = slice(start, start + grid.group), start % wide
         if not inside:
             span = slice(start, min(start + wide, columns))
-            pulls = gram[:, span] @ left
+            pulls = dispatch.float32_product(gram[:, span], left)
         before = left[:, part].clone()
         own = pulls[:, inside : inside + grid.group]
         error += (before * own).sum(1)

@@ -30,6 +30,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from v4quant_kernels import dispatch
+
 DAMPING = 0.01
 # Rows of the pool an expert's own rows are weighed against, and the pool's rows against rows of no
 # direction, per input channel.
@@ -51,7 +53,9 @@ def gram_sum(left: Tensor, right: Tensor, weights: Tensor | None = None) -> Tens
         part = slice(start, start + _BLOCK)
         rows = left[part] if weights is None else left[part] * weights[part].unsqueeze(1)
         for band in bands:
-            total[band, band.start :] += rows[:, band].mT @ right[part, band.start :]
+            total[band, band.start :] += dispatch.float32_product(
+                rows[:, band].mT, right[part, band.start :]
+            )
     for band in bands[1:]:
         total[band, : band.start] = total[: band.start, band].mT
     return total

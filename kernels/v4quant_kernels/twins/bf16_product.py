@@ -24,7 +24,7 @@ BF16 only where no product can be smaller than 2^-100, and float32 otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
@@ -63,15 +63,20 @@ def product_of_bf16(a: Tensor, b: Tensor, way: Way) -> Tensor:
     return a @ b
 
 
-def exact_product(x: Tensor, weight: QTensor, way: Way) -> Tensor:
+def exact_product(
+    x: Tensor,
+    weight: QTensor,
+    way: Way,
+    multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+) -> Tensor:
     """float32 x @ weight.T, `[m, N]`, nothing rounded but sums, by BF16 products where they can.
 
     x: float32 `[m, K]` of BF16 values. Schemes whose weights are no sum of two BF16 numbers, and
     numbers so small that units would take them for zero, are multiplied in float32 whatever `way`
-    says.
+    says. multiply: takes products in float32.
     """
     if way == "f32" or not _splits(weight) or not _stays_normal(x, weight):
-        return x @ dequantize(weight).T
+        return multiply(x, dequantize(weight).T)
     factor = weight.global_scale
     if factor is not None:
         weight = replace(weight, global_scale=torch.ones_like(factor))

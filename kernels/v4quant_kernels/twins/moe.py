@@ -21,6 +21,8 @@ loses nothing (`bf16_product.exact_product`): the error bound is the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,10 +32,13 @@ from v4quant_kernels.experts import (
     check_moe_inputs,
     local_expert_ids,
 )
+from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.twins.activation import fake_quant_e4m3
 from v4quant_kernels.twins.bf16_product import Way, exact_product
 
 ACTIVATION_BLOCK = 128
+ChooseWay = Callable[[Tensor, QTensor], Way]
+"""How to take the product of these inputs and weights."""
 
 
 def moe(
@@ -45,14 +50,16 @@ def moe(
     expert_map: Tensor | None = None,
     activations: Activations = "bf16",
     *,
-    way: Way = "f32",
+    way: Way | ChooseWay = "f32",
+    multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> Tensor:
     """Mixture of the routed experts, bfloat16 `[T, hidden]`.
 
     x: bfloat16 `[T, hidden]`. expert_ids: integer `[T, top_k]`. expert_weights: float32
     `[T, top_k]`. swiglu_limit: the clamp (10 in every release; `math.inf` for none).
     expert_map: integer `[all experts]`, the local row of each global expert or -1: slots of foreign
-    experts add nothing. way: how products are taken.
+    experts add nothing. way: how products are taken, or who says so for each. multiply: takes those
+    in float32.
     Raises V4QuantError for other shapes or dtypes.
     """
     check_moe_inputs(x, expert_ids, expert_weights, experts)
@@ -61,14 +68,19 @@ def moe(
     tokens, top_k = expert_ids.shape
     x = _round_activations(x, activations).float()
     outputs = torch.zeros(tokens * top_k, experts.hidden_size, device=x.device)
+
+    def by(inputs: Tensor, weight: QTensor) -> Tensor:
+        chosen = way(inputs, weight) if callable(way) else way
+        return exact_product(inputs, weight, chosen, multiply)
+
     for expert in torch.unique(ids[ids >= 0]).tolist():
         slots = (ids == expert).nonzero().squeeze(1)
         w1, w3, w2 = experts[expert]
         rows = x[slots // top_k]
-        gate = exact_product(rows, w1, way).clamp(max=swiglu_limit)
-        up = exact_product(rows, w3, way).clamp(-swiglu_limit, swiglu_limit)
+        gate = by(rows, w1).clamp(max=swiglu_limit)
+        up = by(rows, w3).clamp(-swiglu_limit, swiglu_limit)
         h = (routing[slots, None] * torch.nn.functional.silu(gate) * up).bfloat16()
-        outputs[slots] = exact_product(_round_activations(h, activations).float(), w2, way)
+        outputs[slots] = by(_round_activations(h, activations).float(), w2)
     return outputs.view(tokens, top_k, experts.hidden_size).sum(dim=1).bfloat16()
 
 

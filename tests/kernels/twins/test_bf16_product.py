@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import cycle
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.kernel_tools import KERNEL_SCHEMES, poisoned_allocations, random_qtensor
-from v4quant_kernels import cpu_products, dispatch
+from v4quant_kernels import dispatch
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.reference64 import decode64
 from v4quant_kernels.scheme import SCHEMES
@@ -53,26 +52,6 @@ def test_results_do_not_depend_on_the_number_of_rows(way: Way, generator: torch.
             assert_sums_are_float32(found, rounded(a[:rows]), rounded(weight))
 
 
-@pytest.mark.parametrize("takes", [False, True])
-def test_permission_alone_is_not_a_unit(takes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The probe looks at the numbers: a library that ignores the permission has no units."""
-
-    def library(a: Tensor, b: Tensor, way: Way) -> Tensor:
-        taken = way == "units" and takes
-        return rounded(a) @ rounded(b) if taken else a @ b
-
-    monkeypatch.setattr(cpu_products, "product_of_bf16", library)
-    assert cpu_products.takes_bf16() == takes
-
-
-def test_units_are_used_only_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_products, "takes_bf16", lambda: True)
-    for seconds, expected in ((0.5, True), (1.0, False), (3.0, False)):
-        times = cycle((seconds, 1.0))
-        monkeypatch.setattr(cpu_products, "_seconds", lambda *_, t=times: next(t))
-        assert cpu_products.has_bf16_units.__wrapped__() == expected
-
-
 def test_oneDNN_is_left_as_it_was() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
     with pytest.raises(RuntimeError):
@@ -82,7 +61,7 @@ def test_oneDNN_is_left_as_it_was() -> None:
 
 def test_a_device_decides_how(monkeypatch: pytest.MonkeyPatch) -> None:
     here = torch.ones(1)
-    for units, expected in ((False, ("f32", "f32", "rounded")), (True, ("units", "f32", "units"))):
+    for units, expected in ((False, ("f32", "f32", "rounded")), (True, ("f32", "f32", "units"))):
         monkeypatch.setattr(dispatch, "has_bf16_units", lambda u=units: u)
         asked: tuple[Any, ...] = ("auto", "f32", "bf16")
         assert tuple(dispatch.product_way(here, p) for p in asked) == expected
