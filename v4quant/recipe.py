@@ -51,6 +51,8 @@ class Recipe:
     solver: how integer codes are found: rtn, optimal, or gptq (which needs a solution of
         `calibrate --solve`).
     dense: how dense matrices are coded, for formats that leave a choice (gguf); "" is exact BF16.
+    engram: how the tables of V4.1's Engram are coded, for formats that leave a choice (gguf); "" is
+        exact BF16 there, and byte for byte elsewhere.
     split_size: largest file, like 45GB, for formats that write one file (gguf); "" is 45GB.
     schemes: (place, scheme) of layers and projections that differ from `scheme` and `dense`, the
         table [schemes] of a file (places.py), for formats that can say so (gguf; by whole layers
@@ -65,6 +67,7 @@ class Recipe:
     engine: str = NEUTRAL
     solver: str = "optimal"
     dense: str = ""
+    engram: str = ""
     split_size: str = ""
     schemes: tuple[tuple[str, str], ...] = ()
 
@@ -102,6 +105,10 @@ class Recipe:
         if self.dense and self.dense not in types:
             choices = f"is not one of {', '.join(types)}" if types else "has no effect there"
             raise RecipeError(f"recipe: dense = '{self.dense}' in {self.format} {choices}")
+        tables = self.layout.table_types
+        if self.engram and self.engram not in tables:
+            choices = f"is not one of {', '.join(tables)}" if tables else "has no effect there"
+            raise RecipeError(f"recipe: engram = '{self.engram}' in {self.format} {choices}")
         if self.split_size and self.layout.index:
             raise RecipeError(f"recipe: split_size has no effect in {self.format}; it is for gguf")
         if self.split_bytes < MIN_SPLIT:

@@ -60,6 +60,7 @@ def make_recipe(
     on_inexact: str | None = None,
     unknown: str | None = None,
     dense: str | None = None,
+    engram: str | None = None,
     split_size: str | None = None,
 ) -> Recipe:
     """The recipe that options describe; a recipe file's values come before the defaults, options
@@ -78,6 +79,7 @@ def make_recipe(
         "on_inexact": on_inexact,
         "unknown": unknown,
         "dense": dense,
+        "engram": engram,
         "split_size": split_size,
     }
     file, solution = path_of(recipe), path_of(stats)
@@ -138,6 +140,7 @@ def quantize(
     on_inexact: str | None = None,
     unknown: str | None = None,
     dense: str | None = None,
+    engram: str | None = None,
     split_size: str | None = None,
     workers: int | None = None,
     max_memory: Size = None,
@@ -158,7 +161,8 @@ def quantize(
     """
     chosen = make_recipe(
         scheme=scheme, format=format, engine=engine, recipe=recipe, stats=stats, solver=solver,
-        draft=draft, on_inexact=on_inexact, unknown=unknown, dense=dense, split_size=split_size,
+        draft=draft, on_inexact=on_inexact, unknown=unknown, dense=dense, engram=engram,
+        split_size=split_size,
     )  # fmt: skip
     where, target, disk = source_of(source), destination_of(out), size_of(disk_cap)
     with current_ranks() as ranks, ExitStack() as stack:

@@ -57,6 +57,9 @@ if TYPE_CHECKING:
     "is, or stop.",
 )
 @click.option("--dense", help="How dense matrices are coded, for gguf (default bf16, exact).")
+@click.option(
+    "--engram", help="How V4.1's Engram tables are coded, for gguf (default bf16, exact)."
+)
 @click.option("--split-size", help="Largest file, like 45GB, for gguf (default 45GB).")
 @click.option("--unknown", type=click.Choice(["refuse", "copy"]), help="Tensors no V4 release has.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
@@ -88,6 +91,7 @@ def quantize(
     draft: str | None,
     on_inexact: str | None,
     dense: str | None,
+    engram: str | None,
     split_size: str | None,
     unknown: str | None,
     workers: int | None,
@@ -110,6 +114,7 @@ def quantize(
     recipe = v4quant.make_recipe(
         scheme=scheme, format=format_, engine=engine, recipe=recipe_file, stats=stats_file,
         solver=solver, draft=draft, on_inexact=on_inexact, unknown=unknown, dense=dense,
+        engram=engram,
         split_size=split_size,
     )  # fmt: skip
     if dry_run:

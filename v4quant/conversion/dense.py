@@ -36,6 +36,7 @@ from v4quant_kernels.scale_search import QuantizedMatrix
 from v4quant_kernels.scheme import SCHEMES
 
 _DENSE_ROWS = 512  # rows of an FP8 matrix dequantized at a time; a multiple of every tile height
+_PIECE = 2**20  # elements, where rows are so short that more of them make one piece
 
 
 def copy_tensors(
@@ -118,8 +119,9 @@ def _dense_rows(plan: Plan, stored: StoredWeight) -> Iterator[tuple[int, Tensor]
 
 def _coded_rows(plan: Plan, stored: StoredWeight) -> Iterator[tuple[int, QTensor]]:
     """(first row, rows) of a dense matrix."""
-    for start in range(0, stored.shape[0], _DENSE_ROWS):
-        stop = min(start + _DENSE_ROWS, stored.shape[0])
+    step = _DENSE_ROWS * max(1, _PIECE // (_DENSE_ROWS * stored.shape[1]))
+    for start in range(0, stored.shape[0], step):
+        stop = min(start + step, stored.shape[0])
         yield start, read_matrix(plan.checkpoint, stored, (start, stop))
 
 
@@ -171,7 +173,8 @@ def _widens_exactly(plan: Plan, stored: StoredWeight) -> bool:
     scale, scheme = scale_part(stored), stored.scheme
     if scale is None or scheme is None or (scheme.element, scheme.scale) != ("e4m3", "e8m0"):
         return False
-    return fp8_block.widens_exactly(plan.checkpoint.read(scale.name))
+    pieces = plan.checkpoint.read_chunks(scale.name)  # an Engram's scales take gigabytes
+    return all(fp8_block.widens_exactly(piece) for _, piece in pieces)
 
 
 def code_in_tiles(

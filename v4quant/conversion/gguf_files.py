@@ -5,6 +5,10 @@ between layers, as evenly as that allows, the first carrying all metadata. A dra
 of its own, because llama.cpp has one place for hc_head and final norm; that file repeats embedding,
 head and norm, which llama.cpp reads from it (`llama-server -m model --model-draft mtp-model`).
 DSpark's stages are a model of another architecture, which takes those from the trunk.
+
+V4.1's Engram tables are the last part of a split model, alone in it. What that file says depends on
+the number of parts and of tensors, not on how the rest is coded, so conversions with as many parts
+have the same bytes there and can share one file.
 """
 
 from __future__ import annotations
@@ -15,15 +19,18 @@ from functools import partial
 
 from v4quant.conversion.units import ShardPlan, Unit
 from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.engram import read_token_map
 from v4quant_formats.errors import UnsupportedPair
 from v4quant_formats.gguf.carried import carried_fields
 from v4quant_formats.gguf.file import Field, PlaceOf, plan_gguf
 from v4quant_formats.gguf.metadata import dspark_fields, model_fields, split_fields
+from v4quant_formats.gguf.metadata_v41 import v41_fields
 from v4quant_formats.gguf.names import dspark_place_of, place_of
-from v4quant_formats.model_config import parse_model_config
+from v4quant_formats.model_config import ModelConfig, parse_model_config
 
 _NAME = "DeepSeek-V4"
 _REPEATED = ("embed", "norm", "head")
+_TABLE = ".engram.embed"
 
 
 def gguf_shards(
@@ -41,9 +48,11 @@ def gguf_shards(
     tokenizer = [f for f in carried if not f.key.startswith("general.")]
     stem = f"model-{scheme}"
     said = {f.key for f in carried}
-    fields = [f for f in model_fields(config, _NAME, scheme) if f.key not in said]
+    fields = [f for f in _trunk_fields(checkpoint, config, scheme) if f.key not in said]
     fields += carried
-    shards = _split(_pack(trunk, split_bytes), stem, fields, place)
+    tables = [u for u in trunk if u.module.endswith(_TABLE)]
+    files = _pack([u for u in trunk if not u.module.endswith(_TABLE)], split_bytes)
+    shards = _split([*files, tables] if tables else files, stem, fields, place)
     if drafts and config.dspark:
         stages = len({u.module.split(".")[1] for u in drafts})
         fields = [*dspark_fields(config, f"{_NAME} DSpark", scheme, stages), *tokenizer]
@@ -55,6 +64,15 @@ def gguf_shards(
         build = partial(plan_gguf, fields, draft_place)
         shards.append(ShardPlan(f"mtp-{stem}.gguf", (*repeated, *drafts), build))
     return tuple(shards)
+
+
+def _trunk_fields(checkpoint: Checkpoint, config: ModelConfig, scheme: str) -> list[Field]:
+    if config.v41 is None:
+        return model_fields(config, _NAME, scheme)
+    tokenizer = checkpoint.path / "tokenizer.json"
+    size = config.v41.engram_compressed_vocab_size
+    token_map = read_token_map(tokenizer, config.vocab_size, size)
+    return v41_fields(config, f"{_NAME}.1", scheme, token_map)
 
 
 def _check_places(checkpoint: Checkpoint, units: Sequence[Unit], place: PlaceOf) -> None:

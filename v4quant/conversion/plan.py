@@ -323,7 +323,21 @@ class _Planner:
                 "keep keeps MXFP4 experts only; use --on-inexact nearest or refuse"
             )
 
+    def _table(self, stored: StoredWeight) -> Unit:
+        """An Engram's table: byte for byte, or in the type that a format without FP8 rows asks."""
+        choices = self.layout.table_types
+        if choices:
+            return self._blocks(stored, self.recipe.engram or choices[0])
+        if stored.scheme != SCHEMES["mxfp8"]:
+            raise UnsupportedPair(
+                f"{self.checkpoint.path}: '{stored.module}' is {_coding(stored)}, but engines of "
+                f"format '{self.layout.name}' read the tables as FP8 rows; convert from the release"
+            )
+        return _copy(stored)
+
     def _dense(self, name: TensorName, stored: StoredWeight) -> Unit:
+        if name.role == "engram tables":
+            return self._table(stored)
         dense = self.recipe.dense_for(place_of(name))
         blocks = dense in GGML_TYPES and GGML_TYPES[dense].is_block_type
         if blocks or (dense == "bf16" and not name.is_linear):
@@ -383,13 +397,12 @@ class _Planner:
         """A tensor outside all matrices: as it is, or the same numbers in the layout's dtype."""
         spec = next(iter(stored.parts.values()))
         dtype = self.layout.plain(name, spec) if self.layout.plain else spec.dtype
-        # As llama.cpp's quantizer leaves embeddings and routers; tables are for look-up as they are.
-        if stored.scheme is not None and name.role != "engram tables":
+        if stored.scheme is not None:  # as llama.cpp's quantizer leaves embeddings and routers
             wide = name.role == "hyper-connection" or name.module.endswith(_WIDE)
             own = spec.name if len(stored.parts) == 1 else f"{stored.module}.weight"
             dtype = "F32" if wide or dtype == "F32" else "BF16"
             return Unit("bf16", (stored,), (TensorSpec(own, dtype, stored.shape),))
-        if dtype == spec.dtype or stored.scheme is not None:
+        if dtype == spec.dtype:
             return _copy(stored)
         return Unit("recast", (stored,), (TensorSpec(spec.name, dtype, spec.shape),))
 

@@ -19,7 +19,7 @@ from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import UnknownTokenizer
 from v4quant_formats.gguf.file import Field
 from v4quant_formats.gguf.header import GgufHeader, read_gguf_header
-from v4quant_formats.gguf.names import ARCHITECTURE
+from v4quant_formats.gguf.names import ARCHITECTURE, V41_ARCHITECTURE
 from v4quant_formats.gguf.tokenizer import PRE_TOKENIZERS, tokenizer_fields
 
 # Said anew by whoever writes a file.
@@ -38,7 +38,7 @@ def trunk_header(checkpoint: Checkpoint) -> GgufHeader | None:
         if "-of-" in name and "-00001-of-" not in name:
             continue
         header = read_gguf_header(checkpoint.path / name)
-        if header.metadata.get("general.architecture") == ARCHITECTURE:
+        if header.metadata.get("general.architecture") in (ARCHITECTURE, V41_ARCHITECTURE):
             if not header.metadata.get(f"{ARCHITECTURE}.nextn_predict_layers"):
                 return header
             found = found or header

@@ -29,10 +29,12 @@ from v4quant_formats.errors import (
 from v4quant_formats.gguf.carried import carried_files
 from v4quant_formats.gguf.header import GgufHeader, GgufTensor, read_gguf_header
 from v4quant_formats.gguf.imatrix import is_imatrix
-from v4quant_formats.gguf.metadata import config_from_fields, dspark_config
+from v4quant_formats.gguf.metadata import dspark_config, v4_config
+from v4quant_formats.gguf.metadata_v41 import v41_config
 from v4quant_formats.gguf.names import (
     ARCHITECTURE,
     DSPARK_ARCHITECTURE,
+    V41_ARCHITECTURE,
     Meaning,
     dspark_meaning_of,
     meaning_of,
@@ -109,7 +111,7 @@ def open_gguf(path: Path) -> Checkpoint:
         raise FormatError(f"{path}: holds several models ({names}); give one of the files")
     if not trunks and drafts[0].is_dspark:
         raise FormatError(f"{path}: holds DSpark's stages only; give their folder, with the model")
-    main, _ = config_from_fields(_counted((trunks or drafts)[0]), _where(folder, models[0]))
+    main, _ = _config(folder, (trunks or drafts)[0])
     tensors: dict[str, TensorSpec] = {}
     for model in [*trunks, *drafts]:
         meaning, more = _reading(folder, model)
@@ -139,6 +141,15 @@ def _where(folder: Path, model: _Model) -> str:
     return str(folder / next(iter(model.files)))
 
 
+def _config(folder: Path, model: _Model) -> tuple[dict[str, Any], int]:
+    """config.json's object, and how many draft stages the model's files count."""
+    where = _where(folder, model)
+    if model.metadata.get("general.architecture") == V41_ARCHITECTURE:
+        names = {name for header in model.files.values() for name in header.tensors}
+        return v41_config(model.metadata, names, where), 0
+    return v4_config(_counted(model), where)
+
+
 def _reading(folder: Path, model: _Model) -> tuple[_MeaningOf, dict[str, Any]]:
     """How a model's tensor names are read, and what its metadata adds to config.json."""
     where = _where(folder, model)
@@ -151,8 +162,8 @@ def _reading(folder: Path, model: _Model) -> tuple[_MeaningOf, dict[str, Any]]:
         added, stages = dspark_config(model.metadata, tables[0].shape[-1], where)
         added["num_nextn_predict_layers"] = stages
         return partial(dspark_meaning_of, stages=stages), added
-    config, drafts = config_from_fields(_counted(model), where)
-    layers = int(config["num_hidden_layers"])
+    config, drafts = _config(folder, model)
+    layers = int(config.get("text_config", config)["num_hidden_layers"])
     added = {"num_nextn_predict_layers": drafts} if drafts else {}
     return partial(meaning_of, layers=layers, draft_file=model.is_draft), added
 

@@ -160,8 +160,8 @@ def split_fields(number: int, count: int, tensors: int) -> list[Field]:
     ]
 
 
-def config_from_fields(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, Any], int]:
-    """config.json's object from a file's pairs, and how many draft stages the file counts.
+def v4_config(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, Any], int]:
+    """V4's config.json from a file's pairs, and how many draft stages the file counts.
 
     Raises WrongMetadata naming the key that is missing or of the wrong kind.
     """

@@ -1,4 +1,5 @@
-"""What llama.cpp calls the tensors of a V4 model, and where official tensors lie inside its own.
+"""What llama.cpp calls the tensors of a V4 or V4.1 model, and where official tensors lie inside its
+own.
 
 llama.cpp's architecture `deepseek4` has three habits the release has not. Every tensor ends in
 `.weight` (the routing bias in `.bias`), also where the release has no suffix. The routed experts
@@ -8,8 +9,10 @@ one matrix `eh_proj` [d, 2d], and its own hc_head and final norm take the model'
 why it has a file of its own: in the trunk's file those names are the trunk's. DSpark's stages are a
 small model of architecture `dflash`, whose blocks begin at 0.
 
+V4.1 is architecture `deepseek41`: V4's names and a few more. No draft stage has a place there.
+
 Source: llama.cpp's src/llama-arch.cpp (names), src/models/deepseek4.cpp and dflash.cpp (which of
-them it reads).
+them it reads); for V4.1 src/models/deepseek41.cpp and the converter of pull request 28696.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import re
 from dataclasses import dataclass
 
 ARCHITECTURE = "deepseek4"
+V41_ARCHITECTURE = "deepseek41"
 DSPARK_ARCHITECTURE = "dflash"
 
 _HC = ("fn", "base", "scale")
@@ -51,6 +55,13 @@ _STAGE: dict[str, str] = {
     "attn.indexer.compressor.wgate": "indexer_compressor_gate.weight",
     "attn.indexer.compressor.ape": "indexer_compressor_ape.weight",
     "attn.indexer.compressor.norm": "indexer_compressor_norm.weight",
+    # V4.1 only.
+    "attn.indexer.wk": "indexer.attn_k.weight",
+    "attn.indexer.k_norm": "indexer.k_norm.weight",
+    "engram.embed": "engram_embd.weight",
+    "engram.wkv": "engram_wkv.weight",
+    "engram.q_weight": "engram_q.weight",
+    "engram.k_weight": "engram_k.weight",
     "ffn.gate": "ffn_gate_inp.weight",
     "ffn.gate.bias": "exp_probs_b.bias",
     "ffn.gate.bias_vl": "exp_probs_b_vl.bias",
@@ -81,7 +92,9 @@ _HALVES = ("e_proj", "h_proj")
 _EH_PROJ = "nextn.eh_proj.weight"
 
 # Official modules whose tensor has no `.weight` of its own.
-_BARE = re.compile(r".*(hc_\w+_(fn|base|scale)|attn_sink|\.ape|\.bias|\.bias_vl|\.tid2eid)")
+_BARE = re.compile(
+    r".*(hc_\w+_(fn|base|scale)|attn_sink|\.ape|\.bias|\.bias_vl|\.tid2eid|\.[qk]_weight)"
+)
 _OFFICIAL = re.compile(r"(layers|mtp)\.(\d{1,4})\.(.+)")
 _EXPERT = re.compile(r"ffn\.experts\.(\d{1,5})\.(w[123])")
 _BLOCK = re.compile(r"blk\.(\d{1,4})\.(.+)")

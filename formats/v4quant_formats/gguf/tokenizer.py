@@ -24,6 +24,7 @@ from v4quant_formats.model_config import read_json_object
 from v4quant_formats.sidecars import MAX_SIDECAR_BYTES
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+V41_CHAT_TEMPLATE = Path(__file__).with_name("chat_template_v41.jinja")
 
 # The expressions of llama.cpp's pre-tokenizer, in order -> its name.
 _PRE = {
@@ -56,6 +57,8 @@ def tokenizer_fields(folder: Path, config: Mapping[str, Any]) -> list[Field]:
     if not path.is_file():
         return [Field("tokenizer.ggml.model", GGUFValueType.STRING, "none")]
     table = read_json_object(path, MAX_SIDECAR_BYTES)
+    is_v41 = isinstance(config.get("text_config"), Mapping)
+    config = {**config["text_config"], **config} if is_v41 else config
     model = table.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
         raise UnknownTokenizer(f"{path}: is no byte-level BPE, which V4's tokenizer is")
@@ -69,7 +72,7 @@ def tokenizer_fields(folder: Path, config: Mapping[str, Any]) -> list[Field]:
     if merges := _merges(path, model):
         fields.append(_array("merges", GGUFValueType.STRING, merges))
     fields += _special(folder, config, tokens) + _sampling(folder)
-    return fields + _template(folder, tokens)
+    return fields + _template(folder, tokens, V41_CHAT_TEMPLATE if is_v41 else CHAT_TEMPLATE)
 
 
 def _array(name: str, element: GGUFValueType, values: list[Any]) -> Field:
@@ -174,11 +177,11 @@ def _sampling(folder: Path) -> list[Field]:
     ]
 
 
-def _template(folder: Path, tokens: list[str]) -> list[Field]:
-    """The checkpoint's own chat template if it has one (no release has), else V4's encoding."""
+def _template(folder: Path, tokens: list[str], ours: Path) -> list[Field]:
+    """The checkpoint's own chat template if it has one, else the release's encoding as `ours`."""
     own = folder / "chat_template.jinja"
-    path = own if own.is_file() else CHAT_TEMPLATE
-    if path is CHAT_TEMPLATE and "<｜User｜>" not in tokens:
+    path = own if own.is_file() else ours
+    if path is ours and "<｜User｜>" not in tokens:
         return []
     text = path.read_text(encoding="utf-8", errors="replace")
     return [Field("tokenizer.chat_template", GGUFValueType.STRING, text)]

@@ -21,6 +21,11 @@ WRITABLE = tuple(s.name for s in SCHEMES.values() if s.formats)
 DEFAULT_SPLIT = 45 * 10**9  # below the 50 GB that model hosts take as one file
 
 
+def table_types() -> tuple[str, ...]:
+    """What the Engram's tables may be in GGUF files: bf16, which is exact, or what is encoded."""
+    return ("bf16", *(name for name, s in SCHEMES.items() if s.is_block_type))
+
+
 def dense_types() -> tuple[str, ...]:
     """What dense matrices of GGUF files may be, types registered at run time included."""
     return tuple(kind.name for kind in GGML_TYPES.values() if kind.dense)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from v4quant_formats.deepseek_v4 import TensorName
 from v4quant_formats.errors import UnsupportedPair
-from v4quant_formats.layouts.choices import NEUTRAL, dense_types
+from v4quant_formats.layouts.choices import NEUTRAL, dense_types, table_types
 from v4quant_formats.layouts.layout import DenseRule, Layout, Parts
 from v4quant_formats.model_config import Dimensions
 from v4quant_formats.spec import TensorSpec
@@ -48,7 +48,9 @@ def _dense(scheme: Scheme, draft: bool) -> DenseRule:
 def _plain(name: TensorName, spec: TensorSpec) -> str:
     if name.module.endswith(".tid2eid"):
         return "I32"
-    if len(spec.shape) <= 1 or name.module.endswith("ffn.gate"):
+    if len(spec.shape) <= 1 or name.module.endswith(
+        ("ffn.gate", "engram.q_weight", "engram.k_weight")
+    ):
         return "F32"
     return spec.dtype
 
@@ -56,6 +58,8 @@ def _plain(name: TensorName, spec: TensorSpec) -> str:
 def _leaves_out(name: TensorName, config: Dimensions) -> str | None:
     if name.role == "vision":
         return "llama.cpp keeps a vision tower in a file of its own (mmproj)"
+    if name.is_draft and config.v41 is not None:
+        return "llama.cpp's architecture 'deepseek41' has no place for draft stages"
     hashed = bool(name.stage) and config.facts(name.stage).hashed
     if name.is_draft and name.module.endswith("ffn.gate.bias_vl"):
         return "llama.cpp drafts text only, so nothing reads a draft stage's bias for image tokens"
@@ -65,12 +69,7 @@ def _leaves_out(name: TensorName, config: Dimensions) -> str | None:
 
 
 def _check(config: Dimensions, drafts: Sequence[str]) -> None:
-    if config.v41 is not None:
-        raise UnsupportedPair(
-            "format 'gguf' writes llama.cpp's architecture 'deepseek4', which is not V4.1's; its "
-            "native files serve in vLLM and SGLang (--format deepseek)"
-        )
-    if len(drafts) > 1 and config.dspark is None:
+    if len(drafts) > 1 and config.dspark is None and config.v41 is None:
         raise UnsupportedPair(
             f"format 'gguf' has a place for one MTP stage, and there are {len(drafts)}, but "
             "config.json has no dspark_ keys; use --draft drop, or the release's config.json"
@@ -101,6 +100,7 @@ GGUF = Layout(
     serve="llama-server -m {path}/*-00001-of-*.gguf",
     mixes="projection",
     dense_choices=dense_types,
+    table_choices=table_types,
     plain=_plain,
     leaves_out=_leaves_out,
     check=_check,

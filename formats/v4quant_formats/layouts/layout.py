@@ -57,6 +57,8 @@ class Layout:
     refuses(engine, scheme) -> why that engine cannot load this scheme in this format, and what it
         can load instead; "" where it can.
     dense_choices() -> what a recipe's `dense` may choose; none where the format decides.
+    table_choices() -> what a recipe's `engram` may choose, the exact one first; none where the
+        tables stay byte for byte.
     plain(name, spec) -> the dtype a tensor outside all matrices is stored in, a wider one or its
         own; None: all are copied.
     leaves_out(name, config) -> why the format has no place for a tensor, or None.
@@ -81,6 +83,7 @@ class Layout:
     variants: Mapping[str, Layout] = field(default_factory=dict)
     refuses: Callable[[str, Scheme], str] = lambda engine, scheme: ""
     dense_choices: Callable[[], tuple[str, ...]] = tuple
+    table_choices: Callable[[], tuple[str, ...]] = tuple
     plain: Callable[[TensorName, TensorSpec], str] | None = None
     leaves_out: Callable[[TensorName, Dimensions], str | None] = lambda name, config: None
     check: Callable[[Dimensions, Sequence[str]], None] = lambda config, drafts: None
@@ -95,3 +98,8 @@ class Layout:
     def dense_types(self) -> tuple[str, ...]:
         """What a recipe's `dense` may choose."""
         return self.dense_choices()
+
+    @property
+    def table_types(self) -> tuple[str, ...]:
+        """What a recipe's `engram` may choose."""
+        return self.table_choices()

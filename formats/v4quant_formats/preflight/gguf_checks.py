@@ -12,7 +12,7 @@ from typing import Any
 
 from v4quant_formats.errors import FormatError
 from v4quant_formats.gguf.carried import trunk_header
-from v4quant_formats.gguf.names import ARCHITECTURE
+from v4quant_formats.gguf.names import V41_ARCHITECTURE
 from v4quant_formats.preflight.survey import Check, Finding, Survey
 from v4quant_formats.spec import DTYPE_BITS
 from v4quant_formats.weights import find_weight
@@ -60,17 +60,32 @@ def shapes(survey: Survey) -> Iterator[Finding]:
 def numbers(survey: Survey) -> Iterator[Finding]:
     """Metadata that no tensor confirms."""
     metadata, file = _metadata(survey)
+    architecture = metadata["general.architecture"]
     for key, wanted in _NEEDED.items():
-        value = metadata.get(f"{ARCHITECTURE}.{key}")
+        value = metadata.get(f"{architecture}.{key}")
         if isinstance(value, list) and value and value.count(value[0]) == len(value):
             value = value[0]
         if value != wanted:
-            problem = f"'{ARCHITECTURE}.{key}' is {value!r}, V4 needs {wanted!r}"
+            problem = f"'{architecture}.{key}' is {value!r}, V4 needs {wanted!r}"
             yield Finding("error", "metadata", file, problem, _REMEDY)
+    config = survey.checkpoint.config.get("text_config", survey.checkpoint.config)
     for key in ("sliding_window", "index_topk"):
-        if not survey.checkpoint.config.get(key):
-            problem = f"'{key}' is {survey.checkpoint.config.get(key)!r}; attention sees nothing"
+        if not config.get(key):
+            problem = f"'{key}' is {config.get(key)!r}; attention sees nothing"
             yield Finding("error", "metadata", file, problem, _REMEDY)
+
+
+def v41_keys(survey: Survey) -> Iterator[Finding]:
+    """V4.1's keys are those of a build older than what mainline writes; nobody compared headers."""
+    metadata, file = _metadata(survey)
+    if metadata["general.architecture"] == V41_ARCHITECTURE:
+        problem = (
+            "the keys of 'deepseek41' are those of llama.cpp's pull request 28696 and its loader; "
+            "mainline loads V4.1 since build 11870, and which keys its own converter writes was "
+            "not seen"
+        )
+        remedy = "load the first shards before sending all; llama.cpp names a key it lacks"
+        yield Finding("note", "metadata", file, problem, remedy)
 
 
 def tokenizer(survey: Survey) -> Iterator[Finding]:
@@ -103,4 +118,4 @@ def _metadata(survey: Survey) -> tuple[Mapping[str, Any], str]:
     return header.metadata, sorted(checkpoint.files)[0]
 
 
-GGUF_CHECKS: tuple[Check, ...] = (shapes, numbers, tokenizer)
+GGUF_CHECKS: tuple[Check, ...] = (shapes, numbers, v41_keys, tokenizer)

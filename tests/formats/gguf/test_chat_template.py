@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from v4quant_calibration.corpus.chat_dialects import DIALECTS
 from v4quant_calibration.corpus.chat_encoding import encode_messages
-from v4quant_formats.gguf.tokenizer import CHAT_TEMPLATE
+from v4quant_formats.gguf.tokenizer import CHAT_TEMPLATE, V41_CHAT_TEMPLATE
 
 REPOSITORY = Path(__file__).parents[3]
 GENERATED = json.loads(
@@ -26,12 +26,12 @@ Message = dict[str, Any]
 
 
 @cache
-def template() -> Template:
+def template(path: Path = CHAT_TEMPLATE) -> Template:
     """As engines have it: sandboxed, JSON unescaped."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     environment.filters["from_json"] = json.loads
-    return environment.from_string(CHAT_TEMPLATE.read_text(encoding="utf-8"))
+    return environment.from_string(path.read_text(encoding="utf-8"))
 
 
 def render(messages: list[Message], **more: Any) -> str:
@@ -123,3 +123,45 @@ def test_developers_tasks_and_no_reply_asked_for() -> None:
     assert render(task) == encode_messages(task, "non-think")
     silent = template().render(messages=[{"role": "user", "content": "hi"}])
     assert silent == "<｜begin▁of▁sentence｜><｜User｜>hi"
+
+
+V41_SETTINGS: dict[str, dict[str, Any]] = {
+    "non-think": {},
+    "think-low": {"thinking": True, "reasoning_effort": "low"},
+    "think-high": {"thinking": True},
+    "think-37": {"enable_thinking": True, "reasoning_effort": 37},
+    "think-max": {"thinking": True, "reasoning_effort": "max"},
+}
+
+
+def test_v41_conversations_of_every_shape() -> None:
+    """System messages in the middle stand before a user's message or at the end."""
+    seed = secrets.randbits(31)
+    sys.stdout.write(f"seed {seed}\n")
+    rng = random.Random(seed)
+    middle = 0
+    for _ in range(150):
+        messages, mode = conversation(rng), rng.choice(list(V41_SETTINGS))
+        places = [
+            i
+            for i in range(1, len(messages) + 1)
+            if messages[i - 1]["role"] == "assistant" and "tool_calls" not in messages[i - 1]
+        ]
+        if places and rng.random() < 0.6:
+            system = {"role": "system", "content": rng.choice(["", "new rule"])}
+            if rng.random() < 0.3:
+                system["response_format"] = {"é": [1]}
+            messages.insert(rng.choice(places), system)
+            middle += 1
+        wanted = encode_messages(messages, mode, release="v41")
+        given = {"messages": messages, "add_generation_prompt": True, **V41_SETTINGS[mode]}
+        assert template(V41_CHAT_TEMPLATE).render(**given) == wanted, json.dumps(messages)
+    assert middle > 20
+
+
+def test_v41_tools_alone_make_an_empty_system_message() -> None:
+    asked: list[Message] = [{"role": "user", "content": "hi"}]
+    for mode, more in V41_SETTINGS.items():
+        given = {"messages": asked, "tools": TOOLS, "add_generation_prompt": True, **more}
+        wanted = encode_messages(asked, mode, tools=TOOLS, release="v41")
+        assert template(V41_CHAT_TEMPLATE).render(**given) == wanted
