@@ -38,7 +38,6 @@ from tokenizers import Tokenizer
 from torch import nn
 
 DATA = Path(__file__).resolve().parent.parent / "v4quant" / "data"
-DRAFT_SHARE = 0.12
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -58,8 +57,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--heldout", type=Path, action="append", help="text to keep out and to measure on")
     add("--config", type=Path, default=DATA / "tiny-v4" / "config.json", help="dimensions")
     add("--tokenizer", type=Path, default=DATA / "tiny-v4", help="folder of the tokenizer")
-    add("--start", type=Path, help="V4 checkpoint of the same widths to start a V4.1 from")
+    add("--start", type=Path, help="V4 of the same widths, or V4.1, to start from")
     add("--train-tokenizer", action="store_true", help="learn a new vocabulary from the text")
+    add("--draft-share", type=float, default=0.12, help="of the time (default 0.12)")
     add("--window", type=int, default=512, help="tokens per window, half at first (default 512)")
     add("--tokens-per-step", type=int, default=2048, help="tokens per step (default 2048)")
     add("--heldout-windows", type=int, default=32, help="windows measured per text (default 32)")
@@ -113,10 +113,10 @@ def train_both(
     trunk = family.trunk(streams, tokenizer, args.seed)
     state_path = args.out.with_name(args.out.name + ".training.pt")
     saved = loop.load_state(state_path, settings)
-    if args.start and not saved:
-        family.start(trunk, args.start)
-    first = family.trunk_phase(trunk, bool(args.start))
     draft = family.draft(args.seed)
+    if args.start and not saved:
+        family.start(trunk, draft, args.start)
+    first = family.trunk_phase(trunk, args.start)
     size = sum(p.numel() for p in trunk.parameters())
     say(f"trunk: {size / 1e6:.1f} M parameters")
     if "trunk" in saved:
@@ -128,15 +128,15 @@ def train_both(
         args.out.parent.mkdir(parents=True, exist_ok=True)
         loop.save_state(state_path, settings, {p.name: p.state() for p in phases})
 
-    minutes = args.minutes
-    trunk_budget = loop.Budget(args.steps, minutes * (1 - DRAFT_SHARE) if minutes else None)
-    draft_steps = max(1, round(args.steps * DRAFT_SHARE)) if args.steps else None
+    minutes, share = args.minutes, args.draft_share
+    trunk_budget = loop.Budget(args.steps, minutes * (1 - share) if minutes else None)
+    draft_steps = max(1, round(args.steps * share)) if args.steps else None
     loop.train(first, trunk_budget, settings, streams, save)
     second = family.draft_phase(draft, trunk)
     if "mtp" in saved:
         second.restore(saved["mtp"])
     phases.append(second)
-    draft_budget = loop.Budget(draft_steps, minutes * DRAFT_SHARE if minutes else None)
+    draft_budget = loop.Budget(draft_steps, minutes * share if minutes else None)
     loop.train(second, draft_budget, settings, streams, save)
     return trunk, draft
 

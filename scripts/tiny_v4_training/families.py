@@ -21,7 +21,7 @@ from tiny_v4_training.v41_export import write_v41_release
 from tiny_v4_training.v41_heldout import v41_scores
 from tiny_v4_training.v41_model import V41Trunk, initialise
 from tiny_v4_training.v41_phases import v41_draft_phase, v41_trunk_phase
-from tiny_v4_training.v41_start import start_from
+from tiny_v4_training.v41_start import continue_from, from_v4, from_v41, start_from
 
 
 class Family(Protocol):
@@ -33,10 +33,10 @@ class Family(Protocol):
     def trunk(self, streams: Sequence[text.Stream], tokenizer: Tokenizer, seed: int) -> nn.Module:
         """A fresh trunk."""
 
-    def start(self, trunk: nn.Module, folder: Path) -> None:
+    def start(self, trunk: nn.Module, draft: nn.Module, folder: Path) -> None:
         """Take over a trained checkpoint's weights."""
 
-    def trunk_phase(self, trunk: nn.Module, started: bool) -> loop.Phase:
+    def trunk_phase(self, trunk: nn.Module, start: Path | None) -> loop.Phase:
         """How the trunk is trained, afresh or started from another checkpoint."""
 
     def draft(self, seed: int) -> nn.Module:
@@ -65,13 +65,13 @@ class V4:
         del tokenizer
         return model.build_trunk(self.raw, text.token_counts(streams, self.raw["vocab_size"]), seed)
 
-    def start(self, trunk: nn.Module, folder: Path) -> None:
+    def start(self, trunk: nn.Module, draft: nn.Module, folder: Path) -> None:
         """Not offered: another run goes on from its own state."""
         raise SystemExit("--start is for V4.1, which it starts from a V4")
 
-    def trunk_phase(self, trunk: nn.Module, started: bool) -> loop.Phase:
+    def trunk_phase(self, trunk: nn.Module, start: Path | None) -> loop.Phase:
         """Next-token loss and indexer distillation."""
-        del started
+        del start
         return loop.trunk_phase(trunk)
 
     def draft(self, seed: int) -> nn.Module:
@@ -119,13 +119,19 @@ class V41:
         initialise(trunk, self.flat["initializer_range"])
         return trunk
 
-    def start(self, trunk: nn.Module, folder: Path) -> None:
-        """Experts, attention and embeddings of a V4 of the same widths."""
-        start_from(trunk, folder)
+    def start(self, trunk: nn.Module, draft: nn.Module, folder: Path) -> None:
+        """Experts, attention and embeddings of a V4 of the same widths, or all of a V4.1."""
+        if _is_v41(model.read_config(folder / "config.json")):
+            continue_from(trunk, draft, folder)
+        else:
+            start_from(trunk, folder)
 
-    def trunk_phase(self, trunk: nn.Module, started: bool) -> loop.Phase:
+    def trunk_phase(self, trunk: nn.Module, start: Path | None) -> loop.Phase:
         """Next-token loss and indexer distillation, rounded weights at the end."""
-        return v41_trunk_phase(trunk, started)
+        if start is None:
+            return v41_trunk_phase(trunk)
+        again = _is_v41(model.read_config(start / "config.json"))
+        return v41_trunk_phase(trunk, from_v41 if again else from_v4)
 
     def draft(self, seed: int) -> nn.Module:
         """DSpark's stages."""
@@ -148,4 +154,8 @@ class V41:
 
 def family_of(raw: dict[str, Any]) -> Family:
     """The architecture of a config.json."""
-    return V41(raw) if raw["model_type"] == "deepseek_v41" else V4(raw)
+    return V41(raw) if _is_v41(raw) else V4(raw)
+
+
+def _is_v41(raw: Mapping[str, Any]) -> bool:
+    return bool(raw["model_type"] == "deepseek_v41")

@@ -68,7 +68,7 @@ class Phase:
     loss: Callable[[Tensor, float], tuple[Tensor, Tensor]]  # language model, everything else
     after_step: Callable[[], float]
     before_update: Callable[[], None] = lambda: None
-    settled: tuple[str, ...] = ()  # words of parameter names that come trained from elsewhere
+    settled: Callable[[str], bool] = lambda name: False  # names that come trained from elsewhere
     step: int = 0
     seconds: float = 0.0
     optimisers: list[torch.optim.Optimizer] = field(init=False)

@@ -9,7 +9,7 @@ norms, routers and hyper-connections are not maps between hidden spaces and keep
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from tiny_v4_training.precision import product_dtype
 MUON_RATE = 0.02
 ADAM_RATE = 3e-3
 SETTLED_RATE = 1e-3
+TABLE_RATE = 2e-2  # a row of a lookup table is seen seldom
 # Coefficients of the published iteration: steep at 0, so that small singular values grow fast.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ADAM_NAMES = (
@@ -82,28 +83,36 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def make_optimisers(model: nn.Module, settled: tuple[str, ...] = ()) -> list[torch.optim.Optimizer]:
+def make_optimisers(
+    model: nn.Module, settled: Callable[[str], bool] = lambda name: False
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of `model`, AdamW for the rest of its trainable parameters.
 
-    Parameters whose names hold a word of `settled` come trained from elsewhere and have to adapt
-    only: AdamW at a low rate does that, at a tenth of what Muon costs.
+    Parameters whose names are `settled` come trained from elsewhere and have to adapt only: AdamW
+    at a low rate does that, at a tenth of what Muon costs.
     """
     matrices: list[Tensor] = []
     adapting: list[Tensor] = []
+    tables: list[Tensor] = []
     fused: list[Tensor] = []
     others: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if any(part in name for part in settled):
+        if settled(name):
             adapting.append(parameter)
+        elif "engram.embed" in name:
+            tables.append(parameter)
         elif parameter.ndim < 2 or any(part in name for part in _ADAM_NAMES):
             others.append(parameter)
         else:
             (fused if "gate_up_proj" in name else matrices).append(parameter)
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": fused, "parts": 2}]
-    adams = [(others, ADAM_RATE)] + ([(adapting, SETTLED_RATE)] if adapting else [])
-    return [
-        Muon([g for g in groups if g["params"]], MUON_RATE),
-        *(torch.optim.AdamW(p, lr=r, betas=(0.9, 0.95), weight_decay=0.0) for p, r in adams),
-    ]
+    matrix_groups = [g for g in groups if g["params"]]
+    chosen: list[torch.optim.Optimizer] = [Muon(matrix_groups, MUON_RATE)] if matrix_groups else []
+    for parameters, rate in ((others, ADAM_RATE), (adapting, SETTLED_RATE), (tables, TABLE_RATE)):
+        if parameters:
+            chosen.append(
+                torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+            )
+    return chosen

@@ -7,6 +7,8 @@ what is shipped.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,12 +23,8 @@ ROUNDED_FROM = 0.8
 ANCHOR_EVERY = 16
 
 
-# What a V4 to start from has trained already.
-SETTLED = ("gate_up_proj", "down_proj", "shared_experts")
-
-
-def v41_trunk_phase(trunk: V41Trunk, started: bool) -> Phase:
-    """The trunk on next-token loss plus indexer distillation; `started` from a trained V4."""
+def v41_trunk_phase(trunk: V41Trunk, settled: Callable[[str], bool] = lambda name: False) -> Phase:
+    """The trunk on next-token loss plus indexer distillation; `settled` parameters adapt only."""
     balance, rounding = RouterBalance(trunk), _Rounding(trunk)
 
     def loss(windows: Tensor, progress: float) -> tuple[Tensor, Tensor]:
@@ -35,7 +33,7 @@ def v41_trunk_phase(trunk: V41Trunk, started: bool) -> Phase:
         wanted = windows[:, 1:-1].reshape(-1)
         return F.cross_entropy(logits.flatten(0, 1).float(), wanted), index_loss(passed)
 
-    return Phase("trunk", trunk, loss, balance.step, rounding.end, SETTLED if started else ())
+    return Phase("trunk", trunk, loss, balance.step, rounding.end, settled)
 
 
 def v41_draft_phase(draft: Draft, trunk: V41Trunk) -> Phase:

@@ -1,5 +1,6 @@
-"""Starting V4.1's training from a trained V4 of the same widths, layer by layer.
+"""Starting V4.1's training from a trained V4 of the same widths, or from a written V4.1.
 
+From V4, layer by layer:
 Embedding, head, experts, attention matrices and norms carry over as they are. Three things are
 turned into their counterparts: queries lose the norm per head, so its mean effect goes into wq_b;
 the input weights of a sublayer come from the sublayer before it, so each takes those rows of the
@@ -16,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiny_v4_training.model import read_config
+from tiny_v4_training.v41_draft import Draft
+from tiny_v4_training.v41_heldout import load_v41
 from tiny_v4_training.v41_model import V41Trunk
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.opening import open_checkpoint
@@ -25,7 +29,29 @@ from v4quant_kernels.scheme import SCHEMES
 
 
 class DoesNotFit(Exception):
-    """The V4 checkpoint has other dimensions than the model to train."""
+    """The checkpoint has other dimensions than the model to train."""
+
+
+def from_v4(name: str) -> bool:
+    """Parameters that a V4 brings trained, so that they have to adapt only."""
+    return any(part in name for part in ("gate_up_proj", "down_proj", "shared_experts"))
+
+
+def from_v41(name: str) -> bool:
+    """Parameters that a V4.1 brings trained: all but the Engram, whose hashes may be others."""
+    return ".engram." not in name
+
+
+@torch.no_grad()
+def continue_from(trunk: V41Trunk, draft: Draft, folder: Path) -> None:
+    """Take over a written V4.1 but for its Engram. Raises DoesNotFit."""
+    written = load_v41(folder, read_config(folder / "config.json")["text_config"])
+    for ours, theirs in zip((trunk, draft), written, strict=True):
+        own, given = ours.state_dict(), theirs.state_dict()
+        for name in filter(from_v41, own):
+            if name not in given or given[name].shape != own[name].shape:
+                raise DoesNotFit(f"{folder}: {name} is not as here")
+            own[name].copy_(given[name])
 
 
 @torch.no_grad()

@@ -248,7 +248,7 @@ def test_weights_are_rounded_for_a_step_and_put_back() -> None:
     trunk = V41Trunk(config, hash_plan(config, tokenizer()))
     initialise(trunk, 0.3)
     before = {n: p.detach().clone() for n, p in trunk.named_parameters()}
-    phase = v41_trunk_phase(trunk, started=False)
+    phase = v41_trunk_phase(trunk)
     loss, _ = phase.loss(torch.randint(2054, (2, 34)), ROUNDED_FROM)
     name = "layers.2.ffn.gate_up_proj"
     during = trunk.get_parameter(name).detach().clone()
