@@ -171,8 +171,8 @@ def test_unknown_tensors_may_be_copied(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path / "out") as output:
         assert bytes(output.read("extra.table").tolist()) == b"abc"
         assert output.read("extra.half").item() == 1.0
-    edited.add("extra.odd", "F4", (2,), b"a")
-    with pytest.raises(WrongDtype, match=r"extra\.odd F4"):
+    edited.add("extra.odd", "F6_E2M3", (4,), b"abc")
+    with pytest.raises(WrongDtype, match=r"extra\.odd F6_E2M3"):
         convert(edited.write(tmp_path / "again"), tmp_path / "out2", recipe)
 
 
