@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.support.conversion import TINY
+from tests.support.conversion import TINY, convert
 from tests.support.pretend_device import DEVICE, PretendDevice
 from v4quant.calibration import collect as calibration
 from v4quant.calibration.collect import DrawnCorpus, calibrate_to, solve_settings
@@ -38,6 +38,7 @@ from v4quant_kernels.progress import SilentProgress
 from v4quant_kernels.scheme import get_scheme
 
 CONFIG = load_model_config(TINY)
+V41 = TINY.parent / "v41-tiny"
 
 
 @pytest.fixture
@@ -56,10 +57,14 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def figures(
-    windows: list[Tensor], candidate: Path, options: ForwardOptions, resources: Resources
+    windows: list[Tensor],
+    candidate: Path,
+    options: ForwardOptions,
+    resources: Resources,
+    reference: Path = TINY,
 ) -> dict[str, Any]:
     corpus = Corpus([CorpusPart("a", windows)])
-    with open_checkpoint(candidate) as mine, open_checkpoint(TINY) as base:
+    with open_checkpoint(candidate) as mine, open_checkpoint(reference) as base:
         return evaluate_checkpoint(
             mine, base, corpus, options, SilentProgress(), weights=False,
             measures=Measures(draft=True), resources=resources,
@@ -74,7 +79,7 @@ def test_evaluation_elsewhere(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(indexer, "uses_kernel", lambda x, options: False)
+    monkeypatch.setattr(indexer, "uses_kernel", lambda *_: False)
     options = ForwardOptions(activations)
     here = figures(windows, converted("int4-g128"), options, Resources())
     with PretendDevice() as pretended:
@@ -82,6 +87,20 @@ def test_evaluation_elsewhere(
         there = figures(windows, converted("int4-g128"), options, resources)
     assert here.pop("device") == "cpu" and there.pop("device") == "cuda"
     assert pretended.products[0] > 500 and pretended.products[1] == 0
+    assert there == here and here["kl_mean"] > 0
+
+
+def test_v41_elsewhere(tmp_path: Path) -> None:
+    """Tables are gathered on the host; caches that layers share live there with the streams."""
+    ids = load_file(V41.parent / "v41-tiny.reference.safetensors")["input_ids"][0]
+    windows, options = [ids[:130], ids[130:160]], ForwardOptions("official")
+    convert(V41, tmp_path / "int4", "int4-g32")
+    here = figures(windows, tmp_path / "int4", options, Resources(), V41)
+    with PretendDevice() as pretended:
+        resources = Resources(device=DEVICE, scratch=tmp_path)
+        there = figures(windows, tmp_path / "int4", options, resources, V41)
+    assert here.pop("device") == "cpu" and there.pop("device") == "cuda"
+    assert pretended.products[0] > 1000 and pretended.products[1] == 0
     assert there == here and here["kl_mean"] > 0
 
 
