@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.errors import OptionError, V4QuantError
 
 CPU = torch.device("cpu")
 _SHARE = 0.8
@@ -27,6 +30,25 @@ def find_device(name: str) -> torch.device:
         found = f"{count} CUDA device{'s' * (count > 1)}" if count else "no CUDA device"
         raise DeviceError(f"--device {name}: there is {found} here; use cpu")
     return device
+
+
+@contextmanager
+def arithmetic_threads(count: int | None) -> Iterator[None]:
+    """While this lasts, products and loops on the CPU use `count` threads; None: as many as before.
+
+    Raises OptionError for fewer than one.
+    """
+    if count is None:
+        yield
+        return
+    if count < 1:
+        raise OptionError(f"--threads {count}: give one or more")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def device_bytes(device: torch.device) -> int | None:

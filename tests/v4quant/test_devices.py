@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from v4quant.devices import DeviceError, find_device
+import v4quant
+from v4quant.devices import DeviceError, arithmetic_threads, find_device
+from v4quant_kernels import dispatch
+from v4quant_kernels.errors import OptionError
 
 
 def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +33,33 @@ def test_a_machine_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(DeviceError, match="no CUDA device here; use cpu"):
         find_device("cuda")
+
+
+def test_threads_are_set_for_a_while() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), arithmetic_threads(before + 2):
+        assert torch.get_num_threads() == before + 2
+        raise KeyError
+    assert torch.get_num_threads() == before
+    with arithmetic_threads(None):
+        assert torch.get_num_threads() == before
+    with pytest.raises(OptionError, match="--threads 0"), arithmetic_threads(0):
+        pass
+
+
+@pytest.mark.parametrize("step", ["evaluate", "calibrate"])
+def test_a_pass_uses_the_threads_it_is_given(
+    step: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every product of the pass is asked for how many threads it has."""
+    seen: set[int] = set()
+    product = dispatch.float32_product
+
+    def watched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        seen.add(torch.get_num_threads())
+        return product(a, b)
+
+    monkeypatch.setattr(dispatch, "float32_product", watched)
+    more = {"min_tokens": 1, "out": tmp_path / "stats.v4q"} if step == "calibrate" else {}
+    getattr(v4quant, step)("builtin:tiny-v4", tokens=32, threads=3, **more)
+    assert seen == {3}

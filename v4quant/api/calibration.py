@@ -21,7 +21,7 @@ from v4quant.api.arguments import (
 )
 from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.calibration.collect import calibrate_to, draw_corpus, solve_settings
-from v4quant.devices import find_device
+from v4quant.devices import arithmetic_threads, find_device
 from v4quant.outputs import refuse_inputs
 from v4quant.progress import default_progress
 from v4quant.recipe import Recipe, read_toml, recipe_from_table
@@ -70,6 +70,7 @@ def calibrate(
     recipe: Recipe | PathLike | None = None,
     propagate: bool = True,
     device: str = "cpu",
+    threads: int | None = None,
     max_memory: Size = None,
     imatrix: PathLike | None = None,
     progress: Progress | None = None,
@@ -79,7 +80,8 @@ def calibrate(
     tokens: how many to read first; more of the corpus is drawn until every expert has seen
     `min_tokens`. solve: a scheme whose codes are found as well, or `recipe`: what to solve place by
     place; an interrupted run then resumes. propagate: later layers are solved on what the already
-    converted ones give them. imatrix: a file to write as well, what llama.cpp's quantizer reads.
+    converted ones give them. threads: of products on the CPU, by default all cores or what
+    OMP_NUM_THREADS says. imatrix: a file to write as well, what llama.cpp's quantizer reads.
 
     Raises OptionError, RecipeError, CorpusError, SizeError, OutputError and what opening the source
     raises.
@@ -93,7 +95,7 @@ def calibrate(
             "--imatrix goes without --solve: what a solved layer sees are the converted model's "
             "inputs; calibrate once more without --solve"
         )
-    with open_source(source_of(source)) as checkpoint:
+    with arithmetic_threads(threads), open_source(source_of(source)) as checkpoint:
         refuse_inputs([target], [checkpoint], listed_files(corpus))
         config = config_of(checkpoint)
         settings = solve_settings(checkpoint, wanted, propagate) if wanted else None

@@ -19,7 +19,7 @@ from v4quant.api.arguments import (
     tool_facts,
 )
 from v4quant.builtin import MIXED_HELDOUT
-from v4quant.devices import find_device
+from v4quant.devices import arithmetic_threads, find_device
 from v4quant.evaluation.evaluate import LogitFiles, Resources, evaluate_checkpoint
 from v4quant.evaluation.report import write_report
 from v4quant.evaluation.result import Evaluation, evaluation_from_dict
@@ -54,6 +54,7 @@ def evaluate(
     draft: bool = False,
     needle: bool = False,
     device: str = "cpu",
+    threads: int | None = None,
     max_memory: Size = None,
     scratch: PathLike | None = None,
     progress: Progress | None = None,
@@ -62,7 +63,8 @@ def evaluate(
 
     candidates: further conversions of the reference, scored in the same run. weights: compare every
     matrix with the reference's and look for defects. floors: noise floors to run. report: a .html,
-    .md or .json file to write. docs/evaluation.md explains the figures.
+    .md or .json file to write. threads: of products on the CPU, by default all cores or what
+    OMP_NUM_THREADS says. docs/evaluation.md explains the figures.
 
     Raises OptionError for options that contradict each other, SizeError for too little memory,
     CorpusError, EvaluationError, LogitsError, OutputError and what opening checkpoints raises.
@@ -77,6 +79,7 @@ def evaluate(
         raise OptionError("--save-top-k says how --save-logits writes: give that, too")
     limits = Resources(size_of(max_memory), path_of(scratch), find_device(device))
     with ExitStack() as opened:
+        opened.enter_context(arithmetic_threads(threads))
         checkpoint = opened.enter_context(open_source(source_of(source)))
         base = None
         if reference is not None:

@@ -61,6 +61,15 @@ def corpus_options(default: str) -> Callable[[Command], Command]:
     return decorate
 
 
+def threads_option(command: Command) -> Command:
+    """`--threads` of a forward pass."""
+    return click.option(
+        "--threads",
+        type=click.IntRange(1, 1024),
+        help="Threads of passes and solvers on the CPU (default: all cores, or OMP_NUM_THREADS).",
+    )(command)
+
+
 def products_option(*more: str) -> Callable[[Command], Command]:
     """`--products`; more: "kernels" where nobody watches single experts."""
     told = (

@@ -10,7 +10,7 @@ import click
 import v4quant
 from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.cli import _output
-from v4quant.cli._options import corpus_options, products_option
+from v4quant.cli._options import corpus_options, products_option, threads_option
 from v4quant.cli._types import SCHEME, SOURCE
 from v4quant_calibration.defaults import MIN_TOKENS
 
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="With --solve: later layers are solved on what the already converted ones give them.",
 )
+@threads_option
 @click.option("--device", default="cpu", show_default=True, help="Where passes run and solvers "
               "work: cpu, cuda, cuda:0, ...")  # fmt: skip
 @click.option("--max-memory", help="Cap on memory, like 6GB: streams go to files, experts' inputs "
@@ -87,6 +88,7 @@ def calibrate(
     recipe_file: Path | None,
     propagate: bool,
     device: str,
+    threads: int | None,
     max_memory: str | None,
     imatrix: Path | None,
     as_json: bool,
@@ -110,6 +112,7 @@ def calibrate(
         recipe=recipe_file,
         propagate=propagate,
         device=device,
+        threads=threads,
         max_memory=max_memory,
         imatrix=imatrix,
         progress=_output.TerminalProgress(),

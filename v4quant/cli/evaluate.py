@@ -10,7 +10,7 @@ import click
 import v4quant
 from v4quant.builtin import MIXED_HELDOUT
 from v4quant.cli import _exit, _output
-from v4quant.cli._options import corpus_options, products_option
+from v4quant.cli._options import corpus_options, products_option, threads_option
 from v4quant.cli._types import SOURCE
 from v4quant_calibration.defaults import MOST_FLOORS
 
@@ -38,6 +38,7 @@ from v4quant_calibration.defaults import MOST_FLOORS
 )
 @click.option("--needle", is_flag=True, help="Also hide a sentence in the text at several depths "
               "and ask for it.")  # fmt: skip
+@threads_option
 @click.option("--device", default="cpu", show_default=True, help="Where the pass runs: cpu, cuda, "
               "cuda:0, ...")  # fmt: skip
 @click.option("--max-memory", help="Cap on memory, like 6GB: streams go to files, then pieces "
@@ -66,6 +67,7 @@ def evaluate(
     draft: bool,
     needle: bool,
     device: str,
+    threads: int | None,
     max_memory: str | None,
     scratch: Path | None,
     as_json: bool,
@@ -94,6 +96,7 @@ def evaluate(
         draft=draft,
         needle=needle,
         device=device,
+        threads=threads,
         max_memory=max_memory,
         scratch=scratch,
         progress=_output.TerminalProgress(),

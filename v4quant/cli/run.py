@@ -9,6 +9,7 @@ import click
 
 import v4quant
 from v4quant.cli import _exit, _output
+from v4quant.cli._options import threads_option
 from v4quant.cli._types import RUN_FILE
 from v4quant.cli.calibrate import coverage_text
 from v4quant.cli.evaluate import finding_lines
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 @click.command(epilog="Example: v4quant run demo    (or: v4quant run my-run.toml --out converted)")
 @click.argument("recipe", type=RUN_FILE)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for all results.")
-@click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
+@click.option("--workers", type=click.IntRange(1, 256), help="Threads of the conversion (default: "
+              "all cores).")  # fmt: skip
+@threads_option
 @click.option("--device", default="cpu", show_default=True, help="Where experts are recoded, "
               "passes run and solvers work: cpu, cuda, cuda:0, ...")  # fmt: skip
 @click.option("--max-memory", help="Cap on every step's memory, like 6GB.")
@@ -35,6 +38,7 @@ def run(
     out: Path | None,
     workers: int | None,
     device: str,
+    threads: int | None,
     max_memory: str | None,
     disk_cap: str | None,
     as_json: bool,
@@ -49,6 +53,7 @@ def run(
         out=out,
         workers=workers,
         device=device,
+        threads=threads,
         max_memory=max_memory,
         disk_cap=disk_cap,
         progress=_output.TerminalProgress(),

@@ -27,7 +27,7 @@ from v4quant.conversion.calibrated import read_evidence, solved_part
 from v4quant.conversion.job import JobResult, check_folder, run_job
 from v4quant.conversion.plan import make_plan
 from v4quant.conversion.workers import fit_workers
-from v4quant.devices import find_device
+from v4quant.devices import arithmetic_threads, find_device
 from v4quant.evaluation.evaluate import Resources, evaluate_checkpoint
 from v4quant.evaluation.report import write_report
 from v4quant.evaluation.result import Evaluation, evaluation_from_dict
@@ -126,6 +126,7 @@ def run(
     out: PathLike | None = None,
     workers: int | None = None,
     device: str = "cpu",
+    threads: int | None = None,
     max_memory: Size = None,
     disk_cap: Size = None,
     progress: Progress | None = None,
@@ -134,7 +135,8 @@ def run(
     """Calibrate, quantize, verify and evaluate as a run file, or the preset `demo`, says.
 
     Results go to `out`: the checkpoint in `checkpoint/`, statistics, evaluation and report beside
-    it. The same call again resumes, and repeats nothing that is done but verification.
+    it. The same call again resumes, and repeats nothing that is done but verification. workers:
+    threads of the conversion. threads: of passes and solvers.
 
     Raises RecipeError for what the file asks, and what the steps raise.
     """
@@ -145,7 +147,7 @@ def run(
     job = _Run(folder, limits, default_progress(progress), watcher or SilentWatcher())
     disk, where = size_of(disk_cap), source_of(pipeline.source)
     scratch = own_folder(folder, _SOURCE) if isinstance(where, HubRef) else None
-    with open_source(where, scratch, disk) as source:
+    with arithmetic_threads(threads), open_source(where, scratch, disk) as source:
         stats, digest, made = _calibrate_first(job, pipeline, source)
         converted, share = _convert(job, pipeline, source, stats, digest, workers, disk)
         verified, place = _check(job, pipeline, source, made)
