@@ -11,15 +11,18 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
-from v4quant_formats.errors import OutputError
+from v4quant_formats.errors import FormatError, OutputError
 from v4quant_formats.shards import output_error, write_file_atomically
+from v4quant_formats.small_files import read_small
 
 FOLDER = ".v4quant"
 RECORD_NAME = "made.json"
 _HOME = "."  # the record's entry for the folder that `.v4quant` lies in
 _TOKEN_NAME = ".made-by-v4quant"
+_MAX_BYTES = 2**16
 
 
 def make_home(home: Path) -> None:
@@ -67,8 +70,8 @@ def is_own_folder(home: Path, name: str) -> bool:
     if token is None or path.is_symlink():
         return False
     try:
-        return (path / _TOKEN_NAME).read_bytes() == token.encode()
-    except OSError:
+        return read_small(path / _TOKEN_NAME, _MAX_BYTES) == token.encode(errors="replace")
+    except FormatError:
         return False
 
 
@@ -91,7 +94,8 @@ def forget_home(home: Path) -> None:
     """Remove the record, and `.v4quant` if nothing else is in it: nothing is left to remove."""
     inside = home / FOLDER
     if not inside.is_symlink():
-        (inside / RECORD_NAME).unlink(missing_ok=True)
+        with suppress(OSError):  # somebody's folder of that name
+            (inside / RECORD_NAME).unlink()
         remove_if_empty(inside)
 
 
@@ -106,8 +110,8 @@ def remove_if_empty(folder: Path) -> None:
 def _record(home: Path) -> dict[str, str]:
     """Name -> token of the folders made in `home`; nothing when the record cannot be read."""
     try:
-        found = json.loads((home / FOLDER / RECORD_NAME).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        found = json.loads(read_small(home / FOLDER / RECORD_NAME, _MAX_BYTES))
+    except (FormatError, ValueError, RecursionError):
         return {}
     if not isinstance(found, dict):
         return {}

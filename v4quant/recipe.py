@@ -16,9 +16,11 @@ from typing import Any
 from v4quant.sizes import parse_size
 from v4quant.targets import EXPERTS, Place, group_of, place_name, read_places
 from v4quant_calibration.defaults import SOLVER_NAMES
+from v4quant_formats.errors import FormatError
 from v4quant_formats.layouts.choices import DEFAULT_SPLIT, ENGINE_CHOICES, NEUTRAL
 from v4quant_formats.layouts.layout import Layout
 from v4quant_formats.layouts.table import choose_layout
+from v4quant_formats.small_files import read_small
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.scheme import SCHEMES, Scheme, get_scheme
 
@@ -31,6 +33,7 @@ _CHOICES = {
 }
 
 MIN_SPLIT = 10**6
+_MAX_BYTES = 2**20
 
 
 class RecipeError(V4QuantError):
@@ -206,6 +209,8 @@ def recipe_from_table(table: Mapping[str, Any], where: str) -> Recipe:
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file. Raises RecipeError with file and reason."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(read_small(path, _MAX_BYTES).decode())
+    except FormatError as error:
+        raise RecipeError(str(error)) from None
+    except (ValueError, RecursionError) as error:  # tables in tables, numbers of 5,000 digits
         raise RecipeError(f"{path}: cannot be read as TOML ({error})") from None

@@ -24,8 +24,11 @@ from v4quant.publishing.publisher import (
 from v4quant.publishing.publisher import push as push_files
 from v4quant.publishing.serving import accepted_engines
 from v4quant_formats.checkpoint import INDEX_NAME
+from v4quant_formats.errors import FormatError
 from v4quant_formats.manifest import read_manifest
 from v4quant_formats.opening import open_checkpoint
+from v4quant_formats.sidecars import MAX_SIDECAR_BYTES
+from v4quant_formats.small_files import read_small
 from v4quant_kernels.progress import Progress
 
 _MAX_EVALUATION_BYTES = 2**26
@@ -112,10 +115,10 @@ def _evaluation(out: Path, file: Path | None) -> dict[str, Any] | None:
     if file is None and not path.is_file():
         return None
     try:
-        if path.stat().st_size > _MAX_EVALUATION_BYTES:
-            raise HubError(f"{path}: is too large for an evaluation")
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        found = json.loads(read_small(path, _MAX_EVALUATION_BYTES))
+    except FormatError as error:
+        raise HubError(str(error)) from None
+    except (ValueError, RecursionError) as error:
         raise HubError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(found, dict):
         raise HubError(f"{path}: is not an evaluation")
@@ -130,4 +133,5 @@ def _completed(request: CardRequest, out: Path) -> CardRequest:
     file = out / "LICENSE"
     if request.license or not file.is_file():
         return request
-    return replace(request, license=license_of(file.read_text("utf-8", "replace")))
+    told = read_small(file, MAX_SIDECAR_BYTES).decode(errors="replace")
+    return replace(request, license=license_of(told))

@@ -42,6 +42,9 @@ COMMANDS = {
 """Command -> the module beside this one that has it, under the same name."""
 
 
+_LONGEST_ERROR = 2000
+
+
 class _Terminated(BaseException):
     """SIGTERM arrived."""
 
@@ -132,6 +135,8 @@ def _fail(error: Exception) -> NoReturn:
     if os.environ.get("V4QUANT_DEBUG") == "1":
         raise error
     text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > _LONGEST_ERROR:  # a file may hold a name of a megabyte
+        text = f"{text[:_LONGEST_ERROR]} ..."
     code = error.exit_code if isinstance(error, V4QuantError) else _exit.FAILED
     _leave(f"Error: {text}", code)
 

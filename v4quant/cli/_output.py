@@ -1,5 +1,8 @@
 """The only place that prints. Data goes to stdout, everything else to stderr.
 
+Names and messages come from files that others wrote, so what would not show on a terminal but be
+obeyed by it (escapes, direction marks) is printed as its number.
+
 With `--json` stdout carries one JSON value and nothing else. Progress bars appear only on a
 terminal; elsewhere each stretch of work leaves one line.
 """
@@ -16,30 +19,36 @@ from typing import Any
 
 import click
 
+from v4quant.visible import printable
+
 
 def emit(value: object) -> None:
     """Print one JSON value on stdout (dataclasses become objects)."""
     plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    click.echo(json.dumps(plain, indent=2, ensure_ascii=False))
+    click.echo(printable(json.dumps(plain, indent=2, ensure_ascii=False)))
 
 
 def data(text: str) -> None:
     """Print text the user asked for, on stdout."""
-    click.echo(text)
+    click.echo(printable(text))
 
 
 def exact(text: str) -> None:
-    """Print text whose every byte counts: UTF-8 whatever the locale, nothing after it."""
-    click.echo(text.encode(), nl=False)
+    """Print text whose every byte counts: UTF-8 whatever the locale, nothing after it.
+
+    To a terminal, which might obey it, goes what can be shown.
+    """
+    click.echo((printable(text) if sys.stdout.isatty() else text).encode(), nl=False)
 
 
 def note(text: str) -> None:
     """Tell the user something, on stderr."""
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)
 
 
 def heading(text: str) -> None:
     """A step of a longer run, on stderr."""
+    text = printable(text)
     color = not os.environ.get("NO_COLOR") and sys.stderr.isatty()
     click.echo(click.style(f"\n== {text}", bold=True) if color else f"\n== {text}", err=True)
 
@@ -87,7 +96,7 @@ class TerminalProgress:
         show = sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
-            desc=label,
+            desc=printable(label),
             unit=unit,
             unit_scale=unit == "B",
             disable=not show,

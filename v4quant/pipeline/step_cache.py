@@ -15,10 +15,13 @@ from pathlib import Path
 
 from v4quant import __version__
 from v4quant.pipeline.recipe_file import CorpusStep
+from v4quant_formats.errors import FormatError
 from v4quant_formats.file_hash import hash_file
 from v4quant_formats.shards import write_file_atomically
+from v4quant_formats.small_files import read_small
 
 RECORD_NAME = "steps.json"
+_MAX_BYTES = 2**20
 
 
 def step_key(step: CorpusStep, files: Sequence[Path], *digests: str) -> str:
@@ -39,8 +42,8 @@ class FinishedSteps:
         self._path = folder / RECORD_NAME
         self._entries: dict[str, list[str]] = {}
         try:
-            found = json.loads(self._path.read_bytes())
-        except (OSError, ValueError, RecursionError):
+            found = json.loads(read_small(self._path, _MAX_BYTES))
+        except (FormatError, ValueError, RecursionError):
             return
         if isinstance(found, dict):
             self._entries = found

@@ -17,12 +17,14 @@ from typing import Any
 from v4quant.conversion.records import TensorRecord, record_from_dict
 from v4quant.evaluation.report.probes import draft_table
 from v4quant.evaluation.report.tables import Table, distribution_table, summary_table
-from v4quant.evaluation.report.text import escape_markdown, section, text, visible
+from v4quant.evaluation.report.text import escape_markdown, section, text
 from v4quant.hub.errors import HubError
 from v4quant.publishing.serving import serving_lines
 from v4quant.recipe import recipe_from_table
+from v4quant.visible import visible
 from v4quant_formats.engines import ENGINES
 from v4quant_formats.layouts.layout import Layout
+from v4quant_formats.manifest import MANIFEST_NAME
 from v4quant_formats.preflight import Preflight
 from v4quant_kernels.errors import V4QuantError
 
@@ -48,8 +50,19 @@ class CardRequest:
 def render_card(manifest: Mapping[str, Any], request: CardRequest) -> str:
     """The whole README.md: front matter that huggingface_hub accepts, then Markdown.
 
-    Raises HubError when the evaluation is of another checkpoint, ReportError for a damaged one.
+    Raises HubError when the evaluation is of another checkpoint, or when manifest or evaluation are
+    of another form than ours, and ReportError for a damaged one.
     """
+    try:
+        return _render(manifest, request)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise HubError(
+            f"{request.repo}: no card can be made of this {MANIFEST_NAME} and evaluation "
+            f"({type(error).__name__}: {error}); convert and evaluate again"
+        ) from None
+
+
+def _render(manifest: Mapping[str, Any], request: CardRequest) -> str:
     evaluation = request.evaluation
     if evaluation is not None:
         check_evaluation(manifest, evaluation)

@@ -28,6 +28,8 @@ from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE, DEFAULT_RELEA
 from v4quant_calibration.corpus.chat_encoding import encode_messages
 from v4quant_calibration.corpus.chat_messages import BOS, EncodingError
 from v4quant_calibration.corpus.tokenizer import TextTokenizer
+from v4quant_formats.errors import FormatError
+from v4quant_formats.small_files import read_small
 from v4quant_kernels.errors import V4QuantError
 
 MAX_CORPUS_BYTES = 4 * 2**30
@@ -145,18 +147,30 @@ def _read_documents(file: Path, encode: TextTokenizer, request: CorpusRequest) -
         if file.stat().st_size > MAX_CORPUS_BYTES:
             raise CorpusError(f"{file}: larger than {MAX_CORPUS_BYTES >> 30} GiB; split it")
         if file.suffix == ".npy":
-            return _rows(file, torch.from_numpy(np.load(file, allow_pickle=False)))
+            return _rows(file, _load_npy(file))
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 return _rows(file, opened.get_tensor("input_ids"))
-        text = file.read_text(encoding="utf-8")
+        text = read_small(file, MAX_CORPUS_BYTES).decode()
     except FileNotFoundError:
         raise CorpusError(f"{file}: no such corpus file") from None
+    except FormatError as error:
+        raise CorpusError(str(error)) from None
     except (OSError, EOFError, TypeError, ValueError, SafetensorError) as error:
         raise CorpusError(f"{file}: cannot be read as a corpus ({error})") from None
     if file.suffix in JSONL_SUFFIXES:
         return _jsonl_documents(file, text, encode, request)
     return [_Document(file.stem, encode(text))]
+
+
+def _load_npy(file: Path) -> Tensor:
+    """The array of a .npy file, as a tensor. Raises CorpusError."""
+    if not file.is_file():
+        raise CorpusError(f"{file}: is no regular file")
+    try:
+        return torch.from_numpy(np.load(file, allow_pickle=False))
+    except Exception as error:  # noqa: BLE001  (a header is parsed as Python, whose errors it raises)
+        raise CorpusError(f"{file}: cannot be read as token ids ({error})") from None
 
 
 def _rows(file: Path, ids: Tensor) -> list[_Document]:

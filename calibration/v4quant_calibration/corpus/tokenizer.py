@@ -6,7 +6,8 @@ Those written in a text are recognised, as the release's own programs do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.sidecars import MAX_SIDECAR_BYTES
 from v4quant_kernels.errors import V4QuantError
 
 
@@ -41,12 +43,16 @@ class TextTokenizer:
         """Ids, int64 [length]. Raises TokenizerError."""
         # Half a surrogate pair, which JSON can spell, has no UTF-8 form for the tokenizer.
         text = text.encode(errors="replace").decode()
-        ids = self._loaded().encode(text, add_special_tokens=False).ids
+        tokenizer = self._loaded()
+        with self._usable():
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
         return torch.tensor(ids, dtype=torch.int64)
 
     def text(self, ids: Tensor) -> str:
         """The text of ids `[length]`, special tokens included. Raises TokenizerError."""
-        return str(self._loaded().decode(ids.tolist(), skip_special_tokens=False))
+        tokenizer = self._loaded()
+        with self._usable():
+            return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
 
     def _loaded(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -56,11 +62,24 @@ class TextTokenizer:
                     f"{self._path}: missing; text needs the checkpoint's tokenizer.json "
                     "(a corpus can also be token ids, as .npy)"
                 )
-            try:
+            if made is None and self._path.stat().st_size > MAX_SIDECAR_BYTES:
+                raise TokenizerError(
+                    f"{self._path}: has more than {MAX_SIDECAR_BYTES:,} bytes, no tokenizer"
+                )
+            with self._usable():
                 if made is not None:
                     self._tokenizer = Tokenizer.from_str(made.decode())
                 else:
                     self._tokenizer = Tokenizer.from_file(str(self._path))
-            except Exception as error:  # noqa: BLE001  (tokenizers raises bare Exception)
-                raise TokenizerError(f"{self._path}: is no usable tokenizer ({error})") from None
         return self._tokenizer
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        """Turn what tokenizers raises, bare exceptions and panics, into a TokenizerError."""
+        try:
+            yield
+        except BaseException as error:
+            # A panic (of a regular expression, say) is no Exception, and its class is private.
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise TokenizerError(f"{self._path}: is no usable tokenizer ({error})") from None
+            raise

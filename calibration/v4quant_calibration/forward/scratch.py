@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from v4quant_calibration.model.streams import Streams, StreamShape
-from v4quant_formats.errors import OutputError
+from v4quant_formats.errors import FormatError, OutputError
 from v4quant_formats.folder_lock import locked_folder
 from v4quant_formats.shards import output_error, write_file_atomically
+from v4quant_formats.small_files import read_small
 from v4quant_formats.system import (
     open_own,
     read_at,
@@ -36,6 +37,7 @@ from v4quant_formats.system import (
 
 PREFIX = "v4quant-evaluate-"
 _STATE = "state.json"
+_MAX_STATE_BYTES = 2**26
 
 
 class FileStreams(Streams):
@@ -171,13 +173,21 @@ class Scratch:
     def _earlier(self) -> tuple[int, dict[str, Any]]:
         """Finished layers and notes of an earlier process; nothing if any of it is not in order."""
         try:
-            state = json.loads((self.folder / _STATE).read_bytes())
+            state = json.loads(read_small(self.folder / _STATE, _MAX_STATE_BYTES))
             finished, notes, files = state["finished"], state["notes"], state["files"]
             right = state["key"] == self._key and isinstance(notes, dict) and finished > 0
             for name, size in files.items():
                 if _is_needed(name, finished):
                     right &= (self.folder / f"{name}.rows").stat().st_size == size
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (
+            FormatError,
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ):
             return 0, {}
         return (finished, notes) if right else (0, {})
 

@@ -173,7 +173,7 @@ def load_stats(path: Path, source_digest: str) -> Stats:
             stages = {name: _read_stage(path, file, name) for name in header["stages"]}
             first = _read_first(path, file, stages)
             stats = Stats(digest, floor, stages, first)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StatsError(
             f"{path}: cannot be read as statistics ({error}); give what calibrate --out wrote"
         ) from None

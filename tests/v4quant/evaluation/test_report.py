@@ -22,9 +22,9 @@ from v4quant.evaluation.report.text import (
     escape_markdown,
     plain,
     size,
-    visible,
     with_error,
 )
+from v4quant.visible import visible
 
 HOSTILE = "</pre><script>alert('x')</script>\"'&<img src=http://evil/ onerror=x>\u202e|`*_\n\x00"
 VOID = {"meta", "br", "img", "input", "hr", "link"}

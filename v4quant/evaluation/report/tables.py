@@ -26,9 +26,9 @@ from v4quant.evaluation.report.text import (
     section,
     size,
     text,
-    visible,
     with_error,
 )
+from v4quant.visible import visible
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,12 @@ from __future__ import annotations
 import html
 import math
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from v4quant.visible import visible
 from v4quant_kernels.errors import V4QuantError
 
-_INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]!|~:@$]|(?<=www)\.)", re.IGNORECASE)
 
 
@@ -80,13 +79,6 @@ def text(result: Mapping[str, Any], key: str) -> str:
     """The value under `key` as visible text, empty when absent."""
     value = result.get(key)
     return "" if value is None else visible(str(value))
-
-
-def visible(value: str) -> str:
-    r"""Replace characters that do not show (controls, direction marks, surrogates) by `\uXXXX`."""
-    return "".join(
-        f"\\u{ord(c):04x}" if unicodedata.category(c) in _INVISIBLE else c for c in value
-    )
 
 
 def escape_html(value: str) -> str:
