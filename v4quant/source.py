@@ -10,6 +10,7 @@ from pathlib import Path
 from v4quant.builtin import resolve_source as resolve_builtin
 from v4quant.hub.refs import HubRef, is_hub, parse_hub
 from v4quant.hub.source import open_hub
+from v4quant_formats.adapter import with_adapter
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.opening import open_checkpoint
 
@@ -26,11 +27,15 @@ def open_source(
     scratch: Path | None = None,
     cap: int | None = None,
     headers_only: bool = False,
+    adapter: Path | None = None,
 ) -> Checkpoint:
-    """Open a source. The other arguments are `open_hub`'s and concern repositories only.
+    """Open a source. adapter: the folder of a LoRA adapter that is merged while it is read. The
+    other arguments are `open_hub`'s and concern repositories only.
 
-    Raises what `open_checkpoint` and `open_hub` raise.
+    Raises what `open_checkpoint`, `open_hub` and `with_adapter` raise.
     """
     if isinstance(source, HubRef):
-        return open_hub(source, scratch, cap, headers_only)
-    return open_checkpoint(source)
+        opened = open_hub(source, scratch, cap, headers_only)
+    else:
+        opened = open_checkpoint(source)
+    return opened if adapter is None else with_adapter(opened, adapter)

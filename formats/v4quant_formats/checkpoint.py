@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,13 +51,27 @@ _DIGEST_SLICES = 64
 _DIGEST_BYTES = 4096
 
 
+class Deltas(Protocol):
+    """What is added to some matrices when they are read: an adapter."""
+
+    @property
+    def digest(self) -> str:
+        """Which adapter this is."""
+
+    def __contains__(self, module: object) -> bool: ...
+
+    def delta(self, module: str) -> Tensor:
+        """float64 [out, in] of a module that is contained."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder of shards: its tensors by name, in shard order, and its config.json.
 
     Names and config are the release's; `renamed` gives the name in the files of tensors that other
     tools call otherwise, `written_config` the config.json as it stands, where that differs.
-    `carried()` makes the small files (tokenizer.json, ...) that a GGUF file holds as metadata.
+    `deltas` is an adapter that is merged while matrices are read. `carried()` makes the small
+    files (tokenizer.json, ...) that a GGUF file holds as metadata.
     """
 
     path: Path
@@ -68,6 +82,7 @@ class Checkpoint:
     origin: Origin | None = None
     renamed: Mapping[str, str] = field(default_factory=dict, repr=False)
     written_config: Mapping[str, Any] | None = field(default=None, repr=False)
+    deltas: Deltas | None = field(default=None, repr=False, compare=False)
     carried: Callable[[], Mapping[str, bytes]] = field(default=dict, repr=False, compare=False)
 
     def __contains__(self, name: str) -> bool:
@@ -163,6 +178,8 @@ class Checkpoint:
     @cached_property
     def _digest(self) -> str:
         sha = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True).encode())
+        if self.deltas is not None:
+            sha.update(self.deltas.digest.encode())
         for spec in sorted(self, key=lambda s: s.name):
             sha.update(f"{spec}|{spec.file}|{spec.offset}\n".encode())
         for name in sorted(self.files):

@@ -62,7 +62,8 @@ class StoredWeight:
     """A module as stored: its parts by suffix, and for coded matrices the scheme and shape [N, K].
 
     `scheme` is None for a plain tensor (norms, routers, BF16 matrices, integer tables). `pack` is
-    set for integers in another tool's layout, whose values only are read.
+    set for integers in another tool's layout, whose values only are read. `base` is set for a
+    matrix that an adapter changes: it, as it is stored.
     """
 
     module: str
@@ -70,6 +71,7 @@ class StoredWeight:
     shape: tuple[int, ...]
     scheme: Scheme | None
     pack: IntegerPack | None = None
+    base: StoredWeight | None = None
 
     @property
     def first(self) -> TensorSpec:
@@ -89,6 +91,15 @@ class StoredWeight:
 
 def find_weight(checkpoint: Checkpoint, module: str) -> StoredWeight:
     """Decide how `module` is stored. Raises MissingTensor or WrongDtype naming the tensor."""
+    stored = _find_stored(checkpoint, module)
+    if checkpoint.deltas is None or module not in checkpoint.deltas:
+        return stored
+    name = stored.scheme.name if stored.scheme else stored.first.dtype.lower()
+    scheme = replace(PLAIN_SCHEMES["F32"], name=f"{name} with adapter")
+    return StoredWeight(module, stored.parts, stored.shape, scheme, base=stored)
+
+
+def _find_stored(checkpoint: Checkpoint, module: str) -> StoredWeight:
     tensors = checkpoint.tensors
     parts = {p: tensors[n] for p in PARTS if (n := f"{module}.{p}") in tensors}
     if module in tensors and not parts and block_type(tensors[module].dtype):
@@ -287,6 +298,8 @@ def read_weight(checkpoint: Checkpoint, stored: StoredWeight, rows: Rows = None)
     """
     scheme = stored.scheme
     assert scheme is not None, stored.module
+    if stored.base is not None:
+        return _read_merged(checkpoint, stored.base, rows)
     if stored.pack is not None:
         return _read_pack(checkpoint, stored, stored.pack, rows)
     if stored.parts.keys() == {"weight"}:
@@ -350,6 +363,21 @@ def read_matrix(
     value = checkpoint.read_rows(spec.name, start, stop)
     check_finite(checkpoint, spec, value)
     return QTensor(PLAIN_SCHEMES[spec.dtype], (stop - start, spec.shape[1]), value)
+
+
+def _read_merged(checkpoint: Checkpoint, base: StoredWeight, rows: Rows) -> QTensor:
+    """A matrix with an adapter's delta: added in float64, rounded once to float32."""
+    assert checkpoint.deltas is not None
+    delta = checkpoint.deltas.delta(base.module)
+    if isinstance(rows, Tensor):
+        whole = _read_merged(checkpoint, base, None)
+        return _plain_matrix(whole.codes[rows])
+    start, stop = rows or (0, base.shape[0])
+    height = 1 if base.scheme is None else base.scheme.block[0]
+    first, last = start // height * height, min(-(-stop // height) * height, base.shape[0])
+    values = dequantize(read_matrix(checkpoint, base, (first, last))).double()
+    merged = values[start - first : stop - first] + delta[start:stop]
+    return _plain_matrix(merged.float())
 
 
 def _plain_matrix(values: Tensor) -> QTensor:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from v4quant.api.arguments import SourceLike, source_of
+from v4quant.api.arguments import PathLike, SourceLike, path_of, source_of
 from v4quant.checks.diff import DiffResult, diff_checkpoints
 from v4quant.checks.inspection import Inspection, inspect_checkpoint
 from v4quant.checks.kernel_check import check_kernels
@@ -61,6 +61,7 @@ def verify(
     out: SourceLike,
     *,
     source: SourceLike | None = None,
+    adapter: PathLike | None = None,
     kernels: bool = False,
     engine: str | None = None,
     gpu: str | None = None,
@@ -70,9 +71,10 @@ def verify(
 ) -> Verification:
     """Check converted checkpoint `out`, a folder or a repository: hashes, structure, exactness.
 
-    source: compare every value with it. kernels: run the Triton kernels on sampled tensors.
-    engine: predict from headers whether it loads `out`, on `tp` GPUs of kind `gpu` with `context`
-    tokens; without `source` and `kernels`, nothing else is checked then.
+    source: compare every value with it. adapter: the LoRA adapter that was merged into it. kernels:
+    run the Triton kernels on sampled tensors. engine: predict from headers whether it loads `out`,
+    on `tp` GPUs of kind `gpu` with `context` tokens; without `source` and `kernels`, nothing else
+    is checked then.
 
     Raises ManifestError without a readable v4quant.json, and what opening raises.
     """
@@ -80,7 +82,11 @@ def verify(
     found = _predict(place, engine, tp, context, gpu) if engine is not None else None
     if found is not None and source is None and not kernels:
         return Verification(None, (), found)
-    values = verify_checkpoint(place, None if source is None else source_of(source), shown)
+    if source is None:
+        values = verify_checkpoint(place, None, shown)
+    else:
+        with open_source(source_of(source), adapter=path_of(adapter)) as original:
+            values = verify_checkpoint(place, original, shown)
     checks = []
     if kernels:
         with open_source(place) as checkpoint:

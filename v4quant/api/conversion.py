@@ -100,6 +100,7 @@ def plan_quantize(
     *,
     recipe: Recipe,
     stats: PathLike | None = None,
+    adapter: PathLike | None = None,
     workers: int | None = None,
     max_memory: Size = None,
 ) -> PlannedConversion:
@@ -107,7 +108,7 @@ def plan_quantize(
 
     Raises what opening the source, planning and reading `stats` raise.
     """
-    with open_source(source_of(source), headers_only=True) as checkpoint:
+    with open_source(source_of(source), headers_only=True, adapter=path_of(adapter)) as checkpoint:
         _, digest = read_evidence(checkpoint, path_of(stats), recipe)
         plan = make_plan(checkpoint, recipe, digest)
         return PlannedConversion(
@@ -135,6 +136,7 @@ def quantize(
     engine: str | None = None,
     recipe: Recipe | PathLike | None = None,
     stats: PathLike | None = None,
+    adapter: PathLike | None = None,
     solver: str | None = None,
     draft: str | None = None,
     on_inexact: str | None = None,
@@ -152,7 +154,8 @@ def quantize(
 ) -> JobResult:
     """Convert checkpoint `source` into `out`, a folder or `hf://owner/name`.
 
-    The same call again resumes. stats: what `calibrate` wrote. workers: threads (all cores).
+    The same call again resumes. stats: what `calibrate` wrote. adapter: a LoRA
+    adapter's folder, merged while converting. workers: threads (all cores).
     disk_cap, scratch: bytes and folder for shards coming from or going to a repository. Under
     torchrun the ranks share the work, and each returns the result.
 
@@ -168,7 +171,9 @@ def quantize(
     with current_ranks() as ranks, ExitStack() as stack:
         shown = default_progress(progress) if ranks.is_first else SilentProgress()
         places = find_places(where, target, path_of(scratch), ranks.size)
-        checkpoint = stack.enter_context(open_source(where, places.scratch, disk))
+        checkpoint = stack.enter_context(
+            open_source(where, places.scratch, disk, adapter=path_of(adapter))
+        )
         evidence, digest = read_evidence(checkpoint, path_of(stats), chosen)
         plan = replace(make_plan(checkpoint, chosen, digest), device=find_device(device))
         threads = fit_workers(plan, workers or os.cpu_count() or 1, size_of(max_memory))

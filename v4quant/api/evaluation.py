@@ -38,6 +38,7 @@ def evaluate(
     source: SourceLike,
     *,
     reference: SourceLike | None = None,
+    adapter: PathLike | None = None,
     candidates: Sequence[SourceLike] = (),
     corpus: PathLike | Sequence[PathLike] = MIXED_HELDOUT,
     tokens: int | None = None,
@@ -61,10 +62,11 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of `source`; with `reference` also KL, top-1 agreement and the noise floor.
 
-    candidates: further conversions of the reference, scored in the same run. weights: compare every
-    matrix with the reference's and look for defects. floors: noise floors to run. report: a .html,
-    .md or .json file to write. threads: of products on the CPU, by default all cores or what
-    OMP_NUM_THREADS says. docs/evaluation.md explains the figures.
+    candidates: further conversions of the reference, scored in the same run. adapter: a LoRA
+    adapter's folder, merged into the reference, or without one into `source`. weights: compare
+    every matrix with the reference's and look for defects. floors: noise floors to run. report: a
+    .html, .md or .json file to write. threads: of products on the CPU, by default all cores or
+    what OMP_NUM_THREADS says. docs/evaluation.md explains the figures.
 
     Raises OptionError for options that contradict each other, SizeError for too little memory,
     CorpusError, EvaluationError, LogitsError, OutputError and what opening checkpoints raises.
@@ -80,10 +82,12 @@ def evaluate(
     limits = Resources(size_of(max_memory), path_of(scratch), find_device(device))
     with ExitStack() as opened:
         opened.enter_context(arithmetic_threads(threads))
-        checkpoint = opened.enter_context(open_source(source_of(source)))
+        merged = path_of(adapter)
+        own = merged if reference is None else None
+        checkpoint = opened.enter_context(open_source(source_of(source), adapter=own))
         base = None
         if reference is not None:
-            base = opened.enter_context(open_source(source_of(reference)))
+            base = opened.enter_context(open_source(source_of(reference), adapter=merged))
         others = [opened.enter_context(open_source(source_of(other))) for other in candidates]
         refuse_inputs(
             [path_of(save_logits), path_of(report)],

@@ -51,6 +51,10 @@ _E4M3 = _e4m3_table()
 def decode_rows(checkpoint: Checkpoint, stored: StoredWeight, start: int, stop: int) -> Array:
     """Rows `start:stop` of a stored matrix in float64. `start` is a multiple of 128."""
     parts = stored.parts
+    if stored.base is not None:
+        assert checkpoint.deltas is not None
+        delta: Array = checkpoint.deltas.delta(stored.module)[start:stop].numpy()
+        return _float32(decode_rows(checkpoint, stored.base, start, stop) + delta)
     if stored.pack is not None:
         return _decode_pack(checkpoint, stored, stored.pack)[start:stop]
     weight = parts.get("weight_packed") or parts.get("weight") or next(iter(parts.values()))

@@ -18,6 +18,11 @@ from v4quant_calibration.defaults import MOST_FLOORS
 @click.command(epilog="Example: v4quant evaluate out --reference DeepSeek-V4-Flash --report r.html")
 @click.argument("source", type=SOURCE)
 @click.option("--reference", type=SOURCE, help="Compare with this checkpoint.")
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    help="Folder of a LoRA adapter, merged into the reference (without one: into SOURCE).",
+)
 @click.option("--candidate", "others", type=SOURCE, multiple=True, help="Another conversion to "
               "score in the same run; may be repeated.")  # fmt: skip
 @corpus_options(MIXED_HELDOUT)
@@ -51,6 +56,7 @@ def evaluate(
     ctx: click.Context,
     source: str,
     reference: str | None,
+    adapter: Path | None,
     others: tuple[str, ...],
     corpus: tuple[str, ...],
     tokens: int | None,
@@ -80,6 +86,7 @@ def evaluate(
     found = v4quant.evaluate(
         source,
         reference=reference,
+        adapter=adapter,
         candidates=others,
         corpus=corpus,
         tokens=tokens,

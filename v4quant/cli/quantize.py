@@ -44,6 +44,11 @@ if TYPE_CHECKING:
     help="What calibrate wrote: a file of statistics, or a solution's folder.",
 )
 @click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    help="Folder of a LoRA adapter (PEFT's layout), merged while converting.",
+)
+@click.option(
     "--solver",
     type=click.Choice(SOLVER_NAMES),
     help="How integer codes are found: largest magnitude, best scales (the default), or by GPTQ "
@@ -87,6 +92,7 @@ def quantize(
     engine: str | None,
     recipe_file: Path | None,
     stats_file: Path | None,
+    adapter: Path | None,
     solver: str | None,
     draft: str | None,
     on_inexact: str | None,
@@ -119,8 +125,9 @@ def quantize(
     )  # fmt: skip
     if dry_run:
         planned = v4quant.plan_quantize(
-            source, out, recipe=recipe, stats=stats_file, workers=workers, max_memory=max_memory
-        )
+            source, out, recipe=recipe, stats=stats_file, adapter=adapter, workers=workers,
+            max_memory=max_memory,
+        )  # fmt: skip
         _show(planned, as_json)
         return
     result = v4quant.quantize(
@@ -128,6 +135,7 @@ def quantize(
         out,
         recipe=recipe,
         stats=stats_file,
+        adapter=adapter,
         workers=workers,
         max_memory=max_memory,
         device=device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 @click.command(epilog="Example: v4quant verify out --source DeepSeek-V4-Flash --kernels")
 @click.argument("out", type=SOURCE)
 @click.option("--source", type=SOURCE, help="Compare every value with this.")
+@click.option(
+    "--adapter", type=click.Path(path_type=Path), help="With --source: the adapter merged into it."
+)
 @click.option("--kernels", is_flag=True, help="Run the Triton kernels on sampled tensors of OUT.")
 @click.option(
     "--engine",
@@ -42,6 +46,7 @@ def verify(
     ctx: click.Context,
     out: str,
     source: str | None,
+    adapter: Path | None,
     kernels: bool,
     engine: str | None,
     gpu: str | None,
@@ -60,6 +65,7 @@ def verify(
     found = v4quant.verify(
         out,
         source=source,
+        adapter=adapter,
         kernels=kernels,
         engine=engine,
         gpu=gpu,

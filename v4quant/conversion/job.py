@@ -42,6 +42,7 @@ from v4quant.conversion.unit import convert_unit
 from v4quant.conversion.units import ShardPlan
 from v4quant.own_folders import FOLDER, make_home
 from v4quant_calibration.solve.solution import Evidence
+from v4quant_formats.adapter import Adapter
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import detect_release
 from v4quant_formats.errors import OutputError, SourceChanged
@@ -389,6 +390,7 @@ def _manifest(plan: Plan, files: list[WrittenFile], records: list[TensorRecord])
             "tensors": len(plan.checkpoint.tensors),
             "bytes": plan.checkpoint.nbytes,
         },
+        **_adapter(plan.checkpoint),
         "recipe": plan.recipe.as_dict(),
         "stats": plan.stats_digest or None,
         "plan": plan.digest,
@@ -398,6 +400,16 @@ def _manifest(plan: Plan, files: list[WrittenFile], records: list[TensorRecord])
         "dropped": [{"name": d.name, "reason": d.reason} for d in plan.dropped],
         "tensors": [r.as_dict() for r in records],
     }
+
+
+def _adapter(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The adapter that was merged, with the Frobenius norm of what it added to each matrix."""
+    deltas = checkpoint.deltas
+    if not isinstance(deltas, Adapter):
+        return {}
+    norms = {m: float(f"{n:.6g}") for m, n in deltas.norms().items()}
+    facts = {"name": deltas.path.resolve().name, "digest": deltas.digest, "norms": norms}
+    return {"adapter": facts}
 
 
 def _expert_kinds(records: list[TensorRecord]) -> dict[str, int]:

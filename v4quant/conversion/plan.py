@@ -411,7 +411,7 @@ class _Planner:
         rows, columns = stored.shape
         kind = get_type(fitting_type(dense, columns))
         name = f"{stored.module}.weight"
-        if stored.first.dtype == kind.dtype:
+        if stored.first.dtype == kind.dtype and stored.base is None:
             return _copy(stored)
         if not kind.is_block_type:
             return Unit("bf16", (stored,), (TensorSpec(name, kind.dtype, stored.shape),))
@@ -422,7 +422,7 @@ class _Planner:
 def _is_native(stored: StoredWeight) -> bool:
     """MXFP4 under the release's own names and dtypes."""
     dtypes = {part: spec.dtype for part, spec in stored.parts.items()}
-    return dtypes == {"weight": "I8", "scale": "F8_E8M0"}
+    return stored.base is None and dtypes == {"weight": "I8", "scale": "F8_E8M0"}
 
 
 def _coding(stored: StoredWeight) -> str:
