@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,8 @@ Encoder = Callable[[Tensor, str, Tensor | None], Tensor]
 
 def quantizer(path: Path) -> Encoder:
     """`ggml_quantize_chunk` of a library (libggml-base.so; the Python package has it in lib/)."""
-    library = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
+    # Lazily: a build of the quantizer alone leaves symbols open that are never called.
+    library = ctypes.CDLL(str(path), mode=os.RTLD_LAZY)
     chunk = library.ggml_quantize_chunk
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]

@@ -9,22 +9,17 @@ the error is a quadratic in the two, solved in closed form, rounded to half prec
 the rounded pair still lies lower. (Block coordinate descent as in QuantEase, arXiv 2309.01885,
 with blocks instead of single codes.)
 
-Of types with a codebook each group of eight is then solved once more under the step it has: the
-best vector there is with everything else fixed, before and behind.
-
 As in `refine`, the pull is carried along, computed afresh every few sweeps, every matrix of a batch
 stops for itself, and a row whose error in float64 came out higher keeps its first codes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from v4quant_calibration.rounding.block_codes import BlockCodes, Grids, choose, grids
-from v4quant_calibration.rounding.block_fit import Fit, fit
+from v4quant_calibration.rounding.block_codes import BlockCodes, choose, grids
+from v4quant_calibration.rounding.block_fit import fit
 from v4quant_calibration.rounding.block_gptq import set_grid
 from v4quant_calibration.rounding.gptq import feedback_factor
 from v4quant_calibration.rounding.refine import DEFAULT_SWEEPS, ENOUGH, row_errors
@@ -47,7 +42,7 @@ def block_refine(
     codes, part = start.clone(), start.clone()
     active = torch.arange(len(target), device=target.device)
     goal, moments = target, gram
-    factors = _own_factors(gram, shape)
+    factors = _own_factors(gram, shape.sub)
     pull = torch.empty(0)
     for sweep in range(sweeps):
         left = goal - part.values()
@@ -62,39 +57,13 @@ def block_refine(
         if not len(active):
             break
         goal, moments, pull = goal[gained], moments[gained], pull[gained]
-        factors, part = factors.select(gained), part.select(gained)
+        factors, part = factors[gained], part.select(gained)
     after, before = (row_errors(target - c.values(), gram) for c in (codes, start))
     return choose(after <= before, codes, start)
 
 
-@dataclass(frozen=True)
-class _Factors:
-    """`feedback_factor` of the own moments of sub-blocks `[B, n, size, size]`, and of groups of
-    channels coded together, None where those are no smaller or not free to change alone."""
-
-    subs: Tensor
-    groups: Tensor | None
-
-    def select(self, index: Tensor) -> _Factors:
-        """Those of some of the batch."""
-        return _Factors(self.subs[index], None if self.groups is None else self.groups[index])
-
-    def part(self, first: int, last: int, shape: BlockShape) -> _Factors:
-        """Those of some sub-blocks."""
-        each = shape.sub // shape.group
-        groups = None if self.groups is None else self.groups[:, first * each : last * each]
-        return _Factors(self.subs[:, first:last], groups)
-
-
-def _own_factors(gram: Tensor, shape: BlockShape) -> _Factors:
-    book = shape.codebook
-    alone = book is not None and book.shift <= shape.group
-    return _Factors(
-        _diagonal_factors(gram, shape.sub), _diagonal_factors(gram, shape.group) if alone else None
-    )
-
-
-def _diagonal_factors(gram: Tensor, size: int) -> Tensor:
+def _own_factors(gram: Tensor, size: int) -> Tensor:
+    """`feedback_factor` of every sub-block's own moments: `[B, K / size, size, size]`."""
     batch, columns = gram.shape[:2]
     tiled = gram.reshape(batch, columns // size, size, columns // size, size)
     own = tiled.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
@@ -102,7 +71,7 @@ def _diagonal_factors(gram: Tensor, size: int) -> Tensor:
 
 
 def _sweep(
-    pull: Tensor, gram: Tensor, factors: _Factors, codes: BlockCodes, shape: BlockShape
+    pull: Tensor, gram: Tensor, factors: Tensor, codes: BlockCodes, shape: BlockShape
 ) -> None:
     """One pass over all blocks, in place; keeps the pull `[B, K, N]` right."""
     for index, start in enumerate(range(0, pull.shape[1], shape.block)):
@@ -110,21 +79,25 @@ def _sweep(
         part = codes.part(columns)
         before = part.values()
         moments = gram[:, columns, columns]
-        inner = factors.part(index * shape.subs, (index + 1) * shape.subs, shape)
+        inner = factors[:, index * shape.subs : (index + 1) * shape.subs]
         own = _sub_steps(pull[:, columns].clone(), moments, inner, part, shape)
         _scale_step(own, moments, part, shape)
         pull.baddbmm_(gram[:, :, columns], part.values() - before, alpha=-1)
 
 
 def _sub_steps(
-    own: Tensor, gram: Tensor, factors: _Factors, codes: BlockCodes, shape: BlockShape
+    own: Tensor, gram: Tensor, factors: Tensor, codes: BlockCodes, shape: BlockShape
 ) -> Tensor:
     """Every sub-block of a block solved again, in turn; returns the block's pull, kept right."""
     for sub in range(shape.subs):
         place = slice(sub * shape.sub, (sub + 1) * shape.sub)
         old = codes.sub_values(sub)
         tried = grids(codes, shape, sub, _REACH if shape.codebook is None else 1)
-        found, better = _solved(own[:, place], factors.subs[:, sub], old, tried, shape)
+        factor = factors[:, sub]
+        wish = factor @ own[:, place]
+        goal = (old + factor.mT @ wish).contiguous()
+        found = fit(goal, factor, tried.step, tried.lowest, shape)
+        better = found.cost < wish.square().sum(1)
         sc, m, d, dmin = tried.take(found.choice)
         codes.q[:, place] = torch.where(better.unsqueeze(1), found.integers, codes.q[:, place])
         keep = (codes.sc[:, sub], codes.m[:, sub], codes.d[:, 0], codes.dmin[:, 0])
@@ -132,35 +105,7 @@ def _sub_steps(
         sc, m, d, dmin = (torch.where(better, new, old) for new, old in pairs)
         set_grid(codes, sub, (sc, m, d, dmin))
         own.baddbmm_(gram[:, :, place], codes.sub_values(sub) - old, alpha=-1)
-        if factors.groups is not None:
-            _group_steps(own, gram, factors.groups, codes, sub, shape)
     return own
-
-
-def _solved(
-    pull: Tensor, factor: Tensor, old: Tensor, tried: Grids, shape: BlockShape
-) -> tuple[Fit, Tensor]:
-    """The best of some grids for channels of values `old` with everything else fixed, and the
-    rows `[B, N]` where it is better than what is there.
-    """
-    wish = factor @ pull
-    goal = (old + factor.mT @ wish).contiguous()
-    found = fit(goal, factor, tried.step, tried.lowest, shape)
-    return found, found.cost < wish.square().sum(1)
-
-
-def _group_steps(
-    own: Tensor, gram: Tensor, factors: Tensor, codes: BlockCodes, sub: int, shape: BlockShape
-) -> None:
-    """Each group of a sub-block again under the step it has: the best vector there is, not only
-    the best with those before it; keeps the block's pull right."""
-    tried = grids(codes, shape, sub, 0)
-    for start in range(sub * shape.sub, (sub + 1) * shape.sub, shape.group):
-        place = slice(start, start + shape.group)
-        old = codes.q[:, place] * tried.step
-        found, better = _solved(own[:, place], factors[:, start // shape.group], old, tried, shape)
-        codes.q[:, place] = torch.where(better.unsqueeze(1), found.integers, codes.q[:, place])
-        own.baddbmm_(gram[:, :, place], codes.q[:, place] * tried.step - old, alpha=-1)
 
 
 def _scale_step(pull: Tensor, gram: Tensor, codes: BlockCodes, shape: BlockShape) -> None:
