@@ -31,7 +31,7 @@ from torch import Tensor
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import SCHEMES
 from v4quant_kernels.twins.bf16_product import Way, exact_product, product_of_bf16
-from v4quant_kernels.twins.onednn_product import available, onednn_product
+from v4quant_kernels.twins.onednn_product import onednn_product
 
 Library = Literal["default", "onednn"]
 VARIABLE = "V4QUANT_FLOAT32"
@@ -75,6 +75,12 @@ def float32_library() -> Library:
     if not available():
         return "default"
     return _kept(_probe_library)
+
+
+def available() -> bool:
+    """Whether this torch has the operation of `onednn_product`."""
+    found = torch.backends.mkldnn.is_available()
+    return bool(found) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def decided() -> Library | None:

@@ -16,9 +16,9 @@ from tests.kernels.kernel_tools import random_experts, random_qtensor
 from tests.kernels.twins.test_bf16_product import assert_sums_are_float32
 from v4quant_kernels import cpu_products, dispatch
 from v4quant_kernels.twins.bf16_product import Way, rounded
-from v4quant_kernels.twins.onednn_product import available, onednn_product
+from v4quant_kernels.twins.onednn_product import onednn_product
 
-needs_onednn = pytest.mark.skipif(not available(), reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not cpu_products.available(), reason="this torch has no oneDNN")
 PROBES: tuple[Any, ...] = (
     cpu_products.float32_library,
     cpu_products.takes_bf16,
@@ -124,7 +124,7 @@ def test_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     for said in ("default", "onednn"):
         monkeypatch.setenv(cpu_products.VARIABLE, said)
         cpu_products.float32_library.cache_clear()
-        assert cpu_products.float32_library() == (said if available() else "default")
+        assert cpu_products.float32_library() == (said if cpu_products.available() else "default")
     assert not taken
 
 

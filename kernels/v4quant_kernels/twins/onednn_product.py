@@ -12,12 +12,6 @@ import torch
 from torch import Tensor
 
 
-def available() -> bool:
-    """Whether this torch has the operation."""
-    found = torch.backends.mkldnn.is_available()
-    return bool(found) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
 def onednn_product(a: Tensor, b: Tensor) -> Tensor:
     """float32 a @ b: `[..., m, k]` and `[k, n]`, or `[g, m, k]` and `[g, k, n]`."""
     if b.dim() == 2:
