@@ -21,6 +21,7 @@ from v4quant.api.arguments import (
 )
 from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.calibration.collect import calibrate_to, draw_corpus, solve_settings
+from v4quant.calibration.ranks import solving_team
 from v4quant.devices import arithmetic_threads, find_device
 from v4quant.outputs import refuse_inputs
 from v4quant.progress import default_progress
@@ -33,7 +34,7 @@ from v4quant_calibration.statistics.coverage import coverage
 from v4quant_calibration.statistics.imatrix import save_imatrix
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_kernels.errors import OptionError
-from v4quant_kernels.progress import Progress
+from v4quant_kernels.progress import Progress, SilentProgress
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ def calibrate(
     tokens: how many to read first; more of the corpus is drawn until every expert has seen
     `min_tokens`. solve: a scheme whose codes are found as well, or `recipe`: what to solve place by
     place; an interrupted run then resumes. propagate: later layers are solved on what the already
-    converted ones give them. threads: of products on the CPU, by default all cores or what
-    OMP_NUM_THREADS says. imatrix: a file to write as well, what llama.cpp's quantizer reads.
+    converted ones give them; under torchrun the ranks divide the work of solving, and each returns
+    the result. threads: of products on the CPU, by default all cores or what OMP_NUM_THREADS says.
+    imatrix: a file to write as well, what llama.cpp's quantizer reads.
 
     Raises OptionError, RecipeError, CorpusError, SizeError, OutputError and what opening the source
     raises.
@@ -95,8 +97,12 @@ def calibrate(
             "--imatrix goes without --solve: what a solved layer sees are the converted model's "
             "inputs; calibrate once more without --solve"
         )
-    with arithmetic_threads(threads), open_source(source_of(source)) as checkpoint:
-        refuse_inputs([target], [checkpoint], listed_files(corpus))
+    with (
+        arithmetic_threads(threads),
+        open_source(source_of(source)) as checkpoint,
+        solving_team(where) as (team, where),
+    ):
+        refuse_inputs([target, *filter(None, [matrix])], [checkpoint], listed_files(corpus))
         config = config_of(checkpoint)
         settings = solve_settings(checkpoint, wanted, propagate) if wanted else None
 
@@ -111,10 +117,11 @@ def calibrate(
             min_tokens,
             settings,
             target,
-            default_progress(progress),
+            default_progress(progress) if team.is_first else SilentProgress(),
             cap,
             where,
             dense=matrix is not None,
+            team=team,
         )
         if matrix is not None:
             save_imatrix(matrix, done.stats, config, corpus_names(corpus), done.windows)

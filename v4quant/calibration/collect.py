@@ -6,7 +6,8 @@ reserve from which starved experts are fed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.solve.settings import SolveSettings
 from v4quant_calibration.solve.solution import Solution
 from v4quant_calibration.solve.solve import solve
+from v4quant_calibration.solve.team import ALONE, Team
 from v4quant_calibration.statistics.collect import Calibration, OpenRoom, calibrate, stages_of
 from v4quant_calibration.statistics.stats import write_stats
 from v4quant_formats.checkpoint import Checkpoint
@@ -33,6 +35,7 @@ from v4quant_formats.folder_lock import locked_folder
 from v4quant_formats.model_config import ModelConfig
 from v4quant_formats.system import return_freed_memory
 from v4quant_kernels.cast import can_cast
+from v4quant_kernels.errors import OptionError
 from v4quant_kernels.ggml_types import block_type
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.scheme import SCHEMES, Scheme
@@ -127,18 +130,25 @@ def calibrate_to(
     max_memory: int | None = None,
     device: torch.device = CPU,
     dense: bool = False,
+    team: Team = ALONE,
 ) -> Calibration:
     """Calibrate, and with `settings` solve; writes file or folder `out`.
 
     max_memory: the most bytes this may take; streams then go to files beside `out` where they must.
     device: where passes run and solvers work. dense: inputs of dense matrices are in the returned
-    statistics too (without `settings`). Raises what `check_floor`, `calibrate` and `solve`
+    statistics too (without `settings`). team: who solves together; more text for starved experts is
+    drawn by its first rank. Raises what `check_floor`, `calibrate` and `solve`
     raise, and SizeError for too little memory.
     """
     require_sound(checkpoint)
     check_floor(corpus, config, floor)
+    require_work(team, settings, corpus.windows)
     taken = f"{out}: another v4quant process is calibrating to it; give another --out"
-    with locked_folder(out.parent, taken, f"{out.name}.lock", stays=False):
+    with ExitStack() as stack:
+        if team.is_first:
+            lock = f"{out.name}.lock"
+            stack.enter_context(locked_folder(out.parent, taken, lock, stays=False))
+        team.barrier()
         return _calibrate_locked(
             checkpoint,
             config,
@@ -151,6 +161,23 @@ def calibrate_to(
             max_memory,
             device,
             dense,
+            team,
+        )
+
+
+def require_work(team: Team, settings: SolveSettings | None, windows: Sequence[Tensor]) -> None:
+    """Refuse ranks that would have nothing to do. Raises OptionError."""
+    if team.size == 1:
+        return
+    if settings is None:
+        raise OptionError(
+            "several ranks divide the work of solving; give --solve or --recipe, or run calibrate "
+            "without torchrun"
+        )
+    if len(windows) < team.size:
+        raise OptionError(
+            f"the corpus has {len(windows)} windows for {team.size} ranks, which need one each; "
+            "give more text, a shorter --seq-len, or start fewer ranks"
         )
 
 
@@ -166,33 +193,33 @@ def _calibrate_locked(
     max_memory: int | None,
     device: torch.device,
     dense: bool,
+    team: Team,
 ) -> Calibration:
-    windows, first = corpus.windows, {}
+    windows, first = corpus.windows, dict[str, Tensor]()
     held = statistics_bytes(config, len(stages_of(checkpoint, config)))
     limits = Limits.of(max_memory, device_bytes(device))
     rooms: OpenRoom = partial(calibration_room, config, held, limits, out)
     if max_memory is not None:
         return_freed_memory()
     if settings is None or corpus.reserve:
-        found = calibrate(
-            checkpoint,
-            config,
-            windows,
-            options,
-            floor,
-            progress,
-            corpus.reserve,
-            rooms,
-            device,
-            dense,
-        )
-        if settings is None:
-            write_stats(out, found.stats)
-            return found
-        windows, first = found.windows, dict(found.stats.first)
-    settings, rooms = fit_solving(config, settings, held, windows, limits, out)
+        found = None
+        if team.is_first:
+            found = calibrate(
+                checkpoint, config, windows, options, floor, progress, corpus.reserve, rooms,
+                device, dense,
+            )  # fmt: skip
+            if settings is None:
+                write_stats(out, found.stats)
+                return found
+        drawn = None if found is None else (found.windows, dict(found.stats.first))
+        told = team.tell(drawn)
+        assert told is not None and settings is not None
+        windows, first = told
+    beside = out if team.size == 1 else out.with_name(f"{out.name}.rank{team.rank}")
+    settings, rooms = fit_solving(config, settings, held, windows, limits, beside)
     solution: Solution = solve(
-        checkpoint, config, windows, options, floor, settings, out, progress, first, rooms, device
-    )
+        checkpoint, config, windows, options, floor, settings, out, progress, first, rooms, device,
+        team,
+    )  # fmt: skip
     solution.close()
     return Calibration(solution.stats, windows)

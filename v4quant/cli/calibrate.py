@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,9 @@ def calibrate(
 ) -> None:
     """Run a corpus through checkpoint SOURCE and record what every expert's inputs look like.
 
-    With --solve an interrupted run is resumed by the same command, layer by layer.
+    With --solve an interrupted run is resumed by the same command, layer by layer, and several
+    processes, also on several machines with a shared disk, divide the work when started by
+    `torchrun --nproc-per-node N -m v4quant calibrate ...`; any number may resume it.
     """
     found = v4quant.calibrate(
         source,
@@ -117,6 +120,8 @@ def calibrate(
         imatrix=imatrix,
         progress=_output.TerminalProgress(),
     )
+    if int(os.environ.get("RANK", "0")):
+        return  # torchrun: the first rank speaks for all
     if as_json:
         _output.emit(found.as_dict())
     else:

@@ -55,13 +55,16 @@ class Ranks:
 
 
 @contextmanager
-def current_ranks() -> Iterator[Ranks]:
-    """The ranks torchrun started (RANK, WORLD_SIZE), or a single one."""
+def current_ranks(backend: str = "gloo") -> Iterator[Ranks]:
+    """The ranks torchrun started (RANK, WORLD_SIZE), or a single one.
+
+    backend: torch.distributed's, for what travels between them.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks()
         return
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    dist.init_process_group(backend, timeout=_PATIENCE)
     try:
         run = [secrets.token_hex(8)]
         dist.broadcast_object_list(run, 0)

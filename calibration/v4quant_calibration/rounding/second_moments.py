@@ -27,6 +27,8 @@ rows lose no more than a thousand do, whatever their split over calls.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -139,6 +141,14 @@ class CrossSums:
         self._weight += float(wide.sum())
         self._squares += float(wide.square().sum())
         self._count += len(rows)
+
+    def join(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Add what other processes have summed; total(t) is the sum of all processes' t."""
+        self._cross = total(self._cross)
+        sums = [self._energy, self._weight, self._squares, float(self._count)]
+        told = total(torch.tensor(sums, dtype=torch.float64, device=self._cross.device)).tolist()
+        self._energy, self._weight, self._squares = told[:3]
+        self._count = int(told[3])
 
     def correction(self, gram: Tensor, borrowed: float = 0.0) -> Tensor:
         """M over the damped moments `gram`, which were mixed with so many rows of a pool."""

@@ -37,16 +37,11 @@ from v4quant_calibration.rounding.second_moments import (
 from v4quant_calibration.rounding.solvers import solve_batch
 from v4quant_calibration.solve.models import InputKeeper
 from v4quant_calibration.solve.settings import SolveSettings
-from v4quant_calibration.solve.solution import (
-    HEAD,
-    add_matrix,
-    attention_file,
-    stage_file,
-    stage_specs,
-)
+from v4quant_calibration.solve.solution import HEAD, attention_file, stage_file
+from v4quant_calibration.solve.stage_writer import StageWriter
+from v4quant_calibration.solve.team import ALONE, Team
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import ModelConfig
-from v4quant_formats.shards import ShardWriter, plan_shard
 from v4quant_formats.weights import find_weight, read_dense, read_weight
 from v4quant_kernels.codec import dequantize
 from v4quant_kernels.qtensor import QTensor
@@ -92,6 +87,17 @@ class _Moments(SilentObserver):
                 self.lost = CrossSums(x.shape[1], x.device)
             self.lost.add(next(self._original) - x, x)
 
+    def join(self, team: Team) -> None:
+        """Add what the other ranks have seen."""
+        if team.size == 1:
+            return
+        for matrix in self.sums:
+            self.sums[matrix] = team.total(self.sums[matrix])
+            count = torch.tensor([self.counts[matrix]], device=self.sums[matrix].device)
+            self.counts[matrix] = int(team.total(count))
+        if self.lost is not None:
+            self.lost.join(team.total)
+
     def damped(self, matrix: str) -> Tensor:
         """Damped moments, float64 `[groups, K, K]`."""
         total, count = self.sums[matrix], self.counts[matrix]
@@ -111,8 +117,10 @@ class DenseSolver:
         options: ForwardOptions,
         params: Params,
         reference: InputKeeper | None,
+        team: Team = ALONE,
     ) -> None:
         """As `LayerSolver`."""
+        self._team = team
         self._checkpoint, self._config, self._settings = checkpoint, config, settings
         self._folder, self._options, self._params = folder, options, params
         self._reference = reference
@@ -120,18 +128,22 @@ class DenseSolver:
     def solve_attention(self, layer: str, before: Streams, caches: SharedCaches | None) -> None:
         """Solve a layer's attention on the rows it is about to run on, unless its file is there."""
         wanted = self._wanted(f"{layer}.{name}" for names in _SHARING.values() for name in names)
-        if not wanted or stage_file(self._folder, attention_file(layer)).exists():
+        file = attention_file(layer)
+        if not wanted or self._team.agree(stage_file(self._folder, file).exists()):
             return
         original = None if self._reference is None else self._reference.attention
         seen = _Moments(original)
         attention_sublayer(
             self._params, self._config, layer, before, None, self._options, seen, caches
         )
+        seen.join(self._team)
         found: dict[str, QTensor] = {}
-        for shared, names in _SHARING.items():
-            modules = [m for name in names if (m := f"{layer}.{name}") in wanted]
-            if not modules:
-                continue
+        parts = {
+            shared: [m for name in names if (m := f"{layer}.{name}") in wanted]
+            for shared, names in _SHARING.items()
+        }
+        for shared in self._team.share([shared for shared, modules in parts.items() if modules]):
+            modules = parts[shared]
             matrix = shared.removeprefix("attn.")
             gram = seen.damped(matrix)
             lost = None
@@ -139,12 +151,12 @@ class DenseSolver:
                 borrowed = rows_of_no_direction(gram.shape[-1], seen.counts[matrix])
                 lost = seen.lost.correction(gram[0], borrowed)
             found |= self._solved(modules, gram.float(), lost, wanted)
-        self._write(attention_file(layer), found)
+        self._write(file, wanted, found)
 
     def solve_head(self, params: Sequence[Params], streams: Sequence[Streams]) -> None:
         """Solve the head on the trunk's last rows; the last model is the one being converted."""
         wanted = self._wanted([HEAD])
-        if not wanted or stage_file(self._folder, HEAD).exists():
+        if not wanted or self._team.agree(stage_file(self._folder, HEAD).exists()):
             return
         total, lost = None, None
         tokens = streams[0].shape.tokens
@@ -159,10 +171,17 @@ class DenseSolver:
                 lost = lost or CrossSums(x.shape[1], x.device)
                 lost.add(rows[0] - x, x)
         assert total is not None, "there is text"
-        borrowed = rows_of_no_direction(len(total), tokens)
-        gram = damped(pooled(total, tokens, borrowed))
-        correction = None if lost is None else lost.correction(gram, borrowed)
-        self._write(HEAD, self._solved([HEAD], gram.float().unsqueeze(0), correction, wanted))
+        total = self._team.total(total)
+        tokens = int(self._team.total(torch.tensor([tokens], device=total.device)))
+        if lost is not None:
+            lost.join(self._team.total)
+        found: dict[str, QTensor] = {}
+        if self._team.is_first:
+            borrowed = rows_of_no_direction(len(total), tokens)
+            gram = damped(pooled(total, tokens, borrowed))
+            correction = None if lost is None else lost.correction(gram, borrowed)
+            found = self._solved([HEAD], gram.float().unsqueeze(0), correction, wanted)
+        self._write(HEAD, wanted, found)
 
     def _wanted(self, modules: Iterable[str]) -> dict[str, Scheme]:
         schemes = self._settings.schemes or {}
@@ -192,13 +211,16 @@ class DenseSolver:
             found |= dict(zip(own, solved[0], strict=True))
         return found
 
-    def _write(self, name: str, found: Mapping[str, QTensor]) -> None:
-        shapes = {module: q.shape for module, q in found.items()}
-        specs = stage_specs(shapes, {module: q.scheme for module, q in found.items()})
-        writer = ShardWriter(stage_file(self._folder, name), plan_shard(specs))
+    def _write(self, name: str, wanted: Mapping[str, Scheme], found: Mapping[str, QTensor]) -> None:
+        """wanted: all that the file holds. found: what this rank has solved."""
+        shapes = {}
+        for module in wanted:
+            rows, columns = find_weight(self._checkpoint, module).shape
+            shapes[module] = (rows, columns)
+        writer = StageWriter(self._team, self._folder, name, shapes, wanted, found)
         try:
             for module, q in found.items():
-                add_matrix(writer, module, q)
+                writer.add(module, q)
         except BaseException:
             writer.abort()
             raise

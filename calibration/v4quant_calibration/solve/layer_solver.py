@@ -33,12 +33,13 @@ from v4quant_calibration.rounding.solvers import solve_batch
 from v4quant_calibration.solve.dense_solver import DenseSolver, source_matrix
 from v4quant_calibration.solve.models import InputKeeper
 from v4quant_calibration.solve.settings import SolveSettings
-from v4quant_calibration.solve.solution import add_matrix, stage_file, stage_specs
+from v4quant_calibration.solve.solution import stage_file
+from v4quant_calibration.solve.stage_writer import StageWriter
+from v4quant_calibration.solve.team import ALONE, Team
 from v4quant_calibration.statistics.collect import MomentObserver
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import PROJECTIONS, expert_module
 from v4quant_formats.model_config import ModelConfig
-from v4quant_formats.shards import ShardWriter, plan_shard
 from v4quant_formats.weights import find_weight
 from v4quant_kernels.codec import dequantize
 from v4quant_kernels.progress import Progress
@@ -100,16 +101,20 @@ class LayerSolver(MomentObserver):
         params: Params,
         reference: InputKeeper | None,
         progress: Progress,
+        team: Team = ALONE,
     ) -> None:
         """params: of the model that streams. reference: keeper of the original's inputs, None
-        without propagation.
+        without propagation. team: who solves together.
         """
         super().__init__(config, stages)
         self._checkpoint, self._config = checkpoint, config
         self._settings = settings
         self._folder, self._options, self._reference = folder, options, reference
         self._progress = progress
-        self._dense = DenseSolver(checkpoint, config, settings, folder, options, params, reference)
+        self._team = team
+        self._dense = DenseSolver(
+            checkpoint, config, settings, folder, options, params, reference, team
+        )
 
     def on_layer(self, layer: str, before: Streams, caches: SharedCaches | None) -> None:
         """Solve the layer's attention, unless its file is there."""
@@ -118,28 +123,34 @@ class LayerSolver(MomentObserver):
     def on_experts(self, layer: str, x: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
         """Solve the layer, unless its file is there."""
         experts = self._config.facts(layer).experts
-        if stage_file(self._folder, layer).exists():
+        if self._team.agree(stage_file(self._folder, layer).exists()):
             self._progress.advance(experts)
             return
+        team, own = self._team, x
+        x, expert_ids, weights = (team.gather(t) for t in (x, expert_ids, weights))
         original = x
         if self._reference is not None:
             assert self._reference.layer == layer, (self._reference.layer, layer)
-            original = self._reference.x
+            assert self._reference.x.shape == own.shape, (self._reference.x.shape, own.shape)
+            original = team.gather(self._reference.x)
         total = gram_sum(x, x, weights.square().mean(1))
         pool = pooled(total, x.shape[0], borrowed_rows(total))
         given = _Layer(layer, x, original, expert_ids, weights, pool)
         schemes = self._wanted(layer)
         shapes = {module: self._shape(module) for module in schemes}
-        specs = stage_specs(shapes, schemes)
-        writer = ShardWriter(stage_file(self._folder, layer), plan_shard(specs))
+        names = team.share(
+            [*(f"{layer}.ffn.experts.{e}" for e in range(experts)), shared_expert(layer)]
+        )
+        mine = {m for m in schemes if m.rpartition(".")[0] in names}
+        writer = StageWriter(team, self._folder, layer, shapes, schemes, mine)
         try:
+            routed = [name for name in names if name != shared_expert(layer)]
             step = self._batch()
-            for first in range(0, experts, step):
-                chosen = range(first, min(first + step, experts))
-                names = [f"{layer}.ffn.experts.{e}" for e in chosen]
-                self._solve_group(given, names, schemes, writer)
-                self._progress.advance(len(chosen))
-            self._solve_group(given, [shared_expert(layer)], schemes, writer)
+            for first in range(0, len(routed), step):
+                self._solve_group(given, routed[first : first + step], schemes, writer)
+                self._progress.advance(team.size * len(routed[first : first + step]))
+            if len(routed) < len(names):
+                self._solve_group(given, [shared_expert(layer)], schemes, writer)
         except BaseException:
             writer.abort()
             raise
@@ -173,7 +184,7 @@ class LayerSolver(MomentObserver):
         given: _Layer,
         experts: Sequence[str],
         schemes: Mapping[str, Scheme],
-        writer: ShardWriter,
+        writer: StageWriter,
     ) -> None:
         """Solve w1 and w3 of some experts, then w2 on what those make of the inputs."""
         gate, down = schemes.get(f"{experts[0]}.w1"), schemes.get(f"{experts[0]}.w2")
@@ -184,14 +195,14 @@ class LayerSolver(MomentObserver):
         solved = gate_up if gate is None else self._solve_gate_up(given, gate_up, gate)
         if gate is not None:
             for expert, (w1, w3) in solved.items():
-                add_matrix(writer, f"{expert}.w1", w1)
-                add_matrix(writer, f"{expert}.w3", w3)
+                writer.add(f"{expert}.w1", w1)
+                writer.add(f"{expert}.w3", w3)
         if down is None:
             return
         sources = [[self._read(f"{e}.w2", device)] for e in experts]
         moments = [self._hidden_moments(given, e, gate_up[e], solved[e]) for e in experts]
         for expert, (w2,) in zip(experts, self._solved(sources, moments, down), strict=True):
-            add_matrix(writer, f"{expert}.w2", w2)
+            writer.add(f"{expert}.w2", w2)
 
     def _read(self, module: str, device: torch.device) -> QTensor:
         return source_matrix(self._checkpoint, module).to(device)

@@ -50,8 +50,10 @@ from v4quant_calibration.solve.solution import (
     load_solution,
     stage_file,
 )
+from v4quant_calibration.solve.stage_writer import remove_parts
+from v4quant_calibration.solve.team import ALONE, Team
 from v4quant_calibration.statistics.collect import OpenRoom, all_in_memory
-from v4quant_calibration.statistics.stats import Stats, write_stats
+from v4quant_calibration.statistics.stats import StageStats, Stats, write_stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import trunk_stages
 from v4quant_formats.model_config import ModelConfig
@@ -70,12 +72,14 @@ def solve(
     first: Mapping[str, Tensor] | None = None,
     open_room: OpenRoom = all_in_memory,
     device: torch.device = CPU,
+    team: Team = ALONE,
 ) -> Solution:
     """Solve what the settings name and windows (int64 ids) can reach; returns the finished folder.
 
     first: what is known of the first draw (`Stats.first`). open_room: where streams live. device:
     where passes run and solvers work; sums are taken in another order there, so codes may differ
-    where two are as good. The same call again resumes, layer by layer. Raises SolutionError,
+    where two are as good. team: who solves together, each called with all windows; all return when
+    the folder is finished. The same call again resumes, layer by layer. Raises SolutionError,
     UnsupportedScheme for a scheme that error feedback is not for, DraftError for text too short for
     a DSpark block, NonFiniteActivation naming what computed NaN, and OutputError.
     """
@@ -86,7 +90,12 @@ def solve(
         require_blocks(draft_blocks(windows, config))
     stages = [*trunk_stages(config), *drafts.stages]
     header = _header(checkpoint, windows, options, floor, settings)
-    begin_solution(folder, header)
+    if team.is_first:
+        begin_solution(folder, header)
+        remove_parts(folder)
+    team.barrier()
+    everything, windows = windows, team.windows(windows)
+    assert windows, f"{len(everything)} windows are too few for {team.size} ranks"
     progress.start("Solving", sum(config.facts(s).experts for s in stages), "expert")
     keeper = InputKeeper() if settings.propagate else None
     params = SolvedParams(checkpoint, folder, device)
@@ -96,21 +105,47 @@ def solve(
         store = room.store
         options = replace(room.options, expert_tokens=None)  # a layer is solved on all its rows
         solver = LayerSolver(
-            checkpoint, config, stages, settings, folder, options, streaming, keeper, progress
+            checkpoint,
+            config,
+            stages,
+            settings,
+            folder,
+            options,
+            streaming,
+            keeper,
+            progress,
+            team,
         )
         models = [StreamModel(streaming, options, solver)]
         if keeper is not None:
             models.insert(0, StreamModel(original, options, keeper))
         taps = drafts.taps(config, len(models))
         streams = stream_forward(models, config, windows, store=store, taps=taps)
-        dense = DenseSolver(checkpoint, config, settings, folder, options, streaming, keeper)
+        dense = DenseSolver(checkpoint, config, settings, folder, options, streaming, keeper, team)
         dense.solve_head([model.params for model in models], streams)
         stream_drafts(drafts, models, config, windows, streams, taps, store=store)
     progress.finish()
     digest = checkpoint.digest()
-    stats = Stats(digest, floor, solver.stages)
+    stats = Stats(digest, floor, {s: _joined(team, found) for s, found in solver.stages.items()})
     if first and not settings.propagate:  # counts of the same routing
         stats = replace(stats, first=first)
+    if team.is_first:
+        _finish(folder, header, stats, stages)
+    team.barrier()
+    return load_solution(folder, digest)
+
+
+def _joined(team: Team, found: StageStats) -> StageStats:
+    """What all ranks have seen of a stage's inputs."""
+    return StageStats(
+        team.total(found.tokens),
+        {source: team.total(sums) for source, sums in found.sums.items()},
+        {source: team.largest(amax) for source, amax in found.amax.items()},
+    )
+
+
+def _finish(folder: Path, header: Mapping[str, Any], stats: Stats, stages: Sequence[str]) -> None:
+    """Write the statistics, and declare the folder finished."""
     write_stats(folder / STATS_NAME, stats)
     facts: dict[str, dict[str, Any]] = {
         stage: {"tokens": stats.stages[stage].tokens.tolist()} for stage in stages
@@ -119,7 +154,6 @@ def solve(
         if stage_file(folder, name).exists():
             facts[name] = {}
     finish_solution(folder, header, facts)
-    return load_solution(folder, digest)
 
 
 def _header(

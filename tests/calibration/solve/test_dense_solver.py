@@ -75,7 +75,7 @@ def test_errors_of_outputs_fall(
     params = CheckpointParams(checkpoint)
     streams = stream_forward([StreamModel(params, observer=watch)], CONFIG, windows)[0]
     rows = {module: torch.cat(found, -2) for module, found in watch.rows.items()}
-    rows["head"] = head_inputs(params, streams.read(0, streams.shape.tokens), CONFIG)
+    rows["head"] = head_inputs(params, streams, 0, streams.shape.tokens, CONFIG)
     shared = {
         f"{LAYER}.attn.wkv": [f"{LAYER}.attn.wkv", f"{LAYER}.attn.wq_a", *COMPRESSOR],
         f"{LAYER}.attn.wq_b": [f"{LAYER}.attn.wq_b", f"{LAYER}.attn.indexer.wq_b"],
