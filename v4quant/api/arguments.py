@@ -17,6 +17,7 @@ from v4quant.hub.refs import HubRef, is_hub, parse_hub
 from v4quant.sizes import parse_size
 from v4quant.source import Source, resolve_source
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_RELEASE
+from v4quant_calibration.corpus.chat_keys import MESSAGES
 from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
 from v4quant_calibration.corpus.tokenizer import tokenizer_of
 from v4quant_calibration.forward.checkpoint_params import model_config
@@ -67,6 +68,8 @@ def read_corpus(
     seq_len: int | None,
     tokens: int | None,
     mode: str,
+    chat_keys: str = MESSAGES,
+    skip_bad_rows: int = 0,
 ) -> Corpus:
     """Load the corpus that files or `builtin:` names make up, with the checkpoint's tokenizer.
 

@@ -28,6 +28,7 @@ from v4quant.progress import default_progress
 from v4quant.recipe import Recipe, read_toml, recipe_from_table
 from v4quant.source import open_source
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE
+from v4quant_calibration.corpus.chat_keys import MESSAGES
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.defaults import MIN_TOKENS
 from v4quant_calibration.statistics.coverage import coverage
@@ -63,6 +64,8 @@ def calibrate(
     tokens: int | None = None,
     seq_len: int | None = None,
     mode: str = DEFAULT_MODE,
+    chat_keys: str = MESSAGES,
+    skip_bad_rows: int = 0,
     activations: str = "plain",
     products: str = "f32",
     min_tokens: int = MIN_TOKENS,
@@ -107,7 +110,9 @@ def calibrate(
         settings = solve_settings(checkpoint, wanted, propagate) if wanted else None
 
         def load(limit: int | None) -> Corpus:
-            return read_corpus(corpus, checkpoint, config, seq_len, limit, mode)
+            return read_corpus(
+                corpus, checkpoint, config, seq_len, limit, mode, chat_keys, skip_bad_rows
+            )
 
         done = calibrate_to(
             checkpoint,

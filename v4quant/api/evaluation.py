@@ -27,6 +27,7 @@ from v4quant.outputs import refuse_inputs
 from v4quant.progress import default_progress
 from v4quant.source import open_source
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE
+from v4quant_calibration.corpus.chat_keys import MESSAGES
 from v4quant_calibration.corpus.tokenizer import tokenizer_of
 from v4quant_calibration.evaluation.evaluate import Measures
 from v4quant_calibration.evaluation.needle import make_needles
@@ -44,6 +45,8 @@ def evaluate(
     tokens: int | None = None,
     seq_len: int | None = None,
     mode: str = DEFAULT_MODE,
+    chat_keys: str = MESSAGES,
+    skip_bad_rows: int = 0,
     activations: str = "plain",
     products: str = "f32",
     save_logits: PathLike | None = None,
@@ -95,7 +98,9 @@ def evaluate(
             [*listed_files(corpus), path_of(reference_logits)],
         )
         config = config_of(checkpoint)
-        text = read_corpus(corpus, checkpoint, config, seq_len, tokens, mode)
+        text = read_corpus(
+            corpus, checkpoint, config, seq_len, tokens, mode, chat_keys, skip_bad_rows
+        )
         needles = None
         if needle:
             tokenizer = tokenizer_of(checkpoint)

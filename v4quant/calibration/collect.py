@@ -22,7 +22,8 @@ from v4quant.conversion.plan import make_plan
 from v4quant.devices import CPU, device_bytes
 from v4quant.memory import Limits
 from v4quant.recipe import Recipe, RecipeError
-from v4quant_calibration.corpus.corpus import Corpus, CorpusError
+from v4quant_calibration.corpus.corpus import Corpus
+from v4quant_calibration.corpus.errors import CorpusError
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.solve.settings import SolveSettings
 from v4quant_calibration.solve.solution import Solution

@@ -69,8 +69,10 @@ def decode_rows(checkpoint: Checkpoint, stored: StoredWeight, start: int, stop: 
     height = 1 if per_row else _block_height(weight.shape[0], scale_spec.shape[0])
     span = (start, stop) if per_row else (start // height, -(-stop // height))
     scales = _floats(_rows(checkpoint, scale_spec, *span), scale_spec.dtype)
-    if "weight_shape" in parts:
-        columns = int(checkpoint.read(parts["weight_shape"].name)[1])
+    if stored.scheme is not None and stored.scheme.is_packed_integer:
+        columns = stored.shape[1]
+        if "weight_shape" in parts:
+            columns = int(checkpoint.read(parts["weight_shape"].name)[1])
         values = _packed_integers(raw, columns)
     else:
         values = _elements(raw, weight)

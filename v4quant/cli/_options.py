@@ -26,7 +26,7 @@ def checked_mode(_: click.Context, parameter: click.Parameter, value: str) -> st
 
 
 def corpus_options(default: str) -> Callable[[Command], Command]:
-    """`--corpus`, `--mode`, `--tokens`, `--seq-len`, `--activations`."""
+    """Where text comes from, how much of it, and how activations are rounded."""
 
     def decorate(command: Command) -> Command:
         for option in (
@@ -48,11 +48,26 @@ def corpus_options(default: str) -> Callable[[Command], Command]:
                 help="How chats are encoded whose JSONL row names no mode.",
             ),
             click.option(
+                "--chat-keys",
+                type=click.Choice(("messages", "sharegpt", "prompt-completion")),
+                default="messages",
+                show_default=True,
+                help="Under which keys rows have their chats.",
+            ),
+            click.option(
+                "--skip-bad-rows",
+                type=click.IntRange(0),
+                default=0,
+                show_default=True,
+                help="Rows of each file that may be left out because they cannot be read.",
+            ),
+            click.option(
                 "--corpus",
                 multiple=True,
                 default=[default],
                 show_default=True,
-                help="Text, JSONL (text or chats), .npy or .safetensors ids; may be repeated.",
+                help="Text, rows (JSONL, JSON, parquet; text or chats), .npy or .safetensors ids; "
+                "may be repeated.",
             ),
         ):
             command = option(command)

@@ -13,7 +13,6 @@ of it is taken, and the others make up for it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +25,20 @@ from torch import Tensor
 
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE, DEFAULT_RELEASE
 from v4quant_calibration.corpus.chat_encoding import encode_messages
+from v4quant_calibration.corpus.chat_keys import MESSAGES, as_messages
 from v4quant_calibration.corpus.chat_messages import BOS, EncodingError
+from v4quant_calibration.corpus.errors import CorpusError
+from v4quant_calibration.corpus.text_files import (
+    MAX_CORPUS_BYTES,
+    holds_rows,
+    read_rows,
+    read_text,
+    stem_of,
+)
 from v4quant_calibration.corpus.tokenizer import TextTokenizer
 from v4quant_formats.errors import FormatError
-from v4quant_formats.small_files import read_small
-from v4quant_kernels.errors import V4QuantError
 
-MAX_CORPUS_BYTES = 4 * 2**30
 DEFAULT_SEQ_LEN = 512
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
-
-
-class CorpusError(V4QuantError):
-    """A corpus that cannot be read, is too short, or does not fit the model's vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ class CorpusRequest:
     all (None: everything).
 
     `bos_token_id` is prepended to every window of text; `vocab_size` bounds the ids. `mode` is how
-    chats are encoded whose row names none, `release` whose format that is.
+    chats are encoded whose row names none, `release` whose format that is. `chat_keys` says under
+    which keys rows have chats (`chat_keys.CHAT_KEYS`), `skip_bad_rows` how many rows of a file may
+    be left out because they cannot be read.
     """
 
     seq_len: int | None
@@ -91,6 +93,8 @@ class CorpusRequest:
     vocab_size: int
     mode: str = DEFAULT_MODE
     release: str = DEFAULT_RELEASE
+    chat_keys: str = MESSAGES
+    skip_bad_rows: int = 0
 
 
 def load_corpus(
@@ -151,16 +155,15 @@ def _read_documents(file: Path, encode: TextTokenizer, request: CorpusRequest) -
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 return _rows(file, opened.get_tensor("input_ids"))
-        text = read_small(file, MAX_CORPUS_BYTES).decode()
+        if not holds_rows(file):
+            return [_Document(stem_of(file), encode(read_text(file)))]
     except FileNotFoundError:
         raise CorpusError(f"{file}: no such corpus file") from None
     except FormatError as error:
         raise CorpusError(str(error)) from None
     except (OSError, EOFError, TypeError, ValueError, SafetensorError) as error:
         raise CorpusError(f"{file}: cannot be read as a corpus ({error})") from None
-    if file.suffix in JSONL_SUFFIXES:
-        return _jsonl_documents(file, text, encode, request)
-    return [_Document(file.stem, encode(text))]
+    return _row_documents(file, encode, request)
 
 
 def _load_npy(file: Path) -> Tensor:
@@ -180,26 +183,34 @@ def _rows(file: Path, ids: Tensor) -> list[_Document]:
     return [_Document(file.stem, row, as_is=True) for row in torch.atleast_2d(ids.long())]
 
 
-def _jsonl_documents(
-    file: Path, content: str, encode: TextTokenizer, request: CorpusRequest
-) -> list[_Document]:
-    documents = []
-    # Not splitlines: JSON strings may hold U+2028 and other characters it would break lines at.
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{file}: line {number}"
+def _row_documents(file: Path, encode: TextTokenizer, request: CorpusRequest) -> list[_Document]:
+    """A document a row, without the rows that may be skipped and cannot be read."""
+    name, documents, left = stem_of(file), list[_Document](), request.skip_bad_rows
+    for where, row in read_rows(file):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise CorpusError(f"{where} is not JSON") from None
-        if not isinstance(row, dict) or ("messages" in row) == isinstance(row.get("text"), str):
-            raise CorpusError(f'{where} has no "text" string, nor "messages" instead')
-        if "messages" in row:
-            documents.append(_chat(where, file.stem, row, encode, request))
-        else:
-            documents.append(_Document(file.stem, encode(row["text"])))
+            documents.append(_row_document(where, name, row, encode, request))
+        except CorpusError:
+            if left <= 0:
+                raise
+            left -= 1
     return documents
+
+
+def _row_document(
+    where: str, name: str, row: Any, encode: TextTokenizer, request: CorpusRequest
+) -> _Document:
+    """A row's `text` or `messages`, of which the other may be null."""
+    if isinstance(row, CorpusError):
+        raise row
+    if request.chat_keys != MESSAGES:
+        messages = as_messages(where, row, request.chat_keys)
+        return _chat(where, name, {"messages": messages}, encode, request)
+    held = [k for k in ("text", "messages") if isinstance(row, dict) and row.get(k) is not None]
+    if len(held) != 1 or (held == ["text"] and not isinstance(row["text"], str)):
+        raise CorpusError(f'{where} has no "text" string, nor "messages" instead')
+    if held == ["messages"]:
+        return _chat(where, name, row, encode, request)
+    return _Document(name, encode(row["text"]))
 
 
 def _chat(

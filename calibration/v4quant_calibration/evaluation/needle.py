@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from v4quant_calibration.corpus.corpus import Corpus, CorpusError, CorpusPart
+from v4quant_calibration.corpus.corpus import Corpus, CorpusPart
+from v4quant_calibration.corpus.errors import CorpusError
 from v4quant_calibration.evaluation.divergence import TokenRecords
 
 PART = "needle"

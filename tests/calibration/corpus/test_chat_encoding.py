@@ -25,7 +25,8 @@ from v4quant_calibration.corpus.chat_messages import (
     USER,
     EncodingError,
 )
-from v4quant_calibration.corpus.corpus import CorpusError, CorpusRequest, load_corpus
+from v4quant_calibration.corpus.corpus import CorpusRequest, load_corpus
+from v4quant_calibration.corpus.errors import CorpusError
 
 REPOSITORY = Path(__file__).parents[3]
 # Made with the release's encoder for this project.

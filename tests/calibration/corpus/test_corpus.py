@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from v4quant_calibration.corpus.corpus import CorpusError, CorpusRequest, load_corpus
+from v4quant_calibration.corpus.corpus import CorpusRequest, load_corpus
+from v4quant_calibration.corpus.errors import CorpusError
 from v4quant_calibration.corpus.tokenizer import TokenizerError
 
 VOCABULARY = 100
@@ -250,7 +251,7 @@ def test_bad_arrays_are_named(tmp_path: Path, tokenizer: Path, kind: str) -> Non
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("a.txt", b"\xff\xfe\x00", "is UTF-16"),
         ("a.txt", b"", "too short"),
         ("a.jsonl", b'{"text": "w1"}\nnot json\n', "line 2 is not JSON"),
         ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.support.conversion import TINY
-from v4quant_calibration.corpus.corpus import Corpus, CorpusError, CorpusPart
+from v4quant_calibration.corpus.corpus import Corpus, CorpusPart
+from v4quant_calibration.corpus.errors import CorpusError
 from v4quant_calibration.evaluation.divergence import TokenRecords
 from v4quant_calibration.evaluation.evaluate import Measures, evaluate_all
 from v4quant_calibration.evaluation.needle import DEPTHS, make_needles, needle_figures

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from v4quant.calibration.collect import DrawnCorpus, check_floor, draw_corpus
-from v4quant_calibration.corpus.corpus import Corpus, CorpusError, CorpusPart
+from v4quant_calibration.corpus.corpus import Corpus, CorpusPart
+from v4quant_calibration.corpus.errors import CorpusError
 from v4quant_calibration.forward.checkpoint_params import CheckpointParams
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.statistics.collect import Calibration, calibrate

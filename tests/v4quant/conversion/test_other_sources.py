@@ -216,6 +216,18 @@ def test_scales_in_float(factor: float, dtype: torch.dtype, tmp_path: Path) -> N
         assert weights(tmp_path / "mxfp4") == weights(TINY)
 
 
+def test_integers_without_their_shape(tmp_path: Path) -> None:
+    """config.json says it; what is copied then is what is compared."""
+    convert(TINY, tmp_path / "first", "int4-g32")
+    checkpoint = EditableCheckpoint.read(tmp_path / "first")
+    for name in [n for n in checkpoint.names if n.endswith(".weight_shape")]:
+        checkpoint.remove(name)
+    source = checkpoint.write(tmp_path / "source")
+    convert(source, tmp_path / "out", "int4-g32")
+    assert not verify(tmp_path / "out", source, SilentProgress()).findings
+    assert weights(tmp_path / "out") == weights(tmp_path / "first")
+
+
 @pytest.mark.parametrize("first", ["nvfp4", "int4-g32", "int8-g128", "mxfp4/compressed-tensors"])
 @pytest.mark.parametrize("second", ["int4-g64", "mxfp4", "nvfp4"])
 def test_conversions_are_sources(first: str, second: str, tmp_path: Path) -> None:

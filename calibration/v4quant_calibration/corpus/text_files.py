@@ -1,0 +1,147 @@
+"""Text files as they are found: compressed, marked, with rows as lines, a list or columns.
+
+A file's *kind* is its name's last suffix but one for compression: `.jsonl` and `.ndjson` (a row a
+line), `.json` (a list of rows), `.parquet` (a row a record), anything else plain text. `.gz` is
+read by the standard library, `.zst` where Python or the package `zstandard` can, `.parquet` where
+`pyarrow` is installed. Line ends are content of a plain text and stay as they are.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from v4quant_calibration.corpus.errors import CorpusError
+from v4quant_formats.errors import FormatError
+from v4quant_formats.small_files import read_small
+
+MAX_CORPUS_BYTES = 4 * 2**30
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+_COMPRESSED = (".gz", ".zst")
+_BOM = "\ufeff"
+
+
+def kind_of(file: Path) -> str:
+    """The suffix that says how a file is read, without its compression's."""
+    suffixes = [s.lower() for s in file.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def stem_of(file: Path) -> str:
+    """The name without suffixes that say how a file is read."""
+    return Path(file.stem).stem if file.suffix.lower() in _COMPRESSED else file.stem
+
+
+def holds_rows(file: Path) -> bool:
+    """Whether a file is made of rows rather than of one text."""
+    return kind_of(file) in (*LINE_SUFFIXES, ".json", ".parquet")
+
+
+def read_text(file: Path) -> str:
+    """A file's text, decompressed. Raises CorpusError naming the file and the remedy."""
+    data = _bytes(file)
+    try:
+        return data.decode("utf-8").removeprefix(_BOM)
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{file}: {_encoding(data, error)}") from None
+
+
+def _encoding(data: bytes, error: UnicodeDecodeError) -> str:
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
+    if error.end >= len(data) - 3 and error.reason == "unexpected end of data":
+        return f"ends inside a character (byte {error.start:,}); the download is incomplete"
+    return (
+        f"is not UTF-8 (byte {error.start:,} is {data[error.start]:#04x}); if it is Latin-1, save "
+        "it as UTF-8 (iconv -f LATIN1 -t UTF-8)"
+    )
+
+
+def read_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a file of rows: JSON values, or a parquet file's records.
+
+    A line that is no JSON comes as the CorpusError it is, so that the caller may count it.
+    """
+    kind = kind_of(file)
+    if kind == ".parquet":
+        for number, record in enumerate(_parquet(file), 1):
+            yield f"{file}: row {number}", record
+        return
+    text = read_text(file)
+    if kind == ".json":
+        try:
+            rows = json.loads(text)
+        except (ValueError, RecursionError):
+            raise CorpusError(f"{file}: is not JSON (one value a line is .jsonl)") from None
+        if not isinstance(rows, list):
+            raise CorpusError(f"{file}: must be a JSON list of rows")
+        for number, row in enumerate(rows, 1):
+            yield f"{file}: row {number}", row
+        return
+    # Not splitlines: JSON strings may hold U+2028 and other characters it would break lines at.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{file}: line {number}"
+        try:
+            yield where, json.loads(line)
+        except (ValueError, RecursionError):
+            yield where, CorpusError(f"{where} is not JSON")
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        data = read_small(file, MAX_CORPUS_BYTES)
+    except FormatError as error:
+        raise CorpusError(str(error)) from None
+    suffix = file.suffix.lower()
+    if suffix == ".gz":
+        return _inflate(file)
+    return _unzstd(file, data) if suffix == ".zst" else data
+
+
+def _inflate(file: Path) -> bytes:
+    try:
+        with gzip.open(file, "rb") as opened:
+            data = opened.read(MAX_CORPUS_BYTES + 1)
+    except (OSError, EOFError) as error:
+        raise CorpusError(f"{file}: cannot be decompressed ({error})") from None
+    return _bounded(file, data)
+
+
+def _unzstd(file: Path, data: bytes) -> bytes:
+    module = _optional(file, "zstandard")
+    try:
+        with module.ZstdDecompressor().stream_reader(data) as opened:
+            return _bounded(file, opened.read(MAX_CORPUS_BYTES + 1))
+    except module.ZstdError as error:
+        raise CorpusError(f"{file}: cannot be decompressed ({error})") from None
+
+
+def _bounded(file: Path, data: bytes) -> bytes:
+    if len(data) > MAX_CORPUS_BYTES:
+        raise CorpusError(f"{file}: more than {MAX_CORPUS_BYTES >> 30} GiB of text; split it")
+    return data
+
+
+def _parquet(file: Path) -> Iterator[dict[str, Any]]:
+    module = _optional(file, "pyarrow.parquet")
+    try:
+        for batch in module.ParquetFile(file).iter_batches(256):
+            yield from batch.to_pylist()
+    except Exception as error:  # noqa: BLE001  (pyarrow raises its own kinds)
+        raise CorpusError(f"{file}: cannot be read as parquet ({error})") from None
+
+
+def _optional(file: Path, module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise CorpusError(f"{file}: needs the package {package} (pip install {package})") from None

@@ -1,0 +1,121 @@
+"""Text as it is found is read; what is not UTF-8 is told with its remedy."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from v4quant.builtin import resolve_source
+from v4quant_calibration.corpus.corpus import CorpusRequest, load_corpus
+from v4quant_calibration.corpus.errors import CorpusError
+
+TOKENIZER = resolve_source("builtin:tiny-v4") / "tokenizer.json"
+LINES = ["The house was quiet.", "Nobody said a word about the letter.", "Rain fell all day."]
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]
+
+
+def load(file: Path) -> list[torch.Tensor]:
+    return load_corpus([file], TOKENIZER, CorpusRequest(16, None, 0, 2048)).windows
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def jsonl(rows: list[Any]) -> bytes:
+    return "".join(json.dumps(r) + "\n" for r in rows).encode()
+
+
+ROWS = [{"text": line} for line in LINES]
+CHATS = [{"messages": CHAT}] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "rows"),
+    [
+        ("b.jsonl", b"\xef\xbb\xbf" + jsonl(ROWS), ROWS),
+        ("b.jsonl", jsonl(ROWS).replace(b"\n", b"\r\n"), ROWS),
+        ("b.jsonl.gz", gzip.compress(jsonl(ROWS)), ROWS),
+        ("b.json", json.dumps(ROWS).encode(), ROWS),
+        ("b.json", json.dumps(CHATS).encode(), CHATS),
+        ("b.jsonl", jsonl([{**r, "messages": None} for r in ROWS]), ROWS),
+        ("b.jsonl", jsonl([{**r, "text": None} for r in CHATS]), CHATS),
+    ],
+)  # fmt: skip
+def test_rows_however_they_are_written(
+    name: str, data: bytes, rows: list[Any], tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(rows))
+    (tmp_path / name).write_bytes(data)
+    assert same(load(tmp_path / name), load(tmp_path / "a.jsonl"))
+
+
+def test_plain_text_keeps_its_line_ends(tmp_path: Path) -> None:
+    text = "\n".join(LINES)
+    for name, data in (("a.txt", text.encode()), ("b.txt", b"\xef\xbb\xbf" + text.encode()),
+                       ("c.txt.gz", gzip.compress(text.encode())),
+                       ("d.txt", text.replace("\n", "\r\n").encode())):  # fmt: skip
+        (tmp_path / name).write_bytes(data)
+    assert same(load(tmp_path / "a.txt"), load(tmp_path / "b.txt"))
+    assert same(load(tmp_path / "a.txt"), load(tmp_path / "c.txt.gz"))
+    assert not same(load(tmp_path / "a.txt"), load(tmp_path / "d.txt"))
+
+
+def test_other_keys_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(CHATS))
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello there"}]
+    pair = {"prompt": "hi", "completion": "hello there"}
+    for keys, row in (("sharegpt", {"conversations": turns}), ("prompt-completion", pair)):
+        (tmp_path / "b.jsonl").write_bytes(jsonl([row] * 2))
+        request = CorpusRequest(16, None, 0, 2048, chat_keys=keys)
+        found = load_corpus([tmp_path / "b.jsonl"], TOKENIZER, request).windows
+        assert same(found, load(tmp_path / "a.jsonl"))
+        with pytest.raises(CorpusError, match="line 1"):
+            load(tmp_path / "b.jsonl")
+
+
+def test_bad_rows_are_skipped_as_often_as_allowed(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS))
+    bad = b"{not json}\n" + jsonl(ROWS[:2]) + jsonl([{"text": 5}]) + jsonl(ROWS[2:])
+    (tmp_path / "b.jsonl").write_bytes(bad)
+    for allowed in (2, 9):
+        request = CorpusRequest(16, None, 0, 2048, skip_bad_rows=allowed)
+        found = load_corpus([tmp_path / "b.jsonl"], TOKENIZER, request).windows
+        assert same(found, load(tmp_path / "a.jsonl"))
+    with pytest.raises(CorpusError, match="line 4"):
+        load_corpus([tmp_path / "b.jsonl"], TOKENIZER, CorpusRequest(16, None, 0, 2048,
+                                                                      skip_bad_rows=1))  # fmt: skip
+
+
+def test_parquet_and_zstandard_where_their_packages_are(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS))
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(jsonl(ROWS)))
+    assert same(load(tmp_path / "b.jsonl.zst"), load(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "text"),
+    [
+        ("a.txt", "caf\xe9 au lait".encode("latin-1"), "Latin-1.*iconv"),
+        ("a.txt", "text".encode("utf-16"), "UTF-16"),
+        ("a.txt", "caf\xe9".encode()[:-1], "ends inside a character"),
+        ("a.txt.gz", b"\x1f\x8b junk", "decompressed"),
+        ("a.txt.gz", gzip.compress(b"x" * 500)[:-9], "decompressed"),
+        ("a.json", b"{}", "list of rows"),
+        ("a.json", b"[1", "not JSON"),
+        ("a.jsonl", jsonl([{"text": "x", "messages": CHAT}]), "text"),
+        ("a.jsonl", jsonl([{"text": None}]), "line 1 has no"),
+        ("a.jsonl", jsonl([{"content": "x"}]), "line 1 has no"),
+        ("a.parquet", b"PAR1", "pyarrow|parquet"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_named(name: str, data: bytes, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(CorpusError, match=text):
+        load(tmp_path / name)
