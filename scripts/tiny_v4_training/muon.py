@@ -20,7 +20,7 @@ from tiny_v4_training.precision import product_dtype
 MUON_RATE = 0.02
 ADAM_RATE = 3e-3
 SETTLED_RATE = 1e-3
-TABLE_RATE = 2e-2  # a row of a lookup table is seen seldom
+TABLE_RATE = 0.3  # a row of a lookup table is seen seldom, and is sixteen in size
 # Coefficients of the published iteration: steep at 0, so that small singular values grow fast.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ADAM_NAMES = (

@@ -34,6 +34,7 @@ class Pass:
 
     angles: dict[bool, Tensor]  # compressed or not: complex64 [length, rope / 2]
     everything: bool  # let attention see every entry, not the chosen ones only
+    muted: range = range(0)  # layers whose attention adds nothing
     entries: Tensor | None = None  # [batch, entries, head_dim]
     index_keys: Tensor | None = None
     ratio: int = 0
@@ -130,6 +131,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, p: Pass) -> Tensor:
         """`[batch, length, hidden]`."""
+        if self.layer in p.muted:
+            return torch.zeros_like(x)
         angles = p.angles[self.ratio > 0][: x.shape[1]]
         qr, q = self.queries(x, angles)
         keys = self.window_keys(x, angles)
@@ -368,13 +371,17 @@ class V41Trunk(nn.Module):
         self.head = _linear(c["hidden_size"], c["vocab_size"])
         self.engram_on = True
 
-    def forward(self, ids: Tensor, everything: bool = False) -> tuple[Tensor, Pass, Tensor]:
+    def forward(
+        self, ids: Tensor, everything: bool = False, mute: bool = False
+    ) -> tuple[Tensor, Pass, Tensor]:
         """Logits `[batch, length, vocab]`, what the indexers did, and DSpark's inputs.
 
-        The last are means over streams at the inputs of the target layers, side by side.
+        The last are means over streams at the inputs of the target layers, side by side. mute:
+        window layers before the first source pass no attention on.
         """
         c = self.c
-        p = Pass(rope_angles(c, ids.shape[1]), everything)
+        muted = range(c["kv_source_layer_ids"][0] if mute else 0)
+        p = Pass(rope_angles(c, ids.shape[1]), everything, muted)
         h, pre = start_streams(self.embed(ids), c["hc_mult"])
         targets = []
         for i, layer in enumerate(self.layers):
@@ -441,6 +448,9 @@ def initialise(model: nn.Module, std: float) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2 and not name.endswith(("q_weight", "k_weight")):
             nn.init.normal_(parameter, std=std)
+    for module in model.modules():
+        if isinstance(module, Engram):
+            module.initialise()
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:

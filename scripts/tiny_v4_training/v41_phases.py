@@ -3,6 +3,10 @@
 Behind `ROUNDED_FROM` of the trunk's budget each step computes with the weights as the written files
 will hold them and moves the full ones (the straight-through estimator): what is trained last is
 what is shipped.
+
+Before that a share `MUTED` of the steps passes no attention on in the first window layers. They can
+find pairs of tokens as well as the Engram can, and a trunk that has learned to would leave the
+tables unread.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from tiny_v4_training.v41_formats import rounded_like_stored
 from tiny_v4_training.v41_model import V41Trunk, index_loss
 
 ROUNDED_FROM = 0.8
+MUTED = 0.7
 ANCHOR_EVERY = 16
 
 
@@ -29,7 +34,8 @@ def v41_trunk_phase(trunk: V41Trunk, settled: Callable[[str], bool] = lambda nam
 
     def loss(windows: Tensor, progress: float) -> tuple[Tensor, Tensor]:
         rounding.begin(progress >= ROUNDED_FROM)
-        logits, passed, _ = trunk(windows[:, :-2], everything=progress < LONG_FROM)
+        mute = progress < ROUNDED_FROM and int(windows.sum()) % 100 < 100 * MUTED
+        logits, passed, _ = trunk(windows[:, :-2], progress < LONG_FROM, mute)
         wanted = windows[:, 1:-1].reshape(-1)
         return F.cross_entropy(logits.flatten(0, 1).float(), wanted), index_loss(passed)
 

@@ -123,6 +123,9 @@ def _show_preflight(found: Preflight) -> None:
                 "and a few GB the engine needs itself",
             ),
         ]
+        if memory.tables:
+            size = _output.human_bytes(memory.tables)
+            rows.append(("host memory or disk", f"{size} of Engram tables, read by rows"))
         _output.data(_output.table(rows))
     title = ENGINES[found.engine].title
     _output.data(f"{title} should load it." if found.loads else f"{title} would NOT load it.")

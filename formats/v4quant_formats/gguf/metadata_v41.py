@@ -32,6 +32,7 @@ from v4quant_formats.model_config import ModelConfig
 _U32, _I32, _U64 = GGUFValueType.UINT32, GGUFValueType.INT32, GGUFValueType.UINT64
 _ARRAY = GGUFValueType.ARRAY
 _OWN = "v4quant.candidate"
+_TABLE_SIZE = "v4quant.engram.vocab_size"
 _CANDIDATES = {
     "candidate_source_layer_id": "source_layer",
     "candidate_topk_blocks": "topk_blocks",
@@ -71,6 +72,7 @@ def v41_fields(
         ("token_map", _ARRAY, list(token_map), _I32),
     ]
     fields += [Field(f"{new}engram.{k}", kind, v, e) for k, kind, v, e in engram]
+    fields.append(Field(_TABLE_SIZE, _U32, v41.engram_vocab_size))
     if v41.candidate_source_layer_id is not None:
         fields += [
             Field(f"{_OWN}.{key}", _U32, getattr(v41, field)) for field, key in _CANDIDATES.items()
@@ -133,7 +135,10 @@ def _engram(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise WrongMetadata(f"{where}: the Engram's keys contradict each other; convert again")
     # Searching from the first prime on finds the same primes as searching from config.json's
     # engram_vocab_size, of which it is the next prime.
-    tables = engram_tables(tuple(layers), primes[0], heads, orders, size)
+    start = metadata.get(_TABLE_SIZE)
+    if type(start) is not int or not 1 < start <= primes[0]:
+        start = primes[0]
+    tables = engram_tables(tuple(layers), start, heads, orders, size)
     own = [p for t in tables for p in t.primes], [o for t in tables for o in t.offsets]
     factors = [m for n in layers for m in multipliers(n, orders, size)]
     if (primes, offsets) != own or _numbers(metadata, "multipliers", where) != factors:
@@ -148,7 +153,7 @@ def _engram(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
         "engram_n_heads": heads,
         "engram_head_dim": width,
         "engram_max_ngram_size": orders,
-        "engram_vocab_size": primes[0],
+        "engram_vocab_size": start,
         "engram_pad_token_id": token_map.index(pad),
         "engram_compressed_vocab_size": size,
     }

@@ -19,17 +19,19 @@ _WINDOW = 128
 class Memory:
     """Bytes one of `tp` GPUs needs: weights, and the KV cache of one sequence of `context`.
 
-    Engines want a few gigabytes more for activations, graphs and workspaces.
+    Engines want a few gigabytes more for activations, graphs and workspaces. `tables`: bytes of
+    V4.1's Engram, which engines keep in the host's memory (llama.cpp reads them from the file).
     """
 
     tp: int
     context: int
     weights: int
     kv_cache: int
+    tables: int = 0
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Weights and cache."""
         return self.weights + self.kv_cache
 
 
@@ -72,16 +74,19 @@ def split_problems(survey: Survey, tp: int) -> Iterator[str]:
 
 def memory(survey: Survey, tp: int, context: int) -> Memory:
     """Memory of one GPU, from headers."""
-    engine, weights = survey.declaration.engine, 0
+    engine, weights, tables = survey.declaration.engine, 0, 0
     tp = tp if engine.shards else 1
     for module in survey.modules.values():
         nbytes = module.nbytes
         if module.name.is_draft and engine.drafts == "ignored":
             continue
+        if module.name.role == "engram tables":
+            tables += module.nbytes
+            continue
         if engine.decodes and module.shape is not None and module.name.is_linear:
             nbytes = 2 * math.prod(module.shape)
         weights += nbytes // tp if is_split(module.name) else nbytes
-    return Memory(tp, context, weights, _kv_cache(survey, tp, context))
+    return Memory(tp, context, weights, _kv_cache(survey, tp, context), tables)
 
 
 def _kv_cache(survey: Survey, tp: int, context: int) -> int:

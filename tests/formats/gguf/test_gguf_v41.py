@@ -84,9 +84,22 @@ def test_every_value_comes_back(source: Path, converted: Convert) -> None:
     assert ours.layers == theirs.layers and ours.yarn == theirs.yarn
     assert ours.rms_norm_eps == theirs.rms_norm_eps == 1e-20
     assert ours.v41 is not None and theirs.v41 is not None
-    assert ours.v41.engram_tables == theirs.v41.engram_tables
-    for field in ("kv_source_layer_ids", "candidate_source_layer_id", "candidate_topk_blocks"):
-        assert getattr(ours.v41, field) == getattr(theirs.v41, field)
+    assert ours.v41 == theirs.v41
+
+
+def test_files_without_our_own_keys_read_as_well(converted: Convert) -> None:
+    """Tables start at the first prime then, and no choice is limited to blocks."""
+    from v4quant_formats.gguf.checkpoint import metadata_of
+
+    file = sorted(converted("mxfp4").glob("*.gguf"))[0]
+    metadata = {k: v for k, v in metadata_of(file).items() if not k.startswith("v4quant.")}
+    names = [t.name for t in gguf.GGUFReader(file).tensors]
+    config = parse_model_config(v41_config(metadata, names, "model.gguf"))
+    whole = config_of(file.parent)
+    assert config.v41 is not None and whole.v41 is not None
+    assert config.v41.candidate_source_layer_id is None
+    assert config.v41.engram_tables == whole.v41.engram_tables
+    assert config.v41.kv_source_layer_ids == whole.v41.kv_source_layer_ids
 
 
 def test_the_gguf_package_reads_names_types_and_constants(source: Path, converted: Convert) -> None:
@@ -157,6 +170,15 @@ def test_preflight_names_the_uncertainty(converted: Convert) -> None:
         found = preflight(checkpoint, "llama.cpp")
     assert any("pull request 28696" in f.problem for f in found.findings if f.severity == "note")
     assert found.loads
+
+
+def test_memory_keeps_tables_apart(source: Path, converted: Convert) -> None:
+    for folder, engine, kind in ((source, "vllm", 64 + 2), (converted("mxfp4"), "llama.cpp", 128)):
+        with open_checkpoint(folder) as checkpoint:
+            memory = preflight(checkpoint, engine).memory
+            total = checkpoint.nbytes
+        assert memory is not None and memory.tables == kind * 796
+        assert memory.weights + memory.tables == total
 
 
 def test_only_formats_with_a_choice_take_engram() -> None:
