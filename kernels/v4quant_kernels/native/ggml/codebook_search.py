@@ -131,6 +131,8 @@ def search_block(x: Tensor, weights: Tensor, name: str) -> tuple[Tensor, Tensor,
             torch.where(better, new, old)
             for new, old in zip((*again, other), (q, sc, cost, d), strict=True)
         )
+    # No code is zero: weights below the smallest step there is are nearer to a block of zeros.
+    d = torch.where(cost > (x.square() * weights[:, None]).sum(0), 0.0, d)
     return q.to(torch.int8).mT, d.half(), sc.to(torch.int8).mT
 
 

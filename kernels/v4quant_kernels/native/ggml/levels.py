@@ -15,7 +15,6 @@ from v4quant_kernels.native.ggml.scan import (
     I8,
     LANES,
     ONE,
-    SMALLEST_HALF,
     ZERO,
     round_half,
     unit_for,
@@ -111,8 +110,6 @@ def search_levels(
             d[b] = unit_for(steps, curves, limits[1], scratch)
         else:
             d[b] = round_half(steps[0])
-            if steps[0] != ZERO and d[b] == ZERO:
-                d[b] = SMALLEST_HALF
         for j in range(subs):
             near = steps[j] / d[b] if d[b] != ZERO else ZERO
             scale = ONE
