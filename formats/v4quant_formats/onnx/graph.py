@@ -42,7 +42,10 @@ def require_onnx() -> Any:
         import onnx.helper
         import onnx.numpy_helper
     except ImportError:
-        raise OnnxUnavailable("ONNX files need the package onnx; pip install onnx") from None
+        raise OnnxUnavailable(
+            "ONNX files need the package onnx; pip install onnx, or install v4quant with its "
+            "extra 'onnx'"
+        ) from None
     return onnx
 
 
