@@ -19,6 +19,7 @@ from v4quant.conversion.records import (
     refuse_overflow,
     storage_name,
 )
+from v4quant.conversion.scale_hints import differing, hints_of, to_text, with_hints
 from v4quant.conversion.units import Unit
 from v4quant_calibration.rounding.measure import measured
 from v4quant_calibration.rounding.solvers import optimal
@@ -157,9 +158,15 @@ def widen_to_bf16(
     stored, wanted = unit.sources[0], unit.outputs[0]
     columns, dtype = stored.shape[1], TORCH_DTYPES[wanted.dtype]
     if dtype == torch.bfloat16 and _widens_exactly(plan, stored):
+        hints: dict[int, int] = {}
         for start, q in _coded_rows(plan, stored):
-            writer.add_piece(wanted.name, start * columns * 2, codec.widen(q))
-        return [make_record(stored, "cast", "bf16")]
+            wide = codec.widen(q)
+            writer.add_piece(wanted.name, start * columns * 2, wide)
+            if q.scheme == SCHEMES["fp8"] and q.scale is not None:
+                first = start // q.scheme.block[0] * q.scale.shape[1]
+                told = differing(find_fp8_tiles(wide), q)
+                hints |= {first + index: byte for index, byte in told.items()}
+        return [replace(make_record(stored, "cast", "bf16"), scales=to_text(hints))]
     loss = _Loss()
     for start, values in _dense_rows(plan, stored):
         rounded = values.to(dtype)
@@ -183,10 +190,14 @@ def code_in_tiles(
     """A matrix in FP8 tiles with power-of-two scales: exactly where its values are such numbers."""
     stored, (weight, scale) = unit.sources[0], unit.outputs
     scheme, loss, columns = SCHEMES["fp8"], _Loss(), stored.shape[1]
-    across = scale.shape[1]
+    across, hints = scale.shape[1], hints_of(plan.checkpoint, stored.module)
     size = 4 if scale.dtype == "F32" else 1
     for start, values in _dense_rows(plan, stored):
-        coded = find_fp8_tiles(values) or codec.quantize(values, scheme)
+        coded = find_fp8_tiles(values)
+        if coded is None:
+            coded = codec.quantize(values, scheme)
+        else:
+            coded = with_hints(coded, values, hints, start // scheme.block[0] * across)
         assert coded.scale is not None
         loss.add(values, codec.dequantize(coded))
         writer.add_piece(weight.name, start * columns, coded.codes)

@@ -23,6 +23,7 @@ from v4quant.conversion.records import (
     refuse_overflow,
     storage_name,
 )
+from v4quant.conversion.scale_hints import ambiguous_groups, hints_of, to_text, with_hints
 from v4quant.conversion.units import Unit
 from v4quant.devices import CPU
 from v4quant_calibration.rounding.measure import measured
@@ -86,7 +87,10 @@ def _read(plan: Plan, stored: StoredWeight, wanted: Scheme) -> QTensor:
         return q
     values = codec.dequantize(q)
     refuse_overflow(plan.checkpoint, stored, values)
-    return find_mxfp4(values) or q
+    found = find_mxfp4(values)
+    if found is None:
+        return q
+    return with_hints(found, values.float(), hints_of(plan.checkpoint, stored.module))
 
 
 def _device(plan: Plan) -> torch.device:
@@ -166,7 +170,10 @@ def _to_bf16(plan: Plan, stored: StoredWeight, q: QTensor) -> tuple[QTensor, Ten
     altered = int((codec.dequantize(found.tensor) != values).sum())
     refuse_inexact(plan, stored, altered, "bf16")
     if not altered:
-        return found.tensor, make_record(stored, "cast", "bf16")
+        record = make_record(stored, "cast", "bf16")
+        if q.scheme.name == "mxfp4" and record.source == "mxfp4":
+            record = replace(record, scales=to_text(ambiguous_groups(q)))
+        return found.tensor, record
     return found.tensor, lossy_record(stored, plan.scheme, found, "cast", altered)
 
 

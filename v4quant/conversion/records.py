@@ -22,7 +22,7 @@ from v4quant_kernels.scheme import Scheme
 
 Disposition = Literal["copied", "cast", "quantized"]
 _KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("module", "disposition", "source", "target", "grid"), (str,)),
+    **dict.fromkeys(("module", "disposition", "source", "target", "grid", "scales"), (str,)),
     **dict.fromkeys(("elements", "altered"), (int,)),
     **dict.fromkeys(("relative_rms", "max_error"), (int, float)),
 }
@@ -35,7 +35,8 @@ class TensorRecord:
     copied: byte for byte. cast: re-encoded, `altered` elements changed value (0 means bit-exact).
     quantized: re-gridded, with relative RMS and largest absolute error against the source values.
     grid: the scheme whose numbers the source's values turned out to be, where it stores them
-    otherwise; the work then began from those codes.
+    otherwise; the work then began from those codes. scales: what BF16 does not tell of the source's
+    (scale_hints.py).
     """
 
     module: str
@@ -47,6 +48,7 @@ class TensorRecord:
     relative_rms: float = 0.0
     max_error: float = 0.0
     grid: str = ""
+    scales: str = ""
 
     @property
     def exact(self) -> bool:
