@@ -23,11 +23,13 @@ def stored(script: ModuleType) -> dict[str, Any]:
     return found
 
 
-def test_solving_pays_in_the_stored_rows(stored: dict[str, Any]) -> None:
-    """At two bits calibration halves the loss, in every part of the text."""
+def test_solving_pays_in_the_stored_rows(script: ModuleType, stored: dict[str, Any]) -> None:
+    """At two bits solving halves the loss; on a tenth of the text it takes off a quarter."""
     plain, solved = stored["rows"]
     assert (plain["solver"], solved["solver"]) == ("optimal", "propagated")
-    assert stored["floor_kl"] < solved["kl"] < 0.6 * plain["kl"]
+    assert stored["floor_kl"] < solved["kl"] < 0.8 * plain["kl"]
+    full = script.by_name(json.loads(script.STORED.read_text())["full"])
+    assert full["int2-g64 propagated"]["kl"] < 0.5 * full["int2-g64 optimal"]["kl"]
     for part, kl in solved["parts"].items():
         assert kl < plain["parts"][part]
 

@@ -30,6 +30,11 @@ from v4quant_kernels.scale_search import QuantizedMatrix
 LARGEST = 2.0
 """A row that needs more has hardly any of its direction left, and is not made louder."""
 
+NOT_WORTH_ROUNDING = 2.0**-8
+"""Solved scales are each the best for their codes, and rounding all of a row's to BF16 again may
+move one by so much. Below four bits every row gains more; at int4-g32, where 99 % of rows do not,
+restoring all of them cost KL on held-out text."""
+
 _AT_ONCE = 1 << 17  # elements taken at a time: what is made of them stays in the cache
 
 
@@ -82,7 +87,8 @@ def bounded(energy: Tensor, kept: Tensor) -> Tensor:
 
 def solved_gain(target: Tensor, values: Tensor, grams: Tensor) -> Tensor:
     """g of every row: float32 `[B, N]` from targets and codes' values `[B, K, N]`, moments
-    `[B, K, K]`.
+    `[B, K, K]`; 1 where it is within `NOT_WORTH_ROUNDING` of that.
     """
     pull = grams @ target
-    return bounded((target * pull).sum(1), (values * pull).sum(1))
+    gain = bounded((target * pull).sum(1), (values * pull).sum(1))
+    return torch.where((gain - 1).abs() > NOT_WORTH_ROUNDING, gain, 1.0)
