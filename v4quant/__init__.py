@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from v4quant.checks.inspection import Inspection
     from v4quant.conversion.job import JobResult
     from v4quant.evaluation.result import Evaluation
+    from v4quant.pipeline.costs import PlannedRun, plan_run
     from v4quant.pipeline.run import RunResult, run
     from v4quant.progress import BarProgress
     from v4quant.publishing.publisher import PushResult
@@ -53,6 +54,7 @@ _HOMES = {
     "PlannedConversion": "v4quant.api.conversion",
     "PlannedExport": "v4quant.api.onnx",
     "PlannedPush": "v4quant.api.publishing",
+    "PlannedRun": "v4quant.pipeline.costs",
     "Progress": "v4quant_kernels.progress",
     "PushResult": "v4quant.publishing.publisher",
     "Recipe": "v4quant.recipe",
@@ -73,6 +75,7 @@ _HOMES = {
     "plan_export_onnx": "v4quant.api.onnx",
     "plan_push": "v4quant.api.publishing",
     "plan_quantize": "v4quant.api.conversion",
+    "plan_run": "v4quant.pipeline.costs",
     "push": "v4quant.api.publishing",
     "quantize": "v4quant.api.conversion",
     "run": "v4quant.pipeline.run",
@@ -93,6 +96,7 @@ __all__ = [
     "PlannedConversion",
     "PlannedExport",
     "PlannedPush",
+    "PlannedRun",
     "Progress",
     "PushResult",
     "Recipe",
@@ -113,6 +117,7 @@ __all__ = [
     "plan_export_onnx",
     "plan_push",
     "plan_quantize",
+    "plan_run",
     "push",
     "quantize",
     "run",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import click
 import pytest
 
 from tests.support.scripts import load_script
+from v4quant.pipeline.recipe_file import KEYS, CorpusStep, VerifyStep
+from v4quant.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,6 +23,16 @@ def test_page_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     # By words, because another version of click may break lines elsewhere.
     written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8").split()
     assert written == GENERATOR.page().split(), "run: python scripts/gen_cli_docs.py"
+
+
+def test_run_file_page_has_every_key_there_is() -> None:
+    written = (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8")
+    assert written == GENERATOR.run_page(), "run: python scripts/gen_cli_docs.py"
+    steps = {f.name for f in fields(CorpusStep)}
+    assert set(KEYS["calibrate"]) == steps
+    assert set(KEYS["evaluate"]) == steps - {"min_tokens", "propagate"}
+    assert set(KEYS["quantize"]) == {f.name for f in fields(Recipe)} | {"name"}
+    assert set(KEYS["verify"]) == {f.name for f in fields(VerifyStep)}
 
 
 def test_page_does_not_depend_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ VERBS = {
 }  # fmt: skip
 # A command may also say what its verb would do, and build the recipe it hands over.
 BESIDE = {"quantize": {"make_recipe", "plan_quantize"}, "push": {"plan_push"},
+          "run": {"plan_run"},
           "export_onnx": {"plan_export_onnx"}}  # fmt: skip
 WITHOUT_LIBRARY = {"bench", "completion"}
 HEAVY = ("torch", "numba", "gguf", "triton", "huggingface_hub", "tokenizers", "onnx")

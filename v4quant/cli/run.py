@@ -14,6 +14,7 @@ from v4quant.cli._types import RUN_FILE
 from v4quant.cli.calibrate import coverage_text
 from v4quant.cli.evaluate import finding_lines
 from v4quant.cli.quantize import summary
+from v4quant.planner.choices import EFFORTS, Effort
 
 if TYPE_CHECKING:
     from v4quant import JobResult, RunResult
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
               "passes run and solvers work: cpu, cuda, cuda:0, ...")  # fmt: skip
 @click.option("--max-memory", help="Cap on every step's memory, like 6GB.")
 @click.option("--disk-cap", help="Disk for shards coming from or going to the hub.")
+@click.option("--effort", type=click.Choice(EFFORTS), help="Choose solver and text by how long "
+              "they may take, instead of what the file says.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def run(
@@ -41,13 +45,21 @@ def run(
     threads: int | None,
     max_memory: str | None,
     disk_cap: str | None,
+    effort: Effort | None,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Calibrate, quantize, verify and evaluate as RECIPE (a TOML file, or `demo`) says.
 
     Results go to --out: the checkpoint in `checkpoint/`, statistics, evaluation and report beside
-    it. Running the same command again resumes, and repeats nothing that is done but verification.
+    it. Several [[quantize]] tables make a ladder: one calibration, one evaluation, and a folder (or
+    a repository) of each conversion's name. Running the same command again resumes, and repeats
+    nothing that is done but verification.
     """
+    if dry_run:
+        planned = v4quant.plan_run(recipe, effort=effort, workers=workers)
+        _output.emit(planned) if as_json else _output.data("\n".join(planned.steps))
+        return
     result = v4quant.run(
         recipe,
         out=out,
@@ -56,6 +68,7 @@ def run(
         threads=threads,
         max_memory=max_memory,
         disk_cap=disk_cap,
+        effort=effort,
         progress=_output.TerminalProgress(),
         watcher=_Narrator(),
     )
@@ -84,6 +97,21 @@ class _Narrator:
         _output.note(summary(job))
 
 
+def _ladder_table(done: RunResult) -> str:
+    """A row for each conversion of a ladder."""
+    found = done.evaluation
+    parts = (None,) * len(done.ladder) if found is None else (found, *found.others)
+    rows = []
+    for one, part in zip(done.ladder, parts, strict=True):
+        kl = top1 = grade = ""
+        if part is not None and part.distance is not None and part.verdict is not None:
+            kl, grade = f"{part.distance.kl_mean:.2e}", part.verdict.grade
+            top1 = f"{100 * part.distance.top1_agreement:.2f} %"
+        size = _output.human_bytes(one.conversion.bytes_out)
+        rows.append((one.name, size, kl, top1, grade, one.checkpoint))
+    return _output.table(rows, ("name", "size", "mean KL", "top-1", "verdict", "where"))
+
+
 def _closing_table(done: RunResult) -> str:
     job, found = done.conversion, done.evaluation
     result = None if found is None else found.as_dict()
@@ -101,6 +129,8 @@ def _closing_table(done: RunResult) -> str:
              f"{100 * result['top1_agreement']:.2f} %"),
         ]  # fmt: skip
     lines = [_output.table(rows[1:], rows[0]), ""]
+    if done.ladder:
+        lines = [_ladder_table(done), ""]
     if result is not None:
         lines.append(result["verdict"]["text"])
         lines += finding_lines(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,12 +12,62 @@ from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE, MODES, is_mode
 from v4quant_calibration.defaults import MIN_TOKENS
 
+KEYS: dict[str, dict[str, str]] = {
+    "": {
+        "source": "a folder, `hf://owner/name`, or `builtin:tiny-v4`",
+        "target": 'the repository to publish to, like "hf://owner/name"; of a ladder, what the '
+        "names of all begin with",
+    },
+    "calibrate": {
+        "corpus": "texts, token ids or chats: file names, or built-in ones",
+        "tokens": "how many tokens of it to read",
+        "seq_len": "length of a window",
+        "activations": "`plain`, `kv`, or `official` for the release's own rounding",
+        "min_tokens": "tokens of its own that every expert shall see",
+        "mode": "how chats that name no mode are encoded",
+        "propagate": "where codes are solved: later layers see converted ones",
+    },
+    "quantize": {
+        "name": "in a ladder: of the folder, and behind the repository's name; else the scheme",
+        "scheme": "how routed experts are coded",
+        "format": "the container; the scheme's own unless said",
+        "draft": "draft stages: `convert` or `drop`",
+        "on_inexact": "a cast that cannot hold a value: `nearest`, `keep` or `refuse`",
+        "unknown": "tensors no release has: `refuse`, or `copy` byte for byte",
+        "engine": "write what this engine wants: `neutral`, `vllm` or `sglang`",
+        "solver": "how codes are found: `rtn`, `optimal`, or `gptq`, which calibration solves",
+        "dense": "type of the dense matrices, for gguf",
+        "engram": "type of V4.1's n-gram tables, for gguf",
+        "split_size": "largest file, like 45GB, for gguf",
+        "schemes": "a table of places with schemes of their own",
+    },
+    "verify": {
+        "source": "compare every value with the source",
+        "kernels": "run the kernels on tensors of the result",
+    },
+    "evaluate": {
+        "corpus": "as of `calibrate`, other text than there",
+        "tokens": "how many tokens of it to score",
+        "seq_len": "length of a window",
+        "activations": "as of `calibrate`",
+        "mode": "as of `calibrate`",
+    },
+}
+"""Every key of a run file, by table, and what it says (docs/run-file.md is made of it)."""
+
 PRESETS = Path(__file__).parent / "presets"
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_RESERVED = {"checkpoint", "source", "candidate", "solution"}
 
 
 @dataclass(frozen=True)
 class CorpusStep:
-    """Which text a step reads, how much of it, and how chats without a mode are encoded."""
+    """Which text a step reads, how much of it, and how chats without a mode are encoded.
+
+    propagate: where calibration solves, layers are solved on what the converted ones give them.
+    """
 
     corpus: tuple[str, ...]
     tokens: int | None = None
@@ -24,6 +75,7 @@ class CorpusStep:
     activations: str = "plain"
     min_tokens: int = MIN_TOKENS
     mode: str = DEFAULT_MODE
+    propagate: bool = True
 
 
 @dataclass(frozen=True)
@@ -35,18 +87,37 @@ class VerifyStep:
 
 
 @dataclass(frozen=True)
+class Rung:
+    """One conversion of a run. name: of its folder, and behind its repository's, in a ladder."""
+
+    name: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
 class Pipeline:
     """A run file: source, then the steps that are present, in pipeline order.
 
-    target: the repository that receives the checkpoint ("hf://owner/name"), or "" for a folder.
+    rungs: the conversions; more than one are a ladder. target: the repository that receives the
+    checkpoint ("hf://owner/name"; of a ladder, what all names begin with), or "" for folders.
     """
 
     source: str
-    recipe: Recipe
+    rungs: tuple[Rung, ...]
     calibrate: CorpusStep | None
     verify: VerifyStep | None
     evaluate: CorpusStep | None
     target: str = ""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The first conversion's recipe."""
+        return self.rungs[0].recipe
+
+    @property
+    def is_ladder(self) -> bool:
+        """Whether there are several conversions."""
+        return len(self.rungs) > 1
 
 
 def load_pipeline(name: str) -> Pipeline:
@@ -65,16 +136,36 @@ def load_pipeline(name: str) -> Pipeline:
         raise RecipeError(f"{path}: 'source' (a checkpoint folder) is missing")
     if not isinstance(table.get("target", ""), str):
         raise RecipeError(f"{path}: 'target' must be a repository like \"hf://owner/name\"")
-    if not isinstance(table.get("quantize"), dict):
-        raise RecipeError(f"{path}: the [quantize] table is missing")
     return Pipeline(
         source=table["source"],
-        recipe=recipe_from_table(table["quantize"], f"{path} [quantize]"),
+        rungs=_rungs(table.get("quantize"), path),
         calibrate=_step(CorpusStep, table, "calibrate", path),
         verify=_step(VerifyStep, table, "verify", path),
         evaluate=_step(CorpusStep, table, "evaluate", path),
         target=table.get("target", ""),
     )
+
+
+def _rungs(tables: Any, path: Path) -> tuple[Rung, ...]:
+    """The [quantize] table, or all of [[quantize]]; each may have a `name`, else its scheme is."""
+    if isinstance(tables, dict):
+        tables = [tables]
+    if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
+        raise RecipeError(f"{path}: the [quantize] table is missing")
+    several, rungs = len(tables) > 1, list[Rung]()
+    for number, table in enumerate(tables, 1):
+        where = f"{path} [quantize]" + (f" {number}" if several else "")
+        recipe = recipe_from_table({k: v for k, v in table.items() if k != "name"}, where)
+        name = table.get("name", recipe.scheme)
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() in _RESERVED:
+            raise RecipeError(
+                f"{where}: name = {name!r} cannot name a folder beside the others; use letters, "
+                f"digits, '.', '_' and '-', and none of {', '.join(sorted(_RESERVED))}"
+            )
+        if name.lower() in {r.name.lower() for r in rungs}:
+            raise RecipeError(f"{where}: two conversions are called '{name}'; give one a name")
+        rungs.append(Rung(name, recipe))
+    return tuple(rungs)
 
 
 Step = TypeVar("Step", CorpusStep, VerifyStep)
@@ -88,6 +179,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "mode": (str,),
     "source": (bool,),
     "kernels": (bool,),
+    "propagate": (bool,),
 }
 
 

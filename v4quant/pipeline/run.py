@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,11 +35,15 @@ from v4quant.evaluation.report import write_report
 from v4quant.evaluation.result import Evaluation, evaluation_from_dict
 from v4quant.hub.refs import HubRef, parse_hub
 from v4quant.own_folders import is_made_home, own_folder, remove_if_empty, remove_own_folder
+from v4quant.pipeline.costs import expected_costs, with_effort
 from v4quant.pipeline.recipe_file import CorpusStep, Pipeline, VerifyStep, load_pipeline
 from v4quant.pipeline.step_cache import FinishedSteps, step_key
+from v4quant.planner.choices import Effort
+from v4quant.planner.footprint import outline_checkpoint
 from v4quant.progress import default_progress
-from v4quant.publishing.card import CardRequest
+from v4quant.publishing.card import CardRequest, Sibling
 from v4quant.publishing.hub_folders import open_target, share_cap, update_card
+from v4quant.recipe import Recipe
 from v4quant.source import Source, open_source
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.solve.solution import SOLUTION_NAME, Evidence, Solution
@@ -47,7 +53,7 @@ from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME
 from v4quant_kernels.progress import Progress
 
-_SOURCE, _CANDIDATE = "source", "candidate"
+_SOURCE, _CANDIDATE, _ALONE = "source", "candidate", "checkpoint"
 
 
 class RunWatcher(Protocol):
@@ -83,9 +89,22 @@ class SilentWatcher:
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """One conversion of a ladder; fields as of RunResult."""
+
+    name: str
+    checkpoint: str
+    conversion: JobResult
+    verified: bool
+    serve: str
+
+
+@dataclass(frozen=True)
 class RunResult:
     """checkpoint: the folder or `hf://` name. folder: everything else. evaluation: None where the
-    file asks for none. serve: a command line. verified: False when verification found a difference.
+    file asks for none; of a ladder, of the first conversion, with the others beside it. serve: a
+    command line. verified: False when verification found a difference. ladder: all conversions,
+    where the file asks for several; the other fields are then the first's.
     """
 
     checkpoint: str
@@ -95,6 +114,7 @@ class RunResult:
     verified: bool
     serve: str
     seconds: float
+    ladder: tuple[Conversion, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -103,11 +123,14 @@ class RunResult:
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
-        return {
+        facts: dict[str, Any] = {
             "conversion": asdict(self.conversion),
             "evaluation": self.evaluation and self.evaluation.as_dict(),
             "seconds": self.seconds,
         }
+        if self.ladder:
+            facts["ladder"] = [asdict(one) for one in self.ladder]
+        return facts
 
 
 @dataclass(frozen=True)
@@ -120,6 +143,22 @@ class _Run:
     watcher: RunWatcher
 
 
+@dataclass(frozen=True)
+class _Target:
+    """A conversion and where its parts go. repo: "" for a folder."""
+
+    name: str
+    recipe: Recipe
+    folder: Path
+    solution: Path
+    repo: str
+
+    @property
+    def solves(self) -> bool:
+        """Whether calibration chooses its codes."""
+        return self.recipe.solver == "gptq"
+
+
 def run(
     recipe: str,
     *,
@@ -129,14 +168,17 @@ def run(
     threads: int | None = None,
     max_memory: Size = None,
     disk_cap: Size = None,
+    effort: Effort | None = None,
     progress: Progress | None = None,
     watcher: RunWatcher | None = None,
 ) -> RunResult:
     """Calibrate, quantize, verify and evaluate as a run file, or the preset `demo`, says.
 
-    Results go to `out`: the checkpoint in `checkpoint/`, statistics, evaluation and report beside
-    it. The same call again resumes, and repeats nothing that is done but verification. workers:
-    threads of the conversion. threads: of passes and solvers.
+    Results go to `out`: the checkpoint in `checkpoint/` (of a ladder, each in a folder of its
+    name), statistics, evaluation and report beside it. effort: choose the solver and the text to
+    calibrate on by how long they may take, instead of what the file says. The same call again
+    resumes, and repeats nothing that is done but verification. workers: threads of the conversion.
+    threads: of passes and solvers.
 
     Raises RecipeError for what the file asks, and what the steps raise.
     """
@@ -148,53 +190,102 @@ def run(
     disk, where = size_of(disk_cap), source_of(pipeline.source)
     scratch = own_folder(folder, _SOURCE) if isinstance(where, HubRef) else None
     with arithmetic_threads(threads), open_source(where, scratch, disk) as source:
-        stats, digest, made = _calibrate_first(job, pipeline, source)
-        converted, share = _convert(job, pipeline, source, stats, digest, workers, disk)
-        verified, place = _check(job, pipeline, source, made)
+        if effort is not None:
+            pipeline = with_effort(pipeline, outline_checkpoint(source), effort, _cores(workers))
+        targets = _targets(pipeline, folder)
+        made = {t.name: _may_be_made(t, source) for t in targets}
+        for line in expected_costs(pipeline, outline_checkpoint(source), _cores(workers)):
+            job.watcher.note(line)
+        evidence = _calibrate_all(job, pipeline, targets, source)
+        done, shares = [], {}
+        for target, (stats, digest) in zip(targets, evidence, strict=True):
+            converted, shares[target.name] = _convert(
+                job, target, source, stats, digest, workers, disk
+            )
+            verified, place = _check(job, pipeline.verify, target, source, made[target.name])
+            path = place.repo if isinstance(place, HubRef) else str(place)
+            serve = target.recipe.layout.serve.format(path=path)
+            done.append((place, Conversion(target.name, str(place), converted, verified, serve)))
         result = None
         if pipeline.evaluate is not None:
-            near = own_folder(folder, _CANDIDATE) if isinstance(place, HubRef) else None
-            with open_source(place, near, share) as candidate:
-                result = _evaluate(job, pipeline.evaluate, source, candidate, stats, digest)
-            if isinstance(place, HubRef):
-                update_card(place.repo, CardRequest(place.repo, result))
-    for name in (_SOURCE, _CANDIDATE):
+            places = [place for place, _ in done]
+            cap = min(shares.values()) // len(targets)
+            result = _evaluate_all(job, pipeline.evaluate, source, places, evidence, cap)
+            _update_cards(places, result)
+    for name in (_SOURCE, *(_candidate_folder(i) for i in range(len(done)))):
         remove_own_folder(folder, name)
-    path = place.repo if isinstance(place, HubRef) else str(place)
-    serve = pipeline.recipe.layout.serve.format(path=path)
-    seconds = time.monotonic() - started
-    found = None if result is None else evaluation_from_dict(result)
-    return RunResult(str(place), str(folder), converted, found, verified, serve, seconds)
+    first = done[0][1]
+    return RunResult(
+        first.checkpoint, str(folder), first.conversion,
+        None if result is None else evaluation_from_dict(result),
+        all(one.verified for _, one in done), first.serve, time.monotonic() - started,
+        tuple(one for _, one in done) if pipeline.is_ladder else (),
+    )  # fmt: skip
 
 
-def _calibrate_first(
-    job: _Run, pipeline: Pipeline, source: Checkpoint
-) -> tuple[Evidence | None, str, bool]:
-    """Statistics and their digest; whether this run made the output folder.
+def _cores(workers: int | None) -> int:
+    return workers or os.cpu_count() or 1
+
+
+def _candidate_folder(index: int) -> str:
+    return f"{_CANDIDATE}-{index}" if index else _CANDIDATE
+
+
+def _targets(pipeline: Pipeline, folder: Path) -> list[_Target]:
+    """Where every conversion goes: `checkpoint` alone, in a ladder a folder by its name each."""
+    repo = parse_hub(pipeline.target).repo if pipeline.target else ""
+    if not pipeline.is_ladder:
+        return [_Target(_ALONE, pipeline.recipe, folder / _ALONE, folder / "solution", repo)]
+    return [
+        _Target(
+            rung.name, rung.recipe, folder / rung.name, folder / f"solution-{rung.name}",
+            f"{repo}-{rung.name}" if repo else "",
+        )
+        for rung in pipeline.rungs
+    ]  # fmt: skip
+
+
+def _may_be_made(target: _Target, source: Checkpoint) -> bool:
+    """Plan the conversion and check its folder; whether this run made the folder.
 
     What cannot be planned or written is not calibrated first.
     """
-    target = job.folder / "checkpoint"
-    make_plan(source, pipeline.recipe)
-    if not (target / (pipeline.recipe.layout.index or MANIFEST_NAME)).exists():
-        check_folder(target)
-    made = is_made_home(target)
-    return *_calibrate(job, pipeline, source), made
+    make_plan(source, target.recipe)
+    if not (target.folder / (target.recipe.layout.index or MANIFEST_NAME)).exists():
+        check_folder(target.folder)
+    return is_made_home(target.folder)
 
 
-def _calibrate(job: _Run, pipeline: Pipeline, source: Checkpoint) -> tuple[Evidence | None, str]:
-    step, recipe = pipeline.calibrate, pipeline.recipe
+def _calibrate_all(
+    job: _Run, pipeline: Pipeline, targets: Sequence[_Target], source: Checkpoint
+) -> list[tuple[Evidence | None, str]]:
+    """What is known of the text for every target: its own solution, or shared statistics.
+
+    A solution holds the statistics of the same text, so a ladder with one needs no pass for others.
+    """
+    step = pipeline.calibrate
     if step is None:
-        return read_evidence(source, None, recipe)
-    solves = recipe.solver == "gptq"
-    job.watcher.step("Calibrate: what every expert's inputs look like")
-    out = job.folder / ("solution" if solves else "stats.v4q")
+        return [read_evidence(source, None, target.recipe) for target in targets]
+    first = next((t.solution for t in targets if t.solves), None)
+    shared = first or job.folder / "stats.v4q"
+    for target in sorted(targets, key=lambda t: not t.solves):
+        out = target.solution if target.solves else shared
+        if target.solves or first is None:
+            _calibrate(job, step, target, source, out)
+            first = first or out
+    return [read_evidence(source, t.solution if t.solves else shared, t.recipe) for t in targets]
+
+
+def _calibrate(job: _Run, step: CorpusStep, target: _Target, source: Checkpoint, out: Path) -> None:
+    recipe, solves = target.recipe, target.solves
+    whose = "" if target.name == _ALONE or not solves else f" for {target.name}"
+    job.watcher.step(f"Calibrate{whose}: what every expert's inputs look like")
     file, done = out / SOLUTION_NAME if solves else out, FinishedSteps(job.folder)
     solved_for = (json.dumps(solved_part(recipe)),) if solves else ()
     key = _step_key(step, source, *solved_for)
     if done.has(key, file):
         job.watcher.note(f"{out} is of this checkpoint, corpus and settings: reused")
-        return read_evidence(source, out, recipe)
+        return
     config = config_of(source)
 
     def load(tokens: int | None) -> Corpus:
@@ -202,19 +293,18 @@ def _calibrate(job: _Run, pipeline: Pipeline, source: Checkpoint) -> tuple[Evide
 
     corpus = draw_corpus(load, step.tokens)
     job.watcher.note(f"{sum(map(len, corpus.windows)):,} tokens in {len(corpus.windows)} windows")
-    settings = solve_settings(source, recipe) if solves else None
+    settings = solve_settings(source, recipe, step.propagate) if solves else None
     found = calibrate_to(
         source, config, corpus, forward_options(step.activations), step.min_tokens, settings, out,
         job.progress, job.limits.max_memory, job.limits.device,
     )  # fmt: skip
     done.add(key, file)
     job.watcher.calibrated(found.stats)
-    return read_evidence(source, out, recipe)
 
 
 def _convert(
     job: _Run,
-    pipeline: Pipeline,
+    target: _Target,
     source: Checkpoint,
     stats: Evidence | None,
     digest: str,
@@ -222,38 +312,38 @@ def _convert(
     disk: int | None,
 ) -> tuple[JobResult, int]:
     """The conversion's result, and the output's share of the disk cap."""
-    recipe, target = pipeline.recipe, job.folder / "checkpoint"
+    recipe = target.recipe
     plan = replace(make_plan(source, recipe, digest), device=job.limits.device)
     job.watcher.step(f"Quantize to {recipe.scheme} ({recipe.format})")
-    threads = fit_workers(plan, workers or os.cpu_count() or 1, job.limits.max_memory)
-    repo = parse_hub(pipeline.target).repo if pipeline.target else None
-    share, delivery = share_cap(plan, disk, target if repo is not None else None), None
-    if repo is not None:
-        delivery = open_target(repo, target, plan, share, True, CardRequest(repo))
-    result = run_job(plan, target, stats, threads, job.progress, delivery=delivery)
+    threads = fit_workers(plan, _cores(workers), job.limits.max_memory)
+    share, delivery = share_cap(plan, disk, target.folder if target.repo else None), None
+    if target.repo:
+        request = CardRequest(target.repo)
+        delivery = open_target(target.repo, target.folder, plan, share, True, request)
+    result = run_job(plan, target.folder, stats, threads, job.progress, delivery=delivery)
     job.watcher.converted(result)
     return result, share
 
 
-def _check(job: _Run, pipeline: Pipeline, source: Checkpoint, made: bool) -> tuple[bool, Source]:
+def _check(
+    job: _Run, step: VerifyStep | None, target: _Target, source: Checkpoint, made: bool
+) -> tuple[bool, Source]:
     """Whether all holds, and where the checkpoint is. A repository was checked by its digests."""
-    target = job.folder / "checkpoint"
-    if not pipeline.target:
-        return _verify(job, pipeline.verify, source), target
+    if not target.repo:
+        return _verify(job, step, target, source), target.folder
     if made:
-        remove_if_empty(target)
-    place = HubRef(parse_hub(pipeline.target).repo)
+        remove_if_empty(target.folder)
+    place = HubRef(target.repo)
     job.watcher.note(f"{place} holds every file with the digest the manifest says")
     return True, place
 
 
-def _verify(job: _Run, step: VerifyStep | None, source: Checkpoint) -> bool:
+def _verify(job: _Run, step: VerifyStep | None, target: _Target, source: Checkpoint) -> bool:
     """Verify; False when something differs."""
     if step is None:
         return True
     job.watcher.step("Verify: hashes, every value against the source, kernels on real tensors")
-    target = job.folder / "checkpoint"
-    result = verify_checkpoint(target, source if step.source else None, job.progress)
+    result = verify_checkpoint(target.folder, source if step.source else None, job.progress)
     for finding in result.findings:
         job.watcher.note(f"{finding.where}: {finding.problem}")
     if not result.findings:
@@ -263,7 +353,7 @@ def _verify(job: _Run, step: VerifyStep | None, source: Checkpoint) -> bool:
         )
     checks = []
     if step.kernels:
-        with open_source(target) as output:
+        with open_source(target.folder) as output:
             checks = check_kernels(output, job.progress)
     for check in checks:
         verdict = "ok" if check.ok else "DIFFERS"
@@ -274,33 +364,62 @@ def _verify(job: _Run, step: VerifyStep | None, source: Checkpoint) -> bool:
     return not result.findings and all(c.ok for c in checks)
 
 
-def _evaluate(
+def _evaluate_all(
     job: _Run,
     step: CorpusStep,
     source: Checkpoint,
-    candidate: Checkpoint,
-    stats: Evidence | None,
-    moments: str,
+    places: Sequence[Source],
+    evidence: Sequence[tuple[Evidence | None, str]],
+    cap: int,
 ) -> dict[str, Any]:
+    """All conversions beside the source, in one pass; the first one's figures, others beside."""
     job.watcher.step("Evaluate: perplexity and KL against the source, with a noise floor")
     file, done = job.folder / "evaluation.json", FinishedSteps(job.folder)
-    key = _step_key(step, source, candidate.digest(), moments)
-    if done.has(key, file):
-        job.watcher.note(f"{file} is of these checkpoints, corpus and settings: reused")
-        result: dict[str, Any] = json.loads(file.read_bytes())
-    else:
-        figures = evaluate_checkpoint(
-            candidate, source, _corpus(step, source), forward_options(step.activations),
-            job.progress, resources=job.limits,
-        )  # fmt: skip
-        result = {"tool": tool_facts(), **figures}
-        if stats is not None:
-            result["coverage"] = coverage(stats.stats if isinstance(stats, Solution) else stats)
-        write_report(result, file)
-        done.add(key, file)
+    with ExitStack() as opened:
+        candidates = []
+        for index, place in enumerate(places):
+            hub = isinstance(place, HubRef)
+            near = own_folder(job.folder, _candidate_folder(index)) if hub else None
+            candidates.append(opened.enter_context(open_source(place, near, cap)))
+        digests = [d for c, (_, moments) in zip(candidates, evidence, strict=True)
+                   for d in (c.digest(), moments)]  # fmt: skip
+        key = _step_key(step, source, *digests)
+        if done.has(key, file):
+            job.watcher.note(f"{file} is of these checkpoints, corpus and settings: reused")
+            result: dict[str, Any] = json.loads(file.read_bytes())
+        else:
+            figures = evaluate_checkpoint(
+                candidates[0], source, _corpus(step, source), forward_options(step.activations),
+                job.progress, others=candidates[1:], resources=job.limits,
+            )  # fmt: skip
+            result = {"tool": tool_facts(), **figures}
+            if (stats := evidence[0][0]) is not None:
+                found = stats.stats if isinstance(stats, Solution) else stats
+                result["coverage"] = coverage(found)
+            write_report(result, file)
+            done.add(key, file)
     for name in ("report.html", "report.md"):
         write_report(result, job.folder / name)
     return result
+
+
+def _update_cards(places: Sequence[Source], result: dict[str, Any]) -> None:
+    """Every repository's card with its own figures, and its siblings'."""
+    siblings = tuple(
+        Sibling(place.repo, own["candidate"]["scheme"], own["candidate"]["bytes"],
+                own["kl_mean"], own["top1_agreement"], own["verdict"]["grade"])
+        for place, own in zip(places, _each(result), strict=True) if isinstance(place, HubRef)
+    )  # fmt: skip
+    for place, own in zip(places, _each(result), strict=True):
+        if isinstance(place, HubRef):
+            others = siblings if len(siblings) > 1 else ()
+            update_card(place.repo, CardRequest(place.repo, own, siblings=others))
+
+
+def _each(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The result as each candidate would have it alone."""
+    shared = {k: v for k, v in result.items() if k != "others"}
+    return [shared, *({**shared, **other} for other in result.get("others", []))]
 
 
 def _corpus(step: CorpusStep, source: Checkpoint) -> Corpus:

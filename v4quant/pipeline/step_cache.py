@@ -50,9 +50,13 @@ class FinishedSteps:
 
     def has(self, key: str, file: Path) -> bool:
         """Whether `file` is the result of the step with this key."""
-        return file.is_file() and self._entries.get(file.name) == [key, hash_file(file)]
+        return file.is_file() and self._entries.get(self._name(file)) == [key, hash_file(file)]
 
     def add(self, key: str, file: Path) -> None:
         """Record `file`, which is written, as the result of the step. Raises OutputError."""
-        self._entries[file.name] = [key, hash_file(file)]
+        self._entries[self._name(file)] = [key, hash_file(file)]
         write_file_atomically(self._path, (json.dumps(self._entries, indent=1) + "\n").encode())
+
+    def _name(self, file: Path) -> str:
+        """The file's place in the run's folder, by which several of one name differ."""
+        return file.relative_to(self._path.parent).as_posix()

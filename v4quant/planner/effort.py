@@ -74,6 +74,13 @@ class Cost:
         return f"{hours_text(self.hours)} on {self.cores} cores, {self.disk / 1e9:.0f} GB of disk"
 
 
+def hours_with_text(outline: Outline, cost: Cost, tokens: int) -> float:
+    """The hours of `cost` with so many tokens of text instead of its level's."""
+    more = cost.level.passes * (tokens - cost.level.tokens)
+    seconds = more * 2 * _active_weights(outline) / _CORE_FLOPS / cost.cores
+    return max(0.0, cost.hours + seconds / 3600)
+
+
 def is_solved(scheme: Scheme) -> bool:
     """Whether error feedback chooses its codes better: integers and GGUF's block types."""
     return scheme.element == "int" or scheme.block_bytes > 0

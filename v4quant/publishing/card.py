@@ -33,11 +33,24 @@ _LICENSES = {"MIT License": "mit", "Apache License": "apache-2.0"}
 
 
 @dataclass(frozen=True)
+class Sibling:
+    """Another conversion of the same source, evaluated in the same run, and its repository."""
+
+    repo: str
+    scheme: str
+    nbytes: int
+    kl: float
+    top1: float
+    grade: str
+
+
+@dataclass(frozen=True)
 class CardRequest:
     """What the card is about besides the manifest.
 
     engines: what the preflight accepts. base_model, license: only where the manifest does not know
         them (a conversion of a local folder); a repository's own answer stands.
+    siblings: all conversions of a ladder, this one among them.
     """
 
     repo: str
@@ -45,6 +58,7 @@ class CardRequest:
     base_model: str = ""
     license: str = ""
     engines: tuple[Preflight, ...] = ()
+    siblings: tuple[Sibling, ...] = ()
 
 
 def render_card(manifest: Mapping[str, Any], request: CardRequest) -> str:
@@ -73,6 +87,7 @@ def _render(manifest: Mapping[str, Any], request: CardRequest) -> str:
         _summary(manifest, request),
         "## Sizes",
         _classes(manifest),
+        _siblings(request),
         "## Quality",
         _quality(evaluation),
         "## What was done",
@@ -156,6 +171,21 @@ def _classes(manifest: Mapping[str, Any]) -> str:
     if not rows:
         return "The manifest of this conversion does not tell sizes by class."
     return _table(("Tensors", "Weights", "Before", "After", "Bits per weight"), rows)
+
+
+def _siblings(request: CardRequest) -> str:
+    """The whole ladder, smallest first: what each size costs."""
+    if not request.siblings:
+        return ""
+    rows = []
+    for one in sorted(request.siblings, key=lambda s: s.nbytes):
+        name = one.repo.rpartition("/")[2]
+        link = f"[{escape_markdown(name)}](https://huggingface.co/{one.repo})"
+        shown = f"**{escape_markdown(name)}** (this one)" if one.repo == request.repo else link
+        figures = (f"{one.kl:.2e}", f"{100 * one.top1:.2f} %", escape_markdown(one.grade))
+        rows.append((shown, _code(one.scheme), _bytes(one.nbytes), *figures))
+    columns = ("Repository", "Experts", "Size", "Mean KL (nats)", "Same top-1 token", "Verdict")
+    return "Other sizes, measured in the same run on the same text:\n\n" + _table(columns, rows)
 
 
 def _quality(evaluation: Mapping[str, Any] | None) -> str:

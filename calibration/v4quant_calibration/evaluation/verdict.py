@@ -204,7 +204,7 @@ def _sentence(
     local = (
         f" {places} of {count} stretches of text stand out, the worst with a mean of "
         f"{worst.kl_mean:.2e} where the floor has {worst.floor_kl_mean:.2e}."
-        if places and not spread
+        if not spread and 0 < places <= count // 2
         else ""
     )
     reason = {

@@ -112,8 +112,11 @@ def test_absent_run_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
             SHORT + "[calibrate]\ncorpus = ['a']\nmin_tokens = -1",
             "'min_tokens' is -1, expected a positive",
         ),
-        (SHORT + "[evaluate]\ncorpus = ['a']\nactivations = 'offical'", "one of plain, official"),
-        (SHORT + "[evaluate]\ncorpus = ['a']\nmode = 'think'", "one of non-think, think-high"),
+        (
+            SHORT + "[evaluate]\ncorpus = ['a']\nactivations = 'offical'",
+            "one of plain, kv, official",
+        ),
+        (SHORT + "[evaluate]\ncorpus = ['a']\nmode = 'think'", "one of non-think, think-low"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -274,7 +277,7 @@ def test_cap_and_device_reach_every_step(
     monkeypatch.setattr(
         RUN,
         "evaluate_checkpoint",
-        lambda *a, resources: seen.update(evaluate=resources) or evaluate(*a, resources=resources),
+        lambda *a, **k: seen.update(evaluate=k["resources"]) or evaluate(*a, **k),
     )
     monkeypatch.setattr(
         RUN, "run_job", lambda plan, *a, **k: seen.update(job=plan.device) or convert(plan, *a, **k)

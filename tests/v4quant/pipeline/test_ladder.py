@@ -1,0 +1,133 @@
+"""Several conversions from one run file: one calibration, one evaluation, siblings that know."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+import v4quant
+from tests.support.conversion import TINY, folder_bytes
+from v4quant.cli import cli
+from v4quant.pipeline.costs import with_effort
+from v4quant.pipeline.recipe_file import load_pipeline
+from v4quant.planner.footprint import outline_release
+from v4quant.recipe import RecipeError
+
+RUN = importlib.import_module("v4quant.pipeline.run")
+LADDER = """
+source = "SOURCE"
+[calibrate]
+corpus = ["FOLDER/calibration.safetensors"]
+[[quantize]]
+scheme = "int4-g128"
+[[quantize]]
+name = "small"
+scheme = "int2-g128"
+[evaluate]
+corpus = ["FOLDER/heldout.safetensors"]
+"""
+
+
+def write(folder: Path, text: str = LADDER) -> Path:
+    """A run file on the tiny random model with its own ids."""
+    stored = load_file(TINY.parent / "tiny-a.reference.safetensors")["input_ids"][0]
+    rows = stored[: len(stored) // 4 * 4].reshape(4, -1)
+    save_file({"input_ids": rows[:2].contiguous()}, folder / "calibration.safetensors")
+    save_file({"input_ids": rows[2:].contiguous()}, folder / "heldout.safetensors")
+    file = folder / "ladder.toml"
+    file.write_text(text.replace("SOURCE", str(TINY)).replace("FOLDER", str(folder)))
+    return file
+
+
+def run(file: Path, out: Path, *more: str) -> Result:
+    return CliRunner().invoke(cli, ["run", str(file), "--out", str(out), "--json", *more])
+
+
+def test_an_interrupted_ladder_ends_in_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out = write(tmp_path), tmp_path / "out"
+    whole = run(file, tmp_path / "whole")
+    assert whole.exit_code == 0, whole.output
+    convert, calls = RUN.run_job, list[str]()
+
+    def stop_at_the_second(plan: Any, *rest: Any, **more: Any) -> Any:
+        calls.append(plan.recipe.scheme)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return convert(plan, *rest, **more)
+
+    monkeypatch.setattr(RUN, "run_job", stop_at_the_second)
+    assert run(file, out).exit_code != 0
+    monkeypatch.setattr(RUN, "run_job", convert)
+    calibrated = (out / "stats.v4q").stat().st_mtime_ns
+    again = run(file, out)
+    assert again.exit_code == 0 and (out / "stats.v4q").stat().st_mtime_ns == calibrated
+    for name in ("int4-g128", "small"):
+        assert folder_bytes(out / name) == folder_bytes(tmp_path / "whole" / name)
+    found = json.loads(again.stdout)
+    assert [one["name"] for one in found["ladder"]] == ["int4-g128", "small"]
+    (other,) = found["evaluation"]["others"]
+    assert other["candidate"]["scheme"] == "int2-g128"
+    assert other["kl_mean"] > found["evaluation"]["kl_mean"]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Where small diverges most" in page
+
+
+def test_each_candidate_gets_the_result_as_its_own() -> None:
+    result = {"noise_floor": 1, "kl_mean": 2, "others": [{"kl_mean": 3}, {"kl_mean": 4}]}
+    assert RUN._each(result) == [
+        {"noise_floor": 1, "kl_mean": k} for k in (2, 3, 4)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('name = "small"', 'name = "int4-g128"'), "two conversions are called 'int4-g128'"),
+        (('name = "small"', 'name = "../up"'), "cannot name a folder"),
+        (('name = "small"', 'name = "source"'), "cannot name a folder"),
+        (('scheme = "int2-g128"', 'scheme = "int2-g128"\ndraught = "drop"'), "unknown key"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    file = write(tmp_path, LADDER.replace(*change))
+    with pytest.raises(RecipeError, match=message):
+        load_pipeline(str(file))
+
+
+def test_a_dry_run_says_everything_and_writes_nothing(tmp_path: Path) -> None:
+    file = write(tmp_path)
+    done = run(file, tmp_path / "out", "--dry-run")
+    assert done.exit_code == 0 and not (tmp_path / "out").exists()
+    found = json.loads(done.stdout)
+    assert [one["name"] for one in found["conversions"]] == ["int4-g128", "small"]
+    assert any("all 2 conversions" in step for step in found["steps"])
+    recipe = v4quant.make_recipe(scheme="int4-g128")
+    planned = v4quant.plan_quantize(TINY, tmp_path / "out", recipe=recipe)
+    headers = planned.bytes_out - found["conversions"][0]["bytes"]
+    assert 0 < headers < 200 * planned.tensors
+
+
+def test_effort_chooses_the_solver_by_the_hours_it_takes(tmp_path: Path) -> None:
+    pipeline, flash = load_pipeline(str(write(tmp_path))), outline_release("flash")
+    solvers = {
+        (effort, cores): {
+            r.recipe.solver for r in with_effort(pipeline, flash, effort, cores).rungs
+        }
+        for effort in ("minutes", "hours", "best")
+        for cores in (2, 64)
+    }
+    assert solvers["minutes", 64] == {"optimal"}
+    assert solvers["hours", 64] == {"gptq"} and solvers["hours", 2] == {"optimal"}
+    assert solvers["best", 2] == {"gptq"}
+    best = with_effort(pipeline, flash, "best", 2).calibrate
+    quick = with_effort(pipeline, flash, "hours", 64).calibrate
+    assert best is not None and quick is not None
+    assert best.propagate and not quick.propagate and (best.tokens or 0) > (quick.tokens or 0)

@@ -1,0 +1,117 @@
+"""What a run will take: hours and sizes, told before it begins, and the solver an effort allows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+from v4quant.api.arguments import source_of
+from v4quant.builtin import MIXED_CALIBRATION
+from v4quant.pipeline.recipe_file import CorpusStep, Pipeline, Rung, load_pipeline
+from v4quant.planner.choices import Effort
+from v4quant.planner.effort import Cost, cost_of, hours_text, hours_with_text, is_solved
+from v4quant.planner.footprint import Outline, footprint, outline_checkpoint
+from v4quant.source import open_source
+from v4quant_kernels.scheme import get_scheme
+
+_SEQ_LEN = 2048
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """What `run` would do. source: bytes of the source. steps: lines for people, in order.
+
+    conversions: name, scheme, format, bytes and expected hours of each.
+    """
+
+    source: int
+    steps: tuple[str, ...]
+    conversions: tuple[dict[str, object], ...]
+
+
+def plan_run(
+    recipe: str, *, effort: Effort | None = None, workers: int | None = None
+) -> PlannedRun:
+    """The whole of a run file, from headers alone; nothing is written.
+
+    Raises RecipeError for what the file asks, and what planning the conversions raises.
+    """
+    pipeline, cores = load_pipeline(recipe), workers or os.cpu_count() or 1
+    with open_source(source_of(pipeline.source), headers_only=True) as source:
+        outline = outline_checkpoint(source)
+    if effort is not None:
+        pipeline = with_effort(pipeline, outline, effort, cores)
+    steps = list(expected_costs(pipeline, outline, cores))
+    if (step := pipeline.calibrate) is not None:
+        steps.insert(0, f"calibrate on {_text(step)}: one set of statistics for all")
+    if pipeline.verify is not None:
+        steps.append("verify every file, and every value against the source")
+    if (step := pipeline.evaluate) is not None:
+        what = f"all {len(pipeline.rungs)} conversions" if pipeline.is_ladder else "the conversion"
+        steps.append(f"evaluate {what} on {_text(step)}, in one pass")
+    if pipeline.target:
+        names = [f"{pipeline.target}-{r.name}" for r in pipeline.rungs]
+        steps.append(f"publish as {', '.join(names) if pipeline.is_ladder else pipeline.target}")
+    facts = []
+    for rung in pipeline.rungs:
+        nbytes = footprint(outline, rung.recipe).total
+        facts.append(
+            {
+                "name": rung.name, "scheme": rung.recipe.scheme, "format": rung.recipe.format,
+                "bytes": nbytes, "solver": rung.recipe.solver,
+                "hours": _cost(outline, rung, pipeline.calibrate, nbytes, cores),
+            }
+        )  # fmt: skip
+    return PlannedRun(outline.nbytes, tuple(steps), tuple(facts))
+
+
+def with_effort(pipeline: Pipeline, outline: Outline, effort: Effort, cores: int) -> Pipeline:
+    """The pipeline with the solver, and the text, that `effort` allows for each conversion."""
+    rungs, step = [], pipeline.calibrate
+    for rung in pipeline.rungs:
+        scheme = get_scheme(rung.recipe.scheme)
+        if not is_solved(scheme):
+            rungs.append(rung)
+            continue
+        nbytes = footprint(outline, rung.recipe).total
+        level = cost_of(outline, scheme, nbytes, effort, cores, exact=False).level
+        rungs.append(
+            Rung(rung.name, replace(rung.recipe, solver="gptq" if level.solves else "optimal"))
+        )
+        if level.solves:
+            step = step or CorpusStep((MIXED_CALIBRATION,), seq_len=_SEQ_LEN)
+            propagate = "--no-propagate" not in level.options
+            step = replace(step, tokens=max(level.tokens, step.tokens or 0), propagate=propagate)
+    return replace(pipeline, rungs=tuple(rungs), calibrate=step)
+
+
+def expected_costs(pipeline: Pipeline, outline: Outline, cores: int) -> list[str]:
+    """A line for each conversion: its size, and the hours it is expected to take."""
+    lines = []
+    for rung in pipeline.rungs:
+        nbytes = footprint(outline, rung.recipe).total
+        hours = _cost(outline, rung, pipeline.calibrate, nbytes, cores)
+        larger = " (larger than the source)" if nbytes > outline.nbytes else ""
+        lines.append(
+            f"{rung.name}: {_size(nbytes)}{larger}, about {hours_text(hours)} on {cores} "
+            f"cores by solver {rung.recipe.solver}"
+        )
+    return lines
+
+
+def _cost(outline: Outline, rung: Rung, step: CorpusStep | None, nbytes: int, cores: int) -> float:
+    scheme, solves = get_scheme(rung.recipe.scheme), rung.recipe.solver == "gptq"
+    effort: Effort = "best" if solves else "minutes"
+    cost: Cost = cost_of(outline, scheme, nbytes, effort, cores, exact=not is_solved(scheme))
+    if not solves or step is None or not step.tokens:
+        return cost.hours
+    return hours_with_text(outline, cost, step.tokens)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 10**9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def _text(step: CorpusStep) -> str:
+    amount = f"{step.tokens:,} tokens of " if step.tokens else ""
+    return f"{amount}{', '.join(step.corpus)}"
