@@ -2,7 +2,7 @@
 
     python scripts/full_scale.py --release flash --tiny --scheme int4-g32 --out work     # a minute
     python scripts/full_scale.py --release flash --scheme nvfp4 --out work               # 159.6 GB
-    python scripts/full_scale.py --release pro --shards 6 --scheme mxfp4 --out work
+    python scripts/full_scale.py --release pro --set num_hidden_layers=4 --scheme mxfp4 --out work
 
 The hub (script_tools/release_hub.py) makes the source's bytes when they are asked for and drops
 what is uploaded, so neither side needs room; the conversion is the unmodified command with the
@@ -168,8 +168,13 @@ def main() -> int:
     add = parser.add_argument
     add("--release", choices=RELEASES, default="flash")
     add("--tiny", action="store_true", help="the release's layout in small")
-    add("--set", action="append", default=[], metavar="KEY=N", help="any integer config field")
-    add("--shards", type=int, help="serve only the first shards (a whole model has all)")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=N",
+        help="any integer config field, num_hidden_layers=4 for fewer shards",
+    )
     add("--scheme", default="nvfp4")
     add("--disk-cap", help="as of quantize")
     add("--samples", type=int, default=4, help="modules checked in each output shard")
@@ -179,7 +184,7 @@ def main() -> int:
     options.out.mkdir(parents=True)
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**32)
     overrides = {k: int(v) for k, _, v in (item.partition("=") for item in options.set)}
-    release = Release(options.release, overrides, options.tiny, options.shards)
+    release = Release(options.release, overrides, options.tiny)
     nbytes = sum(plan.nbytes for plan in release.plans.values())
     with ReleaseHub(release, seed, options.samples) as hub:
         killed = convert(hub, options, nbytes // 3)

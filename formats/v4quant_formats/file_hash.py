@@ -37,11 +37,14 @@ _AHEAD = 64 * 2**20  # bytes that writers may be ahead, beside the largest tenso
 class FollowingHash(threading.Thread):
     """Hashes a file from the front while it is written, never beyond what `allow` said."""
 
-    def __init__(self, handle: int, size: int, largest: int) -> None:
-        """`handle` stays the caller's; `largest`: the longest stretch that completes at once."""
+    def __init__(self, handle: int, size: int, largest: int, cached: bool = False) -> None:
+        """`handle` stays the caller's; `largest`: the longest stretch that completes at once.
+
+        cached: leave the file in the page cache, for somebody who reads it soon.
+        """
         super().__init__(name="hash", daemon=True)
         self._handle, self._size = handle, size
-        self._ahead = _AHEAD + largest
+        self._ahead, self._cached = _AHEAD + largest, cached
         self._allowed, self._done, self._stopped = 0, 0, False
         self._changed = threading.Condition()
         self._sha = hashlib.sha256()
@@ -67,7 +70,8 @@ class FollowingHash(threading.Thread):
         self.join()
         if self._error is not None:
             raise self._error
-        forget_cached(self._handle, 0, self._size - _CACHED)
+        if not self._cached:
+            forget_cached(self._handle, 0, self._size - _CACHED)
         return self._sha.hexdigest()
 
     def stop(self) -> None:
@@ -108,7 +112,8 @@ class FollowingHash(threading.Thread):
         behind = start - _CACHED
         if behind >= 0:
             finish_writing(self._handle, behind, _STEP)
-            forget_cached(self._handle, behind, _STEP)
+            if not self._cached:
+                forget_cached(self._handle, behind, _STEP)
 
 
 def hash_file(path: Path) -> str:

@@ -134,8 +134,11 @@ def plan_shard(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None =
 class ShardWriter:
     """Writes one file of planned tensors. Use `add` for each, then `close` (or `abort`)."""
 
-    def __init__(self, path: Path, plan: FilePlan) -> None:
-        """Create the temporary file with its header. Raises OutputError."""
+    def __init__(self, path: Path, plan: FilePlan, cached: bool = False) -> None:
+        """Create the temporary file with its header. Raises OutputError.
+
+        cached: the file stays in the page cache, for somebody who reads it soon.
+        """
         self.path = path
         self.nbytes = plan.nbytes
         self._ordered = plan.specs
@@ -149,7 +152,7 @@ class ShardWriter:
         except OSError as error:
             raise output_error(self._temporary, error) from None
         largest = max((s.nbytes for s in plan.specs), default=0)
-        self._hash = FollowingHash(self._handle, self.nbytes, largest)
+        self._hash = FollowingHash(self._handle, self.nbytes, largest, cached)
         try:
             os.ftruncate(self._handle, plan.nbytes)
             write_at(self._handle, plan.header, 0)

@@ -62,12 +62,11 @@ class Uploaded:
 class Release:
     """A release's files, made on demand."""
 
-    def __init__(self, release: str, overrides: dict[str, int], tiny: bool, shards: int | None):
-        """shards: serve only so many, from the front (None: all)."""
+    def __init__(self, release: str, overrides: dict[str, int], tiny: bool) -> None:
+        """overrides: integer fields of config.json. tiny: the layout in small."""
         self.config = make_config(release, tiny, overrides, None)
         self.experts = int(self.config.get("n_routed_experts", 0))
-        every = shards_of(release, self.config)
-        chosen = every[: shards or len(every)]
+        chosen = shards_of(release, self.config)
         self.plans: dict[str, FilePlan] = {
             f"model-{i:05d}-of-{len(chosen):05d}.safetensors": plan_shard(specs)
             for i, specs in enumerate(chosen, 1)

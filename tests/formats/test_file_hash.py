@@ -83,6 +83,22 @@ def test_the_beginning_leaves_the_cache_and_the_end_stays(file: tuple[int, bytes
 
 
 @pytest.mark.usefixtures("small")
+def test_a_file_that_is_read_soon_stays(
+    file: tuple[int, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upload would read from the disk what was just in memory."""
+    handle, content = file
+    os.pwrite(handle, content, 0)
+    forgotten: list[int] = []
+    monkeypatch.setattr(following, "forget_cached", lambda *given: forgotten.append(given[1]))
+    for stays in (True, False):
+        following_hash = FollowingHash(handle, len(content), 0, stays)
+        following_hash.allow(len(content))
+        following_hash.digest()
+        assert bool(forgotten) != stays
+
+
+@pytest.mark.usefixtures("small")
 def test_writers_wait_for_a_hash_that_is_behind(
     file: tuple[int, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

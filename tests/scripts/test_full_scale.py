@@ -32,7 +32,7 @@ def test_the_source_is_the_same_at_every_request() -> None:
     load_script("full_scale")  # makes script_tools known
     from script_tools.release_hub import Release
 
-    release = Release("flash", {"num_hidden_layers": 1, "n_routed_experts": 2}, True, None)
+    release = Release("flash", {"num_hidden_layers": 1, "n_routed_experts": 2}, True)
     file, plan = max(release.plans.items(), key=lambda item: item[1].nbytes)
     whole = b"".join(release.read(file, 0, plan.nbytes))
     assert len(whole) == plan.nbytes
@@ -44,7 +44,7 @@ def test_a_changed_tensor_is_noticed(tmp_path: Path) -> None:
     script = load_script("full_scale")
     from script_tools.release_hub import Entry, Release, ReleaseHub, Uploaded
 
-    release = Release("flash", {"num_hidden_layers": 1, "n_routed_experts": 2}, True, None)
+    release = Release("flash", {"num_hidden_layers": 1, "n_routed_experts": 2}, True)
     file, spec = next(
         (file, s) for file, plan in release.plans.items() for s in plan.specs
         if s.dtype == "BF16" and len(s.shape) == 2
@@ -75,7 +75,7 @@ def test_samples_are_whole_modules(seed: int) -> None:
     load_script("full_scale")
     from script_tools.release_hub import Release, ReleaseHub
 
-    release = Release("flash", {"num_hidden_layers": 1, "n_routed_experts": 2}, True, 1)
+    release = Release("flash", {"num_hidden_layers": 1, "n_routed_experts": 2}, True)
     with ReleaseHub(release, seed, 2) as hub:
         names = {"a.w1.weight": {}, "a.w1.scale": {}, "b.weight": {}, "c.weight": {}}
         wanted = hub.wanted(names)

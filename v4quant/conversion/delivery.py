@@ -17,7 +17,12 @@ from v4quant_formats.shards import WrittenFile
 
 
 class Delivery(Protocol):
-    """What the job asks of a destination."""
+    """What the job asks of a destination.
+
+    reads_again: whether finished shards are read here once more, from the page cache if they can.
+    """
+
+    reads_again: bool
 
     def manifest(self, out: Path) -> dict[str, Any] | None:
         """The manifest of a whole checkpoint at the destination, if one is there."""
@@ -46,6 +51,8 @@ class Delivery(Protocol):
 
 class StayHere:
     """The output folder is the destination."""
+
+    reads_again = False
 
     def manifest(self, out: Path) -> dict[str, Any] | None:
         """The folder's own, when its index, if it has one, says that it is whole."""

@@ -238,7 +238,7 @@ def _write_shards(
                 closing.result()
             delivery.make_room(shard.nbytes)
             sources.acquire(shard.source_files)
-            writer = ShardWriter(out / shard.file, shard.file_plan())
+            writer = ShardWriter(out / shard.file, shard.file_plan(), delivery.reads_again)
             try:
                 records = _convert_shard(plan, shard, writer, stats, pool, progress)
             except BaseException:

@@ -44,6 +44,8 @@ _PATIENCE = 2.0  # seconds for the upload in flight when the job was interrupted
 class HubTarget:
     """A `Delivery` into a repository on the hub."""
 
+    reads_again = True
+
     def __init__(
         self,
         repo: str,
