@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from v4quant_formats.config_fields import ConfigError, integer, is_integers, layer_ids, raise_first
@@ -30,7 +30,7 @@ class V41:
     engram_head_dim: int
     engram_n_heads: int
     engram_max_ngram_size: int
-    engram_vocab_size: int
+    engram_vocab_size: int = field(compare=False)  # any number below the first prime means the same
     engram_pad_token_id: int
     engram_compressed_vocab_size: int
 

@@ -15,9 +15,12 @@ from typing import Any
 
 from v4quant.synthetic.errors import RequestError
 from v4quant_formats.engram import token_map
+from v4quant_formats.gguf.tokenizer import PRE_TOKENIZERS
 
 HEAD_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")
 _NAMED = ("<｜User｜>", "<｜Assistant｜>", "<｜System｜>", "<think>", "</think>")
+# The release's own: text is split by these before bytes are merged, and llama.cpp knows them.
+(_SPLITS,) = PRE_TOKENIZERS.values()
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -94,7 +97,8 @@ def _byte_characters() -> dict[int, str]:
 
 
 def _build(vocab_size: int, fixed: list[str], words: list[str], specials: Mapping[int, str]) -> Any:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
     vocab = {token: number for number, token in enumerate(HEAD_TOKENS)}
     vocab |= {token: number for number, token in specials.items()}
@@ -105,7 +109,8 @@ def _build(vocab_size: int, fixed: list[str], words: list[str], specials: Mappin
             vocab[token] = next(free)
     merges = [(word[:-1], word[-1]) for word in words]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    splits = [Split(Regex(pattern), "isolated") for pattern in _SPLITS]
+    tokenizer.pre_tokenizer = Sequence([*splits, ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     names = dict.fromkeys([*HEAD_TOKENS, *specials.values()])
     tokenizer.add_special_tokens(
