@@ -1,0 +1,70 @@
+"""The page's sizes of Flash and Pro as GGUF are those of their tensors.
+
+Sizes are summed over the releases' own lists of tensors (no data is needed), draft stages left out,
+with the types that the planner gives rows: the file's header, some megabytes, is not in them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from v4quant.synthetic.configs import make_config
+from v4quant.synthetic.inventory import shards_of
+from v4quant_formats.deepseek_v4 import parse_name
+from v4quant_formats.layouts.gguf import GGUF
+from v4quant_kernels.ggml_types import fitting_type, get_type
+
+PAGE = Path(__file__).parents[3] / "docs" / "allocation.md"
+DENSE = "q6_k"
+ROW = re.compile(r"^\| `([a-z0-9_]+)` \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
+
+
+@cache
+def shapes(release: str) -> tuple[Counter[tuple[int, int]], Counter[tuple[int, int]], int]:
+    """Expert matrices, other matrices that take a dense type (by shape), bytes of all else."""
+    experts: Counter[tuple[int, int]] = Counter()
+    dense: Counter[tuple[int, int]] = Counter()
+    rest = 0
+    for shard in shards_of(release, make_config(release, False, {})):
+        for spec in shard:
+            name = parse_name(spec.name)
+            if name is None or name.is_draft or not spec.name.endswith("weight"):
+                rest += 0 if name is None or name.is_draft or name.is_linear else spec.nbytes
+                continue
+            if name.expert is not None:
+                experts[spec.shape[0], spec.shape[1] * (2 if spec.dtype == "I8" else 1)] += 1
+            elif name.is_linear:
+                dense[spec.shape[0], spec.shape[1]] += 1
+            else:
+                rest += spec.nbytes
+    return experts, dense, rest
+
+
+def gigabytes(release: str, scheme: str) -> float:
+    """Of a file with all experts in one type and dense matrices in q6_k."""
+    experts, dense, total = shapes(release)
+    for found, wanted in ((experts, scheme), (dense, DENSE)):
+        for (rows, columns), count in found.items():
+            kind = get_type(fitting_type(wanted, columns))
+            total += count * rows * kind.row_bytes(columns)
+    return total / 1e9
+
+
+def listed() -> dict[str, tuple[float, float]]:
+    return {m[1]: (float(m[2]), float(m[3])) for m in ROW.finditer(PAGE.read_text())}
+
+
+def test_every_type_is_on_the_page() -> None:
+    assert listed().keys() == set(GGUF.schemes)
+
+
+@pytest.mark.parametrize("column", [0, 1], ids=["flash", "pro"])
+def test_sizes_are_those_of_the_tensors(column: int) -> None:
+    release = ("flash", "pro")[column]
+    for scheme, sizes in listed().items():
+        assert sizes[column] == pytest.approx(gigabytes(release, scheme), abs=0.06), scheme
