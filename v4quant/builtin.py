@@ -1,4 +1,4 @@
-"""What ships inside the package: the tiny trained V4 and text to calibrate and score it on."""
+"""What ships inside the package: tiny trained models, and text to calibrate and score them on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from v4quant_kernels.errors import V4QuantError
 _DATA = Path(__file__).parent / "data"
 
 TINY_V4 = "builtin:tiny-v4"
+TINY_V41 = "builtin:tiny-v41"
+_CHECKPOINTS = {TINY_V4: "tiny-v4", TINY_V41: "tiny-v41"}
 # English prose and Python: the text that published figures of the tiny model are measured on.
 HELDOUT = "builtin:heldout"
 CALIBRATION = "builtin:calibration"
@@ -31,12 +33,12 @@ class BuiltinError(V4QuantError):
 
 
 def resolve_source(name: str) -> Path:
-    """A checkpoint folder: a path, or `builtin:tiny-v4`. Raises BuiltinError."""
+    """A checkpoint folder: a path, or the name of a built-in one. Raises BuiltinError."""
     if not name.startswith("builtin:"):
         return Path(name)
-    if name == TINY_V4:
-        return _DATA / "tiny-v4"
-    raise BuiltinError(f"'{name}' is not built in; the only such checkpoint is {TINY_V4}")
+    if name in _CHECKPOINTS:
+        return _DATA / _CHECKPOINTS[name]
+    raise BuiltinError(f"'{name}' is not built in; there are {', '.join(_CHECKPOINTS)}")
 
 
 def resolve_corpus(names: list[str]) -> list[Path]:

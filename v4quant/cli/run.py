@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 @click.command(epilog="Example: v4quant run demo    (or: v4quant run my-run.toml --out converted)")
 @click.argument("recipe", type=RUN_FILE)
+@click.option("--model", type=click.Choice(["v4", "v41"]), default="v4", show_default=True,
+              help="The built-in model that `demo` is run on.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for all results.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads of the conversion (default: "
               "all cores).")  # fmt: skip
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 def run(
     ctx: click.Context,
     recipe: str,
+    model: str,
     out: Path | None,
     workers: int | None,
     device: str,
@@ -62,6 +65,7 @@ def run(
         return
     result = v4quant.run(
         recipe,
+        model=model,
         out=out,
         workers=workers,
         device=device,

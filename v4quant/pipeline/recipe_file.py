@@ -120,11 +120,24 @@ class Pipeline:
         return len(self.rungs) > 1
 
 
-def load_pipeline(name: str) -> Pipeline:
-    """Read a run file, or a preset by name (`demo`). Raises RecipeError naming the key."""
-    path = PRESETS / f"{name}.toml"
+MODELS = ("v4", "v41")
+
+
+def load_pipeline(name: str, model: str = MODELS[0]) -> Pipeline:
+    """Read a run file, or a preset by name (`demo`). Raises RecipeError naming the key.
+
+    model: the one that a preset is for; a run file names its own.
+    """
+    if model not in MODELS:
+        raise RecipeError(
+            f"there is no model '{model}' to demonstrate; choose {' or '.join(MODELS)}"
+        )
+    own = name if model == MODELS[0] else f"{name}-{model}"
+    path = PRESETS / f"{own}.toml"
     if not path.is_file() or "/" in name:
         path = Path(name)
+        if model != MODELS[0] and path.is_file():
+            raise RecipeError(f"{path}: names its own source, so --model {model} has no effect")
     if not path.is_file():
         presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml")))
         raise RecipeError(f"{name}: no such run file; presets are: {presets}")

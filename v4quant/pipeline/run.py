@@ -162,6 +162,7 @@ class _Target:
 def run(
     recipe: str,
     *,
+    model: str = "v4",
     out: PathLike | None = None,
     workers: int | None = None,
     device: str = "cpu",
@@ -174,6 +175,8 @@ def run(
 ) -> RunResult:
     """Calibrate, quantize, verify and evaluate as a run file, or the preset `demo`, says.
 
+    model: which built-in model a preset is run on, "v4" or "v41".
+
     Results go to `out`: the checkpoint in `checkpoint/` (of a ladder, each in a folder of its
     name), statistics, evaluation and report beside it. effort: choose the solver and the text to
     calibrate on by how long they may take, instead of what the file says. The same call again
@@ -183,7 +186,7 @@ def run(
     Raises RecipeError for what the file asks, and what the steps raise.
     """
     started = time.monotonic()
-    pipeline = load_pipeline(recipe)
+    pipeline = load_pipeline(recipe, model)
     folder = Path(out) if out is not None else Path(f"v4quant-{Path(recipe).stem}")
     limits = Resources(size_of(max_memory), None, find_device(device))
     job = _Run(folder, limits, default_progress(progress), watcher or SilentWatcher())

@@ -76,6 +76,11 @@ def test_a_preset_does_not_hide_a_path(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     assert load_pipeline("./demo").source == "here"
     assert load_pipeline("demo").source == "builtin:tiny-v4"
+    assert load_pipeline("demo", "v41").source == "builtin:tiny-v41"
+    with pytest.raises(RecipeError, match="names its own source"):
+        load_pipeline("./demo", "v41")
+    with pytest.raises(RecipeError, match="no model 'v5' to demonstrate"):
+        load_pipeline("demo", "v5")
 
 
 @pytest.mark.parametrize("name", ["", "no-such", "no/such.toml", "../presets/demo", "."])
