@@ -150,7 +150,7 @@ def _conclusion(rows: dict[str, Any]) -> list[str]:
         f"8.5 bits lose {worth['q8_0']:.1f}% of that, 4.5 bits {worth['q4_k']:.1f}%, 3.4 bits",
         f"{worth['q3_k']:.1f}%. The released model's tables are a quarter of its parameters and",
         "were trained with it from the start, while these were added late to a model that had",
-        "learned without; how much more they are worth there, no measurement of a small model tells.",
+        "learned without; how much more they are worth there, no small model tells.",
     ]
 
 
