@@ -30,7 +30,7 @@ from script_tools.figures import drift, figures
 from v4quant.allocation.allocate import ALL, Options, allocate_recipe, find_costs
 from v4quant.builtin import CALIBRATION, HELDOUT, resolve_corpus
 from v4quant.calibration.collect import solve_settings
-from v4quant.conversion.calibrated import read_evidence
+from v4quant.conversion.calibrated import load_calibrated
 from v4quant.conversion.job import run_job
 from v4quant.conversion.plan import make_plan
 from v4quant.evaluation.evaluate import evaluate_checkpoint
@@ -191,7 +191,7 @@ def _measure(
         wanted = recipe_from_table(
             {**recipe.as_dict(), "solver": "gptq" if evidence else "optimal"}, name
         )
-        known, digest = read_evidence(source, evidence, wanted)
+        known, digest = load_calibrated(source, evidence, wanted)
         run_job(make_plan(source, wanted, digest), work / name, known, 1)
         files[name] = work / name
     opened = [open_checkpoint(path) for path in files.values()]

@@ -23,7 +23,7 @@ from typing import Any
 from script_tools.figures import drift, figures
 
 from v4quant.builtin import CALIBRATION, HELDOUT, resolve_corpus
-from v4quant.conversion.calibrated import read_evidence
+from v4quant.conversion.calibrated import load_calibrated
 from v4quant.conversion.job import run_job
 from v4quant.conversion.plan import make_plan
 from v4quant.evaluation.evaluate import evaluate_checkpoint
@@ -165,7 +165,7 @@ def _export(
             write_stats(moments, found.stats)
         evidence = moments
     recipe = Recipe(scheme, solver="gptq" if solved else solver)
-    known, digest = read_evidence(source, evidence, recipe)
+    known, digest = load_calibrated(source, evidence, recipe)
     run_job(make_plan(source, recipe, digest), out, known, 1)
     return out
 

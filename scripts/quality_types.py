@@ -27,7 +27,7 @@ from script_tools.ggml_library import quantizer
 from torch import Tensor
 
 from v4quant.builtin import CALIBRATION, HELDOUT, resolve_corpus
-from v4quant.conversion.calibrated import read_evidence
+from v4quant.conversion.calibrated import load_calibrated
 from v4quant.conversion.job import run_job
 from v4quant.conversion.plan import make_plan
 from v4quant.evaluation.evaluate import evaluate_checkpoint
@@ -145,7 +145,7 @@ def export(
         found = calibrate(source, config, text.windows, options, 32, silent)
         write_stats(evidence, found.stats)
     recipe = Recipe(name, "gguf", solver="gptq" if way == "solved" else "optimal", draft="drop")
-    known, digest = read_evidence(source, evidence, recipe)
+    known, digest = load_calibrated(source, evidence, recipe)
     with peer_encoder(library if way == "llama.cpp" else None):
         run_job(make_plan(source, recipe, digest), work / "out", known, 1)
     return work / "out"

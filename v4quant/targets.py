@@ -1,4 +1,4 @@
-"""Places: the layers and projections a recipe may give a scheme of their own.
+"""WorkFolders: the layers and projections a recipe may give a scheme of their own.
 
 A recipe's table `[schemes]` maps places to schemes:
 

@@ -1,4 +1,4 @@
-"""FollowingHash: the SHA-256 of a file while it is written, and a light hand on the page cache.
+"""IncrementalHash: the SHA-256 of a file while it is written, and a light hand on the page cache.
 
 A thread reads the file from the front, as far as it is complete, and hashes what it reads, so that
 the hash is ready shortly after the last byte. What it has hashed it sends to the disk at once, and
@@ -34,7 +34,7 @@ _CACHED = 64 * 2**20  # bytes that stay in the page cache behind the hash
 _AHEAD = 64 * 2**20  # bytes that writers may be ahead, beside the largest tensor
 
 
-class FollowingHash(threading.Thread):
+class IncrementalHash(threading.Thread):
     """Hashes a file from the front while it is written, never beyond what `allow` said."""
 
     def __init__(self, handle: int, size: int, largest: int, cached: bool = False) -> None:

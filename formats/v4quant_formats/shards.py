@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from v4quant_formats.errors import OutputError
-from v4quant_formats.file_hash import FollowingHash
+from v4quant_formats.file_hash import IncrementalHash
 from v4quant_formats.spec import DTYPE_BITS, TensorSpec, torch_dtype
 from v4quant_formats.system import create_new, sync_folder, write_at
 
@@ -152,7 +152,7 @@ class ShardWriter:
         except OSError as error:
             raise output_error(self._temporary, error) from None
         largest = max((s.nbytes for s in plan.specs), default=0)
-        self._hash = FollowingHash(self._handle, self.nbytes, largest, cached)
+        self._hash = IncrementalHash(self._handle, self.nbytes, largest, cached)
         try:
             os.ftruncate(self._handle, plan.nbytes)
             write_at(self._handle, plan.header, 0)

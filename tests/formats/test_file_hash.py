@@ -1,4 +1,4 @@
-"""FollowingHash: the right hash, writers held back, a cache given back, failures told."""
+"""IncrementalHash: the right hash, writers held back, a cache given back, failures told."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from v4quant_formats import file_hash as following
 from v4quant_formats import system
-from v4quant_formats.file_hash import FollowingHash, hash_file
+from v4quant_formats.file_hash import IncrementalHash, hash_file
 
 STEP, CACHED = 1 << 16, 1 << 18
 
@@ -39,7 +39,7 @@ def test_the_hash_of_a_file_written_in_uneven_pieces(
     file: tuple[int, bytes], tmp_path: Path
 ) -> None:
     handle, content = file
-    following_hash = FollowingHash(handle, len(content), 0)
+    following_hash = IncrementalHash(handle, len(content), 0)
     done = 0
     for size in (1, STEP - 2, 3 * STEP + 5, 7, len(content)):
         piece = content[done : done + size]
@@ -70,7 +70,7 @@ def test_the_beginning_leaves_the_cache_and_the_end_stays(file: tuple[int, bytes
         os.pwrite(handle, content, 0)
         if not cached(handle, 0):
             pytest.skip("this file system does not say what is cached")
-        following_hash = FollowingHash(handle, len(content), 0)
+        following_hash = IncrementalHash(handle, len(content), 0)
         following_hash.allow(len(content))
         os.fsync(handle)
         following_hash.digest()
@@ -92,7 +92,7 @@ def test_a_file_that_is_read_soon_stays(
     forgotten: list[int] = []
     monkeypatch.setattr(following, "forget_cached", lambda *given: forgotten.append(given[1]))
     for stays in (True, False):
-        following_hash = FollowingHash(handle, len(content), 0, stays)
+        following_hash = IncrementalHash(handle, len(content), 0, stays)
         following_hash.allow(len(content))
         following_hash.digest()
         assert bool(forgotten) != stays
@@ -112,7 +112,7 @@ def test_writers_wait_for_a_hash_that_is_behind(
         real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(following, "_hash_range", slow)
-    following_hash = FollowingHash(handle, len(content), largest=STEP)
+    following_hash = IncrementalHash(handle, len(content), largest=STEP)
     following_hash.allow(2 * STEP)
     following_hash.keep_up()  # no more ahead than it may be
     following_hash.allow(len(content))
@@ -139,7 +139,7 @@ def test_a_write_that_fails_behind_us_is_told(
         return -1
 
     monkeypatch.setattr(system, "_sync_file_range", lambda: full)
-    following_hash = FollowingHash(handle, len(content), 0)
+    following_hash = IncrementalHash(handle, len(content), 0)
     following_hash.allow(len(content))
     following_hash.keep_up()
     with pytest.raises(OSError, match="No space left"):
@@ -150,10 +150,10 @@ def test_a_write_that_fails_behind_us_is_told(
 def test_a_file_that_shrinks_and_one_given_up(file: tuple[int, bytes]) -> None:
     handle, content = file
     os.pwrite(handle, content[:STEP], 0)
-    following_hash = FollowingHash(handle, len(content), 0)
+    following_hash = IncrementalHash(handle, len(content), 0)
     following_hash.allow(len(content))
     with pytest.raises(OSError, match="shrank"):
         following_hash.digest()
-    given_up = FollowingHash(handle, len(content), 0)
+    given_up = IncrementalHash(handle, len(content), 0)
     given_up.stop()
     given_up.keep_up()

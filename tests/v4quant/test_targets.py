@@ -1,4 +1,4 @@
-"""Places of a recipe: read, written, refused, and obeyed by the output."""
+"""WorkFolders of a recipe: read, written, refused, and obeyed by the output."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from v4quant import __version__
 from v4quant.allocation.knapsack import BudgetError, Choice, allocate, fullest
-from v4quant.allocation.sensitivity import Sample, errors, measured_effects
+from v4quant.allocation.sensitivity import Sample, errors, measure_kl
 from v4quant.conversion.plan import Plan, make_plan
 from v4quant.recipe import Recipe, RecipeError
 from v4quant.targets import (
@@ -244,7 +244,7 @@ def allocate_recipe(
     found = errors(checkpoint, shapes, wanted, stats, options.sample, progress)
     effects = dict.fromkeys(found, 1.0)
     if corpus is not None:
-        effects = measured_effects(checkpoint, found, corpus, stats, progress)
+        effects = measure_kl(checkpoint, found, corpus, stats, progress)
     losses = {p: {s: effects[p] * e for s, e in found[p].items()} for p in found}
     recipe, nbytes = _fit(costs, losses, budget)
     most = costs.fixed + fullest(list(_menus(costs, losses).values()), budget - costs.fixed)

@@ -166,7 +166,7 @@ def _as_released(values: Tensor) -> QTensor | Tensor:
     return coded if torch.equal(codec.dequantize(coded), values) else values
 
 
-def measured_effects(
+def measure_kl(
     checkpoint: Checkpoint,
     found: Mapping[Place, Mapping[str, float]],
     corpus: Corpus,

@@ -15,7 +15,7 @@ from v4quant.api.arguments import (
     size_of,
     source_of,
 )
-from v4quant.conversion.calibrated import read_evidence
+from v4quant.conversion.calibrated import load_calibrated
 from v4quant.conversion.job import JobResult, run_job
 from v4quant.conversion.plan import make_plan
 from v4quant.conversion.ranks import current_ranks
@@ -23,7 +23,7 @@ from v4quant.conversion.workers import fit_workers
 from v4quant.devices import find_device
 from v4quant.progress import default_progress
 from v4quant.publishing.card import CardRequest
-from v4quant.publishing.hub_folders import find_places, open_target, share_cap
+from v4quant.publishing.hub_folders import find_folders, open_delivery, share_cap
 from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
 from v4quant.source import open_source
 from v4quant_calibration.solve.solution import is_solution
@@ -109,7 +109,7 @@ def plan_quantize(
     Raises what opening the source, planning and reading `stats` raise.
     """
     with open_source(source_of(source), headers_only=True, adapter=path_of(adapter)) as checkpoint:
-        _, digest = read_evidence(checkpoint, path_of(stats), recipe)
+        _, digest = load_calibrated(checkpoint, path_of(stats), recipe)
         plan = make_plan(checkpoint, recipe, digest)
         return PlannedConversion(
             source=checkpoint.label,
@@ -170,18 +170,18 @@ def quantize(
     where, target, disk = source_of(source), destination_of(out), size_of(disk_cap)
     with current_ranks() as ranks, ExitStack() as stack:
         shown = default_progress(progress) if ranks.is_first else SilentProgress()
-        places = find_places(where, target, path_of(scratch), ranks.size)
+        places = find_folders(where, target, path_of(scratch), ranks.size)
         checkpoint = stack.enter_context(
             open_source(where, places.scratch, disk, adapter=path_of(adapter))
         )
-        evidence, digest = read_evidence(checkpoint, path_of(stats), chosen)
+        evidence, digest = load_calibrated(checkpoint, path_of(stats), chosen)
         plan = replace(make_plan(checkpoint, chosen, digest), device=find_device(device))
         threads = fit_workers(plan, workers or os.cpu_count() or 1, size_of(max_memory))
         share = share_cap(plan, disk, places.out if places.repo is not None else None)
         if places.repo is None:
             return run_job(plan, places.out, evidence, threads, shown, ranks)
         request = CardRequest(places.repo)
-        delivery = open_target(places.repo, places.out, plan, share, not public, request)
+        delivery = open_delivery(places.repo, places.out, plan, share, not public, request)
         result = run_job(plan, places.out, evidence, threads, shown, ranks, delivery)
         places.leave()
         return replace(result, output=str(target))

@@ -15,11 +15,11 @@ from v4quant.progress import default_progress
 from v4quant.publishing.card import CardRequest, license_of, render_card
 from v4quant.publishing.publisher import (
     CommitPlan,
-    Parcel,
     PushResult,
-    card_parcel,
-    parcels_of,
+    RepoFile,
+    card_file,
     plan_commits,
+    repo_files,
 )
 from v4quant.publishing.publisher import push as push_files
 from v4quant.publishing.serving import accepted_engines
@@ -39,7 +39,7 @@ class PlannedPush:
     """What a push would send: files, the commits they go in, and the card's text."""
 
     repo: str
-    files: tuple[Parcel, ...]
+    files: tuple[RepoFile, ...]
     commits: tuple[CommitPlan, ...]
     card: str
 
@@ -49,7 +49,7 @@ class PlannedPush:
             "repo": self.repo,
             "files": [{"name": p.name, "bytes": p.size, "sha256": p.sha256} for p in self.files],
             "commits": [
-                {"title": c.title, "bytes": c.nbytes, "files": [p.name for p in c.parcels]}
+                {"title": c.title, "bytes": c.nbytes, "files": [p.name for p in c.files]}
                 for c in self.commits
             ],
             "card": self.card,
@@ -69,11 +69,11 @@ def plan_push(
     name = parse_hub(f"{SCHEME}{repo.removeprefix(SCHEME)}").repo
     manifest = read_manifest(folder)
     request = CardRequest(name, _evaluation(folder, path_of(evaluation)), base_model, license)
-    parcels = parcels_of(folder, manifest)
+    files = repo_files(folder, manifest)
     card = render_card(manifest, _completed(request, folder))
-    parcels.append(card_parcel(card))
-    commits = plan_commits(parcels, update=False, stale=())
-    return PlannedPush(name, tuple(parcels), tuple(commits), card)
+    files.append(card_file(card))
+    commits = plan_commits(files, update=False, stale=())
+    return PlannedPush(name, tuple(files), tuple(commits), card)
 
 
 def push(

@@ -25,7 +25,7 @@ from v4quant.conversion.records import TensorRecord, record_from_dict
 from v4quant.hub.download import download
 from v4quant.hub.refs import HubRef
 from v4quant.hub.remote import Remote
-from v4quant.hub.shard_cache import Shelf
+from v4quant.hub.shard_cache import ShardCache
 from v4quant.source import Source, open_source
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import split_part
@@ -74,7 +74,7 @@ def verify(out: Source, source: Source | Checkpoint | None, progress: Progress) 
     """
     if isinstance(out, HubRef):
         with open_source(out) as published:
-            if not isinstance(published.shards, Shelf):  # the hub's cache has all of it
+            if not isinstance(published.shards, ShardCache):  # the hub's cache has all of it
                 return verify(published.path, source, progress)
             remote = published.shards.remote
             manifest = _published_manifest(remote)

@@ -80,7 +80,7 @@ def _show(planned: PlannedPush, as_json: bool) -> None:
     rows = [(p.name, _output.human_bytes(p.size), p.sha256[:12]) for p in planned.files]
     _output.data(_output.table(rows, ("file", "bytes", "sha256")))
     _output.data("")
-    steps = [(c.title, str(len(c.parcels)), _output.human_bytes(c.nbytes)) for c in planned.commits]
+    steps = [(c.title, str(len(c.files)), _output.human_bytes(c.nbytes)) for c in planned.commits]
     _output.data(_output.table(steps, ("commit", "files", "bytes")))
     total = _output.human_bytes(sum(p.size for p in planned.files))
     _output.data(f"\n{total} to {SCHEME}{planned.repo}; what is there already is not sent again.")

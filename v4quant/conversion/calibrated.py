@@ -23,7 +23,7 @@ from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import Scheme
 
 
-def read_evidence(
+def load_calibrated(
     checkpoint: Checkpoint, path: Path | None, recipe: Recipe
 ) -> tuple[Evidence | None, str]:
     """Statistics or solution at `path` and its digest; (None, "") without a path.

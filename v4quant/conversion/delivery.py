@@ -49,7 +49,7 @@ class Delivery(Protocol):
         """The job failed: end what runs in the background."""
 
 
-class StayHere:
+class LocalDelivery:
     """The output folder is the destination."""
 
     reads_again = False

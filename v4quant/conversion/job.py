@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from v4quant import __version__
-from v4quant.conversion.delivery import Delivery, StayHere
+from v4quant.conversion.delivery import Delivery, LocalDelivery
 from v4quant.conversion.journal import (
     FinishedShard,
     Journal,
@@ -102,7 +102,7 @@ def run_job(
     """
     started = time.monotonic()
     progress = progress or SilentProgress()
-    delivery = delivery or StayHere()
+    delivery = delivery or LocalDelivery()
     ranks = ranks or Ranks()
     with ExitStack() as stack:
         complete = _enter(plan, out, delivery, ranks, stack)

@@ -1,4 +1,4 @@
-"""Shelf: the few shards of a repository that lie on this disk at one time.
+"""ShardCache: the few shards of a repository that lie on this disk at one time.
 
 A Checkpoint reads its bytes here. Shards that are expected are fetched ahead, in order, by threads
 of their own, as far as the cap allows; a shard that is acquired stays until it is released, and is
@@ -73,7 +73,7 @@ def merge_slices(offsets: Sequence[int], count: int, size: int) -> list[tuple[in
 
 
 def remove_shards(folder: Path) -> None:
-    """Remove the shards that a shelf in this folder left, and the folder if nothing else is in it.
+    """Remove the shards that a cache in this folder left, and the folder if nothing else is in it.
 
     For a folder that a record of ours names, and under its lock.
     """
@@ -86,7 +86,7 @@ def remove_shards(folder: Path) -> None:
         folder.rmdir()
 
 
-class Shelf:
+class ShardCache:
     """Implements `ShardFiles` for a repository. Use as long as the checkpoint; then `close`."""
 
     def __init__(
@@ -201,7 +201,7 @@ class Shelf:
         return data
 
     def expect(self, files: Sequence[str]) -> None:
-        """Begin to fetch these, in this order; everything else on the shelf makes room."""
+        """Begin to fetch these, in this order; everything else in the cache makes room."""
         with self._changed:
             self._queue = deque(files)
             self._sweep(set(files))

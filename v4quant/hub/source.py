@@ -1,9 +1,9 @@
 """A repository on the hub, opened as a Checkpoint.
 
 What is small (config, index, and for conversions the sidecars) is copied into a skeleton folder;
-the shards' headers are read by ranges; the shards themselves stay where they are until the `Shelf`
-fetches them. Whoever holds the Checkpoint need not know. What the local hub cache holds of this
-commit is used in place of the network.
+the shards' headers are read by ranges; the shards themselves stay where they are until the
+`ShardCache` fetches them. Whoever holds the Checkpoint need not know. What the local hub cache
+holds of this commit is used in place of the network.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from v4quant.hub.download import download
 from v4quant.hub.errors import HubError, HubOffline
 from v4quant.hub.refs import SCHEME, HubRef, HubReferenceError, parse_hub
 from v4quant.hub.remote import Remote, open_remote, require
-from v4quant.hub.shard_cache import Shelf, remove_shards
+from v4quant.hub.shard_cache import ShardCache, remove_shards
 from v4quant_formats.checkpoint import (
     INDEX_NAME,
     MAX_INDEX_BYTES,
@@ -139,9 +139,9 @@ def _open_skeleton(
     config, tensors, renamed = understood(f"{remote}: config.json", written, stored)
     used = sorted(headers.read)
     files = {n: FileState(remote.files[n].size) for n in used}
-    shelf = Shelf(remote, used, folder, cap, cached, keep, lock)
+    cache = ShardCache(remote, used, folder, cap, cached, keep, lock)
     origin = Origin(remote.repo, remote.commit, remote.license)
-    return Checkpoint(skeleton, config, tensors, files, shelf, origin, renamed, written)
+    return Checkpoint(skeleton, config, tensors, files, cache, origin, renamed, written)
 
 
 def _shards_of(remote: Remote) -> list[str]:

@@ -25,7 +25,7 @@ from v4quant.builtin import resolve_corpus
 from v4quant.calibration.collect import calibrate_to, draw_corpus, solve_settings
 from v4quant.checks.kernel_check import check_kernels
 from v4quant.checks.verify import verify as verify_checkpoint
-from v4quant.conversion.calibrated import read_evidence, solved_part
+from v4quant.conversion.calibrated import load_calibrated, solved_part
 from v4quant.conversion.job import JobResult, check_folder, run_job
 from v4quant.conversion.plan import make_plan
 from v4quant.conversion.workers import fit_workers
@@ -42,7 +42,7 @@ from v4quant.planner.choices import Effort
 from v4quant.planner.footprint import outline_checkpoint
 from v4quant.progress import default_progress
 from v4quant.publishing.card import CardRequest, Sibling
-from v4quant.publishing.hub_folders import open_target, share_cap, update_card
+from v4quant.publishing.hub_folders import open_delivery, share_cap, update_card
 from v4quant.recipe import Recipe
 from v4quant.source import Source, open_source
 from v4quant_calibration.corpus.corpus import Corpus
@@ -268,7 +268,7 @@ def _calibrate_all(
     """
     step = pipeline.calibrate
     if step is None:
-        return [read_evidence(source, None, target.recipe) for target in targets]
+        return [load_calibrated(source, None, target.recipe) for target in targets]
     first = next((t.solution for t in targets if t.solves), None)
     shared = first or job.folder / "stats.v4q"
     for target in sorted(targets, key=lambda t: not t.solves):
@@ -276,7 +276,7 @@ def _calibrate_all(
         if target.solves or first is None:
             _calibrate(job, step, target, source, out)
             first = first or out
-    return [read_evidence(source, t.solution if t.solves else shared, t.recipe) for t in targets]
+    return [load_calibrated(source, t.solution if t.solves else shared, t.recipe) for t in targets]
 
 
 def _calibrate(job: _Run, step: CorpusStep, target: _Target, source: Checkpoint, out: Path) -> None:
@@ -322,7 +322,7 @@ def _convert(
     share, delivery = share_cap(plan, disk, target.folder if target.repo else None), None
     if target.repo:
         request = CardRequest(target.repo)
-        delivery = open_target(target.repo, target.folder, plan, share, True, request)
+        delivery = open_delivery(target.repo, target.folder, plan, share, True, request)
     result = run_job(plan, target.folder, stats, threads, job.progress, delivery=delivery)
     job.watcher.converted(result)
     return result, share

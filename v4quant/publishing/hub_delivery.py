@@ -28,10 +28,10 @@ from v4quant.publishing.card import CardRequest, render_card
 from v4quant.publishing.publisher import (
     SHARD_SUFFIXES,
     CommitPlan,
-    Parcel,
     Publisher,
-    card_parcel,
-    parcels_of,
+    RepoFile,
+    card_file,
+    repo_files,
 )
 from v4quant.publishing.serving import accepted_engines
 from v4quant_formats.checkpoint import INDEX_NAME
@@ -41,7 +41,7 @@ from v4quant_formats.shards import WrittenFile
 _PATIENCE = 2.0  # seconds for the upload in flight when the job was interrupted
 
 
-class HubTarget:
+class HubDelivery:
     """A `Delivery` into a repository on the hub."""
 
     reads_again = True
@@ -97,7 +97,7 @@ class HubTarget:
 
     def has(self, file: WrittenFile) -> bool:
         """Whether the repository lists this shard with its digest."""
-        return _parcel(self._out, file).is_same(self._there.get(file.name))
+        return _repo_file(self._out, file).is_same(self._there.get(file.name))
 
     def space(self, sizes: Sequence[int]) -> int:
         """The cap, or less when all of them are less."""
@@ -134,21 +134,21 @@ class HubTarget:
         self._queue.put(None)
         self._thread.join()
         self._raise()
-        parcels = parcels_of(out, manifest)
-        self._publisher.compare(p for p in parcels if p.is_shard)
+        files = repo_files(out, manifest)
+        self._publisher.compare(p for p in files if p.is_shard)
         request = self._request
         if (out / INDEX_NAME).exists():  # other containers have no headers that engines check
             # What only serves the card stops no conversion that took hours; a push renders it anew.
             with suppress(HubError), open_published(self.repo, out) as published:
                 request = replace(request, engines=accepted_engines(published))
-        parcels.append(card_parcel(render_card(manifest, request)))
-        rest = tuple(p for p in parcels if not p.is_shard)
+        files.append(card_file(render_card(manifest, request)))
+        rest = tuple(p for p in files if not p.is_shard)
         self._publisher.commit(CommitPlan("Config, index, manifest and card", rest))
-        self._publisher.compare(parcels)
-        for parcel in parcels:
-            if isinstance(parcel.content, Path):
-                parcel.content.unlink(missing_ok=True)
-                for above in PurePosixPath(parcel.name).parents[:-1]:
+        self._publisher.compare(files)
+        for file in files:
+            if isinstance(file.content, Path):
+                file.content.unlink(missing_ok=True)
+                for above in PurePosixPath(file.name).parents[:-1]:
                     remove_if_empty(out / above)
 
     def stop(self) -> None:
@@ -161,7 +161,7 @@ class HubTarget:
         while (file := self._queue.get()) is not None and not self._stopping.is_set():
             try:
                 title = f"Add {file.name}"
-                self._publisher.commit(CommitPlan(title, (_parcel(self._out, file),)))
+                self._publisher.commit(CommitPlan(title, (_repo_file(self._out, file),)))
                 (self._out / file.name).unlink(missing_ok=True)
             except BaseException as error:  # noqa: BLE001  (handed to the job)
                 with self._changed:
@@ -177,5 +177,5 @@ class HubTarget:
             raise self._error
 
 
-def _parcel(out: Path, file: WrittenFile) -> Parcel:
-    return Parcel(file.name, file.nbytes, file.sha256, out / file.name)
+def _repo_file(out: Path, file: WrittenFile) -> RepoFile:
+    return RepoFile(file.name, file.nbytes, file.sha256, out / file.name)

@@ -19,12 +19,12 @@ from v4quant.conversion.job import check_folder
 from v4quant.conversion.journal import SOURCE_FOLDER, journal_files
 from v4quant.conversion.plan import Plan
 from v4quant.hub.refs import HubRef, HubReferenceError
-from v4quant.hub.shard_cache import DiskCapError, Shelf
+from v4quant.hub.shard_cache import DiskCapError, ShardCache
 from v4quant.hub.source import open_hub
 from v4quant.own_folders import is_made_home, own_folder, remove_if_empty
 from v4quant.publishing.card import CardRequest, render_card
-from v4quant.publishing.hub_delivery import HubTarget
-from v4quant.publishing.publisher import CommitPlan, Publisher, card_parcel
+from v4quant.publishing.hub_delivery import HubDelivery
+from v4quant.publishing.publisher import CommitPlan, Publisher, card_file
 from v4quant.publishing.serving import accepted_engines
 from v4quant.source import Source
 from v4quant_formats.checkpoint import INDEX_NAME
@@ -42,7 +42,7 @@ class NotWithRanks(V4QuantError):
 
 
 @dataclass(frozen=True)
-class Places:
+class WorkFolders:
     """Where a conversion works.
 
     scratch: for source shards, None for a temporary folder. made: whether `out` is a work folder
@@ -60,7 +60,9 @@ class Places:
             remove_if_empty(self.out)
 
 
-def find_places(source: Source, out: Destination, scratch: Path | None, ranks: int = 1) -> Places:
+def find_folders(
+    source: Source, out: Destination, scratch: Path | None, ranks: int = 1
+) -> WorkFolders:
     """Decide the folders and check the output folder before anything is fetched into it.
 
     Raises OutputError, HubReferenceError or NotWithRanks.
@@ -77,14 +79,14 @@ def find_places(source: Source, out: Destination, scratch: Path | None, ranks: i
         folder = scratch or Path(f"v4quant-{out.repo.replace('/', '--')}")
         check_folder(folder)
         fetched = own_folder(folder, SOURCE_FOLDER) if remote else None
-        return Places(folder, fetched, out.repo, is_made_home(folder))
+        return WorkFolders(folder, fetched, out.repo, is_made_home(folder))
     finished = (out / MANIFEST_NAME).exists() and not journal_files(out)
     if not remote or finished:
-        return Places(out, None, None)
+        return WorkFolders(out, None, None)
     if scratch is None:
         check_folder(out)
         scratch = own_folder(out, SOURCE_FOLDER)
-    return Places(out, scratch, None)
+    return WorkFolders(out, scratch, None)
 
 
 def share_cap(plan: Plan, cap: int | None, work: Path | None) -> int:
@@ -94,14 +96,16 @@ def share_cap(plan: Plan, cap: int | None, work: Path | None) -> int:
     Without a cap it is three shards a side, or what the disk has and an earlier run left here.
     """
     target = work is not None
-    shelf = plan.checkpoint.shards
+    cache = plan.checkpoint.shards
     sizes = {name: state.size for name, state in plan.checkpoint.files.items()}
-    remote = isinstance(shelf, Shelf)
+    remote = isinstance(cache, ShardCache)
     source = max(sum(sizes[f] for f in s.source_files) for s in plan.shards) if remote else 0
     output = max(s.nbytes for s in plan.shards) if target else 0
     if cap is None:
         cap = _AT_ONCE * (source + output)
-        room = [_room(p) for p in (work, shelf.folder if isinstance(shelf, Shelf) else None) if p]
+        room = [
+            _room(p) for p in (work, cache.folder if isinstance(cache, ShardCache) else None) if p
+        ]
         cap = min([cap, *room])
         if cap < source + output:
             raise DiskCapError(
@@ -115,8 +119,8 @@ def share_cap(plan: Plan, cap: int | None, work: Path | None) -> int:
         )
     mine = cap * source // (source + output) if remote else 0
     mine = min(max(mine, source), cap - output)
-    if isinstance(shelf, Shelf):
-        shelf.cap = mine
+    if isinstance(cache, ShardCache):
+        cache.cap = mine
     return cap - mine
 
 
@@ -136,15 +140,15 @@ def update_card(repo: str, request: CardRequest) -> None:
     if any(f["name"] == INDEX_NAME for f in manifest["files"]):
         with open_hub(HubRef(repo), headers_only=True) as published:
             request = replace(request, engines=accepted_engines(published))
-    card = card_parcel(render_card(manifest, request))
+    card = card_file(render_card(manifest, request))
     publisher.commit(CommitPlan("Card with the evaluation", (card,)))
 
 
-def open_target(
+def open_delivery(
     repo: str, out: Path, plan: Plan, cap: int, private: bool, request: CardRequest
-) -> HubTarget:
+) -> HubDelivery:
     """Check the repository and begin to deliver to it. Raises HubError and its kinds."""
-    target = HubTarget(repo, out, cap, request, private)
+    target = HubDelivery(repo, out, cap, request, private)
     try:
         target.refuse_other(plan)
     except BaseException:

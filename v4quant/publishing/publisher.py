@@ -38,7 +38,7 @@ class NotPublished(HubError):
 
 
 @dataclass(frozen=True)
-class Parcel:
+class RepoFile:
     """One file to publish: its name in the repository, and where its bytes are."""
 
     name: str
@@ -67,56 +67,56 @@ class CommitPlan:
     """One commit to be made."""
 
     title: str
-    parcels: tuple[Parcel, ...]
+    files: tuple[RepoFile, ...]
     deletions: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes of its files."""
-        return sum(p.size for p in self.parcels)
+        return sum(p.size for p in self.files)
 
 
-def parcels_of(out: Path, manifest: dict[str, Any]) -> list[Parcel]:
+def repo_files(out: Path, manifest: dict[str, Any]) -> list[RepoFile]:
     """Every file of a converted checkpoint, as its manifest lists them, and the manifest."""
     found = []
     for row in manifest["files"]:
         check_name(str(out), row["name"])
-        found.append(Parcel(row["name"], row["bytes"], row["sha256"], out / row["name"]))
+        found.append(RepoFile(row["name"], row["bytes"], row["sha256"], out / row["name"]))
     path = out / MANIFEST_NAME
-    found.append(Parcel(MANIFEST_NAME, path.stat().st_size, hash_file(path), path))
-    for parcel in found:
-        if parcel.size > MAX_FILE_BYTES:
+    found.append(RepoFile(MANIFEST_NAME, path.stat().st_size, hash_file(path), path))
+    for file in found:
+        if file.size > MAX_FILE_BYTES:
             raise HubError(
-                f"{parcel.name}: {parcel.size:,} bytes are more than the hub takes in one file"
+                f"{file.name}: {file.size:,} bytes are more than the hub takes in one file"
             )
     return found
 
 
-def card_parcel(card: str) -> Parcel:
+def card_file(card: str) -> RepoFile:
     """The card as a file of the repository."""
     text = card.encode()
-    return Parcel(CARD_NAME, len(text), hashlib.sha256(text).hexdigest(), text)
+    return RepoFile(CARD_NAME, len(text), hashlib.sha256(text).hexdigest(), text)
 
 
-def plan_commits(parcels: Sequence[Parcel], update: bool, stale: Iterable[str]) -> list[CommitPlan]:
+def plan_commits(files: Sequence[RepoFile], update: bool, stale: Iterable[str]) -> list[CommitPlan]:
     """Shards in groups, everything else last; one commit when `main` already is a checkpoint."""
     stale = tuple(sorted(stale))
     if update:
-        return [CommitPlan("Replace the checkpoint", tuple(parcels), stale)]
-    groups: list[list[Parcel]] = []
-    shards = [p for p in parcels if p.is_shard]
-    for parcel in shards:
+        return [CommitPlan("Replace the checkpoint", tuple(files), stale)]
+    groups: list[list[RepoFile]] = []
+    shards = [p for p in files if p.is_shard]
+    for file in shards:
         last = groups[-1] if groups else []
-        full = sum(p.size for p in last) + parcel.size > COMMIT_BYTES or len(last) >= COMMIT_FILES
+        full = sum(p.size for p in last) + file.size > COMMIT_BYTES or len(last) >= COMMIT_FILES
         if not last or full:
             groups.append([])
-        groups[-1].append(parcel)
+        groups[-1].append(file)
     done, plans = 0, []
     for group in groups:
         first, done = done + 1, done + len(group)
         span = f"{first}" if first == done else f"{first}-{done}"
         plans.append(CommitPlan(f"Shards {span} of {len(shards)}", tuple(group)))
-    rest = tuple(p for p in parcels if not p.is_shard)
+    rest = tuple(p for p in files if not p.is_shard)
     return [*plans, CommitPlan("Config, index, manifest and card", rest, stale)]
 
 
@@ -174,17 +174,17 @@ class Publisher:
             from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
             there = self.files()
-            todo = [p for p in plan.parcels if not p.is_same(there.get(p.name))]
+            todo = [p for p in plan.files if not p.is_same(there.get(p.name))]
             stale = [n for n in plan.deletions if n in there]
             if not todo and not stale:
                 return
             operations: list[Any] = [CommitOperationDelete(n) for n in stale]
-            for parcel in todo:
-                content = parcel.content
+            for file in todo:
+                content = file.content
                 add = CommitOperationAdd(
-                    parcel.name, content if isinstance(content, bytes) else str(content)
+                    file.name, content if isinstance(content, bytes) else str(content)
                 )
-                add.upload_info.sha256 = bytes.fromhex(parcel.sha256)
+                add.upload_info.sha256 = bytes.fromhex(file.sha256)
                 operations.append(add)
             sent = sum(p.size for p in todo)
             self._api.create_commit(
@@ -194,10 +194,10 @@ class Publisher:
         self._ask(plan.title, attempt)
         return sent
 
-    def compare(self, parcels: Iterable[Parcel]) -> None:
+    def compare(self, files: Iterable[RepoFile]) -> None:
         """Compare what the repository lists with what was to be sent. Raises NotPublished."""
         there = self.files()
-        wrong = [p.name for p in parcels if not p.is_same(there.get(p.name))]
+        wrong = [p.name for p in files if not p.is_same(there.get(p.name))]
         if wrong:
             raise NotPublished(
                 f"{self}: {len(wrong)} files are not as the manifest says ({wrong[0]}, ...); do "
@@ -229,12 +229,12 @@ class PushResult:
 
 
 def push_plan(
-    parcels: Sequence[Parcel], there: dict[str, RemoteFile], replace: bool, repo: str
+    files: Sequence[RepoFile], there: dict[str, RemoteFile], replace: bool, repo: str
 ) -> list[CommitPlan]:
     """The commits that bring a repository to these files. Raises HubError for foreign shards."""
-    names = {p.name for p in parcels}
+    names = {p.name for p in files}
     foreign = [n for n in there if n.endswith(SHARD_SUFFIXES) and n not in names]
-    differs = any(not p.is_same(there.get(p.name)) for p in parcels if p.is_shard)
+    differs = any(not p.is_same(there.get(p.name)) for p in files if p.is_shard)
     finished = MANIFEST_NAME in there or INDEX_NAME in there
     if (foreign or (finished and differs)) and not replace:
         example = foreign[0] if foreign else INDEX_NAME
@@ -242,12 +242,12 @@ def push_plan(
             f"hf://{repo}: already holds another checkpoint ({example}); name a new repository, "
             "or replace it in one commit with --replace"
         )
-    return plan_commits(parcels, finished, foreign)
+    return plan_commits(files, finished, foreign)
 
 
 def push(
     repo: str,
-    parcels: Sequence[Parcel],
+    files: Sequence[RepoFile],
     private: bool = True,
     replace: bool = False,
     advance: Callable[[int], None] = lambda count: None,
@@ -259,11 +259,11 @@ def push(
     publisher = Publisher(repo)
     publisher.preflight(private)
     sent = commits = 0
-    for plan in push_plan(parcels, publisher.files(), replace, repo):
+    for plan in push_plan(files, publisher.files(), replace, repo):
         count = publisher.commit(plan)
         sent, commits = sent + count, commits + bool(count)
         advance(plan.nbytes)
-    publisher.compare(parcels)
+    publisher.compare(files)
     return PushResult(
-        repo, publisher.is_private(), len(parcels), sum(p.size for p in parcels), sent, commits
+        repo, publisher.is_private(), len(files), sum(p.size for p in files), sent, commits
     )

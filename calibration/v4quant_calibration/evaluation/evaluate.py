@@ -17,8 +17,8 @@ import torch
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.evaluation.divergence import DivergenceError, TokenRecords, summarise
 from v4quant_calibration.evaluation.draft_acceptance import DraftMember, score_drafts
-from v4quant_calibration.evaluation.layer_comparison import LayerNotes, watch_of
-from v4quant_calibration.evaluation.layer_recorder import LayerWatch
+from v4quant_calibration.evaluation.layer_comparison import LayerComparison, watch_of
+from v4quant_calibration.evaluation.layer_recorder import LayerRecorder
 from v4quant_calibration.evaluation.needle import Needles, needle_figures
 from v4quant_calibration.evaluation.noise_floor import floor_options
 from v4quant_calibration.evaluation.scoring import (
@@ -114,13 +114,13 @@ def evaluate_all(
     for checkpoint in checkpoints:
         _check_same_model(model_config(checkpoint), config, checkpoint, reference)
     experts = config.n_routed_experts
-    watch = LayerWatch(experts, keep_outputs=True)
+    watch = LayerRecorder(experts, keep_outputs=True)
     params = CheckpointParams(reference, room.device)
     original = StreamModel(params, options, watch, name=str(reference.path))
     candidates = [_candidate(c, options, experts, room.device) for c in checkpoints]
     variants = floor_options(options, measures.floors)
     floors = [replace(original, options=o, observer=None) for _, o in variants]
-    layers = LayerNotes(room.store, config, original, candidates)
+    layers = LayerComparison(room.store, config, original, candidates)
     models, local = [original, *candidates, *floors], range(1, len(candidates) + 1)
     text = measures.with_needles(corpus)
     taps = measures.taps(config, 2 + len(checkpoints))
@@ -156,8 +156,8 @@ def _candidate(
     return StreamModel(
         CheckpointParams(checkpoint, device),
         options,
-        LayerWatch(experts, keep_outputs=False),
-        LayerWatch(experts, keep_outputs=True, keep_picks=False),
+        LayerRecorder(experts, keep_outputs=False),
+        LayerRecorder(experts, keep_outputs=True, keep_picks=False),
         str(checkpoint.path),
     )
 

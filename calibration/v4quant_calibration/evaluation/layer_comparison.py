@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from v4quant_calibration.evaluation.layer_recorder import (
-    LayerWatch,
+    LayerRecorder,
     expert_errors,
     index_agreement,
     router_agreement,
@@ -48,7 +48,7 @@ class LayerRow:
     expert_output_worst: int | None
 
 
-class LayerNotes:
+class LayerComparison:
     """The rows of finished layers, kept with the streams so that a run can go on."""
 
     def __init__(
@@ -105,7 +105,7 @@ def _layer_row(
     return row
 
 
-def watch_of(observer: Observer | None) -> LayerWatch:
+def watch_of(observer: Observer | None) -> LayerRecorder:
     """The watch of a model that has one."""
-    assert isinstance(observer, LayerWatch)
+    assert isinstance(observer, LayerRecorder)
     return observer

@@ -20,7 +20,7 @@ from v4quant_calibration.model.observer import SilentObserver
 SAMPLE_ROWS = 32
 
 
-class LayerWatch(SilentObserver):
+class LayerRecorder(SilentObserver):
     """Choices of one model in the layer that ran last, and a sample of its experts' outputs.
 
     expert_ids: int64 `[T, top_k]`. picks: int32 `[q, top_k]` blocks. outputs: by expert, tokens
@@ -83,13 +83,13 @@ class LayerWatch(SilentObserver):
         ]
 
 
-def router_agreement(reference: LayerWatch, other: LayerWatch) -> float:
+def router_agreement(reference: LayerRecorder, other: LayerRecorder) -> float:
     """Share of the reference's chosen experts that the other chose too."""
     stays = (reference.expert_ids.unsqueeze(2) == other.expert_ids.unsqueeze(1)).any(2)
     return float(stays.double().mean())
 
 
-def index_agreement(reference: LayerWatch, other: LayerWatch) -> float | None:
+def index_agreement(reference: LayerRecorder, other: LayerRecorder) -> float | None:
     """Share of the entries the reference's indexer chose that the other's chose too.
 
     None where no query had more entries than it may read.
@@ -105,7 +105,7 @@ def index_agreement(reference: LayerWatch, other: LayerWatch) -> float | None:
     return kept / chosen if chosen else None
 
 
-def expert_errors(reference: LayerWatch, other: LayerWatch) -> dict[int, float]:
+def expert_errors(reference: LayerRecorder, other: LayerRecorder) -> dict[int, float]:
     """Relative error of each expert's sampled output, over tokens that both sent to it.
 
     ||other - reference|| / ||reference|| by expert; experts without a common token are absent.

@@ -92,7 +92,7 @@ def collect_kernel(
 ):
     """words[row, :]: at most CAP (complemented key, index) of a row, among them its k largest.
 
-    Places that are not needed keep what they hold. Grid: rows.
+    WorkFolders that are not needed keep what they hold. Grid: rows.
     """
     line = logits_ptr + tl.program_id(0).to(tl.int64) * row_stride
     zero = tl.program_id(0).to(tl.int64) * 0

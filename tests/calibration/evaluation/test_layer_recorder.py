@@ -7,7 +7,7 @@ import torch
 
 from v4quant_calibration.evaluation.layer_recorder import (
     SAMPLE_ROWS,
-    LayerWatch,
+    LayerRecorder,
     expert_errors,
     index_agreement,
     router_agreement,
@@ -16,8 +16,8 @@ from v4quant_calibration.evaluation.layer_recorder import (
 EXPERTS = 9
 
 
-def watches() -> tuple[LayerWatch, LayerWatch]:
-    return LayerWatch(EXPERTS, True), LayerWatch(EXPERTS, True)
+def watches() -> tuple[LayerRecorder, LayerRecorder]:
+    return LayerRecorder(EXPERTS, True), LayerRecorder(EXPERTS, True)
 
 
 def choices(generator: torch.Generator, rows: int, top_k: int, of: int) -> torch.Tensor:
@@ -71,17 +71,17 @@ def test_expert_errors_take_common_tokens(generator: torch.Generator) -> None:
     right, mine = y[[1, 3]].double(), z[[1, 2]].double()
     assert found[2] == pytest.approx(float((mine - right).norm() / right.norm()), rel=1e-12)
     assert found[3] == pytest.approx(0.5, rel=1e-6)
-    assert LayerWatch(EXPERTS, False).outputs == {}
+    assert LayerRecorder(EXPERTS, False).outputs == {}
 
 
 def test_only_a_sample_is_kept(generator: torch.Generator) -> None:
-    one = LayerWatch(EXPERTS, True)
+    one = LayerRecorder(EXPERTS, True)
     y = torch.randn(100, 4, generator=generator)
     one.on_expert_output("layers.0", 1, torch.arange(100), y)
     one.on_expert_output("layers.0", 1, torch.arange(100, 200), y)
     tokens, rows = one.outputs[1]
     assert tokens.tolist() == list(range(SAMPLE_ROWS)) and torch.equal(rows, y[:SAMPLE_ROWS])
     assert rows.untyped_storage().nbytes() == rows.numel() * 4, "keeps only what it needs"
-    silent = LayerWatch(EXPERTS, False)
+    silent = LayerRecorder(EXPERTS, False)
     silent.on_expert_output("layers.0", 1, torch.arange(100), y)
     assert silent.outputs == {}

@@ -106,7 +106,7 @@ def test_dense_matrices_take_part_where_asked(
     def alike(_: object, found: Mapping[Place, object], *rest: object) -> dict[Place, float]:
         return dict.fromkeys(found, 1.0)
 
-    monkeypatch.setattr("v4quant.allocation.allocate.measured_effects", alike)
+    monkeypatch.setattr("v4quant.allocation.allocate.measure_kl", alike)
     text = _text(checkpoint, CALIBRATION, 128)
     options = replace(SMALL, dense=AUTO)
     costs = find_costs(checkpoint, options)
@@ -354,7 +354,7 @@ def test_a_sweep_of_budgets(
         losses[place] = {s: effect * (0.2 + 0.6 * base) ** i for i, s in enumerate(ordered)}
     monkeypatch.setattr("v4quant.allocation.allocate.errors", lambda *_: losses)
     monkeypatch.setattr(
-        "v4quant.allocation.allocate.measured_effects", lambda *_: dict.fromkeys(losses, 1)
+        "v4quant.allocation.allocate.measure_kl", lambda *_: dict.fromkeys(losses, 1)
     )
     monkeypatch.setattr(
         "v4quant.allocation.allocate.make_plan", lambda _, recipe: _Sized(costs, recipe)

@@ -16,7 +16,7 @@ from tests.support.conversion import TINY, convert
 from v4quant.api.calibration import CalibrationResult
 from v4quant.builtin import CALIBRATION
 from v4quant.checks.verify import verify
-from v4quant.conversion.calibrated import read_evidence
+from v4quant.conversion.calibrated import load_calibrated
 from v4quant.recipe import Recipe
 from v4quant_calibration.statistics.imatrix import load_imatrix
 from v4quant_calibration.statistics.stats import StatsError
@@ -115,7 +115,7 @@ def test_somebody_elses_file_weighs_errors(
 ) -> None:
     path, _ = made
     recipe = Recipe("q2_k", "gguf", dense="q2_k")
-    stats, digest = read_evidence(source, path, recipe)
+    stats, digest = load_calibrated(source, path, recipe)
     assert stats is not None and len(digest) == 64
     out, plain = tmp_path / "out", tmp_path / "plain"
     convert(TINY_V4, out, recipe, stats=stats)
@@ -160,7 +160,7 @@ def test_bad_files_are_refused(source: Checkpoint, config: ModelConfig, tmp_path
 
     def refuse(path: Path, match: str) -> None:
         with pytest.raises(StatsError, match=match):
-            read_evidence(source, path, Recipe("q2_k"))
+            load_calibrated(source, path, Recipe("q2_k"))
 
     refuse(_file(tmp_path / "a", sums[:, 1:], counts), "made for another model")
     refuse(_file(tmp_path / "b", sums, counts), "covers no layer")

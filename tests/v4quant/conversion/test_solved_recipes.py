@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from v4quant.builtin import TINY_V4
 from v4quant.cli import cli
-from v4quant.conversion.calibrated import read_evidence, solved_part
+from v4quant.conversion.calibrated import load_calibrated, solved_part
 from v4quant.recipe import Recipe, RecipeError, recipe_from_table
 from v4quant.source import open_source, resolve_source
 from v4quant_calibration.solve.solution import load_solution
@@ -86,15 +86,15 @@ def test_the_file_has_the_solutions_codes(folder: Path) -> None:
 def test_solutions_for_other_recipes_are_refused(folder: Path) -> None:
     recipe = recipe_from_table({**tomllib.loads(TEXT), "solver": "gptq"}, "r.toml")
     with open_source(resolve_source(TINY_V4)) as source:
-        evidence, digest = read_evidence(source, folder / "solved", recipe)
+        evidence, digest = load_calibrated(source, folder / "solved", recipe)
         assert evidence is not None and digest
         for table in ({"schemes": {"head": "q3_k"}}, {"dense": "q8_0"}):
             changed = recipe_from_table({**tomllib.loads(TEXT), "solver": "gptq", **table}, "x")
             if "dense" in table:  # dense matrices without a line were not solved: any type will do
-                read_evidence(source, folder / "solved", changed)
+                load_calibrated(source, folder / "solved", changed)
                 continue
             with pytest.raises(RecipeError, match="for other dense types or"):
-                read_evidence(source, folder / "solved", changed)
+                load_calibrated(source, folder / "solved", changed)
     assert solved_part(recipe) == solved_part(recipe_from_table(tomllib.loads(TEXT), "x"))
 
 

@@ -25,7 +25,7 @@ from v4quant.hub.refs import HubRef
 from v4quant.hub.remote import open_remote
 from v4quant.hub.shard_cache import merge_slices
 from v4quant.hub.source import open_hub
-from v4quant.publishing.publisher import Parcel, push
+from v4quant.publishing.publisher import RepoFile, push
 
 REF = HubRef("maker/V4-Tiny")
 NAME = "model-top.safetensors"
@@ -68,8 +68,8 @@ def test_uploads_confirmed_elsewhere(two_hosts: FakeHub, tmp_path: Path) -> None
     two_hosts.verify_url = two_hosts.cdn
     shard = tmp_path / "model.safetensors"
     shard.write_bytes(b"x" * 1000)
-    parcel = Parcel(shard.name, 1000, hashlib.sha256(b"x" * 1000).hexdigest(), shard)
-    push(f"{USER}/new", [parcel])
+    file = RepoFile(shard.name, 1000, hashlib.sha256(b"x" * 1000).hexdigest(), shard)
+    push(f"{USER}/new", [file])
     verified = [s for s in two_hosts.log if s.route == "lfs_verify"]
     assert verified and all(s.host.startswith("localhost") for s in verified)
     assert hosts_with_token(two_hosts) == {two_hosts.url.removeprefix("http://")}
