@@ -32,8 +32,8 @@ LARGEST = 2.0
 
 NOT_WORTH_ROUNDING = 2.0**-8
 """Solved scales are each the best for their codes, and rounding all of a row's to BF16 again may
-move one by so much. Below four bits every row gains more; at int4-g32, where 99 % of rows do not,
-restoring all of them cost KL on held-out text."""
+move one by so much. Below four bits every row gains more; at int4-g32 99 % of rows gain less, and
+restoring all of them made no difference on held-out text (KL 0.00088 against 0.00087)."""
 
 _AT_ONCE = 1 << 17  # elements taken at a time: what is made of them stays in the cache
 
