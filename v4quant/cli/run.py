@@ -60,7 +60,7 @@ def run(
     nothing that is done but verification.
     """
     if dry_run:
-        planned = v4quant.plan_run(recipe, effort=effort, workers=workers)
+        planned = v4quant.plan_run(recipe, model=model, effort=effort, workers=workers)
         _output.emit(planned) if as_json else _output.data("\n".join(planned.steps))
         return
     result = v4quant.run(

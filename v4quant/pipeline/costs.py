@@ -30,13 +30,17 @@ class PlannedRun:
 
 
 def plan_run(
-    recipe: str, *, effort: Effort | None = None, workers: int | None = None
+    recipe: str,
+    *,
+    model: str = "v4",
+    effort: Effort | None = None,
+    workers: int | None = None,
 ) -> PlannedRun:
     """The whole of a run file, from headers alone; nothing is written.
 
     Raises RecipeError for what the file asks, and what planning the conversions raises.
     """
-    pipeline, cores = load_pipeline(recipe), workers or os.cpu_count() or 1
+    pipeline, cores = load_pipeline(recipe, model), workers or os.cpu_count() or 1
     with open_source(source_of(pipeline.source), headers_only=True) as source:
         outline = outline_checkpoint(source)
     if effort is not None:
