@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
@@ -9,6 +10,12 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.support.scripts import load_script
+from v4quant_kernels.ggml_types import GGML_TYPES
+
+# The solved types' KL over that of llama.cpp's encoder with the same importance.
+BARS = {
+    "iq2_xxs": 0.50, "iq2_xs": 0.48, "iq2_s": 0.45, "iq3_xxs": 0.47, "iq3_s": 0.35, "iq1_m": 0.55,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +58,12 @@ def test_types_that_nobody_solves_are_no_choice(script: ModuleType) -> None:
     assert "mxfp4" not in script.TYPES and {"iq1_s", "q2_0", "q8_0"} <= set(script.TYPES)
     with pytest.raises(SystemExit):
         script.main(["f16"])
+
+
+def test_stored_types_are_below_their_bars(script: ModuleType) -> None:
+    stored = json.loads(script.STORED.read_text())["types"]
+    assert stored and script.PAGE.read_text() == script.page(stored)
+    for name, row in stored.items():
+        assert row["bits"] == GGML_TYPES[name].bits_per_weight
+        assert row["searched"]["kl"] <= row["llama.cpp"]["kl"], name
+        assert row["solved"]["kl"] <= BARS[name] * row["llama.cpp"]["kl"], name
