@@ -35,7 +35,8 @@ from v4quant_calibration.forward.stream import StreamModel, stream_forward
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import load_model_config
 from v4quant_formats.opening import open_checkpoint
-from v4quant_formats.weights import find_weight, read_dense
+from v4quant_formats.weight_reading import read_dense
+from v4quant_formats.weights import find_weight
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -21,7 +21,7 @@ from v4quant.source import open_source
 from v4quant_formats.adapter import AdapterError, open_adapter, with_adapter
 from v4quant_formats.errors import MissingTensor, UnexpectedTensor, WrongDtype
 from v4quant_formats.opening import open_checkpoint
-from v4quant_formats.weights import read_dense, read_dense_rows
+from v4quant_formats.weight_reading import read_dense, read_dense_rows
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import SilentProgress
 

@@ -14,7 +14,8 @@ from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import split_part
 from v4quant_formats.errors import MissingTensor, WrongDtype
 from v4quant_formats.opening import open_checkpoint
-from v4quant_formats.weights import find_weight, read_dense, read_weight
+from v4quant_formats.weight_reading import read_dense, read_weight
+from v4quant_formats.weights import find_weight
 from v4quant_kernels.codec import dequantize
 from v4quant_kernels.errors import NonFiniteWeight
 from v4quant_kernels.scheme import SCHEMES as TABLE

@@ -13,7 +13,7 @@ from tests.support.conversion import convert
 from tests.support.scripts import load_script
 from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.opening import open_checkpoint
-from v4quant_formats.weights import read_dense
+from v4quant_formats.weight_reading import read_dense
 
 TINY_A = Path(__file__).parents[1] / "data" / "tiny-a"
 

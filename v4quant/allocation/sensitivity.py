@@ -34,7 +34,7 @@ from v4quant_calibration.rounding.solvers import optimal
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import TensorName, parse_name
-from v4quant_formats.weights import read_dense_rows
+from v4quant_formats.weight_reading import read_dense_rows
 from v4quant_kernels import codec
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.qtensor import QTensor

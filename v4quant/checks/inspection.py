@@ -24,7 +24,8 @@ from v4quant_formats.deepseek_v4 import (
 from v4quant_formats.errors import FormatError
 from v4quant_formats.model_config import Dimensions, LayerFacts
 from v4quant_formats.structure import MAX_DEFECTS, find_defects
-from v4quant_formats.weights import StoredWeight, check_finite, read_weight
+from v4quant_formats.weight_reading import check_finite, read_weight
+from v4quant_formats.weights import StoredWeight
 from v4quant_kernels.cast import nonzero_exponents
 from v4quant_kernels.errors import NonFiniteWeight
 from v4quant_kernels.progress import Progress

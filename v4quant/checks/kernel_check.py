@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import PROJECTIONS, expert_module, parse_name
-from v4quant_formats.weights import find_weight, read_weight
+from v4quant_formats.weight_reading import read_weight
+from v4quant_formats.weights import find_weight
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.experts import ExpertWeights, stack_experts
 from v4quant_kernels.progress import Progress

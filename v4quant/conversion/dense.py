@@ -27,7 +27,8 @@ from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.errors import WrongDtype
 from v4quant_formats.shards import ShardWriter
 from v4quant_formats.spec import TORCH_DTYPES
-from v4quant_formats.weights import StoredWeight, check_finite, read_matrix, scale_part
+from v4quant_formats.weight_reading import check_finite, read_matrix
+from v4quant_formats.weights import StoredWeight, scale_part
 from v4quant_kernels import codec
 from v4quant_kernels.ggml_types import block_type
 from v4quant_kernels.qtensor import QTensor

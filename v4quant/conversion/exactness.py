@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import PROJECTIONS, expert_module
-from v4quant_formats.weights import find_weight, read_weight, scale_part
+from v4quant_formats.weight_reading import read_weight
+from v4quant_formats.weights import find_weight, scale_part
 from v4quant_kernels.cast import cast_mxfp4, top_exponent
 from v4quant_kernels.ref import e8m0
 from v4quant_kernels.scheme import Scheme

@@ -31,7 +31,8 @@ from v4quant_calibration.rounding.solvers import SOLVERS, optimal
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.layouts.deepseek import DEEPSEEK
 from v4quant_formats.shards import ShardWriter
-from v4quant_formats.weights import StoredWeight, read_matrix
+from v4quant_formats.weight_reading import read_matrix
+from v4quant_formats.weights import StoredWeight
 from v4quant_kernels import codec
 from v4quant_kernels.cast import can_cast, cast_mxfp4, top_exponent
 from v4quant_kernels.qtensor import QTensor

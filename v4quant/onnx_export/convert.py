@@ -19,7 +19,8 @@ from v4quant_formats.errors import WrongDtype
 from v4quant_formats.onnx.decode import tile_scales
 from v4quant_formats.onnx.experts import expert_pieces
 from v4quant_formats.shards import ShardWriter
-from v4quant_formats.weights import StoredWeight, check_finite, read_dense, read_weight
+from v4quant_formats.weight_reading import check_finite, read_dense, read_weight
+from v4quant_formats.weights import StoredWeight
 from v4quant_kernels import codec
 from v4quant_kernels.cast import can_cast, cast_mxfp4
 from v4quant_kernels.qtensor import QTensor

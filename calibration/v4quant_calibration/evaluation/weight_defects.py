@@ -18,7 +18,7 @@ from torch import Tensor
 
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import PARTS, TensorName
-from v4quant_formats.weights import read_dense
+from v4quant_formats.weight_reading import read_dense
 
 _ROWS = 512
 # A hypothesis must leave at most this share of the error.

@@ -24,7 +24,8 @@ from v4quant_calibration.evaluation.weight_defects import explain, relative_erro
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import TensorName, expert_module, parse_name
 from v4quant_formats.spec import TORCH_DTYPES
-from v4quant_formats.weights import StoredWeight, find_weight, read_dense, read_weight
+from v4quant_formats.weight_reading import read_dense, read_weight
+from v4quant_formats.weights import StoredWeight, find_weight
 from v4quant_kernels import codec
 from v4quant_kernels.cast import can_cast, cast_mxfp4, top_exponent
 from v4quant_kernels.errors import UnsupportedScheme, V4QuantError

@@ -21,7 +21,7 @@ from v4quant_formats.model_config import (
     parse_dimensions,
     parse_model_config,
 )
-from v4quant_formats.weights import read_coded, read_dense, read_dense_at, read_dense_rows
+from v4quant_formats.weight_reading import read_coded, read_dense, read_dense_at, read_dense_rows
 from v4quant_kernels.qtensor import QTensor
 
 CPU = torch.device("cpu")

@@ -42,7 +42,8 @@ from v4quant_calibration.solve.stage_writer import StageWriter
 from v4quant_calibration.solve.team import ALONE, Team
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import ModelConfig
-from v4quant_formats.weights import find_weight, read_dense, read_weight
+from v4quant_formats.weight_reading import read_dense, read_weight
+from v4quant_formats.weights import find_weight
 from v4quant_kernels.codec import dequantize
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import SCHEMES, Scheme

@@ -13,7 +13,8 @@ from v4quant_calibration.forward.checkpoint_params import CPU, CheckpointParams
 from v4quant_calibration.model.observer import SilentObserver
 from v4quant_calibration.solve.solution import files_of, holds, open_stage, stage_file
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.weights import find_weight, read_weight
+from v4quant_formats.weight_reading import read_weight
+from v4quant_formats.weights import find_weight
 from v4quant_kernels.codec import dequantize
 
 

@@ -39,7 +39,8 @@ from v4quant_formats.shards import (
     write_file_atomically,
 )
 from v4quant_formats.spec import TensorSpec
-from v4quant_formats.weights import find_weight, read_weight
+from v4quant_formats.weight_reading import read_weight
+from v4quant_formats.weights import find_weight
 from v4quant_kernels.ggml_types import block_type, get_type
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref.pack import packed_bytes

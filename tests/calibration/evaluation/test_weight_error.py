@@ -21,7 +21,7 @@ from v4quant_calibration.evaluation.weight_error import (
     robust_z,
 )
 from v4quant_formats.opening import open_checkpoint
-from v4quant_formats.weights import read_dense
+from v4quant_formats.weight_reading import read_dense
 from v4quant_kernels.progress import SilentProgress
 
 

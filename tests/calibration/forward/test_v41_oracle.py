@@ -30,7 +30,7 @@ from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.params import TOKEN_MAP, Params
 from v4quant_formats.model_config import ModelConfig, load_model_config
 from v4quant_formats.opening import open_checkpoint
-from v4quant_formats.weights import read_dense
+from v4quant_formats.weight_reading import read_dense
 
 DATA = Path(__file__).parents[2] / "data"
 TINY = DATA / "v41-tiny"

@@ -26,7 +26,7 @@ from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.model.router import Routing
 from v4quant_formats.model_config import load_model_config
 from v4quant_formats.opening import open_checkpoint
-from v4quant_formats.weights import read_coded
+from v4quant_formats.weight_reading import read_coded
 from v4quant_kernels import dispatch
 from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
 from v4quant_kernels.experts import stack_experts

@@ -29,7 +29,8 @@ from v4quant_calibration.solve.solve import solve
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import FormatError
 from v4quant_formats.model_config import load_model_config
-from v4quant_formats.weights import find_weight, read_weight
+from v4quant_formats.weight_reading import read_weight
+from v4quant_formats.weights import find_weight
 from v4quant_kernels.codec import dequantize
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.progress import SilentProgress

@@ -33,7 +33,8 @@ from v4quant_formats.errors import UnknownTokenizer, UnsupportedPair
 from v4quant_formats.layouts.gguf import GGUF
 from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.opening import open_checkpoint
-from v4quant_formats.weights import find_weight, read_dense
+from v4quant_formats.weight_reading import read_dense
+from v4quant_formats.weights import find_weight
 from v4quant_kernels.progress import SilentProgress
 
 Convert = Callable[..., Path]

@@ -25,7 +25,7 @@ from v4quant_formats.gguf.metadata_v41 import v41_config
 from v4quant_formats.model_config import ModelConfig, parse_model_config
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.preflight import preflight
-from v4quant_formats.weights import read_dense
+from v4quant_formats.weight_reading import read_dense
 from v4quant_kernels.progress import SilentProgress
 
 Convert = Callable[..., Path]

@@ -21,7 +21,7 @@ from v4quant_formats.errors import UnsupportedPair
 from v4quant_formats.layouts.table import LAYOUTS, choose_layout
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.spec import torch_dtype
-from v4quant_formats.weights import read_dense
+from v4quant_formats.weight_reading import read_dense
 from v4quant_kernels.codec import quantize
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import SCHEMES as TABLE

@@ -43,7 +43,7 @@ from v4quant_formats.errors import UnsupportedPair
 from v4quant_formats.model_config import parse_dimensions
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.preflight import preflight
-from v4quant_formats.weights import read_dense
+from v4quant_formats.weight_reading import read_dense
 from v4quant_kernels.ggml import decode, encode
 from v4quant_kernels.progress import SilentProgress
 

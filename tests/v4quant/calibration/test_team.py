@@ -20,7 +20,7 @@ from v4quant_calibration.solve.settings import SolveSettings
 from v4quant_calibration.solve.solution import load_solution
 from v4quant_calibration.solve.team import Team
 from v4quant_formats.opening import open_checkpoint
-from v4quant_formats.weights import read_dense
+from v4quant_formats.weight_reading import read_dense
 from v4quant_kernels.codec import dequantize
 from v4quant_kernels.errors import OptionError
 from v4quant_kernels.scheme import SCHEMES

@@ -16,7 +16,7 @@ from tests.support.shard_bytes import EditableCheckpoint, StoredTensor
 from v4quant.checks.diff import DiffResult, diff_checkpoints
 from v4quant.cli import cli
 from v4quant_formats.opening import open_checkpoint
-from v4quant_formats.weights import read_dense
+from v4quant_formats.weight_reading import read_dense
 from v4quant_kernels.progress import SilentProgress
 
 Converted = Callable[[str], Path]

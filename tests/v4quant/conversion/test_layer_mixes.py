@@ -17,7 +17,8 @@ from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import UnsupportedPair
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.preflight import preflight
-from v4quant_formats.weights import find_weight, read_weight
+from v4quant_formats.weight_reading import read_weight
+from v4quant_formats.weights import find_weight
 from v4quant_kernels.codec import dequantize
 from v4quant_kernels.progress import SilentProgress
 

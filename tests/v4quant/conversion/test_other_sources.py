@@ -26,7 +26,8 @@ from v4quant.conversion.plan import make_plan
 from v4quant.recipe import Recipe
 from v4quant_formats.errors import WrongDtype
 from v4quant_formats.opening import open_checkpoint
-from v4quant_formats.weights import find_weight, read_dense
+from v4quant_formats.weight_reading import read_dense
+from v4quant_formats.weights import find_weight
 from v4quant_kernels.progress import SilentProgress
 
 TARGETS = ("int4-g32", "nvfp4", "fp8", "bf16", "mxfp4")

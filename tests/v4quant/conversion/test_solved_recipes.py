@@ -17,7 +17,8 @@ from v4quant.recipe import Recipe, RecipeError, recipe_from_table
 from v4quant.source import open_source, resolve_source
 from v4quant_calibration.solve.solution import load_solution
 from v4quant_formats.opening import open_checkpoint
-from v4quant_formats.weights import find_weight, read_weight
+from v4quant_formats.weight_reading import read_weight
+from v4quant_formats.weights import find_weight
 from v4quant_kernels.scheme import SCHEMES
 
 TEXT = """

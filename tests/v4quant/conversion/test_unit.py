@@ -21,7 +21,7 @@ from v4quant.recipe import Recipe
 from v4quant_calibration.statistics.stats import StageStats, Stats
 from v4quant_formats.deepseek_v4 import split_part
 from v4quant_formats.opening import open_checkpoint
-from v4quant_formats.weights import read_dense
+from v4quant_formats.weight_reading import read_dense
 from v4quant_kernels.progress import SilentProgress
 
 EXPERT = "layers.1.ffn.experts.2.w1"
