@@ -187,9 +187,12 @@ def test_config_numbers_meant_to_exhaust(tmp_path: Path, key: str, value: object
     (folder / "config.json").write_text(json.dumps(config))
     started = time.perf_counter()
     with open_checkpoint(folder) as checkpoint:
-        with pytest.raises(V4QuantError) as caught:
-            make_plan(checkpoint, Recipe("int4-g32"))
-        assert str(caught.value).isprintable()
+        try:
+            plan = make_plan(checkpoint, Recipe("int4-g32"))
+        except V4QuantError as caught:
+            assert str(caught).isprintable()
+        else:  # the tensors decide, and the output says what they say
+            assert plan.output_config()[key] == json.loads((TINY / "config.json").read_text())[key]
         found = inspect_checkpoint(checkpoint, SilentProgress(), deep=key == "n_routed_experts")
     assert 1 <= len(found.defects) <= 1000
     assert time.perf_counter() - started < 5

@@ -66,14 +66,14 @@ def test_single_file_scalar_empty_and_unreadable_dtype(tmp_path: Path) -> None:
     tensors = {
         "scalar": StoredTensor("F32", (), b"\0\0\x80\x3f"),
         "empty": StoredTensor("BF16", (0, 4), b""),
-        "half": StoredTensor("F4", (4,), b"ab"),
+        "half": StoredTensor("F6_E2M3", (4,), b"abc"),
     }
     (tmp_path / "model.safetensors").write_bytes(honest_shard(tensors))
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.read("scalar").item() == 1.0
         assert checkpoint.read("empty").shape == (0, 4)
         assert list(checkpoint.read_chunks("empty")) == []
-        with pytest.raises(errors.UnknownDtype, match=r"model\.safetensors.*'half F4"):
+        with pytest.raises(errors.UnknownDtype, match=r"model\.safetensors.*'half F6_E2M3"):
             checkpoint.read("half")
 
 

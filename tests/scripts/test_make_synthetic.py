@@ -145,7 +145,9 @@ def test_a_full_size_release_is_inspected_and_planned_from_headers(
         assert Counter(s.dtype for s in checkpoint) == DTYPES[release]
         assert shard_facts(checkpoint) == SHARDS[release]
         found = inspect_checkpoint(checkpoint, SilentProgress())
-        assert found.defects == []
+        # Without data the routing tables are holes, which read as expert 0 for every token.
+        tables = [d for d in found.defects if "tid2eid' names an expert twice" in d]
+        assert found.defects == tables and len(tables) == found.hash_layers
         assert found.release == "V4"
         assert {c.role: c.nbytes for c in found.classes} == CLASSES[release]
         assert found.kv_bytes_per_token == KV_BYTES[release]

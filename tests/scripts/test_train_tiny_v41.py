@@ -178,13 +178,16 @@ def test_the_engrams_constants_are_the_releases() -> None:
     for layer in range(2):
         got = plan.row_ids(ids, layer)
         for row, at in ((0, 0), (1, 2), (1, 39)):
-            c = [int(plan.token_map[ids[row, at - i]]) if at >= i else plan.pad for i in range(4)]
+            longest, heads = config["engram_max_ngram_size"], config["engram_n_heads"]
+            c = [int(plan.token_map[ids[row, at - i]]) if at >= i else plan.pad
+                 for i in range(longest)]  # fmt: skip
             mixed, offset, wanted = c[0] * plan.multipliers[layer][0], 0, []
-            for order in range(1, 4):
+            for order in range(1, longest):
                 mixed ^= c[order] * plan.multipliers[layer][order]
-                prime = plan.primes[layer][order - 1]
-                wanted.append(mixed % prime + offset)
-                offset += prime
+                for head in range(heads):
+                    prime = plan.primes[layer][(order - 1) * heads + head]
+                    wanted.append(mixed % prime + offset)
+                    offset += prime
             assert got[row, at].tolist() == wanted
 
 

@@ -170,8 +170,12 @@ def _reading(folder: Path, model: _Model) -> tuple[_MeaningOf, dict[str, Any]]:
 
 def _counted(model: _Model) -> Mapping[str, Any]:
     """The metadata, with the number of blocks and of draft stages among them as the tensors have
-    it: a draft's blocks hold `nextn` tensors and lie behind all others.
+    it: a draft's blocks hold `nextn` tensors and lie behind all others. A number that no file can
+    mean stays as it is, for whoever reads it to refuse.
     """
+    written = model.metadata.get(f"{ARCHITECTURE}.block_count")
+    if type(written) is not int or written < 1:
+        return model.metadata
     names = [n for h in model.files.values() for n in h.tensors if n.startswith("blk.")]
     blocks = {int(n.split(".")[1]) for n in names if n.split(".")[1].isdecimal()}
     drafts = {int(n.split(".")[1]) for n in names if ".nextn." in n and n.split(".")[1].isdecimal()}

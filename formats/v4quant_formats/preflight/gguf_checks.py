@@ -69,6 +69,11 @@ def numbers(survey: Survey) -> Iterator[Finding]:
             problem = f"'{architecture}.{key}' is {value!r}, V4 needs {wanted!r}"
             yield Finding("error", "metadata", file, problem, _REMEDY)
     config = survey.checkpoint.config.get("text_config", survey.checkpoint.config)
+    layers = config["num_hidden_layers"]
+    blocks = metadata.get(f"{architecture}.block_count")
+    if blocks not in (layers, layers + config.get("num_nextn_predict_layers", 0)):
+        problem = f"'{architecture}.block_count' is {blocks!r}, the tensors make {layers} layers"
+        yield Finding("error", "metadata", file, problem, _REMEDY)
     for key in ("sliding_window", "index_topk"):
         if not config.get(key):
             problem = f"'{key}' is {config.get(key)!r}; attention sees nothing"

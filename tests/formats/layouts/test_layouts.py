@@ -22,6 +22,7 @@ from v4quant_formats.layouts.table import LAYOUTS, choose_layout
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.spec import torch_dtype
 from v4quant_formats.weight_reading import read_dense
+from v4quant_formats.weights import find_weight
 from v4quant_kernels.codec import quantize
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import SCHEMES as TABLE
@@ -288,9 +289,13 @@ def test_sglang_keeps_draft_experts_in_mxfp4(converted: Converted) -> None:
     assert isinstance(config, dict) and "*mtp.0.ffn.experts*" in config["ignore"]
 
 
-def test_drafts_that_are_not_mxfp4_cannot_be_kept(converted: Converted, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedPair, match=r"mtp\.0.*must stay MXFP4.*--draft drop"):
-        convert(converted("fp8"), tmp_path / "out", "nvfp4@sglang")
+def test_drafts_that_must_be_mxfp4_become_it_again(converted: Converted, tmp_path: Path) -> None:
+    """FP8 of MXFP4 values lies on the grid still, so the drafts are the release's once more."""
+    convert(converted("fp8"), tmp_path / "out", "nvfp4@sglang")
+    module = "mtp.0.ffn.experts.0.w1"
+    with open_checkpoint(tmp_path / "out") as out, open_checkpoint(TINY) as source:
+        assert find_weight(out, module).scheme == TABLE["mxfp4"]
+        assert torch.equal(read_dense(out, module), read_dense(source, module))
 
 
 @pytest.mark.parametrize("case", ["mxfp4/compressed-tensors", "mxfp8"])

@@ -44,7 +44,6 @@ from v4quant_formats.model_config import parse_dimensions
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.preflight import preflight
 from v4quant_formats.weight_reading import read_dense
-from v4quant_kernels.ggml import decode, encode
 from v4quant_kernels.progress import SilentProgress
 
 SOURCE = Path(resolve_source(TINY_V4))
@@ -236,9 +235,9 @@ def test_error_is_the_weighted_relative_noise(checkpoint: Checkpoint) -> None:
         for expert in range(16):
             x = read_dense(checkpoint, f"layers.3.ffn.experts.{expert}.{projection}")
             h = sums["w13"][expert] / tokens[expert]
-            rounded = decode(encode(x, "q2_k", h), "q2_k")
+            held = rounded(x, "q2_k", h)
             share = float(tokens[expert] + 1)
-            noise += share * float(((rounded - x).double() ** 2 * h).sum())
+            noise += share * float(((held - x).double() ** 2 * h).sum())
             signal += share * float((x.double() ** 2 * h).sum())
         expected += noise / signal
     assert found["q2_k"] == pytest.approx(expected, rel=1e-9), seed
