@@ -251,9 +251,13 @@ def _packed_integers(
             "integer scheme"
         )
     plain = scale.dtype == "BF16" and not parts.keys() & {"weight_zero_point", "weight_g_idx"}
-    scheme = SCHEMES.get(f"int{pack.bits}-g{pack.group}") if plain else None
-    if scheme is not None:
-        return StoredWeight(module, parts, pack.shape, scheme)
+    if plain:
+        for scheme in SCHEMES.values():
+            if scheme.is_packed_integer and (scheme.bits, scheme.group_size) == (
+                pack.bits,
+                pack.group,
+            ):
+                return StoredWeight(module, parts, pack.shape, scheme)
     return StoredWeight(module, parts, pack.shape, _pack_scheme(pack), pack)
 
 
@@ -271,4 +275,5 @@ def _said_shape(
 
 
 def _pack_scheme(pack: IntegerPack) -> Scheme:
+    """A scheme for codes that are decoded as they are read: none of the table's."""
     return Scheme(pack.name, "int", pack.bits, (1, pack.group), "bf16")

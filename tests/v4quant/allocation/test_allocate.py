@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from tests.support.conversion import TINY, convert
 from tests.support.synthetic import Request, make_small, write_checkpoint
+from tests.support.usage import usage_error
 from v4quant.allocation.allocate import (
     ALL,
     AUTO,
@@ -253,8 +254,11 @@ def _text(checkpoint: Checkpoint, name: str, tokens: int) -> Corpus:
 def test_better_than_one_scheme_of_the_same_bytes(
     checkpoint: Checkpoint, uniform: Recipe, tokens: int, tmp_path: Path
 ) -> None:
-    """On held-out text; docs/allocation.md has the figures on more of it."""
-    options = Options(uniform.format, uniform.engine, draft="drop")
+    """On held-out text; docs/allocation.md has the figures on more of it.
+
+    A mix by whole layers had more to win before rows got their gain back.
+    """
+    options = Options(uniform.format, uniform.engine, draft="drop", sample=Sample(2))
     costs = find_costs(checkpoint, options)
     budget = make_plan(checkpoint, uniform).bytes_out
     calibration = _text(checkpoint, CALIBRATION, tokens)
@@ -267,7 +271,7 @@ def test_better_than_one_scheme_of_the_same_bytes(
         files = [CheckpointParams(one), CheckpointParams(mixed)]
         alters = [lambda base, _, file=file: file(base) for file in files]
         kls = measure_effects(checkpoint, heldout, alters, SilentProgress())
-    assert kls[1] < 0.85 * kls[0], kls
+    assert kls[1] < (0.85 if uniform.format == "gguf" else 0.95) * kls[0], kls
 
 
 def test_bits_budget() -> None:
@@ -306,7 +310,7 @@ def test_command(bits: str, more: str, tmp_path: Path) -> None:
     assert facts["bits_per_weight"] <= float(bits) and not facts["loss_is_measured"]
     assert recipe_from_table(tomllib.loads(out.read_text()), "x").as_dict() == facts["recipe"]
     for wrong in ([], ["--bpw", "3", "--budget", "1GB"]):
-        assert CliRunner().invoke(cli, [*arguments, *wrong]).exit_code == 2
+        assert usage_error(CliRunner().invoke(cli, [*arguments, *wrong]))
 
 
 @pytest.mark.parametrize(

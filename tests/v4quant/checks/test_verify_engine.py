@@ -47,7 +47,7 @@ def test_json(converted: Converted) -> None:
     table = json.loads(run(str(converted("nvfp4")), "--engine", "sglang", "--json").stdout)
     assert table["loads"] is False and table["engine"] == "sglang"
     assert {f["severity"] for f in table["findings"]} == {"error", "note"}  # no tokenizer
-    assert set(table["memory"]) == {"tp", "context", "weights", "kv_cache"}
+    assert set(table["memory"]) == {"tp", "context", "weights", "kv_cache", "tables"}
 
 
 @pytest.mark.parametrize("value", ["vlllm", "VLLM", ""])

@@ -134,6 +134,7 @@ def test_the_indexers_kernel_chooses_alike(
     asked = []
     genuine = dispatch.index_top_k
     monkeypatch.setattr(dispatch, "uses_triton", lambda tensor, backend: False)
+    monkeypatch.setattr(indexer, "uses_kernel", lambda x, config, options: x.is_cuda)
     monkeypatch.setattr(
         dispatch, "index_top_k", lambda *a, **k: asked.append(a[0].is_cuda) or genuine(*a, **k)
     )
