@@ -22,7 +22,7 @@ def python(script: str) -> list[str]:
 def test_a_run_is_timed_with_its_settings_and_stopped_at_the_limit() -> None:
     burn = "import time, os\nassert os.environ['X'] == '1'\nwhile time.process_time() < 0.3: pass"
     run = timed_run(python(burn), {"X": "1"}, 60)
-    assert run.finished and run.wall >= 0.3 and 0.29 <= run.core <= 1
+    assert run.finished and run.wall >= 0.3 and 0.29 <= run.core <= 3
     stopped = timed_run(python("import time; time.sleep(60)"), {}, 0.2)
     assert not stopped.finished and 0.2 <= stopped.wall < 30
     with pytest.raises(BenchError, match="no such thing"):
