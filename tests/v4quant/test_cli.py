@@ -60,6 +60,8 @@ def v4quant(
 ) -> Iterator[Command]:
     """Run `v4quant ARGS` through its outermost frame in this process."""
     before = signal.getsignal(signal.SIGTERM)
+    # It ends the process seconds after a SIGTERM: here the tests that come next.
+    monkeypatch.setattr("v4quant.cli.watch_termination", lambda: None)
 
     def run(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["v4quant", *map(str, arguments)])
