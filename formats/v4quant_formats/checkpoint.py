@@ -71,7 +71,8 @@ class Checkpoint:
     Names and config are the release's; `renamed` gives the name in the files of tensors that other
     tools call otherwise, `written_config` the config.json as it stands, where that differs.
     `deltas` is an adapter that is merged while matrices are read. `carried()` makes the small
-    files (tokenizer.json, ...) that a GGUF file holds as metadata.
+    files (tokenizer.json, ...) that a GGUF file holds as metadata. `beside` are .safetensors files
+    that lie there too and belong to no part of it.
     """
 
     path: Path
@@ -84,6 +85,7 @@ class Checkpoint:
     written_config: Mapping[str, Any] | None = field(default=None, repr=False)
     deltas: Deltas | None = field(default=None, repr=False, compare=False)
     carried: Callable[[], Mapping[str, bytes]] = field(default=dict, repr=False, compare=False)
+    beside: tuple[str, ...] = ()
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors

@@ -10,10 +10,10 @@ and its mark to `detect_release`.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from v4quant_formats.model_config import Dimensions, LayerFacts
 
@@ -167,6 +167,13 @@ def draft_stages(names: Iterable[str]) -> list[str]:
     """Stage names of the draft stages present, in order (config's count is unreliable)."""
     found = {int(m[2]) for n in names if (m := _STAGE.match(n)) and m[1] == "mtp"}
     return [f"mtp.{i}" for i in sorted(found)]
+
+
+def wrong_draft_count(config: Mapping[str, Any], stages: int) -> bool:
+    """Whether config.json's number of draft stages is not that of the tensors. DSpark's releases
+    say 1 for their three."""
+    said = config.get("num_nextn_predict_layers", stages)
+    return said == 0 or ("dspark_target_layer_ids" not in config and said != stages)
 
 
 def stage_modules(config: Dimensions, stage: str, vision: bool = False) -> Iterator[str]:

@@ -47,5 +47,12 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     config, tensors, renamed = understood(str(folder / "config.json"), written, stored)
     shards = LocalShards(folder, files)
     return Checkpoint(
-        folder, config, tensors, files, shards, renamed=renamed, written_config=written
+        folder,
+        config,
+        tensors,
+        files,
+        shards,
+        renamed=renamed,
+        written_config=written,
+        beside=tuple(sorted(set(found) - files.keys())),
     )

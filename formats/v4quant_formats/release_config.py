@@ -22,6 +22,16 @@ _RATES = {
     "heavily_compressed_attention": HCA_RATIO,
 }
 _YARN = ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings")
+FIXED: Mapping[str, object] = {
+    "hidden_act": "silu",
+    "scoring_func": "sqrtsoftplus",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "attention_bias": False,
+    "n_shared_experts": 1,
+    "num_key_value_heads": 1,
+}
+"""What config.json may say in one way only: every release of V4 has this arithmetic, no other."""
 # What is replaced by keys of the release, and so would say everything twice.
 _REPLACED = ("layer_types", "mlp_layer_types", "compress_rates", "rope_parameters")
 
@@ -46,6 +56,8 @@ def release_config(
         if isinstance(value, float) and value.is_integer() and key in _INTEGERS:
             config[key] = int(value)
     _experts(config, layers, tensors)
+    if config.get("tie_word_embeddings") is True and "head.weight" in tensors:
+        config["tie_word_embeddings"] = False  # the head that is there is meant to be used
     changed = _ratios(config, layers, tensors, where) + _hash_layers(config, layers, tensors, where)
     changed += _rope(config, where)
     return {k: v for k, v in config.items() if k not in changed}

@@ -19,7 +19,8 @@ from itertools import islice
 
 import torch
 
-from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.checkpoint import SINGLE_NAME, Checkpoint
+from v4quant_formats.config_fields import short
 from v4quant_formats.deepseek_v4 import (
     TensorName,
     draft_stages,
@@ -27,9 +28,11 @@ from v4quant_formats.deepseek_v4 import (
     module_shape,
     other_release,
     parse_name,
+    wrong_draft_count,
 )
 from v4quant_formats.errors import FormatError, MissingTensor, UnexpectedTensor, WrongDtype
 from v4quant_formats.model_config import ConfigError, Dimensions, parse_dimensions
+from v4quant_formats.release_config import FIXED
 from v4quant_formats.spec import TensorSpec, torch_dtype
 from v4quant_formats.weights import StoredWeight, find_weight
 from v4quant_kernels.errors import V4QuantError
@@ -106,6 +109,7 @@ def find_defects(checkpoint: Checkpoint, tables: bool = True) -> Structure:
         except FormatError as error:
             defects.append(Defect(module, str(error), type(error)))
     defects += islice(_unknown(checkpoint, names), MAX_DEFECTS)
+    defects += _of_folder(checkpoint)
     if config is not None:
         defects += _of_model(checkpoint, config, names, stored)
         if tables:
@@ -149,6 +153,21 @@ def _unknown(checkpoint: Checkpoint, names: Mapping[str, TensorName | None]) -> 
             yield Defect(name, problem + remedy, UnexpectedTensor)
 
 
+def _of_folder(checkpoint: Checkpoint) -> Iterator[Defect]:
+    """Weights that lie beside the checkpoint's own: nobody reads them here, others may."""
+    for name in checkpoint.beside[:MAX_DEFECTS]:
+        if "adapter" in name or "lora" in name.lower():
+            if checkpoint.deltas is None:
+                problem = f"{name} is an adapter that was not merged; give --adapter with its "
+                problem += "folder, or move the file away"
+                yield Defect("", problem, UnexpectedTensor)
+            continue
+        problem = f"{name} lies beside the model's own files and is not read"
+        if name == SINGLE_NAME:
+            problem += "; transformers loads it instead of them"
+        yield Defect("", problem, UnexpectedTensor, blocking=False)
+
+
 def _of_model(
     checkpoint: Checkpoint,
     config: Dimensions,
@@ -158,6 +177,12 @@ def _of_model(
     """What config.json implies against what there is."""
     for text in other_release(config, names):
         yield Defect("", text, ConfigError)
+    language = config.raw.get("text_config") if config.v41 else config.raw
+    for key, value in FIXED.items():
+        said = language.get(key, value) if isinstance(language, Mapping) else value
+        if said is not None and said != value:
+            problem = f"config.json says {key} {short(said)}, but V4's is {short(value)}; this is "
+            yield Defect("", problem + "another architecture", ConfigError)
     layers = [t for t, n in names.items() if n and _layer(n) >= config.num_hidden_layers]
     for tensor in islice(layers, MAX_DEFECTS):
         problem = f"is beyond the {config.num_hidden_layers} layers of config.json"
@@ -199,8 +224,9 @@ def _of_drafts(checkpoint: Checkpoint, config: Dimensions) -> Iterator[Defect]:
     if not stages and isinstance(promised, int) and promised > 0:
         problem = f"config.json promises {promised} draft stages, and there is none"
         yield Defect("", problem, MissingTensor, blocking=False)
-    if stages and promised == 0 and "num_nextn_predict_layers" in config.raw:
-        problem = f"config.json promises no draft stage, and there are {len(stages)}"
+    if stages and wrong_draft_count(config.raw, len(stages)):
+        problem = f"config.json promises {promised or 'no'} draft stage{'s'[: promised != 1]}, and "
+        problem += f"there {'is' if len(stages) == 1 else 'are'} {len(stages)}"
         yield Defect("", problem, MissingTensor, blocking=False)
 
 
@@ -224,6 +250,11 @@ def _of_declaration(checkpoint: Checkpoint, stored: Mapping[str, StoredWeight]) 
         problem = f"config.json says {written} routed experts, every layer has "
         problem += f"{checkpoint.config.get('n_routed_experts')}"
         yield Defect("", problem, WrongDtype, blocking=False)
+    if (checkpoint.written_config or {}).get("tie_word_embeddings") != checkpoint.config.get(
+        "tie_word_embeddings"
+    ):
+        problem = "config.json ties the head to the embedding, but there is a head of its own"
+        yield Defect("", problem, ConfigError, blocking=False)
     said = checkpoint.config.get("expert_dtype")
     elements = {"fp4": ("e2m1",), "fp8": ("e4m3",)}.get(said) if isinstance(said, str) else None
     experts = {

@@ -21,12 +21,14 @@ from v4quant.conversion.plan import make_plan
 from v4quant.recipe import Recipe
 from v4quant_formats.errors import MissingTensor, UnexpectedTensor, WrongDtype
 from v4quant_formats.opening import open_checkpoint
+from v4quant_formats.preflight import preflight
 from v4quant_formats.structure import find_defects
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import SilentProgress
 
 Edit = Callable[[EditableCheckpoint], object]
 EXPERT = "layers.2.ffn.experts.1.w2"
+V41 = TINY.parent / "v41-tiny"
 TABLE = "layers.0.ffn.gate.tid2eid"
 
 
@@ -132,6 +134,8 @@ def test_a_half_stage_may_be_left_out(tmp_path: Path) -> None:
     [
         (remove("mtp."), "promises 1 draft stages, and there is none"),
         (lambda c: c.config.update(num_nextn_predict_layers=0), "promises no draft stage"),
+        (lambda c: c.config.update(num_nextn_predict_layers=3), "promises 3 draft.* there is 1"),
+        (lambda c: c.config.update(tie_word_embeddings=True), "a head of its own"),
         (table(put(99)), "twice for 1 tokens"),
         (lambda c: c.config.update(n_routed_experts=16), "says 16 routed experts.* has 4"),
         (lambda c: c.config.update(expert_dtype="fp8"), "expert_dtype 'fp8', but.*e2m1"),
@@ -151,6 +155,41 @@ def test_the_tensors_decide(edit: Edit, text: str, tmp_path: Path) -> None:
     has_drafts = any(n.startswith("mtp.") for n in checkpoint.names)
     assert config["num_nextn_predict_layers"] == int(has_drafts)
     assert config["expert_dtype"] == "fp4"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_act", "gelu"), ("scoring_func", "sigmoid"), ("norm_topk_prob", False),
+     ("attention_bias", True), ("n_shared_experts", 2), ("topk_method", "greedy"),
+     ("num_key_value_heads", 8)],
+)  # fmt: skip
+def test_another_arithmetic_is_refused(key: str, value: object, tmp_path: Path) -> None:
+    for folder in (TINY, V41):
+        checkpoint = EditableCheckpoint.read(folder)
+        checkpoint.config.get("text_config", checkpoint.config)[key] = value
+        written = checkpoint.write(tmp_path / folder.name)
+        refused = pytest.raises(V4QuantError, match=f"{key}.*another architecture")
+        with open_checkpoint(written) as opened, refused:
+            require_sound(opened)
+
+
+def test_weights_beside_the_models_own_are_named(tmp_path: Path) -> None:
+    folder = EditableCheckpoint.read(TINY).write(tmp_path / "model")
+    shard = next(folder.glob("*.safetensors"))
+    (folder / "model.safetensors").write_bytes(shard.read_bytes())
+    (folder / "consolidated.safetensors").write_bytes(b"whatever it is")
+    with open_checkpoint(folder) as opened:
+        require_sound(opened)
+        first, second = find_defects(opened).notes
+        found = preflight(opened, "transformers")
+    assert "consolidated.safetensors lies beside" in first
+    assert "model.safetensors lies beside" in second and "transformers loads it" in second
+    assert not found.loads and any(f.rule == "stray" for f in found.findings)
+    (folder / "model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").write_bytes(shard.read_bytes())
+    refused = pytest.raises(UnexpectedTensor, match="adapter that was not merged")
+    with open_checkpoint(folder) as opened, refused:
+        require_sound(opened)
 
 
 def test_unknown_tensors_that_were_copied_are_expected(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from v4quant_formats.deepseek_v4 import (
     TensorName,
     draft_stages,
     expert_module,
+    wrong_draft_count,
 )
 from v4quant_formats.errors import UnexpectedTensor, UnsupportedPair, WrongDtype
 from v4quant_formats.layouts.deepseek import DEEPSEEK
@@ -176,11 +177,11 @@ def _shards_as_source(units: Iterable[Unit]) -> tuple[ShardPlan, ...]:
 def _with_drafts(config: dict[str, Any], stages: int) -> dict[str, Any]:
     """A config.json that promises draft stages where there are some, and none where there is none.
 
-    A count that is not zero is left alone: DSpark's releases say 1 for their three stages.
+    A count that the tensors contradict is put right.
     """
     if not stages:
         return without_drafts(config)
-    if config.get("num_nextn_predict_layers") == 0:
+    if "num_nextn_predict_layers" in config and wrong_draft_count(config, stages):
         return {**config, "num_nextn_predict_layers": stages}
     return config
 

@@ -141,7 +141,10 @@ def _open_skeleton(
     files = {n: FileState(remote.files[n].size) for n in used}
     cache = ShardCache(remote, used, folder, cap, cached, keep, lock)
     origin = Origin(remote.repo, remote.commit, remote.license)
-    return Checkpoint(skeleton, config, tensors, files, cache, origin, renamed, written)
+    beside = tuple(sorted(set(names) - headers.read))
+    return Checkpoint(
+        skeleton, config, tensors, files, cache, origin, renamed, written, beside=beside
+    )
 
 
 def _shards_of(remote: Remote) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from v4quant_formats.model_config import ModelConfig
+from v4quant_formats.release_config import FIXED
 
 GPUS = {
     "sm80": "A100",
@@ -72,10 +73,18 @@ CONSTANTS = (
     *(_constant(key) for key in ("rms_norm_eps", "hc_eps")),
 )
 ROUTING_KEYS = (
-    ConfigRule("topk_method", ("noaux_tc",), "the router's bias is not created, so it cannot load"),
-    ConfigRule("scoring_func", ("sqrtsoftplus",), "experts are chosen and weighted wrongly"),
-    ConfigRule("norm_topk_prob", (True,), "routing weights are not normalised"),
-    ConfigRule("n_shared_experts", (1,), "the shared expert is built in another width"),
+    ConfigRule(
+        "topk_method",
+        (FIXED["topk_method"],),
+        "the router's bias is not created, so it cannot load",
+    ),
+    ConfigRule("scoring_func", (FIXED["scoring_func"],), "experts are chosen and weighted wrongly"),
+    ConfigRule("norm_topk_prob", (FIXED["norm_topk_prob"],), "routing weights are not normalised"),
+    ConfigRule(
+        "n_shared_experts",
+        (FIXED["n_shared_experts"],),
+        "the shared expert is built in another width",
+    ),
     ConfigRule("routed_scaling_factor", None, "the experts' output has the wrong size"),
     ConfigRule("swiglu_limit", None, "activations are not clamped", positive=True),
     ConfigRule(

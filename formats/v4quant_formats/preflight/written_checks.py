@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from v4quant_formats.checkpoint import INDEX_NAME, MAX_INDEX_BYTES
+from v4quant_formats.checkpoint import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME
 from v4quant_formats.model_config import ConfigError, read_json_object
 from v4quant_formats.preflight.survey import Check, Finding, Survey
 
@@ -54,6 +54,14 @@ def index_metadata(survey: Survey) -> Iterator[Finding]:
         problem = "has no 'metadata' object, which transformers' loader needs (KeyError)"
         remedy = 'add "metadata": {"total_size": ...} to it, or ' + _REWRITE
         yield Finding("error", "index", INDEX_NAME, problem, remedy)
+
+
+def stray_file(survey: Survey) -> Iterator[Finding]:
+    """transformers looks for model.safetensors before it looks for an index."""
+    if survey.declaration.engine.name == "transformers" and SINGLE_NAME in survey.checkpoint.beside:
+        problem = "lies beside the index and the shards it names; transformers loads this file "
+        problem += "alone and leaves all that it lacks at random values"
+        yield Finding("error", "stray", SINGLE_NAME, problem, "move it to another folder")
 
 
 def nested_config(survey: Survey) -> Iterator[Finding]:
@@ -105,6 +113,7 @@ def fp8_expert_scales(survey: Survey) -> Iterator[Finding]:
 WRITTEN_CHECKS: tuple[Check, ...] = (
     other_names,
     index_metadata,
+    stray_file,
     nested_config,
     expert_count,
     four_bit_dtype,
