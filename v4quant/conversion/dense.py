@@ -31,9 +31,9 @@ from v4quant_formats.weight_reading import check_finite, read_matrix
 from v4quant_formats.weights import StoredWeight, scale_part
 from v4quant_kernels import codec
 from v4quant_kernels.ggml_types import block_type
+from v4quant_kernels.grids import find_fp8_tiles
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e8m0, fp8_block
-from v4quant_kernels.ref.grids import find_fp8_tiles
 from v4quant_kernels.scale_search import QuantizedMatrix
 from v4quant_kernels.scheme import SCHEMES
 

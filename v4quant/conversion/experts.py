@@ -35,8 +35,8 @@ from v4quant_formats.weight_reading import read_matrix
 from v4quant_formats.weights import StoredWeight
 from v4quant_kernels import codec
 from v4quant_kernels.cast import can_cast, cast_mxfp4, top_exponent
+from v4quant_kernels.grids import find_mxfp4
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.ref.grids import find_mxfp4
 from v4quant_kernels.scale_search import QuantizedMatrix
 from v4quant_kernels.scheme import SCHEMES, Scheme
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from v4quant.conversion.plan import Plan
 from v4quant.sizes import SizeError
 from v4quant_formats.system import current_rss_bytes
@@ -16,21 +18,24 @@ _THREAD_BYTES = 100 * 2**20
 _TEMPORARY_BYTES = 200 * 2**20
 
 
+_FLOAT_BYTES = 12  # a weight's, in float32 three times
+
+
 def worker_bytes(plan: Plan) -> int:
     """Memory one worker needs for the largest unit of a plan.
 
     A worker holds the three matrices of an expert as stored, one of them as coded and as written,
-    and chunk temporaries; those and dense pieces are bounded by a constant.
+    and chunk temporaries; those and dense pieces are bounded by a constant. What is stored in no
+    scheme of ours is held in float32 as well: its values, their magnitudes, and what is left.
     """
-    growth = max(s.bits_per_weight for s in plan.recipe.expert_schemes) / 4.25
-    largest = max(
-        (
-            u.bytes_in + 2 * growth * max(s.nbytes for s in u.sources)
-            for u in plan.units
-            if u.action == "experts"
-        ),
-        default=0,
-    )
+    bits = max(s.bits_per_weight for s in plan.recipe.expert_schemes)
+    largest = 0.0
+    for unit in plan.units:
+        if unit.action == "experts":
+            weights = max(math.prod(s.shape) for s in unit.sources)
+            floats = any(s.scheme is None or s.base or s.scheme.is_plain for s in unit.sources)
+            each = 2 * bits / 8 + (_FLOAT_BYTES if floats else 0)
+            largest = max(largest, unit.bytes_in + each * weights)
     return int(largest) + _TEMPORARY_BYTES
 
 

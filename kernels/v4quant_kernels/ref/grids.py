@@ -29,7 +29,7 @@ def find_mxfp4(values: Tensor) -> QTensor | None:
 
     -0 is kept. A group of zeros gets the scale that the quantizer gives it (1).
     """
-    if values.ndim != 2 or not values.shape[1] or values.shape[1] % mx.GROUP:
+    if values.ndim != 2 or not values.numel() or values.shape[1] % mx.GROUP:
         return None
     if len(values) > _FIRST_ROWS and _on_mxfp4_grid(values[:_FIRST_ROWS].float()) is None:
         return None
