@@ -2,7 +2,7 @@
 
 `plain` has to agree to float rounding. In `official` mode a value on the border between two FP8
 codes may fall on either side, and once one has, a later choice of experts or entries can differ;
-so distributions are compared there.
+so each layer is compared on the reference's own input, and the whole run by its distributions.
 """
 
 from __future__ import annotations
@@ -88,18 +88,52 @@ def test_plain_agrees_to_float_rounding(params: OracleParams, reference: dict[st
     assert relative(found.mtp_logits, reference["mtp_logits_plain"]) < 1e-4
 
 
+@dataclass(frozen=True)
+class Layerwise:
+    """Every layer behind the reference's streams, so that a flip stays in its layer."""
+
+    agreeing: list[float]
+    """The share of tokens whose stream behind the layer is the reference's to float rounding."""
+    draft: Tensor
+
+
+def run_layerwise(
+    params: OracleParams, reference: dict[str, Tensor], options: ForwardOptions
+) -> Layerwise:
+    config = load_model_config(TINY)
+    models = [StreamModel(params, options)]
+    ids, expected = reference["input_ids"][0], reference["streams_fakequant"]
+    agreeing: list[float] = []
+
+    def replace(result: LayerResult) -> None:
+        found, wanted = result.after[0], expected[len(agreeing) + 1]
+        errors = (found - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
+        agreeing.append((errors < 1e-5).double().mean().item())
+        found.copy_(wanted)
+
+    final = stream_forward(models, config, [ids], on_layer=replace)
+    drafted = [part.logits[0] for part in mtp_logits(models, config, [ids], final)]
+    print("agreeing", agreeing)
+    return Layerwise(agreeing, divergence(reference["mtp_logits_fakequant"], torch.cat(drafted)))
+
+
+def test_official_agrees_layer_by_layer(params: OracleParams, reference: dict[str, Tensor]) -> None:
+    """Sums in another order flip single codes, and which ones differs from processor to processor:
+    one to four tokens of these 280 in a layer. All others agree to float rounding.
+    """
+    found = run_layerwise(params, reference, ForwardOptions(activations="official"))
+    assert len(found.agreeing) == 4 and min(found.agreeing) > 0.97
+    assert found.draft.median() < 1e-10
+
+
 def test_official_agrees_in_distribution(
     params: OracleParams, reference: dict[str, Tensor]
 ) -> None:
+    """Through all layers a flip reaches every later token, so the tail is wide."""
     found = run(params, reference["input_ids"][0], ForwardOptions(activations="official"))
     trunk = divergence(reference["logits_fakequant"], found.logits)
-    draft = divergence(reference["mtp_logits_fakequant"], found.mtp_logits)
-    print(f"KL nats: trunk mean {trunk.mean():.2e} max {trunk.max():.2e}, mtp {draft.mean():.2e}")
-    assert trunk.mean() < 1e-3
-    assert trunk.median() < 1e-5
-    assert draft.mean() < 5e-3
-    # The first layer has no choices to flip: at most single FP8 steps.
-    assert relative(found.streams[1], reference["streams_fakequant"][1]) < 1e-2
+    print(f"KL nats: trunk mean {trunk.mean():.2e} median {trunk.median():.2e}")
+    assert trunk.median() < 2e-3 and trunk.mean() < 2e-2
 
 
 @pytest.mark.parametrize(
@@ -111,9 +145,7 @@ def test_official_comparison_can_fail(
     params: OracleParams, reference: dict[str, Tensor], options: ForwardOptions
 ) -> None:
     """Leaving out (part of) the rounding is visible in the measure used above."""
-    found = run(params, reference["input_ids"][0], options)
-    trunk = divergence(reference["logits_fakequant"], found.logits)
-    assert trunk.median() > 1e-4
+    assert max(run_layerwise(params, reference, options).agreeing) == 0
 
 
 def test_project_reader_gives_the_same_weights(params: OracleParams) -> None:
