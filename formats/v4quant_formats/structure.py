@@ -250,9 +250,8 @@ def _of_declaration(checkpoint: Checkpoint, stored: Mapping[str, StoredWeight]) 
         problem = f"config.json says {written} routed experts, every layer has "
         problem += f"{checkpoint.config.get('n_routed_experts')}"
         yield Defect("", problem, WrongDtype, blocking=False)
-    if (checkpoint.written_config or {}).get("tie_word_embeddings") != checkpoint.config.get(
-        "tie_word_embeddings"
-    ):
+    tied = (checkpoint.written_config or {}).get("tie_word_embeddings")
+    if tied is True and checkpoint.config.get("tie_word_embeddings") is False:
         problem = "config.json ties the head to the embedding, but there is a head of its own"
         yield Defect("", problem, ConfigError, blocking=False)
     said = checkpoint.config.get("expert_dtype")
