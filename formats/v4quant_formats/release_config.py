@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from v4quant_formats.model_config import CSA_RATIO, HCA_RATIO, ConfigError
-from v4quant_formats.spec import TensorSpec
+
+if TYPE_CHECKING:  # loads torch, which a start of the command line does without
+    from v4quant_formats.spec import TensorSpec
 
 _V41 = "deepseek_v41"
 _RATES = {
