@@ -9,7 +9,7 @@ A recipe's table `[schemes]` maps places to schemes:
     "head" = "q6_k"
 
 A place is a stage, or a range of them, and a group: `gate_up` (w1 and w3, which engines fuse),
-`down` (w2), `experts` (short for both), `dense` (the stage's linear matrices that are no routed
+`down` (w2), `experts` (short for both), `dense` (the stage's linear matrices that are not routed
 expert's), and two that stay as the source has them unless a recipe names them: `compressor` (the
 projections of compressor and indexer that the release keeps in BF16) and `hyper` (the matrices of
 the hyper-connections, in float32). `embed` and `head` are places too, of no stage. Finer does not
@@ -65,7 +65,7 @@ def read_places(schemes: Iterable[tuple[str, str]]) -> dict[Place, str]:
         match = _KEY.fullmatch(key)
         if match is None:
             raise PlaceError(
-                f"recipe: [schemes] '{key}' is no place; write it like 'layers.3.down', "
+                f"recipe: [schemes] '{key}' is not a place; write it like 'layers.3.down', "
                 "'layers.0-5.gate_up', 'mtp.0.dense' or 'head'"
             )
         first = int(match[2])

@@ -90,7 +90,7 @@ class Adapter:
 def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """The checkpoint as the adapter changes it.
 
-    Raises AdapterError for what is no plain LoRA, ConfigError, and MissingTensor, UnexpectedTensor
+    Raises AdapterError for what is not plain LoRA, ConfigError, and MissingTensor, UnexpectedTensor
     or WrongDtype for one that is another model's.
     """
     adapter = open_adapter(folder)
@@ -119,7 +119,7 @@ def open_adapter(folder: Path) -> Adapter:
     for name, spec in header.items():
         module, half = _module_of(folder, name)
         if spec.dtype not in _FLOATS or len(spec.shape) != 2 or 0 in spec.shape:
-            raise WrongDtype(f"{folder / WEIGHTS_NAME}: '{spec}' is no matrix of floats")
+            raise WrongDtype(f"{folder / WEIGHTS_NAME}: '{spec}' is not a matrix of floats")
         if half in halves.setdefault(module, {}):
             raise UnexpectedTensor(f"{folder / WEIGHTS_NAME}: '{module}' has two {name[-40:]!r}")
         halves[module][half] = spec
@@ -155,15 +155,15 @@ def _module_of(folder: Path, name: str) -> tuple[str, str]:
     match = _NAME.fullmatch(name)
     if match is None:
         raise AdapterError(
-            f"{folder / WEIGHTS_NAME}: tensor {name[:120]!r} is no lora_A or lora_B; merge it with "
-            "PEFT"
+            f"{folder / WEIGHTS_NAME}: tensor {name[:120]!r} is neither lora_A nor lora_B; "
+            "merge it with PEFT"
         )
     bare = match[1].removeprefix("base_model.model.")
     official = official_name(f"{bare}.weight")
     parsed = parse_name(official) if official else None
     if parsed is None or not parsed.is_linear:
         raise UnexpectedTensor(
-            f"{folder / WEIGHTS_NAME}: {bare[:120]!r} is no linear layer of DeepSeek-V4"
+            f"{folder / WEIGHTS_NAME}: {bare[:120]!r} is not a linear layer of DeepSeek-V4"
         )
     return parsed.module, match[2]
 

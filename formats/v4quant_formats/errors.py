@@ -74,7 +74,7 @@ class SourceChanged(FormatError):
 
 
 class NotGguf(FormatError):
-    """The file is no GGUF file, or of a version or byte order that is not read."""
+    """The file is not a GGUF file, or of a version or byte order that is not read."""
 
 
 class WrongMetadata(FormatError):

@@ -127,7 +127,7 @@ def _official(where: str, spec: TensorSpec) -> Iterator[TensorSpec]:
         or spec.shape[1] % halves
         or not 0 < spec.shape[0] <= MAX_EXPERTS
     ):
-        raise WrongDtype(f"{where}: '{spec}' is no stack of expert matrices [experts, out, in]")
+        raise WrongDtype(f"{where}: '{spec}' is not a stack of expert matrices [experts, out, in]")
     experts, rows, columns = spec.shape
     size = spec.nbytes // experts
     for expert in range(experts):

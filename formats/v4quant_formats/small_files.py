@@ -11,7 +11,7 @@ from v4quant_formats.system import open_at_once
 
 
 class UnreadableFile(FormatError):
-    """A file that is no regular one, is larger than its kind can be, or cannot be read."""
+    """A file that is not a regular one, is larger than its kind can be, or cannot be read."""
 
 
 def read_small(path: Path, limit: int) -> bytes:
@@ -24,12 +24,12 @@ def read_small(path: Path, limit: int) -> bytes:
         handle = open_at_once(path)
         with os.fdopen(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise UnreadableFile(f"{path}: is no regular file; write it to one and name that")
+                raise UnreadableFile(f"{path}: is not a regular file; copy it to one and name that")
             data = file.read(limit + 1)
     except OSError as error:
         raise UnreadableFile(f"{path}: cannot be read ({error.strerror or error})") from None
     except ValueError:
-        raise UnreadableFile(f"{str(path)!r}: is no name of a file") from None
+        raise UnreadableFile(f"{str(path)!r}: is not a file name") from None
     if len(data) > limit:
         raise UnreadableFile(f"{path}: has more than {limit:,} bytes; no such file needs that")
     return data

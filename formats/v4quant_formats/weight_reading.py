@@ -1,7 +1,7 @@
 """Weights read as QTensors: rows of a matrix in any stored form that `weights.find_weight` tells.
 
-Forms that are no scheme of ours (zero points, group indices, FP4 under float scales) are decoded as
-they are read. Whatever is read is finite: NaN and infinity are refused by tensor and file.
+Forms that are not schemes of ours (zero points, group indices, FP4 under float scales) are decoded
+as they are read. Whatever is read is finite: NaN and infinity are refused by tensor and file.
 """
 
 from __future__ import annotations
@@ -94,13 +94,13 @@ def read_matrix(
 ) -> QTensor:
     """As `read_weight`, also of a plain matrix, whose codes are then its values as stored.
 
-    Raises WrongDtype for what is no matrix of floats.
+    Raises WrongDtype for what is not a matrix of floats.
     """
     if stored.scheme is not None:
         return read_weight(checkpoint, stored, rows)
     spec = stored.first
     if not stored.is_plain_matrix:
-        raise WrongDtype(f"{checkpoint.path / spec.file}: '{spec}' is no matrix of floats")
+        raise WrongDtype(f"{checkpoint.path / spec.file}: '{spec}' is not a matrix of floats")
     start, stop = rows or (0, spec.shape[0])
     value = checkpoint.read_rows(spec.name, start, stop)
     check_finite(checkpoint, spec, value)

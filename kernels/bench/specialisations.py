@@ -1,6 +1,6 @@
 """Kernels as Triton specialises them: by integers that are 1 or multiples of 16, and by addresses.
 
-Triton makes an integer argument of 1 a constant of the compilation, which is no tensor and has no
+Triton makes an integer argument of 1 a compile-time constant, which is not a tensor and has no
 methods, and remembers which integers and addresses are multiples of 16. The interpreter does
 neither. So every kernel is taken to Triton's first intermediate form once for each integer that is
 1, once with all of them 1, once with all of them multiples of 16, and once with addresses that are

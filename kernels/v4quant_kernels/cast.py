@@ -63,7 +63,7 @@ def cast_mxfp4(q: QTensor, scheme: Scheme, nvfp4_top: int | None = None) -> Cast
 
     nvfp4_top: for `nvfp4`, the top exponent the global scale is built on; fused pairs (w1, w3)
         pass the larger of their `top_exponent`s so that both get the same global scale.
-    Raises UnsupportedScheme when `can_cast` says no, or K is no multiple of the target's group.
+    Raises UnsupportedScheme when `can_cast` says no, or K is not a multiple of the target's group.
     """
     assert q.scheme.name == "mxfp4" and q.scale is not None
     if not can_cast(scheme):
@@ -142,7 +142,7 @@ def _to_int8(q: QTensor, scheme: Scheme, top: int | None) -> CastResult:
     del top
     if q.shape[1] % scheme.group_size:
         raise UnsupportedScheme(
-            f"{q.shape[1]} columns are no multiple of group_size {scheme.group_size}; "
+            f"{q.shape[1]} columns are not a multiple of group_size {scheme.group_size}; "
             "choose a smaller group"
         )
     lowest = e8m0.MIN_EXPONENT - _INT8_TOP_SHIFT

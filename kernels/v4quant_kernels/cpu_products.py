@@ -152,7 +152,7 @@ def has_bf16_units() -> bool:
 def takes_bf16() -> bool:
     """Whether the library rounds operands to BF16 once it may.
 
-    Each product of the probe is 1 + 2^-10, which is no BF16 number and rounds to 1.
+    Each product of the probe is 1 + 2^-10, which is not a BF16 number and rounds to 1.
     """
     a, b = torch.ones(MANY, _K), torch.full((_COLUMNS, _K), 1 + 2.0**-10)
     return bool((product_of_bf16(a, b.T, "units") == _K).all())

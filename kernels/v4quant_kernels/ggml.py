@@ -29,8 +29,8 @@ def encode(x: Tensor, type_name: str, importance: Tensor | None = None) -> Tenso
     are searched on the CPU, one thread a call; the result is there too. It depends on nothing but
     the row and the importance.
 
-    Raises UnsupportedScheme when K is no multiple of the block, NonFiniteWeight for NaN or infinity
-    in either argument (and for negative importance), WeightOutOfRange for weights beyond
+    Raises UnsupportedScheme when K is not a multiple of the block, NonFiniteWeight for NaN or
+    infinity in either argument (and for negative importance), WeightOutOfRange for weights beyond
     half precision (65504) in a type whose scales are.
     """
     kind = get_type(type_name)
@@ -86,8 +86,8 @@ def search_blocks(x: Tensor, type_name: str, importance: Tensor | None) -> Block
 def decode(data: Tensor, type_name: str) -> Tensor:
     """float32 `[rows, K]` from uint8 `[rows, bytes]`, bit for bit what llama.cpp computes.
 
-    Raises UnsupportedScheme when a row is no whole number of blocks. Damaged scales decode to what
-    they say, NaN and infinity included.
+    Raises UnsupportedScheme when a row is not a whole number of blocks. Damaged scales decode to
+    what they say, NaN and infinity included.
     """
     kind = get_type(type_name)
     if data.ndim != 2 or data.dtype != torch.uint8 or data.shape[1] % kind.block_bytes:
@@ -182,7 +182,7 @@ def unpack_mxfp4(data: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of `repack_mxfp4`.
 
     Returns codes uint8 `[rows, K/2]` and scale float8_e8m0fnu `[rows, K/32]`. Raises
-    UnsupportedScheme when a row is no whole number of blocks.
+    UnsupportedScheme when a row is not a whole number of blocks.
     """
     rows, row_bytes = data.shape
     if row_bytes % 17:

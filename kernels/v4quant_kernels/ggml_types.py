@@ -22,7 +22,7 @@ class GgmlType:
     """A tensor type of GGUF: `block` elements of a row in `block_bytes` bytes.
 
     type_id: ggml's number of the type. bits: what one element takes without scales, rounded down.
-    fallback: the type for rows that are no multiple of `block`; None where there is none.
+    fallback: the type for rows that are not a multiple of `block`; None where there is none.
     file_type: llama.cpp's number (`general.file_type`) for a file most of whose experts have this
     type; None for types that only stand in for others or hold plain numbers.
     coder: the kind of codes (`calibration.rounding.coders.CODERS`) that a solver finds for it.

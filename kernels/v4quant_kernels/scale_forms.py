@@ -29,7 +29,7 @@ FP8_EXPONENTS = (-5, 6)
 BIAS = {"e2m1": 126, "e4m3": 120}
 """Exponents that a bare bit pattern lacks as a bfloat16."""
 
-_LEAST_FIELD = {"e2m1": 121, "e4m3": 123}  # below it a product is no bfloat16 subnormal any more
+_LEAST_FIELD = {"e2m1": 121, "e4m3": 123}  # below it a product is not a bfloat16 subnormal any more
 _UE5M3_ONE = 10  # exponent field of 1.0: E4M3's smallest number, 2^-9, has field 1
 _UE5M3_ZERO = 0xA8  # (0xA8 << 4) + 0x7580 is 0x8000
 

@@ -67,7 +67,7 @@ def search_mxfp4(q: QTensor, scheme: Scheme, importance: Tensor | None = None) -
 
     importance: float [K], the weight of each input channel's squared error (second moment of the
         input); None weighs all alike. The result is on `q`'s device. Raises UnsupportedScheme when
-        K is no multiple of the group.
+        K is not a multiple of the group.
     """
     assert can_search(q, scheme) and q.scale is not None
     rows, columns = q.shape
@@ -88,7 +88,7 @@ def search_mxfp4(q: QTensor, scheme: Scheme, importance: Tensor | None = None) -
 def _check_columns(columns: int, scheme: Scheme) -> None:
     if columns % scheme.group_size:
         raise UnsupportedScheme(
-            f"{columns} columns are no multiple of group_size {scheme.group_size}"
+            f"{columns} columns are not a multiple of group_size {scheme.group_size}"
         )
 
 
@@ -146,7 +146,7 @@ def search_dense(x: Tensor, scheme: Scheme, importance: Tensor | None = None) ->
     The grid holds bfloat16-rounded scales in geometric steps, 48 an octave, between amax/(2 qmax)
     (below 4 bits amax/(4 qmax)) and amax/(qmax/2), and their negatives. (Devices sum in different
     orders and may choose differently among scales whose errors agree to float32 rounding.) Raises
-    UnsupportedScheme when K is no multiple of the group.
+    UnsupportedScheme when K is not a multiple of the group.
     """
     rows, columns = x.shape
     group = scheme.group_size

@@ -86,7 +86,7 @@ class Scheme:
     def fitting(self, columns: int) -> Scheme | None:
         """The scheme that rows of `columns` get where this one is asked for.
 
-        Rows that are no whole groups get what llama.cpp stores them in instead of a block type;
+        Rows that do not divide into whole groups get what llama.cpp stores instead of a block type;
         None where there is nothing.
         """
         if self.block[0] > 1 or columns % self.group_size == 0:

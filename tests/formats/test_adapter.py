@@ -109,10 +109,10 @@ REFUSED: list[tuple[Edit, type[V4QuantError], str]] = [
     (lambda x: x.config.update(r=8), WrongDtype, "rank 4.*says 8"),
     (lambda x: x.tensors.pop(first(x, "B")), MissingTensor, "only lora_A"),
     (lambda x: x.tensors.update({"base_model.model.lm_head.weight": x.tensors[first(x, "A")]}),
-     AdapterError, "no lora_A or lora_B"),
+     AdapterError, "neither lora_A nor lora_B"),
     (lambda x: x.tensors.update(
         {"base_model.model.model.layers.0.attn_norm.lora_A.weight": x.tensors[first(x, "A")]}),
-     UnexpectedTensor, "no linear layer"),
+     UnexpectedTensor, "not a linear layer"),
     (lambda x: setattr(x.tensors[first(x, "A")], "shape", (128, RANK)), WrongDtype, "rank"),
     (lambda x: x.tensors.update({first(x, "A"): stored(torch.zeros(RANK, 64))}),
      WrongDtype, "another model's"),

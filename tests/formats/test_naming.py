@@ -122,7 +122,7 @@ def test_fused_experts_are_slices(tmp_path: Path) -> None:
     convert(source, tmp_path / "out", "mxfp4")
     assert weights(tmp_path / "out") == weights(TINY)
     checkpoint["model.layers.0.mlp.experts.down_proj"].shape = (4 * 128, 128)
-    with pytest.raises(WrongDtype, match=r"no stack of expert matrices"):
+    with pytest.raises(WrongDtype, match=r"not a stack of expert matrices"):
         open_checkpoint(checkpoint.write(tmp_path / "flat"))
 
 

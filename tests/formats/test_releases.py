@@ -255,7 +255,7 @@ def test_base_scales_that_are_no_powers_of_two_are_counted_as_a_loss(tmp_path: P
         file.write(struct.pack("<f", 0.75 * float(was.flatten()[0])))
     with pytest.raises(InexactCast, match=r"'layers\.0\.attn\.wkv' does not fit fp8 exactly"):
         convert(source, tmp_path / "refused", Recipe("mxfp4", on_inexact="refuse"))
-    # Scales that are no powers of two are carried by `fp8`; elsewhere the matrix is coded anew.
+    # Scales that are not powers of two are carried by `fp8`; elsewhere the matrix is coded anew.
     for out, scheme in (("kept", "fp8"), ("recoded", "mxfp4")):
         convert(source, tmp_path / out, scheme)
         assert verify(tmp_path / out, source, SilentProgress()).findings == ()

@@ -322,8 +322,8 @@ def test_a_nan_scale_is_found_and_refused(tmp_path: Path) -> None:
         (Request("flash", overrides=(("n_routed_experts", 1),)), "at least num_experts_per_tok"),
         (Request("flash", headers_only=True, faults=Faults(spread=3)), "no data"),
         (Request("flash", faults=Faults(spread=122)), "between 0 and 121"),
-        (Request("flash-base", faults=Faults(MODULES, spread=3)), "no FP4 expert matrix"),
-        (Request("flash", faults=Faults(("layers.0.attn.wkv",), spread=3)), "no FP4 expert"),
+        (Request("flash-base", faults=Faults(MODULES, spread=3)), "not an FP4 expert matrix"),
+        (Request("flash", faults=Faults(("layers.0.attn.wkv",), spread=3)), "not an FP4 expert"),
     ],
 )
 def test_impossible_requests_are_refused(request_: Request, message: str, tmp_path: Path) -> None:

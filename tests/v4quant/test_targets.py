@@ -66,13 +66,13 @@ def test_written_places_are_read_again() -> None:
 @pytest.mark.parametrize(
     ("key", "text"),
     [
-        ("layers.0", "no place"),
-        ("experts", "no place"),
-        ("layers.0.w1", "no place"),
-        ("layers.x.down", "no place"),
-        ("layers.0-99999999999.down", "no place"),
+        ("layers.0", "not a place"),
+        ("experts", "not a place"),
+        ("layers.0.w1", "not a place"),
+        ("layers.x.down", "not a place"),
+        ("layers.0-99999999999.down", "not a place"),
         ("layers.5-2.down", "empty range"),
-        ("layers.0.embed", "no place"),
+        ("layers.0.embed", "not a place"),
     ],
 )
 def test_places_that_cannot_be_read(key: str, text: str) -> None:

@@ -27,7 +27,7 @@ _STREAM_COPIES = 16
 def bits_budget(bits: float, weights: int) -> int:
     """Bytes of `weights` parameters at `bits` each."""
     if not 0 < bits < 64:
-        raise BudgetError(f"--bpw {bits} is no number of bits per weight")
+        raise BudgetError(f"--bpw {bits} is not a number of bits per weight")
     return int(bits * weights / 8)
 
 

@@ -212,7 +212,7 @@ def change_scales(
 ) -> list[TensorRecord]:
     """An FP8 matrix whose scales change dtype or name: E8M0 widened, or floats narrowed.
 
-    Scales that are no powers of two cannot be narrowed; the matrix is then coded anew.
+    Scales that are not powers of two cannot be narrowed; the matrix is then coded anew.
     """
     stored, (weight, wanted) = unit.sources[0], unit.outputs
     spec = scale_part(stored)

@@ -408,7 +408,7 @@ class _Planner:
         return Unit("recast", (stored,), (TensorSpec(spec.name, dtype, spec.shape),))
 
     def _blocks(self, stored: StoredWeight, dense: str) -> Unit:
-        """A matrix that is no routed expert's, in the type the recipe names for it."""
+        """A matrix that is not a routed expert's, in the type the recipe names for it."""
         rows, columns = stored.shape
         kind = get_type(fitting_type(dense, columns))
         name = f"{stored.module}.weight"

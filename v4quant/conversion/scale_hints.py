@@ -21,7 +21,7 @@ from v4quant_kernels import codec
 from v4quant_kernels.qtensor import QTensor
 
 MOST = 4096
-"""Groups listed of one matrix; more are no accident, but another encoder's rule."""
+"""Groups listed of one matrix; more are not an accident, but another encoder's rule."""
 Hints = Mapping[int, int]
 
 

@@ -15,7 +15,7 @@ from v4quant_kernels.errors import V4QuantError
 
 
 class ResultError(V4QuantError):
-    """An object that is no evaluation."""
+    """An object that is not an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ def evaluation_from_dict(figures: Mapping[str, Any]) -> Evaluation:
     try:
         return _evaluation(figures, figures.get("reference"), figures.get("noise_floor"))
     except KeyError as error:
-        raise ResultError(f"this is no evaluation: {error.args[0]!r} is missing") from None
+        raise ResultError(f"this is not an evaluation: {error.args[0]!r} is missing") from None
     except (TypeError, ValueError) as error:
-        raise ResultError(f"this is no evaluation: {error}") from None
+        raise ResultError(f"this is not an evaluation: {error}") from None
 
 
 def _evaluation(figures: Mapping[str, Any], reference: Any, floor: Any) -> Evaluation:

@@ -146,7 +146,7 @@ class SavedLogits:
             spec = self._specs.get(name)
             if spec is None or spec.dtype != dtype:
                 raise LogitsError(
-                    f"{path}: no tensor '{name}' of {dtype}; this is no file of --save-logits"
+                    f"{path}: no tensor '{name}' of {dtype}; this is not a file of --save-logits"
                 )
         place = self._specs["input_ids"].shape
         wide = "logits" if whole else "top_ids"

@@ -90,7 +90,7 @@ class Remote:
             try:
                 for piece in self._request(name, at, stop):
                     at += len(piece)
-                    # A line of a few bytes a second is no progress.
+                    # A line of a few bytes a second is not progress.
                     if at - began >= enough:
                         patience.progressed()
                     yield piece

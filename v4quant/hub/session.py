@@ -2,8 +2,8 @@
 
 Every request of the process to a hub goes through it, those of huggingface_hub included, so this is
 where three promises are kept. The token goes to the hub's own host and nowhere else, wherever a
-link, a redirect or an upload's address leads. An answer that is no file is read to a limit of bytes
-and of seconds. Nothing is accepted compressed: a small answer could then fill the memory.
+link, a redirect or an upload's address leads. An answer that is not a file is read up to a limit of
+bytes and seconds. Nothing is accepted compressed: a small answer could then fill the memory.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def has_answered() -> bool:
 
 
 def origin(url: str) -> tuple[str, str, int | None]:
-    """Scheme, host and port. Raises HubError for what is no URL."""
+    """Scheme, host and port. Raises HubError for what is not a URL."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
     except ValueError:
-        raise HubError(f"the hub names {url[:200]!r}, which is no address") from None
+        raise HubError(f"the hub names {url[:200]!r}, which is not an address") from None
     return parts.scheme, host, port or {"http": 80, "https": 443}.get(parts.scheme)
 
 

@@ -44,7 +44,7 @@ def _nvidia() -> list[Card]:
 
 
 def read_nvidia_line(line: str) -> Card | None:
-    """`NVIDIA GeForce RTX 3090, 24576, 8.6` -> the card; None for what is no such line."""
+    """`NVIDIA GeForce RTX 3090, 24576, 8.6` -> the card; None for any other line."""
     parts = [part.strip() for part in line.rsplit(",", 2)]
     if len(parts) != 3:
         return None

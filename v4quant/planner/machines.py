@@ -221,7 +221,7 @@ def boxed_size(text: str) -> int:
     """Bytes of a size as sold: `128GB` is 128 GiB, `98304MiB` what it says. Raises MachineError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([mgt])i?b?\s*", text.lower())
     if match is None:
-        raise MachineError(f"'{text}' is no size of memory; write it like 128GB")
+        raise MachineError(f"'{text}' is not a size of memory; write it like 128GB")
     return int(float(match[1]) * {"m": MIB, "g": GIB, "t": 1024 * GIB}[match[2]])
 
 
@@ -266,7 +266,7 @@ def _find_card(name: str) -> Card:
         found = _SPOKEN.get(found, found)
         if found in CARDS:
             return CARDS[found]
-    raise MachineError(f"'{name}' is no machine that is known here; {_advice(short)}")
+    raise MachineError(f"'{name}' is not a known machine; {_advice(short)}")
 
 
 def _advice(name: str) -> str:

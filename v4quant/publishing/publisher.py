@@ -1,7 +1,7 @@
 """Publishing: the files of a finished conversion into a repository, in commits that never mislead.
 
 Shards go first, a few a commit; config, index, manifest and card come in the last commit, so what
-`main` shows before is no checkpoint to anybody. A repository whose `main` already is one gets all
+`main` shows before is not a checkpoint. A repository whose `main` already is one gets all
 changes in a single commit. Every attempt begins with what the repository holds: a file that is
 there with the right size and digest is not sent again, which is also how an interrupted push goes
 on and how a commit whose answer was lost is recognised. At the end all digests are compared.

@@ -125,7 +125,7 @@ def _check(
     matrices = {s.name for specs in shards for s in specs if s.dtype == "I8" and s.shape[0] > 8}
     for module in request.faults.modules:
         if f"{module}.weight" not in matrices:
-            raise RequestError(f"'{module}' is no FP4 expert matrix of at least 9 rows here")
+            raise RequestError(f"'{module}' is not an FP4 expert matrix of at least 9 rows here")
 
 
 def _write_shard(path: Path, specs: list[TensorSpec], experts: int, request: Request) -> None:

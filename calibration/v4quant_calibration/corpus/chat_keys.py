@@ -19,7 +19,7 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 def as_messages(where: str, row: Any, keys: str) -> list[dict[str, Any]]:
     """A row's chat as messages. Raises CorpusError for a row of another form."""
     if not isinstance(row, dict):
-        raise CorpusError(f"{where} is no object")
+        raise CorpusError(f"{where} is not an object")
     if keys == "prompt-completion":
         pair = [row.get("prompt"), row.get("completion")]
         if not all(isinstance(text, str) for text in pair):

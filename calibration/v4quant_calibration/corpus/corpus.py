@@ -169,7 +169,7 @@ def _read_documents(file: Path, encode: TextTokenizer, request: CorpusRequest) -
 def _load_npy(file: Path) -> Tensor:
     """The array of a .npy file, as a tensor. Raises CorpusError."""
     if not file.is_file():
-        raise CorpusError(f"{file}: is no regular file")
+        raise CorpusError(f"{file}: is not a regular file")
     try:
         return torch.from_numpy(np.load(file, allow_pickle=False))
     except Exception as error:  # noqa: BLE001  (a header is parsed as Python, whose errors it raises)

@@ -66,7 +66,7 @@ def _encoding(data: bytes, error: UnicodeDecodeError) -> str:
 def read_rows(file: Path) -> Iterator[tuple[str, Any]]:
     """(where, row) of a file of rows: JSON values, or a parquet file's records.
 
-    A line that is no JSON comes as the CorpusError it is, so that the caller may count it.
+    A line that is not JSON comes as the CorpusError it is, so that the caller may count it.
     """
     kind = kind_of(file)
     if kind == ".parquet":

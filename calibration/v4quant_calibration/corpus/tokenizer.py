@@ -79,7 +79,7 @@ class TextTokenizer:
         try:
             yield
         except BaseException as error:
-            # A panic (of a regular expression, say) is no Exception, and its class is private.
+            # A panic (of a regular expression, say) is not an Exception, and its class is private.
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise TokenizerError(f"{self._path}: is no usable tokenizer ({error})") from None
+                raise TokenizerError(f"{self._path}: is not a usable tokenizer ({error})") from None
             raise

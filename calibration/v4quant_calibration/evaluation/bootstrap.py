@@ -1,8 +1,9 @@
 """Bootstrap: how far a mean over tokens could have come out with other text of the same kind.
 
 The unit that is drawn again is a block of consecutive tokens, never a token: neighbours share their
-context, so they are no independent draws. A mean over tokens is a ratio, sum of block sums over sum
-of block sizes; each of the R resamples draws B blocks out of B with replacement and forms it again.
+context, so they are not independent draws. A mean over tokens is a ratio, the sum of block sums
+over the sum of block sizes; each of the R resamples draws B of B blocks with replacement and forms
+it again.
 The interval is the middle 95 % of these means (the percentile bootstrap, Efron and Tibshirani 1993,
 chapter 13). Unlike mean +- 2 standard errors it may be lopsided, as the mean of a heavy-tailed KL
 is. The draws come from a fixed seed, so a repeated run gives the same interval. With fewer than

@@ -3,7 +3,7 @@
 Reference, candidates and noise floors go through the streamed forward side by side, so all see the
 same tokens, and the reference is read once however many candidates there are. A floor is the
 reference again under another rounding (`noise_floor.py`): two legitimate computations of the same
-weights. A difference that is not above theirs is no damage.
+weights. A difference that is not above theirs is not damage.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def _measure(dense: Tensor, candidate: Checkpoint, name: TensorName) -> MatrixEr
     if tuple(dense.shape) != stored.shape:
         raise WeightShapeError(
             f"{candidate.path}: '{name.module}' is {list(stored.shape)}, the reference's is "
-            f"{list(dense.shape)}; these are no conversions of one model"
+            f"{list(dense.shape)}; these are not conversions of one model"
         )
     error = relative_error(read_dense(candidate, name.module), dense)
     return MatrixError(name, _coding(stored), error)

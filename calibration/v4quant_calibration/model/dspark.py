@@ -15,7 +15,7 @@ the trunk's head. What a row guesses also depends on the token before it, by a t
 (`markov_head`): w2 . w1[token] is added to the logits. A further row (`confidence_head`), on the
 collapsed streams before the norm and w1[token], gives the logit of "this guess will be accepted".
 
-A text is drafted from many places in one pass: blocks are no part of each other's context, so all
+A text is drafted from many places in one pass: blocks are not part of each other's context, so all
 of them lie end to end like sequences of their own. The arithmetic is that of the inference code
 that came with the 0731 release; DeepSpec, which trains such stages, agrees on positions and on what
 a block sees.

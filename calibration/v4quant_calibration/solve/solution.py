@@ -244,7 +244,7 @@ def load_solution(folder: Path, source_digest: str) -> Solution:
     found = _read(folder)
     if found.get("version") != SOLUTION_VERSION:
         raise SolutionError(
-            f"{folder / SOLUTION_NAME}: is no solution of version {SOLUTION_VERSION}; calibrate "
+            f"{folder / SOLUTION_NAME}: is not a solution of version {SOLUTION_VERSION}; calibrate "
             "again with this release"
         )
     if found.get("source_digest") != source_digest:

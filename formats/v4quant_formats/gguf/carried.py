@@ -126,7 +126,7 @@ def _tokenizer_json(metadata: Mapping[str, Any], where: str) -> bytes:
     if not all(isinstance(t, str) for t in tokens) or not (
         isinstance(merges, list) and all(isinstance(m, str) for m in merges)
     ):
-        raise UnknownTokenizer(f"{where}: its tokens or merges are no texts; {remedy}")
+        raise UnknownTokenizer(f"{where}: its tokens or merges are not text; {remedy}")
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise UnknownTokenizer(f"{where}: it does not say which tokens are special; {remedy}")
     special, unused = int(TokenType.CONTROL), int(TokenType.UNUSED)
@@ -169,7 +169,7 @@ def _tokenizer_json(metadata: Mapping[str, Any], where: str) -> bytes:
 def _pair(merge: str, where: str) -> list[str]:
     pair = merge.split(" ")
     if len(pair) != 2 or not all(pair):
-        raise UnknownTokenizer(f"{where}: its merge {merge[:80]!r} is no pair of tokens")
+        raise UnknownTokenizer(f"{where}: its merge {merge[:80]!r} is not a pair of tokens")
     return pair
 
 

@@ -274,7 +274,7 @@ def _byte_shape(tensor: GgufTensor, shape: tuple[int, ...] | None = None) -> tup
 
 def _experts(folder: Path, file: str, tensor: GgufTensor, pattern: str) -> Iterator[TensorSpec]:
     if len(tensor.shape) != 3 or tensor.shape[0] > MAX_EXPERTS:
-        raise WrongMetadata(f"{folder / file}: {tensor.name!r} is no stack of expert matrices")
+        raise WrongMetadata(f"{folder / file}: {tensor.name!r} is not a stack of expert matrices")
     experts = tensor.shape[0]
     size = tensor.nbytes // experts
     shape = _byte_shape(tensor, tensor.shape[1:])

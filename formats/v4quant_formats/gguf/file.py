@@ -63,7 +63,7 @@ def plan_gguf(fields: Sequence[Field], place_of: PlaceOf, specs: Iterable[Tensor
 
 
 def plan_named(fields: Sequence[Field], specs: Iterable[TensorSpec]) -> FilePlan:
-    """The file that holds `specs` under their own names, which are no official ones."""
+    """The file that holds `specs` under their own names, which are not official ones."""
     return _plan(fields, [_Stored(s.name, s.dtype, s.shape, ((Place(s.name), s),)) for s in specs])
 
 

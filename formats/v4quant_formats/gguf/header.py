@@ -144,7 +144,7 @@ def _read(cursor: _Cursor) -> GgufHeader:
     path = cursor.path
     magic = cursor.take(4) if cursor.size >= 4 else b""
     if magic != MAGIC:
-        raise NotGguf(f"{path}: is no GGUF file (begins with {magic!r})")
+        raise NotGguf(f"{path}: is not a GGUF file (begins with {magic!r})")
     version = cursor.number("I")
     if version not in VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")

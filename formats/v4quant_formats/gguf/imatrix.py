@@ -94,7 +94,7 @@ def read_imatrix(path: Path) -> Iterator[tuple[str, Inputs]]:
     if not is_imatrix(header):
         kind = str(header.metadata.get("general.architecture", "no model's"))[:80]
         raise WrongMetadata(
-            f"{path}: is no importance matrix (its architecture is {kind}); give what "
+            f"{path}: is not an importance matrix (its architecture is {kind}); give what "
             "`llama-imatrix` or `calibrate --imatrix` wrote"
         )
     names = [n.removesuffix(_SUMS) for n in header.tensors if n.endswith(_SUMS)]

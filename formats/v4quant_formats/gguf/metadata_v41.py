@@ -171,5 +171,5 @@ def _number(metadata: Mapping[str, Any], key: str, where: str) -> int:
 def _numbers(metadata: Mapping[str, Any], key: str, where: str) -> list[int]:
     value = metadata.get(f"{V41_ARCHITECTURE}.engram.{key}")
     if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
-        raise WrongMetadata(f"{where}: key 'engram.{key}' is no list of numbers")
+        raise WrongMetadata(f"{where}: key 'engram.{key}' is not a list of numbers")
     return value

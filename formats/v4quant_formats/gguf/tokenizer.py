@@ -61,7 +61,7 @@ def tokenizer_fields(folder: Path, config: Mapping[str, Any]) -> list[Field]:
     config = {**config["text_config"], **config} if is_v41 else config
     model = table.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
-        raise UnknownTokenizer(f"{path}: is no byte-level BPE, which V4's tokenizer is")
+        raise UnknownTokenizer(f"{path}: is not byte-level BPE, which V4's tokenizer is")
     tokens, kinds = _tokens(path, table, model, int(config["vocab_size"]))
     fields = [
         Field("tokenizer.ggml.model", GGUFValueType.STRING, "gpt2"),
@@ -93,7 +93,7 @@ def _tokens(
     ]
     for item in added:
         if not isinstance(item, dict):
-            raise UnknownTokenizer(f"{path}: an entry of 'added_tokens' is no object")
+            raise UnknownTokenizer(f"{path}: an entry of 'added_tokens' is not an object")
         special = item.get("special") is True
         kind = TokenType.CONTROL if special else TokenType.USER_DEFINED
         entries.append((item.get("content"), item.get("id"), kind))
@@ -118,7 +118,7 @@ def _merges(path: Path, model: Mapping[str, Any]) -> list[str]:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         plain = isinstance(pair, list) and len(pair) == 2
         if not plain or not all(isinstance(p, str) and p and " " not in p for p in pair):
-            raise UnknownTokenizer(f"{path}: merge {str(merge)[:80]!r} is no pair of tokens")
+            raise UnknownTokenizer(f"{path}: merge {str(merge)[:80]!r} is not a pair of tokens")
         lines.append(" ".join(pair))
     return lines
 

@@ -1,7 +1,7 @@
 """Layout `gguf`: one file format for llama.cpp, with everything in it, tokenizer included.
 
 Experts become MXFP4 by moving bytes (exact) or one of llama.cpp's block types. Dense matrices are
-BF16 (exact) unless the recipe's `dense` names a block type. Rows that are no multiple of a K-type's
+BF16 (exact) unless the recipe's `dense` names a block type. Rows that are not a multiple of
 256 columns take the type llama.cpp takes instead. Of the rest, vectors and the router are widened
 to float32, as llama.cpp computes with them (routing decides between experts, so its weights must
 not meet rounded activations), expert numbers of the hash layers become I32, all else is copied.

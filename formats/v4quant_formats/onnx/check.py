@@ -93,9 +93,9 @@ def read_model(path: Path) -> Any:
     try:
         model = onnx.ModelProto.FromString(data)
     except (DecodeError, RuntimeError, ValueError):
-        raise OnnxError(f"{path}: is no ONNX model; the file is damaged") from None
+        raise OnnxError(f"{path}: is not an ONNX model; the file is damaged") from None
     if not model.HasField("graph"):
-        raise OnnxError(f"{path}: is no ONNX model: it holds no graph")
+        raise OnnxError(f"{path}: is not an ONNX model: it holds no graph")
     if not _is_text(model):
         raise OnnxError(f"{path}: holds names that are not UTF-8; the file is damaged")
     return model

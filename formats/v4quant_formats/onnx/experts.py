@@ -71,11 +71,11 @@ def choose_kernel(scheme: str, kernel: str | None) -> Kernel:
 
 
 def check_block(block: ExpertBlock, where: str) -> None:
-    """Raise UnsupportedPair when channels are no whole groups of the scheme."""
+    """Raise UnsupportedPair when channels do not form whole groups of the scheme."""
     for channels in (block.hidden, block.intermediate):
         if channels % block.scheme.group_size:
             raise UnsupportedPair(
-                f"{where}: {channels} input channels are no multiple of {block.scheme.name}'s "
+                f"{where}: {channels} input channels are not a multiple of {block.scheme.name}'s "
                 f"group_size {block.scheme.group_size}; choose a smaller group"
             )
 

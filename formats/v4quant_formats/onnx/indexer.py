@@ -30,7 +30,7 @@ def indexer_model(
     Inputs: q_codes uint8 [T, heads, dim/2], q_scale uint8 [T, heads, dim/32], k_packed uint8
     [S, dim/2 + dim/32], head_weights float32 [T, heads], positions int64 [T]. Output: scores
     float32 [T, S]. round_products: q . k passes through bfloat16, as in the published reference.
-    Raises UnsupportedPair when dim is no multiple of 32.
+    Raises UnsupportedPair when dim is not a multiple of 32.
     """
     if heads < 1 or dim < GROUP or dim % GROUP:
         raise UnsupportedPair(

@@ -68,7 +68,7 @@ def patterns(survey: Survey) -> Iterator[Finding]:
     if declaration.method != "compressed-tensors":
         return
     for entry in bad_patterns(declaration):
-        problem = f"'{entry[:80]}' in quantization_config is no regular expression"
+        problem = f"'{entry[:80]}' in quantization_config is not a regular expression"
         yield Finding("error", "pattern", "config.json", problem, "correct the pattern")
     if not declaration.groups:
         problem = "compressed-tensors without config_groups declares nothing"

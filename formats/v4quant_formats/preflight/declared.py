@@ -202,7 +202,7 @@ def _hits(target: str, theirs: str, official: str) -> bool:
 
 
 def bad_patterns(declaration: Declaration) -> list[str]:
-    """Target and ignore entries that are no regular expressions."""
+    """Target and ignore entries that are not regular expressions."""
     entries = [t for g in declaration.groups for t in _targets(g)] + declaration.ignore
     return [e for e in entries if e.startswith("re:") and _pattern(e[3:]) is None]
 

@@ -67,7 +67,7 @@ def split_problems(survey: Survey, tp: int) -> Iterator[str]:
     for storage in sorted(storages, key=str):
         if (inner // tp) % storage.granularity:
             yield (
-                f"an expert's share of {inner // tp} channels is no multiple of "
+                f"an expert's share of {inner // tp} channels is not a multiple of "
                 f"{storage.granularity} ({storage}); use expert parallelism, or a smaller group"
             )
 

@@ -104,7 +104,7 @@ def index_vectors(words, scales, COMPUTE: tl.constexpr):
 
 @triton.jit
 def whole_operands(values):
-    """bfloat16 `values`, behind an instruction that does nothing but is no pure function.
+    """bfloat16 `values`, behind an instruction that does nothing but is not a pure function.
 
     Where Triton sees `tl.join` among the ancestors of a tensor core's operand it takes the operand
     for half as wide as it is, and on machines before sm_90 does without the instruction that loads

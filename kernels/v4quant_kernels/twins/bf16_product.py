@@ -14,7 +14,7 @@ of their sums; `dispatch` knows which suits a device:
 A product of two BF16 numbers is exact in float32, and all three sum in float32 over the whole of K,
 so nothing is gained by cutting K into pieces. Where both operands hold BF16 values anyway (weights
 in MXFP4 or FP8, inputs rounded to E4M3), all of this is one more order of summing. `exact_product`
-carries that to weights that are no BF16 numbers: an integer times a BF16 scale has at most 16
+carries that to weights that are not BF16 numbers: an integer times a BF16 scale has at most 16
 significant bits, which are the sum of two BF16 numbers, so two products do. The bound of float32
 sums then holds for every scheme.
 
@@ -71,7 +71,7 @@ def exact_product(
 ) -> Tensor:
     """float32 x @ weight.T, `[m, N]`, nothing rounded but sums, by BF16 products where they can.
 
-    x: float32 `[m, K]` of BF16 values. Schemes whose weights are no sum of two BF16 numbers, and
+    x: float32 `[m, K]` of BF16 values. Schemes whose weights are not a sum of two BF16 numbers, and
     numbers so small that units would take them for zero, are multiplied in float32 whatever `way`
     says. multiply: takes products in float32.
     """

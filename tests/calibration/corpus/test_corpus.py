@@ -304,7 +304,7 @@ def test_absent_things(tmp_path: Path, tokenizer: Path) -> None:
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: missing"):
         load_corpus([file], tmp_path / "tokenizer.json", request())
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json: is no usable tokenizer"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: is not a usable tokenizer"):
         load_corpus([file], tmp_path / "tokenizer.json", request())
 
 

@@ -199,7 +199,7 @@ def check_bands(bands: list[dict[str, float]], records: TokenRecords) -> None:
 
 
 def test_flips_weigh_what_the_reference_was_sure_of() -> None:
-    """Two flips of three: one near-tie, one certainty; no token above one half is no share."""
+    """Two flips of three: one near-tie, one certainty; no token above one half is not a share."""
     reference = torch.tensor([[0.9, 0.1, 0, 0, 0], [0.4, 0.35, 0.25, 0, 0], [0.6, 0.4, 0, 0, 0]])
     candidate = torch.tensor([[0.3, 0.7, 0, 0, 0], [0.35, 0.4, 0.25, 0, 0], [0.6, 0.4, 0, 0, 0]])
     logits = [(x + 1e-9).log() for x in (candidate, reference)]

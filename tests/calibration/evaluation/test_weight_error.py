@@ -190,7 +190,7 @@ def test_one_changed_code_of_an_exact_format_is_found(tmp_path: Path) -> None:
 
 
 def test_heavy_tails_explain_themselves(tmp_path: Path) -> None:
-    """An expert whose own rounding costs more than its siblings' is no defect."""
+    """An expert whose own rounding costs more than its siblings' is not a defect."""
     edited = EditableCheckpoint.read(TINY)
     scales = edited["layers.0.ffn.experts.1.w1.scale"]
     # Groups of one row differ by up to 2^6 in scale, so coarser groups lose the small ones.

@@ -191,7 +191,7 @@ def test_tokenizer(converted: Convert) -> None:
     ("before", "after", "why"),
     [
         (r'"Regex": "\\p{N}{1,3}"', r'"Regex": "\\p{N}{1,2}"', "none of llama.cpp's"),
-        ('"type": "BPE"', '"type": "WordPiece"', "no byte-level BPE"),
+        ('"type": "BPE"', '"type": "WordPiece"', "not byte-level BPE"),
         ('"id": 0,', '"id": 4096,', "beyond config.json's vocab_size 2048"),
     ],
 )

@@ -193,7 +193,7 @@ def test_only_formats_with_a_choice_take_engram() -> None:
     [
         ("primes", [4], "contradict"),
         ("multipliers", None, "rows would be others'"),
-        ("token_map", "x", "no list of numbers"),
+        ("token_map", "x", "not a list of numbers"),
         ("pad_id", -1, "expected a number"),
         ("head_count", 2**40, "expected a number"),
     ],

@@ -1,4 +1,4 @@
-"""The expert kernels at sizes that are no multiple of eight: right results, nothing written beside.
+"""The expert kernels at sizes not divisible by eight: right results, nothing written outside.
 
 The words' rows are filled up to eights, so a hidden or intermediate size that is none makes the
 kernels' tiles wider than what they are asked for. A scheme in groups has whole groups of columns,

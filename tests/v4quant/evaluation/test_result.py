@@ -47,10 +47,10 @@ def test_it_survives_json(found: Evaluation) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens": "many"}, "no evaluation"),
+        ({"tokens": "many"}, "not an evaluation"),
         ({"candidate": {}}, "'expert_bits_per_weight' is missing"),
-        ({"noise_floor": 3}, "no evaluation"),
-        ({"others": [1]}, "no evaluation"),
+        ({"noise_floor": 3}, "not an evaluation"),
+        ({"others": [1]}, "not an evaluation"),
     ],
 )
 def test_other_objects_are_refused(found: Evaluation, change: dict[str, Any], message: str) -> None:

@@ -2,7 +2,7 @@
 
 A peer makes a call of each input set from the stacked codes. Every result is compared with torch's
 (weights dequantized to BF16, one grouped product each), and the distance is in the row: a fast
-wrong answer is no yardstick.
+wrong answer is not a yardstick.
 """
 
 from __future__ import annotations

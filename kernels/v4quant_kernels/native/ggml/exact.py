@@ -50,7 +50,7 @@ def lattice_units(x: F32, size: int, bits: int, spread: np.float32, units: F32) 
     """Units of the sub-blocks (0 for zeros) under which all of `x` is exact, and the smallest.
 
     `spread`: how far the largest and smallest unit may lie apart. Returns 0 if there are none, or
-    if the smallest is no number of half precision.
+    if the smallest is not a number of half precision.
     """
     coarsest = ZERO
     for j in range(units.size):
