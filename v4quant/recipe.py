@@ -7,7 +7,7 @@ A recipe is a small TOML file or the command line's options; both end up in the 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from v4quant_formats.layouts.layout import Layout
 from v4quant_formats.layouts.table import choose_layout
 from v4quant_formats.small_files import read_small
 from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.near_names import did_you_mean, not_one_of
 from v4quant_kernels.scheme import SCHEMES, Scheme, get_scheme
 
 _CHOICES = {
@@ -78,9 +79,7 @@ class Recipe:
         """Check every choice. Raises RecipeError, UnsupportedScheme or UnsupportedPair."""
         for key, allowed in _CHOICES.items():
             if getattr(self, key) not in allowed:
-                raise RecipeError(
-                    f"recipe: {key} = '{getattr(self, key)}' is not one of {', '.join(allowed)}"
-                )
+                raise RecipeError(f"recipe: {key} = {not_one_of(getattr(self, key), allowed)}")
         object.__setattr__(self, "format", self.layout.name)
         if self.on_inexact == "keep" and not self.layout.can_keep:
             wider = self.expert_scheme.wider
@@ -104,14 +103,12 @@ class Recipe:
 
     def _check_gguf(self) -> None:
         """What only formats that leave a choice take."""
-        types = self.layout.dense_types
-        if self.dense and self.dense not in types:
-            choices = f"is not one of {', '.join(types)}" if types else "has no effect there"
-            raise RecipeError(f"recipe: dense = '{self.dense}' in {self.format} {choices}")
-        tables = self.layout.table_types
-        if self.engram and self.engram not in tables:
-            choices = f"is not one of {', '.join(tables)}" if tables else "has no effect there"
-            raise RecipeError(f"recipe: engram = '{self.engram}' in {self.format} {choices}")
+        for key, types in (("dense", self.layout.dense_types), ("engram", self.layout.table_types)):
+            value, where = getattr(self, key), f" in {self.format}"
+            if value and not types:
+                raise RecipeError(f"recipe: {key} = '{value}'{where} has no effect there")
+            if value and value not in types:
+                raise RecipeError(f"recipe: {key} = {not_one_of(value, types, where)}")
         if self.split_size and self.layout.index:
             raise RecipeError(f"recipe: split_size has no effect in {self.format}; it is for gguf")
         if self.split_bytes < MIN_SPLIT:
@@ -131,10 +128,10 @@ class Recipe:
             allowed = self.layout.schemes if group in EXPERTS else self.layout.dense_types
             allowed = (*allowed, "f32") if group == "hyper" else allowed
             if scheme not in allowed:
-                raise RecipeError(
-                    f"recipe: [schemes] {place_name((stage, group))} = '{scheme}' is not one of "
-                    f"{', '.join(allowed) or 'none: dense matrices are as the format has them'}"
-                )
+                told = "dense matrices are as the format has them"
+                if allowed:
+                    told = not_one_of(scheme, allowed)
+                raise RecipeError(f"recipe: [schemes] {place_name((stage, group))} = {told}")
             if group in EXPERTS and self.layout.mixes == "layer":
                 self._check_layer(stage)
 
@@ -188,12 +185,17 @@ class Recipe:
         return {**asdict(self), "schemes": dict(self.schemes)}
 
 
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """What is said of a key that a table cannot have."""
+    return f"unknown key '{key}'; {did_you_mean(key, known)}known are {', '.join(known)}"
+
+
 def recipe_from_table(table: Mapping[str, Any], where: str) -> Recipe:
     """Build a recipe from a TOML table. Raises RecipeError naming the key."""
     known = {f.name for f in fields(Recipe)}
     for key, value in table.items():
         if key not in known:
-            raise RecipeError(f"{where}: unknown key '{key}'; known are {', '.join(sorted(known))}")
+            raise RecipeError(f"{where}: {unknown_key(key, sorted(known))}")
         if key == "schemes":
             texts = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
             if not texts:

@@ -7,19 +7,41 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from v4quant.builtin import CHECKPOINTS
 from v4quant.builtin import resolve_source as resolve_builtin
-from v4quant.hub.refs import HubRef, is_hub, parse_hub
+from v4quant.hub.refs import HubRef, could_be_repository, is_hub, parse_hub
 from v4quant.hub.source import open_hub
 from v4quant_formats.adapter import with_adapter
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.opening import open_checkpoint
+from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.near_names import did_you_mean
 
 Source = Path | HubRef
+
+
+class SourceError(V4QuantError):
+    """A source that does not exist as it is written."""
 
 
 def resolve_source(text: str) -> Source:
     """What a SOURCE argument means. Raises BuiltinError or HubReferenceError."""
     return parse_hub(text) if is_hub(text) else resolve_builtin(text)
+
+
+def _check_there(path: Path) -> None:
+    """A folder that does not exist, but whose name means something. Raises SourceError."""
+    text = str(path)
+    if path.exists():
+        return
+    if not path.is_absolute() and could_be_repository(text):
+        raise SourceError(
+            f"{text}: no such folder; for the repository on the hub, write hf://{text}"
+        )
+    if meant := did_you_mean(text, CHECKPOINTS):
+        raise SourceError(
+            f"{text}: no such folder; {meant}otherwise give the folder that holds config.json"
+        )
 
 
 def open_source(
@@ -32,10 +54,11 @@ def open_source(
     """Open a source. adapter: the folder of a LoRA adapter that is merged while it is read. The
     other arguments are `open_hub`'s and concern repositories only.
 
-    Raises what `open_checkpoint`, `open_hub` and `with_adapter` raise.
+    Raises SourceError and what `open_checkpoint`, `open_hub` and `with_adapter` raise.
     """
     if isinstance(source, HubRef):
         opened = open_hub(source, scratch, cap, headers_only)
     else:
+        _check_there(source)
         opened = open_checkpoint(source)
     return opened if adapter is None else with_adapter(opened, adapter)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from v4quant_kernels.errors import UnsupportedScheme
+from v4quant_kernels.near_names import did_you_mean
 
 BlockCoding = Literal["", "block"]
 
@@ -124,8 +125,10 @@ def get_type(name: str) -> GgmlType:
     try:
         return GGML_TYPES[name]
     except KeyError:
-        known = ", ".join(GGML_TYPES)
-        raise UnsupportedScheme(f"unknown GGUF type '{name}'; choose one of: {known}") from None
+        meant, known = did_you_mean(name, GGML_TYPES), ", ".join(GGML_TYPES)
+        raise UnsupportedScheme(
+            f"unknown GGUF type '{name}'; {meant}choose one of: {known}"
+        ) from None
 
 
 def block_type(dtype: str) -> GgmlType | None:

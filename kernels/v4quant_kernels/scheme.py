@@ -19,6 +19,7 @@ from typing import Literal
 
 from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.ggml_types import GGML_TYPES, GgmlType, fitting_type
+from v4quant_kernels.near_names import did_you_mean
 
 Element = Literal["e2m1", "e4m3", "int", "bf16", "ggml"]
 ScaleFormat = Literal["e8m0", "e4m3", "bf16", "f32", "none"]
@@ -156,8 +157,9 @@ def get_scheme(name: str) -> Scheme:
     try:
         return SCHEMES[name]
     except KeyError:
+        meant = did_you_mean(name, [s.name for s in SCHEMES.values() if s.formats])
         known = ", ".join(SCHEMES)
-        raise UnsupportedScheme(f"unknown scheme '{name}'; choose one of: {known}") from None
+        raise UnsupportedScheme(f"unknown scheme '{name}'; {meant}choose one of: {known}") from None
 
 
 def register(row: Scheme | GgmlType) -> Scheme:

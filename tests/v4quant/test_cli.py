@@ -454,6 +454,42 @@ def test_bad_options(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", TINY, "o", "--scheme", "q4_k_m"], "did you mean q4_k?"),
+        (["quantize", TINY, "o", "--scheme", "fp8", "--format", "DeepSeek"], "mean deepseek?"),
+        (["quantize", TINY, "o", "--scheme", "q4_k", "--dense", "Q6_K"], "did you mean q6_k?"),
+        (["quantize", "some-owner/model", "o", "--scheme", "fp8"], "hf://some-owner/model"),
+        (["quantize", "tiny-v4", "o", "--scheme", "fp8"], "did you mean builtin:tiny-v4"),
+        (["quantize", "builtin:tinyv4", "o", "--scheme", "fp8"], "did you mean builtin:tiny-v4"),
+        (["quantize", TINY, "o", "--scheme", "fp8", "--max-memory", "8"], "write it like 8GB"),
+        (["run", "dem0"], "did you mean demo?"),
+        (["plan", "flsh"], "did you mean flash"),
+        (["plan", "flash", "--cards", "2x24"], "write 2x24GB"),
+        (["plan", "flash", "--cards", "none", "--ram", "64"], "write 64GB"),
+        (["plan", "flash", "--machine", "rtx-pro6000x"], "did you mean rtx-pro-6000"),
+    ],
+)
+def test_near_misses_are_told(v4quant: Command, arguments: list[Any], message: str) -> None:
+    assert message in v4quant(*arguments).error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", TINY, "o", "--scheme", "fp8", "--engine", "vLLM"], "did you mean vllm?"),
+        (["evaluate", TINY, "--mode", "think-hgh"], "did you mean think-high"),
+        (["verify", TINY, "--engine", "llamacpp"], "did you mean llama.cpp?"),
+    ],
+)
+def test_near_misses_of_choices_are_told(
+    v4quant: Command, arguments: list[Any], message: str
+) -> None:
+    ran = v4quant(*arguments)
+    assert ran.code == 2 and message in ran.err
+
+
 def test_corpus_too_short(v4quant: Command, tmp_path: Path, ids: Path) -> None:
     for command in (["evaluate", TINY], ["calibrate", TINY, "--out", tmp_path / "s"]):
         ran = v4quant(*command, "--corpus", ids, "--tokens", 161)

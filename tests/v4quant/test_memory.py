@@ -17,7 +17,7 @@ from v4quant_formats.system import peak_rss_bytes
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        ("123", 123), ("123B", 123), ("1K", 1000), ("1KB", 1000), ("1KiB", 1024),
+        ("12345678", 12345678), ("123B", 123), ("1K", 1000), ("1KB", 1000), ("1KiB", 1024),
         ("6GB", 6 * 10**9), ("6gb", 6 * 10**9), ("6GiB", 6 * 2**30), ("1.5G", 1_500_000_000),
         ("1500 MB", 1_500_000_000), (" 2T ", 2 * 10**12), ("0.5TiB", 2**39), ("0", 0),
     ],
@@ -31,6 +31,12 @@ def test_sizes(text: str, size: int) -> None:
 )
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(SizeError, match="write it like 6GB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["8", " 8", "1.5", "999999"])
+def test_a_forgotten_unit_is_told(text: str) -> None:
+    with pytest.raises(SizeError, match=f"has no unit; write it like {text.strip()}GB"):
         parse_size(text)
 
 

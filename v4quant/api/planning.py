@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from v4quant.api.arguments import PathLike, SourceLike, source_of
+from v4quant.builtin import PREFIX
+from v4quant.hub.refs import is_hub
 from v4quant.planner.candidates import PlanError, Request
 from v4quant.planner.choices import DEFAULT_EFFORT, ENGINE_NAMES, Effort, EngineName
 from v4quant.planner.choose import Answer, choose
 from v4quant.planner.commands import Commands, commands_for
 from v4quant.planner.detect import this_machine
-from v4quant.planner.footprint import Outline, outline_checkpoint, outline_release, release_named
+from v4quant.planner.footprint import (
+    HUB_NAMES,
+    Outline,
+    outline_checkpoint,
+    outline_release,
+    release_named,
+)
 from v4quant.planner.loss import read_measured
 from v4quant.planner.machines import (
     Machine,
@@ -27,6 +35,7 @@ from v4quant.planner.run_file import run_file
 from v4quant.source import open_source
 from v4quant_formats.shards import write_file_atomically
 from v4quant_kernels.errors import OptionError
+from v4quant_kernels.near_names import did_you_mean
 
 _MEMORY = "8GB"
 
@@ -118,5 +127,13 @@ def _outline(source: SourceLike) -> Outline:
     name = release_named(text)
     if name is not None and not Path(text).exists():
         return outline_release(name)
+    is_word = "/" not in text and not text.startswith(PREFIX)
+    if is_word and not is_hub(text) and not Path(text).exists():
+        repos = (repo.rpartition("/")[2] for repo in HUB_NAMES.values())
+        meant = did_you_mean(text, (*HUB_NAMES, *repos))
+        raise PlanError(
+            f"'{text}' is neither a folder nor a release; {meant}releases are "
+            f"{', '.join(HUB_NAMES)}"
+        )
     with open_source(source_of(source), headers_only=True) as checkpoint:
         return outline_checkpoint(checkpoint)

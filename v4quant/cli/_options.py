@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 
 import click
 
+from v4quant.cli._types import Choice
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE, MODES, is_mode
+from v4quant_kernels.near_names import not_one_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -18,9 +20,8 @@ MODE_NAMES = f"[{'|'.join((*MODES, 'think-N'))}]"
 def checked_mode(_: click.Context, parameter: click.Parameter, value: str) -> str:
     """The mode of `--mode` itself: a named one, or `think-N` for V4.1."""
     if not is_mode(value):
-        known = ", ".join(MODES)
         raise click.BadParameter(
-            f"'{value}' is none of {known}, think-1 to think-100", param=parameter
+            not_one_of(value, (*MODES, "think-1 to think-100")), param=parameter
         )
     return value
 
@@ -32,7 +33,7 @@ def corpus_options(default: str) -> Callable[[Command], Command]:
         for option in (
             click.option(
                 "--activations",
-                type=click.Choice(["plain", "kv", "official"]),
+                type=Choice(["plain", "kv", "official"]),
                 default="plain",
                 show_default=True,
                 help="plain: weights alone; official: with the release's activation rounding.",
@@ -49,7 +50,7 @@ def corpus_options(default: str) -> Callable[[Command], Command]:
             ),
             click.option(
                 "--chat-keys",
-                type=click.Choice(("messages", "sharegpt", "prompt-completion")),
+                type=Choice(("messages", "sharegpt", "prompt-completion")),
                 default="messages",
                 show_default=True,
                 help="Under which keys rows have their chats.",
@@ -95,7 +96,7 @@ def products_option(*more: str) -> Callable[[Command], Command]:
         told += "; kernels: as bf16, the routed experts by the kernels that serve them"
     return click.option(
         "--products",
-        type=click.Choice(["f32", "bf16", *more]),
+        type=Choice(["f32", "bf16", *more]),
         default="f32",
         show_default=True,
         help=f"{told}.",

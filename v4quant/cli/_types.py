@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem
 import v4quant
 from v4quant.builtin import TINY_V4
 from v4quant_formats.layouts.choices import LAYOUT_NAMES, WRITABLE
+from v4quant_kernels.near_names import not_one_of
 
 _PRESETS = Path(v4quant.__file__).parent / "pipeline" / "presets"
 
@@ -37,6 +38,17 @@ class TextType(click.ParamType):  # type: ignore[type-arg]  # generic since clic
         """The words that begin so; paths are the shell's business."""
         items = [CompletionItem(word) for word in self._words if word.startswith(incomplete)]
         return [*items, CompletionItem(incomplete, type=self._paths)] if self._paths else items
+
+
+class Choice(click.Choice):  # type: ignore[type-arg]  # generic since click 8.2
+    """One of some words; whoever spells it otherwise is told what they probably meant."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The word. Fails like click's own, naming the nearest."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(not_one_of(str(value), map(str, self.choices)), param, ctx)
 
 
 SOURCE = TextType("source", (TINY_V4, "hf://"), "dir")

@@ -11,7 +11,7 @@ import click
 import v4quant
 from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.cli import _output
-from v4quant.cli._types import SOURCE
+from v4quant.cli._types import SOURCE, Choice
 from v4quant.targets import ALL, AUTO
 from v4quant_formats.engines.vllm_memory import UTILIZATION, Serving
 from v4quant_formats.layouts.choices import ENGINE_CHOICES, LAYOUT_NAMES, NEUTRAL, dense_types
@@ -42,16 +42,16 @@ if TYPE_CHECKING:
               help="The share of a card that vLLM may take, for --fits.")  # fmt: skip
 @click.option("--expert-parallel", is_flag=True, help="For --fits: vLLM keeps experts whole and "
               "shares them out, so that no scale group is cut.")  # fmt: skip
-@click.option("--format", "format_", type=click.Choice(LAYOUT_NAMES), default="gguf",
+@click.option("--format", "format_", type=Choice(LAYOUT_NAMES), default="gguf",
               show_default=True, help="Container; gguf mixes layers and projections, "
               "compressed-tensors with --engine vllm whole layers.")  # fmt: skip
-@click.option("--engine", type=click.Choice(ENGINE_CHOICES), default=NEUTRAL, show_default=True,
+@click.option("--engine", type=Choice(ENGINE_CHOICES), default=NEUTRAL, show_default=True,
               help="Write what this engine wants, as of quantize.")  # fmt: skip
-@click.option("--dense", type=click.Choice([*dense_types(), AUTO, ALL]), metavar="TYPE|auto|all",
+@click.option("--dense", type=Choice([*dense_types(), AUTO, ALL]), metavar="TYPE|auto|all",
               help="Type of dense matrices, for gguf (default bf16); auto: one a layer, for "
               "embedding and head; all: compressors and hyper-connections take part too. Both "
               "need --measure-kl.")  # fmt: skip
-@click.option("--draft", type=click.Choice(["convert", "drop"]), default="convert",
+@click.option("--draft", type=Choice(["convert", "drop"]), default="convert",
               show_default=True, help="MTP / DSpark stages.")  # fmt: skip
 @click.option("--split-size", default="", help="Largest file, like 45GB (default 45GB).")
 @click.option("--stats", "stats_file", type=click.Path(path_type=Path),

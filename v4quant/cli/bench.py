@@ -15,6 +15,7 @@ import click
 from v4quant.bench.choices import BENCHED, SOLVER_WIDTHS, WIDTHS
 from v4quant.bench.threads import SETTINGS, Run, ThreadTiming, bench_threads
 from v4quant.cli import _output
+from v4quant.cli._types import Choice
 from v4quant.cli.bench_kernels import gpu, indexer, moe
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def bench() -> None:
 )
 @click.option(
     "--width",
-    type=click.Choice(WIDTHS),
+    type=Choice(WIDTHS),
     default="flash",
     show_default=True,
     help="Whose layer widths.",
@@ -106,7 +107,7 @@ def _as_text(result: ConvertBench) -> str:
 @bench.command(epilog="Example: v4quant bench solver --scheme int3-g128 --json")
 @click.option(
     "--width",
-    type=click.Choice(list(SOLVER_WIDTHS)),
+    type=Choice(list(SOLVER_WIDTHS)),
     default="flash",
     show_default=True,
     help="Whose expert.",
@@ -115,13 +116,13 @@ def _as_text(result: ConvertBench) -> str:
 @click.option(
     "--solver",
     "solvers",
-    type=click.Choice(BENCHED),
+    type=Choice(BENCHED),
     multiple=True,
     help="Only these solvers (repeatable).",
 )
 @click.option("--rows", type=click.IntRange(1), default=4096, show_default=True,
               help="Input rows the moments are formed from.")  # fmt: skip
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+@click.option("--device", type=Choice(["cpu", "cuda"]), default="cpu", show_default=True,
               help="Where to solve.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def solver(
@@ -172,7 +173,7 @@ def solver(
               help="Runs of each setting, quiet and busy.")  # fmt: skip
 @click.option("--limit", type=click.FloatRange(1), default=120, show_default=True,
               help="Seconds after which a run is stopped.")  # fmt: skip
-@click.option("--setting", "settings", type=click.Choice(list(SETTINGS)), multiple=True,
+@click.option("--setting", "settings", type=Choice(list(SETTINGS)), multiple=True,
               help="Only this (repeatable).")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def threads(

@@ -11,6 +11,7 @@ import click
 
 from v4quant.bench.choices import CONTEXTS, INDEX_CASES, SHAPES, TOKENS, Compare
 from v4quant.cli import _exit, _output
+from v4quant.cli._types import Choice
 
 if TYPE_CHECKING:
     from v4quant.bench.kernels.device import Machine
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 _DEVICE = click.option(
     "--device",
-    type=click.Choice(["cuda", "cpu"]),
+    type=Choice(["cuda", "cpu"]),
     help="Where to measure (default: the GPU; cpu times the torch fallback).",
 )
 _APPEND = click.option(
@@ -31,7 +32,7 @@ _APPEND = click.option(
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 _PEERS = click.option(
     "--peers",
-    type=click.Choice(get_args(Compare)),
+    type=Choice(get_args(Compare)),
     default="also",
     show_default=True,
     help="Time other people's kernels, where they are installed: also, only or none.",
@@ -47,10 +48,10 @@ _MINUTES = click.option(
 
 
 @click.command(epilog="Example: v4quant bench moe --shape flash --append baselines.jsonl")
-@click.option("--shape", "shapes", multiple=True, type=click.Choice(sorted(SHAPES)),
+@click.option("--shape", "shapes", multiple=True, type=Choice(sorted(SHAPES)),
               help="Whose experts (repeatable; default: flash and pro).")  # fmt: skip
 @click.option("--scheme", "schemes", multiple=True, help="Weights (repeatable; default: mxfp4).")
-@click.option("--activations", "modes", multiple=True, type=click.Choice(["bf16", "e4m3"]),
+@click.option("--activations", "modes", multiple=True, type=Choice(["bf16", "e4m3"]),
               help="Activations (repeatable; default: both).")  # fmt: skip
 @click.option("--tokens", multiple=True, type=click.IntRange(1, 65536),
               help="Tokens in a batch (repeatable; default: 1 to 16384).")  # fmt: skip
@@ -102,7 +103,7 @@ def moe(
 @click.command(epilog="Example: v4quant bench indexer --context 131072")
 @click.option("--context", "contexts", multiple=True, type=click.IntRange(8, 2**22),
               help="Tokens of context (repeatable; default: 128k and 1M).")  # fmt: skip
-@click.option("--case", "cases", multiple=True, type=click.Choice(list(INDEX_CASES)),
+@click.option("--case", "cases", multiple=True, type=Choice(list(INDEX_CASES)),
               help="Situations (repeatable; default: all).")  # fmt: skip
 @click.option("--top-k", type=click.IntRange(1, 2048), default=512, show_default=True,
               help="Keys chosen for each token.")  # fmt: skip

@@ -6,12 +6,13 @@ import click
 from click.shell_completion import get_completion_class
 
 from v4quant.cli import _output
+from v4quant.cli._types import Choice
 
 SHELLS = ("bash", "zsh", "fish")
 
 
 @click.command(epilog='Example: eval "$(v4quant completion bash)"    (in ~/.bashrc)')
-@click.argument("shell", type=click.Choice(SHELLS))
+@click.argument("shell", type=Choice(SHELLS))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
     """Print the script that lets SHELL complete v4quant's command lines.

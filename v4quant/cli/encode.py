@@ -12,6 +12,7 @@ import click
 import v4quant
 from v4quant.cli import _output
 from v4quant.cli._options import MODE_NAMES, checked_mode
+from v4quant.cli._types import Choice
 from v4quant_calibration.corpus.chat_dialects import RELEASES
 from v4quant_calibration.corpus.chat_messages import EncodingError
 
@@ -37,7 +38,7 @@ MAX_MESSAGES_BYTES = 2**28
 )
 @click.option(
     "--release",
-    type=click.Choice(RELEASES),
+    type=Choice(RELEASES),
     default=RELEASES[0],
     show_default=True,
     help="preview: V4 of April; 0731: its high is the preview's max; v41: V4.1.",

@@ -8,7 +8,7 @@ import click
 
 import v4quant
 from v4quant.cli import _output
-from v4quant.cli._types import SOURCE
+from v4quant.cli._types import SOURCE, Choice
 from v4quant.planner.choices import DEFAULT_EFFORT, EFFORTS, ENGINE_NAMES, Effort, EngineName
 from v4quant_formats.engines.engine import GPUS
 
@@ -22,13 +22,13 @@ from v4quant_formats.engines.engine import GPUS
 @click.option("--ram", help="System memory, as sold, like 128GB.")
 @click.option("--ram-bandwidth", type=click.FloatRange(1), help="Of that memory, in GB/s (60 for a "
               "desktop, 300 for a server unless said).")  # fmt: skip
-@click.option("--gpu", type=click.Choice(list(GPUS)), help="Generation of the cards, where their "
+@click.option("--gpu", type=Choice(list(GPUS)), help="Generation of the cards, where their "
               "size says too little.")  # fmt: skip
-@click.option("--engine", "engines", type=click.Choice(ENGINE_NAMES), multiple=True,
+@click.option("--engine", "engines", type=Choice(ENGINE_NAMES), multiple=True,
               help="Consider only this engine; may be repeated.")  # fmt: skip
 @click.option("--context", type=click.IntRange(1, 2**24), default=32768, show_default=True,
               help="Tokens of one sequence that must fit.")  # fmt: skip
-@click.option("--effort", type=click.Choice(EFFORTS), default=DEFAULT_EFFORT, show_default=True,
+@click.option("--effort", type=Choice(EFFORTS), default=DEFAULT_EFFORT, show_default=True,
               help="How long choosing the codes may take.")  # fmt: skip
 @click.option("--cores", type=click.IntRange(1, 4096), help="Cores of the machine that converts "
               "(default: this one's).")  # fmt: skip

@@ -11,7 +11,7 @@ import click
 
 import v4quant
 from v4quant.cli import _output
-from v4quant.cli._types import FORMAT, OUT, SCHEME, SOURCE
+from v4quant.cli._types import FORMAT, OUT, SCHEME, SOURCE, Choice
 from v4quant_calibration.defaults import SOLVER_NAMES
 from v4quant_formats.layouts.choices import ENGINE_CHOICES, LAYOUT_NAMES, WRITABLE
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--engine",
-    type=click.Choice(ENGINE_CHOICES),
+    type=Choice(ENGINE_CHOICES),
     help="Write what this engine wants where engines differ (default neutral: what most load).",
 )
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="Recipe TOML file.")
@@ -50,14 +50,14 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--solver",
-    type=click.Choice(SOLVER_NAMES),
+    type=Choice(SOLVER_NAMES),
     help="How integer codes are found: largest magnitude, best scales (the default), or by GPTQ "
     "in the solution given with --stats.",
 )
-@click.option("--draft", type=click.Choice(["convert", "drop"]), help="MTP / DSpark stages.")
+@click.option("--draft", type=Choice(["convert", "drop"]), help="MTP / DSpark stages.")
 @click.option(
     "--on-inexact",
-    type=click.Choice(["nearest", "keep", "refuse"]),
+    type=Choice(["nearest", "keep", "refuse"]),
     help="When a cast cannot hold every value: take the nearest and count, keep the stage as it "
     "is, or stop.",
 )
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     "--engram", help="How V4.1's Engram tables are coded, for gguf (default bf16, exact)."
 )
 @click.option("--split-size", help="Largest file, like 45GB, for gguf (default 45GB).")
-@click.option("--unknown", type=click.Choice(["refuse", "copy"]), help="Tensors no V4 release has.")
+@click.option("--unknown", type=Choice(["refuse", "copy"]), help="Tensors no V4 release has.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
 @click.option("--max-memory", help="Cap on memory, like 6GB; fewer workers are used to fit it.")
 @click.option(

@@ -10,7 +10,7 @@ import click
 import v4quant
 from v4quant.cli import _exit, _output
 from v4quant.cli._options import threads_option
-from v4quant.cli._types import RUN_FILE
+from v4quant.cli._types import RUN_FILE, Choice
 from v4quant.cli.calibrate import coverage_text
 from v4quant.cli.evaluate import finding_lines
 from v4quant.cli.quantize import summary
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.command(epilog="Example: v4quant run demo    (or: v4quant run my-run.toml --out converted)")
 @click.argument("recipe", type=RUN_FILE)
-@click.option("--model", type=click.Choice(["v4", "v41"]), default="v4", show_default=True,
+@click.option("--model", type=Choice(["v4", "v41"]), default="v4", show_default=True,
               help="The built-in model that `demo` is run on.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for all results.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads of the conversion (default: "
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
               "passes run and solvers work: cpu, cuda, cuda:0, ...")  # fmt: skip
 @click.option("--max-memory", help="Cap on every step's memory, like 6GB.")
 @click.option("--disk-cap", help="Disk for shards coming from or going to the hub.")
-@click.option("--effort", type=click.Choice(EFFORTS), help="Choose solver and text by how long "
+@click.option("--effort", type=Choice(EFFORTS), help="Choose solver and text by how long "
               "they may take, instead of what the file says.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -9,7 +9,7 @@ import click
 
 import v4quant
 from v4quant.cli import _exit, _output
-from v4quant.cli._types import SOURCE
+from v4quant.cli._types import SOURCE, Choice
 from v4quant_formats.engines import ENGINES, GPUS
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 @click.option("--kernels", is_flag=True, help="Run the Triton kernels on sampled tensors of OUT.")
 @click.option(
     "--engine",
-    type=click.Choice(list(ENGINES)),
+    type=Choice(list(ENGINES)),
     help="Predict from headers whether this engine loads OUT; anybody's checkpoint will do.",
 )
-@click.option("--gpu", type=click.Choice(list(GPUS)), help="With --engine: GPUs it must run on.")
+@click.option("--gpu", type=Choice(list(GPUS)), help="With --engine: GPUs it must run on.")
 @click.option(
     "--tp", type=click.IntRange(1, 64), default=1, show_default=True, help="With --engine: GPUs."
 )

@@ -38,6 +38,11 @@ def is_hub(text: str) -> bool:
     return text.startswith(SCHEME)
 
 
+def could_be_repository(text: str) -> bool:
+    """Whether a text without `hf://` is spelled like a repository's name."""
+    return re.fullmatch(f"{_NAME}/{_NAME}", text) is not None
+
+
 def parse_hub(text: str) -> HubRef:
     """Take `hf://owner/name[@revision]` apart. Raises HubReferenceError."""
     found = re.fullmatch(rf"{SCHEME}({_NAME}/{_NAME})(?:@({_REVISION}))?", text)

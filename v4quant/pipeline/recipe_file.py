@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
+from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table, unknown_key
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE, MODES, is_mode
 from v4quant_calibration.defaults import MIN_TOKENS
+from v4quant_kernels.near_names import did_you_mean, not_one_of
 
 KEYS: dict[str, dict[str, str]] = {
     "": {
@@ -139,12 +140,13 @@ def load_pipeline(name: str, model: str = MODELS[0]) -> Pipeline:
         if model != MODELS[0] and path.is_file():
             raise RecipeError(f"{path}: names its own source, so --model {model} has no effect")
     if not path.is_file():
-        presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml")))
-        raise RecipeError(f"{name}: no such run file; presets are: {presets}")
+        presets = sorted(p.stem for p in PRESETS.glob("*.toml"))
+        meant = did_you_mean(name, presets)
+        raise RecipeError(f"{name}: no such run file; {meant}presets are: {', '.join(presets)}")
     table = read_toml(path)
     known = {"source", "target", "calibrate", "quantize", "verify", "evaluate"}
     for key in table.keys() - known:
-        raise RecipeError(f"{path}: unknown key '{key}'; known are {', '.join(sorted(known))}")
+        raise RecipeError(f"{path}: {unknown_key(key, sorted(known))}")
     if not isinstance(table.get("source"), str):
         raise RecipeError(f"{path}: 'source' (a checkpoint folder) is missing")
     if not isinstance(table.get("target", ""), str):
@@ -203,11 +205,11 @@ def _step(kind: type[Step], table: Mapping[str, Any], name: str, path: Path) -> 
     where = f"{path} [{name}]"
     if not isinstance(values, dict):
         raise RecipeError(f"{where}: must be a table")
-    allowed = {f.name for f in fields(kind)}
+    allowed = [f.name for f in fields(kind)]
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in allowed:
-            raise RecipeError(f"{where}: unknown key '{key}'; known are {', '.join(allowed)}")
+            raise RecipeError(f"{where}: {unknown_key(key, allowed)}")
         if key == "corpus":
             if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
                 raise RecipeError(f"{where}: 'corpus' must be a list of file names")
@@ -220,13 +222,11 @@ def _step(kind: type[Step], table: Mapping[str, Any], name: str, path: Path) -> 
             raise RecipeError(f"{where}: '{key}' is {value}, expected a positive number")
         elif key == "mode" and not is_mode(str(value)):
             raise RecipeError(
-                f"{where}: 'mode' is '{value}', expected one of {', '.join(MODES)}, think-1 to "
-                "think-100"
+                f"{where}: 'mode' is '{value}'; {did_you_mean(str(value), MODES)}expected one of "
+                f"{', '.join(MODES)}, think-1 to think-100"
             )
         elif key in _CHOICES and value not in _CHOICES[key]:
-            raise RecipeError(
-                f"{where}: '{key}' is '{value}', expected one of {', '.join(_CHOICES[key])}"
-            )
+            raise RecipeError(f"{where}: '{key}' is {not_one_of(str(value), _CHOICES[key])}")
         else:
             checked[key] = value
     if kind is CorpusStep and not checked.get("corpus"):

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Literal
 
 from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.near_names import did_you_mean
 
 GIB = 2**30
 MIB = 2**20
@@ -198,6 +198,8 @@ def parse_cards(text: str) -> Machine:
     match = re.fullmatch(r"\s*(\d{1,4})\s*x\s*(.+?)\s*", text.lower())
     if match is None or not 1 <= int(match[1]) <= MOST_CARDS:
         raise MachineError(f"'{text}' names no cards; write it like 2x24GB or 2x3090")
+    if match[2].isdecimal() and int(match[2]) in _BY_SIZE:
+        raise MachineError(f"'{text}' has no unit; write {match[1]}x{match[2]}GB")
     size = re.fullmatch(r"\d+(\.\d+)?\s*[mgt]i?b?", match[2])
     if size is None:
         return _machine(text, int(match[1]), _find_card(match[2]))
@@ -221,7 +223,8 @@ def boxed_size(text: str) -> int:
     """Bytes of a size as sold: `128GB` is 128 GiB, `98304MiB` what it says. Raises MachineError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([mgt])i?b?\s*", text.lower())
     if match is None:
-        raise MachineError(f"'{text}' is not a size of memory; write it like 128GB")
+        unit = f"has no unit; write {text.strip()}GB" if text.strip().isdecimal() else ""
+        raise MachineError(f"'{text}' {unit or 'is not a size of memory; write it like 128GB'}")
     return int(float(match[1]) * {"m": MIB, "g": GIB, "t": 1024 * GIB}[match[2]])
 
 
@@ -270,11 +273,9 @@ def _find_card(name: str) -> Card:
 
 
 def _advice(name: str) -> str:
-    near = get_close_matches(name, [*CARDS, *_SPOKEN], 3, 0.5)
-    meant = f"did you mean {' or '.join(near)}? " if near else ""
     return (
-        f"{meant}known are {', '.join(CARDS)}; write 2x3090 for two of a card, or give "
-        "--cards 2x24GB --ram 128GB"
+        f"{did_you_mean(name, [*CARDS, *_SPOKEN])}known are {', '.join(CARDS)}; write 2x3090 for "
+        "two of a card, or give --cards 2x24GB --ram 128GB"
     )
 
 

@@ -22,6 +22,7 @@ from v4quant_calibration.corpus.chat_messages import (
     THINK,
     EncodingError,
 )
+from v4quant_kernels.near_names import did_you_mean
 
 NON_THINK = "non-think"
 MODES = (NON_THINK, "think-low", "think-high", "think-xhigh", "think-max")
@@ -86,7 +87,8 @@ class Dialect:
             raise EncodingError(f"'{mode}': an effort lies between 1 and {HIGHEST_EFFORT}")
         more = " or think-1 to think-100" if self.numeric else ""
         raise EncodingError(
-            f"there is no mode '{mode}'; choose one of {', '.join(self.efforts)}{more}"
+            f"there is no mode '{mode}'; {did_you_mean(mode, self.efforts)}choose one of "
+            f"{', '.join(self.efforts)}{more}"
         )
 
 
@@ -137,7 +139,8 @@ def is_mode(text: str) -> bool:
 def dialect_of(release: str) -> Dialect:
     """A release's format. Raises EncodingError when there is none of that name."""
     if release not in DIALECTS:
-        raise EncodingError(f"there is no release '{release}'; known are {', '.join(RELEASES)}")
+        meant, known = did_you_mean(release, RELEASES), ", ".join(RELEASES)
+        raise EncodingError(f"there is no release '{release}'; {meant}known are {known}")
     return DIALECTS[release]
 
 

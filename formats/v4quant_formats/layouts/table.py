@@ -9,6 +9,7 @@ from v4quant_formats.layouts.deepseek import DEEPSEEK
 from v4quant_formats.layouts.gguf import GGUF
 from v4quant_formats.layouts.layout import Layout
 from v4quant_formats.layouts.modelopt import MODELOPT
+from v4quant_kernels.near_names import did_you_mean
 from v4quant_kernels.scheme import Scheme
 
 LAYOUTS: dict[str, Layout] = {x.name: x for x in (DEEPSEEK, COMPRESSED_TENSORS, MODELOPT, GGUF)}
@@ -20,7 +21,10 @@ def choose_layout(scheme: Scheme, name: str | None, engine: str = NEUTRAL) -> La
     Raises UnsupportedPair listing the pairs that work.
     """
     if name is not None and name not in LAYOUTS:
-        raise UnsupportedPair(f"unknown format '{name}'; choose one of: {', '.join(LAYOUTS)}")
+        meant = did_you_mean(name, LAYOUTS)
+        raise UnsupportedPair(
+            f"unknown format '{name}'; {meant}choose one of: {', '.join(LAYOUTS)}"
+        )
     if scheme.formats and name in (None, *scheme.formats):
         return _for_engine(LAYOUTS[name or scheme.formats[0]], scheme, engine)
     pairs = "; ".join(f"{x.name}: {', '.join(x.schemes)}" for x in LAYOUTS.values())

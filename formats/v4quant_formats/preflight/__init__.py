@@ -28,6 +28,7 @@ from v4quant_formats.preflight.fit import (
 from v4quant_formats.preflight.gguf_checks import GGUF_CHECKS
 from v4quant_formats.preflight.survey import Finding, survey
 from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.near_names import did_you_mean
 
 __all__ = ["Finding", "Memory", "Preflight", "preflight", "preflight_onnx"]
 
@@ -61,7 +62,8 @@ class Preflight:
 def find_engine(name: str) -> Engine:
     """The rules of an engine. Raises UnknownEngine listing the names."""
     if name not in ENGINES:
-        raise UnknownEngine(f"unknown engine '{name}'; choose one of: {', '.join(ENGINES)}")
+        meant = did_you_mean(name, ENGINES)
+        raise UnknownEngine(f"unknown engine '{name}'; {meant}choose one of: {', '.join(ENGINES)}")
     return ENGINES[name]
 
 

@@ -99,7 +99,10 @@ def test_absent_run_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
         ("source = 'x'", r"\[quantize\] table is missing"),
         ("source = 'x'\nquantize = 'fp8'", r"\[quantize\] table is missing"),
         ("source = 'x'\n[quantize]\n", r"\[quantize\]: 'scheme' is missing"),
-        (SHORT + "[calibrat]\n", "unknown key 'calibrat'; known are calibrate, "),
+        (
+            SHORT + "[calibrat]\n",
+            r"unknown key 'calibrat'; did you mean calibrate\? known are calibrate, ",
+        ),
         (SHORT + "scheem = 'fp8'", r"\[quantize\]: unknown key 'scheem'"),
         (SHORT + "draft = true", r"\[quantize\]: 'draft' must be a string"),
         (SHORT + "draft = 'maybe'", "draft = 'maybe' is not one of convert, drop"),
