@@ -18,7 +18,6 @@ import argparse
 import json
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,11 @@ import torch
 from script_tools.figures import figures
 from torch import Tensor
 
+import v4quant
 from v4quant.builtin import resolve_corpus, resolve_source
-from v4quant.evaluation.evaluate import evaluate_checkpoint
 from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
-from v4quant_calibration.model.options import ForwardOptions
 from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.opening import open_checkpoint
-from v4quant_kernels.progress import SilentProgress
 
 
 @dataclass(frozen=True)
@@ -68,28 +65,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Every conversion by both."""
     folders = [resolve_source(options.source), *options.out]
-    with ExitStack() as opened:
-        source, *others = [opened.enter_context(open_checkpoint(f)) for f in folders]
+    with open_checkpoint(folders[0]) as source:
         config = parse_model_config(dict(source.config), "config.json")
         request = CorpusRequest(
             options.seq_len, options.tokens, config.bos_token_id, config.vocab_size
         )
         text = load_corpus(resolve_corpus(options.corpus), folders[0] / "tokenizer.json", request)
-        mine = evaluate_checkpoint(
-            others[0], source, text, ForwardOptions(), SilentProgress(), weights=False,
-            others=others[1:],
-        )  # fmt: skip
-    floor = float(mine["noise_floor"]["kl_mean"])
+    first, *others = options.out
+    mine = v4quant.evaluate(
+        first, reference=folders[0], candidates=others, corpus=options.corpus,
+        tokens=options.tokens, seq_len=options.seq_len, weights=False,
+    )  # fmt: skip
+    assert mine.floor is not None and mine.reference_perplexity is not None
+    floor = mine.floor.kl_mean
     reference, theirs = measure([load(folder) for folder in folders], text)
     rows = []
-    for folder, a, b in zip(options.out, [mine, *mine.get("others", [])], theirs, strict=True):
+    for folder, a, b in zip(options.out, (mine, *mine.others), theirs, strict=True):
         ours = Found(**figures(a))
         row = {"name": folder.name, "transformers": asdict(b), "evaluate": asdict(ours)}
         rows.append({**row, "agrees": agree(ours.kl, b.kl, floor)})
     return {
         "tokens": text.tokens,
         "floor_kl": floor,
-        "source_perplexity": {"transformers": reference, "evaluate": mine["reference_perplexity"]},
+        "source_perplexity": {
+            "transformers": reference,
+            "evaluate": mine.reference_perplexity.value,
+        },
         "rows": rows,
     }
 

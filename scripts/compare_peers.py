@@ -26,21 +26,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality_table import FULL, ROOT, TINY, windows
+from quality_table import FULL, ROOT, TINY, text
 from quality_table import STORED as QUALITY
 from safetensors.torch import load_file, save_file
 from script_tools.figures import figures
 
-from v4quant.builtin import CALIBRATION, HELDOUT
-from v4quant.conversion.job import run_job
-from v4quant.conversion.plan import make_plan
-from v4quant.evaluation.evaluate import evaluate_checkpoint
-from v4quant.recipe import Recipe
-from v4quant_calibration.model.options import ForwardOptions
+import v4quant
+from v4quant.builtin import CALIBRATION, HELDOUT, resolve_corpus
+from v4quant_calibration.corpus.corpus import CorpusRequest, load_corpus
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import ModelConfig, parse_model_config
 from v4quant_formats.opening import open_checkpoint
-from v4quant_kernels.progress import SilentProgress
 from v4quant_kernels.scheme import get_scheme
 
 STORED = ROOT / "docs" / "peers.json"
@@ -113,33 +109,32 @@ def compare(work: Path, schemes: Sequence[str], runs: dict[str, list[str]]) -> d
     """
     with open_checkpoint(TINY) as source:
         config = parse_model_config(dict(source.config), "config.json")
-        text = windows(CALIBRATION, FULL.calibration, config)
-        heldout = windows(HELDOUT, FULL.heldout, config)
-        run_job(make_plan(source, Recipe("bf16"), ""), work / "bf16", None, 1)
-        (work / "windows.json").write_text(json.dumps([ids.tolist() for ids in text.windows]))
-        made = [
-            (scheme, who, *run_peer(who, run, scheme, work, config))
-            for scheme in schemes
-            for who, run in runs.items()
-        ]
-        if not made:
-            raise PeerFailed("no interpreter of any peer was named; nothing to compare")
-        opened = [open_checkpoint(folder) for _, _, folder, _ in made]
-        found = evaluate_checkpoint(
-            opened[0], source, heldout, ForwardOptions(), SilentProgress(), weights=False,
-            others=opened[1:],
-        )  # fmt: skip
-        for checkpoint in opened:
-            checkpoint.close()
-    results = [found, *found.get("others", [])]
+    given = text(CALIBRATION, FULL.calibration)
+    request = CorpusRequest(
+        given["seq_len"], given["tokens"], config.bos_token_id, config.vocab_size
+    )
+    corpus = load_corpus(resolve_corpus([CALIBRATION]), TINY / "tokenizer.json", request)
+    (work / "windows.json").write_text(json.dumps([ids.tolist() for ids in corpus.windows]))
+    v4quant.quantize(TINY, work / "bf16", scheme="bf16", workers=1)
+    made = [
+        (scheme, who, *run_peer(who, run, scheme, work, config))
+        for scheme in schemes
+        for who, run in runs.items()
+    ]
+    if not made:
+        raise PeerFailed("no interpreter of any peer was named; nothing to compare")
+    first, *others = (folder for _, _, folder, _ in made)
+    heldout = text(HELDOUT, FULL.heldout)
+    found = v4quant.evaluate(first, reference=TINY, candidates=others, weights=False, **heldout)
+    assert found.floor is not None
     rows = [
-        _row(scheme, peer, facts, result)
-        for (scheme, peer, _, facts), result in zip(made, results, strict=True)
+        {"scheme": scheme, "who": peer, **figures(one), **facts}
+        for (scheme, peer, _, facts), one in zip(made, (found, *found.others), strict=True)
     ]
     return {
-        "calibration_tokens": text.tokens,
-        "heldout_tokens": heldout.tokens,
-        "floor_kl": found["noise_floor"]["kl_mean"],
+        "calibration_tokens": given["tokens"],
+        "heldout_tokens": heldout["tokens"],
+        "floor_kl": found.floor.kl_mean,
         "rows": rows,
     }
 
@@ -151,15 +146,6 @@ def our_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
         if table[key] != found[key]:
             raise PeerFailed(f"{QUALITY} has other {key}; run scripts/quality_table.py first")
     return [{**row, "who": row["solver"]} for row in table["rows"] if row["solver"] in OURS]
-
-
-def _row(scheme: str, who: str, facts: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "scheme": scheme,
-        "who": who,
-        **figures(result),
-        **facts,
-    }
 
 
 def run_peer(

@@ -28,16 +28,10 @@ from types import FrameType
 from script_tools.mutations import MUTATIONS
 from script_tools.readers import READERS, TEXT_MUTATIONS
 
-from v4quant.checks.inspection import inspect_checkpoint
-from v4quant.checks.verify import verify
-from v4quant.conversion.job import run_job
-from v4quant.conversion.plan import make_plan
-from v4quant.recipe import Recipe
+from v4quant import inspect, quantize, verify
 from v4quant.sizes import parse_size
 from v4quant_formats.checkpoint import INDEX_NAME
-from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.errors import V4QuantError
-from v4quant_kernels.progress import SilentProgress
 
 DEFAULT_SOURCE = Path(__file__).parents[1] / "tests" / "data" / "tiny-a"
 SCHEMES = ("int4-g32", "int8-g128", "fp8", "mxfp4", "nvfp4")
@@ -55,12 +49,11 @@ def one_round(source: Path, work: Path, seed: int) -> str:
         if files:
             rng.choice(MUTATIONS)(rng.choice(files), rng)
     try:
-        with open_checkpoint(folder) as checkpoint:
-            inspect_checkpoint(checkpoint, SilentProgress(), deep=True)
-            recipe = Recipe(rng.choice(SCHEMES), unknown=rng.choice(("refuse", "copy")))
-            run_job(make_plan(checkpoint, recipe), out, workers=1)
+        inspect(folder, deep=True)
+        scheme, unknown = rng.choice(SCHEMES), rng.choice(("refuse", "copy"))
+        quantize(folder, out, scheme=scheme, unknown=unknown, workers=1)
         damage(out, rng)
-        verify(out, folder, SilentProgress())
+        verify(out, source=folder)
     except V4QuantError as error:
         if "\n" in str(error) or len(str(error)) > 2000:
             raise AssertionError(f"message is not one line: {error!r}") from error

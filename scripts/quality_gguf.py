@@ -21,28 +21,16 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from script_tools.figures import drift, figures
 
-from v4quant.allocation.allocate import ALL, Options, allocate_recipe, find_costs
-from v4quant.builtin import CALIBRATION, HELDOUT, resolve_corpus
-from v4quant.calibration.collect import solve_settings
-from v4quant.conversion.calibrated import load_calibrated
-from v4quant.conversion.job import run_job
-from v4quant.conversion.plan import make_plan
-from v4quant.evaluation.evaluate import evaluate_checkpoint
-from v4quant.recipe import Recipe, recipe_from_table
-from v4quant.sizes import parse_size
-from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
-from v4quant_calibration.model.options import ForwardOptions
-from v4quant_calibration.solve.solve import solve
-from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.model_config import parse_model_config
-from v4quant_formats.opening import open_checkpoint
-from v4quant_kernels.progress import SilentProgress
+import v4quant
+from v4quant import Recipe
+from v4quant.builtin import CALIBRATION, HELDOUT
+from v4quant.recipe import recipe_from_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "v4quant" / "data" / "tiny-v4"
@@ -64,10 +52,14 @@ REDUCED = {
 
 @dataclass(frozen=True)
 class Texts:
-    """Windows of 512 tokens: to calibrate on, and held out."""
+    """Windows of 512 tokens: how many to calibrate on, and how many held out."""
 
-    calibration: Corpus
-    heldout: Corpus
+    calibration: int
+    heldout: int
+
+
+WINDOW = 512
+FULL, LITTLE = Texts(64, 16), Texts(6, 4)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,10 +98,8 @@ def _stored() -> dict[str, Any]:
 
 def measure_reduced() -> dict[str, Any]:
     """The reduced recipe, rounded and solved, on little text."""
-    recipe = recipe_from_table(REDUCED, "reduced")
-    with tempfile.TemporaryDirectory() as work, open_checkpoint(TINY) as source:
-        texts = _texts(source, 6, 4)
-        return _measure(source, recipe, texts, None, Path(work))
+    with tempfile.TemporaryDirectory() as work:
+        return _measure(recipe_from_table(REDUCED, "reduced"), LITTLE, {}, Path(work))
 
 
 @contextmanager
@@ -125,27 +115,22 @@ def _folder(kept: Path | None, name: str) -> Iterator[Path]:
 
 def measure_row(name: str, old: Mapping[str, Any] | None, work: Path) -> dict[str, Any]:
     """A row of the table; `old` has the recipe to use, and llama.cpp's figures without it."""
-    with open_checkpoint(TINY) as source:
-        texts = _texts(source, 64, 16)
-        budget = parse_size(SIZES[name])
-        recipe = _allocated(source, budget) if old is None else _read_recipe(old)
-        plan = make_plan(source, recipe)
-        peer = llama_file(source, name, work)
-        files = {} if peer is None else {"llama.cpp": peer}
-        found = _measure(source, recipe, texts, files, work)
-        row: dict[str, Any] = {
-            "recipe": recipe.as_dict(),
-            "bytes": plan.bytes_out,
-            "heldout_tokens": texts.heldout.tokens,
-            "calibration_tokens": texts.calibration.tokens,
-            **found,
-        }
-        if peer is not None:
-            import llama_cpp
+    recipe = _allocated(SIZES[name], work) if old is None else _read_recipe(old)
+    peer = llama_file(name, work)
+    files = {} if peer is None else {"llama.cpp": peer}
+    row: dict[str, Any] = {
+        "recipe": recipe.as_dict(),
+        "bytes": v4quant.plan_quantize(TINY, work / "planned", recipe=recipe).bytes_out,
+        "heldout_tokens": FULL.heldout * WINDOW,
+        "calibration_tokens": FULL.calibration * WINDOW,
+        **_measure(recipe, FULL, files, work),
+    }
+    if peer is not None:
+        import llama_cpp
 
-            row["llama.cpp"] |= {"bytes": peer.stat().st_size, "version": llama_cpp.__version__}
-        elif old is not None:
-            row["llama.cpp"] = old["llama.cpp"]
+        row["llama.cpp"] |= {"bytes": peer.stat().st_size, "version": llama_cpp.__version__}
+    elif old is not None:
+        row["llama.cpp"] = old["llama.cpp"]
     return row
 
 
@@ -153,65 +138,43 @@ def _read_recipe(row: Mapping[str, Any]) -> Recipe:
     return recipe_from_table(row["recipe"], "stored")
 
 
-def _texts(source: Checkpoint, calibration: int, heldout: int) -> Texts:
-    config = parse_model_config(dict(source.config), "config.json")
-
-    def windows(name: str, count: int, length: int = 512) -> Corpus:
-        request = CorpusRequest(length, count * length, config.bos_token_id, config.vocab_size)
-        return load_corpus(resolve_corpus([name]), TINY / "tokenizer.json", request)
-
-    return Texts(windows(CALIBRATION, calibration), windows(HELDOUT, heldout))
-
-
-def _allocated(source: Checkpoint, budget: int) -> Recipe:
+def _allocated(budget: str, work: Path) -> Recipe:
     """What `allocate --dense all --measure-kl --draft drop` chooses on the calibration text."""
-    options = Options(dense=ALL, draft="drop")
-    config = parse_model_config(dict(source.config), "config.json")
-    request = CorpusRequest(256, 4096, config.bos_token_id, config.vocab_size)
-    text = load_corpus(resolve_corpus([CALIBRATION]), TINY / "tokenizer.json", request)
-    costs = find_costs(source, options)
-    return allocate_recipe(source, costs, budget, options, None, text).recipe
+    found = v4quant.allocate(
+        TINY, work / "recipe.toml", budget=budget, dense="all", draft="drop", measure_kl=True,
+        corpus=CALIBRATION,
+    )  # fmt: skip
+    return found.found.recipe
 
 
 def _measure(
-    source: Checkpoint,
-    recipe: Recipe,
-    texts: Texts,
-    others: Mapping[str, Path] | None,
-    work: Path,
+    recipe: Recipe, texts: Texts, others: Mapping[str, Path], work: Path
 ) -> dict[str, Any]:
     """KL of the recipe rounded ("searched") and solved, and of other files."""
-    config = parse_model_config(dict(source.config), "config.json")
-    options, silent = ForwardOptions(), SilentProgress()
-    settings, windows = solve_settings(source, recipe), texts.calibration.windows
-    folder = work / "solution"
-    solve(source, config, windows, options, 32, settings, folder, silent).close()
-    files = dict(others or {})
-    for name, evidence in (("searched", None), ("solved", folder)):
-        wanted = recipe_from_table(
-            {**recipe.as_dict(), "solver": "gptq" if evidence else "optimal"}, name
-        )
-        known, digest = load_calibrated(source, evidence, wanted)
-        run_job(make_plan(source, wanted, digest), work / name, known, 1)
+    solution = v4quant.calibrate(
+        TINY, work / "solution", recipe=recipe, corpus=CALIBRATION,
+        tokens=texts.calibration * WINDOW, seq_len=WINDOW, min_tokens=0,
+    )  # fmt: skip
+    files = dict(others)
+    for name, solver, stats in (("searched", "optimal", None), ("solved", "gptq", solution.path)):
+        wanted = replace(recipe, solver=solver)
+        v4quant.quantize(TINY, work / name, recipe=wanted, stats=stats, workers=1)
         files[name] = work / name
-    opened = [open_checkpoint(path) for path in files.values()]
-    found = evaluate_checkpoint(
-        opened[0], source, texts.heldout, options, silent, weights=False, others=opened[1:]
-    )
-    results = [found, *found.get("others", [])]
-    for checkpoint in opened:
-        checkpoint.close()
-    return {name: figures(result) for name, result in zip(files, results, strict=True)}
+    first, *rest = files.values()
+    found = v4quant.evaluate(
+        first, reference=TINY, candidates=rest, corpus=HELDOUT, tokens=texts.heldout * WINDOW,
+        seq_len=WINDOW, weights=False,
+    )  # fmt: skip
+    return {name: figures(one) for name, one in zip(files, (found, *found.others), strict=True)}
 
 
-def llama_file(source: Checkpoint, name: str, work: Path) -> Path | None:
+def llama_file(name: str, work: Path) -> Path | None:
     """llama.cpp's own file of a type, without importance matrix; None without its package."""
     try:
         import llama_cpp
     except (ImportError, RuntimeError, OSError):
         return None
-    exact = Recipe("mxfp4", "gguf", draft="drop")
-    run_job(make_plan(source, exact), work / "exact", None, 1)
+    v4quant.quantize(TINY, work / "exact", scheme="mxfp4", format="gguf", draft="drop", workers=1)
     silent = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(silent, None)
     parameters = llama_cpp.llama_model_quantize_default_params()

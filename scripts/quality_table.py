@@ -22,29 +22,22 @@ from typing import Any
 
 from script_tools.figures import drift, figures
 
+import v4quant
 from v4quant.builtin import CALIBRATION, HELDOUT, resolve_corpus
-from v4quant.conversion.calibrated import load_calibrated
-from v4quant.conversion.job import run_job
-from v4quant.conversion.plan import make_plan
-from v4quant.evaluation.evaluate import evaluate_checkpoint
-from v4quant.recipe import Recipe
-from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
+from v4quant_calibration.corpus.corpus import CorpusRequest, load_corpus
 from v4quant_calibration.model.options import ForwardOptions
-from v4quant_calibration.rounding.refine import DEFAULT_SWEEPS
 from v4quant_calibration.solve.settings import SolveSettings
 from v4quant_calibration.solve.solve import solve
-from v4quant_calibration.statistics.collect import calibrate
-from v4quant_calibration.statistics.stats import write_stats
-from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.model_config import ModelConfig, parse_model_config
+from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.opening import open_checkpoint
-from v4quant_kernels.progress import Progress, SilentProgress
+from v4quant_kernels.progress import SilentProgress
 from v4quant_kernels.scheme import get_scheme
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "v4quant" / "data" / "tiny-v4"
 STORED = ROOT / "v4quant" / "data" / "measured" / "quality.json"
 PAGE = ROOT / "docs" / "quality.md"
+WINDOW = 512
 SCHEMES = ("int4-g32", "int4-g128", "int3-g128", "int2-g64")
 SOLVERS = ("rtn", "optimal", "gptq", "refined", "propagated")
 LABELS = {
@@ -80,12 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     stored = json.loads(STORED.read_text()) if STORED.exists() else {}
     if options.check:
-        problems = drift(by_name(stored["reduced"]), by_name(measure(REDUCED, SilentProgress())))
+        problems = drift(by_name(stored["reduced"]), by_name(measure(REDUCED)))
         sys.stderr.writelines(f"{line}\n" for line in problems)
         return 1 if problems else 0
-    stored["reduced"] = measure(REDUCED, SilentProgress())
+    stored["reduced"] = measure(REDUCED)
     if not options.reduced:
-        stored["full"] = measure(FULL, SilentProgress())
+        stored["full"] = measure(FULL)
     STORED.write_text(json.dumps(stored, indent=1) + "\n")
     if "full" in stored:
         PAGE.write_text(page(stored["full"]))
@@ -97,77 +90,73 @@ def by_name(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {f"{row['scheme']} {row['solver']}": row for row in found["rows"]}
 
 
-def measure(setting: Setting, progress: Progress) -> dict[str, Any]:
+def measure(setting: Setting) -> dict[str, Any]:
     """All rows of a setting, with the noise floor and the text they were measured on."""
-    with tempfile.TemporaryDirectory() as work, open_checkpoint(TINY) as source:
-        config = parse_model_config(dict(source.config), "config.json")
-        text = windows(CALIBRATION, setting.calibration, config)
-        heldout = windows(HELDOUT, setting.heldout, config)
+    with tempfile.TemporaryDirectory() as work:
         made = [
-            (scheme, solver, _export(source, config, text, scheme, solver, Path(work), progress))
+            (scheme, solver, _export(setting.calibration, scheme, solver, Path(work)))
             for scheme in setting.schemes
             for solver in setting.solvers
         ]
-        opened = [open_checkpoint(folder) for *_, folder in made]
-        found = evaluate_checkpoint(
-            opened[0], source, heldout, ForwardOptions(), progress, weights=False,
-            others=opened[1:],
+        first, *others = (folder for *_, folder in made)
+        found = v4quant.evaluate(
+            first, reference=TINY, candidates=others, **text(HELDOUT, setting.heldout),
+            weights=False,
         )  # fmt: skip
-        floor = found["noise_floor"]
-        results = [found, *found.get("others", [])]
-        rows = [
-            {
-                "scheme": scheme,
-                "solver": solver,
-                "bits": round(result["candidate"]["expert_bits_per_weight"], 3),
-                **figures(result),
-            }
-            for (scheme, solver, _), result in zip(made, results, strict=True)
-        ]
-        for checkpoint in opened:
-            checkpoint.close()
+    assert found.floor is not None and found.reference_perplexity is not None
+    rows = [
+        {
+            "scheme": scheme,
+            "solver": solver,
+            "bits": round(one.candidate.expert_bits_per_weight or 0.0, 3),
+            **figures(one),
+        }
+        for (scheme, solver, _), one in zip(made, (found, *found.others), strict=True)
+    ]
     return {
-        "calibration_tokens": text.tokens,
-        "heldout_tokens": heldout.tokens,
-        "floor_kl": floor["kl_mean"],
-        "reference_perplexity": found["reference_perplexity"],
+        "calibration_tokens": setting.calibration * WINDOW,
+        "heldout_tokens": setting.heldout * WINDOW,
+        "floor_kl": found.floor.kl_mean,
+        "reference_perplexity": found.reference_perplexity.value,
         "rows": rows,
     }
 
 
-def windows(name: str, count: int, config: ModelConfig) -> Corpus:
-    """The first `count` windows of 512 tokens of a built-in text."""
-    request = CorpusRequest(512, count * 512, config.bos_token_id, config.vocab_size)
-    return load_corpus(resolve_corpus([name]), TINY / "tokenizer.json", request)
+def text(name: str, windows: int) -> dict[str, Any]:
+    """The first windows of a built-in text, as `calibrate` and `evaluate` are asked for them."""
+    return {"corpus": name, "tokens": windows * WINDOW, "seq_len": WINDOW}
 
 
-def _export(
-    source: Checkpoint,
-    config: ModelConfig,
-    text: Corpus,
-    scheme: str,
-    solver: str,
-    work: Path,
-    progress: Progress,
-) -> Path:
+def _export(windows: int, scheme: str, solver: str, work: Path) -> Path:
     """One exported checkpoint."""
-    options, windows = ForwardOptions(), text.windows
-    evidence, out = work / f"{scheme}-{solver}.evidence", work / f"{scheme}-{solver}"
-    solved = solver not in ("rtn", "optimal")
-    if solved:
-        sweeps = 0 if solver == "gptq" else DEFAULT_SWEEPS
-        settings = SolveSettings(get_scheme(scheme), solver == "propagated", sweeps)
-        solve(source, config, windows, options, 32, settings, evidence, progress).close()
+    found, out = work / f"{scheme}-{solver}.found", work / f"{scheme}-{solver}"
+    given = text(CALIBRATION, windows)
+    if solver == "gptq":
+        _without_refinement(scheme, given, found)
+    elif solver in ("refined", "propagated"):
+        v4quant.calibrate(
+            TINY, found, solve=scheme, propagate=solver == "propagated", min_tokens=0, **given
+        )
     else:
-        moments = work / "moments"
-        if not moments.exists():
-            found = calibrate(source, config, windows, options, 32, progress)
-            write_stats(moments, found.stats)
-        evidence = moments
-    recipe = Recipe(scheme, solver="gptq" if solved else solver)
-    known, digest = load_calibrated(source, evidence, recipe)
-    run_job(make_plan(source, recipe, digest), out, known, 1)
+        found = work / "moments"
+        if not found.exists():
+            v4quant.calibrate(TINY, found, min_tokens=0, **given)
+    chosen = solver if solver in ("rtn", "optimal") else "gptq"
+    v4quant.quantize(TINY, out, scheme=scheme, solver=chosen, stats=found, workers=1)
     return out
+
+
+def _without_refinement(scheme: str, given: dict[str, Any], out: Path) -> None:
+    """GPTQ alone, which the program does not offer: the column shows what refinement adds."""
+    with open_checkpoint(TINY) as source:
+        config = parse_model_config(dict(source.config), "config.json")
+        request = CorpusRequest(
+            given["seq_len"], given["tokens"], config.bos_token_id, config.vocab_size
+        )
+        corpus = load_corpus(resolve_corpus([given["corpus"]]), TINY / "tokenizer.json", request)
+        settings = SolveSettings(get_scheme(scheme), False, 0)
+        options, silent = ForwardOptions(), SilentProgress()
+        solve(source, config, corpus.windows, options, 0, settings, out, silent).close()
 
 
 def page(found: dict[str, Any]) -> str:

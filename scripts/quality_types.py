@@ -26,27 +26,13 @@ from script_tools.figures import drift, figures
 from script_tools.ggml_library import quantizer
 from torch import Tensor
 
-from v4quant.builtin import CALIBRATION, HELDOUT, resolve_corpus
-from v4quant.conversion.calibrated import load_calibrated
-from v4quant.conversion.job import run_job
-from v4quant.conversion.plan import make_plan
-from v4quant.evaluation.evaluate import evaluate_checkpoint
+import v4quant
+from v4quant.builtin import CALIBRATION, HELDOUT
 from v4quant.evaluation.report import svg
-from v4quant.recipe import Recipe
-from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
-from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.rounding.measure import measured
 from v4quant_calibration.rounding.solvers import SOLVERS
-from v4quant_calibration.solve.settings import SolveSettings
-from v4quant_calibration.solve.solve import solve
-from v4quant_calibration.statistics.collect import calibrate
-from v4quant_calibration.statistics.stats import write_stats
-from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.model_config import ModelConfig, parse_model_config
-from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels import codec
 from v4quant_kernels.ggml_types import GGML_TYPES
-from v4quant_kernels.progress import SilentProgress
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scale_search import QuantizedMatrix
 from v4quant_kernels.scheme import Scheme, get_scheme
@@ -58,6 +44,7 @@ PAGE = ROOT / "docs" / "quality-types.md"
 PLOT = ROOT / "docs" / "quality-types.svg"
 TYPES = [t.name for t in GGML_TYPES.values() if t.offered and t.coder]
 WAYS = ("llama.cpp", "searched", "solved")
+WINDOW = 512
 FULL, REDUCED = (64, 16), (6, 4)
 REDUCED_TYPE = "iq2_xxs"
 
@@ -107,47 +94,27 @@ def write_stored(found: Mapping[str, Any]) -> None:
 
 def measure(name: str, way: str, windows: tuple[int, int], library: Path | None) -> dict[str, Any]:
     """Figures of the experts in one type."""
-    with tempfile.TemporaryDirectory() as work, open_checkpoint(TINY) as source:
-        config = parse_model_config(dict(source.config), "config.json")
-        text, heldout = (
-            corpus(kind, count, config)
-            for kind, count in zip((CALIBRATION, HELDOUT), windows, strict=True)
+    calibration, heldout = (count * WINDOW for count in windows)
+    with tempfile.TemporaryDirectory() as work:
+        out = export(calibration, name, way, library, Path(work))
+        found = v4quant.evaluate(
+            out, reference=TINY, corpus=HELDOUT, tokens=heldout, seq_len=WINDOW, weights=False
         )
-        out = export(source, config, text, name, way, library, Path(work))
-        with open_checkpoint(out) as made:
-            found = evaluate_checkpoint(
-                made, source, heldout, ForwardOptions(), SilentProgress(), weights=False
-            )
-    return {**figures(found), "tokens": [text.tokens, heldout.tokens]}
+    return {**figures(found), "tokens": [calibration, heldout]}
 
 
-def corpus(name: str, count: int, config: ModelConfig) -> Corpus:
-    """The first `count` windows of 512 tokens of a built-in text."""
-    request = CorpusRequest(512, count * 512, config.bos_token_id, config.vocab_size)
-    return load_corpus(resolve_corpus([name]), TINY / "tokenizer.json", request)
-
-
-def export(
-    source: Checkpoint,
-    config: ModelConfig,
-    text: Corpus,
-    name: str,
-    way: str,
-    library: Path | None,
-    work: Path,
-) -> Path:
+def export(tokens: int, name: str, way: str, library: Path | None, work: Path) -> Path:
     """A GGUF file whose experts have the type, everything else as in the source."""
-    options, silent, evidence = ForwardOptions(), SilentProgress(), work / "evidence"
-    if way == "solved":
-        settings = SolveSettings(get_scheme(name), True)
-        solve(source, config, text.windows, options, 32, settings, evidence, silent).close()
-    else:
-        found = calibrate(source, config, text.windows, options, 32, silent)
-        write_stats(evidence, found.stats)
-    recipe = Recipe(name, "gguf", solver="gptq" if way == "solved" else "optimal", draft="drop")
-    known, digest = load_calibrated(source, evidence, recipe)
+    solve = name if way == "solved" else None
+    found = v4quant.calibrate(
+        TINY, work / "found", solve=solve, corpus=CALIBRATION, tokens=tokens, seq_len=WINDOW,
+        min_tokens=0,
+    )  # fmt: skip
     with peer_encoder(library if way == "llama.cpp" else None):
-        run_job(make_plan(source, recipe, digest), work / "out", known, 1)
+        v4quant.quantize(
+            TINY, work / "out", scheme=name, format="gguf", solver="gptq" if solve else "optimal",
+            draft="drop", stats=found.path, workers=1,
+        )  # fmt: skip
     return work / "out"
 
 

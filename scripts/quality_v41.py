@@ -51,12 +51,13 @@ def main() -> None:
             tokens=tokens,
             seq_len=512,
             weights=False,
-        ).as_dict()
-        rows = dict(zip(folders, [found, *found["others"]], strict=True))
+        )
+        assert found.floor is not None and found.reference_perplexity is not None
+        rows = dict(zip(folders, (found, *found.others), strict=True))
         stored = {
             "tokens": tokens,
-            "floor": found["noise_floor"]["kl_mean"],
-            "perplexity": found["reference_perplexity"],
+            "floor": found.floor.kl_mean,
+            "perplexity": found.reference_perplexity.value,
             "rows": {k: row(k, folders[k], r) for k, r in rows.items()},
         }
     STORED.write_text(json.dumps(stored, indent=1) + "\n")
@@ -91,7 +92,7 @@ def empty_tables(source: Path, out: Path) -> Path:
     return out
 
 
-def row(name: str, folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+def row(name: str, folder: Path, result: v4quant.Evaluation) -> dict[str, Any]:
     """What the page keeps of one file: its figures, and the weights' own error."""
     group, kind = name.split()
     kept = figures(result)

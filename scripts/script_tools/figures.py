@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from v4quant import Evaluation
+
 # Mean KL of a reduced run may differ by this much between machines before it counts as drift.
 TOLERANCE = 0.15
 
 
-def figures(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of one candidate, of what `evaluate_checkpoint` found."""
+def figures(one: Evaluation) -> dict[str, Any]:
+    """The figures of one candidate."""
+    assert one.distance is not None
     return {
-        "kl": result["kl_mean"],
-        "kl_stderr": result["kl_mean_stderr"],
-        "perplexity": result["perplexity"],
-        "top1": result["top1_agreement"],
-        "parts": {part["name"]: part["kl_mean"] for part in result["corpora"]},
+        "kl": one.distance.kl_mean,
+        "kl_stderr": one.distance.kl_mean_stderr,
+        "perplexity": one.perplexity.value,
+        "top1": one.distance.top1_agreement,
+        "parts": {part.name: part.kl_mean for part in one.parts},
     }
 
 

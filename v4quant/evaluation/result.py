@@ -70,9 +70,22 @@ class Defect:
 
 
 @dataclass(frozen=True)
+class TextPart:
+    """One file of the text: tokens scored, perplexity, and with a reference mean KL, in nats per
+    token, and top-1 agreement."""
+
+    name: str
+    tokens: int
+    perplexity: float
+    kl_mean: float | None
+    top1_agreement: float | None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What `evaluate` found. distance, floor and verdict are None without a reference; findings
-    are None where weights were not compared. others: further candidates of the same run."""
+    are None where weights were not compared. parts: the files of the text that are long enough for
+    figures of their own. others: further candidates of the same run."""
 
     candidate: ModelFacts
     reference: ModelFacts | None
@@ -83,6 +96,7 @@ class Evaluation:
     floor: Distance | None
     verdict: Judgement | None
     findings: tuple[Defect, ...] | None
+    parts: tuple[TextPart, ...] = ()
     others: tuple[Evaluation, ...] = ()
     _figures: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -124,6 +138,7 @@ def _evaluation(figures: Mapping[str, Any], reference: Any, floor: Any) -> Evalu
         floor=_distance(floor) if floor is not None else None,
         verdict=None if verdict is None else _judgement(verdict),
         findings=None if found is None else tuple(map(_defect, found)),
+        parts=tuple(map(_part, figures.get("corpora", ()))),
         others=tuple(_evaluation(other, reference, floor) for other in figures.get("others", ())),
         _figures=figures,
     )
@@ -143,6 +158,14 @@ def _perplexity(table: Mapping[str, Any], name: str) -> Perplexity:
 
 def _distance(table: Mapping[str, Any]) -> Distance:
     return Distance(**{name: float(table[name]) for name in Distance.__dataclass_fields__})
+
+
+def _part(table: Mapping[str, Any]) -> TextPart:
+    kl, top1 = (table.get(key) for key in ("kl_mean", "top1_agreement"))
+    return TextPart(
+        str(table["name"]), int(table["tokens"]), float(table["perplexity"]),
+        None if kl is None else float(kl), None if top1 is None else float(top1),
+    )  # fmt: skip
 
 
 def _judgement(table: Mapping[str, Any]) -> Judgement:
