@@ -23,7 +23,7 @@ from v4quant.conversion.workers import fit_workers
 from v4quant.devices import find_device
 from v4quant.progress import default_progress
 from v4quant.publishing.card import CardRequest
-from v4quant.publishing.hub_folders import find_folders, open_delivery, share_cap
+from v4quant.publishing.hub_folders import find_folders, open_delivery, open_shared, share_cap
 from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
 from v4quant.source import open_source
 from v4quant_calibration.solve.solution import is_solution
@@ -170,18 +170,24 @@ def quantize(
     where, target, disk = source_of(source), destination_of(out), size_of(disk_cap)
     with current_ranks() as ranks, ExitStack() as stack:
         shown = default_progress(progress) if ranks.is_first else SilentProgress()
-        places = find_folders(where, target, path_of(scratch), ranks.size)
+        places = ranks.first_then_others(
+            lambda: find_folders(where, target, path_of(scratch), ranks.rank)
+        )
         checkpoint = stack.enter_context(
-            open_source(where, places.scratch, disk, adapter=path_of(adapter))
+            open_shared(where, places.scratch, disk, path_of(adapter), ranks)
         )
         evidence, digest = load_calibrated(checkpoint, path_of(stats), chosen)
         plan = replace(make_plan(checkpoint, chosen, digest), device=find_device(device))
         threads = fit_workers(plan, workers or os.cpu_count() or 1, size_of(max_memory))
-        share = share_cap(plan, disk, places.out if places.repo is not None else None)
+        work = places.out if places.repo is not None else None
+        share = share_cap(plan, disk, work, ranks.on_machine)
         if places.repo is None:
             return run_job(plan, places.out, evidence, threads, shown, ranks)
-        request = CardRequest(places.repo)
-        delivery = open_delivery(places.repo, places.out, plan, share, not public, request)
+        repo, request = places.repo, CardRequest(places.repo)
+        delivery = ranks.first_then_others(
+            lambda: open_delivery(repo, places.out, plan, share, not public, request, ranks)
+        )
         result = run_job(plan, places.out, evidence, threads, shown, ranks, delivery)
-        places.leave()
+        if ranks.is_first:
+            places.leave()
         return replace(result, output=str(target))

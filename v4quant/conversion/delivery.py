@@ -42,6 +42,15 @@ class Delivery(Protocol):
     def take(self, file: WrittenFile) -> None:
         """A shard lies whole in the output folder, counted before."""
 
+    def settle(self) -> None:
+        """Wait until every shard that was taken is where it belongs."""
+
+    def check(self) -> None:
+        """Raise what failed in the background."""
+
+    def look(self) -> None:
+        """Ask the destination again what it has: other ranks delivered, too."""
+
     def finish(self, out: Path, manifest: dict[str, Any]) -> None:
         """All shards are taken and every other file of the checkpoint is in `out`."""
 
@@ -79,6 +88,15 @@ class LocalDelivery:
 
     def take(self, file: WrittenFile) -> None:
         """Leave the file where it is."""
+
+    def settle(self) -> None:
+        """Return at once."""
+
+    def check(self) -> None:
+        """Return: nothing runs in the background."""
+
+    def look(self) -> None:
+        """Return: shards are in the folder only."""
 
     def finish(self, out: Path, manifest: dict[str, Any]) -> None:
         """Do nothing more: the index has been written."""

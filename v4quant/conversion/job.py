@@ -105,6 +105,7 @@ def run_job(
     delivery = delivery or LocalDelivery()
     ranks = ranks or Ranks()
     with ExitStack() as stack:
+        stack.callback(delivery.stop)
         complete = _enter(plan, out, delivery, ranks, stack)
         if complete is not None:
             if ranks.is_first:
@@ -122,10 +123,13 @@ def run_job(
         _check_space(out, delivery.space([s.nbytes for s in todo]))
         # Every rank divides the same list: nobody may finish a shard before all have read it.
         ranks.barrier()
-        stack.callback(delivery.stop)
-        _deliver_again(out, journal, delivery)
+        if ranks.is_first:
+            _deliver_again(out, journal, delivery)
+        ranks.barrier(delivery.check)  # what lay here before is within rank 0's share of the disk
         _write_shards(plan, ranks.share(todo), out, stats, workers, journal, delivery, progress)
-        ranks.barrier()
+        delivery.settle()
+        ranks.barrier(delivery.check)
+        delivery.look()
         journal.refresh()
         shards = [journal.finished[s.file] for s in plan.shards]
         if ranks.is_first:

@@ -1,46 +1,74 @@
 """Ranks: several processes (torchrun) carrying out one plan on one shared folder.
 
 Shards are divided by bytes, largest first to the least loaded rank, so every rank computes the same
-division without talking. Ranks meet only at barriers (gloo): before they write, so that rank 0 has
-checked and locked the folder; and after, so that rank 0 finds every shard in place when it writes
-the index. A rank that dies takes the group down; running the same command again, with any number of
-ranks, makes up for it.
+division without talking. Ranks meet before they write, so that rank 0 has checked and locked the
+folder; and after, so that rank 0 finds every shard in place when it writes the index. What else
+they tell each other is little (board.py). A rank that dies takes the group down; running the same
+command again, with any number of ranks, makes up for it.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
-import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
+from v4quant.conversion.board import Board
 from v4quant.conversion.units import ShardPlan
 
-# The slowest rank may work for hours after the fastest is done.
-_PATIENCE = timedelta(days=7)
+_STORE_PATIENCE = timedelta(seconds=90)
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among `size` processes; `run` is theirs and no other run's."""
+    """This process's place among `size` processes; `run` is theirs and no other run's.
+
+    on_machine: how many of them share this machine and its disk. board: None for a single process.
+    """
 
     rank: int = 0
     size: int = 1
     run: str = field(default_factory=lambda: secrets.token_hex(8))
+    on_machine: int = 1
+    board: Board | None = None
 
     @property
     def is_first(self) -> bool:
         """Whether this rank checks, locks, prints and finishes."""
         return self.rank == 0
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.size > 1:
-            dist.barrier()
+    def barrier(self, check: Callable[[], None] = lambda: None) -> None:
+        """Wait until every rank is here; check() is called meanwhile.
+
+        Raises RankLost, and what check raises.
+        """
+        if self.board is not None:
+            self.board.meet(check)
+
+    def first_then_others(self, action: Callable[[], Result]) -> Result:
+        """Do something on rank 0, and when that is done on the others."""
+        if not self.is_first:
+            self.barrier()
+            return action()
+        result = action()
+        self.barrier()
+        return result
+
+    def agree(self, topic: str, value: str | None) -> str:
+        """What rank 0 says of a topic, which is for this one use; the others give None."""
+        if self.board is None or value is not None:
+            if self.board is not None:
+                self.board.tell(topic, value or "")
+            return value or ""
+        return self.board.wait_told(topic)
 
     def share(self, shards: Sequence[ShardPlan]) -> list[ShardPlan]:
         """The shards this rank writes, in plan order."""
@@ -55,19 +83,20 @@ class Ranks:
 
 
 @contextmanager
-def current_ranks(backend: str = "gloo") -> Iterator[Ranks]:
-    """The ranks torchrun started (RANK, WORLD_SIZE), or a single one.
-
-    backend: torch.distributed's, for what travels between them.
-    """
+def current_ranks() -> Iterator[Ranks]:
+    """The ranks torchrun started (RANK, WORLD_SIZE, LOCAL_WORLD_SIZE), or a single one."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks()
         return
-    dist.init_process_group(backend, timeout=_PATIENCE)
-    try:
-        run = [secrets.token_hex(8)]
-        dist.broadcast_object_list(run, 0)
-        yield Ranks(dist.get_rank(), size, run[0])
-    finally:
-        dist.destroy_process_group()
+    store, rank, size = _store()
+    with Board(store, rank, size) as board:
+        run = Ranks(rank, size, board=board).agree("run", None if rank else secrets.token_hex(8))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        yield Ranks(rank, size, run, max(1, min(here, size)), board)
+
+
+def _store() -> tuple[Any, int, int]:
+    """The store of torchrun (or of rank 0, where the variables were set by hand); rank and size."""
+    found = next(iter(rendezvous("env://", timeout=_STORE_PATIENCE)))
+    return cast(tuple[Any, int, int], found)

@@ -150,6 +150,8 @@ def _judge(what: str, error: Exception) -> PassingFailure:
         return PassingFailure("the answer was cut short")
     if isinstance(cause, httpx2.TransportError | ConnectionError | TimeoutError):
         return PassingFailure(f"{type(cause).__name__}: {cause}")
+    if isinstance(error, RuntimeError) and "closed" in str(error):
+        return PassingFailure(str(error))  # another thread's failure closed the shared client
     if isinstance(cause, OSError):
         raise HubError(f"{what}: {scrub(str(cause))}") from None
     if isinstance(error, ValueError | KeyError | TypeError | RecursionError | httpx2.InvalidURL):

@@ -93,6 +93,19 @@ def open_published(repo: str, folder: Path) -> Checkpoint:
     return _open_skeleton(remote, folder, folder / "unused", None, keep=False, lock=None)
 
 
+def forget_fetched(scratch: Path) -> None:
+    """Remove the shards that an earlier run left in a scratch folder; nothing else of it.
+
+    Raises OutputError when another process has it, or when it is a symbolic link.
+    """
+    if scratch.is_symlink():
+        raise OutputError(f"{scratch}: is a symbolic link; remove it or choose another folder")
+    told = _read_pin(scratch)
+    if told is not None:
+        with _lock(scratch):
+            remove_shards(scratch / _skeleton_name(told.repo, told.commit) / SHARDS)
+
+
 def _open_in(
     ref: HubRef,
     folder: Path,

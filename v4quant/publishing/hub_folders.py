@@ -4,7 +4,8 @@ What is fetched lies in `.v4quant/source` of the output folder and goes when the
 conversion to the hub has a work folder in place of an output folder; what was published is deleted
 there, and the folder too if the conversion made it.
 One cap covers both sides: source shards fetched ahead and output shards not yet sent, each with a
-share of its own, so that neither can starve the other.
+share of its own, so that neither can starve the other. Ranks on one machine divide the cap; each
+fetches into a folder of its own, rank 0 as a single process would, the others below it.
 """
 
 from __future__ import annotations
@@ -18,27 +19,23 @@ from typing import TypeVar
 from v4quant.conversion.job import check_folder
 from v4quant.conversion.journal import SOURCE_FOLDER, journal_files
 from v4quant.conversion.plan import Plan
+from v4quant.conversion.ranks import Ranks
 from v4quant.hub.refs import HubRef, HubReferenceError
 from v4quant.hub.shard_cache import DiskCapError, ShardCache
-from v4quant.hub.source import open_hub
+from v4quant.hub.source import forget_fetched, open_hub
 from v4quant.own_folders import is_made_home, own_folder, remove_if_empty
 from v4quant.publishing.card import CardRequest, render_card
-from v4quant.publishing.hub_delivery import HubDelivery
+from v4quant.publishing.hub_delivery import HubDelivery, RankDelivery
 from v4quant.publishing.publisher import CommitPlan, Publisher, card_file
 from v4quant.publishing.serving import accepted_engines
-from v4quant.source import Source
-from v4quant_formats.checkpoint import INDEX_NAME
+from v4quant.source import Source, open_source
+from v4quant_formats.checkpoint import INDEX_NAME, Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
-from v4quant_kernels.errors import V4QuantError
 
 _AT_ONCE = 3  # shards a side: one worked on, one arriving or leaving, one waiting
 
 Destination = Path | HubRef
 Kind = TypeVar("Kind", Path, HubRef)
-
-
-class NotWithRanks(V4QuantError):
-    """Several processes cannot share this work."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +58,19 @@ class WorkFolders:
 
 
 def find_folders(
-    source: Source, out: Destination, scratch: Path | None, ranks: int = 1
+    source: Source, out: Destination, scratch: Path | None, rank: int = 0
 ) -> WorkFolders:
     """Decide the folders and check the output folder before anything is fetched into it.
 
-    Raises OutputError, HubReferenceError or NotWithRanks.
+    Rank 0 first, then the others. Raises OutputError or HubReferenceError.
     """
     remote = isinstance(source, HubRef)
-    if ranks > 1 and (remote or isinstance(out, HubRef)):
-        raise NotWithRanks(
-            "several processes cannot share a conversion from or to the hub; run one process "
-            "(--workers uses all cores), or download the source first"
-        )
     if isinstance(out, HubRef):
         if out.revision:
             raise HubReferenceError(f"{out}: conversions are published on main; leave '@' out")
         folder = scratch or Path(f"v4quant-{out.repo.replace('/', '--')}")
         check_folder(folder)
-        fetched = own_folder(folder, SOURCE_FOLDER) if remote else None
+        fetched = _rank_folder(own_folder(folder, SOURCE_FOLDER), rank) if remote else None
         return WorkFolders(folder, fetched, out.repo, is_made_home(folder))
     finished = (out / MANIFEST_NAME).exists() and not journal_files(out)
     if not remote or finished:
@@ -86,14 +78,47 @@ def find_folders(
     if scratch is None:
         check_folder(out)
         scratch = own_folder(out, SOURCE_FOLDER)
-    return WorkFolders(out, scratch, None)
+    return WorkFolders(out, _rank_folder(scratch, rank), None)
 
 
-def share_cap(plan: Plan, cap: int | None, work: Path | None) -> int:
+def _rank_folder(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}" if rank else folder
+
+
+def open_shared(
+    source: Source,
+    scratch: Path | None,
+    cap: int | None,
+    adapter: Path | None,
+    ranks: Ranks,
+) -> Checkpoint:
+    """Open the source on every rank, a repository at the commit that rank 0 found.
+
+    What earlier runs with more ranks left on this disk is removed. Raises what `open_source` does.
+    """
+    if not isinstance(source, HubRef):
+        return open_source(source, adapter=adapter)
+    cap = None if cap is None else cap // ranks.on_machine
+    if not ranks.is_first:
+        source = HubRef(source.repo, ranks.agree("commit", None))
+        return open_source(source, scratch, cap, adapter=adapter)
+    opened = open_source(source, scratch, cap, adapter=adapter)
+    if scratch is not None:
+        for folder in scratch.glob("rank-*"):
+            told = folder.name.removeprefix("rank-")
+            if told.isdecimal() and int(told) >= ranks.size:
+                forget_fetched(folder)
+    assert opened.origin is not None, "what comes from a repository knows its commit"
+    ranks.agree("commit", opened.origin.revision)
+    return opened
+
+
+def share_cap(plan: Plan, cap: int | None, work: Path | None, ranks: int = 1) -> int:
     """Divide the cap; set the source's share, return the output's. Raises DiskCapError.
 
     work: the folder of output shards on their way to the hub, None for a conversion that stays.
-    Without a cap it is three shards a side, or what the disk has and an earlier run left here.
+    ranks: processes that share this disk; what is divided is one's part. Without a cap it is three
+    shards a side, or what the disk has and an earlier run left here.
     """
     target = work is not None
     cache = plan.checkpoint.shards
@@ -101,21 +126,27 @@ def share_cap(plan: Plan, cap: int | None, work: Path | None) -> int:
     remote = isinstance(cache, ShardCache)
     source = max(sum(sizes[f] for f in s.source_files) for s in plan.shards) if remote else 0
     output = max(s.nbytes for s in plan.shards) if target else 0
+    each = f"for each of {ranks} processes, " if ranks > 1 else ""
     if cap is None:
         cap = _AT_ONCE * (source + output)
         room = [
-            _room(p) for p in (work, cache.folder if isinstance(cache, ShardCache) else None) if p
+            _room(p) // ranks
+            for p in (work, cache.folder if isinstance(cache, ShardCache) else None)
+            if p
         ]
         cap = min([cap, *room])
         if cap < source + output:
             raise DiskCapError(
-                f"one source shard and one output shard need {source + output:,} bytes, and this "
-                f"disk has {cap:,} for them; free some, or give a --scratch folder on another disk"
+                f"{each}one source shard and one output shard need {source + output:,} bytes, and "
+                f"this disk has {cap:,} for them; free some, or give a --scratch folder on another "
+                "disk"
             )
+    else:
+        cap //= ranks
     if cap < source + output:
         raise DiskCapError(
-            f"--disk-cap {cap:,} bytes is too little: one source shard and one output shard need "
-            f"{source + output:,}"
+            f"--disk-cap {cap * ranks:,} bytes is too little: {each}one source shard and one "
+            f"output shard need {source + output:,}"
         )
     mine = cap * source // (source + output) if remote else 0
     mine = min(max(mine, source), cap - output)
@@ -145,10 +176,22 @@ def update_card(repo: str, request: CardRequest) -> None:
 
 
 def open_delivery(
-    repo: str, out: Path, plan: Plan, cap: int, private: bool, request: CardRequest
-) -> HubDelivery:
-    """Check the repository and begin to deliver to it. Raises HubError and its kinds."""
-    target = HubDelivery(repo, out, cap, request, private)
+    repo: str,
+    out: Path,
+    plan: Plan,
+    cap: int,
+    private: bool,
+    request: CardRequest,
+    ranks: Ranks | None = None,
+) -> HubDelivery | RankDelivery:
+    """Check the repository and begin to deliver to it; rank 0 first. Raises HubError and its kinds.
+
+    cap: this rank's.
+    """
+    board = ranks.board if ranks is not None else None
+    if ranks is not None and board is not None and not ranks.is_first:
+        return RankDelivery(repo, out, cap, board)
+    target = HubDelivery(repo, out, cap, request, private, board)
     try:
         target.refuse_other(plan)
     except BaseException:

@@ -10,6 +10,7 @@ on and how a commit whose answer was lost is recognised. At the end all digests 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ CARD_NAME = "README.md"
 SHARD_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".onnx_data")
 MAX_FILE_BYTES = 500 * 10**9  # the hub's hard limit
 COMMIT_BYTES, COMMIT_FILES = 20 * 10**9, 8
+_UPLOADS = 4  # files of one commit at a time
 
 
 class NotPublished(HubError):
@@ -127,6 +129,7 @@ class Publisher:
         """Asks nothing yet. Raises HubOffline."""
         self.repo, self._stopped = repo, stopped
         self._api: HfApi = client()
+        self._committing = threading.Lock()
 
     def preflight(self, private: bool) -> None:
         """Check token and owner, and create the repository unless it exists.
@@ -187,9 +190,12 @@ class Publisher:
                 add.upload_info.sha256 = bytes.fromhex(file.sha256)
                 operations.append(add)
             sent = sum(p.size for p in todo)
-            self._api.create_commit(
-                self.repo, operations, commit_message=f"{plan.title} (v4quant)", num_threads=4
-            )
+            adds = [o for o in operations if isinstance(o, CommitOperationAdd)]
+            self._api.preupload_lfs_files(self.repo, adds, num_threads=_UPLOADS)
+            with self._committing:  # bytes travel side by side, commits follow one another
+                self._api.create_commit(
+                    self.repo, operations, commit_message=f"{plan.title} (v4quant)"
+                )
 
         self._ask(plan.title, attempt)
         return sent
