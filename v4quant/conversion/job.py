@@ -124,6 +124,8 @@ def run_job(
         # Every rank divides the same list: nobody may finish a shard before all have read it.
         ranks.barrier()
         if ranks.is_first:
+            for shard in todo:  # renamed but not journaled when the run was killed: made again
+                (out / shard.file).unlink(missing_ok=True)
             _deliver_again(out, journal, delivery)
         ranks.barrier(delivery.check)  # what lay here before is within rank 0's share of the disk
         _write_shards(plan, ranks.share(todo), out, stats, workers, journal, delivery, progress)

@@ -239,6 +239,7 @@ class RankDelivery(_Repository):
         """As of HubDelivery, which has checked the repository. Raises HubError."""
         super().__init__(repo, out, lambda: False)
         self._cap, self._board = cap, board
+        self._held = 0
         self._waiting: dict[str, int] = {}
         self._changed = threading.Condition()
         board.listen(self._heard)
@@ -251,12 +252,14 @@ class RankDelivery(_Repository):
     def has_room(self, nbytes: int) -> bool:
         """Whether the cap allows another shard now."""
         with self._changed:
-            return sum(self._waiting.values()) + nbytes <= self._cap
+            return self._held + nbytes <= self._cap
 
     def make_room(self, nbytes: int) -> None:
         """Wait for rank 0 until the cap allows another shard. Raises RankLost or DiskCapError."""
         _refuse_larger(nbytes, self._cap)
         self._wait(lambda: self.has_room(nbytes))
+        with self._changed:
+            self._held += nbytes
 
     def take(self, file: WrittenFile) -> None:
         """Tell rank 0 of a shard that is whole and journaled."""
@@ -287,7 +290,7 @@ class RankDelivery(_Repository):
     def _heard(self, rank: int, topic: str, value: str) -> None:
         if topic == _COMMITTED:
             with self._changed:
-                self._waiting.pop(value, None)
+                self._held -= self._waiting.pop(value, 0)
                 self._changed.notify_all()
 
 
