@@ -234,12 +234,12 @@ def page(found: dict[str, Any]) -> str:
     every = [*found["rows"], *our_rows(found)]
     columns = [who for who in names if any(row["who"] == who for row in every)]
     lines = [
-        "# Beside other quantizers",
+        "# Compared with other quantizers",
         "",
         "Mean KL divergence from the source, nats per token, of the built-in tiny V4 with only its",
         f"routed experts converted, on {found['heldout_tokens']:,} held-out tokens of prose and "
         "code.",
-        f"Everybody had the same {found['calibration_tokens']:,} tokens to calibrate with, in "
+        f"All had the same {found['calibration_tokens']:,} tokens to calibrate with, in "
         "windows of 512, and the",
         "same bits: symmetric integers, one 16-bit scale per group. Weights as each one decodes "
         "them are",
@@ -274,7 +274,7 @@ def page(found: dict[str, Any]) -> str:
         " *v4quant, optimal",
         "scales*: `optimal` weighted by second moments. *v4quant*: `calibrate --solve` with its "
         "defaults. One model,",
-        "one text: what wins here by less than the error bars has not won.",
+        "one text: a win by less than the error bars is not a win.",
         "",
         *_missing(columns),
     ]
