@@ -44,6 +44,7 @@ from v4quant.outputs import refuse_inputs
 from v4quant.progress import default_progress
 from v4quant.source import open_source
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE
+from v4quant_calibration.corpus.chat_keys import MESSAGES
 from v4quant_calibration.solve.solution import is_solution, load_solution
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint
@@ -57,12 +58,14 @@ from v4quant_kernels.progress import Progress
 @dataclass(frozen=True)
 class AllocationResult:
     """path: the recipe file. found: the recipe, its bytes and predicted loss. card: what each card
-    holds, with `serving`, where vLLM was asked for."""
+    holds, with `serving`, where vLLM was asked for. skipped_rows: rows of the corpus left out
+    because they cannot be read."""
 
     path: str
     found: Allocation
     card: CardMemory | None = None
     serving: Serving | None = field(default=None, repr=False)
+    skipped_rows: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -77,6 +80,7 @@ class AllocationResult:
             "room_left": found.room_left,
             "loss": sum(found.losses.values()),
             "loss_is_measured": found.measured,
+            "skipped_rows": self.skipped_rows,
         }
         if self.card is not None:
             facts["card"] = {**asdict(self.card), "free": self.card.free}
@@ -103,6 +107,8 @@ def allocate(
     stats: PathLike | None = None,
     measure_kl: bool = False,
     corpus: PathLike | Sequence[PathLike] = MIXED_CALIBRATION,
+    chat_keys: str = MESSAGES,
+    skip_bad_rows: int = 0,
     tokens: int = 4096,
     seq_len: int = 256,
     experts: int = 4,
@@ -146,7 +152,9 @@ def allocate(
         text = None
         if measure_kl:
             config = config_of(checkpoint)
-            text = read_corpus(corpus, checkpoint, config, seq_len, tokens, DEFAULT_MODE)
+            text = read_corpus(
+                corpus, checkpoint, config, seq_len, tokens, DEFAULT_MODE, chat_keys, skip_bad_rows
+            )
         found = allocate_recipe(
             checkpoint,
             costs,
@@ -157,10 +165,11 @@ def allocate(
             default_progress(progress),
         )
         write_file_atomically(Path(out), recipe_toml(found, costs).encode())
+        skipped = 0 if text is None else text.skipped_rows
         if cards is None:
-            return AllocationResult(str(out), found)
+            return AllocationResult(str(out), found, skipped_rows=skipped)
         memory = card_memory(make_plan(checkpoint, found.recipe), cards)
-        return AllocationResult(str(out), found, memory, cards.serving)
+        return AllocationResult(str(out), found, memory, cards.serving, skipped)
 
 
 def _most(

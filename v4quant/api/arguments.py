@@ -17,7 +17,7 @@ from v4quant.hub.refs import HubRef, is_hub, parse_hub
 from v4quant.sizes import parse_size
 from v4quant.source import Source, resolve_source
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_RELEASE
-from v4quant_calibration.corpus.chat_keys import MESSAGES
+from v4quant_calibration.corpus.chat_keys import CHAT_KEYS, MESSAGES
 from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
 from v4quant_calibration.corpus.tokenizer import tokenizer_of
 from v4quant_calibration.forward.checkpoint_params import model_config
@@ -25,6 +25,7 @@ from v4quant_calibration.model.options import ACTIVATIONS, ForwardOptions
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.model_config import ModelConfig
 from v4quant_kernels import cpu_products
+from v4quant_kernels.errors import OptionError
 
 PathLike = str | os.PathLike[str]
 SourceLike = PathLike | HubRef
@@ -73,12 +74,35 @@ def read_corpus(
 ) -> Corpus:
     """Load the corpus that files or `builtin:` names make up, with the checkpoint's tokenizer.
 
-    Raises BuiltinError, CorpusError, TokenizerError or EncodingError.
+    Raises BuiltinError, OptionError, CorpusError or TokenizerError.
     """
     files = listed_files(names)
     release = "v41" if checkpoint.config.get("model_type") == "deepseek_v41" else DEFAULT_RELEASE
-    request = CorpusRequest(seq_len, tokens, config.bos_token_id, config.vocab_size, mode, release)
+    request = CorpusRequest(
+        seq_len,
+        tokens,
+        config.bos_token_id,
+        config.vocab_size,
+        mode,
+        release,
+        chat_keys_of(chat_keys),
+        rows_of(skip_bad_rows),
+    )
     return load_corpus(files, tokenizer_of(checkpoint), request)
+
+
+def chat_keys_of(value: str) -> str:
+    """Under which keys rows have their chats. Raises OptionError."""
+    if value not in CHAT_KEYS:
+        raise OptionError(f"--chat-keys {value!r}: choose one of {', '.join(CHAT_KEYS)}")
+    return value
+
+
+def rows_of(value: int) -> int:
+    """How many bad rows may be left out. Raises OptionError."""
+    if value < 0:
+        raise OptionError(f"--skip-bad-rows {value} is below zero")
+    return value
 
 
 def listed_files(names: PathLike | Sequence[PathLike]) -> list[Path]:

@@ -43,6 +43,7 @@ class CalibrationResult:
     """path: the file of statistics, or the solution's folder. tokens: how many were read.
 
     coverage: tokens each expert saw, and the experts below `min_tokens`. stats: the statistics.
+    skipped_rows: rows of the corpus left out because they cannot be read.
     """
 
     path: str
@@ -50,10 +51,12 @@ class CalibrationResult:
     solved: bool
     coverage: dict[str, Any]
     stats: Stats = field(repr=False)
+    skipped_rows: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
-        return {"stats": self.path, "tokens": self.tokens, **self.coverage}
+        told = {"stats": self.path, "tokens": self.tokens, "skipped_rows": self.skipped_rows}
+        return {**told, **self.coverage}
 
 
 def calibrate(
@@ -114,10 +117,11 @@ def calibrate(
                 corpus, checkpoint, config, seq_len, limit, mode, chat_keys, skip_bad_rows
             )
 
+        drawn = draw_corpus(load, tokens)
         done = calibrate_to(
             checkpoint,
             config,
-            draw_corpus(load, tokens),
+            drawn,
             forward_options(activations, products),
             min_tokens,
             settings,
@@ -136,6 +140,7 @@ def calibrate(
         settings is not None,
         coverage(done.stats),
         done.stats,
+        drawn.skipped_rows,
     )
 
 

@@ -44,10 +44,14 @@ from v4quant_kernels.scheme import SCHEMES, Scheme
 
 @dataclass(frozen=True)
 class DrawnCorpus:
-    """Windows to read first, and those to draw from while experts are starved."""
+    """Windows to read first, and those to draw from while experts are starved.
+
+    skipped_rows: rows left out because they cannot be read.
+    """
 
     windows: list[Tensor]
     reserve: list[Tensor]
+    skipped_rows: int = 0
 
 
 def draw_corpus(load: Callable[[int | None], Corpus], tokens: int | None) -> DrawnCorpus:
@@ -55,12 +59,13 @@ def draw_corpus(load: Callable[[int | None], Corpus], tokens: int | None) -> Dra
 
     Raises what `load` raises.
     """
-    first = load(tokens).windows
+    corpus = load(tokens)
+    first, skipped = corpus.windows, corpus.skipped_rows
     if tokens is None:
-        return DrawnCorpus(first, [])
+        return DrawnCorpus(first, [], skipped)
     taken = {ids.numpy().tobytes() for ids in first}
     rest = [ids for ids in load(None).windows if ids.numpy().tobytes() not in taken]
-    return DrawnCorpus(first, rest)
+    return DrawnCorpus(first, rest, skipped)
 
 
 def check_floor(corpus: DrawnCorpus, config: ModelConfig, floor: int) -> None:

@@ -48,20 +48,7 @@ def corpus_options(default: str) -> Callable[[Command], Command]:
                 show_default=True,
                 help="How chats are encoded whose JSONL row names no mode.",
             ),
-            click.option(
-                "--chat-keys",
-                type=Choice(("messages", "sharegpt", "prompt-completion")),
-                default="messages",
-                show_default=True,
-                help="Under which keys rows have their chats.",
-            ),
-            click.option(
-                "--skip-bad-rows",
-                type=click.IntRange(0),
-                default=0,
-                show_default=True,
-                help="Rows of each file that may be left out because they cannot be read.",
-            ),
+            *_row_options(),
             click.option(
                 "--corpus",
                 multiple=True,
@@ -75,6 +62,33 @@ def corpus_options(default: str) -> Callable[[Command], Command]:
         return command
 
     return decorate
+
+
+def _row_options() -> tuple[Callable[[Command], Command], ...]:
+    """How rows of a corpus are read."""
+    return (
+        click.option(
+            "--chat-keys",
+            type=Choice(("messages", "sharegpt", "prompt-completion")),
+            default="messages",
+            show_default=True,
+            help="Under which keys rows have their chats.",
+        ),
+        click.option(
+            "--skip-bad-rows",
+            type=click.IntRange(0),
+            default=0,
+            show_default=True,
+            help="Rows of each file that may be left out because they cannot be read.",
+        ),
+    )
+
+
+def row_options(command: Command) -> Command:
+    """`--chat-keys` and `--skip-bad-rows`, where the other options of a corpus are written out."""
+    for option in _row_options():
+        command = option(command)
+    return command
 
 
 def threads_option(command: Command) -> Command:

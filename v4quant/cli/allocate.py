@@ -11,6 +11,7 @@ import click
 import v4quant
 from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.cli import _output
+from v4quant.cli._options import row_options
 from v4quant.cli._types import SOURCE, Choice
 from v4quant.targets import ALL, AUTO
 from v4quant_formats.engines.vllm_memory import UTILIZATION, Serving
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
               "predictions on --corpus; without, layers count alike.")  # fmt: skip
 @click.option("--corpus", multiple=True, default=[MIXED_CALIBRATION], show_default=True,
               help="Text for --measure-kl; may be repeated.")  # fmt: skip
+@row_options
 @click.option("--tokens", type=int, default=4096, show_default=True, help="Tokens of it to use.")
 @click.option("--seq-len", type=int, default=256, show_default=True, help="Window length.")
 @click.option("--experts", type=click.IntRange(1), default=4, show_default=True,
@@ -84,6 +86,8 @@ def allocate(
     stats_file: Path | None,
     measure_kl: bool,
     corpus: tuple[str, ...],
+    chat_keys: str,
+    skip_bad_rows: int,
     tokens: int,
     seq_len: int,
     experts: int,
@@ -112,6 +116,8 @@ def allocate(
         stats=stats_file,
         measure_kl=measure_kl,
         corpus=corpus,
+        chat_keys=chat_keys,
+        skip_bad_rows=skip_bad_rows,
         tokens=tokens,
         seq_len=seq_len,
         experts=experts,
@@ -121,6 +127,8 @@ def allocate(
         _output.emit(result.as_dict())
         return
     _output.data(_output.table(_rows(result.found, out)))
+    if result.skipped_rows:
+        _output.data(f"{result.skipped_rows:,} rows that cannot be read were left out")
     if result.card is not None and result.serving is not None:
         _output.data(f"\nEach of {result.serving.gpus} cards, by tensor parallelism:")
         _output.data(_output.table(_card_rows(result.card, result.serving)))

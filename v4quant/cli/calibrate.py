@@ -130,6 +130,8 @@ def calibrate(
         _output.emit(found.as_dict())
     else:
         _output.data(coverage_text(found.stats))
+        if found.skipped_rows:
+            _output.data(f"{found.skipped_rows:,} rows that cannot be read were left out")
         _output.data(f"{'solution' if found.solved else 'statistics'} in {out}")
 
 

@@ -135,6 +135,8 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("tokens scored", f"{result['tokens']:,} in {result['sequences']} windows"),
         ("perplexity", f"{result['perplexity']:.3f} +- {result['perplexity_stderr']:.3f}"),
     ]
+    if result.get("skipped_rows"):
+        rows.insert(1, ("rows left out", f"{result['skipped_rows']:,} that cannot be read"))
     floor = result.get("noise_floor")
     if floor is None:
         return rows + probe_rows(result)

@@ -156,6 +156,7 @@ def evaluate_checkpoint(
         "candidate": _facts(checkpoint),
         "sequences": len(lengths),
         "seq_len": max(lengths),
+        "skipped_rows": corpus.skipped_rows,
         "activations": options.activations,
         "products": options.products,
         "device": resources.device.type,

@@ -85,7 +85,8 @@ class TextPart:
 class Evaluation:
     """What `evaluate` found. distance, floor and verdict are None without a reference; findings
     are None where weights were not compared. parts: the files of the text that are long enough for
-    figures of their own. others: further candidates of the same run."""
+    figures of their own. others: further candidates of the same run. skipped_rows: rows of the
+    corpus left out because they cannot be read."""
 
     candidate: ModelFacts
     reference: ModelFacts | None
@@ -98,6 +99,7 @@ class Evaluation:
     findings: tuple[Defect, ...] | None
     parts: tuple[TextPart, ...] = ()
     others: tuple[Evaluation, ...] = ()
+    skipped_rows: int = 0
     _figures: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -140,6 +142,7 @@ def _evaluation(figures: Mapping[str, Any], reference: Any, floor: Any) -> Evalu
         findings=None if found is None else tuple(map(_defect, found)),
         parts=tuple(map(_part, figures.get("corpora", ()))),
         others=tuple(_evaluation(other, reference, floor) for other in figures.get("others", ())),
+        skipped_rows=int(figures.get("skipped_rows", 0)),
         _figures=figures,
     )
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table, unknown_key
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE, MODES, is_mode
+from v4quant_calibration.corpus.chat_keys import CHAT_KEYS, MESSAGES
 from v4quant_calibration.defaults import MIN_TOKENS
 from v4quant_kernels.near_names import did_you_mean, not_one_of
 
@@ -26,6 +27,9 @@ KEYS: dict[str, dict[str, str]] = {
         "activations": "`plain`, `kv`, or `official` for the release's own rounding",
         "min_tokens": "tokens of its own that every expert shall see",
         "mode": "how chats that name no mode are encoded",
+        "chat_keys": "under which keys rows have chats: `messages`, `sharegpt` or "
+        "`prompt-completion`",
+        "skip_bad_rows": "rows of each file that may be left out because they cannot be read",
         "propagate": "where codes are solved: later layers see converted ones",
     },
     "quantize": {
@@ -52,6 +56,8 @@ KEYS: dict[str, dict[str, str]] = {
         "seq_len": "length of a window",
         "activations": "as of `calibrate`",
         "mode": "as of `calibrate`",
+        "chat_keys": "as of `calibrate`",
+        "skip_bad_rows": "as of `calibrate`",
     },
 }
 """Every key of a run file, by table, and what it says (docs/run-file.md is made of it)."""
@@ -65,7 +71,8 @@ _RESERVED = {"checkpoint", "source", "candidate", "solution"}
 
 @dataclass(frozen=True)
 class CorpusStep:
-    """Which text a step reads, how much of it, and how chats without a mode are encoded.
+    """Which text a step reads, how much of it, how chats without a mode are encoded, under which
+    keys they are, and how many rows that cannot be read may be left out.
 
     propagate: where calibration solves, layers are solved on what the converted ones give them.
     """
@@ -76,6 +83,8 @@ class CorpusStep:
     activations: str = "plain"
     min_tokens: int = MIN_TOKENS
     mode: str = DEFAULT_MODE
+    chat_keys: str = MESSAGES
+    skip_bad_rows: int = 0
     propagate: bool = True
 
 
@@ -185,13 +194,16 @@ def _rungs(tables: Any, path: Path) -> tuple[Rung, ...]:
 
 Step = TypeVar("Step", CorpusStep, VerifyStep)
 
-_CHOICES = {"activations": ("plain", "kv", "official")}
+_CHOICES = {"activations": ("plain", "kv", "official"), "chat_keys": CHAT_KEYS}
+_MAY_BE_ZERO = ("skip_bad_rows",)
 _TYPES: dict[str, tuple[type, ...]] = {
     "tokens": (int,),
     "seq_len": (int,),
     "min_tokens": (int,),
     "activations": (str,),
     "mode": (str,),
+    "chat_keys": (str,),
+    "skip_bad_rows": (int,),
     "source": (bool,),
     "kernels": (bool,),
     "propagate": (bool,),
@@ -218,7 +230,7 @@ def _step(kind: type[Step], table: Mapping[str, Any], name: str, path: Path) -> 
             isinstance(value, bool) and bool not in _TYPES[key]
         ):
             raise RecipeError(f"{where}: '{key}' is {value!r}, expected {_TYPES[key][0].__name__}")
-        elif type(value) is int and value < 1:
+        elif type(value) is int and value < (0 if key in _MAY_BE_ZERO else 1):
             raise RecipeError(f"{where}: '{key}' is {value}, expected a positive number")
         elif key == "mode" and not is_mode(str(value)):
             raise RecipeError(

@@ -296,6 +296,8 @@ def _calibrate(job: _Run, step: CorpusStep, target: _Target, source: Checkpoint,
 
     corpus = draw_corpus(load, step.tokens)
     job.watcher.note(f"{sum(map(len, corpus.windows)):,} tokens in {len(corpus.windows)} windows")
+    if corpus.skipped_rows:
+        job.watcher.note(f"{corpus.skipped_rows:,} rows that cannot be read were left out")
     settings = solve_settings(source, recipe, step.propagate) if solves else None
     found = calibrate_to(
         source, config, corpus, forward_options(step.activations), step.min_tokens, settings, out,
@@ -427,7 +429,10 @@ def _each(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _corpus(step: CorpusStep, source: Checkpoint) -> Corpus:
     config = config_of(source)
-    return read_corpus(step.corpus, source, config, step.seq_len, step.tokens, step.mode)
+    return read_corpus(
+        step.corpus, source, config, step.seq_len, step.tokens, step.mode, step.chat_keys,
+        step.skip_bad_rows,
+    )  # fmt: skip
 
 
 def _step_key(step: CorpusStep, source: Checkpoint, *digests: str) -> str:

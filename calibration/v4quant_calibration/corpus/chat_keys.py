@@ -1,7 +1,11 @@
 """Chats under other keys than `messages`, read only when asked for by name.
 
-sharegpt: `conversations`, a list of `{"from": "human" | "gpt" | "system", "value": ...}`.
-prompt-completion: one question and its answer, `prompt` and `completion`.
+sharegpt: `conversations`, a list of `{"from": "human" | "gpt" | "system", "value": ...}`, and
+    perhaps `system` beside it.
+prompt-completion: one question and its answer, `prompt` and `completion`: two texts, or two lists
+    of messages.
+
+`mode` and `tools` of the row stay what they are.
 """
 
 from __future__ import annotations
@@ -13,26 +17,39 @@ from v4quant_calibration.corpus.errors import CorpusError
 MESSAGES = "messages"
 CHAT_KEYS = (MESSAGES, "sharegpt", "prompt-completion")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-          "system": "system"}  # fmt: skip
+          "chatgpt": "assistant", "model": "assistant", "system": "system"}  # fmt: skip
 
 
-def as_messages(where: str, row: Any, keys: str) -> list[dict[str, Any]]:
-    """A row's chat as messages. Raises CorpusError for a row of another form."""
+def as_chat(where: str, row: Any, keys: str) -> dict[str, Any]:
+    """A row with its chat under `messages`. Raises CorpusError for a row of another form."""
     if not isinstance(row, dict):
         raise CorpusError(f"{where} is not an object")
-    if keys == "prompt-completion":
-        pair = [row.get("prompt"), row.get("completion")]
-        if not all(isinstance(text, str) for text in pair):
-            raise CorpusError(f'{where} has no "prompt" and "completion" strings')
-        return [{"role": r, "content": t} for r, t in zip(("user", "assistant"), pair, strict=True)]
-    turns = row.get("conversations")
+    read = _pair if keys == "prompt-completion" else _turns
+    return {"messages": read(where, row), "mode": row.get("mode"), "tools": row.get("tools")}
+
+
+def _pair(where: str, row: dict[str, Any]) -> list[Any]:
+    pair = [row.get("prompt"), row.get("completion")]
+    if all(isinstance(part, list) for part in pair):
+        return [message for part in pair for message in part or ()]
+    if not all(isinstance(part, str) for part in pair):
+        raise CorpusError(f'{where} has no "prompt" and "completion" strings')
+    return [{"role": r, "content": t} for r, t in zip(("user", "assistant"), pair, strict=True)]
+
+
+def _turns(where: str, row: dict[str, Any]) -> list[Any]:
+    turns, system = row.get("conversations"), row.get("system")
     if not isinstance(turns, list) or not turns:
         raise CorpusError(f'{where} has no "conversations" list')
     messages = []
+    if isinstance(system, str) and system:
+        messages.append({"role": "system", "content": system})
     for number, turn in enumerate(turns, 1):
         said = turn.get("from") if isinstance(turn, dict) else None
-        role = _ROLES.get(said) if isinstance(said, str) else None
-        if role is None or not isinstance(turn.get("value"), str):
+        role = _ROLES.get(said.lower()) if isinstance(said, str) else None
+        if role is None:
             raise CorpusError(f"{where}: turn {number} is of no known speaker ({str(said)[:40]!r})")
+        if not isinstance(turn.get("value"), str):
+            raise CorpusError(f'{where}: turn {number} has no "value" string')
         messages.append({"role": role, "content": turn["value"]})
     return messages

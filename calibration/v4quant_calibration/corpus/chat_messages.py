@@ -33,6 +33,7 @@ TASKS = {"action": "<｜action｜>"}
 # Inside a text these would be read as structure: the prompt would say what no message said.
 _STRUCTURE = (BOS, EOS, USER, ASSISTANT, SYSTEM, REMINDER, IMAGE, DSML, *TASKS.values())
 
+_TOOL = "function"
 _KEYS = {
     "system": ("content", "tools", "response_format"),
     "developer": ("content", "tools"),
@@ -226,6 +227,8 @@ def _message(number: int, message: object) -> _Message:
         known = ", ".join(_KEYS)
         raise EncodingError(f"{where} has the role {role!r}; known are {known}")
     values = {k: v for k, v in message.items() if k != "role" and v is not None}
+    # Servers write what did not occur as empty lists (annotations, audio); nothing is lost by them.
+    values = {k: v for k, v in values.items() if k in _KEYS[role] or v != []}
     for key in values:
         if key not in _KEYS[role]:
             raise EncodingError(
@@ -356,7 +359,8 @@ def _reply(message: _Message) -> Reply:
 
 def _call(call: Mapping[str, Any], where: str) -> ToolCall:
     function = call.get("function")
-    if set(call) - {"id", "type", "function"} or call.get("type", "function") != "function":
+    # `index` is a call's place in a streamed answer; the list has it in place already.
+    if set(call) - {"id", "type", "function", "index"} or call.get("type", _TOOL) != _TOOL:
         raise EncodingError(f"{where} must have 'type' \"function\", 'function', and perhaps 'id'")
     if not isinstance(function, Mapping) or not {"name"} <= set(function) <= {"name", "arguments"}:
         raise EncodingError(f"{where}: its function must have a name and arguments, nothing else")

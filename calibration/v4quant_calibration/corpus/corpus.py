@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE, DEFAULT_RELEASE
-from v4quant_calibration.corpus.chat_encoding import encode_messages
-from v4quant_calibration.corpus.chat_keys import MESSAGES, as_messages
-from v4quant_calibration.corpus.chat_messages import BOS, EncodingError
+from v4quant_calibration.corpus.chat_keys import MESSAGES
+from v4quant_calibration.corpus.chat_messages import BOS
 from v4quant_calibration.corpus.errors import CorpusError
+from v4quant_calibration.corpus.row_text import RowText, row_text
 from v4quant_calibration.corpus.text_files import (
     MAX_CORPUS_BYTES,
     holds_rows,
@@ -56,9 +55,13 @@ class CorpusPart:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Parts in the order given. `windows` flattens them; `part_of` names each window's part."""
+    """Parts in the order given. `windows` flattens them; `part_of` names each window's part.
+
+    skipped_rows: rows of the files that were left out because they cannot be read.
+    """
 
     parts: list[CorpusPart]
+    skipped_rows: int = 0
 
     @property
     def windows(self) -> list[Tensor]:
@@ -113,11 +116,12 @@ def load_corpus(
     if request.tokens is not None and request.tokens < 2:
         raise CorpusError(f"--tokens {request.tokens} leaves nothing to predict; use at least 2")
     encode = TextTokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer
-    held = [_windows(file, encode, request) for file in files]
+    read = [_read_documents(file, encode, request) for file in files]
+    held = [_windows(file, found, request) for file, found in zip(files, read, strict=True)]
     parts: list[CorpusPart] = []
     for windows, share in zip(held, _shares(files, held, request.tokens), strict=True):
         parts += _by_part(windows if share is None else _choose(windows, share))
-    return Corpus(parts)
+    return Corpus(parts, sum(found.skipped for found in read))
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,14 @@ class _Document:
     part: str
     ids: Tensor
     as_is: bool = False
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """Those of one file, and how many of its rows were left out."""
+
+    documents: list[_Document]
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,7 +157,7 @@ def _by_part(windows: list[_Window]) -> list[CorpusPart]:
     return [CorpusPart(name, ids) for name, ids in grouped.items()]
 
 
-def _read_documents(file: Path, encode: TextTokenizer, request: CorpusRequest) -> list[_Document]:
+def _read_documents(file: Path, encode: TextTokenizer, request: CorpusRequest) -> _Documents:
     """The documents of a file, tokenized."""
     try:
         if file.stat().st_size > MAX_CORPUS_BYTES:
@@ -156,7 +168,7 @@ def _read_documents(file: Path, encode: TextTokenizer, request: CorpusRequest) -
             with safe_open(file, framework="pt") as opened:
                 return _rows(file, opened.get_tensor("input_ids"))
         if not holds_rows(file):
-            return [_Document(stem_of(file), encode(read_text(file)))]
+            return _Documents([_Document(stem_of(file), encode(read_text(file)))])
     except FileNotFoundError:
         raise CorpusError(f"{file}: no such corpus file") from None
     except FormatError as error:
@@ -176,61 +188,52 @@ def _load_npy(file: Path) -> Tensor:
         raise CorpusError(f"{file}: cannot be read as token ids ({error})") from None
 
 
-def _rows(file: Path, ids: Tensor) -> list[_Document]:
+def _rows(file: Path, ids: Tensor) -> _Documents:
     integral = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     if ids.dim() not in (1, 2) or not integral:
         raise CorpusError(f"{file}: token ids must be integers of shape [sequences, length]")
-    return [_Document(file.stem, row, as_is=True) for row in torch.atleast_2d(ids.long())]
+    rows = torch.atleast_2d(ids.long())
+    return _Documents([_Document(file.stem, row, as_is=True) for row in rows])
 
 
-def _row_documents(file: Path, encode: TextTokenizer, request: CorpusRequest) -> list[_Document]:
-    """A document a row, without the rows that may be skipped and cannot be read."""
-    name, documents, left = stem_of(file), list[_Document](), request.skip_bad_rows
+def _row_documents(file: Path, encode: TextTokenizer, request: CorpusRequest) -> _Documents:
+    """A document a row, without the rows that may be left out and cannot be read."""
+    name, documents, skipped = stem_of(file), list[_Document](), 0
     for where, row in read_rows(file):
         try:
-            documents.append(_row_document(where, name, row, encode, request))
-        except CorpusError:
-            if left <= 0:
-                raise
-            left -= 1
-    return documents
+            found = row_text(where, row, request.mode, request.release, request.chat_keys)
+        except CorpusError as error:
+            if skipped >= request.skip_bad_rows:
+                raise _too_many(error, skipped) from None
+            skipped += 1
+            continue
+        documents.append(_row_document(where, name, found, encode, request))
+    return _Documents(documents, skipped)
+
+
+def _too_many(error: CorpusError, skipped: int) -> CorpusError:
+    """The error of a row that may not be left out as those before it were."""
+    if not skipped:
+        return error
+    rows = "row" if skipped == 1 else "rows"
+    return CorpusError(
+        f"{error}; {skipped:,} bad {rows} before it, all that --skip-bad-rows allows"
+    )
 
 
 def _row_document(
-    where: str, name: str, row: Any, encode: TextTokenizer, request: CorpusRequest
+    where: str, name: str, row: RowText, encode: TextTokenizer, request: CorpusRequest
 ) -> _Document:
-    """A row's `text` or `messages`, of which the other may be null."""
-    if isinstance(row, CorpusError):
-        raise row
-    if request.chat_keys != MESSAGES:
-        messages = as_messages(where, row, request.chat_keys)
-        return _chat(where, name, {"messages": messages}, encode, request)
-    held = [k for k in ("text", "messages") if isinstance(row, dict) and row.get(k) is not None]
-    if len(held) != 1 or (held == ["text"] and not isinstance(row["text"], str)):
-        raise CorpusError(f'{where} has no "text" string, nor "messages" instead')
-    if held == ["messages"]:
-        return _chat(where, name, row, encode, request)
-    return _Document(name, encode(row["text"]))
-
-
-def _chat(
-    where: str, name: str, row: dict[str, Any], encode: TextTokenizer, request: CorpusRequest
-) -> _Document:
-    """A chat's prompt, tokenized in one pass; BOS is checked and taken off for the windows."""
-    mode = request.mode if row.get("mode") is None else row["mode"]
-    try:
-        prompt = encode_messages(
-            row["messages"], mode, tools=row.get("tools"), release=request.release
-        )
-    except EncodingError as error:
-        raise CorpusError(f"{where}: {error}") from None
-    ids = encode(prompt)
+    """A row in one pass; a chat's BOS is checked and taken off, windows get their own."""
+    ids = encode(row.text)
+    if row.mode is None:
+        return _Document(name, ids)
     if ids[:1].tolist() != [request.bos_token_id]:
         raise CorpusError(
             f"{where}: the tokenizer does not make {BOS} the model's BOS, token "
             f"{request.bos_token_id}; chats need the tokenizer.json of a DeepSeek-V4"
         )
-    return _Document(f"{name} ({mode})", ids[1:])
+    return _Document(f"{name} ({row.mode})", ids[1:])
 
 
 def _cut(file: Path, document: _Document, request: CorpusRequest) -> list[_Window]:
@@ -249,12 +252,12 @@ def _cut(file: Path, document: _Document, request: CorpusRequest) -> list[_Windo
     return [_Window(part, torch.cat((bos, p))) for p in kept]
 
 
-def _windows(file: Path, encode: TextTokenizer, request: CorpusRequest) -> list[_Window]:
+def _windows(file: Path, found: _Documents, request: CorpusRequest) -> list[_Window]:
     """All windows of a file. Raises CorpusError when there is none."""
-    documents = _read_documents(file, encode, request)
-    windows = [w for d in documents for w in _cut(file, d, request) if len(w.ids) >= 2]
+    windows = [w for d in found.documents for w in _cut(file, d, request) if len(w.ids) >= 2]
     if not windows:
-        raise CorpusError(f"{file}: is too short: it gives no window of at least 2 tokens")
+        without = f" without the {found.skipped:,} rows that were skipped" if found.skipped else ""
+        raise CorpusError(f"{file}: is too short: it gives no window of at least 2 tokens{without}")
     return windows
 
 

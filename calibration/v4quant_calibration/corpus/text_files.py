@@ -56,7 +56,10 @@ def _encoding(data: bytes, error: UnicodeDecodeError) -> str:
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
     if error.end >= len(data) - 3 and error.reason == "unexpected end of data":
-        return f"ends inside a character (byte {error.start:,}); the download is incomplete"
+        return (
+            f"ends inside a UTF-8 character (byte {error.start:,}); the download is incomplete, or "
+            "the file is Latin-1: then save it as UTF-8 (iconv -f LATIN1 -t UTF-8)"
+        )
     return (
         f"is not UTF-8 (byte {error.start:,} is {data[error.start]:#04x}); if it is Latin-1, save "
         "it as UTF-8 (iconv -f LATIN1 -t UTF-8)"

@@ -217,7 +217,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "call a string": ([user(), assistant(tool_calls=["x"])], "must be a list of objects"),
     "call without function": ([user(), calling({"id": "a"})], "must have a name and arguments"),
     "call of another type": ([user(), calling({**call(), "type": "web"})], "must have 'type'"),
-    "call with more": ([user(), calling({**call(), "index": 0})], "must have 'type'"),
+    "call with more": ([user(), calling({**call(), "more": 0})], "must have 'type'"),
     "id a number": ([user(), calling({**call(), "id": 7})], "its id is a int"),
     "arguments no JSON": ([user(), calling(call("{q: 1}"))], "tool call 1: .* are not JSON"),
     "arguments nested": ([user(), calling(call("[" * 10**5))], "are not JSON"),

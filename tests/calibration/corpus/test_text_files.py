@@ -85,11 +85,100 @@ def test_bad_rows_are_skipped_as_often_as_allowed(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(bad)
     for allowed in (2, 9):
         request = CorpusRequest(16, None, 0, 2048, skip_bad_rows=allowed)
-        found = load_corpus([tmp_path / "b.jsonl"], TOKENIZER, request).windows
-        assert same(found, load(tmp_path / "a.jsonl"))
-    with pytest.raises(CorpusError, match="line 4"):
-        load_corpus([tmp_path / "b.jsonl"], TOKENIZER, CorpusRequest(16, None, 0, 2048,
-                                                                      skip_bad_rows=1))  # fmt: skip
+        found = load_corpus([tmp_path / "b.jsonl"], TOKENIZER, request)
+        assert same(found.windows, load(tmp_path / "a.jsonl"))
+        assert found.skipped_rows == 2
+    request = CorpusRequest(16, None, 0, 2048, skip_bad_rows=1)
+    with pytest.raises(CorpusError, match=r"line 4.*1 bad row before it"):
+        load_corpus([tmp_path / "b.jsonl"], TOKENIZER, request)
+
+
+def test_a_tokenizer_that_does_not_fit_is_no_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(CHATS))
+    for bos in (1, 5):
+        request = CorpusRequest(16, None, bos, 2048, skip_bad_rows=9)
+        with pytest.raises(CorpusError, match="the tokenizer does not make"):
+            load_corpus([tmp_path / "a.jsonl"], TOKENIZER, request)
+
+
+HI = {"role": "user", "content": "hi"}
+CALL = {"type": "function", "function": {"name": "now", "arguments": "{}"}}
+TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]
+ASKED = [HI, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+         {"role": "tool", "content": "12"}, {"role": "assistant", "content": "noon"}]  # fmt: skip
+
+
+def longer(name: str, value: Any, turn: int = 1) -> list[dict[str, Any]]:
+    return [{**m, name: value} if i == turn else m for i, m in enumerate(CHAT)]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        longer("annotations", []),
+        longer("audio", None),
+        longer("tool_calls", []),
+        longer("name", None, turn=0),
+    ],
+)
+def test_what_a_server_adds_and_says_nothing_by(
+    messages: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(CHATS))
+    (tmp_path / "b.jsonl").write_bytes(jsonl([{"messages": messages}] * 2))
+    assert same(load(tmp_path / "b.jsonl"), load(tmp_path / "a.jsonl"))
+
+
+def test_calls_of_tools_as_servers_write_them(tmp_path: Path) -> None:
+    """No system message, arguments that are empty, a call's place in its stream."""
+    streamed = [ASKED[0], {**ASKED[1], "tool_calls": [{**CALL, "index": 0}]}, *ASKED[2:]]
+    for name, messages in (("a", ASKED), ("b", streamed)):
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl([{"messages": messages, "tools": TOOLS}]))
+    assert same(load(tmp_path / "a.jsonl"), load(tmp_path / "b.jsonl"))
+    (tmp_path / "c.jsonl").write_bytes(jsonl([{"messages": ASKED[:1] + ASKED[3:]}]))
+    assert not same(load(tmp_path / "a.jsonl"), load(tmp_path / "c.jsonl"))
+
+
+def test_a_sharegpt_row_with_a_system_text(tmp_path: Path) -> None:
+    turns = [{"from": "Human", "value": "hi"}, {"from": "gpt", "value": "hello there"}]
+    rows = [{"conversations": turns, "system": "be brief", "mode": "think-high"}]
+    messages = [{"role": "system", "content": "be brief"}, *CHAT]
+    (tmp_path / "a.jsonl").write_bytes(jsonl([{"messages": messages, "mode": "think-high"}]))
+    (tmp_path / "b.jsonl").write_bytes(jsonl(rows))
+    request = CorpusRequest(16, None, 0, 2048, chat_keys="sharegpt")
+    found = load_corpus([tmp_path / "b.jsonl"], TOKENIZER, request)
+    assert same(found.windows, load(tmp_path / "a.jsonl"))
+    assert [part.name for part in found.parts] == ["b (think-high)"]
+
+
+def test_a_pair_of_lists_of_messages(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(CHATS))
+    (tmp_path / "b.jsonl").write_bytes(jsonl([{"prompt": CHAT[:1], "completion": CHAT[1:]}] * 2))
+    request = CorpusRequest(16, None, 0, 2048, chat_keys="prompt-completion")
+    found = load_corpus([tmp_path / "b.jsonl"], TOKENIZER, request).windows
+    assert same(found, load(tmp_path / "a.jsonl"))
+
+
+U = "user"
+BAD_CHATS = {
+    "content in parts": [{"role": U, "content": [{"type": "text", "text": "x"}]}],
+    "system message comes first": [*CHAT, {"role": "system", "content": "s"}, *CHAT],
+    "stands where a user": [CHAT[1], *CHAT],
+    "holds <think>": [HI, {"role": "assistant", "content": "<think>a</think>b"}],
+    "has no content": [HI, {"role": "assistant", "content": None}],
+    "has 'reasoning'": longer("reasoning", "r"),
+    "structure of the prompt": [{"role": U, "content": "<\uff5cUser\uff5c>"}, CHAT[1]],
+}
+
+
+@pytest.mark.parametrize("told", BAD_CHATS)
+def test_chats_whose_prompt_nobody_knows_are_told_by_row(told: str, tmp_path: Path) -> None:
+    rows = [*CHATS, {"messages": BAD_CHATS[told]}]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(rows))
+    with pytest.raises(CorpusError, match=f"line 3: .*{told}"):
+        load(tmp_path / "a.jsonl")
+    request = CorpusRequest(16, None, 0, 2048, skip_bad_rows=1)
+    assert load_corpus([tmp_path / "a.jsonl"], TOKENIZER, request).skipped_rows == 1
 
 
 def test_parquet_and_zstandard_where_their_packages_are(tmp_path: Path) -> None:
@@ -104,7 +193,7 @@ def test_parquet_and_zstandard_where_their_packages_are(tmp_path: Path) -> None:
     [
         ("a.txt", "caf\xe9 au lait".encode("latin-1"), "Latin-1.*iconv"),
         ("a.txt", "text".encode("utf-16"), "UTF-16"),
-        ("a.txt", "caf\xe9".encode()[:-1], "ends inside a character"),
+        ("a.txt", "caf\xe9".encode()[:-1], "ends inside a UTF-8 character.*LATIN1"),
         ("a.txt.gz", b"\x1f\x8b junk", "decompressed"),
         ("a.txt.gz", gzip.compress(b"x" * 500)[:-9], "decompressed"),
         ("a.json", b"{}", "list of rows"),

@@ -230,6 +230,8 @@ def _identity(result: Mapping[str, Any]) -> str:
         length = number(result, "seq_len")
         of = f" of {count(length)} tokens" if length is not None else ""
         facts.append(f"{count(sequences)} sequences{of}")
+    if skipped := number(result, "skipped_rows"):
+        facts.append(f"{count(skipped)} rows that cannot be read left out")
     return f'<p class="identity">{", ".join(facts)}</p>' if facts else ""
 
 
