@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from script_tools.seeds import TEXT, Reader, written
+from script_tools.tool_readers import TOOL_READERS
 from v4quant.api.publishing import plan_push
 from v4quant.conversion.journal import FOLDER, FinishedShard, Journal
 from v4quant.conversion.records import TensorRecord
@@ -25,43 +27,22 @@ from v4quant.pipeline.step_cache import RECORD_NAME as STEPS_NAME
 from v4quant.pipeline.step_cache import FinishedSteps
 from v4quant.publishing.card import CardRequest, render_card
 from v4quant.recipe import read_toml, recipe_from_table
+from v4quant_calibration.corpus.chat_messages import BOS
 from v4quant_calibration.corpus.corpus import CorpusRequest, load_corpus
 from v4quant_calibration.solve.solution import SOLUTION_NAME, load_solution
 from v4quant_calibration.statistics.stats import StageStats, Stats, load_stats, write_stats
 from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
 from v4quant_formats.shards import WrittenFile
 
-TEXT = "The same words again, and a few others. "
 TOML = 'source = "here"\n[quantize]\nscheme = "fp8"\n[evaluate]\ncorpus = ["a.txt"]\ntokens = 64\n'
-RECIPE = 'scheme = "int4-g32"\n[schemes]\n"layers.0-1.down" = "int8-g32"\n'
-
-
-@dataclass(frozen=True)
-class Reader:
-    """make(folder) writes a good file and returns its path; read(path) reads it as a command does.
-
-    Reading ends, or raises a V4QuantError.
-    """
-
-    name: str
-    make: Callable[[Path], Path]
-    read: Callable[[Path], object]
-
-
-def _text(name: str, content: str | bytes) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return make
+RECIPE = 'scheme = "int4-g32"\nengine = "vllm"\n[schemes]\n"layers.0-1.experts" = "int8-g32"\n'
 
 
 def _tokenizer(folder: Path) -> Path:
-    words = {word: i for i, word in enumerate(sorted(set(TEXT.split())))} | {"[UNK]": 90}
+    words = {word: i for i, word in enumerate([BOS, *sorted(set(TEXT.split()))])} | {"[UNK]": 90}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([BOS])
     path = folder / "tokenizer.json"
     tokenizer.save(str(path))
     return path
@@ -92,10 +73,15 @@ def _ids(folder: Path) -> Path:
 
 def _stats(folder: Path) -> Path:
     sums = {"w13": torch.ones(4, 8, dtype=torch.float64), "w2": torch.ones(4, 8).double()}
-    amax = {name: value.float() for name, value in sums.items()}
+    amax = dict.fromkeys(sums, torch.ones(4))
     stage = StageStats(torch.full((4,), 9), sums, amax)
     write_stats(folder / "stats.v4q", Stats("d", 1, {"layers.0": stage}, {}))
     return folder / "stats.v4q"
+
+
+def _solution(folder: Path) -> Path:
+    _stats(folder)
+    return written(SOLUTION_NAME, json.dumps(SOLUTION))(folder)
 
 
 def _journal(folder: Path) -> Path:
@@ -132,7 +118,7 @@ def _manifest(folder: Path) -> Path:
         "dropped": [{"name": "y", "reason": "draft"}],
         "tensors": [TensorRecord(**record).as_dict()],
     }
-    return _text(MANIFEST_NAME, json.dumps(table))(folder)
+    return written(MANIFEST_NAME, json.dumps(table))(folder)
 
 
 def _read_card(path: Path) -> object:
@@ -167,7 +153,7 @@ EVALUATION: dict[str, Any] = {
 
 def _logits(folder: Path) -> Path:
     save_file(
-        {"logits": torch.zeros(2, 8, 16), "input_ids": torch.zeros(2, 8, dtype=torch.int32)},
+        {"logits": torch.zeros(2, 8, 16), "input_ids": torch.zeros(2, 8, dtype=torch.int64)},
         folder / "logits.safetensors",
     )
     return folder / "logits.safetensors"
@@ -179,26 +165,27 @@ def _read_logits(path: Path) -> object:
 
 
 READERS: tuple[Reader, ...] = (
-    Reader("recipe", _text("r.toml", RECIPE),
+    Reader("recipe", written("r.toml", RECIPE),
            lambda p: recipe_from_table(read_toml(p), str(p))),
-    Reader("run file", _text("run.toml", TOML), lambda p: load_pipeline(str(p))),
-    Reader("corpus", _text("c.txt", TEXT * 20), _read_corpus),
-    Reader("jsonl", _text("c.jsonl", json.dumps({"text": TEXT}) + "\n"
+    Reader("run file", written("run.toml", TOML), lambda p: load_pipeline(str(p))),
+    Reader("corpus", written("c.txt", TEXT * 20), _read_corpus),
+    Reader("jsonl", written("c.jsonl", json.dumps({"text": TEXT}) + "\n"
            + json.dumps({"messages": [{"role": "user", "content": TEXT}]}) + "\n"), _read_corpus),
     Reader("npy", _npy, _read_corpus),
     Reader("ids", _ids, _read_corpus),
     Reader("tokenizer", _tokenizer, _read_with_tokenizer),
     Reader("statistics", _stats, lambda p: load_stats(p, "d")),
-    Reader("solution", _text(SOLUTION_NAME, json.dumps(SOLUTION)),
+    Reader("solution", _solution,
            lambda p: load_solution(p.parent, "d")),
     Reader("journal", _journal, _read_journal),
     Reader("own folders", _own, lambda p: remove_own_folder(p.parent.parent, "source")),
-    Reader("steps", _text(STEPS_NAME, '{"a": ["k", "h"]}'),
+    Reader("steps", written(STEPS_NAME, '{"a": ["k", "h"]}'),
            lambda p: FinishedSteps(p.parent).has("k", p)),
     Reader("manifest", _manifest, _read_card),
-    Reader("evaluation", _text("evaluation.json", json.dumps(EVALUATION)), _read_evaluation),
-    Reader("report", _text("evaluation.json", json.dumps(EVALUATION)), _read_report),
+    Reader("evaluation", written("evaluation.json", json.dumps(EVALUATION)), _read_evaluation),
+    Reader("report", written("evaluation.json", json.dumps(EVALUATION)), _read_report),
     Reader("logits", _logits, _read_logits),
+    *TOOL_READERS,
 )  # fmt: skip
 
 

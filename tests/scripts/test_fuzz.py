@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.scripts import load_script
+
 FUZZ = Path(__file__).parents[2] / "scripts" / "fuzz.py"
 
 
@@ -18,3 +20,11 @@ def test_a_few_seconds_of_fuzzing() -> None:
     rounds = int(done.stdout.splitlines()[-1].split()[0])
     assert rounds > 10
     assert "refused (input)" in done.stdout
+
+
+def test_seeds_are_good_files(tmp_path: Path) -> None:
+    """A seed that nobody can read would test its first check, whatever is done to it."""
+    for number, reader in enumerate(load_script("fuzz").READERS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        reader.read(reader.make(folder))

@@ -65,13 +65,6 @@ def test_calibrate(text: Path, tmp_path: Path) -> None:
     assert found["skipped_rows"] == 2 and out.exists()
 
 
-def test_allocate(text: Path, tmp_path: Path) -> None:
-    words = ("--out", tmp_path / "recipe.toml", "--bpw", 9, "--measure-kl", "--corpus", text)
-    more = ("--experts", 1, *READING, *SHORT)
-    found = printed("allocate", TINY, *words, *more)
-    assert found["skipped_rows"] == 2
-
-
 def test_run(text: Path, tmp_path: Path) -> None:
     file = tmp_path / "job.toml"
     file.write_text(RUN.format(text=text))
@@ -91,4 +84,5 @@ def test_one_bad_row_too_many_is_told(command: str, text: Path, tmp_path: Path) 
     words = [command, TINY, *more, "--corpus", text, "--chat-keys", "sharegpt", *SHORT]
     found = CliRunner().invoke(cli, [*map(str, words), "--skip-bad-rows", "1"])
     assert found.exit_code == 1
-    assert "line 10" in found.output and "1 bad row before it" in found.output
+    told = str(found.exception)
+    assert "line 10" in told and "1 bad row before it" in told

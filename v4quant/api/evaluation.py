@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from v4quant.api.arguments import (
     PathLike,
@@ -21,6 +23,7 @@ from v4quant.api.arguments import (
 from v4quant.builtin import MIXED_HELDOUT
 from v4quant.devices import arithmetic_threads, find_device
 from v4quant.evaluation.evaluate import LogitFiles, Resources, evaluate_checkpoint
+from v4quant.evaluation.kld_file import KldFile, is_kld
 from v4quant.evaluation.report import write_report
 from v4quant.evaluation.result import Evaluation, evaluation_from_dict
 from v4quant.outputs import refuse_inputs
@@ -28,6 +31,7 @@ from v4quant.progress import default_progress
 from v4quant.source import open_source
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE
 from v4quant_calibration.corpus.chat_keys import MESSAGES
+from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.corpus.tokenizer import tokenizer_of
 from v4quant_calibration.evaluation.evaluate import Measures
 from v4quant_calibration.evaluation.needle import make_needles
@@ -69,10 +73,12 @@ def evaluate(
     adapter's folder, merged into the reference, or without one into `source`. weights: compare
     every matrix with the reference's and look for defects. floors: noise floors to run. report: a
     .html, .md or .json file to write. threads: of products on the CPU, by default all cores or
-    what OMP_NUM_THREADS says. docs/evaluation.md explains the figures.
+    what OMP_NUM_THREADS says. reference_logits: what `save_logits` wrote, or llama.cpp's base file,
+    whose own text is then scored. docs/evaluation.md explains the figures.
 
     Raises OptionError for options that contradict each other, SizeError for too little memory,
-    CorpusError, EvaluationError, LogitsError, OutputError and what opening checkpoints raises.
+    CorpusError, EvaluationError, LogitsError, KldError, OutputError and what opening checkpoints
+    raises.
     """
     if candidates and reference is None:
         raise OptionError(
@@ -98,9 +104,13 @@ def evaluate(
             [*listed_files(corpus), path_of(reference_logits)],
         )
         config = config_of(checkpoint)
-        text = read_corpus(
-            corpus, checkpoint, config, seq_len, tokens, mode, chat_keys, skip_bad_rows
-        )
+        logits = path_of(reference_logits)
+        if logits is not None and is_kld(logits):
+            text = _text_of(logits, corpus, seq_len, tokens, config.bos_token_id)
+        else:
+            text = read_corpus(
+                corpus, checkpoint, config, seq_len, tokens, mode, chat_keys, skip_bad_rows
+            )
         needles = None
         if needle:
             tokenizer = tokenizer_of(checkpoint)
@@ -111,7 +121,7 @@ def evaluate(
             text,
             forward_options(activations, products),
             default_progress(progress),
-            LogitFiles(path_of(save_logits), save_top_k, path_of(reference_logits)),
+            LogitFiles(path_of(save_logits), save_top_k, logits),
             weights,
             Measures(floors, draft, needles),
             others,
@@ -121,3 +131,21 @@ def evaluate(
     if (file := path_of(report)) is not None:
         write_report(result, file)
     return evaluation_from_dict(result)
+
+
+def _text_of(
+    file: Path,
+    corpus: PathLike | Sequence[PathLike],
+    seq_len: int | None,
+    tokens: int | None,
+    bos_token_id: int,
+) -> Corpus:
+    """The text that a base file of llama.cpp brings along. Raises KldError or OptionError."""
+    with KldFile(file) as opened:
+        length = opened.shape.n_ctx
+        if [os.fspath(name) for name in ([corpus] if isinstance(corpus, str | os.PathLike) else
+                                          corpus)] != [MIXED_HELDOUT]:  # fmt: skip
+            raise OptionError(f"{file} brings its own text: leave --corpus out")
+        if seq_len not in (None, length):
+            raise OptionError(f"{file} is of windows of {length} tokens: leave --seq-len out")
+        return opened.corpus(tokens, bos_token_id)

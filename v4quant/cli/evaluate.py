@@ -27,11 +27,13 @@ from v4quant_calibration.defaults import MOST_FLOORS
               "score in the same run; may be repeated.")  # fmt: skip
 @corpus_options(MIXED_HELDOUT)
 @products_option("kernels")
-@click.option("--save-logits", type=click.Path(path_type=Path), help="Write SOURCE's logits.")
+@click.option("--save-logits", type=click.Path(path_type=Path), help="Write SOURCE's "
+              "logits; FILE.kld: as llama.cpp's base file.")  # fmt: skip
 @click.option("--save-top-k", type=click.IntRange(min=5), help="Save only the K most probable "
               "tokens of each position.")  # fmt: skip
 @click.option("--reference-logits", type=click.Path(path_type=Path, exists=True, dir_okay=False),
-              help="Compare with logits saved earlier; the reference is not run.")  # fmt: skip
+              help="Compare with logits saved earlier, or with a base file of "
+              "llama-perplexity and its own text; the reference is not run.")  # fmt: skip
 @click.option("--report", type=click.Path(path_type=Path), help="Write an HTML (.html) page, "
               "a Markdown (.md) table or the JSON (.json).")  # fmt: skip
 @click.option("--weights/--no-weights", default=True, show_default=True, help="Compare every "

@@ -21,8 +21,9 @@ from v4quant import __version__
 from v4quant.checks.inspection import inspect_checkpoint
 from v4quant.checks.soundness import require_sound
 from v4quant.devices import CPU, device_bytes
+from v4quant.evaluation.logit_files import SavedFile, logits_writer, open_saved, writes_whole_rows
 from v4quant.evaluation.memory import plan_evaluation, work_of
-from v4quant.evaluation.saved_logits import LogitFacts, LogitsError, LogitsFile, SavedLogits
+from v4quant.evaluation.saved_logits import LogitFacts, LogitsError
 from v4quant.evaluation.worst_stretches import worst_stretches
 from v4quant.memory import Limits
 from v4quant_calibration.corpus.corpus import Corpus
@@ -114,7 +115,8 @@ def evaluate_checkpoint(
     ran = measures.with_needles(corpus)
     config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
     work = work_of(ran, len(candidates) if runs else 0, floors, weights, measures.draft)
-    work = replace(work, kernels=options.expert_kernels)
+    whole_rows = files.save is not None and writes_whole_rows(files.save)
+    work = replace(work, kernels=options.expert_kernels, whole_rows=whole_rows)
     limits = Limits.of(resources.max_memory, device_bytes(resources.device))
     plan = plan_evaluation(config, work, limits, resources.scratch is not None)
     in_pieces = plan.apply(options)
@@ -129,7 +131,7 @@ def evaluate_checkpoint(
             scratch = opened.enter_context(Scratch(resources.scratch or _cache_folder(), key))
             room = replace(room, store=scratch)
         if files.reference is not None:
-            saved = opened.enter_context(SavedLogits(files.reference))
+            saved = opened.enter_context(open_saved(files.reference))
             _check_saved(saved, checkpoint, reference, corpus, options)
             all_figures = [
                 evaluate_saved(checkpoint, saved, corpus, in_pieces, progress, measures, room)
@@ -192,7 +194,7 @@ def _check_request(
 
 
 def _check_saved(
-    saved: SavedLogits,
+    saved: SavedFile,
     checkpoint: Checkpoint,
     reference: Checkpoint | None,
     corpus: Corpus,
@@ -231,13 +233,13 @@ def _source_digest(checkpoint: Checkpoint) -> str | None:
     return digest if isinstance(digest, str) else None
 
 
-def _saved_facts(saved: SavedLogits) -> dict[str, Any]:
+def _saved_facts(saved: SavedFile) -> dict[str, Any]:
     facts = saved.facts
     return {
         "file": str(saved.path),
         "checkpoint": None if facts is None else facts.path,
         "top_k": saved.top_k,
-        "kl": "whole vocabulary" if saved.top_k is None else "lower bound",
+        "kl": saved.kl,
     }
 
 
@@ -257,7 +259,7 @@ def _figures(
         first = candidates[0]
         facts = LogitFacts(first.digest(), str(first.path), options.activations, options.products)
         vocab_size = int(first.config["vocab_size"])
-        sink = LogitsFile(files.save, corpus, vocab_size, facts, files.top_k)
+        sink = logits_writer(files.save, corpus, vocab_size, facts, files.top_k)
     try:
         if reference is None:
             found = [evaluate(candidates[0], None, corpus, options, progress, sink, measures, room)]

@@ -36,6 +36,8 @@ _F32 = 4
 _DECODING = 2.5
 # Bytes a weight of a group of coded experts takes: read, stacked and arranged, BF16 at the worst.
 _ARRANGING = 6
+# Rows of logits that are encoded at once for a file, with what that needs, as float32 rows.
+_ENCODED = 16 * 8
 # Fewer tokens through the experts at once would read them over and over.
 _LEAST_TOKENS = 512
 # Pieces from comfortable to small: rows of streams, queries, positions and entries of a logit tile.
@@ -55,7 +57,8 @@ class Work:
     scored: whether logits are computed. together: whether all tokens of a layer must go through its
     experts at once. held: bytes that somebody keeps beside the run, with the host. working: bytes
     that somebody needs during it where the arithmetic is. kernels: whether routed experts are
-    multiplied as they are stored.
+    multiplied as they are stored. whole_rows: a tile's rows of logits are gathered over the
+    vocabulary before they are written.
     """
 
     models: int
@@ -68,6 +71,7 @@ class Work:
     held: int = 0
     working: int = 0
     kernels: bool = False
+    whole_rows: bool = False
 
     @property
     def tokens(self) -> int:
@@ -291,7 +295,8 @@ def _logits(config: ModelConfig, work: Work, tile: TileSize) -> int:
     rank = config.dspark.markov_rank if work.drafts and config.dspark else 0
     head = _F32 * columns * (config.hidden_size + rank) * (pieces + 1)
     tiles = _F32 * tile.rows * columns * (work.models + 6)
-    return head + tiles + 3 * tile.rows * _row(config)
+    gathered = _F32 * config.vocab_size * (tile.rows + _ENCODED) if work.whole_rows else 0
+    return head + tiles + gathered + 3 * tile.rows * _row(config)
 
 
 def _comparison(config: ModelConfig) -> int:

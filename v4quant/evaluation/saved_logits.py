@@ -132,6 +132,8 @@ class LogitsFile:
 class SavedLogits:
     """A file of saved logits as the reference of a run; see `SavedReference`."""
 
+    known = None
+
     def __init__(self, path: Path) -> None:
         """Open and check the file. Raises LogitsError and what reading a header raises."""
         self.path = path
@@ -164,6 +166,11 @@ class SavedLogits:
             raise LogitsError(f"{path}: holds {self.top_k} tokens per position; at least {BEST}")
         self.facts = self._read_facts()
         self._file = open_for_reading(path)
+
+    @property
+    def kl(self) -> str:
+        """Over what a KL divergence from these logits is taken."""
+        return "whole vocabulary" if self.top_k is None else "lower bound"
 
     def close(self) -> None:
         """Close the file."""

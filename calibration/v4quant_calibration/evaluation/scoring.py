@@ -53,7 +53,14 @@ class SavedRows(Protocol):
 
 
 class SavedReference(Protocol):
-    """Next-token distributions of a reference that is not run."""
+    """Next-token distributions of a reference that is not run.
+
+    known: bool, of which positions it has one, over its windows end to end; None: of all.
+    """
+
+    @property
+    def known(self) -> Tensor | None:
+        """See the class."""
 
     def begin(self, start: int, model: Softmax) -> SavedRows:
         """Its rows from position `start` on, for the positions `model` is the softmax of."""
@@ -105,7 +112,7 @@ def score(
 
     saved: what the first model is scored against; its records then stand before the others'.
     """
-    text = FlatText(corpus)
+    text = FlatText(corpus, None if saved is None else saved.known)
     columns: list[dict[str, Tensor]] = [{} for _ in models[saved is None :] or models]
     choices = [torch.empty_like(text.targets) for _ in models]
     progress.start("Scoring", corpus.tokens, "tok")
@@ -139,11 +146,16 @@ def score(
 class FlatText:
     """A corpus' tokens end to end: what follows each, and whether that is known."""
 
-    def __init__(self, corpus: Corpus) -> None:
-        """The last position of a window predicts nothing that is known."""
+    def __init__(self, corpus: Corpus, compared: Tensor | None = None) -> None:
+        """The last position of a window predicts nothing that is known.
+
+        compared: bool, at least as long as the text: which positions count (None: all).
+        """
         windows = corpus.windows
         self.targets = torch.cat([next_tokens(ids) for ids in windows])
         self.known = torch.cat([torch.arange(len(ids)) < len(ids) - 1 for ids in windows])
+        if compared is not None:
+            self.known &= compared[: len(self.known)]
         self.block = torch.cat(token_blocks(corpus))
         lengths = torch.tensor([len(ids) for ids in windows])
         self.part = torch.tensor(corpus.part_of).repeat_interleave(lengths)
