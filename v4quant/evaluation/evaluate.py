@@ -131,7 +131,8 @@ def evaluate_checkpoint(
             scratch = opened.enter_context(Scratch(resources.scratch or _cache_folder(), key))
             room = replace(room, store=scratch)
         if files.reference is not None:
-            saved = opened.enter_context(open_saved(files.reference))
+            saved = open_saved(files.reference)
+            opened.callback(saved.close)
             _check_saved(saved, checkpoint, reference, corpus, options)
             all_figures = [
                 evaluate_saved(checkpoint, saved, corpus, in_pieces, progress, measures, room)
