@@ -9,12 +9,16 @@ Names are loaded when they are first used: importing the package costs nothing.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import v4quant_kernels  # noqa: F401  settles OpenMP before anything loads torch
 
 __version__ = "0.1.0"
+
+# Warnings go where a program sends the log "v4quant", and nowhere unless it does.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     from v4quant.api.allocation import AllocationResult, allocate

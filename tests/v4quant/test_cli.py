@@ -45,10 +45,16 @@ class Ran:
     @property
     def error(self) -> str:
         """The one line of an error; asserts that it is one, and that nothing is on stdout."""
-        lines = [line for line in self.err.splitlines() if not line.endswith("...")]
+        lines = told(self.err)
         assert len(lines) == 1 and lines[0].startswith("Error: "), self.err
         assert "Traceback" not in self.err and self.out == ""
         return lines[0]
+
+
+def told(stderr: str) -> list[str]:
+    """Lines of stderr besides those on progress and warnings."""
+    lines = [line for line in stderr.splitlines() if line and not line.endswith("...")]
+    return [line for line in lines if not line.startswith("Warning: ")]
 
 
 Command = Callable[..., Ran]
@@ -576,6 +582,93 @@ def test_bars_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said[io.StringIO] == "Working (2.0 kB) ...\n"
 
 
+def test_off_a_terminal_a_line_a_minute_with_what_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    progress = _output.TerminalProgress()
+    progress.start("Scoring", 1000, "tok")
+    for _ in range(40):  # 25 tokens in ten seconds
+        now += 10
+        progress.advance(25)
+    progress.finish()
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "Scoring (1,000 tok) ..."
+    assert len(lines) == 1 + 6
+    assert lines[1] == "Scoring: 150 tok of 1,000 tok (15%), about 6 min left"  # 340 s
+
+
+def test_after_an_interruption_no_bar_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    progress = _output.TerminalProgress()
+    progress.start("Working", 100, "layer")
+    progress.advance(10)
+    _output.stop_bars()
+    before = terminal.getvalue()
+    try:
+        progress.advance(1)  # workers end what they had begun
+        progress.finish()
+        progress.start("Next", 5, "layer")
+        progress.finish()
+        del progress
+    finally:
+        _output.reset()
+    assert terminal.getvalue().removeprefix(before).replace("Next (5 layer) ...", "").strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "code"),
+    [
+        (["inspect", "/no/such/folder"], "FormatError", 1),
+        (["inspect", "--nope"], "NoSuchOption", 2),
+        (["quantize", str(TINY), "o", "--scheme", "fp8", "--engine", "x"], "BadParameter", 2),
+        (["evaluate", str(TINY), "--candidate", "x"], "OptionError", 2),
+    ],
+)
+def test_with_json_an_error_is_an_object_too(
+    v4quant: Command, arguments: list[str], kind: str, code: int
+) -> None:
+    ran = v4quant(*arguments, "--json")
+    error = json.loads(ran.out)["error"]
+    assert ran.code == error["exit_code"] == code and error["kind"] == kind
+    assert f"Error: {error['message']}" == ran.err.splitlines()[-1]
+
+
+def test_quiet_verbose_and_log(v4quant: Command, tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "v4quant.log"
+    quiet = ("--quiet", "--log-file", log)
+    first = v4quant("quantize", TINY, tmp_path / "a", "--scheme", "fp8", *quiet)
+    assert first.code == 0 and first.err == ""
+    kept = log.read_text()
+    assert kept.startswith("# v4quant log\n") and "Converting (" in kept and "took " in kept
+    assert f"v4quant quantize {TINY}" in kept
+    loud = v4quant("quantize", TINY, tmp_path / "b", "--scheme", "fp8", "--verbose")
+    assert "CPU-seconds" in loud.err and "Converting (" in loud.err
+    failed = v4quant("inspect", tmp_path / "none", *quiet)
+    assert failed.error.startswith("Error: ") and "Traceback" in log.read_text()
+    assert log.read_text().startswith(kept)
+    assert "Traceback" in v4quant("inspect", tmp_path / "none", "--verbose").err
+    both = v4quant("inspect", TINY, "--quiet", "--verbose")
+    assert both.code == 2 and "contradict" in both.err
+
+
+def test_a_log_never_replaces_another_file(v4quant: Command, tmp_path: Path) -> None:
+    other = tmp_path / "shard.safetensors"
+    other.write_bytes(b"0123")
+    assert "not a log of v4quant" in v4quant("inspect", TINY, "--log-file", other).error
+    assert other.read_bytes() == b"0123"
+    assert "not a log of v4quant" in v4quant("inspect", TINY, "--log-file", tmp_path).error
+
+
+def test_an_output_larger_than_its_source_is_told(v4quant: Command, tmp_path: Path) -> None:
+    command = ("quantize", TINY_V4, tmp_path / "o", "--dry-run", "--scheme")
+    larger = v4quant(*command, "q8_0")
+    assert "will be larger than the source" in larger.err and "routed experts" in larger.err
+    assert "Warning" not in v4quant(*command, "iq2_xxs", "--dense", "q8_0").err
+
+
 def test_tables_and_sizes() -> None:
     rows = [("a", "1", "x"), ("bcd", "22", "yy")]
     assert _output.table(rows) == "a     1  x\nbcd  22  yy"
@@ -617,14 +710,13 @@ def test_signals(v4quant: Command, tmp_path: Path, number: int, code: int, word:
     try:
         wait_for(lambda: len(list(out.glob("*.safetensors"))) >= 2, process)
         process.send_signal(number)
-        said, told = process.communicate(timeout=30)
+        said, stderr = process.communicate(timeout=30)
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == code, told
+    assert process.returncode == code, stderr
     assert said == ""
-    lines = [line for line in told.splitlines() if line and not line.endswith("...")]
-    assert lines == [f"{word}; the same command resumes."]
+    assert told(stderr) == [f"{word}; the same command resumes."]
     assert_no_checkpoint(out)
     kept = {p: p.stat().st_mtime_ns for p in out.glob("*.safetensors")}
     assert 2 <= len(kept) < 9

@@ -35,7 +35,7 @@ RENAMED = {
     ("quantize", "recipe_file"): "recipe",
 }  # fmt: skip
 OWN = {
-    "as_json", "dry_run",  # how a result is printed
+    "as_json", "dry_run", "quiet", "verbose", "log_file",  # how a result is printed
     "ids", "messages",  # encode: where the chat comes from and what is shown of it
 }  # fmt: skip
 

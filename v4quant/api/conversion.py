@@ -19,6 +19,7 @@ from v4quant.conversion.calibrated import load_calibrated
 from v4quant.conversion.job import JobResult, run_job
 from v4quant.conversion.plan import make_plan
 from v4quant.conversion.ranks import current_ranks
+from v4quant.conversion.size_by_role import warn_of_growth
 from v4quant.conversion.workers import fit_workers
 from v4quant.devices import find_device
 from v4quant.progress import default_progress
@@ -111,6 +112,7 @@ def plan_quantize(
     with open_source(source_of(source), headers_only=True, adapter=path_of(adapter)) as checkpoint:
         _, digest = load_calibrated(checkpoint, path_of(stats), recipe)
         plan = make_plan(checkpoint, recipe, digest)
+        warn_of_growth(plan)
         return PlannedConversion(
             source=checkpoint.label,
             output=str(destination_of(out)),

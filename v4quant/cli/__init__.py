@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import MutableMapping
 from importlib import import_module
@@ -20,7 +22,9 @@ import click
 
 from v4quant import __version__
 from v4quant.cli import _exit, _output
+from v4quant.cli._common import add_common
 from v4quant.cli._termination import watch_termination
+from v4quant_formats.system import peak_rss_bytes
 from v4quant_kernels.errors import V4QuantError
 
 COMMANDS = {
@@ -78,6 +82,7 @@ class LazyGroup(click.Group):
         if name not in self._loaded:
             module = import_module(f"v4quant.cli.{COMMANDS[name]}")
             command: click.Command = getattr(module, COMMANDS[name])
+            add_common(command)
             _read_environment(command, f"v4quant_{name}")
             self._loaded[name] = command
         return self._loaded[name]
@@ -110,41 +115,70 @@ def _read_environment(command: click.Command, prefix: str) -> None:
 def main() -> NoReturn:
     """Entry point of the `v4quant` command."""
     signal.signal(signal.SIGTERM, _on_terminate)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _on_interrupt)
     watch_termination()
     # numpy is optional to torch and absent CUDA is normal here: neither concerns the user.
     warnings.filterwarnings("ignore", module=r"torch\..*")
+    _output.reset()
+    _output.tell_warnings()
+    _output.manner.json = "--json" in sys.argv[1:]
+    began = time.monotonic()
     try:
         code = cli.main(prog_name="v4quant", standalone_mode=False)
+        _tell_costs(began)
         sys.exit(code if isinstance(code, int) else 0)
-    except click.exceptions.Abort:
-        _leave("Interrupted; the same command resumes.", _exit.INTERRUPTED)
-    except KeyboardInterrupt:
-        _leave("Interrupted; the same command resumes.", _exit.INTERRUPTED)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _leave("Interrupted; the same command resumes.", "Interrupted", _exit.INTERRUPTED)
     except _Terminated:
-        _leave("Terminated; the same command resumes.", _exit.TERMINATED)
+        _leave("Terminated; the same command resumes.", "Terminated", _exit.TERMINATED)
     except click.ClickException as error:
-        error.show(file=sys.stderr)
-        sys.exit(error.exit_code)
+        _misused(error)
     except V4QuantError as error:
         _fail(error)
     except (OSError, MemoryError) as error:
         _fail(error)
 
 
+def _misused(error: click.ClickException) -> NoReturn:
+    """Click's own message, with the command's usage, and the JSON value where that was asked."""
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        _output.note(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help' for help.\n")
+    _leave(f"Error: {error.format_message()}", type(error).__name__, error.exit_code)
+
+
 def _fail(error: Exception) -> NoReturn:
     if os.environ.get("V4QUANT_DEBUG") == "1":
         raise error
+    _output.detail("".join(traceback.format_exception(error)))
     text = " ".join(str(error).split()) or type(error).__name__
     if len(text) > _LONGEST_ERROR:  # a file may hold a name of a megabyte
         text = f"{text[:_LONGEST_ERROR]} ..."
     code = error.exit_code if isinstance(error, V4QuantError) else _exit.FAILED
-    _leave(f"Error: {text}", code)
+    _leave(f"Error: {text}", type(error).__name__, code)
 
 
-def _leave(text: str, code: int) -> NoReturn:
-    _output.note(text)
+def _leave(text: str, kind: str, code: int) -> NoReturn:
+    _output.last_words(text, kind, code)
+    _output.reset()
     sys.exit(code)
 
 
+def _tell_costs(began: float) -> None:
+    """What the command took, for whoever wants to know."""
+    busy = time.process_time()
+    _output.detail(
+        f"took {time.monotonic() - began:.1f} s, {busy:.1f} CPU-seconds, at most "
+        f"{_output.human_bytes(peak_rss_bytes())} of memory"
+    )
+    _output.reset()
+
+
+def _on_interrupt(signum: int, frame: FrameType | None) -> None:
+    _output.stop_bars()
+    raise KeyboardInterrupt
+
+
 def _on_terminate(signum: int, frame: FrameType | None) -> None:
+    _output.stop_bars()
     raise _Terminated

@@ -4,22 +4,55 @@ Names and messages come from files that others wrote, so what would not show on 
 obeyed by it (escapes, direction marks) is printed as its number.
 
 With `--json` stdout carries one JSON value and nothing else. Progress bars appear only on a
-terminal; elsewhere each stretch of work leaves one line.
+terminal; elsewhere each stretch of work leaves a line when it begins, and one a minute. `--quiet`
+leaves errors, `--verbose` adds what helps to understand a run, and `--log-file` keeps all of it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, is_dataclass
+from datetime import UTC, datetime
+from typing import Any, TextIO
 
 import click
 
 from v4quant.visible import printable
+
+LINE_SECONDS = 60.0
+"""How often progress is told where no bar can be drawn."""
+
+
+@dataclass
+class _Manner:
+    """How much is told, and where to: what the options that every command has say."""
+
+    quiet: bool = False
+    verbose: bool = False
+    json: bool = False
+    log: TextIO | None = None
+    stopped: bool = False
+
+
+manner = _Manner()
+
+
+def reset() -> None:
+    """Tell as a command without options does."""
+    if manner.log is not None:
+        manner.log.close()
+    manner.__dict__.update(_Manner().__dict__)
+
+
+def stop_bars() -> None:
+    """Draw no bar any more: the work is being interrupted."""
+    manner.stopped = True
 
 
 def emit(value: object) -> None:
@@ -43,11 +76,53 @@ def exact(text: str) -> None:
 
 def note(text: str) -> None:
     """Tell the user something, on stderr."""
+    _log(text)
+    if not manner.quiet:
+        click.echo(printable(text), err=True)
+
+
+def detail(text: str) -> None:
+    """What only somebody who looks for a cause wants to know."""
+    _log(text)
+    if manner.verbose:
+        click.echo(printable(text), err=True)
+
+
+def last_words(text: str, kind: str, code: int) -> None:
+    """Why a command ends: on stderr however quiet, and as the JSON value where that was asked."""
+    _log(text)
     click.echo(printable(text), err=True)
+    if manner.json:
+        message = text.removeprefix("Error: ")
+        emit({"error": {"kind": kind, "message": message, "exit_code": code}})
+
+
+class _Warnings(logging.Handler):
+    """Tells what the library warns of."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"Warning: {record.getMessage()}")
+
+
+def tell_warnings() -> None:
+    """From now on tell what the library warns of; to be called any number of times."""
+    logger = logging.getLogger("v4quant")
+    if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
+        logger.addHandler(_Warnings(logging.WARNING))
+
+
+def _log(text: str) -> None:
+    if manner.log is not None:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        manner.log.write(f"{now} {printable(text.strip())}\n")
+        manner.log.flush()
 
 
 def heading(text: str) -> None:
     """A step of a longer run, on stderr."""
+    _log(f"== {text}")
+    if manner.quiet:
+        return
     text = printable(text)
     color = not os.environ.get("NO_COLOR") and sys.stderr.isatty()
     click.echo(click.style(f"\n== {text}", bold=True) if color else f"\n== {text}", err=True)
@@ -82,39 +157,89 @@ def human_bytes(count: float) -> str:
 
 
 class TerminalProgress:
-    """Progress bars on a terminal, one closing line per stretch elsewhere."""
+    """Progress bars on a terminal; elsewhere a line when a stretch begins, and one a minute."""
 
     def __init__(self) -> None:
         """Bars start with `start`."""
         self._bar: Any = None
         self._lock = threading.Lock()
+        self._label, self._total, self._unit = "", 0, ""
+        self._done, self._began, self._told = 0, 0.0, 0.0
 
     def start(self, label: str, total: int, unit: str) -> None:
         """Begin a bar."""
+        self.finish()
+        self._label, self._total, self._unit, self._done = label, total, unit, 0
+        self._began = self._told = time.monotonic()
+        begun = f"{label} ({self._amount(total)}) ..."
+        if manner.quiet or manner.stopped or not sys.stderr.isatty():
+            note(begun)
+            return
         from tqdm import tqdm  # which a command without progress can do without
 
-        show = sys.stderr.isatty()
+        _log(begun)
+        # The mean speed since the start foretells better than that of the last pieces, which may be
+        # small or large ones.
         self._bar = tqdm(
             total=total,
             desc=printable(label),
             unit=unit,
             unit_scale=unit == "B",
-            disable=not show,
             file=sys.stderr,
             dynamic_ncols=True,
+            smoothing=0,
         )
-        if not show:
-            note(f"{label} ({human_bytes(total) if unit == 'B' else f'{total:,} {unit}'}) ...")
 
     def advance(self, amount: int) -> None:
         """Move the bar; called from worker threads too."""
         with self._lock:
+            self._done += amount
             if self._bar is not None:
-                self._bar.update(amount)
+                if manner.stopped:
+                    self._abandon()
+                else:
+                    self._bar.update(amount)
+            if self._label and time.monotonic() - self._told >= LINE_SECONDS:
+                self._tell()
 
     def finish(self) -> None:
         """Close the bar."""
         with self._lock:
+            if self._label and not manner.stopped:
+                _log(f"{self._label}: took {_duration(time.monotonic() - self._began)}")
+            self._label = ""
             if self._bar is not None:
-                self._bar.close()
-                self._bar = None
+                if manner.stopped:
+                    self._abandon()
+                else:
+                    self._bar.close()
+                    self._bar = None
+
+    def _abandon(self) -> None:
+        """Leave what is drawn as it is; tqdm would draw it once more when it is closed."""
+        self._bar.disable = True
+        self._bar = None
+        click.echo("", err=True)
+
+    def _tell(self) -> None:
+        """How far the work is, and how long it will still take at the mean speed so far."""
+        self._told = now = time.monotonic()
+        text = f"{self._label}: {self._amount(self._done)} of {self._amount(self._total)}"
+        if 0 < self._done <= self._total:
+            left = (now - self._began) * (self._total - self._done) / self._done
+            text += f" ({self._done / self._total:.0%}), about {_duration(left)} left"
+        if self._bar is not None:
+            _log(text)
+        elif not manner.stopped:
+            note(text)
+
+    def _amount(self, count: int) -> str:
+        return human_bytes(count) if self._unit == "B" else f"{count:,} {self._unit}"
+
+
+def _duration(seconds: float) -> str:
+    """`40 s`, `7 min`, `3 h 20 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

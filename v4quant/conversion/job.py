@@ -37,7 +37,7 @@ from v4quant.conversion.journal import (
 from v4quant.conversion.plan import Plan
 from v4quant.conversion.ranks import Ranks
 from v4quant.conversion.records import TensorRecord, record_from_dict
-from v4quant.conversion.size_by_role import byte_classes
+from v4quant.conversion.size_by_role import byte_classes, warn_of_growth
 from v4quant.conversion.unit import convert_unit
 from v4quant.conversion.units import ShardPlan
 from v4quant.own_folders import FOLDER, make_home
@@ -112,6 +112,8 @@ def run_job(
                 # Left when the run that finished was killed between its last two steps.
                 remove_work(out)
             return _result(plan, out, complete, started)
+        if ranks.is_first:
+            warn_of_growth(plan)
         sidecars = _find_sidecars(plan.checkpoint)
         sizes = {s.file: s.nbytes for s in plan.shards}
         journal = Journal(out, plan.digest, sizes, ranks.run, ranks.rank, delivery.has)

@@ -10,11 +10,13 @@ signed links are struck from every message.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.request import getproxies
 
 from v4quant import __version__
 from v4quant.hub.errors import HubAccessError, HubError, HubNotFound, HubOffline
@@ -27,8 +29,14 @@ if TYPE_CHECKING:
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 TRIES = 10  # without any progress in between
 FIRST_TRIES = 3  # while no server has answered at all
+FIRST_SECONDS = 7.0  # and no new try begins later than this
 FIRST_WAIT, LONGEST_WAIT, LONGEST_RETRY_AFTER = 0.5, 30.0, 600.0
 _LONGEST_MESSAGE = 600
+
+_PROXY_NAMES = "HTTPS_PROXY, HTTP_PROXY or ALL_PROXY"
+_PROXY_REFUSES = f"the proxy of {_PROXY_NAMES} refuses"
+_PROXY_REMEDY = "correct its address, name and password there, or name the hub's host in NO_PROXY"
+_LOG = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -84,7 +92,7 @@ class Patience:
     def __init__(self, what: str, stopped: Callable[[], bool] = lambda: False) -> None:
         """`what` is being done, for messages; `stopped` cuts waiting short."""
         self._what, self._stopped = what, stopped
-        self._tries = 0
+        self._tries, self._began = 0, time.monotonic()
 
     def progressed(self) -> None:
         """Something worked: start counting anew."""
@@ -94,10 +102,13 @@ class Patience:
         """Sleep before the next try. Raises HubError when there were enough."""
         self._tries += failure.weight
         most = TRIES if has_answered() else FIRST_TRIES
-        if self._tries >= most:
+        late = not has_answered() and time.monotonic() - self._began > FIRST_SECONDS
+        if self._tries >= most or late:
+            tried = min(self._tries, most)
+            times = f"{-(-tried // failure.weight)} times in a row" if tried > 1 else "once"
             raise HubError(
-                f"{self._what} failed {-(-most // failure.weight)} times in a row: "
-                f"{scrub(str(failure))}; the same command resumes where this one stopped"
+                f"{self._what} failed {times}: {scrub(str(failure))}; the same command resumes "
+                "where this one stopped"
             ) from None
         if failure.wait is not None and failure.wait > LONGEST_RETRY_AFTER:
             raise HubError(
@@ -107,6 +118,11 @@ class Patience:
         pause = min(FIRST_WAIT * 2 ** (self._tries - 1), LONGEST_WAIT)
         if failure.wait is not None:
             pause = max(pause, failure.wait)
+        _LOG.warning(
+            "%s: %s; retrying in %.1f s (%d of %d)",
+            self._what, scrub(str(failure)), pause, -(-self._tries // failure.weight),
+            -(-most // failure.weight) - 1,
+        )  # fmt: skip
         end = time.monotonic() + pause
         while (left := end - time.monotonic()) > 0 and not self._stopped():
             time.sleep(min(left, 0.2))
@@ -149,7 +165,7 @@ def _judge(what: str, error: Exception) -> PassingFailure:
     if isinstance(error, json.JSONDecodeError):
         return PassingFailure("the answer was cut short")
     if isinstance(cause, httpx2.TransportError | ConnectionError | TimeoutError):
-        return PassingFailure(f"{type(cause).__name__}: {cause}")
+        return broken(what, cause)
     if isinstance(error, RuntimeError) and "closed" in str(error):
         return PassingFailure(str(error))  # another thread's failure closed the shared client
     if isinstance(cause, OSError):
@@ -157,6 +173,23 @@ def _judge(what: str, error: Exception) -> PassingFailure:
     if isinstance(error, ValueError | KeyError | TypeError | RecursionError | httpx2.InvalidURL):
         raise HubError(f"{what}: the hub's answer makes no sense: {scrub(str(error))}") from None
     raise error
+
+
+def broken(what: str, error: Exception) -> PassingFailure:
+    """What a broken connection means: a failure that may pass. Raises HubError for one that will
+    not, such as a certificate that is not trusted or a proxy that wants a name."""
+    import httpx2
+
+    text = scrub(str(error))
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        raise HubError(
+            f"{what}: the hub's certificate is not trusted here ({text}); if a proxy of your "
+            "network signs it, set SSL_CERT_FILE to a file with that proxy's certificate"
+        ) from None
+    if isinstance(error, httpx2.ProxyError):
+        raise HubError(f"{what}: {_PROXY_REFUSES} ({text}); {_PROXY_REMEDY}") from None
+    through = f" through the proxy of {_PROXY_NAMES}" if getproxies() else ""
+    return PassingFailure(f"{type(error).__name__}{through}: {text}")
 
 
 def passing(response: Any) -> PassingFailure | None:
@@ -189,6 +222,8 @@ def refusal(what: str, status: int, text: str) -> HubError:
             f"{what}: this token may not do that; use one with write access to the repository, or "
             "accept the repository's terms on its page"
         )
+    if status == 407:
+        return HubError(f"{what}: {_PROXY_REFUSES} (HTTP 407); {_PROXY_REMEDY}")
     if status == 404:
         return HubNotFound(f"{what}: no such repository, revision or file on the hub")
     return HubError(f"{what}: HTTP {status}: {scrub(text)}")

@@ -19,6 +19,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from v4quant.hub.client import (
     PassingFailure,
     Patience,
+    broken,
     client,
     passing,
     persistently,
@@ -98,7 +99,7 @@ class Remote:
             except PassingFailure as error:
                 failure = error
             except httpx2.TransportError as error:
-                failure = PassingFailure(f"{type(error).__name__}: {error}")
+                failure = broken(f"{self}: reading {name}", error)
             except RuntimeError as error:  # the shared client was closed after a failure elsewhere
                 if "closed" not in str(error):
                     raise

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MAX_ANSWER_BYTES = 64 * 2**20
 MAX_ANSWER_SECONDS = 45.0
+CONNECT_SECONDS = 4.0
+"""How long a server may take to accept the first connection; until then it may not be there."""
 _SECRETS = ("authorization", "cookie")
 _guarded = threading.Lock()
 _state = {"guarded": False, "answered": False}
@@ -39,7 +41,13 @@ def guard_session() -> None:
         )
 
         def guarded() -> httpx2.Client:
-            client = before()
+            try:
+                client = before()
+            except (ValueError, ImportError, OSError) as error:
+                raise HubError(
+                    f"the network settings cannot be used ({error}); look at HTTPS_PROXY, "
+                    "HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE"
+                ) from None
             hooks = client.event_hooks
             client.event_hooks = {
                 "request": [*hooks.get("request", ()), _before],
@@ -74,6 +82,9 @@ def _before(request: httpx2.Request) -> None:
         for name in _SECRETS:
             request.headers.pop(name, None)
     request.headers["accept-encoding"] = "identity"
+    limits = request.extensions.get("timeout")
+    if isinstance(limits, dict) and not _state["answered"]:
+        limits["connect"] = min(limits.get("connect") or CONNECT_SECONDS, CONNECT_SECONDS)
 
 
 def _after(response: httpx2.Response) -> None:
