@@ -47,6 +47,39 @@ def test_no_import_hides_in_a_function(package: str) -> None:
     assert not hidden, hidden
 
 
+def name_comparisons(file: Path) -> list[str]:
+    """Comparisons of a scheme's name with a literal; the scheme's row answers what they ask."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Compare):
+            continue
+        sides = [node.left, *node.comparators]
+        names = [
+            side
+            for side in sides
+            if isinstance(side, ast.Attribute)
+            and side.attr == "name"
+            and "scheme" in ast.unparse(side.value)
+        ]
+        literal = any(isinstance(c, ast.Constant) for side in sides for c in ast.walk(side))
+        if names and literal:
+            found.append(f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_facts_of_a_scheme_are_asked_of_its_row() -> None:
+    assert not [line for file in FILES for line in name_comparisons(file)]
+
+
+def test_comparisons_of_names_are_found(tmp_path: Path) -> None:
+    source = "a = q.scheme.name == 'mxfp4'\nb = scheme.name in ('int8', x)\nc = s.name == t.name\n"
+    copy = tmp_path / "made_up.py"
+    copy.write_text(source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "ROOT", tmp_path)
+        assert len(name_comparisons(copy)) == 2
+
+
 def test_rooms_are_small() -> None:
     lines = {str(f.relative_to(ROOT)): len(f.read_bytes().splitlines()) for f in FILES}
     large = {name: count for name, count in lines.items() if count > LONGEST}

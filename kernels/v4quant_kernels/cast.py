@@ -33,7 +33,7 @@ from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e2m1, e4m3, e8m0
 from v4quant_kernels.ref import recode as by_table
 from v4quant_kernels.ref.mx import GROUP
-from v4quant_kernels.scheme import Element, ScaleFormat, Scheme
+from v4quant_kernels.scheme import MXFP4, Element, ScaleFormat, Scheme
 
 # Shifts at which the finest nonzero result has long become zero; deeper groups read the last row.
 _DEEPEST = 24
@@ -55,7 +55,7 @@ class CastResult:
 
 def can_cast(scheme: Scheme) -> bool:
     """Whether MXFP4 casts to `scheme` by recoding."""
-    return scheme.mxfp4_octaves is not None and (scheme.element, scheme.scale) in _RECODERS
+    return scheme.mxfp4_octaves is not None
 
 
 def cast_mxfp4(q: QTensor, scheme: Scheme, nvfp4_top: int | None = None) -> CastResult:
@@ -65,7 +65,7 @@ def cast_mxfp4(q: QTensor, scheme: Scheme, nvfp4_top: int | None = None) -> Cast
         pass the larger of their `top_exponent`s so that both get the same global scale.
     Raises UnsupportedScheme when `can_cast` says no, or K is not a multiple of the target's group.
     """
-    assert q.scheme.name == "mxfp4" and q.scale is not None
+    assert q.scheme == MXFP4 and q.scale is not None
     if not can_cast(scheme):
         raise UnsupportedScheme(f"mxfp4 has no exact recoding to '{scheme.name}'")
     return _RECODERS[scheme.element, scheme.scale](q, scheme, nvfp4_top)

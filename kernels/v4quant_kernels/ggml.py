@@ -17,7 +17,7 @@ from v4quant_kernels.ggml_types import get_type
 from v4quant_kernels.ref import e2m1, ggml_plain, mx
 from v4quant_kernels.ref.ggml_blocks import SHAPES, put_together, take_apart
 from v4quant_kernels.ref.ggml_fields import Blocks, BlockShape
-from v4quant_kernels.scheme import SCHEMES
+from v4quant_kernels.scheme import MXFP4
 
 _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -49,7 +49,7 @@ def encode(x: Tensor, type_name: str, importance: Tensor | None = None) -> Tenso
             raise WeightOutOfRange(_too_large(largest, type_name))
         return stored.view(torch.uint8).view(rows, row_bytes)
     if type_name == "mxfp4":
-        q = mx.quantize(x, SCHEMES["mxfp4"])
+        q = mx.quantize(x, MXFP4)
         assert q.scale is not None
         return repack_mxfp4(q.codes, q.scale)
     if largest > torch.finfo(torch.float16).max:

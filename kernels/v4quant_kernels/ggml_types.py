@@ -28,6 +28,7 @@ class GgmlType:
     type; None for types that only stand in for others or hold plain numbers.
     coder: the kind of codes (`calibration.rounding.coders.CODERS`) that a solver finds for it.
     offered: experts may be asked to have this type. dense: other matrices may.
+    fits_mxfp4: some MXFP4 matrices come out exactly.
     """
 
     name: str
@@ -40,6 +41,7 @@ class GgmlType:
     coder: BlockCoding = ""
     offered: bool = True
     dense: bool = True
+    fits_mxfp4: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -93,9 +95,9 @@ GGML_TYPES: dict[str, GgmlType] = {
         _plain("f16", 1, 2),
         _plain("bf16", 30, 2),
         GgmlType("mxfp4", 39, 32, 17, 4, file_type=38, dense=False),
-        GgmlType("q8_0", 8, 32, 34, 8, "bf16", 7, "block"),
-        GgmlType("q6_k", 14, 256, 210, 6, "q8_0", 18, "block"),
-        GgmlType("q5_k", 13, 256, 176, 5, "q5_1", 16, "block"),
+        GgmlType("q8_0", 8, 32, 34, 8, "bf16", 7, "block", fits_mxfp4=True),
+        GgmlType("q6_k", 14, 256, 210, 6, "q8_0", 18, "block", fits_mxfp4=True),
+        GgmlType("q5_k", 13, 256, 176, 5, "q5_1", 16, "block", fits_mxfp4=True),
         GgmlType("q4_k", 12, 256, 144, 4, "q5_0", 14, "block"),
         GgmlType("q3_k", 11, 256, 110, 3, "q4_0", 11, "block"),
         GgmlType("q2_k", 10, 256, 84, 2, "q4_0", 10, "block"),

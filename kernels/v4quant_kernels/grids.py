@@ -10,7 +10,7 @@ from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import grids as plain
 from v4quant_kernels.ref.grids import find_fp8_tiles
 from v4quant_kernels.ref.mx import GROUP
-from v4quant_kernels.scheme import SCHEMES
+from v4quant_kernels.scheme import MXFP4
 
 __all__ = ["find_fp8_tiles", "find_mxfp4"]
 
@@ -31,4 +31,4 @@ def find_mxfp4(values: Tensor) -> QTensor | None:
         return plain.find_mxfp4(values)
     if found == OFF:
         return None
-    return QTensor(SCHEMES["mxfp4"], (rows, columns), codes, scale.view(torch.float8_e8m0fnu))
+    return QTensor(MXFP4, (rows, columns), codes, scale.view(torch.float8_e8m0fnu))

@@ -29,7 +29,7 @@ from v4quant_kernels.ref import e8m0
 from v4quant_kernels.ref.lattice_search import search_part
 from v4quant_kernels.ref.mx import GROUP
 from v4quant_kernels.ref.pack import pack_bits, packed_bytes
-from v4quant_kernels.scheme import Scheme
+from v4quant_kernels.scheme import MXFP4, Scheme
 
 # Blocks of 32 the torch search handles at a time; the temporaries are about 300 floats a block.
 _BLOCKS = 1 << 15
@@ -59,7 +59,7 @@ class QuantizedMatrix:
 
 def can_search(q: QTensor, scheme: Scheme) -> bool:
     """Whether every scale of a window can be listed: MXFP4 onto integers of four bits or fewer."""
-    return q.scheme.name == "mxfp4" and scheme.is_packed_integer and scheme.bits <= 4
+    return q.scheme == MXFP4 and scheme.is_packed_integer and scheme.bits <= 4
 
 
 def search_mxfp4(q: QTensor, scheme: Scheme, importance: Tensor | None = None) -> QuantizedMatrix:

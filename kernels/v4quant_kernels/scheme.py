@@ -39,6 +39,7 @@ class Scheme:
     mxfp4_octaves: MXFP4 is recoded without a search, and every group of it exactly that lies at
     most so many octaves below the largest of its block (`cast.py` has the arithmetic); None for
     schemes that need a search.
+    fits_mxfp4: a search finds MXFP4's very values where a block's scales allow it.
     coder: the kind of codes that error feedback can solve for; "" for schemes without a solver.
     wider: a scheme that holds exactly what this one cannot.
     """
@@ -53,6 +54,7 @@ class Scheme:
     formats: tuple[str, ...] = ()
     keeps_negative_zero: bool = True
     mxfp4_octaves: int | None = None
+    fits_mxfp4: bool = False
     coder: CoderKind = ""
     wider: str = ""
 
@@ -73,6 +75,16 @@ class Scheme:
     def is_block_type(self) -> bool:
         """Whether codes and scales lie together in blocks of bytes, one tensor a matrix."""
         return self.block_bytes > 0
+
+    @property
+    def holds_mxfp4(self) -> bool:
+        """Whether every MXFP4 matrix is held exactly, whatever its scales are."""
+        return self.is_plain or self.mxfp4_octaves == ALL_OCTAVES
+
+    @property
+    def may_hold_mxfp4(self) -> bool:
+        """Whether some MXFP4 matrices are held exactly: converting tells which."""
+        return self.holds_mxfp4 or self.mxfp4_octaves is not None or self.fits_mxfp4
 
     @property
     def is_plain(self) -> bool:
@@ -110,6 +122,7 @@ def _blocks(kind: GgmlType) -> Scheme:
     return Scheme(
         kind.name, "ggml", kind.bits, (1, kind.block), "none", block_bytes=kind.block_bytes,
         formats=("gguf",) if kind.offered else (), keeps_negative_zero=False, coder=kind.coder,
+        fits_mxfp4=kind.fits_mxfp4,
     )  # fmt: skip
 
 
@@ -150,6 +163,9 @@ SCHEMES: dict[str, Scheme] = {
 for _kind in GGML_TYPES.values():
     if _kind.is_block_type:  # MXFP4, which is more than a type of GGUF, has its row above
         SCHEMES.setdefault(_kind.name, _blocks(_kind))
+
+MXFP4 = SCHEMES["mxfp4"]
+"""What the release's experts are stored in, and casts (`cast.py`) start from."""
 
 
 def get_scheme(name: str) -> Scheme:

@@ -248,7 +248,7 @@ def test_same_scheme_is_the_same_tensor_and_others_are_refused() -> None:
     assert cast.cast_mxfp4(q, SCHEMES["mxfp4"]).tensor is q
     for name, scheme in SCHEMES.items():
         if name in (*CASTS, "mxfp4"):
-            assert cast.can_cast(scheme)
+            assert cast.can_cast(scheme) and scheme.may_hold_mxfp4
         else:
             assert not cast.can_cast(scheme)
             with pytest.raises(UnsupportedScheme, match=name):

@@ -60,6 +60,15 @@ def test_options_are_keywords_with_types(verb: str) -> None:
     assert signature.return_annotation is not inspect.Signature.empty
 
 
+def test_quantize_takes_what_make_recipe_takes() -> None:
+    """The recipe's keywords, with the same types and defaults; `quantize` adds its own."""
+    recipe = inspect.signature(v4quant.make_recipe).parameters
+    quantize = inspect.signature(v4quant.quantize).parameters
+    assert recipe and {name: quantize.get(name) for name in recipe} == dict(recipe)
+    beside = set(inspect.signature(v4quant.plan_quantize).parameters) - {"recipe"}
+    assert beside <= set(quantize)
+
+
 def library_calls(file: Path) -> set[str]:
     """Functions of the library that a file calls, as `v4quant.name(...)`."""
     tree = ast.parse(file.read_text(encoding="utf-8"))

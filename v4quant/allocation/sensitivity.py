@@ -38,7 +38,7 @@ from v4quant_formats.weight_reading import read_dense_rows
 from v4quant_kernels import codec
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.scheme import SCHEMES, get_scheme
+from v4quant_kernels.scheme import MXFP4, SCHEMES
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def rounded(values: Tensor, scheme: str, importance: Tensor | None) -> Tensor:
 
 def _as_released(values: Tensor) -> QTensor | Tensor:
     """MXFP4 for what it is, so that searches which know it may list its values."""
-    coded = codec.quantize(values, get_scheme("mxfp4"))
+    coded = codec.quantize(values, MXFP4)
     return coded if torch.equal(codec.dequantize(coded), values) else values
 
 

@@ -32,7 +32,7 @@ from v4quant_formats.system import peak_rss_bytes
 from v4quant_kernels import codec
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.scheme import get_scheme
+from v4quant_kernels.scheme import MXFP4, get_scheme
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ def time_solver(width: str, scheme: str, solver: str, rows: int, device: str) ->
 
     def matrix(height: int, columns: int) -> QTensor:
         values = torch.randn(height, columns, generator=generator)
-        return codec.quantize(values, get_scheme("mxfp4"))
+        return codec.quantize(values, MXFP4)
 
     gate_up = [matrix(size.intermediate, size.hidden) for _ in range(2)]
     down = [matrix(size.hidden, size.intermediate)]

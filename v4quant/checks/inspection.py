@@ -29,6 +29,7 @@ from v4quant_formats.weights import StoredWeight
 from v4quant_kernels.cast import nonzero_exponents
 from v4quant_kernels.errors import NonFiniteWeight
 from v4quant_kernels.progress import Progress
+from v4quant_kernels.scheme import MXFP4
 
 
 @dataclass
@@ -176,7 +177,7 @@ def _read_all(
         try:
             if weight.scheme is not None:
                 q = read_weight(checkpoint, weight)
-                if module in routed and weight.scheme.name == "mxfp4":
+                if module in routed and weight.scheme == MXFP4:
                     spans.append(_spans(nonzero_exponents(q)))
             else:
                 _check_plain(checkpoint, weight)

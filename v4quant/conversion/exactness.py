@@ -15,7 +15,7 @@ from v4quant_formats.weight_reading import read_weight
 from v4quant_formats.weights import find_weight, scale_part
 from v4quant_kernels.cast import cast_mxfp4, top_exponent
 from v4quant_kernels.ref import e8m0
-from v4quant_kernels.scheme import Scheme
+from v4quant_kernels.scheme import MXFP4, Scheme
 
 
 def inexact_stages(
@@ -38,7 +38,7 @@ def _fits(checkpoint: Checkpoint, scheme: Scheme, stage: str, expert: int) -> bo
     assert scheme.mxfp4_octaves is not None, scheme
     gate, up, down = (find_weight(checkpoint, expert_module(stage, expert, p)) for p in PROJECTIONS)
     for fused in ((gate, up), (down,)):
-        if any(stored.scheme is None or stored.scheme.name != "mxfp4" for stored in fused):
+        if any(stored.scheme != MXFP4 for stored in fused):
             return False
         exponents = [
             e8m0.exponents(checkpoint.read(part.name))

@@ -38,7 +38,7 @@ from v4quant_kernels.cast import can_cast, cast_mxfp4, top_exponent
 from v4quant_kernels.grids import find_mxfp4
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scale_search import QuantizedMatrix
-from v4quant_kernels.scheme import SCHEMES, Scheme
+from v4quant_kernels.scheme import MXFP4, Scheme
 
 _ROWS = 512  # rows of a matrix searched for GGUF blocks at a time
 
@@ -59,8 +59,8 @@ def convert_experts(
     tops = _nvfp4_tops(matrices) if schemes[0].has_global_scale else [_Top()] * len(matrices)
     for stored, q, scheme, top in zip(unit.sources, matrices, schemes, tops, strict=True):
         result, record = _convert_matrix(plan, stored, q, scheme, stats, top)
-        if q.scheme.name == "mxfp4" != record.source:
-            record = replace(record, grid="mxfp4")
+        if q.scheme == MXFP4 and record.source != MXFP4.name:
+            record = replace(record, grid=MXFP4.name)
         amax = _input_amax(plan, stored, stats) if layout.stores_input_scale else 0.0
         for suffix, tensor in layout.expert_tensors(result, amax).items():
             writer.add(f"{stored.module}.{suffix}", tensor.cpu())
@@ -74,7 +74,7 @@ def _stage(stored: StoredWeight) -> str:
 
 def _wanted(plan: Plan, stored: StoredWeight, kept: bool) -> Scheme:
     if kept:
-        return SCHEMES["mxfp4"]
+        return MXFP4
     wanted = plan.recipe.scheme_for(_stage(stored), stored.module.rpartition(".")[2])
     fitting = wanted.fitting(stored.shape[1])
     assert fitting is not None, "refused when the conversion was planned"
@@ -84,7 +84,7 @@ def _wanted(plan: Plan, stored: StoredWeight, kept: bool) -> Scheme:
 def _read(plan: Plan, stored: StoredWeight, wanted: Scheme) -> QTensor:
     """A matrix of the source; in MXFP4 where its values are such numbers, however it is stored."""
     q = read_matrix(plan.checkpoint, stored)
-    if stored.scheme is not None and stored.scheme.name in ("mxfp4", wanted.name):
+    if stored.scheme is not None and stored.scheme.name in (MXFP4.name, wanted.name):
         return q
     values = codec.dequantize(q)
     refuse_overflow(plan.checkpoint, stored, values)
@@ -121,7 +121,7 @@ def _nvfp4_tops(matrices: list[QTensor]) -> list[_Top]:
 
 
 def _shared_top(*matrices: QTensor) -> _Top:
-    if all(q.scheme.name == "mxfp4" for q in matrices):
+    if all(q.scheme == MXFP4 for q in matrices):
         return _Top(exponent=max(top_exponent(q) for q in matrices))
     scales = {None if q.global_scale is None else float(q.global_scale) for q in matrices}
     amax = max(float(codec.dequantize(q).abs().max()) for q in matrices)
@@ -139,7 +139,7 @@ def _convert_matrix(
     if q.scheme.name == scheme.name and top.copies:
         same = storage_name(stored) == scheme.name
         return q, make_record(stored, "copied" if same else "cast", scheme.name)
-    if q.scheme.name == "mxfp4" and can_cast(scheme) and top.amax is None:
+    if q.scheme == MXFP4 and can_cast(scheme) and top.amax is None:
         cast = cast_mxfp4(q, scheme, top.exponent)
         refuse_inexact(plan, stored, cast.altered, scheme.name)
         if not cast.altered:
@@ -151,7 +151,7 @@ def _convert_matrix(
     if scheme.is_block_type:
         return _to_blocks(plan, stored, q, scheme, stats)
     if scheme.coder:
-        if q.scheme.name != "mxfp4":
+        if q.scheme != MXFP4:
             refuse_overflow(plan.checkpoint, stored, codec.dequantize(q))
         found = _solve(plan, stored.module, q, scheme, stats)
     else:
@@ -172,7 +172,7 @@ def _to_bf16(plan: Plan, stored: StoredWeight, q: QTensor) -> tuple[QTensor, Ten
     refuse_inexact(plan, stored, altered, "bf16")
     if not altered:
         record = make_record(stored, "cast", "bf16")
-        if q.scheme.name == "mxfp4" and record.source == "mxfp4":
+        if q.scheme == MXFP4 and record.source == MXFP4.name:
             record = replace(record, scales=to_text(ambiguous_groups(q)))
         return found.tensor, record
     return found.tensor, lossy_record(stored, plan.scheme, found, "cast", altered)

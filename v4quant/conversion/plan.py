@@ -39,7 +39,7 @@ from v4quant_formats.spec import TORCH_DTYPES, TensorSpec
 from v4quant_formats.structure import Structure, check_structure
 from v4quant_formats.weights import StoredWeight, scale_part
 from v4quant_kernels.ggml_types import GGML_TYPES, fitting_type, get_type
-from v4quant_kernels.scheme import SCHEMES, Scheme
+from v4quant_kernels.scheme import MXFP4, SCHEMES, Scheme
 
 # Tensors that releases hold in float32.
 _WIDE = ("attn_sink", "ape", "gate.bias", "gate.bias_vl")
@@ -301,7 +301,7 @@ class _Planner:
         for stored in sources:
             rows, columns = stored.shape
             projection = stored.module.rpartition(".")[2]
-            wanted = SCHEMES["mxfp4"] if kept else self.recipe.scheme_for(stage, projection)
+            wanted = MXFP4 if kept else self.recipe.scheme_for(stage, projection)
             if wanted.fitting(columns) is None:
                 raise UnsupportedPair(
                     f"'{stored.module}' has {columns} input channels, no multiple of "

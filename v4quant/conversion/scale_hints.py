@@ -19,6 +19,7 @@ from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME, ManifestError, read_manifest
 from v4quant_kernels import codec
 from v4quant_kernels.qtensor import QTensor
+from v4quant_kernels.scheme import MXFP4
 
 MOST = 4096
 """Groups listed of one matrix; more are not an accident, but another encoder's rule."""
@@ -27,7 +28,7 @@ Hints = Mapping[int, int]
 
 def ambiguous_groups(q: QTensor) -> dict[int, int]:
     """Groups of an MXFP4 matrix whose scale the rule may not find again: index -> scale byte."""
-    assert q.scheme.name == "mxfp4" and q.scale is not None
+    assert q.scheme == MXFP4 and q.scale is not None
     magnitude = torch.arange(8)
     flags = (magnitude == 7) * 1 + ((magnitude == 1) | (magnitude == 3)) * 2 + (magnitude >= 5) * 4
     byte = torch.arange(256)

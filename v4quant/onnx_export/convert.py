@@ -26,7 +26,7 @@ from v4quant_kernels.cast import can_cast, cast_mxfp4
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import fp8_block
 from v4quant_kernels.scale_search import can_search
-from v4quant_kernels.scheme import Scheme
+from v4quant_kernels.scheme import MXFP4, Scheme
 
 _ROWS = 512  # rows of a matrix dequantized at a time; a multiple of every tile's height
 
@@ -57,7 +57,7 @@ def _recode(
     q = read_weight(checkpoint, stored) if stored.scheme else None
     if q is not None and q.scheme.name == scheme.name:
         return q, make_record(stored, "copied", scheme.name)
-    if q is not None and q.scheme.name == "mxfp4" and can_cast(scheme):
+    if q is not None and q.scheme == MXFP4 and can_cast(scheme):
         cast = cast_mxfp4(q, scheme)
         if not cast.altered:
             return cast.tensor, make_record(stored, "cast", scheme.name)

@@ -14,10 +14,8 @@ from v4quant.planner.loss import KnownLoss, Measured, known_loss
 from v4quant.planner.machines import Machine
 from v4quant.recipe import Recipe
 from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.scheme import SCHEMES
 
-# What holds FP4 experts bit for bit; for the second set a conversion proves it matrix by matrix.
-HOLDS_FP4 = frozenset({"mxfp4", "mxfp8", "bf16", "int8-g32"})
-MAY_HOLD_FP4 = frozenset({"nvfp4", "fp8", "int8-g128", "q8_0", "q6_k", "q5_k"})
 # Below this share of the room between two schemes a mixture of both is not worth a recipe.
 _WORTH_MIXING = 0.15
 
@@ -107,12 +105,13 @@ def has_fp4(outline: Outline) -> bool:
 
 def is_exact(outline: Outline, scheme: str) -> bool:
     if has_fp4(outline):
-        return scheme in HOLDS_FP4 | MAY_HOLD_FP4
+        return SCHEMES[scheme].may_hold_mxfp4
     return scheme in ("fp8", "bf16")
 
 
 def proof_notes(outline: Outline, scheme: str) -> tuple[str, ...]:
-    if has_fp4(outline) and scheme in MAY_HOLD_FP4:
+    kind = SCHEMES[scheme]
+    if has_fp4(outline) and kind.may_hold_mxfp4 and not kind.holds_mxfp4:
         return ("exact where every block's scales allow it: --on-inexact refuse proves it",)
     return ()
 

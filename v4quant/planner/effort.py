@@ -83,7 +83,7 @@ def hours_with_text(outline: Outline, cost: Cost, tokens: int) -> float:
 
 def is_solved(scheme: Scheme) -> bool:
     """Whether error feedback chooses its codes better: integers and GGUF's block types."""
-    return scheme.element == "int" or scheme.block_bytes > 0
+    return bool(scheme.coder)
 
 
 def cost_of(

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from v4quant.planner import llama_cpp
 from v4quant.planner.candidates import (
-    HOLDS_FP4,
     Candidate,
     Request,
     Where,
@@ -51,7 +50,9 @@ def candidates(outline: Outline, request: Request) -> tuple[list[Candidate], lis
 def _gguf_files(outline: Outline) -> Iterator[tuple[Recipe, Footprint]]:
     """Every GGUF worth having, largest first: exact ones only up to the smallest exact one."""
     drop = "drop" if draft_count(outline) else "convert"
-    exact_bits = [SCHEMES[s].bits_per_weight for s in HOLDS_FP4 & set(LAYOUTS["gguf"].schemes)]
+    exact_bits = [
+        SCHEMES[s].bits_per_weight for s in LAYOUTS["gguf"].schemes if SCHEMES[s].holds_mxfp4
+    ]
     most = min(exact_bits) if has_fp4(outline) else 9.0
     schemes = sorted(LAYOUTS["gguf"].schemes, key=lambda s: -SCHEMES[s].bits_per_weight)
     for scheme in schemes:

@@ -30,6 +30,7 @@ from v4quant_kernels import codec
 from v4quant_kernels.cast import can_cast, cast_mxfp4, top_exponent
 from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
 from v4quant_kernels.progress import Progress
+from v4quant_kernels.scheme import MXFP4
 
 # Differences below this are no damage: float32 rounding of two ways to decode the same value.
 NEGLIGIBLE = 1e-6
@@ -132,7 +133,7 @@ def expected_error(reference: Checkpoint, module: str, target: StoredWeight) -> 
         return relative_error(dense.to(dtype).float(), dense)
     stored = find_weight(reference, module)
     try:
-        if stored.scheme is not None and stored.scheme.name == "mxfp4" and can_cast(target.scheme):
+        if stored.scheme == MXFP4 and can_cast(target.scheme):
             q = read_weight(reference, stored)
             top = _fused_top(reference, module) if target.scheme.has_global_scale else None
             return relative_error(codec.dequantize(cast_mxfp4(q, target.scheme, top).tensor), dense)
@@ -279,6 +280,6 @@ def _fused_top(reference: Checkpoint, module: str) -> int:
     if name is not None and name.expert is not None and name.projection in ("w1", "w3"):
         partner = expert_module(name.stage, name.expert, "w3" if name.projection == "w1" else "w1")
         stored = find_weight(reference, partner)
-        if stored.scheme is not None and stored.scheme.name == "mxfp4":
+        if stored.scheme == MXFP4:
             tops.append(top_exponent(read_weight(reference, stored)))
     return max(tops)

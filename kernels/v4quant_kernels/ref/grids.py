@@ -19,7 +19,7 @@ from torch import Tensor
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e8m0, fp8_block, mx
 from v4quant_kernels.ref.blocks import absmax, power_of_two_exponent
-from v4quant_kernels.scheme import SCHEMES
+from v4quant_kernels.scheme import MXFP4, SCHEMES
 
 _FIRST_ROWS = 8  # looked at before a whole matrix is
 
@@ -37,7 +37,7 @@ def find_mxfp4(values: Tensor) -> QTensor | None:
 
 
 def _on_mxfp4_grid(values: Tensor) -> QTensor | None:
-    scheme = SCHEMES["mxfp4"]
+    scheme = MXFP4
     exponent = _exponents(values.view(len(values), -1, mx.GROUP), -1, 6.0)
     fine = mx.quantize(values, scheme, scale=e8m0.encode_exponent(exponent))
     held = _held(fine, values, mx.dequantize(fine)).view(*exponent.shape, mx.GROUP)
