@@ -38,6 +38,7 @@ from v4quant_formats.model_config import (
 )
 from v4quant_formats.shard_files import (
     FileState,
+    HeadersOnly,
     Origin,
     ShardFiles,
 )
@@ -86,6 +87,11 @@ class Checkpoint:
     deltas: Deltas | None = field(default=None, repr=False, compare=False)
     carried: Callable[[], Mapping[str, bytes]] = field(default=dict, repr=False, compare=False)
     beside: tuple[str, ...] = ()
+
+    @property
+    def has_data(self) -> bool:
+        """Whether tensors can be read; of some checkpoints only the headers are known."""
+        return not isinstance(self.shards, HeadersOnly)
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors

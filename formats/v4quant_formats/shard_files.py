@@ -83,6 +83,33 @@ class ShardFiles(Protocol):
         """Let go of handles and scratch space; reading afterwards opens again."""
 
 
+class HeadersOnly:
+    """Stands where a checkpoint's bytes would come from, of one that is known by headers alone.
+
+    Whoever needs bytes to decide asks `Checkpoint.has_data` before.
+    """
+
+    def read_into(self, file: str, view: memoryview, offset: int, what: str) -> None:
+        """There is nothing to read."""
+        raise AssertionError(f"{file}: only headers are known, not {what}")
+
+    def slices(self, file: str, offsets: Sequence[int], count: int) -> list[bytes]:
+        """There is nothing to read."""
+        raise AssertionError(f"{file}: only headers are known")
+
+    def expect(self, files: Sequence[str]) -> None:
+        """Nothing to prepare."""
+
+    def acquire(self, files: Sequence[str]) -> None:
+        """Nothing to wait for."""
+
+    def release(self, file: str) -> None:
+        """Nothing to let go of."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
 class LocalShards:
     """Shards that lie in a folder."""
 

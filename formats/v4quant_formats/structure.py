@@ -90,10 +90,11 @@ class Structure:
         return tuple(str(d) for d in self.defects if not d.blocking)
 
 
-def find_defects(checkpoint: Checkpoint, tables: bool = True) -> Structure:
+def find_defects(checkpoint: Checkpoint) -> Structure:
     """Take a checkpoint apart and list what is wrong with it.
 
-    tables: also read the routing tables (a few megabytes), which headers say nothing about.
+    Routing tables, which headers say nothing about, are read as well where there is data (a few
+    megabytes).
     """
     names = {spec.name: parse_name(spec.name) for spec in checkpoint}
     defects: list[Defect] = []
@@ -112,20 +113,20 @@ def find_defects(checkpoint: Checkpoint, tables: bool = True) -> Structure:
     defects += _of_folder(checkpoint)
     if config is not None:
         defects += _of_model(checkpoint, config, names, stored)
-        if tables:
+        if checkpoint.has_data:
             defects += _of_tables(checkpoint, config, stored)
     return Structure(config, names, stored, tuple(defects[:MAX_DEFECTS]))
 
 
 def check_structure(
-    checkpoint: Checkpoint, unknown: str = "refuse", drafts: bool = True, tables: bool = True
+    checkpoint: Checkpoint, unknown: str = "refuse", drafts: bool = True
 ) -> Structure:
     """Raise the first defect that makes work on a checkpoint meaningless, as its own error.
 
     unknown: "copy" lets tensors pass that no V4 release has, as `--unknown copy` wants. drafts:
-    whether draft stages will be used; half a stage may be left out. tables: as of `find_defects`.
+    whether draft stages will be used; half a stage may be left out.
     """
-    found = find_defects(checkpoint, tables)
+    found = find_defects(checkpoint)
     for defect in found.defects:
         stray = defect.kind is UnexpectedTensor and found.names.get(defect.where, ...) is None
         unused = not drafts and defect.where.startswith("mtp.")

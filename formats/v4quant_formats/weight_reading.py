@@ -24,7 +24,7 @@ from v4quant_kernels.errors import NonFiniteWeight
 from v4quant_kernels.ggml import unpack_mxfp4
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e2m1
-from v4quant_kernels.scheme import SCHEMES
+from v4quant_kernels.scheme import MXFP4, SCHEMES
 
 _CPU = torch.device("cpu")
 Rows = tuple[int, int] | Tensor | None
@@ -163,7 +163,7 @@ def _read_blocks(checkpoint: Checkpoint, stored: StoredWeight, rows: Rows) -> QT
     weight = stored.parts["weight"]
     codes = _read_part(checkpoint, weight, rows)
     shape = (codes.shape[0], stored.shape[1])
-    if stored.scheme.name == "mxfp4":
+    if stored.scheme == MXFP4:
         # Byte 255 is NaN in the release and a number in llama.cpp: nobody may have meant it.
         nibbles, scale = unpack_mxfp4(codes)
         _refuse_nan_scale(checkpoint, weight, scale)

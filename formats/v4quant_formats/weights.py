@@ -21,7 +21,7 @@ from v4quant_formats.integer_packs import (
 )
 from v4quant_formats.spec import DTYPE_BITS, TensorSpec
 from v4quant_kernels.ggml_types import block_type
-from v4quant_kernels.scheme import SCHEMES, ScaleFormat, Scheme
+from v4quant_kernels.scheme import MXFP4, SCHEMES, ScaleFormat, Scheme
 
 _FLOATS = ("BF16", "F32", "F16")
 SCALE_PARTS = ("scale", "weight_scale", "weight_scale_inv")
@@ -192,7 +192,7 @@ def _fp4(module: str, parts: dict[str, TensorSpec]) -> StoredWeight:
             return StoredWeight(module, parts, shape, scheme)
     if scale.dtype in ("F8_E8M0", "U8") and scale.shape == (rows, shape[1] // 32):
         if shape[1] % 32 == 0:
-            return StoredWeight(module, parts, shape, SCHEMES["mxfp4"])
+            return StoredWeight(module, parts, shape, MXFP4)
     elif scale.dtype == "F8_E4M3" and scale.shape == (rows, shape[1] // 16):
         second = _require(module, parts, ("weight_scale_2",))
         if second.dtype == "F32" and second.numel == 1 and shape[1] % 16 == 0:
@@ -265,7 +265,7 @@ def _said_shape(
     checkpoint: Checkpoint, module: str, spec: TensorSpec | None
 ) -> tuple[int, int] | None:
     """[N, K] of a packed matrix: what `weight_shape` says, else what config.json implies."""
-    if spec is None:
+    if spec is None or not checkpoint.has_data:
         implied = module_shape(checkpoint.dimensions, module) if checkpoint.dimensions else None
         return (implied[0], implied[1]) if implied and len(implied) == 2 else None
     if spec.shape != (2,) or spec.dtype not in ("I64", "I32"):

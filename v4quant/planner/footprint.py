@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import TensorName, parse_name
 from v4quant_formats.engines.vllm_split import is_split
 from v4quant_formats.model_config import Dimensions, parse_dimensions
+from v4quant_formats.shard_files import HeadersOnly
 from v4quant_formats.spec import TensorSpec
 from v4quant_formats.structure import Structure, check_structure
 
@@ -213,20 +214,8 @@ def _outline(
 ) -> Outline:
     dims = parse_dimensions(config, f"{label}: config.json")
     thin_config = _thinned(config, dims.num_experts_per_tok)
-    thin = Checkpoint(path, thin_config, tensors, {}, _NoShards())
+    thin = Checkpoint(path, thin_config, tensors, {}, HeadersOnly())
     drafts = dims.dspark.n_routed_experts if dims.dspark is not None else dims.n_routed_experts
-    structure = check_structure(thin, tables=False)
+    structure = check_structure(thin)
     found = Outline(label, thin, structure, config, dims, dims.n_routed_experts, drafts, 0)
     return replace(found, nbytes=sum(_real_bytes(found, s, parse_name(s.name)) for s in thin))
-
-
-class _NoShards:
-    """Stands where a checkpoint's bytes would come from: an outline has headers only."""
-
-    def slices(self, name: str, offsets: Sequence[int], length: int) -> list[bytes]:
-        """Nothing, as of a file that is shorter than its header says: checks of values pass over
-        what cannot be read."""
-        return [b"" for _ in offsets]
-
-    def __getattr__(self, name: str) -> Any:
-        raise AssertionError(f"an outline has no tensor data ({name})")

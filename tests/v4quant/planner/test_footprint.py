@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from v4quant.synthetic.configs import RELEASES
 from v4quant_formats.deepseek_v4 import parse_name
 from v4quant_formats.engines.vllm_split import is_split
 from v4quant_formats.opening import open_checkpoint
+from v4quant_formats.shard_files import HeadersOnly
 from v4quant_formats.structure import check_structure
 
 RECIPES = (
@@ -36,7 +39,7 @@ def test_a_few_experts_tell_the_bytes_of_all(tmp_path: Path, release: str) -> No
     with open_checkpoint(folder) as source:
         outline = outline_checkpoint(source)
         assert outline.nbytes == source.nbytes
-        structure = check_structure(source, tables=False)  # the file's data are zeros
+        structure = check_structure(replace(source, shards=HeadersOnly()))  # its data are zeros
         for recipe in RECIPES:
             units = plan_units(source, recipe, structure).units
             specs = [s for unit in units for s in unit.outputs]
@@ -49,6 +52,20 @@ def test_a_few_experts_tell_the_bytes_of_all(tmp_path: Path, release: str) -> No
             experts = sum(s.nbytes for s in layer if ".ffn.experts." in s.name)
             assert found.layers[2].experts == experts
             assert found.layers[2].rest == sum(s.nbytes for s in layer) - experts
+
+
+def test_a_converted_checkpoint_is_outlined_by_its_headers(
+    converted: Callable[[str], Path],
+) -> None:
+    """Packed matrices whose shape a tensor tells, which an outline does not read."""
+    with open_checkpoint(converted("int4-g32")) as source:
+        assert any(name.endswith(".weight_shape") for name in source.tensors)
+        outline = outline_checkpoint(source)
+        assert not outline.thin.has_data and source.has_data
+        assert outline.nbytes == source.nbytes
+        assert footprint(outline, Recipe("q8_0", format="gguf", draft="drop")).total > 0
+        with pytest.raises(AssertionError, match="only headers are known"):
+            outline.thin.read("layers.0.ffn.gate.weight")
 
 
 def test_built_in_inventories_have_the_published_sizes() -> None:
