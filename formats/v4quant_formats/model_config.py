@@ -12,6 +12,7 @@ guessing would give fluent nonsense.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -132,6 +133,11 @@ class Dimensions:
             experts,
             chosen,
         )
+
+    @property
+    def fp8_tile(self) -> tuple[int, int]:
+        """Rows and columns of an FP8 matrix that share a scale in this release."""
+        return (128, 128) if self.v41 is None else (32, 32)
 
     def facts(self, stage: str) -> LayerFacts:
         """Facts of a stage, "layers.N" below `num_hidden_layers` or "mtp.N"."""
@@ -279,7 +285,7 @@ def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any
     return value
 
 
-def is_v41(raw: dict[str, Any]) -> bool:
+def is_v41(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json is V4.1's, with its nested `text_config`."""
     return raw.get("model_type") == "deepseek_v41" or isinstance(raw.get("text_config"), dict)
 

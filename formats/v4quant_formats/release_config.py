@@ -48,7 +48,7 @@ def release_config(
     """
     config = _flat(dict(raw))
     if config.get("model_type") == _V41 or isinstance(config.get("text_config"), dict):
-        return config
+        return _one_declaration(config, where)
     layers = config.get("num_hidden_layers")
     if isinstance(layers, float) and layers.is_integer():
         layers = int(layers)
@@ -91,6 +91,21 @@ def _experts(config: dict[str, Any], layers: int, tensors: Mapping[str, TensorSp
             numbers.setdefault(found[1], set()).add(int(found[2]))
     if len(numbers) >= layers and all(held == set(range(count)) for held in numbers.values()):
         config["n_routed_experts"] = count
+
+
+def _one_declaration(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """V4.1's config with `quantization_config` beside `text_config`, where some have it inside."""
+    text = config.get("text_config")
+    if not isinstance(text, dict) or "quantization_config" not in text:
+        return config
+    inner = text["quantization_config"]
+    if config.get("quantization_config", inner) != inner:
+        raise ConfigError(
+            f"{where}: 'quantization_config' stands twice, inside 'text_config' and beside it, and "
+            "they say different things"
+        )
+    rest = {k: v for k, v in text.items() if k != "quantization_config"}
+    return {**config, "text_config": rest, "quantization_config": inner}
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

@@ -255,7 +255,9 @@ def _of_declaration(checkpoint: Checkpoint, stored: Mapping[str, StoredWeight]) 
     if tied is True and checkpoint.config.get("tie_word_embeddings") is False:
         problem = "config.json ties the head to the embedding, but there is a head of its own"
         yield Defect("", problem, ConfigError, blocking=False)
-    said = checkpoint.config.get("expert_dtype")
+    declared = checkpoint.config.get("quantization_config")
+    inner = declared.get("expert_dtype") if isinstance(declared, Mapping) else None
+    said = checkpoint.config.get("expert_dtype", inner)
     elements = {"fp4": ("e2m1",), "fp8": ("e4m3",)}.get(said) if isinstance(said, str) else None
     experts = {
         w.scheme.element if w.scheme else w.first.dtype
@@ -266,7 +268,6 @@ def _of_declaration(checkpoint: Checkpoint, stored: Mapping[str, StoredWeight]) 
         has = ", ".join(sorted(experts))
         problem = f"config.json says expert_dtype {said!r}, but the experts are stored as {has}"
         yield Defect("", problem, WrongDtype, blocking=False)
-    declared = checkpoint.config.get("quantization_config")
     method = declared.get("quant_method") if isinstance(declared, Mapping) else None
     if method is not None and stored and not any(w.scheme for w in stored.values()):
         problem = (

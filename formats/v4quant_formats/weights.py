@@ -168,10 +168,8 @@ def _fp8(module: str, parts: dict[str, TensorSpec]) -> StoredWeight:
     for block in ((128, 128), (1, 32), (32, 32)):
         if form is None or scale.shape != (-(-rows // block[0]), -(-columns // block[1])):
             continue
-        if block == (128, 128):
-            scheme = replace(SCHEMES["fp8"], scale=form)
-        elif block == (32, 32):
-            scheme = Scheme("fp8-32x32", "e4m3", 8, block, form)
+        if block[0] > 1:
+            scheme = replace(SCHEMES["fp8"].tiled(block), scale=form)
         elif form == "e8m0" and columns % 32 == 0:
             scheme = SCHEMES["mxfp8"]
         else:

@@ -14,7 +14,7 @@ a multiple of a 1xG block is refused (128x128 tiles may be ragged at the edge, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from v4quant_kernels.errors import UnsupportedScheme
@@ -95,6 +95,12 @@ class Scheme:
     def is_packed_integer(self) -> bool:
         """Whether codes are integers in a stream of bits, with a scale for each group."""
         return self.element == "int"
+
+    def tiled(self, tile: tuple[int, int]) -> Scheme:
+        """This scheme as a release with tiles of (rows, columns) has it; itself without tiles."""
+        if self.block[0] == 1 or self.block == tile:
+            return self
+        return replace(self, name=f"{self.name}-{tile[0]}x{tile[1]}", block=tile)
 
     def fitting(self, columns: int) -> Scheme | None:
         """The scheme that rows of `columns` get where this one is asked for.

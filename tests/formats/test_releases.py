@@ -29,7 +29,6 @@ from v4quant.conversion.records import InexactCast
 from v4quant.recipe import Recipe
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import expected_modules, module_shape, parse_name
-from v4quant_formats.errors import UnsupportedPair
 from v4quant_formats.layouts.table import LAYOUTS
 from v4quant_formats.manifest import read_manifest
 from v4quant_formats.model_config import ConfigError, parse_dimensions, parse_model_config
@@ -66,15 +65,12 @@ CASES = [
     and (not release.startswith("pro") or scheme in ("fp8", "int4-g32"))
 ]
 CASES += [f"{r} int4-g32@vllm" for r in ("flash-base", "flash-dspark", "vision")]
-CASES += [f"{r} int4-g32@sglang" for r in ("flash-base", "flash-dspark", "v41")]
-CASES += [f"{r} nvfp4@sglang" for r in ("flash-dspark", "v41")]
+CASES += [f"{r} int4-g32@sglang" for r in ("flash-base", "flash-dspark")]
+CASES += ["flash-dspark nvfp4@sglang"]
+# V4.1's variants: tests/formats/layouts/test_v41_layouts.py.
 # Largest relative RMS error of a matrix with random weights.
 WORST = {"int4": 0.2, "int3": 0.4, "int2": 0.8, "nvfp4": 0.2, "mxfp4": 0.2, "mxfp8": 0.05}
 WORST |= {"int8": 0.2, "fp8": 0.2}
-REFUSED = {
-    "v41 fp8/deepseek": "32x32 tiles.*use mxfp4",
-    "v41 bf16/deepseek": "Engram tables.*mxfp4",
-}
 
 
 @pytest.fixture(scope="module")
@@ -160,10 +156,6 @@ def test_every_scheme_converts_every_release(case: str, made: Make, tmp_path: Pa
     release, _, wanted = case.partition(" ")
     source, out, recipe = made(release), tmp_path / "out", recipe_of(wanted)
     scheme = recipe.scheme
-    if case in REFUSED:
-        with pytest.raises(UnsupportedPair, match=REFUSED[case]):
-            convert(source, out, recipe)
-        return
     result = convert(source, out, recipe, workers=1)
     checked = verify(out, source, SilentProgress())
     assert checked.findings == ()

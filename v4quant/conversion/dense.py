@@ -163,9 +163,9 @@ def widen_to_bf16(
         for start, q in _coded_rows(plan, stored):
             wide = codec.widen(q)
             writer.add_piece(wanted.name, start * columns * 2, wide)
-            if q.scheme == SCHEMES["fp8"] and q.scale is not None:
+            if q.scheme.block[0] > 1 and q.scale is not None:
                 first = start // q.scheme.block[0] * q.scale.shape[1]
-                told = differing(find_fp8_tiles(wide), q)
+                told = differing(find_fp8_tiles(wide, q.scheme), q)
                 hints |= {first + index: byte for index, byte in told.items()}
         return [replace(make_record(stored, "cast", "bf16"), scales=to_text(hints))]
     loss = _Loss()
@@ -188,13 +188,14 @@ def _widens_exactly(plan: Plan, stored: StoredWeight) -> bool:
 def code_in_tiles(
     plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
 ) -> list[TensorRecord]:
-    """A matrix in FP8 tiles with power-of-two scales: exactly where its values are such numbers."""
+    """A matrix in the release's FP8 tiles, scales powers of two: exactly where its values fit."""
     stored, (weight, scale) = unit.sources[0], unit.outputs
-    scheme, loss, columns = SCHEMES["fp8"], _Loss(), stored.shape[1]
+    scheme, loss = SCHEMES["fp8"].tiled(plan.config.fp8_tile), _Loss()
+    columns = stored.shape[1]
     across, hints = scale.shape[1], hints_of(plan.checkpoint, stored.module)
     size = 4 if scale.dtype == "F32" else 1
     for start, values in _dense_rows(plan, stored):
-        coded = find_fp8_tiles(values)
+        coded = find_fp8_tiles(values, scheme)
         if coded is None:
             coded = codec.quantize(values, scheme)
         else:
@@ -205,6 +206,41 @@ def code_in_tiles(
         tiles = e8m0.decode(coded.scale) if scale.dtype == "F32" else coded.scale
         writer.add_piece(scale.name, start // scheme.block[0] * across * size, tiles)
     return [loss.record(plan, stored, "fp8")]
+
+
+def code_in_rows(
+    plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
+) -> list[TensorRecord]:
+    """A matrix in MXFP8: an FP8 matrix's codes, each tile's scale repeated for all of its rows."""
+    stored, (weight, scale) = unit.sources[0], unit.outputs
+    loss, columns, groups = _Loss(), stored.shape[1], scale.shape[1]
+    for start, q in _coded_rows(plan, stored):
+        values = codec.dequantize(q)
+        refuse_overflow(plan.checkpoint, stored, values)
+        coded = _spread(q) or codec.quantize(values, SCHEMES["mxfp8"])
+        assert coded.scale is not None
+        loss.add(values, codec.dequantize(coded))
+        writer.add_piece(weight.name, start * columns, coded.codes)
+        writer.add_piece(scale.name, start * groups, coded.scale.view(torch.uint8))
+    return [loss.record(plan, stored, "mxfp8")]
+
+
+def _spread(q: QTensor) -> QTensor | None:
+    """The same FP8 codes under a scale for every row and 32 columns; None for other numbers."""
+    mxfp8 = SCHEMES["mxfp8"]
+    if q.scheme.element != "e4m3" or q.scale is None or q.scheme.block[1] % mxfp8.group_size:
+        return None
+    scale = q.scale
+    if q.scheme.scale == "f32":
+        narrow = scale.to(torch.float8_e8m0fnu)
+        if not torch.equal(e8m0.decode(narrow), scale.float()):
+            return None
+        scale = narrow
+    height, width = q.scheme.block
+    wide = scale.view(torch.uint8).repeat_interleave(height, 0)[: q.shape[0]]
+    wide = wide.repeat_interleave(width // mxfp8.group_size, 1)
+    wide = wide[:, : q.shape[1] // mxfp8.group_size].contiguous()
+    return QTensor(mxfp8, q.shape, q.codes, wide.view(torch.float8_e8m0fnu))
 
 
 def change_scales(

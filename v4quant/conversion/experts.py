@@ -76,7 +76,7 @@ def _wanted(plan: Plan, stored: StoredWeight, kept: bool) -> Scheme:
     if kept:
         return MXFP4
     wanted = plan.recipe.scheme_for(_stage(stored), stored.module.rpartition(".")[2])
-    fitting = wanted.fitting(stored.shape[1])
+    fitting = wanted.tiled(plan.config.fp8_tile).fitting(stored.shape[1])
     assert fitting is not None, "refused when the conversion was planned"
     return fitting
 

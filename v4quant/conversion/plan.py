@@ -136,7 +136,8 @@ def plan_units(
     kept: tuple[str, ...] = ()
     if recipe.on_inexact == "keep":
         experts = {(n.stage, n.expert) for n in names.values() if n and n.expert is not None}
-        kept = inexact_stages(checkpoint, recipe.expert_scheme, sorted(experts))
+        scheme = recipe.expert_scheme.tiled(config.fp8_tile)
+        kept = inexact_stages(checkpoint, scheme, sorted(experts))
     if recipe.layout.keeps_drafts and recipe.draft != "drop":
         kept += tuple(s for s in draft_stages(names) if s not in kept)
     recipe.layout.check(config, draft_stages(names) if recipe.draft == "convert" else [])
@@ -301,7 +302,7 @@ class _Planner:
         for stored in sources:
             rows, columns = stored.shape
             projection = stored.module.rpartition(".")[2]
-            wanted = MXFP4 if kept else self.recipe.scheme_for(stage, projection)
+            wanted = MXFP4 if kept else self._wanted(stage, projection)
             if wanted.fitting(columns) is None:
                 raise UnsupportedPair(
                     f"'{stored.module}' has {columns} input channels, no multiple of "
@@ -315,6 +316,9 @@ class _Planner:
                 for suffix, (dtype, shape) in parts.items()
             ]
         return Unit("experts", sources, tuple(outputs))
+
+    def _wanted(self, stage: str, projection: str) -> Scheme:
+        return self.recipe.scheme_for(stage, projection).tiled(self.config.fp8_tile)
 
     def _check_kept(self, stored: StoredWeight) -> None:
         """Only a layout's own wish for MXFP4 drafts may change what is to be kept."""
@@ -345,29 +349,42 @@ class _Planner:
             return self._blocks(stored, dense)
         if not name.is_linear:
             return self._plain(name, stored)
-        rule = self.layout.dense(self.scheme, name.is_draft)
+        rule = self.layout.dense(self.scheme, name, self.config)
         if rule == "bf16":
             if stored.scheme is None and stored.first.dtype == "BF16":
                 return _copy(stored)
             spec = TensorSpec(f"{stored.module}.weight", "BF16", stored.shape)
             return Unit("bf16", (stored,), (spec,))
+        if rule == "mxfp8":
+            return self._rows_of_32(stored)
         return self._tiles(stored, "F32" if rule == "f32_scale" else "F8_E8M0")
+
+    def _rows_of_32(self, stored: StoredWeight) -> Unit:
+        """A dense matrix as MXFP8: its codes, with a scale for each row and 32 columns."""
+        rows, columns = stored.shape
+        if columns % 32:
+            raise UnsupportedPair(
+                f"{self.checkpoint.path}: '{stored.module}' has {columns} input channels, no "
+                f"multiple of the 32 that share a scale for {self.layout.engine}; use --engine "
+                "neutral, which carries it as BF16"
+            )
+        outputs = (
+            TensorSpec(f"{stored.module}.weight", "F8_E4M3", (rows, columns)),
+            TensorSpec(f"{stored.module}.{self.layout.dense_scale}", "U8", (rows, columns // 32)),
+        )
+        return Unit("mxfp8", (stored,), outputs)
 
     def _tiles(self, stored: StoredWeight, scale_dtype: str) -> Unit:
         """A dense matrix where FP8 tiles are declared: as it is, or coded so."""
-        scale, scheme = scale_part(stored), stored.scheme
-        is_fp8 = scheme is not None and scheme.element == "e4m3" and scale is not None
-        if self.config.v41 is not None:
-            self._check_v41_tiles(stored, scale_dtype, is_fp8)
-        elif scheme is None or not is_fp8 or scheme.block != (128, 128):
-            rows, columns = stored.shape
-            tiles = (-(-rows // 128), -(-columns // 128))
+        scale, (rows, columns), tile = scale_part(stored), stored.shape, self.config.fp8_tile
+        tiles = (-(-rows // tile[0]), -(-columns // tile[1]))
+        is_fp8 = stored.scheme is not None and stored.scheme.element == "e4m3"
+        if not is_fp8 or scale is None or scale.shape != tiles:
             outputs = (
                 TensorSpec(f"{stored.module}.weight", "F8_E4M3", (rows, columns)),
                 TensorSpec(f"{stored.module}.{self.layout.dense_scale}", scale_dtype, tiles),
             )
             return Unit("fp8", (stored,), outputs)
-        assert scale is not None
         name_out = f"{stored.module}.{self.layout.dense_scale}"
         weight = stored.parts["weight"]
         if scale.dtype == scale_dtype and scale.name == name_out and len(stored.parts) == 2:
@@ -378,21 +395,6 @@ class _Planner:
             TensorSpec(name_out, scale_dtype, scale.shape),
         )
         return Unit(action, (stored,), outputs)
-
-    def _check_v41_tiles(self, stored: StoredWeight, scale_dtype: str, is_fp8: bool) -> None:
-        if not is_fp8:
-            raise UnsupportedPair(
-                f"{self.checkpoint.path}: '{stored.module}' is not FP8, but format "
-                f"'{self.layout.name}' declares dense matrices FP8; use compressed-tensors"
-            )
-        assert stored.scheme is not None
-        if stored.scheme.block != (128, 128) and scale_dtype == "F32":
-            tile = "x".join(map(str, stored.scheme.block))
-            raise UnsupportedPair(
-                f"{self.checkpoint.path}: '{stored.module}' has {tile} tiles, but scheme "
-                f"'{self.scheme.name}' in format '{self.layout.name}' declares 128x128; use mxfp4, "
-                "nvfp4 or a compressed-tensors scheme, which carry it exactly"
-            )
 
     def _plain(self, name: TensorName, stored: StoredWeight) -> Unit:
         """A tensor outside all matrices: as it is, or the same numbers in the layout's dtype."""

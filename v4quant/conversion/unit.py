@@ -6,6 +6,7 @@ from typing import Protocol
 
 from v4quant.conversion.dense import (
     change_scales,
+    code_in_rows,
     code_in_tiles,
     copy_tensors,
     recast,
@@ -42,6 +43,7 @@ _CONVERTERS: dict[str, _Converter] = {
     "blocks": round_to_blocks,
     "bf16": widen_to_bf16,
     "fp8": code_in_tiles,
+    "mxfp8": code_in_rows,
     "f32_scale": change_scales,
     "e8m0_scale": change_scales,
     "experts": convert_experts,

@@ -11,7 +11,9 @@ from v4quant_formats.shards import FilePlan, plan_shard
 from v4quant_formats.spec import TensorSpec
 from v4quant_formats.weights import StoredWeight
 
-Action = Literal["copy", "recast", "bf16", "blocks", "fp8", "f32_scale", "e8m0_scale", "experts"]
+Action = Literal[
+    "copy", "recast", "bf16", "blocks", "fp8", "mxfp8", "f32_scale", "e8m0_scale", "experts"
+]
 
 
 @dataclass(frozen=True)
@@ -19,9 +21,10 @@ class Unit:
     """Tensors converted together, and what they become.
 
     action: copy (byte for byte), recast (the same numbers in another dtype), bf16 (any dense
-    matrix decoded), blocks (a dense matrix in GGUF's block type), fp8 (a dense matrix in 128x128
-    tiles), f32_scale (E8M0 scales widened), e8m0_scale (float scales narrowed), experts (w1, w3 and
-    w2 of one routed expert, in that order).
+    matrix decoded), blocks (a dense matrix in GGUF's block type), fp8 (a dense matrix in the
+    release's tiles), mxfp8 (a dense matrix with a scale for every row and 32 columns), f32_scale
+    (E8M0 scales widened), e8m0_scale (float scales narrowed), experts (w1, w3 and w2 of one routed
+    expert, in that order).
     again: another file of the output holds the same; this is a copy an engine wants, not recorded.
     """
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from v4quant_formats.model_config import ModelConfig
 from v4quant_formats.release_config import FIXED
 
+Release = Literal["v4", "v41"]
 GPUS = {
     "sm80": "A100",
     "sm86": "RTX 3090, A40",
@@ -99,17 +100,21 @@ class Engine:
     """The rules of one engine; see the module's docstring.
 
     module_name(module, layers) -> the engine's own name of a module, for target patterns.
+    v41_name: the same for V4.1, where it differs.
+    releases: the releases it has a class for.
     methods: values of `quant_method` it can be predicted for ("" is an unquantized checkpoint).
     others: further values it accepts, not modelled here.
     experts, dense: stored kind -> GPU generations that run it (see preflight/storage.py).
     refusals: kind -> why it is not taken, where more can be said than that.
     wo_a: kinds its output projection takes.
+    strict_wo_a: of V4.1 that projection takes tiles of 32 only beside FP4 experts.
     drafts: draft stages' experts are coded "like" the trunk's, stay "mxfp4", or are "ignored".
     unknown_names: what it does with tensors it has no place for.
     unmatched: a linear layer that neither target nor `ignore` names is "plain" or an "error".
     first_group: it takes the first group that speaks of experts for all experts, as transformers.
     reads_linear_fp8: it reads `linear_fp8_config`.
-    reads_ignore_for_nvfp4: `ignore` can keep stages of a ModelOpt hybrid in MXFP4.
+    reads_ignore_for_nvfp4: releases whose ModelOpt hybrids may keep stages in MXFP4 by `ignore`.
+    needs_nvfp4_keys: it takes a ModelOpt hybrid only with `group_size` and `quant_algo`.
     shards: it splits a model over GPUs by tensor parallelism.
     kv_cache(config, gpus, context) -> bytes on each GPU, where more is known than entries' sizes.
     decodes: it holds every weight in BF16, whatever the file holds.
@@ -126,16 +131,20 @@ class Engine:
     others: tuple[str, ...] = ()
     refusals: Mapping[str, str] = field(default_factory=dict)
     wo_a: tuple[str, ...] = ("plain", "fp8", "ct-fp8-block")
+    strict_wo_a: bool = False
     config: tuple[ConfigRule, ...] = (*ROUTING_KEYS, *CONSTANTS)
     drafts: Literal["like", "mxfp4", "ignored"] = "like"
     unknown_names: Literal["error", "warning"] = "error"
     unmatched: Literal["plain", "error"] = "plain"
     first_group: bool = False
     reads_linear_fp8: bool = False
-    reads_ignore_for_nvfp4: bool = False
+    reads_ignore_for_nvfp4: tuple[Release, ...] = ()
+    needs_nvfp4_keys: bool = False
     shards: bool = True
     kv_cache: Callable[[ModelConfig, int, int], int] | None = None
     decodes: bool = False
     reads_architectures: bool = True
     container: str = "safetensors"
     advice: str = ""
+    v41_name: Callable[[str, int], str] | None = None
+    releases: tuple[Release, ...] = ("v4", "v41")

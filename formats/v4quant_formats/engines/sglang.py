@@ -49,6 +49,7 @@ SGLANG = Engine(
     unknown_names="warning",
     unmatched="error",
     reads_linear_fp8=True,
-    reads_ignore_for_nvfp4=True,
+    reads_ignore_for_nvfp4=("v4", "v41"),
+    needs_nvfp4_keys=True,
     advice="no attention kernels for sm80 to sm89: use llama.cpp there",
 )

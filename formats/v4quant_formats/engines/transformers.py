@@ -62,5 +62,6 @@ TRANSFORMERS = Engine(
     shards=False,
     decodes=True,
     reads_architectures=False,
+    releases=("v4",),
     advice="weights are decoded to BF16 when loaded: count two bytes per weight",
 )

@@ -21,6 +21,21 @@ def _module_name(module: str, layers: int) -> str:
     return "model." + module.replace(".shared_experts.w2", ".shared_experts.down_proj")
 
 
+_V41_FUSED = {"wq_a": "fused_wqa_wkv", "wkv": "fused_wqa_wkv"}
+_V41_SHARED = {"w1": "gate_up_proj", "w2": "down_proj", "w3": "gate_up_proj"}
+
+
+def _v41_name(module: str, layers: int) -> str:
+    """V4.1's class stands inside one for images, and says nothing of the modules it fuses."""
+    path, _, last = _module_name(module, layers).rpartition(".")
+    if path.endswith(".attn"):
+        last = _V41_FUSED.get(last, last)
+    elif path.endswith(".shared_experts"):
+        last = _V41_SHARED.get(last, last)
+    name = f"{path}.{last}" if path else last
+    return name if module.startswith("mtp.") else f"language_model.{name}"
+
+
 _BATCHED_TOKENS = 8192  # its default on cards of 70 GB and more
 
 
@@ -32,7 +47,7 @@ _EXPERTS = (
     *("plain", "mxfp4", "fp8", "nvfp4", "ct-mxfp4", "ct-mxfp8", "ct-nvfp4"),
     *("ct-fp8-block", "ct-fp8-channel", "int2", "int3", "int4", "int8"),
 )
-_DENSE = ("plain", "fp8", "ct-fp8-block", "ct-fp8-channel", "int4", "int8")
+_DENSE = ("plain", "fp8", "ct-fp8-block", "ct-fp8-channel", "ct-mxfp8", "int4", "int8")
 
 VLLM = Engine(
     name="vllm",
@@ -47,5 +62,8 @@ VLLM = Engine(
         "ct-fp8-tensor": "vLLM's V4 class wants scales of tiles or channels",
     },
     kv_cache=_kv_cache,
+    v41_name=_v41_name,
+    strict_wo_a=True,
+    reads_ignore_for_nvfp4=("v41",),
     advice="no attention kernels for sm80 to sm89: use llama.cpp there",
 )

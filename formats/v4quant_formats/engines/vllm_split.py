@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from v4quant_formats.deepseek_v4 import TensorName
 from v4quant_formats.model_config import Dimensions
 
-FP8_TILE = 128
 _SPLIT = ("wq_b", "wo_a", "wo_b", "embed", "head", "tok_emb", "attn_sink")
 
 
@@ -37,16 +36,20 @@ def split_refusals(config: Dimensions, gpus: int) -> Iterator[str]:
         yield f"experts of width {config.moe_intermediate_size} do not divide by {gpus}"
 
 
-def tile_refusals(config: Dimensions, gpus: int) -> Iterator[str]:
-    """Why dense matrices in FP8 tiles cannot be cut (in compressed-tensors, unpadded)."""
+def tile_refusals(config: Dimensions, gpus: int, tile: int = 0) -> Iterator[str]:
+    """Why dense FP8 matrices cannot be cut (in compressed-tensors, unpadded).
+
+    tile: channels that share a scale; 0: the release's.
+    """
+    tile = tile or config.fp8_tile[1]
     sizes = {
         "the shared expert": config.moe_intermediate_size,
         "wq_b": config.num_attention_heads * config.head_dim,
         "wo_a and wo_b": config.o_groups * config.o_lora_rank,
     }
     for what, size in sizes.items():
-        if gpus > 1 and size % gpus == 0 and (size // gpus) % FP8_TILE:
-            yield f"{what}: a share of {size // gpus} channels is not whole FP8 tiles of {FP8_TILE}"
+        if gpus > 1 and size % gpus == 0 and (size // gpus) % tile:
+            yield f"{what}: a share of {size // gpus} channels is not whole FP8 tiles of {tile}"
 
 
 def possible_splits(config: Dimensions, most: int = 64) -> list[int]:

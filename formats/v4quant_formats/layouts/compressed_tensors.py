@@ -18,6 +18,11 @@ variant; SGLang has not been read for this.
 
 In the vLLM variant draft stages are BF16: vLLM builds them as layers beyond the trunk's, and
 DSpark's `context_wkv_proj`, loaded from every stage's wkv, has a name that no target of wkv meets.
+
+Of V4.1 vLLM 0.33 reads 32x32 tiles under the native declaration alone. Under this one its variant
+declares MXFP8, the same codes with each tile's scale repeated for all of its rows, and keeps `wo_a`
+BF16: its product asks a form of compressed-tensors' FP8 that MXFP8 does not give it. V4.1's class
+does not tell the loader which modules it fuses, so targets name the fused ones themselves.
 """
 
 from __future__ import annotations
@@ -29,11 +34,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from v4quant_formats.errors import UnsupportedPair
-from v4quant_formats.layouts.deepseek import QUANTIZATION_CONFIG
+from v4quant_formats.deepseek_v4 import TensorName
+from v4quant_formats.layouts.deepseek import QUANTIZATION_CONFIG, V41_CONFIG
 from v4quant_formats.layouts.layout import DenseRule, Layout, Parts
+from v4quant_formats.model_config import Dimensions, is_v41
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.scheme import Scheme
+from v4quant_kernels.scheme import SCHEMES, Scheme
 
 EXPERT_TARGET = r"re:.*\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj)$"
 DENSE_TARGETS = (
@@ -41,12 +47,19 @@ DENSE_TARGETS = (
     r"re:.*indexer\.(wq_b|q_b_proj)$",
     r"re:.*\.shared_exper[t]s\.(w1|w2|w3|gate_proj|up_proj|down_proj)$",
 )
+V41_DENSE_TARGETS = (
+    r"re:.*attn\.(fused_wqa_wkv|wq_a|wkv|wq_b|wo_b)$",
+    r"re:.*indexer\.wq_b$",
+    r"re:.*\.shared_exper[t]s\.(gate_up_proj|w1|w2|w3|down_proj)$",
+    r"re:.*engram\.wkv$",
+)
+_ENGRAM = "re:.*engram.*"
 _NEVER = (
     r"re:.*\.gate$",
     # With the dot: gate_proj, an expert's name in SGLang, ends in e_proj too.
     r"re:.*\.(e_proj|h_proj|main_proj)$",
     "re:.*(markov_head|confidence_head).*",
-    "re:.*engram.*",
+    _ENGRAM,
     r"re:.*(vision|aligner)\..*",
     "lm_head",
     "head",
@@ -129,9 +142,9 @@ def _activations(scheme: Scheme) -> dict[str, Any] | None:
     }
 
 
-def _group(scheme: Scheme, target: str = EXPERT_TARGET) -> dict[str, Any]:
+def _group(scheme: Scheme, *targets: str) -> dict[str, Any]:
     return {
-        "targets": [target],
+        "targets": list(targets or (EXPERT_TARGET,)),
         "format": _format(scheme),
         "weights": _weights(scheme),
         "input_activations": _activations(scheme),
@@ -188,17 +201,15 @@ def _neutral_config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str])
 
 
 def _vllm_config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
-    if isinstance(raw.get("text_config"), dict):
-        raise UnsupportedPair(
-            "format 'compressed-tensors' for vLLM declares 128x128 FP8 tiles, and V4.1's are "
-            "32x32; use --engine neutral, which carries them as exact BF16"
-        )
-    first = int(raw["num_hidden_layers"])
+    v41 = is_v41(raw)
+    first = _trunk_layers(raw)
     drafts = "|".join(str(n) for n in range(first, first + _DRAFT_STAGES))
     stages = rf"re:.*(layers\.({drafts})|mtp\.\d+)\.(attn|ffn\.shared_exper[t]s)\..*"
-    config = _declare(raw, scheme, kept, [*_NEVER, stages])
+    never = [entry for entry in _NEVER if not v41 or entry != _ENGRAM]
+    config = _declare(raw, scheme, kept, [*never, stages])
     quantization = config["quantization_config"]
-    quantization["config_groups"]["group_1"] = _dense_group()
+    dense = _group(SCHEMES["mxfp8"], *V41_DENSE_TARGETS) if v41 else _dense_group()
+    quantization["config_groups"]["group_1"] = dense
     quantization["format"] = "mixed-precision"
     return config
 
@@ -211,11 +222,16 @@ def _vllm_mixed(raw: Mapping[str, Any], stages: Mapping[str, Scheme]) -> dict[st
     config = _vllm_config(raw, next(iter(stages.values())), ())
     groups = config["quantization_config"]["config_groups"]
     dense = groups.pop("group_1")
-    layers = int(raw["num_hidden_layers"])
+    layers = _trunk_layers(raw)
     for number, names in enumerate(by_scheme.values()):
         groups[f"group_{number}"] = _group(stages[names[0]], _stages_target(names, layers))
     groups[f"group_{len(by_scheme)}"] = dense
     return config
+
+
+def _trunk_layers(raw: Mapping[str, Any]) -> int:
+    text = raw["text_config"] if is_v41(raw) else raw
+    return int(text["num_hidden_layers"])
 
 
 def _stages_target(stages: Sequence[str], layers: int) -> str:
@@ -231,26 +247,30 @@ def _stages_target(stages: Sequence[str], layers: int) -> str:
 
 def _sglang_config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
     config = _declare(raw, scheme, kept, IGNORE)
-    own = raw.get("quantization_config")
-    tile = own.get("weight_block_size") if isinstance(own, dict) else None
+    native = V41_CONFIG if is_v41(raw) else QUANTIZATION_CONFIG
+    keys = ("quant_method", "activation_scheme", "fmt", "weight_block_size")
     config["quantization_config"]["linear_fp8_config"] = {
-        key: QUANTIZATION_CONFIG[key] for key in ("quant_method", "activation_scheme", "fmt")
-    } | {"weight_block_size": tile or [128, 128]}
+        key: native[key] for key in keys if key in native
+    }
     return config
 
 
-def _dense_bf16(scheme: Scheme, draft: bool) -> DenseRule:
-    del scheme, draft
+def _dense_bf16(scheme: Scheme, name: TensorName, config: Dimensions) -> DenseRule:
+    del scheme, name, config
     return "bf16"
 
 
-def _dense_vllm(scheme: Scheme, draft: bool) -> DenseRule:
+def _dense_vllm(scheme: Scheme, name: TensorName, config: Dimensions) -> DenseRule:
     del scheme
-    return "bf16" if draft else "f32_scale"
+    if name.is_draft:
+        return "bf16"
+    if config.v41 is None:
+        return "f32_scale"
+    return "bf16" if name.module.endswith("attn.wo_a") else "mxfp8"
 
 
-def _dense_sglang(scheme: Scheme, draft: bool) -> DenseRule:
-    del scheme, draft
+def _dense_sglang(scheme: Scheme, name: TensorName, config: Dimensions) -> DenseRule:
+    del scheme, name, config
     return "copy"
 
 

@@ -1,10 +1,13 @@
-"""Layout `deepseek`: the release's own. Experts as MXFP4 (I8 + E8M0), FP8 128x128 tiles, or BF16.
+"""Layout `deepseek`: the release's own. Experts as MXFP4 (I8 + E8M0), FP8 tiles, or BF16.
 
 For `mxfp4` everything outside the experts is byte for byte the source. For `fp8` engines expect the
 form of the Base releases: every scale, dense ones included, is float32 and `scale_fmt` is absent;
-the values are powers of two, so widening E8M0 to float32 is exact. For `bf16` everything is plain
-BF16 under the same names and config.json declares no quantization: four times the size, exact, and
-what tools that know neither FP8 nor FP4 start from.
+the values are powers of two, so widening E8M0 to float32 is exact. Tiles are the release's, 128x128
+in V4 and 32x32 in V4.1, whose `wo_a` is BF16 then: vLLM's product of it takes 32x32 tiles only
+beside FP4 experts. For `bf16` everything is plain BF16 under the same names and config.json
+declares no quantization: four times the size, exact, and what tools that know neither FP8 nor FP4
+start from. V4.1's Engram tables stay FP8 rows in every case: engines read them so whatever
+config.json says.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from v4quant_formats.errors import UnsupportedPair
+from v4quant_formats.deepseek_v4 import TensorName
 from v4quant_formats.layouts.layout import DenseRule, Layout, Parts
+from v4quant_formats.model_config import Dimensions, is_v41
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e8m0
 from v4quant_kernels.scheme import Scheme
@@ -28,6 +32,10 @@ QUANTIZATION_CONFIG: dict[str, Any] = {
     "scale_fmt": "ue8m0",
     "weight_block_size": [128, 128],
 }
+V41_CONFIG: dict[str, Any] = {
+    **{key: value for key, value in QUANTIZATION_CONFIG.items() if key != "fmt"},
+    "weight_block_size": [32, 32],
+}
 
 
 def _expert_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:
@@ -36,7 +44,7 @@ def _expert_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:
         return {"weight": ("I8", (rows, columns // 2)), "scale": ("F8_E8M0", (rows, columns // 32))}
     if scheme.is_plain:
         return {"weight": ("BF16", shape)}
-    tiles = (-(-rows // 128), -(-columns // 128))
+    tiles = (-(-rows // scheme.block[0]), -(-columns // scheme.block[1]))
     return {"weight": ("F8_E4M3", shape), "scale": ("F32", tiles)}
 
 
@@ -51,9 +59,10 @@ def _expert_tensors(q: QTensor, input_amax: float) -> dict[str, Tensor]:
     return {"weight": q.codes, "scale": scale}
 
 
-def _dense(scheme: Scheme, draft: bool) -> DenseRule:
-    del draft
+def _dense(scheme: Scheme, name: TensorName, config: Dimensions) -> DenseRule:
     if scheme.is_plain:
+        return "bf16"
+    if scheme.element == "e4m3" and config.v41 is not None and name.module.endswith("attn.wo_a"):
         return "bf16"
     return "copy" if scheme.element == "e2m1" else "f32_scale"
 
@@ -61,12 +70,11 @@ def _dense(scheme: Scheme, draft: bool) -> DenseRule:
 def native_config(raw: Mapping[str, Any], expert_dtype: str) -> dict[str, Any]:
     """config.json of a release with native FP8 dense matrices and experts of `expert_dtype`.
 
-    V4.1 (nested `text_config`) keeps its own declaration, 32x32 tiles and all, and states the
-    experts' dtype inside it; V4 states it beside it.
+    V4.1 states the experts' dtype inside the declaration; V4 states it beside it.
     """
-    own = raw.get("quantization_config")
-    if isinstance(raw.get("text_config"), dict) and isinstance(own, dict):
-        return {**raw, "quantization_config": {**own, "expert_dtype": expert_dtype}}
+    if is_v41(raw):
+        kept = {k: v for k, v in raw.items() if k != "expert_dtype"}
+        return {**kept, "quantization_config": {**V41_CONFIG, "expert_dtype": expert_dtype}}
     quantization = dict(QUANTIZATION_CONFIG)
     return {**raw, "quantization_config": quantization, "expert_dtype": expert_dtype}
 
@@ -74,17 +82,22 @@ def native_config(raw: Mapping[str, Any], expert_dtype: str) -> dict[str, Any]:
 def _config(raw: Mapping[str, Any], scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
     assert not kept, "this format declares one scheme for all experts"
     if scheme.is_plain:
-        if isinstance(raw.get("text_config"), dict):
-            raise UnsupportedPair(
-                "scheme 'bf16' would leave V4.1's FP8 Engram tables without a declaration; use "
-                "mxfp4, nvfp4 or a compressed-tensors scheme, which carry them exactly"
-            )
         return {k: v for k, v in raw.items() if k not in ("quantization_config", "expert_dtype")}
     released = scheme.element == "e2m1"
     config = native_config(raw, "fp4" if released else "fp8")
     if not released:
         config["quantization_config"].pop("scale_fmt", None)
+        if is_v41(raw):
+            config["quantization_config"]["ignored_layers"] = _wo_a_names(raw["text_config"])
     return config
+
+
+def _wo_a_names(text: Mapping[str, Any]) -> list[str]:
+    """Every `attn.wo_a` by its name in the file and by vLLM's, which numbers drafts on."""
+    layers, drafts = int(text["num_hidden_layers"]), int(text.get("num_nextn_predict_layers") or 0)
+    places = [(f"layers.{n}", f"language_model.model.layers.{n}") for n in range(layers)]
+    places += [(f"mtp.{n}", f"model.layers.{layers + n}") for n in range(drafts)]
+    return [f"{name}.attn.wo_a" for names in places for name in names]
 
 
 DEEPSEEK = Layout(

@@ -40,8 +40,8 @@ def _expert_tensors(q: QTensor, input_amax: float) -> dict[str, Tensor]:
     return {"weight": repack_mxfp4(q.codes, q.scale)}
 
 
-def _dense(scheme: Scheme, draft: bool) -> DenseRule:
-    del scheme, draft
+def _dense(scheme: Scheme, name: TensorName, config: Dimensions) -> DenseRule:
+    del scheme, name, config
     return "bf16"
 
 

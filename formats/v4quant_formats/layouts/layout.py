@@ -30,8 +30,9 @@ Parts = dict[str, tuple[str, tuple[int, ...]]]
 
 # copy: byte for byte (a Base release's float32 powers of two become the same numbers in E8M0).
 # bf16: dequantized FP8, exact (4 significant bits fit in 8). f32_scale: codes byte for byte, E8M0
-# scales widened to float32 powers of two, exact.
-DenseRule = Literal["copy", "bf16", "f32_scale"]
+# scales widened to float32 powers of two, exact. mxfp8: codes byte for byte, a tile's scale
+# repeated for each of its rows, exact.
+DenseRule = Literal["copy", "bf16", "f32_scale", "mxfp8"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ class Layout:
     expert_parts(scheme, (N, K)) -> suffix -> (dtype, shape) of one expert matrix.
     expert_tensors(q, input_amax) -> suffix -> data for those suffixes; `input_amax` is the largest
         input magnitude the matrix must expect, for layouts that store an activation scale.
-    dense(scheme, draft) -> what happens to FP8 matrices outside the routed experts; `draft` says
-        whether they belong to an MTP or DSpark stage.
+    dense(scheme, name, config) -> what happens to an FP8 matrix outside the routed experts.
     config(raw, scheme, kept) -> the output's config.json object, from the source's; `kept` are
         stages whose experts stay in the source format.
     stores_input_scale: whether `expert_tensors` uses `input_amax` (0 is passed otherwise).
@@ -69,7 +69,7 @@ class Layout:
     name: str
     expert_parts: Callable[[Scheme, tuple[int, int]], Parts]
     expert_tensors: Callable[[QTensor, float], dict[str, Tensor]]
-    dense: Callable[[Scheme, bool], DenseRule]
+    dense: Callable[[Scheme, TensorName, Dimensions], DenseRule]
     config: Callable[[Mapping[str, Any], Scheme, Sequence[str]], dict[str, Any]]
     engines: str
     serve: str

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from v4quant_formats.deepseek_v4 import TensorName
 from v4quant_formats.layouts.deepseek import native_config
 from v4quant_formats.layouts.layout import DenseRule, Layout, Parts
+from v4quant_formats.model_config import Dimensions
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import Scheme
 
@@ -47,8 +49,8 @@ def _expert_tensors(q: QTensor, input_amax: float) -> dict[str, Tensor]:
     }
 
 
-def _dense(scheme: Scheme, draft: bool) -> DenseRule:
-    del scheme, draft
+def _dense(scheme: Scheme, name: TensorName, config: Dimensions) -> DenseRule:
+    del scheme, name, config
     return "copy"
 
 

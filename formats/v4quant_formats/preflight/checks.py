@@ -108,15 +108,32 @@ def plain(survey: Survey) -> Iterator[Finding]:
 
 def wo_a(survey: Survey) -> Iterator[Finding]:
     """The output projection is read by a kernel of its own, which takes few forms."""
-    engine = survey.declaration.engine
+    engine, release = survey.declaration.engine, survey.declaration.release
     for name, module in survey.modules.items():
-        if not name.endswith("attn.wo_a") or not isinstance(module.declared, Storage):
+        declared = module.declared
+        if not name.endswith("attn.wo_a") or not isinstance(declared, Storage):
             continue
-        if module.declared.kind not in engine.wo_a and not is_ignored_draft(survey, module):
-            problem = f"{module.declared}: the output projection's kernel reads BF16 or block FP8 "
+        if is_ignored_draft(survey, module):
+            continue
+        remedy = "exclude wo_a from the targets and store it BF16"
+        if declared.kind not in engine.wo_a:
+            problem = f"{declared}: the output projection's kernel reads BF16 or block FP8 "
             problem += "only; the file loads and breaks at the first token"
-            remedy = "exclude wo_a from the targets and store it BF16 or block FP8"
+            yield Finding("error", "wo_a", name, problem, f"{remedy} or block FP8")
+        elif release == "v41" and engine.strict_wo_a and _breaks_wo_a(survey, declared):
+            tile = "x".join(map(str, declared.tile))
+            problem = f"{declared} with {tile} tiles: beside other experts than FP4 the output "
+            problem += "projection's kernel reads tiles of 128; the file loads and breaks at the "
+            problem += "first token"
             yield Finding("error", "wo_a", name, problem, remedy)
+
+
+def _breaks_wo_a(survey: Survey, declared: Storage) -> bool:
+    """vLLM's class for V4.1: 32x32 tiles are read as MXFP8 beside FP4 experts, else not at all."""
+    if declared.kind == "ct-fp8-block":
+        return declared.tile not in ((1, 32), (128, 128))
+    fp4 = survey.declaration.expert_dtype == "fp4"
+    return declared.kind == "fp8" and declared.tile == (32, 32) and not fp4
 
 
 def fused(survey: Survey) -> Iterator[Finding]:

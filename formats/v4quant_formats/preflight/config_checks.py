@@ -11,6 +11,7 @@ from v4quant_formats.preflight.survey import Check, Finding, Survey
 
 REMEDY = "write it with v4quant quantize (--engine for vLLM and SGLang), or correct "
 REMEDY += "quantization_config to what the file holds"
+_TITLES = {"v4": "V4", "v41": "V4.1"}
 _RESTORE = "restore the key from the release's config.json"
 
 
@@ -37,6 +38,14 @@ def method(survey: Survey) -> Iterator[Finding]:
     known = ", ".join(m or "none" for m in (*engine.methods, *engine.others))
     text = f"quant_method '{found}' is none that {engine.title} takes for V4 ({known})"
     yield Finding("error", "quant-method", "config.json", text, engine.advice or REMEDY)
+
+
+def release(survey: Survey) -> Iterator[Finding]:
+    """The engine must have a class for the release."""
+    engine, own = survey.declaration.engine, survey.declaration.release
+    if own not in engine.releases:
+        problem = f"{engine.title} has no class for {_TITLES[own]} in the versions known here"
+        yield Finding("error", "release", "config.json", problem, "serve it with vLLM or SGLang")
 
 
 def config_keys(survey: Survey) -> Iterator[Finding]:
@@ -107,7 +116,8 @@ def block_fp8(survey: Survey) -> Iterator[Finding]:
             )
             yield Finding("error", "quantization", "config.json", problem, f"set it to {wanted}")
     if str(table.get("scale_fmt")) != "ue8m0":
-        stored = [m for m in survey.modules.values() if _is_e8m0(m.parts) and m.name.expert is None]
+        dense = (m for m in survey.modules.values() if m.name.expert is None)
+        stored = [m for m in dense if _is_e8m0(m.parts) and m.name.role != "engram tables"]
         if stored:
             problem = "scales are F8_E8M0, but 'scale_fmt' does not say ue8m0"
             name = f"{stored[0].name.module}.scale"
@@ -117,7 +127,7 @@ def block_fp8(survey: Survey) -> Iterator[Finding]:
     engine = declaration.engine
     keys = (("group_size", 16), ("quant_algo", "MIXED_PRECISION"))
     for key, expected in keys:
-        absent = engine.reads_ignore_for_nvfp4 and key not in table
+        absent = engine.needs_nvfp4_keys and key not in table
         if absent or (key == "group_size" and table.get(key, expected) != expected):
             problem = f"'{key}' is {table.get(key)!r}; NVFP4 experts need {expected!r}"
             yield Finding("error", "quantization", "config.json", problem, f"set it to {expected}")
@@ -189,6 +199,7 @@ def sidecars(survey: Survey) -> Iterator[Finding]:
 
 
 CONFIG_CHECKS: tuple[Check, ...] = (
+    release,
     method,
     config_keys,
     model,

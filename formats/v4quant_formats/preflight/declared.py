@@ -16,6 +16,8 @@ from typing import Any
 
 from v4quant_formats.deepseek_v4 import TensorName
 from v4quant_formats.engines import Engine
+from v4quant_formats.engines.engine import Release
+from v4quant_formats.model_config import is_v41
 from v4quant_formats.preflight.storage import PLAIN, Storage
 
 MXFP4 = Storage("mxfp4", 32)
@@ -44,8 +46,23 @@ class Declaration:
     @cached_property
     def quantization(self) -> Mapping[str, Any]:
         """`quantization_config`, or an empty table."""
+        inner = self.config.get("text_config")
         own = self.config.get("quantization_config")
+        if own is None and isinstance(inner, dict):
+            own = inner.get("quantization_config")
         return own if isinstance(own, dict) else {}
+
+    @cached_property
+    def release(self) -> Release:
+        """Whose config.json it is."""
+        return "v41" if is_v41(self.config) else "v4"
+
+    def theirs(self, module: str) -> str:
+        """The engine's own name of a module."""
+        name = self.engine.module_name
+        if self.release == "v41" and self.engine.v41_name is not None:
+            name = self.engine.v41_name
+        return name(module, self.layers)
 
     @cached_property
     def method(self) -> str:
@@ -103,7 +120,7 @@ class Declaration:
         if not self.nvfp4_experts:
             return MXFP4
         kept = name.is_draft and self.engine.drafts == "mxfp4"
-        if self.engine.reads_ignore_for_nvfp4:
+        if self.release in self.engine.reads_ignore_for_nvfp4:
             kept |= any(fnmatchcase(name.module, pattern) for pattern in self.ignore)
         return MXFP4 if kept else NVFP4
 
@@ -122,7 +139,7 @@ class Declaration:
         vLLM and SGLang want a linear layer's whole name, and any name below `experts` for all
         experts of a layer; transformers the beginning of a name, or its end.
         """
-        theirs = self.engine.module_name(name.module, self.layers)
+        theirs = self.theirs(name.module)
         if self.engine.first_group:
             return any(theirs.startswith(s) or theirs.endswith(s) for s in self.skipped)
         if name.expert is not None:
@@ -136,7 +153,7 @@ class Declaration:
             if isinstance(inner, dict):
                 tile = _tile(inner.get("weight_block_size"))
                 return Storage("fp8", tile=tile or (128, 128))
-        theirs = self.engine.module_name(name.module, self.layers)
+        theirs = self.theirs(name.module)
         if self.engine.first_group:
             return self._first_group(name, theirs)
         for group in self.groups:

@@ -57,8 +57,9 @@ def split_problems(survey: Survey, tp: int) -> Iterator[str]:
         yield f"{survey.declaration.engine.title} does not split it"
         return
     refusals = list(split_refusals(c, tp))
-    if any(not expert and storage.kind == "ct-fp8-block" for expert, _, storage in survey.declared):
-        refusals += tile_refusals(c, tp)
+    dense = {storage for expert, _, storage in survey.declared if not expert}
+    for tile in sorted({s.granularity for s in dense if s.kind in ("ct-fp8-block", "ct-mxfp8")}):
+        refusals += tile_refusals(c, tp, tile)
     yield from refusals
     inner = c.moe_intermediate_size
     if inner % tp:

@@ -19,7 +19,7 @@ from torch import Tensor
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import e8m0, fp8_block, mx
 from v4quant_kernels.ref.blocks import absmax, power_of_two_exponent
-from v4quant_kernels.scheme import MXFP4, SCHEMES
+from v4quant_kernels.scheme import MXFP4, SCHEMES, Scheme
 
 _FIRST_ROWS = 8  # looked at before a whole matrix is
 
@@ -56,9 +56,11 @@ def _on_mxfp4_grid(values: Tensor) -> QTensor | None:
     )
 
 
-def find_fp8_tiles(values: Tensor) -> QTensor | None:
-    """The 128x128-tile FP8 matrix (E8M0 scales) that is exactly `values`, float [N, K]; or None."""
-    scheme = SCHEMES["fp8"]
+def find_fp8_tiles(values: Tensor, scheme: Scheme = SCHEMES["fp8"]) -> QTensor | None:
+    """The FP8 matrix (E8M0 scales) that is exactly `values`, float [N, K]; or None.
+
+    scheme: fp8 under some release's tiles.
+    """
     values = values.float()
     fine = fp8_block.quantize(values, scheme)
     if not bool(_held(fine, values, fp8_block.dequantize(fine)).all()):

@@ -68,6 +68,9 @@ def test_outputs_for_other_engines_are_refused(
 @pytest.mark.parametrize("release", [r for r in RELEASES if not r.startswith("pro")])
 def test_no_false_alarm_on_releases(release: str, engine: str, tmp_path: Path) -> None:
     found = check(make_small(tmp_path / release, release), engine)
+    if (release, engine) == ("v41", "transformers"):
+        assert [f.rule for f in wrong(found)] == ["release"] and not found.loads
+        return
     assert found.loads and not alarms(found), alarms(found)
 
 
