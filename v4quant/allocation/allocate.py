@@ -63,6 +63,7 @@ class Options:
     dense: the dense matrices' type, or "auto" or "all" to choose for what these take part.
     draft, split_size: as in a recipe. sample: what errors are measured on.
     parts: into how many an engine cuts rows of w2, so that schemes' groups must fit a part's.
+    engram: as in a recipe.
     """
 
     format: str = "gguf"
@@ -72,6 +73,7 @@ class Options:
     split_size: str = ""
     sample: Sample = Sample()  # noqa: RUF009  (frozen)
     parts: int = 1
+    engram: str = ""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,10 @@ def _base_recipe(options: Options) -> Recipe:
             "the format has them"
         )
     dense = "" if options.dense in _TAKING_PART else options.dense
-    return replace(probe, dense=dense, draft=options.draft, split_size=options.split_size)
+    return replace(
+        probe, dense=dense, engram=options.engram, draft=options.draft,
+        split_size=options.split_size,
+    )  # fmt: skip
 
 
 def _place_bytes(plan: Plan) -> Counter[Place]:
@@ -331,6 +336,7 @@ def recipe_toml(allocation: Allocation, costs: Costs) -> str:
     ]
     lines += [f'engine = "{recipe.engine}"'] if recipe.engine != NEUTRAL else []
     lines += [f'dense = "{recipe.dense}"'] if recipe.dense else []
+    lines += [f'engram = "{recipe.engram}"'] if recipe.engram else []
     lines += [f'split_size = "{recipe.split_size}"'] if recipe.split_size else []
     lines += ["", f"[schemes]  # place = scheme  # bytes, predicted loss ({unit})"]
     for key, scheme in recipe.schemes:

@@ -35,8 +35,6 @@ def cards_budget(text: str, context: int, config: Dimensions) -> int:
     """Bytes of weights that fit `text`, like `4x24GB`, beside a context. Raises BudgetError."""
     cards, size = parse_cards(text)
     per_token = config.kv_bytes_per_token()
-    if per_token is None:
-        raise BudgetError("the KV cache of V4.1 is not known; give --budget instead of --fits")
     hidden = _STREAM_COPIES * config.hc_mult * config.hidden_size
     own = _RUNTIME_BYTES + 4 * _BATCH * (config.vocab_size + hidden)
     room = int(cards * size * _USABLE) - per_token * context - cards * own

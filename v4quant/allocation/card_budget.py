@@ -24,6 +24,7 @@ from v4quant.sizes import parse_size
 from v4quant.targets import layer_of, place_of
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import parse_name
+from v4quant_formats.engines.vllm_engram import table_places
 from v4quant_formats.engines.vllm_memory import (
     Serving,
     buffer_bytes,
@@ -36,8 +37,9 @@ from v4quant_formats.engines.vllm_split import (
     split_refusals,
     tile_refusals,
 )
-from v4quant_formats.model_config import ModelConfig, parse_dimensions, parse_model_config
+from v4quant_formats.model_config import ModelConfig, parse_model_config
 
+TABLES = "engram tables"
 _LEAST_SIZE = 10**6  # smaller is a forgotten unit
 
 
@@ -59,7 +61,8 @@ class CardMemory:
     """Where the memory of one card goes, in bytes; `runtime` is an estimate, others are counted.
 
     split: its share of tensors that are cut; whole: those every card has. reserve: what vLLM leaves
-    alone. free: what no scheme could fill.
+    alone. free: what no scheme could fill. host: bytes of system memory that V4.1's Engram takes
+    beside all cards.
     """
 
     size: int
@@ -69,6 +72,7 @@ class CardMemory:
     buffers: int
     runtime: int
     reserve: int
+    host: int
 
     @property
     def free(self) -> int:
@@ -108,11 +112,8 @@ def check_split(config: ModelConfig, serving: Serving) -> None:
 
 
 def model_config(checkpoint: Checkpoint) -> ModelConfig:
-    """The release's dimensions and constants. Raises BudgetError for V4.1, and ConfigError."""
-    raw, where = dict(checkpoint.config), str(checkpoint.path / "config.json")
-    if parse_dimensions(raw, where).v41 is not None:
-        raise BudgetError("the KV cache of V4.1 is not known; give --budget instead of --fits")
-    return parse_model_config(raw, where)
+    """The release's dimensions and constants. Raises ConfigError."""
+    return parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
 
 
 def cards_bytes(costs: Costs, cards: Cards) -> int:
@@ -150,6 +151,8 @@ def _memory(plan: Plan, cards: Cards, without: Costs | None) -> CardMemory:
             name = parse_name(spec.name)
             if name is not None and name.is_draft:
                 stages.add(name.stage)
+            if name is not None and name.role == TABLES:
+                continue
             place = place_of(name)
             if without is not None and place is not None and layer_of(place) in without.places:
                 continue
@@ -165,7 +168,14 @@ def _memory(plan: Plan, cards: Cards, without: Costs | None) -> CardMemory:
         buffer_bytes(config, serving, len(stages)),
         runtime_estimate(serving),
         cards.size - cards.usable,
+        table_places(config, serving.gpus)[0].host,
     )
+
+
+def table_bytes(plan: Plan) -> int:
+    """Bytes of V4.1's Engram tables in an output, which no card holds."""
+    names = ((spec, parse_name(spec.name)) for shard in plan.shards for spec in shard.outputs)
+    return sum(spec.nbytes for spec, name in names if name is not None and name.role == TABLES)
 
 
 def _gb(nbytes: float) -> str:

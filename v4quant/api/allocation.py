@@ -24,6 +24,7 @@ from v4quant.allocation.card_budget import (
     check_split,
     model_config,
     parse_cards,
+    table_bytes,
 )
 from v4quant.allocation.sensitivity import Sample
 from v4quant.api.arguments import (
@@ -102,6 +103,7 @@ def allocate(
     format: str = "gguf",
     engine: str = NEUTRAL,
     dense: str = "",
+    engram: str = "",
     draft: str = "convert",
     split_size: str = "",
     stats: PathLike | None = None,
@@ -119,7 +121,7 @@ def allocate(
     Exactly one of budget (bytes of the output), bpw (bits per weight, over all parameters) and fits
     (cards like "4x24GB" that must hold it beside `context` tokens) says how large. measure_kl:
     measure on `corpus` what rounding each layer does to predictions, else layers count alike.
-    experts: how many of a layer are looked at.
+    experts: how many of a layer are looked at. engram: as in `quantize`.
 
     Raises OptionError for options that contradict each other, BudgetError for a size that nothing
     fits, RecipeError, CorpusError, StatsError.
@@ -142,7 +144,7 @@ def allocate(
             "to --fits with --engine vllm"
         )
     parts = 1 if cards is None or expert_parallel else cards.serving.gpus
-    options = Options(format, engine, dense, draft, split_size, Sample(experts), parts)
+    options = Options(format, engine, dense, draft, split_size, Sample(experts), parts, engram)
     with open_source(source_of(source)) as checkpoint:
         refuse_inputs([Path(out)], [checkpoint], [*listed_files(corpus), path_of(stats)])
         if cards is not None:
@@ -186,7 +188,7 @@ def _most(
     if cards is not None:
         return cards_bytes(costs, cards)
     if fits is not None:
-        return cards_budget(fits, context, costs.base.config)
+        return cards_budget(fits, context, costs.base.config) + table_bytes(costs.base)
     return size_of(budget) or 0
 
 

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
               help="Type of dense matrices, for gguf (default bf16); auto: one a layer, for "
               "embedding and head; all: compressors and hyper-connections take part too. Both "
               "need --measure-kl.")  # fmt: skip
+@click.option("--engram", default="", help="How V4.1's Engram tables are coded, for gguf (default "
+              "bf16, exact).")  # fmt: skip
 @click.option("--draft", type=Choice(["convert", "drop"]), default="convert",
               show_default=True, help="MTP / DSpark stages.")  # fmt: skip
 @click.option("--split-size", default="", help="Largest file, like 45GB (default 45GB).")
@@ -81,6 +83,7 @@ def allocate(
     format_: str,
     engine: str,
     dense: str | None,
+    engram: str,
     draft: str,
     split_size: str,
     stats_file: Path | None,
@@ -111,6 +114,7 @@ def allocate(
         format=format_,
         engine=engine,
         dense=dense or "",
+        engram=engram,
         draft=draft,
         split_size=split_size,
         stats=stats_file,
@@ -148,6 +152,8 @@ def _card_rows(memory: CardMemory, serving: Serving) -> list[tuple[str, str]]:
         (memory.free, "free"),
         (memory.size, "in all"),
     ]
+    if memory.host:
+        rows.append((memory.host, "of system memory beside all cards: the Engram's tables, pinned"))
     return [(f"{nbytes / 1e9:.2f} GB", text) for nbytes, text in rows]
 
 

@@ -41,7 +41,7 @@ class Candidate:
     that `allocate` may fill with a mixture. scheme: in words. size: bytes of the model's files.
     context: tokens of one sequence that fit at most. tokens_per_second: an upper bound, from the
     bytes that one token's products read. options: of the engine's server. before: commands to give
-    first. notes: what else one should know.
+    first. notes: what else one should know. engram: type of V4.1's tables, for `allocate`.
     """
 
     engine: EngineName
@@ -57,6 +57,7 @@ class Candidate:
     before: tuple[str, ...]
     notes: tuple[str, ...]
     budget: int = 0
+    engram: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

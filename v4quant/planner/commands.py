@@ -97,7 +97,8 @@ def _make(candidate: Candidate, folder: str, out: str, max_memory: str) -> list[
 
 def _allocation(candidate: Candidate) -> str:
     if candidate.engine == "llama.cpp":
-        return "--format gguf --dense q8_0 --draft drop"
+        tables = f" --engram {candidate.engram}" if candidate.engram else ""
+        return f"--format gguf --dense q8_0{tables} --draft drop"
     return f"--format compressed-tensors --engine vllm{_drafts(candidate)}"
 
 
@@ -111,6 +112,8 @@ def _recipe_options(recipe: Recipe) -> str:
         options.append(f"--engine {recipe.engine}")
     if recipe.dense:
         options.append(f"--dense {recipe.dense}")
+    if recipe.engram:
+        options.append(f"--engram {recipe.engram}")
     if recipe.draft != "convert":
         options.append(f"--draft {recipe.draft}")
     return " ".join(options)

@@ -40,11 +40,15 @@ HUB_NAMES = {
     "v41": "deepseek-ai/DeepSeek-V4.1-Flash",
 }
 """Releases whose inventory is built in, by the short name `plan` takes, and where they lie."""
+_SPOKEN = dict.fromkeys(
+    ("flash-v41", "flash-v4.1", "v4.1", "v4.1-flash", "deepseek-v4.1-flash-1017"), "v41"
+)
 
 
 def release_named(text: str) -> str | None:
     """The release a name means: `flash`, or the last part of its repository; None for others."""
     wanted = text.lower().rpartition("/")[2]
+    wanted = _SPOKEN.get(wanted, wanted)
     hub = {repo.rpartition("/")[2].lower(): name for name, repo in HUB_NAMES.items()}
     return wanted if wanted in HUB_NAMES else hub.get(wanted)
 
@@ -90,8 +94,9 @@ class Footprint:
     """Bytes of a conversion by where they belong.
 
     layers: the trunk's. embed, head: of the vocabulary. other: everything of no layer. drafts: all
-    draft stages. cut, whole: of trunk and `cut_drafts`, `whole_drafts` of draft stages, what vLLM
-    divides among cards and what every card holds. active: share of a layer's experts a token uses.
+    draft stages. tables: V4.1's Engram, of which a token reads a few rows; in none of the others.
+    cut, whole: of trunk and `cut_drafts`, `whole_drafts` of draft stages, what vLLM divides among
+    cards and what every card holds. active: share of a layer's experts a token uses.
     """
 
     layers: tuple[LayerBytes, ...]
@@ -99,6 +104,7 @@ class Footprint:
     head: int
     other: int
     drafts: int
+    tables: int
     cut: int
     whole: int
     cut_drafts: int
@@ -107,13 +113,13 @@ class Footprint:
 
     @property
     def trunk(self) -> int:
-        """Bytes without draft stages."""
+        """Bytes of what is computed with, without draft stages."""
         return self.embed + self.head + self.other + sum(x.experts + x.rest for x in self.layers)
 
     @property
     def total(self) -> int:
         """All bytes."""
-        return self.trunk + self.drafts
+        return self.trunk + self.tables + self.drafts
 
 
 def outline_release(name: str) -> Outline:
@@ -150,10 +156,13 @@ def footprint(outline: Outline, recipe: Recipe) -> Footprint:
     stages: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
     drafts, whole, cut = 0, [0, 0], [0, 0]
     vocabulary = {"embed": 0, "head": 0}
-    other = 0
+    other = tables = 0
     for spec in _outputs(outline, recipe):
         name = parse_name(spec.name)
         nbytes = _real_bytes(outline, spec, name)
+        if name is not None and name.role == "engram tables":
+            tables += nbytes
+            continue
         draft = name is not None and name.is_draft
         (cut if name is not None and is_split(name) else whole)[draft] += nbytes
         if draft:
@@ -167,7 +176,7 @@ def footprint(outline: Outline, recipe: Recipe) -> Footprint:
     layers = (LayerBytes(*stages[f"layers.{i}"]) for i in range(dims.num_hidden_layers))
     active = dims.num_experts_per_tok / outline.trunk
     return Footprint(
-        tuple(layers), vocabulary["embed"], vocabulary["head"], other, drafts,
+        tuple(layers), vocabulary["embed"], vocabulary["head"], other, drafts, tables,
         cut[0], whole[0], cut[1], whole[1], active,
     )  # fmt: skip
 

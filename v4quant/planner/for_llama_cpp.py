@@ -28,6 +28,7 @@ from v4quant_formats.layouts.table import LAYOUTS
 from v4quant_kernels.scheme import SCHEMES, get_scheme
 
 _DENSE = "q8_0"
+_TABLES = "q8_0"  # of V4.1's Engram, in a file of its own
 _RAM_SIZES = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # GiB, as sold
 _TIGHT = 0.03
 # llama.cpp's file of a mixed recipe may come out this much larger than the estimate of its parts.
@@ -58,7 +59,8 @@ def _gguf_files(outline: Outline) -> Iterator[tuple[Recipe, Footprint]]:
     for scheme in schemes:
         if SCHEMES[scheme].bits_per_weight > most:
             continue
-        recipe = Recipe(scheme, format="gguf", dense=_DENSE, draft=drop)
+        tables = _TABLES if outline.dimensions.v41 is not None else ""
+        recipe = Recipe(scheme, format="gguf", dense=_DENSE, draft=drop, engram=tables)
         try:
             yield recipe, footprint(outline, recipe)
         except UnsupportedPair:
@@ -74,18 +76,28 @@ def _gguf_candidate(
         return None
     exact = is_exact(outline, recipe.scheme)
     cost = cost_of(
-        outline, get_scheme(recipe.scheme), file.trunk, request.effort, request.cores, exact
+        outline,
+        get_scheme(recipe.scheme),
+        file.trunk + file.tables,
+        request.effort,
+        request.cores,
+        exact,
     )
     per_token = dims.kv_bytes_per_token() or 0
     context = placed.kv_room // per_token if per_token else request.context
     notes = list(proof_notes(outline, recipe.scheme))
     notes.append(f"dense matrices in {recipe.dense}, which holds FP8 to 8 bits")
+    if file.tables:
+        notes.append(
+            f"{file.tables / 1e9:.0f} GB of Engram tables in {recipe.engram}, of which rows are "
+            "read from the file: keep it on a fast disk (--engram chooses another type)"
+        )
     if disk:
         notes.append("experts are read from disk again and again: slow, and no cure for it here")
     elif _is_tight(placed, machine):
         notes.append("memory is nearly full: close other programs, or take the next smaller")
     return Candidate(
-        "llama.cpp", recipe, recipe.scheme, file.trunk,
+        "llama.cpp", recipe, recipe.scheme, file.trunk + file.tables,
         Where(placed.cards, placed.ram, placed.disk), min(context, longest_context(outline)),
         loss_of(outline, request, recipe.scheme, cost.level.solver), cost, 1 / placed.seconds,
         (*placed.options, f"--ctx-size {request.context}", "--jinja"), placed.before, tuple(notes),
@@ -120,7 +132,8 @@ def _mixed_candidate(
     next_up = loss_of(outline, request, schemes[at - 1], made.cost.level.solver)
     return replace(
         made, recipe=None, scheme=f"{schemes[at - 1]} and {largest.scheme}, chosen by layer",
-        loss=mixed_loss(largest.loss, next_up, share), budget=int(_MIX_RESERVE * file.trunk),
+        loss=mixed_loss(largest.loss, next_up, share),
+        budget=int(_MIX_RESERVE * file.trunk) + file.tables, engram=files[at][0].engram,
     )  # fmt: skip
 
 

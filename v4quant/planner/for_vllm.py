@@ -24,17 +24,15 @@ from v4quant.planner.loss import KnownLoss
 from v4quant.planner.machines import GIB
 from v4quant.recipe import Recipe
 from v4quant_formats.engines.engine import V4_ATTENTION
-from v4quant_formats.engines.vllm_split import possible_splits
 from v4quant_formats.layouts.table import LAYOUTS
 from v4quant_formats.model_config import ModelConfig, parse_model_config
 from v4quant_kernels.errors import V4QuantError
-from v4quant_kernels.scheme import SCHEMES, get_scheme
+from v4quant_kernels.scheme import SCHEMES, Scheme, get_scheme
 
 # A lossy file must be this much smaller than the exact release to be worth its loss.
 _SMALLER = 0.97
 # Containers of safetensors that hold what is smaller than a release, and the variant for vLLM.
 _MIX_RESERVE = 0.995
-_V41_SHARE = 0.8
 _FORMATS = (("compressed-tensors", "vllm"),)
 
 
@@ -44,46 +42,31 @@ def candidates(outline: Outline, request: Request) -> tuple[list[Candidate], lis
         return [], [
             f"vllm: has attention kernels for DeepSeek-V4 on {', '.join(V4_ATTENTION)} only"
         ]
-    if outline.dimensions.v41 is not None:
-        return _weights_only(outline, request)
     config = parse_model_config(dict(outline.config), f"{outline.label}: config.json")
     if not vllm.parts_of(machine, config):
         return [], ["vllm: this model divides over 1, 2, 4 or 8 cards"]
     files = sorted(_vllm_files(outline), key=lambda entry: -entry[1].trunk)
     smallest = files[-1][1]
-    found = [c for r, f in files if (c := _vllm_candidate(outline, request, config, r, f))]
+    found = [c for r, f in files if (c := vllm_candidate(outline, request, config, r, f))]
     if found:
         mixed = _mixed_candidate(outline, request, config, files, found[0])
         return found + ([mixed] if mixed is not None else []), []
     size = vllm.smallest_card(smallest, machine, config, request.context)
+    host = vllm.host_bytes(machine, config)
+    beside = f", with {host / GIB:.0f} GB of memory free for the Engram's tables" if host else ""
     return [], [
         f"vllm: the smallest file, {smallest.trunk / 1e9:.0f} GB, needs cards of "
         f"{size / GIB:.0f} GB, {vllm.parts_of(machine, config)} of them"
-        f"{_more_cards(request, config, smallest)}"
+        f"{_more_cards(request, config, smallest, SCHEMES[_scheme_of(outline, files[-1][0])])}"
+        f"{beside}"
     ]
 
 
-def _weights_only(outline: Outline, request: Request) -> tuple[list[Candidate], list[str]]:
-    """V4.1 as released, where its weights leave a fifth of every card for what is not known."""
-    machine, dims = request.machine, outline.dimensions
-    assert machine.card is not None
-    file = footprint(outline, Recipe("mxfp4"))
-    parts = max((n for n in possible_splits(dims) if n <= machine.count), default=1)
-    each = -(-file.cut // parts) + file.whole
-    if each > _V41_SHARE * machine.card.nbytes:
-        enough = each / _V41_SHARE / GIB
-        return [], [
-            f"vllm: the release needs {parts} cards of about {enough:.0f} GB, or more cards"
-        ]
-    note = "what V4.1's KV cache takes is not known; a fifth of every card is left for it"
-    active = sum(x.experts * file.active + x.rest for x in file.layers) + file.head
-    made = Candidate(
-        "vllm", None, "mxfp4", file.total, Where((each,) * parts, 0, 0), request.context,
-        KnownLoss("exact", 0.0, 1.0), None, machine.card.bandwidth * parts / active,
-        (f"--tensor-parallel-size {parts}", f"--max-model-len {request.context}"), (),
-        ("the release as it is: nothing to convert. SGLang serves it as well", note),
-    )  # fmt: skip
-    return [made], []
+def _scheme_of(outline: Outline, recipe: Recipe | None) -> str:
+    """The experts' scheme; of the release itself where there is no recipe."""
+    if recipe is not None:
+        return recipe.scheme
+    return "mxfp4" if has_fp4(outline) else "fp8"
 
 
 def _mixed_candidate(
@@ -99,18 +82,21 @@ def _mixed_candidate(
     if at == 0 or largest.loss.basis == "exact":
         return None
     machine, context = request.machine, request.context
+    lower, upper = files[at][0], files[at - 1][0]
+    coarser = max(
+        (SCHEMES[_scheme_of(outline, r)] for r in (lower, upper)), key=lambda s: s.group_size
+    )
     found = mixture(
         files[at][1],
         files[at - 1][1],
-        lambda file: vllm.place(file, machine, config, context, 0) is not None,
+        lambda file: vllm.place(file, machine, config, coarser, context, 0) is not None,
     )
     if found is None:
         return None
     share, file = found
-    made = _vllm_candidate(outline, request, config, files[at][0], file)
+    made = vllm_candidate(outline, request, config, lower, file)
     assert made is not None and made.cost is not None
-    upper = files[at - 1][0]
-    name = upper.scheme if upper is not None else "mxfp4"
+    name = _scheme_of(outline, upper)
     next_up = loss_of(outline, request, name, made.cost.level.solver)
     return replace(
         made, recipe=None, scheme=f"{name} and {largest.scheme}, chosen by layer",
@@ -118,10 +104,11 @@ def _mixed_candidate(
     )  # fmt: skip
 
 
-def _more_cards(request: Request, config: ModelConfig, file: Footprint) -> str:
+def _more_cards(request: Request, config: ModelConfig, file: Footprint, scheme: Scheme) -> str:
+    machine, context = request.machine, request.context
     for count in (2, 4, 8, 16):
-        more = replace(request.machine, count=count)
-        if count > request.machine.count and vllm.place(file, more, config, request.context, 0):
+        more = replace(machine, count=count)
+        if count > machine.count and vllm.place(file, more, config, scheme, context, 0):
             return f", or {count} of these"
     return ""
 
@@ -144,7 +131,7 @@ def _vllm_files(outline: Outline) -> Iterator[tuple[Recipe | None, Footprint]]:
                 yield recipe, file
 
 
-def _vllm_candidate(
+def vllm_candidate(
     outline: Outline,
     request: Request,
     config: ModelConfig,
@@ -152,11 +139,12 @@ def _vllm_candidate(
     file: Footprint,
 ) -> Candidate | None:
     machine, drafts = request.machine, draft_count(outline)
-    with_drafts = vllm.place(file, machine, config, request.context, drafts) if drafts else None
-    placed = with_drafts or vllm.place(file, machine, config, request.context, 0)
+    scheme = _scheme_of(outline, recipe)
+    row, context = SCHEMES[scheme], request.context
+    with_drafts = vllm.place(file, machine, config, row, context, drafts) if drafts else None
+    placed = with_drafts or vllm.place(file, machine, config, row, context, 0)
     if placed is None:
         return None
-    scheme = recipe.scheme if recipe is not None else ("mxfp4" if has_fp4(outline) else "fp8")
     notes: list[str] = []
     if recipe is None:
         loss, cost = KnownLoss("exact", 0.0, 1.0), None
@@ -173,13 +161,30 @@ def _vllm_candidate(
     if machine.unified and machine.count > 1:
         notes.append("over the network between the boxes: start a Ray cluster first (vLLM's docs)")
     s = placed.serving
+    notes += _notes(placed, s.gpus)
+    extra = (*(("--enable-expert-parallel",) if placed.uncut else ()),)
+    if placed.tables.option:
+        extra += (placed.tables.option,)
     options = (
         f"--tensor-parallel-size {s.gpus}", f"--max-model-len {s.context}",
         f"--max-num-seqs {s.sequences}", f"--max-num-batched-tokens {s.batched_tokens}",
-        f"--gpu-memory-utilization {s.utilization:g}", "--kv-cache-dtype fp8",
+        f"--gpu-memory-utilization {s.utilization:g}", "--kv-cache-dtype fp8", *extra,
     )  # fmt: skip
     return Candidate(
         "vllm", recipe, scheme, file.total,
-        Where((placed.taken,) * s.gpus, 0, 0), placed.context_fits, loss, cost,
+        Where((placed.taken,) * s.gpus, placed.tables.host, 0), placed.context_fits, loss, cost,
         1 / placed.seconds, options, (), tuple(notes),
     )  # fmt: skip
+
+
+def _notes(placed: vllm.Served, gpus: int) -> Iterator[str]:
+    if placed.uncut:
+        yield f"{placed.uncut}: over {gpus} cards every card takes whole experts"
+    if placed.tables.host:
+        why = "" if placed.tables.option else ", rounded up to powers of two as pinned memory is"
+        yield (
+            f"the Engram's tables take {placed.tables.host / 1e9:.0f} GB of system memory{why}; "
+            "SGLang can read them from a file instead"
+        )
+    elif placed.tables.card:
+        yield "system memory is too small for the Engram's tables: each card holds its share"

@@ -1,17 +1,21 @@
 """Whether vLLM's cards hold a model, and with which options: its own exact rules.
 
-The rules are `v4quant_formats/engines/vllm_memory.py` (KV cache, buffers, what CUDA takes) and
-`vllm_split.py` (what is cut over cards and what every card holds). Here they are asked for batches
+The rules are `v4quant_formats/engines/vllm_memory.py` (KV cache, buffers, what CUDA takes),
+`vllm_split.py` (what is cut over cards and what every card holds) and `vllm_engram.py` (V4.1's
+tables, in the host's memory while they fit). Experts that cannot be cut by their width are dealt
+out whole. Here they are asked for batches
 from vLLM's own default down, because large batches can take more than the context does.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from v4quant.planner.footprint import Footprint
+from v4quant.planner.llama_cpp import memory_room
 from v4quant.planner.machines import Machine
 from v4quant_formats.engines.engine import V4_ATTENTION
+from v4quant_formats.engines.vllm_engram import TablePlace, table_places
 from v4quant_formats.engines.vllm_memory import (
     Serving,
     buffer_bytes,
@@ -19,8 +23,9 @@ from v4quant_formats.engines.vllm_memory import (
     kv_cache_bytes,
     runtime_estimate,
 )
-from v4quant_formats.engines.vllm_split import split_refusals, tile_refusals
+from v4quant_formats.engines.vllm_split import share_refusal, split_refusals, tile_refusals
 from v4quant_formats.model_config import ModelConfig
+from v4quant_kernels.scheme import Scheme
 
 _BATCHES = (8192, 4096, 2048, 1024, 512)
 _STEP = 1024
@@ -30,6 +35,7 @@ _STEP = 1024
 class Served:
     """How vLLM is started, what one card then holds, and the longest context that fits.
 
+    tables: where V4.1's Engram lies. uncut: why experts are dealt out whole, "" where they are cut.
     seconds: to read what one token needs; the cards read their shares at once.
     """
 
@@ -39,12 +45,14 @@ class Served:
     buffers: int
     runtime: int
     context_fits: int
+    tables: TablePlace
+    uncut: str
     seconds: float
 
     @property
     def taken(self) -> int:
         """Bytes of a card."""
-        return self.weights + self.kv_cache + self.buffers + self.runtime
+        return self.weights + self.kv_cache + self.buffers + self.runtime + self.tables.card
 
 
 def has_attention(machine: Machine) -> bool:
@@ -67,22 +75,41 @@ def parts_of(machine: Machine, config: ModelConfig) -> int:
 
 
 def place(
-    file: Footprint, machine: Machine, config: ModelConfig, context: int, drafts: int
+    file: Footprint,
+    machine: Machine,
+    config: ModelConfig,
+    scheme: Scheme,
+    context: int,
+    drafts: int,
 ) -> Served | None:
     """How vLLM serves `file` on `machine`, with `drafts` stages in the file; None: it cannot.
 
-    Draft stages are loaded only with speculative decoding, so 0 leaves their bytes out.
+    scheme: of the experts. Draft stages are loaded only with speculative decoding, so 0 leaves
+    their bytes out.
     """
     assert machine.card is not None
     parts = parts_of(machine, config)
     if not parts:
         return None
-    usual = default_batch(machine.card.nbytes)
-    for batch in [usual, *(b for b in _BATCHES if b < usual)]:
-        found = _served(file, machine, config, Serving(parts, context, batch), drafts)
-        if found is not None:
-            return found
+    uncut = share_refusal(config, parts, scheme)
+    if uncut and config.n_routed_experts % parts:
+        return None
+    usual, room = default_batch(machine.card.nbytes), memory_room(machine.ram)
+    for tables in table_places(config, parts):
+        if tables.host > room:
+            continue
+        for batch in [usual, *(b for b in _BATCHES if b < usual)]:
+            serving = Serving(parts, context, batch, expert_parallel=bool(uncut))
+            found = _served(file, machine, config, serving, drafts, tables)
+            if found is not None:
+                return replace(found, uncut=uncut)
     return None
+
+
+def host_bytes(machine: Machine, config: ModelConfig) -> int:
+    """The least of system memory with which V4.1's tables can stay off the cards."""
+    places = table_places(config, max(parts_of(machine, config), 1))
+    return min((p.host for p in places if not p.card), default=0)
 
 
 def smallest_card(file: Footprint, machine: Machine, config: ModelConfig, context: int) -> int:
@@ -93,10 +120,15 @@ def smallest_card(file: Footprint, machine: Machine, config: ModelConfig, contex
 
 
 def _served(
-    file: Footprint, machine: Machine, config: ModelConfig, serving: Serving, drafts: int
+    file: Footprint,
+    machine: Machine,
+    config: ModelConfig,
+    serving: Serving,
+    drafts: int,
+    tables: TablePlace,
 ) -> Served | None:
     assert machine.card is not None
-    usable = int(machine.card.nbytes * serving.utilization)
+    usable = int(machine.card.nbytes * serving.utilization) - tables.card
     weights = _weights(file, serving, drafts)
     if weights + _beside(config, serving, drafts) > usable:
         return None
@@ -104,7 +136,7 @@ def _served(
     low, high = serving.context // _STEP, -(-longest // _STEP)
     while low < high:
         middle = (low + high + 1) // 2
-        longer = Serving(serving.gpus, middle * _STEP, serving.batched_tokens)
+        longer = replace(serving, context=middle * _STEP)
         if weights + _beside(config, longer, drafts) <= usable:
             low = middle
         else:
@@ -115,7 +147,7 @@ def _served(
     return Served(
         serving, weights, kv_cache_bytes(config, serving, drafts),
         buffer_bytes(config, serving, drafts), runtime_estimate(serving),
-        max(low * _STEP, serving.context), read / machine.card.bandwidth,
+        max(low * _STEP, serving.context), tables, "", read / machine.card.bandwidth,
     )  # fmt: skip
 
 

@@ -10,6 +10,11 @@ with large batches that, not the context, is most of the cache. All of it is on 
 one latent serves all heads. The rules of grouping are those of
 `v1/core/kv_cache_planning.py`; `scripts/check_vllm_memory.py` compares with vLLM's own planner.
 
+V4.1's layers that own a cache have an entry and an index key every token or two, all layers windows
+in pages of 32, and nothing to sum up beyond a few tokens. Entries are counted as they are on sm90,
+584 bytes with 132 for a key: 1,790 bytes per token. On sm100 they take 528, or 288 with
+`--kv-cache-dtype nvfp4_ds_mla`. That count is an estimate: vLLM's planner was not run for it.
+
 **Buffers.** Rotary tables over the model's whole range, the indexer's choices, and the peak of one
 batch: hyper-connection streams, attention with heads padded to 64, or experts' intermediate rows,
 whichever is more; logits of sampling. Counted from the shapes vLLM's code allocates. The
@@ -30,6 +35,7 @@ UTILIZATION = 0.92
 
 _BLOCK = 256  # tokens of a block of compressed entries
 _WINDOW_PAGE, _CSA_PAGE, _HCA_PAGE = 64, 4, 8  # tokens of a page
+_V41_WINDOW_PAGE = 32
 _PAGE_BYTES = 576  # pages are multiples of this
 _SCALED = 64  # channels sharing a scale in an entry
 _INDEX_SCALE = 4
@@ -119,13 +125,32 @@ def kv_cache_bytes(config: ModelConfig, serving: Serving, drafts: int = 0) -> in
     return block * (blocks(in_flight) + others + 1)  # and one that nobody may have
 
 
-def _caches(config: ModelConfig, drafts: int) -> list[_Caches]:
-    kinds = Counter(layer.kind for layer in config.layers)
-    csa, hca = kinds["csa"], kinds["hca"]
+def _record_bytes(config: ModelConfig) -> tuple[int, int]:
+    """Bytes of an entry and of an index key."""
     rotary = config.qk_rope_head_dim
     plain = config.head_dim - rotary
     entry = plain + 2 * rotary + plain // _SCALED + 1
-    index = config.index_head_dim + config.index_head_dim // 128 * _INDEX_SCALE
+    return entry, config.index_head_dim + config.index_head_dim // 128 * _INDEX_SCALE
+
+
+def _v41_caches(config: ModelConfig, drafts: int) -> list[_Caches]:
+    entry, index = _record_bytes(config)
+    full: Counter[int] = Counter()
+    for layer in config.layers:
+        if layer.makes_entries:
+            full[_pages(_BLOCK // layer.ratio * entry)] += 1
+            full[_pages(_BLOCK // layer.ratio * index)] += 1
+    windows = Counter({_pages(_V41_WINDOW_PAGE * entry): config.num_hidden_layers + drafts})
+    window = _Caches(windows, _V41_WINDOW_PAGE, config.sliding_window)
+    return [_Caches(full, _BLOCK), window] if full else [window]
+
+
+def _caches(config: ModelConfig, drafts: int) -> list[_Caches]:
+    if config.v41 is not None:
+        return _v41_caches(config, drafts)
+    kinds = Counter(layer.kind for layer in config.layers)
+    csa, hca = kinds["csa"], kinds["hca"]
+    entry, index = _record_bytes(config)
     full = Counter({_pages(_BLOCK // CSA_RATIO * entry): csa})
     full[_pages(_BLOCK // CSA_RATIO * index)] += csa
     full[_pages(_BLOCK // HCA_RATIO * entry)] += hca
@@ -177,7 +202,10 @@ def buffer_bytes(config: ModelConfig, serving: Serving, drafts: int = 0) -> int:
     positions = config.max_position_embeddings
     lasting = len(compressed) * positions * config.qk_rope_head_dim * 4
     lasting += tokens * config.index_topk * 4 + (streams if drafts else 0)
-    entries = -(-serving.context // CSA_RATIO)
+    finest = CSA_RATIO
+    if config.v41 is not None:
+        finest = min((layer.ratio for layer in config.layers if layer.ratio), default=1)
+    entries = -(-serving.context // finest)
     attention = tokens * config.head_dim * 2 * (heads + 2 * max(_LEAST_HEADS, heads))
     attention += _PREFILL_CHUNK * (entries + config.sliding_window + tokens) * config.head_dim * 2
     attention += _LOGITS_BYTES if any(layer.makes_choice for layer in config.layers) else 0

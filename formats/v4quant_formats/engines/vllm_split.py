@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from v4quant_formats.deepseek_v4 import TensorName
 from v4quant_formats.model_config import Dimensions
+from v4quant_kernels.scheme import Scheme
 
 _SPLIT = ("wq_b", "wo_a", "wo_b", "embed", "head", "tok_emb", "attn_sink")
 
@@ -50,6 +51,20 @@ def tile_refusals(config: Dimensions, gpus: int, tile: int = 0) -> Iterator[str]
     for what, size in sizes.items():
         if gpus > 1 and size % gpus == 0 and (size // gpus) % tile:
             yield f"{what}: a share of {size // gpus} channels is not whole FP8 tiles of {tile}"
+
+
+def share_refusal(config: Dimensions, gpus: int, scheme: Scheme) -> str:
+    """Why experts in a scheme cannot be cut over so many GPUs by their width; "" where they can.
+
+    Whole experts are dealt out instead (`--enable-expert-parallel`).
+    """
+    scheme = scheme.tiled(config.fp8_tile)
+    group, share = scheme.group_size, config.moe_intermediate_size // gpus
+    if scheme.is_packed_integer:
+        group = math.lcm(group, 32 // math.gcd(32, scheme.bits))
+    if gpus == 1 or share % group == 0:
+        return ""
+    return f"an expert's share of {share} channels is no multiple of {scheme.name}'s {group}"
 
 
 def possible_splits(config: Dimensions, most: int = 64) -> list[int]:

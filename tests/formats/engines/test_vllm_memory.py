@@ -23,10 +23,12 @@ from v4quant_formats.engines.vllm_memory import (
 from v4quant_formats.engines.vllm_split import (
     is_split,
     possible_splits,
+    share_refusal,
     split_refusals,
     tile_refusals,
 )
 from v4quant_formats.model_config import ModelConfig, parse_model_config
+from v4quant_kernels.scheme import SCHEMES
 
 # Of V4-Flash, as vLLM's own log names them: bytes of a block of each group, tokens of a page.
 BLOCK = 1_002_240
@@ -95,6 +97,37 @@ def test_splits_that_are_refused() -> None:
     assert not list(tile_refusals(flash, 8)) and not list(tile_refusals(pro, 8))
     (problem,) = tile_refusals(pro, 16)
     assert "shared expert: a share of 192 channels" in problem
+
+
+def v41() -> ModelConfig:
+    return parse_model_config(make_config("v41", False, {}))
+
+
+def test_v41_owns_few_caches_and_many_windows() -> None:
+    """Four layers make entries and keys, three of them every second token: 2.5 of each a token."""
+    c = v41()
+    serving = Serving(8, 32768, 8192)
+    short, long = (kv_cache_bytes(c, replace(serving, context=n)) for n in (2**15, 2**20))
+    each = (long - short) / (2**20 - 2**15)
+    assert 2.5 * (584 + 132) <= each < 1.01 * 2.5 * (584 + 132)
+    # Windows of two batches in flight, in blocks that also hold entries.
+    in_flight = 40 * 584 * 2 * 8192
+    assert in_flight < short - each * 2**15 < 1.5 * in_flight
+    assert kv_cache_bytes(c, replace(serving, batched_tokens=512)) < short
+    assert buffer_bytes(c, serving) < buffer_bytes(c, replace(serving, context=2**20))
+
+
+def test_shares_of_v41s_experts() -> None:
+    """2304 channels: 4 cards have 576 each, which is no multiple of 128."""
+    c = v41()
+    assert share_refusal(c, 2, SCHEMES["int4-g128"]) == ""
+    assert "576 channels is no multiple of int4-g128's 128" in share_refusal(
+        c, 4, SCHEMES["int4-g128"]
+    )
+    assert "288 channels" in share_refusal(c, 8, SCHEMES["int2-g64"])
+    for scheme in ("mxfp4", "nvfp4", "fp8", "int4-g32", "int8-g32"):
+        assert share_refusal(c, 8, SCHEMES[scheme]) == "", scheme
+    assert share_refusal(config(), 8, SCHEMES["int4-g128"]) == ""
 
 
 @pytest.mark.parametrize(("gb", "tokens"), [(24, 2048), (80, 8192), (141, 8192), (180, 16384)])

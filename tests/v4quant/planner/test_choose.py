@@ -13,11 +13,14 @@ from click.testing import CliRunner
 from v4quant.builtin import TINY_V4, resolve_source
 from v4quant.cli import cli
 from v4quant.pipeline.recipe_file import load_pipeline
+from v4quant.planner import for_vllm
 from v4quant.planner.candidates import Candidate, Request
 from v4quant.planner.choose import Answer, choose
-from v4quant.planner.footprint import outline_release
+from v4quant.planner.footprint import footprint, outline_release
 from v4quant.planner.loss import Measured, known_loss, tiny_rows
-from v4quant.planner.machines import parse_machine, with_memory
+from v4quant.planner.machines import parse_cards, parse_machine, with_generation, with_memory
+from v4quant.recipe import Recipe
+from v4quant_formats.model_config import parse_model_config
 
 
 def ask(
@@ -83,6 +86,47 @@ def test_a100s_are_llama_cpps() -> None:
 def test_pro_on_eight_h200_is_the_release_and_on_h100_is_not() -> None:
     assert is_release(ask("pro", "8xh200").candidates[0])
     assert not any(is_release(c) for c in ask("pro", "8xh100").candidates)
+
+
+@pytest.mark.parametrize(
+    ("ram", "host", "option"),
+    [("512GB", 283.5e9, ""), ("256GB", 202.8e9, "use_thp"), ("128GB", 0, "cpu_offload")],
+)
+def test_v41s_tables_lie_where_there_is_room(ram: str, host: float, option: str) -> None:
+    best = ask("v41", "8xh100", ram).candidates[0]
+    assert best.engine == "vllm" and is_release(best) and best.loss.basis == "exact"
+    assert best.size == 510_286_023_000
+    assert best.where.memory == pytest.approx(host, rel=1e-3)
+    assert [o for o in best.options if o.startswith("--engram-config")] == [
+        f"--engram-config '{{\"{option}\": {'true' if host else 'false'}}}'" for _ in [0] if option
+    ]
+    # The other 307.5 GB over eight cards, and the tables' share where it is there.
+    weights = 307.5e9 / 8 + (0 if host else 202.8e9 / 8)
+    assert weights < best.where.cards[0] < weights + 10e9
+
+
+def test_v41_over_four_cards_takes_whole_experts_where_groups_do_not_divide() -> None:
+    """A share of 2304 channels is 576: groups of 128 do not fit it, groups of 64 do."""
+    outline = outline_release("v41")
+    config = parse_model_config(dict(outline.config))
+    machine = with_memory(with_generation(parse_cards("4x64GB"), "sm120"), "512GB", None)
+    request = Request(machine, 32768, "best", 16)
+    for scheme, uncut in (("int3-g128", True), ("int3-g64", False)):
+        recipe = Recipe(scheme, engine="vllm")
+        file = footprint(outline, recipe)
+        found = for_vllm.vllm_candidate(outline, request, config, recipe, file)
+        assert found is not None
+        assert ("--enable-expert-parallel" in found.options) == uncut
+        assert any("576 channels is no multiple" in note for note in found.notes) == uncut
+
+
+def test_v41_in_llama_cpp_has_its_tables_in_a_file_of_their_own() -> None:
+    best = ask("v41", "m3-ultra-512").candidates[0]
+    assert best.engine == "llama.cpp" and best.recipe is not None
+    assert best.recipe.engram == "q8_0" and any("Engram tables" in n for n in best.notes)
+    assert best.where.cards[0] < 310e9 and best.size > 500e9
+    done = CliRunner().invoke(cli, ["plan", "flash-v41", "--machine", "m3-ultra-512"])
+    assert done.exit_code == 0 and "--engram q8_0" in done.stdout
 
 
 def test_what_does_not_fit_is_told_what_would() -> None:

@@ -33,7 +33,7 @@ RECIPES = (
 )
 
 
-@pytest.mark.parametrize("release", ["flash", "flash-dspark", "pro-base"])
+@pytest.mark.parametrize("release", ["flash", "flash-dspark", "pro-base", "v41"])
 def test_a_few_experts_tell_the_bytes_of_all(tmp_path: Path, release: str) -> None:
     folder = make_small(tmp_path / "source", release, experts=12, headers_only=True)
     with open_checkpoint(folder) as source:
@@ -46,7 +46,12 @@ def test_a_few_experts_tell_the_bytes_of_all(tmp_path: Path, release: str) -> No
             found = footprint(outline, recipe)
             assert found.total == sum(s.nbytes for s in specs)
             names = {s.name: parse_name(s.name) for s in specs}
-            cut = [s for s in specs if (n := names[s.name]) and is_split(n)]
+            tables = [s for s in specs if ".engram.embed." in s.name]
+            cut = [s for s in specs if (n := names[s.name]) and is_split(n) and s not in tables]
+            assert found.tables == sum(s.nbytes for s in tables)
+            assert bool(tables) == (release == "v41")
+            whole = sum(s.nbytes for s in specs) - sum(s.nbytes for s in (*cut, *tables))
+            assert found.whole + found.whole_drafts == whole
             assert found.cut + found.cut_drafts == sum(s.nbytes for s in cut)
             layer = [s for s in specs if s.name.startswith("layers.2.")]
             experts = sum(s.nbytes for s in layer if ".ffn.experts." in s.name)
@@ -72,6 +77,7 @@ def test_built_in_inventories_have_the_published_sizes() -> None:
     """The totals of the releases' own indexes."""
     assert outline_release("flash").nbytes == 159_609_485_896
     assert outline_release("pro").nbytes == 864_704_792_696
+    assert outline_release("v41").nbytes == 510_286_023_000
     assert set(HUB_NAMES) == set(RELEASES)
 
 
@@ -79,4 +85,5 @@ def test_releases_go_by_several_names() -> None:
     assert release_named("flash") == "flash"
     assert release_named("DeepSeek-V4-Pro") == "pro"
     assert release_named("deepseek-ai/deepseek-v4-flash-0731") == "flash-dspark"
+    assert release_named("flash-v41") == release_named("DeepSeek-V4.1-Flash-1017") == "v41"
     assert release_named("./out") is None

@@ -13,6 +13,7 @@ from v4quant.planner.footprint import Footprint, LayerBytes, footprint, outline_
 from v4quant.planner.machines import GIB, parse_cards, parse_machine, with_memory
 from v4quant.recipe import Recipe
 from v4quant_formats.model_config import parse_model_config
+from v4quant_kernels.scheme import SCHEMES
 
 FLASH = outline_release("flash")
 DIMS = FLASH.dimensions
@@ -21,7 +22,7 @@ CONTEXT = 32768
 
 def made(layers: list[LayerBytes], embed: int, head: int) -> Footprint:
     total = sum(x.experts + x.rest for x in layers)
-    return Footprint(tuple(layers), embed, head, 0, 0, total, embed, 0, 0, 6 / 256)
+    return Footprint(tuple(layers), embed, head, 0, 0, 0, total, embed, 0, 0, 6 / 256)
 
 
 def fits(file: Footprint, room: int, count: int, offloaded: int) -> bool:
@@ -99,16 +100,16 @@ def test_disk_is_asked_for_only_where_memory_ends() -> None:
 @pytest.mark.parametrize("name", ["2xrtx-pro-6000", "8xh100"])
 def test_vllm_gets_what_its_own_rules_leave(name: str) -> None:
     machine, config = parse_machine(name), parse_model_config(dict(FLASH.config))
-    file = footprint(FLASH, Recipe("mxfp4"))
-    served = vllm.place(file, machine, config, CONTEXT, 1)
+    file, scheme = footprint(FLASH, Recipe("mxfp4")), SCHEMES["mxfp4"]
+    served = vllm.place(file, machine, config, scheme, CONTEXT, 1)
     assert served is not None and machine.card is not None
     usable = machine.card.nbytes * served.serving.utilization
     assert served.taken <= usable
     share = -(-(file.cut + file.cut_drafts) // machine.count) + file.whole + file.whole_drafts
     assert served.weights == share
-    longer = vllm.place(file, machine, config, served.context_fits, 1)
+    longer = vllm.place(file, machine, config, scheme, served.context_fits, 1)
     assert longer is not None
     if served.context_fits < config.max_position_embeddings:
-        beyond = vllm.place(file, machine, config, served.context_fits + 2048, 1)
+        beyond = vllm.place(file, machine, config, scheme, served.context_fits + 2048, 1)
         same = served.serving.batched_tokens
         assert beyond is None or beyond.serving.batched_tokens < same
