@@ -1,6 +1,7 @@
 """Source: what a SOURCE argument may be, and how it becomes a Checkpoint.
 
-A folder, `builtin:tiny-v4`, or a repository on the hub (`hf://owner/name[@revision]`).
+A folder, `builtin:tiny-v4`, or a repository on the hub (`hf://owner/name[@revision]`); of several
+GGUF quants in a folder or repository, `:QUANT` behind the name chooses one.
 """
 
 from __future__ import annotations

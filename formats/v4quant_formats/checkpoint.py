@@ -73,7 +73,8 @@ class Checkpoint:
     tools call otherwise, `written_config` the config.json as it stands, where that differs.
     `deltas` is an adapter that is merged while matrices are read. `carried()` makes the small
     files (tokenizer.json, ...) that a GGUF file holds as metadata. `beside` are .safetensors files
-    that lie there too and belong to no part of it.
+    that lie there too and belong to no part of it. `container` holds the headers, by file, of a
+    container that describes itself (GGUF).
     """
 
     path: Path
@@ -87,6 +88,7 @@ class Checkpoint:
     deltas: Deltas | None = field(default=None, repr=False, compare=False)
     carried: Callable[[], Mapping[str, bytes]] = field(default=dict, repr=False, compare=False)
     beside: tuple[str, ...] = ()
+    container: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def has_data(self) -> bool:

@@ -29,7 +29,8 @@ from v4quant_kernels.errors import OptionError
 
 PathLike = str | os.PathLike[str]
 SourceLike = PathLike | HubRef
-"""A checkpoint: its folder, `hf://owner/name[@revision]`, or `builtin:tiny-v4`."""
+"""A checkpoint: its folder, `hf://owner/name[@revision]`, or `builtin:tiny-v4`; `:QUANT` behind a
+folder or repository chooses among GGUF files."""
 Size = str | int | None
 """Bytes, or a text like "6GB"; None for no limit."""
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -201,7 +202,7 @@ def _output_file(file: str) -> str:
     # Always with an index, so that only the index, written last, makes the folder a checkpoint.
     if file == SINGLE_NAME:
         return "model-00001-of-00001.safetensors"
-    return file.removesuffix(".gguf") + ".safetensors" if file.endswith(".gguf") else file
+    return f"{PurePosixPath(file).stem}.safetensors" if file.endswith(".gguf") else file
 
 
 def _check_accounted(

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urljoin, urlsplit
@@ -67,6 +67,24 @@ class Remote:
         self.repo, self.commit, self.files, self.license = repo, commit, files, license
         self._api = api
         self._locations: dict[str, str] = {}
+        self._paths: Mapping[str, str] = {}
+
+    def picked(self, paths: Sequence[str]) -> Remote:
+        """The same commit with these files only, under their names without folders.
+
+        Raises HubError for two of one name.
+        """
+        by_name = {PurePosixPath(path).name: path for path in paths}
+        if len(by_name) != len(paths):
+            raise HubError(f"{self}: two of the chosen files have one name; give one of them")
+        files = {n: replace(self.files[path], name=n) for n, path in by_name.items()}
+        found = Remote(self._api, self.repo, self.commit, files, self.license)
+        found._paths = by_name
+        return found
+
+    def path_of(self, name: str) -> str:
+        """A file's path in the repository."""
+        return self._paths.get(name, name)
 
     def __str__(self) -> str:
         return f"hf://{self.repo}@{self.commit[:12]}"
@@ -112,7 +130,7 @@ class Remote:
         from huggingface_hub import constants, get_session
         from huggingface_hub.utils import build_hf_headers
 
-        home = f"{self._api.endpoint}/{self.repo}/resolve/{self.commit}/{quote(name)}"
+        home = f"{self._api.endpoint}/{self.repo}/resolve/{self.commit}/{quote(self.path_of(name))}"
         url = self._locations.get(name, home)
         for _ in range(_MAX_REDIRECTS):
             headers = build_hf_headers(token=self._api.token, library_name="v4quant")

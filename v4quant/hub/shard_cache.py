@@ -37,7 +37,7 @@ RANGE_SHARE = 16  # unless they have added up to this fraction of it
 _SLICES_AT_ONCE = 16
 _GAP, _LARGEST_SPAN = 16 * 2**10, 4 * 2**20  # between slices read as one, and of such a one
 _KEPT_SPAN, _KEPT_BYTES = 2**20, 16 * 2**20
-_NAME = re.compile(r"[0-9a-f]{16}-[^/]+\.safetensors(\.part)?")
+_NAME = re.compile(r"[0-9a-f]{16}-[^/]+\.(safetensors|gguf)(\.part)?")
 
 
 class DiskCapError(V4QuantError):

@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,6 +23,7 @@ from tempfile import mkdtemp
 from v4quant.hub.client import is_offline
 from v4quant.hub.download import download
 from v4quant.hub.errors import HubError, HubOffline
+from v4quant.hub.gguf_source import open_cached_gguf, open_remote_gguf, pick_gguf, takes_gguf
 from v4quant.hub.refs import SCHEME, HubRef, HubReferenceError, parse_hub
 from v4quant.hub.remote import Remote, open_remote, require
 from v4quant.hub.shard_cache import ShardCache, remove_shards
@@ -37,6 +38,7 @@ from v4quant_formats.checkpoint import (
 )
 from v4quant_formats.errors import FormatError, MissingShard, OutputError
 from v4quant_formats.folder_lock import locked_folder
+from v4quant_formats.gguf.quants import files_below
 from v4quant_formats.naming import understood
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.safetensors_header import parse_header
@@ -124,13 +126,22 @@ def _open_in(
         if told is not None and not known:
             remove_shards(folder / _skeleton_name(told.repo, told.commit) / SHARDS)
         _pin(folder, _Pin(ref.repo, ref.revision, remote.commit))
-    for name in _small_files(remote, headers_only):
+    if takes_gguf(ref, remote):
+        picked = pick_gguf(ref, remote)
+        _fetch_small(remote, [] if headers_only else _sidecars(remote), skeleton)
+        cached = _all_cached(picked)
+        return open_remote_gguf(picked, skeleton, skeleton / SHARDS, cap, cached, keep, lock)
+    _fetch_small(remote, _small_files(remote, headers_only), skeleton)
+    return _open_skeleton(remote, skeleton, skeleton / SHARDS, cap, keep, lock)
+
+
+def _fetch_small(remote: Remote, names: Sequence[str], skeleton: Path) -> None:
+    for name in names:
         cached = _cached(remote, name)
         if cached is not None:
             write_file_atomically(skeleton / name, cached.read_bytes())
         else:
             download(remote, remote.files[name], skeleton / name)
-    return _open_skeleton(remote, skeleton, skeleton / SHARDS, cap, keep, lock)
 
 
 def _skeleton_name(repo: str, commit: str) -> str:
@@ -146,7 +157,7 @@ def _open_skeleton(
     lock: ExitStack | None,
 ) -> Checkpoint:
     names = _shards_of(remote)
-    cached = {n: path for n in names if (path := _cached(remote, n)) is not None}
+    cached = _all_cached(remote, names)
     headers = _Headers(remote, skeleton, cached)
     written, stored = read_structure(skeleton, headers, names)
     config, tensors, renamed = understood(f"{remote}: config.json", written, stored)
@@ -224,7 +235,11 @@ def _small_files(remote: Remote, headers_only: bool) -> list[str]:
             )
     if headers_only:
         return list(limits)
-    return [*limits, *(f.name for f in remote.files.values() if _is_sidecar(f.name, f.size))]
+    return [*limits, *_sidecars(remote)]
+
+
+def _sidecars(remote: Remote) -> list[str]:
+    return [f.name for f in remote.files.values() if _is_sidecar(f.name, f.size)]
 
 
 def _is_sidecar(name: str, size: int) -> bool:
@@ -234,16 +249,23 @@ def _is_sidecar(name: str, size: int) -> bool:
     return name in ALLOWED_FILES or path.suffix in ALLOWED_FOLDERS.get(path.parts[0], ())
 
 
+def _all_cached(remote: Remote, names: Iterable[str] | None = None) -> dict[str, Path]:
+    """Those of the commit's files (None: of all) that the local hub cache holds whole."""
+    wanted = remote.files if names is None else names
+    return {n: path for n in wanted if (path := _cached(remote, n)) is not None}
+
+
 def _cached(remote: Remote, name: str) -> Path | None:
     """A file of this commit in the local hub cache, if it is whole."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(remote.repo, name, revision=remote.commit)
+    place = remote.path_of(name)
+    found = try_to_load_from_cache(remote.repo, place, revision=remote.commit)
     if not isinstance(found, str):
         return None
     path = Path(found)
     snapshot = path
-    for _ in PurePosixPath(name).parts:
+    for _ in PurePosixPath(place).parts:
         snapshot = snapshot.parent
     whole = path.is_file() and path.stat().st_size == remote.files[name].size
     return path if whole and path.resolve().is_relative_to(link_root(snapshot)) else None
@@ -251,13 +273,14 @@ def _cached(remote: Remote, name: str) -> Path | None:
 
 def _from_cache(ref: HubRef) -> Checkpoint:
     """The commit the local hub cache knows, when all of it is there. Raises HubOffline."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(ref.repo, "config.json", revision=ref.revision or "main")
+    snapshot = _snapshot(ref)
     missing = "nothing of it"
-    if isinstance(found, str):
-        snapshot = Path(found).parent
+    if snapshot is not None:
         try:
+            shards = (snapshot / "config.json").exists() and any(snapshot.glob("*.safetensors"))
+            if ref.quant or (not shards and files_below(snapshot)):
+                cached = open_cached_gguf(ref, snapshot)
+                return replace(cached, origin=Origin(ref.repo, snapshot.name))
             return replace(open_checkpoint(snapshot), origin=Origin(ref.repo, snapshot.name))
         except MissingShard as error:
             missing = f"not all of it ({error})"
@@ -265,6 +288,22 @@ def _from_cache(ref: HubRef) -> Checkpoint:
         f"{ref}: HF_HUB_OFFLINE is set and the local cache holds {missing}; unset it, or download "
         "the repository first"
     )
+
+
+def _snapshot(ref: HubRef) -> Path | None:
+    """The folder of a commit in the local hub cache."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    found = try_to_load_from_cache(ref.repo, "config.json", revision=ref.revision or "main")
+    if isinstance(found, str):
+        return Path(found).parent
+    # A cached repository of GGUF files need not have a config.json.
+    home = Path(constants.HF_HUB_CACHE) / f"models--{ref.repo.replace('/', '--')}"
+    revision = ref.revision or "main"
+    named = home / "refs" / revision
+    commit = read_small(named, _MAX_PIN_BYTES).decode().strip() if named.is_file() else revision
+    plain = re.fullmatch(r"[0-9a-f]{40,64}", commit) is not None
+    return home / "snapshots" / commit if plain and (home / "snapshots" / commit).is_dir() else None
 
 
 def _lock(folder: Path) -> ExitStack:

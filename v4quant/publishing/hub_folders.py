@@ -66,8 +66,11 @@ def find_folders(
     """
     remote = isinstance(source, HubRef)
     if isinstance(out, HubRef):
-        if out.revision:
-            raise HubReferenceError(f"{out}: conversions are published on main; leave '@' out")
+        if out.revision or out.quant:
+            raise HubReferenceError(
+                f"{out}: conversions are published on main, as their recipe calls them; leave out "
+                "what stands behind the repository's name"
+            )
         folder = scratch or Path(f"v4quant-{out.repo.replace('/', '--')}")
         check_folder(folder)
         fetched = _rank_folder(own_folder(folder, SOURCE_FOLDER), rank) if remote else None

@@ -18,7 +18,7 @@ from gguf import GGUFValueType, TokenType
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import UnknownTokenizer
 from v4quant_formats.gguf.file import Field
-from v4quant_formats.gguf.header import GgufHeader, read_gguf_header
+from v4quant_formats.gguf.header import GgufHeader
 from v4quant_formats.gguf.names import ARCHITECTURE, V41_ARCHITECTURE
 from v4quant_formats.gguf.tokenizer import PRE_TOKENIZERS, tokenizer_fields
 
@@ -34,10 +34,10 @@ _TEMPLATE = "tokenizer.chat_template"
 def trunk_header(checkpoint: Checkpoint) -> GgufHeader | None:
     """The header of the file with the model's metadata; None for other containers."""
     found: GgufHeader | None = None
-    for name in sorted(n for n in checkpoint.files if n.endswith(".gguf")):
+    for name in sorted(checkpoint.container):
         if "-of-" in name and "-00001-of-" not in name:
             continue
-        header = read_gguf_header(checkpoint.path / name)
+        header: GgufHeader = checkpoint.container[name]
         if header.metadata.get("general.architecture") in (ARCHITECTURE, V41_ARCHITECTURE):
             if not header.metadata.get(f"{ARCHITECTURE}.nextn_predict_layers"):
                 return header

@@ -10,7 +10,6 @@ with or without its draft stage in a file of its own.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -40,15 +39,15 @@ from v4quant_formats.gguf.names import (
     meaning_of,
     tensor_name,
 )
-from v4quant_formats.shard_files import FileState, LocalShards, file_state
+from v4quant_formats.gguf.quants import MAX_FILES, PART, SUFFIX, choose, files_below, split_quant
+from v4quant_formats.shard_files import FileState, LocalShards, ShardFiles, file_state
 from v4quant_formats.spec import DTYPE_BITS, TensorSpec
 
-SUFFIX = ".gguf"
-MAX_FILES = 1000
 MAX_EXPERTS = 99_999
 _MARKOV = "markov_w1.weight"
 _MeaningOf = Callable[[str], Meaning | None]
-_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+HeaderOf = Callable[[str], GgufHeader]
+FilesOf = Callable[[Sequence[str]], tuple[dict[str, FileState], ShardFiles]]
 
 
 @dataclass(frozen=True)
@@ -83,34 +82,87 @@ class _Model:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is to be opened here: a .gguf file, or a folder with some and no index."""
+    """Whether a path is to be opened here: a .gguf file, or a folder with some and no index, or
+    `FOLDER:QUANT`."""
+    if split_quant(path)[1]:
+        return True
     if path.is_file():
         return path.suffix == SUFFIX
     others = ("model.safetensors", "model.safetensors.index.json")
     if not path.is_dir() or any((path / name).exists() for name in others):
         return False
-    return next(path.glob("*" + SUFFIX), None) is not None
+    plain = next(path.glob("*" + SUFFIX), None) is not None
+    return plain or (not (path / "config.json").exists() and bool(files_below(path)))
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open a GGUF model. Raises MissingShard, UnexpectedTensor, DuplicateTensor, WrongMetadata,
-    UnsafePath, or what `read_gguf_header` raises.
+    """Open a GGUF model: a file, a folder with one, or `FOLDER:QUANT`. Raises MissingShard,
+    UnexpectedTensor, DuplicateTensor, WrongMetadata, UnsafePath, or what `read_gguf_header` raises.
     """
-    folder = path if path.is_dir() else path.parent
-    models = [_open_model(folder, names) for names in _file_groups(path)]
+    folder, quant = split_quant(path)
+    if folder.is_file():
+        folder, names = folder.parent, _parts_of(folder)
+    else:
+        names = sorted(p.name for p in folder.glob("*" + SUFFIX))
+        if quant or not names:
+            names = choose(files_below(folder), quant, str(folder))
+    return open_gguf_files(folder, names)
+
+
+def open_gguf_files(folder: Path, names: Sequence[str]) -> Checkpoint:
+    """Open these files of a folder, or of folders in it. Raises as `open_gguf` does."""
+    within = {(folder / name).parent for name in names}
+    if len(within) == 1:
+        folder, names = within.pop(), [Path(name).name for name in names]
+    for name in names:
+        check_link(folder, name)
+
+    def states(used: Sequence[str]) -> tuple[dict[str, FileState], ShardFiles]:
+        files = {name: file_state((folder / name).stat()) for name in used}
+        return files, LocalShards(folder, files)
+
+    return assemble_gguf(folder, names, lambda name: read_gguf_header(folder / name), states)
+
+
+def _parts_of(path: Path) -> list[str]:
+    """The names of all parts of the model that a file is one of."""
+    [names] = _groups([path.name], str(path.parent))
+    for name in names:
+        if not (path.parent / name).is_file():
+            raise MissingShard(f"{path.parent / name}: missing; all {len(names)} parts are needed")
+    return names
+
+
+def assemble_gguf(
+    folder: Path, names: Sequence[str], header_of: HeaderOf, files_of: FilesOf
+) -> Checkpoint:
+    """The checkpoint that .gguf files make up, wherever they lie.
+
+    folder: what the checkpoint is called, and where files beside the model are looked for.
+    header_of(name) reads a header, files_of(names) tells sizes and gives the bytes.
+    """
+    if len(names) > MAX_FILES:
+        raise FormatError(f"{folder}: holds more than {MAX_FILES} .gguf files")
+    groups = _groups(names, str(folder))
+    for missing in {name for group in groups for name in group} - set(names):
+        raise MissingShard(f"{folder / missing}: missing; all parts are needed")
+    models = [_open_model(folder, group, header_of) for group in groups]
     models = [m for m in models if not m.is_beside]
     if not models:
         raise FormatError(
-            f"{path}: holds no model, only what lies beside one (an importance matrix, a vision "
+            f"{folder}: holds no model, only what lies beside one (an importance matrix, a vision "
             "tower); give the model as the source, and an importance matrix to --stats"
         )
     trunks = [m for m in models if not m.is_draft]
     drafts = [m for m in models if m.is_draft]
     if len(trunks) > 1 or len(drafts) > 1:
-        names = ", ".join(sorted(next(iter(m.files)) for m in models)[:4])
-        raise FormatError(f"{path}: holds several models ({names}); give one of the files")
+        choose(names, "", str(folder))  # tells what can be chosen, where names say so
+        told = ", ".join(sorted(next(iter(m.files)) for m in models)[:4])
+        raise FormatError(f"{folder}: holds several models ({told}); give one of the files")
     if not trunks and drafts[0].is_dspark:
-        raise FormatError(f"{path}: holds DSpark's stages only; give their folder, with the model")
+        raise FormatError(
+            f"{folder}: holds DSpark's stages only; give their folder, with the model"
+        )
     main, _ = _config(folder, (trunks or drafts)[0])
     tensors: dict[str, TensorSpec] = {}
     for model in [*trunks, *drafts]:
@@ -122,10 +174,7 @@ def open_gguf(path: Path) -> Checkpoint:
                     f"{folder}: '{spec.name}' is in {tensors[spec.name].file} and in {spec.file}"
                 )
             tensors[spec.name] = spec
-    files: dict[str, FileState] = {}
-    for model in models:
-        files |= {name: file_state((folder / name).stat()) for name in model.files}
-    shards = LocalShards(folder, files)
+    files, shards = files_of([name for model in models for name in model.files])
     where, metadata = _where(folder, models[0]), (trunks or drafts)[0].metadata
     return Checkpoint(
         folder,
@@ -134,6 +183,7 @@ def open_gguf(path: Path) -> Checkpoint:
         files,
         shards,
         carried=lru_cache(maxsize=1)(lambda: carried_files(metadata, where)),
+        container=MappingProxyType({n: h for model in models for n, h in model.files.items()}),
     )
 
 
@@ -186,34 +236,24 @@ def _counted(model: _Model) -> Mapping[str, Any]:
     return {**model.metadata, **{f"{ARCHITECTURE}.{k}": v for k, v in said.items()}}
 
 
-def _file_groups(path: Path) -> list[list[str]]:
-    """Names of the files of each model at a path, in order of parts."""
-    folder = path if path.is_dir() else path.parent
-    found = sorted(p.name for p in folder.glob("*" + SUFFIX)) if path.is_dir() else [path.name]
-    if len(found) > MAX_FILES:
-        raise FormatError(f"{folder}: holds more than {MAX_FILES} .gguf files")
+def _groups(names: Sequence[str], where: str) -> list[list[str]]:
+    """Names of the files of each model, in order of parts."""
     groups: dict[str, list[str]] = {}
-    for name in found:
-        match = _PART.fullmatch(name)
+    for name in names:
+        match = PART.fullmatch(name)
         if match is None:
             groups[name] = [name]
             continue
         count = int(match[3])
         if not 1 <= count <= MAX_FILES:
-            raise FormatError(f"{folder / name}: its name says {count} parts")
+            raise FormatError(f"{where}: {name}: its name says {count} parts")
         parts = [f"{match[1]}-{i:05d}-of-{match[3]}{SUFFIX}" for i in range(1, count + 1)]
-        for part in parts:
-            if not (folder / part).is_file():
-                raise MissingShard(f"{folder / part}: missing; all {count} parts are needed")
         groups[parts[0]] = parts
-    for names in groups.values():
-        for name in names:
-            check_link(folder, name)
     return list(groups.values())
 
 
-def _open_model(folder: Path, names: Sequence[str]) -> _Model:
-    files = {name: read_gguf_header(folder / name) for name in names}
+def _open_model(folder: Path, names: Sequence[str], header_of: HeaderOf) -> _Model:
+    files = {name: header_of(name) for name in names}
     total = sum(len(h.tensors) for h in files.values())
     for number, (name, header) in enumerate(files.items()):
         said = [header.metadata.get(f"split.{k}", d) for k, d in (("no", 0), ("count", 1))]

@@ -88,11 +88,17 @@ def read_gguf_header(path: Path) -> GgufHeader:
         if path.exists() and not path.is_file():
             raise FormatError(f"{path}: is not a regular file")
         with path.open("rb") as file:
-            return _read(_Cursor(path, file, os.fstat(file.fileno()).st_size))
+            return parse_gguf_header(path, file, os.fstat(file.fileno()).st_size)
     except FileNotFoundError:
         raise MissingShard(f"{path}: file is missing") from None
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def parse_gguf_header(path: Path, file: BinaryIO, size: int) -> GgufHeader:
+    """The header of a file of `size` bytes that is read from elsewhere; raises as
+    `read_gguf_header` does."""
+    return _read(_Cursor(path, file, size))
 
 
 class _Cursor:
