@@ -278,7 +278,8 @@ def test_dense_matrices_in_block_types(converted: Convert) -> None:
 
 def test_choices_that_make_no_sense() -> None:
     for wrong in ({"dense": "q9"}, {"split_size": "10"}, {"split_size": "many"}):
-        with pytest.raises((RecipeError, SizeError), match=r"'q9'|is below|is not a size"):
+        told = r"'q9'|is below|is not a size|has no unit"
+        with pytest.raises((RecipeError, SizeError), match=told):
             Recipe("mxfp4", "gguf", **wrong)
     with pytest.raises(UnsupportedPair, match=r"cannot be written for vllm: GGUF files are"):
         Recipe("q4_k", engine="vllm")
