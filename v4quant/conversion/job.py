@@ -9,9 +9,7 @@ because every unit is computed alone, in fixed pieces.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 import shutil
 import time
 from collections import Counter
@@ -24,8 +22,8 @@ from typing import Any
 
 import torch
 
-from v4quant import __version__
 from v4quant.conversion.delivery import Delivery, LocalDelivery
+from v4quant.conversion.finish import finish_folder, travelling_sidecars
 from v4quant.conversion.journal import (
     FinishedShard,
     Journal,
@@ -37,29 +35,20 @@ from v4quant.conversion.journal import (
 from v4quant.conversion.plan import Plan
 from v4quant.conversion.ranks import Ranks
 from v4quant.conversion.records import TensorRecord, record_from_dict
-from v4quant.conversion.size_by_role import byte_classes, warn_of_growth
+from v4quant.conversion.size_by_role import warn_of_growth
 from v4quant.conversion.unit import convert_unit
 from v4quant.conversion.units import ShardPlan
 from v4quant.own_folders import FOLDER, make_home
 from v4quant_calibration.solve.solution import Evidence
-from v4quant_formats.adapter import Adapter
-from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.deepseek_v4 import detect_release
-from v4quant_formats.errors import OutputError, SourceChanged
+from v4quant_formats.errors import OutputError
 from v4quant_formats.manifest import (
     MANIFEST_NAME,
-    MANIFEST_VERSION,
-    index_json,
-    to_json,
 )
 from v4quant_formats.shards import (
     ShardWriter,
-    WrittenFile,
     remove_leftovers,
     temporary_path,
-    write_file_atomically,
 )
-from v4quant_formats.sidecars import find_sidecars, read_sidecar
 from v4quant_formats.system import peak_rss_bytes
 from v4quant_kernels.progress import Progress, SilentProgress
 
@@ -114,7 +103,7 @@ def run_job(
             return _result(plan, out, complete, started)
         if ranks.is_first:
             warn_of_growth(plan)
-        sidecars = _find_sidecars(plan.checkpoint)
+        sidecars = travelling_sidecars(plan.checkpoint)
         sizes = {s.file: s.nbytes for s in plan.shards}
         journal = Journal(out, plan.digest, sizes, ranks.run, ranks.rank, delivery.has)
         if ranks.is_first:
@@ -137,7 +126,7 @@ def run_job(
         journal.refresh()
         shards = [journal.finished[s.file] for s in plan.shards]
         if ranks.is_first:
-            delivery.finish(out, _finish(plan, out, shards, sidecars))
+            delivery.finish(out, finish_folder(plan, out, shards, sidecars))
             journal.remove()
         ranks.barrier()
     return _result(plan, out, [r for s in shards for r in s.records], started)
@@ -318,124 +307,6 @@ def _cancel(futures: Iterable[Future[Any]]) -> None:
 def _one_thread() -> None:
     # Per thread in torch: fixed partitioning keeps sums, and so bytes, the same for any workers.
     torch.set_num_threads(1)
-
-
-def _sidecar(checkpoint: Checkpoint, name: str) -> bytes:
-    """A small file from the folder, or else from a GGUF file's metadata. Raises FormatError."""
-    made = checkpoint.carried().get(name)
-    if made is None or (checkpoint.path / name).is_file():
-        return read_sidecar(checkpoint.path, name)
-    return made
-
-
-def _find_sidecars(checkpoint: Checkpoint) -> list[WrittenFile]:
-    """What will travel with the checkpoint, decided before the work. Raises FormatError."""
-    found = []
-    for name in sorted({*find_sidecars(checkpoint.path), *checkpoint.carried()}):
-        data = _sidecar(checkpoint, name)
-        found.append(WrittenFile(name, len(data), hashlib.sha256(data).hexdigest()))
-    return found
-
-
-def _finish(
-    plan: Plan, out: Path, shards: list[FinishedShard], sidecars: list[WrittenFile]
-) -> dict[str, Any]:
-    """Write sidecars, config, manifest and, last, the index, if any; the manifest.
-
-    Raises SourceChanged when a sidecar is no longer what it was when the work began.
-    """
-    files = [s.file for s in shards]
-    folder = plan.checkpoint.path
-    for sidecar in sidecars:
-        data = _sidecar(plan.checkpoint, sidecar.name)
-        if hashlib.sha256(data).hexdigest() != sidecar.sha256:
-            raise SourceChanged(
-                f"{folder / sidecar.name}: changed during the conversion; the same command goes on "
-                "with what it is now"
-            )
-        write_file_atomically(out / sidecar.name, data)
-        files.append(sidecar)
-    files.append(write_file_atomically(out / "config.json", to_json(plan.output_config())))
-    index = _index(plan)
-    if index:
-        name = plan.recipe.layout.index
-        files.append(WrittenFile(name, len(index), hashlib.sha256(index).hexdigest()))
-    manifest = _manifest(plan, files, [r for s in shards for r in s.records])
-    write_file_atomically(out / MANIFEST_NAME, to_json(manifest))
-    if index:
-        write_file_atomically(out / plan.recipe.layout.index, index)
-    return manifest
-
-
-def _index(plan: Plan) -> bytes:
-    if not plan.recipe.layout.index:
-        return b""
-    specs = [(spec, shard.file) for shard in plan.shards for spec in shard.outputs]
-    return index_json({s.name: f for s, f in specs}, sum(s.nbytes for s, _ in specs))
-
-
-def _manifest(plan: Plan, files: list[WrittenFile], records: list[TensorRecord]) -> dict[str, Any]:
-    experts = {
-        next(iter(s.parts.values())).dtype
-        for u in plan.units
-        if u.action == "experts"
-        for s in u.sources
-    }
-    release = detect_release(
-        plan.checkpoint.tensors, experts, str(plan.checkpoint.config.get("model_type", ""))
-    )
-    return {
-        "manifest_version": MANIFEST_VERSION,
-        "tool": {
-            "v4quant": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "source": {
-            **_source_name(plan.checkpoint),
-            "release": release,
-            "digest": plan.source_digest,
-            "tensors": len(plan.checkpoint.tensors),
-            "bytes": plan.checkpoint.nbytes,
-        },
-        **_adapter(plan.checkpoint),
-        "recipe": plan.recipe.as_dict(),
-        "stats": plan.stats_digest or None,
-        "plan": plan.digest,
-        "files": [{"name": f.name, "bytes": f.nbytes, "sha256": f.sha256} for f in files],
-        "experts": _expert_kinds(records),
-        "classes": [vars(c) for c in byte_classes(plan)],
-        "dropped": [{"name": d.name, "reason": d.reason} for d in plan.dropped],
-        "tensors": [r.as_dict() for r in records],
-    }
-
-
-def _adapter(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The adapter that was merged, with the Frobenius norm of what it added to each matrix."""
-    deltas = checkpoint.deltas
-    if not isinstance(deltas, Adapter):
-        return {}
-    norms = {m: float(f"{n:.6g}") for m, n in deltas.norms().items()}
-    facts = {"name": deltas.path.resolve().name, "digest": deltas.digest, "norms": norms}
-    return {"adapter": facts}
-
-
-def _expert_kinds(records: list[TensorRecord]) -> dict[str, int]:
-    """How the source stores its experts' matrices: how many of each kind."""
-    kinds = Counter(
-        f"{r.source}, values of {r.grid}" if r.grid else r.source
-        for r in records
-        if ".ffn.experts." in r.module
-    )
-    return dict(kinds.most_common())
-
-
-def _source_name(checkpoint: Checkpoint) -> dict[str, str]:
-    origin = checkpoint.origin
-    if origin is None:
-        return {"name": checkpoint.path.resolve().name}
-    told = {"repo": origin.repo, "revision": origin.revision, "license": origin.license}
-    return {"name": origin.repo.partition("/")[2], **{k: v for k, v in told.items() if v}}
 
 
 def _result(plan: Plan, out: Path, records: list[TensorRecord], started: float) -> JobResult:

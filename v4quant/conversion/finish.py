@@ -1,0 +1,146 @@
+"""What makes a folder of shards a checkpoint: sidecars, config, manifest and, last, the index.
+
+The index, or where a layout has none the manifest, is written when everything else has its name, so
+that a folder without it is never taken for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from v4quant import __version__
+from v4quant.conversion.journal import FinishedShard
+from v4quant.conversion.plan import Plan
+from v4quant.conversion.records import TensorRecord
+from v4quant.conversion.size_by_role import byte_classes
+from v4quant_formats.adapter import Adapter
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.deepseek_v4 import detect_release
+from v4quant_formats.errors import SourceChanged
+from v4quant_formats.manifest import MANIFEST_NAME, MANIFEST_VERSION, index_json, to_json
+from v4quant_formats.shards import WrittenFile, write_file_atomically
+from v4quant_formats.sidecars import find_sidecars, read_sidecar
+
+
+def _sidecar(checkpoint: Checkpoint, name: str) -> bytes:
+    """A small file from the folder, or else from a GGUF file's metadata. Raises FormatError."""
+    made = checkpoint.carried().get(name)
+    if made is None or (checkpoint.path / name).is_file():
+        return read_sidecar(checkpoint.path, name)
+    return made
+
+
+def travelling_sidecars(checkpoint: Checkpoint) -> list[WrittenFile]:
+    """What will travel with the checkpoint, decided before the work. Raises FormatError."""
+    found = []
+    for name in sorted({*find_sidecars(checkpoint.path), *checkpoint.carried()}):
+        data = _sidecar(checkpoint, name)
+        found.append(WrittenFile(name, len(data), hashlib.sha256(data).hexdigest()))
+    return found
+
+
+def finish_folder(
+    plan: Plan, out: Path, shards: list[FinishedShard], sidecars: list[WrittenFile]
+) -> dict[str, Any]:
+    """Write sidecars, config, manifest and, last, the index, if any; the manifest.
+
+    Raises SourceChanged when a sidecar is no longer what it was when the work began.
+    """
+    files = [s.file for s in shards]
+    folder = plan.checkpoint.path
+    for sidecar in sidecars:
+        data = _sidecar(plan.checkpoint, sidecar.name)
+        if hashlib.sha256(data).hexdigest() != sidecar.sha256:
+            raise SourceChanged(
+                f"{folder / sidecar.name}: changed during the conversion; the same command goes on "
+                "with what it is now"
+            )
+        write_file_atomically(out / sidecar.name, data)
+        files.append(sidecar)
+    files.append(write_file_atomically(out / "config.json", to_json(plan.output_config())))
+    index = _index(plan)
+    if index:
+        name = plan.recipe.layout.index
+        files.append(WrittenFile(name, len(index), hashlib.sha256(index).hexdigest()))
+    manifest = _manifest(plan, files, [r for s in shards for r in s.records])
+    write_file_atomically(out / MANIFEST_NAME, to_json(manifest))
+    if index:
+        write_file_atomically(out / plan.recipe.layout.index, index)
+    return manifest
+
+
+def _index(plan: Plan) -> bytes:
+    if not plan.recipe.layout.index:
+        return b""
+    specs = [(spec, shard.file) for shard in plan.shards for spec in shard.outputs]
+    return index_json({s.name: f for s, f in specs}, sum(s.nbytes for s, _ in specs))
+
+
+def _manifest(plan: Plan, files: list[WrittenFile], records: list[TensorRecord]) -> dict[str, Any]:
+    experts = {
+        next(iter(s.parts.values())).dtype
+        for u in plan.units
+        if u.action == "experts"
+        for s in u.sources
+    }
+    release = detect_release(
+        plan.checkpoint.tensors, experts, str(plan.checkpoint.config.get("model_type", ""))
+    )
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "tool": {
+            "v4quant": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "source": {
+            **_source_name(plan.checkpoint),
+            "release": release,
+            "digest": plan.source_digest,
+            "tensors": len(plan.checkpoint.tensors),
+            "bytes": plan.checkpoint.nbytes,
+        },
+        **_adapter(plan.checkpoint),
+        "recipe": plan.recipe.as_dict(),
+        "stats": plan.stats_digest or None,
+        "plan": plan.digest,
+        "files": [{"name": f.name, "bytes": f.nbytes, "sha256": f.sha256} for f in files],
+        "experts": _expert_kinds(records),
+        "classes": [vars(c) for c in byte_classes(plan)],
+        "dropped": [{"name": d.name, "reason": d.reason} for d in plan.dropped],
+        "tensors": [r.as_dict() for r in records],
+    }
+
+
+def _adapter(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The adapter that was merged, with the Frobenius norm of what it added to each matrix."""
+    deltas = checkpoint.deltas
+    if not isinstance(deltas, Adapter):
+        return {}
+    norms = {m: float(f"{n:.6g}") for m, n in deltas.norms().items()}
+    facts = {"name": deltas.path.resolve().name, "digest": deltas.digest, "norms": norms}
+    return {"adapter": facts}
+
+
+def _expert_kinds(records: list[TensorRecord]) -> dict[str, int]:
+    """How the source stores its experts' matrices: how many of each kind."""
+    kinds = Counter(
+        f"{r.source}, values of {r.grid}" if r.grid else r.source
+        for r in records
+        if ".ffn.experts." in r.module
+    )
+    return dict(kinds.most_common())
+
+
+def _source_name(checkpoint: Checkpoint) -> dict[str, str]:
+    origin = checkpoint.origin
+    if origin is None:
+        return {"name": checkpoint.path.resolve().name}
+    told = {"repo": origin.repo, "revision": origin.revision, "license": origin.license}
+    return {"name": origin.repo.partition("/")[2], **{k: v for k, v in told.items() if v}}
