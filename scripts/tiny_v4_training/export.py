@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,20 @@ def write_release(
     trunk, mtp: state dicts of `DeepseekV4ForCausalLM` and `MtpStage`. tokenizer: folder of the
     tokenizer_config.json to copy. Raises NonFiniteWeight when training diverged.
     """
+    return write_folder(
+        out, raw, [dict(s) for s in _shards(raw, trunk, mtp)], tokenizer, tokenizer_json
+    )
+
+
+def write_folder(
+    out: Path,
+    raw: Mapping[str, Any],
+    shards: Sequence[Mapping[str, Tensor]],
+    tokenizer: Path,
+    tokenizer_json: str,
+) -> int:
+    """Write shards and what lies beside them; the tensors' bytes. The index is written last."""
     out.mkdir(parents=True, exist_ok=True)
-    shards = [dict(s) for s in _shards(raw, trunk, mtp)]
     weight_map: dict[str, str] = {}
     total = 0
     for number, tensors in enumerate(shards, start=1):

@@ -5,8 +5,6 @@ A shard above `SHARD_BYTES` is cut between tensors, so that no file of the folde
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiny_v4_training.export import GENERATION_CONFIG
+from tiny_v4_training.export import write_folder
 from tiny_v4_training.v41_formats import e8m0, fp4, fp8_rows, fp8_tiles, kind
-from v4quant_formats.shards import ShardWriter, plan_shard, write_file_atomically
-from v4quant_formats.spec import DTYPE_NAMES, TensorSpec
 
 SHARD_BYTES = 2_000_000
 
@@ -31,27 +27,8 @@ def write_v41_release(
     tokenizer_json: str,
 ) -> int:
     """Write a checkpoint folder and return its tensor bytes; the index is written last."""
-    out.mkdir(parents=True, exist_ok=True)
     shards = [part for shard in _shards(raw, trunk, draft) for part in _cut(shard)]
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, tensors in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        specs = [TensorSpec(n, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
-        writer = ShardWriter(out / name, plan_shard(specs))
-        for tensor_name, tensor in tensors.items():
-            writer.add(tensor_name, tensor)
-        writer.close()
-        weight_map |= dict.fromkeys(tensors, name)
-        total += sum(s.nbytes for s in specs)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    files = {"config.json": raw, "generation_config.json": GENERATION_CONFIG}
-    files["model.safetensors.index.json"] = index
-    shutil.copyfile(tokenizer / "tokenizer_config.json", out / "tokenizer_config.json")
-    write_file_atomically(out / "tokenizer.json", tokenizer_json.encode())
-    for name, value in files.items():
-        write_file_atomically(out / name, (json.dumps(value, indent=2) + "\n").encode())
-    return total
+    return write_folder(out, raw, shards, tokenizer, tokenizer_json)
 
 
 def stored(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from tests.support.tiny_training import ROOT, prose, script_rooms, seeded, train
 from v4quant_formats.deepseek_v4 import expected_modules, split_part
 from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.opening import open_checkpoint
@@ -23,24 +19,9 @@ from v4quant_kernels.codec import dequantize
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import SCHEMES
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "v4quant" / "data" / "tiny-v4"
-WORDS = [chr(97 + i % 26) + "aeiou"[i % 5] + "nrst"[i % 4] for i in range(60)]
-
-
-@pytest.fixture(autouse=True)
-def _scripts_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    yield
-    torch.set_num_threads(threads)
-
-
-def seeded() -> torch.Generator:
-    seed = secrets.randbits(31)
-    sys.stdout.write(f"seed {seed}\n")
-    return torch.Generator().manual_seed(seed)
+pytestmark = pytest.mark.usefixtures("script_rooms")
+__all__ = ["script_rooms"]  # a fixture, which pytest finds by its name
 
 
 def toy_config() -> dict[str, Any]:
@@ -61,26 +42,12 @@ def toy_config() -> dict[str, Any]:
     return config
 
 
-def prose(generator: torch.Generator, words: int) -> str:
-    picks = torch.randint(len(WORDS), (words,), generator=generator).tolist()
-    return " ".join(WORDS[i] for i in picks)
-
-
 def test_from_text_to_a_loadable_checkpoint(tmp_path: Path) -> None:
     """Run the script; transformers and our reader must agree about what it wrote."""
     generator = seeded()
-    (tmp_path / "config.json").write_text(json.dumps(toy_config()))
-    (tmp_path / "train.txt").write_text(prose(generator, 3000))
-    (tmp_path / "held.txt").write_text(prose(generator, 600))
+    options = ["--window", "256", "--tokens-per-step", "256"]
+    train(tmp_path, toy_config(), generator, (3000, 600), options)
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "scripts" / "train_tiny_v4.py"), "--out", str(out)]
-    command += ["--steps", "2", "--only-given-text", "--text", str(tmp_path / "train.txt")]
-    command += ["--heldout", str(tmp_path / "held.txt"), "--config", str(tmp_path / "config.json")]
-    command += ["--window", "256", "--tokens-per-step", "256", "--heldout-windows", "2"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert run.returncode == 0, run.stderr
-    assert "held.txt: perplexity" in run.stdout
 
     with open_checkpoint(out) as checkpoint:
         config = parse_model_config(dict(checkpoint.config))

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +12,13 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from tests.support.tiny_training import ROOT, script_rooms, seeded, train
 from v4quant_kernels.codec import dequantize, quantize
 from v4quant_kernels.scheme import SCHEMES
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "v4quant" / "data" / "tiny-v41"
-WORDS = [chr(97 + i % 26) + "aeiou"[i % 5] + "nrst"[i % 4] for i in range(60)]
-
-
-@pytest.fixture(autouse=True)
-def _scripts_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    yield
-    torch.set_num_threads(threads)
-
-
-def seeded() -> torch.Generator:
-    seed = secrets.randbits(31)
-    sys.stdout.write(f"seed {seed}\n")
-    return torch.Generator().manual_seed(seed)
+pytestmark = pytest.mark.usefixtures("script_rooms")
+__all__ = ["script_rooms"]  # a fixture, which pytest finds by its name
 
 
 def toy_config() -> dict[str, Any]:
@@ -77,27 +59,13 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(TINY / "tokenizer.json"))
 
 
-def prose(generator: torch.Generator, words: int) -> str:
-    picks = torch.randint(len(WORDS), (words,), generator=generator).tolist()
-    return " ".join(WORDS[i] for i in picks)
-
-
 def test_from_text_to_files_that_read_back(tmp_path: Path) -> None:
     generator = seeded()
     config = toy_config()
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "train.txt").write_text(prose(generator, 2000))
-    (tmp_path / "held.txt").write_text(prose(generator, 300))
+    options = ["--tokenizer", str(TINY), "--window", "64", "--tokens-per-step", "64"]
+    told = train(tmp_path, config, generator, (2000, 300), options)
+    assert "without the Engram" in told
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "scripts" / "train_tiny_v4.py"), "--out", str(out)]
-    command += ["--steps", "2", "--only-given-text", "--text", str(tmp_path / "train.txt")]
-    command += ["--heldout", str(tmp_path / "held.txt"), "--config", str(tmp_path / "config.json")]
-    command += ["--tokenizer", str(TINY), "--window", "64", "--tokens-per-step", "64"]
-    command += ["--heldout-windows", "2"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert run.returncode == 0, run.stderr
-    assert "held.txt: perplexity" in run.stdout and "without the Engram" in run.stdout
 
     assert json.loads((out / "config.json").read_text()) == config
     tensors: dict[str, torch.Tensor] = {}

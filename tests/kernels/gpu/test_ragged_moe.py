@@ -31,21 +31,6 @@ EIGHT_BITS = [("mxfp4", "fp8"), ("fp8", "fp8"), ("mxfp4", "native"), ("mxfp4", "
               ("mxfp8", "native")]  # fmt: skip
 
 
-@pytest.fixture
-def gpu() -> Any:
-    pytest.importorskip("triton")
-    from v4quant_kernels.gpu import moe
-
-    return moe
-
-
-@pytest.fixture
-def device(gpu: Any) -> str:
-    from v4quant_kernels.gpu.interpreter import interpreting
-
-    return "cpu" if interpreting() else "cuda"
-
-
 def experts_of(
     inner: str, outer: str, hidden: int, width: int, rng: torch.Generator
 ) -> ExpertWeights:

@@ -27,13 +27,6 @@ def gpu() -> Any:
     return indexer
 
 
-@pytest.fixture
-def device(gpu: Any) -> str:
-    from v4quant_kernels.gpu.interpreter import interpreting
-
-    return "cpu" if interpreting() else "cuda"
-
-
 def vectors(tokens: int, heads: int, keys: int, rng: torch.Generator, dim: int = 128) -> Vectors:
     """Random codes, scale bytes from 1 to 253 within reach of float32 products, any positions."""
 

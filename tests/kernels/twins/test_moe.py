@@ -37,21 +37,6 @@ SIZES = {
 }
 
 
-@pytest.fixture
-def gpu() -> Any:
-    pytest.importorskip("triton")
-    from v4quant_kernels.gpu import moe
-
-    return moe
-
-
-@pytest.fixture
-def device(gpu: Any) -> str:
-    from v4quant_kernels.gpu.interpreter import interpreting
-
-    return "cpu" if interpreting() else "cuda"
-
-
 def sizes(scheme: str) -> tuple[int, int]:
     """(hidden, intermediate), whole groups but no multiples of the tiles."""
     group = SCHEMES[scheme].group_size
