@@ -153,7 +153,7 @@ def _measure(
     """KL of the recipe rounded ("searched") and solved, and of other files."""
     solution = v4quant.calibrate(
         TINY, work / "solution", recipe=recipe, corpus=CALIBRATION,
-        tokens=texts.calibration * WINDOW, seq_len=WINDOW, min_tokens=0,
+        tokens=texts.calibration * WINDOW, seq_len=WINDOW, min_tokens=1,
     )  # fmt: skip
     files = dict(others)
     for name, solver, stats in (("searched", "optimal", None), ("solved", "gptq", solution.path)):

@@ -135,12 +135,12 @@ def _export(windows: int, scheme: str, solver: str, work: Path) -> Path:
         _without_refinement(scheme, given, found)
     elif solver in ("refined", "propagated"):
         v4quant.calibrate(
-            TINY, found, solve=scheme, propagate=solver == "propagated", min_tokens=0, **given
+            TINY, found, solve=scheme, propagate=solver == "propagated", min_tokens=1, **given
         )
     else:
         found = work / "moments"
         if not found.exists():
-            v4quant.calibrate(TINY, found, min_tokens=0, **given)
+            v4quant.calibrate(TINY, found, min_tokens=1, **given)
     chosen = solver if solver in ("rtn", "optimal") else "gptq"
     v4quant.quantize(TINY, out, scheme=scheme, solver=chosen, stats=found, workers=1)
     return out
@@ -156,7 +156,7 @@ def _without_refinement(scheme: str, given: dict[str, Any], out: Path) -> None:
         corpus = load_corpus(resolve_corpus([given["corpus"]]), TINY / "tokenizer.json", request)
         settings = SolveSettings(get_scheme(scheme), False, 0)
         options, silent = ForwardOptions(), SilentProgress()
-        solve(source, config, corpus.windows, options, 0, settings, out, silent).close()
+        solve(source, config, corpus.windows, options, 1, settings, out, silent).close()
 
 
 def page(found: dict[str, Any]) -> str:

@@ -108,7 +108,7 @@ def export(tokens: int, name: str, way: str, library: Path | None, work: Path) -
     solve = name if way == "solved" else None
     found = v4quant.calibrate(
         TINY, work / "found", solve=solve, corpus=CALIBRATION, tokens=tokens, seq_len=WINDOW,
-        min_tokens=0,
+        min_tokens=1,
     )  # fmt: skip
     with peer_encoder(library if way == "llama.cpp" else None):
         v4quant.quantize(

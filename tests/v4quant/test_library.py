@@ -205,6 +205,13 @@ def test_a_notebook_sees_bars(tmp_path: Path) -> None:
     assert "100%" in done.stderr and done.stdout == ""
 
 
+def test_a_floor_of_no_tokens_is_refused(tmp_path: Path) -> None:
+    """Statistics with such a floor could not be read again."""
+    with pytest.raises(v4quant.V4QuantError, match="min_tokens is 0"):
+        v4quant.calibrate(TINY, tmp_path / "stats", min_tokens=0)
+    assert not (tmp_path / "stats").exists()
+
+
 def test_options_that_contradict_each_other(tmp_path: Path) -> None:
     with pytest.raises(v4quant.V4QuantError, match="give one of"):
         v4quant.allocate(TINY, tmp_path / "recipe.toml")

@@ -94,6 +94,8 @@ def calibrate(
     Raises OptionError, RecipeError, CorpusError, SizeError, OutputError and what opening the source
     raises.
     """
+    if min_tokens < 1:
+        raise OptionError(f"min_tokens is {min_tokens}; an expert that nobody saw tells nothing")
     wanted = _recipe(solve, dense, recipe)
     where, cap = find_device(device), size_of(max_memory)
     target, matrix = path_of(out), path_of(imatrix)
