@@ -31,7 +31,7 @@ from v4quant_formats.deepseek_v4 import (
     wrong_draft_count,
 )
 from v4quant_formats.errors import FormatError, MissingTensor, UnexpectedTensor, WrongDtype
-from v4quant_formats.model_config import ConfigError, Dimensions, parse_dimensions
+from v4quant_formats.model_config import V41, ConfigError, Dimensions, parse_dimensions
 from v4quant_formats.release_config import FIXED
 from v4quant_formats.spec import TensorSpec, torch_dtype
 from v4quant_formats.weights import StoredWeight, find_weight
@@ -207,6 +207,21 @@ def _of_model(
             problem = "does not fit the model config.json describes, which has no such module"
             yield Defect(tensor, problem, UnexpectedTensor)
     yield from _of_declaration(checkpoint, stored)
+    if config.v41 is not None:
+        yield from _of_engram(config.v41)
+
+
+def _of_engram(v41: V41) -> Iterator[Defect]:
+    """Tables have a row for every remainder of their primes, which follow from config.json."""
+    for layer, said, table in zip(
+        v41.engram_layer_ids, v41.engram_num_embeddings, v41.engram_tables, strict=True
+    ):
+        if said != table.rows:
+            problem = f"engram_num_embeddings says {said:,} rows for layer {layer}, but the primes "
+            problem += f"that n-grams are hashed by add up to {table.rows:,}; engram_vocab_size, "
+            problem += "engram_n_heads or engram_max_ngram_size is another model's"
+            yield Defect("", problem, ConfigError)
+            return  # every later table follows from the same numbers
 
 
 def _layer(name: TensorName) -> int:

@@ -6,10 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from v4quant_formats.config_fields import ConfigError, integer, is_integers, layer_ids, raise_first
+from v4quant_formats.config_fields import (
+    ConfigError,
+    integer,
+    is_integers,
+    layer_ids,
+    raise_first,
+    short,
+)
 from v4quant_formats.engram import EngramTable, engram_tables
 
 _MOST_COLUMNS = 4096
+_MOST_ROWS = 2**40
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,11 @@ def parse_v41(text: dict[str, Any], layers: int, ratios: Sequence[int], where: s
         engram_pad_token_id=integer(text, "engram_pad_token_id", where, minimum=0),
         engram_compressed_vocab_size=integer(text, "engram_compressed_vocab_size", where),
     )
-    if v41.engram_columns > _MOST_COLUMNS:
-        raise ConfigError(f"{where}: Engram would look up {v41.engram_columns:,} rows per token")
+    columns = v41.engram_columns * max(len(engram), 1)
+    if columns > _MOST_COLUMNS:
+        raise ConfigError(f"{where}: Engram would look up {columns:,} rows per token")
+    if v41.engram_vocab_size > _MOST_ROWS:
+        raise ConfigError(f"{where}: 'engram_vocab_size' is {short(v41.engram_vocab_size)}")
     _check_sources(v41, ratios[:layers], where)
     return v41
 

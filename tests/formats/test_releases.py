@@ -25,15 +25,19 @@ from tests.support.conversion import convert, recipe_of
 from tests.support.synthetic import RELEASES, make_small
 from v4quant.checks.inspection import inspect_checkpoint
 from v4quant.checks.verify import verify
+from v4quant.conversion.plan import make_plan
 from v4quant.conversion.records import InexactCast
 from v4quant.recipe import Recipe
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import expected_modules, module_shape, parse_name
+from v4quant_formats.errors import WrongDtype
 from v4quant_formats.layouts.table import LAYOUTS
 from v4quant_formats.manifest import read_manifest
 from v4quant_formats.model_config import ConfigError, parse_dimensions, parse_model_config
 from v4quant_formats.opening import open_checkpoint
+from v4quant_formats.preflight import preflight
 from v4quant_formats.weights import find_weight
+from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import SilentProgress
 
 Make = Callable[[str], Path]
@@ -293,6 +297,11 @@ def test_a_config_of_the_other_release_is_named(
         ({"engram_num_embeddings": [5, 5]}, "'engram_num_embeddings' must size"),
         ({"engram_num_embeddings": [0]}, "'engram_num_embeddings' must size"),
         ({"engram_max_ngram_size": 1}, "'engram_max_ngram_size' is 1"),
+        ({"engram_vocab_size": 10**400}, "'engram_vocab_size' is "),
+        ({"engram_n_heads": 4096}, "Engram would look up 12,288 rows"),
+        ({"compress_ratios": [0, 0, 3, 1, 0]}, r"compress_ratios\[2\] is 3; .*have 0, 1, 2"),
+        ({"compress_ratios": [0, 0, 2]}, "'compress_ratios' must list at least 4 layers"),
+        ({"kv_source_layer_ids": []}, "names no layer that makes them"),
         ({"dspark_target_layer_ids": [True]}, "'dspark_target_layer_ids'"),
         ({"dspark_markov_rank": "16"}, "'dspark_markov_rank' is '16'"),
     ],
@@ -305,3 +314,60 @@ def test_a_wrong_v41_config_is_named(change: dict[str, Any], message: str, made:
         raw["text_config"] |= change
     with pytest.raises(ConfigError, match=message):
         parse_dimensions(raw)
+
+
+@pytest.mark.parametrize("missing", ["layers.2", "layers.1"])
+def test_a_missing_v41_layer_is_named(missing: str, made: Make, tmp_path: Path) -> None:
+    """Layer 2 owns the caches that layers behind it read, layer 1 has the Engram."""
+    folder = tmp_path / "source"
+    shutil.copytree(made("v41"), folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = {f for n, f in index["weight_map"].items() if n.startswith(f"{missing}.")}
+    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if f not in shards}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for shard in shards:
+        (folder / shard).unlink()
+    with open_checkpoint(folder) as checkpoint:
+        defects = inspect_checkpoint(checkpoint, SilentProgress()).defects
+        assert defects and all(missing in d for d in defects), defects[:5]
+        with pytest.raises(V4QuantError, match=missing):
+            make_plan(checkpoint, Recipe("mxfp4"))
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    raw["text_config"] |= fields
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def test_tables_of_other_primes_are_named(made: Make, tmp_path: Path) -> None:
+    """By their rows, where config.json counts the tables that are there; by shape elsewhere."""
+    folder = tmp_path / "source"
+    shutil.copytree(made("v41"), folder)
+    change_config(folder, engram_vocab_size=500)
+    with (
+        open_checkpoint(folder) as checkpoint,
+        pytest.raises(ConfigError, match=r"rows for layer 1, but the primes .* add up to"),
+    ):
+        make_plan(checkpoint, Recipe("mxfp4"))
+    config = parse_dimensions(json.loads((folder / "config.json").read_text()))
+    assert config.v41 is not None
+    change_config(folder, engram_num_embeddings=[t.rows for t in config.v41.engram_tables])
+    with (
+        open_checkpoint(folder) as checkpoint,
+        pytest.raises(WrongDtype, match=r"engram\.embed.* has shape .*, but config\.json implies"),
+    ):
+        make_plan(checkpoint, Recipe("mxfp4"))
+
+
+def test_another_tokenizer_is_named_before_an_engine_stops(made: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    shutil.copytree(made("v41"), folder)
+    with open_checkpoint(folder) as checkpoint:
+        assert preflight(checkpoint, "vllm").loads
+    size = json.loads((folder / "config.json").read_text())["text_config"]
+    change_config(folder, engram_compressed_vocab_size=size["engram_compressed_vocab_size"] - 1)
+    with open_checkpoint(folder) as checkpoint:
+        found = preflight(checkpoint, "sglang")
+    assert not found.loads
+    assert any("compressed token ids" in f.problem for f in found.findings)

@@ -179,6 +179,11 @@ def summary(result: JobResult) -> str:
     if result.lossy_tensors:
         loss = f"relative RMS {result.mean_relative_rms:.4f}, worst {result.worst_relative_rms:.4f}"
         rows.insert(4, ("weight error", loss))
+    if result.engram_relative_rms:
+        told = f"relative RMS {result.engram_relative_rms:.4f}"
+        if result.engram_relative_rms_in_use:
+            told += f", {result.engram_relative_rms_in_use:.4f} as the calibration text used rows"
+        rows.insert(4, ("Engram tables", told))
     if result.altered_elements:
         rows.insert(4, ("not exact", f"{result.altered_elements:,} values changed in casts"))
     return _output.table(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from v4quant.conversion.calibrated import solved_codes
+from v4quant.conversion.losses import Loss, UseLoss
 from v4quant.conversion.plan import Plan
 from v4quant.conversion.records import (
     TensorRecord,
@@ -99,57 +99,36 @@ def round_to_blocks(
     solved = solved_codes(plan.recipe, stats, stored.module, scheme, shape)
     importance = stats.importance(stored.module) if stats else None
     squared, norm, largest = 0.0, 0.0, 0.0
-    for start, values in _dense_rows(plan, stored):
+    use = UseLoss.of(stats, stored.module)
+    for start, values in dense_rows(plan, stored):
         if solved is None:
             found = optimal(values, scheme, importance)
         else:
             found = measured(values, solved.rows(start, start + len(values)))
         squared, norm = squared + found.squared_error, norm + found.squared_norm
         largest = max(largest, found.max_error)
+        if use is not None:
+            use.add(start, values, codec.dequantize(found.tensor))
         writer.add_piece(wanted.name, start * wanted.row_bytes, found.tensor.codes)
     whole = QuantizedMatrix(found.tensor, squared, norm, largest)
-    return [lossy_record(stored, scheme, whole, "quantized", 0)]
+    record = lossy_record(stored, scheme, whole, "quantized", 0)
+    return [record if use is None else replace(record, relative_rms_in_use=use.relative_rms)]
 
 
-def _dense_rows(plan: Plan, stored: StoredWeight) -> Iterator[tuple[int, Tensor]]:
+def dense_rows(plan: Plan, stored: StoredWeight) -> Iterator[tuple[int, Tensor]]:
     """(first row, float32 rows) of a dense matrix, however it is stored."""
-    for start, q in _coded_rows(plan, stored):
+    for start, q in coded_rows(plan, stored):
         values = codec.dequantize(q)
         refuse_overflow(plan.checkpoint, stored, values)
         yield start, values
 
 
-def _coded_rows(plan: Plan, stored: StoredWeight) -> Iterator[tuple[int, QTensor]]:
+def coded_rows(plan: Plan, stored: StoredWeight) -> Iterator[tuple[int, QTensor]]:
     """(first row, rows) of a dense matrix."""
     step = _DENSE_ROWS * max(1, _PIECE // (_DENSE_ROWS * stored.shape[1]))
     for start in range(0, stored.shape[0], step):
         stop = min(start + step, stored.shape[0])
         yield start, read_matrix(plan.checkpoint, stored, (start, stop))
-
-
-class _Loss:
-    """Sums of what a matrix loses, over pieces of its rows."""
-
-    def __init__(self) -> None:
-        self.altered, self.squared, self.norm, self.largest = 0, 0.0, 0.0, 0.0
-
-    def add(self, values: Tensor, result: Tensor) -> None:
-        """Count a piece: float32 `values` became `result`."""
-        self.norm += float(values.double().square().sum())
-        error = result.float() - values
-        if changed := int(error.count_nonzero()):
-            self.altered += changed
-            self.squared += float(error.double().square().sum())
-            self.largest = max(self.largest, float(error.abs().max()))
-
-    def record(self, plan: Plan, stored: StoredWeight, target: str) -> TensorRecord:
-        """The record of a cast; raises InexactCast where the recipe wants none that loses."""
-        refuse_inexact(plan, stored, self.altered, target)
-        record = make_record(stored, "cast", target, self.altered)
-        if not self.altered:
-            return record
-        rms = math.sqrt(self.squared / self.norm)
-        return replace(record, relative_rms=rms, max_error=self.largest)
 
 
 def widen_to_bf16(
@@ -160,7 +139,7 @@ def widen_to_bf16(
     columns, dtype = stored.shape[1], TORCH_DTYPES[wanted.dtype]
     if dtype == torch.bfloat16 and _widens_exactly(plan, stored):
         hints: dict[int, int] = {}
-        for start, q in _coded_rows(plan, stored):
+        for start, q in coded_rows(plan, stored):
             wide = codec.widen(q)
             writer.add_piece(wanted.name, start * columns * 2, wide)
             if q.scheme.block[0] > 1 and q.scale is not None:
@@ -168,8 +147,8 @@ def widen_to_bf16(
                 told = differing(find_fp8_tiles(wide, q.scheme), q)
                 hints |= {first + index: byte for index, byte in told.items()}
         return [replace(make_record(stored, "cast", "bf16"), scales=to_text(hints))]
-    loss = _Loss()
-    for start, values in _dense_rows(plan, stored):
+    loss = Loss()
+    for start, values in dense_rows(plan, stored):
         rounded = values.to(dtype)
         refuse_overflow(plan.checkpoint, stored, rounded)
         loss.add(values, rounded)
@@ -190,11 +169,11 @@ def code_in_tiles(
 ) -> list[TensorRecord]:
     """A matrix in the release's FP8 tiles, scales powers of two: exactly where its values fit."""
     stored, (weight, scale) = unit.sources[0], unit.outputs
-    scheme, loss = SCHEMES["fp8"].tiled(plan.config.fp8_tile), _Loss()
+    scheme, loss = SCHEMES["fp8"].tiled(plan.config.fp8_tile), Loss()
     columns = stored.shape[1]
     across, hints = scale.shape[1], hints_of(plan.checkpoint, stored.module)
     size = 4 if scale.dtype == "F32" else 1
-    for start, values in _dense_rows(plan, stored):
+    for start, values in dense_rows(plan, stored):
         coded = find_fp8_tiles(values, scheme)
         if coded is None:
             coded = codec.quantize(values, scheme)
@@ -206,41 +185,6 @@ def code_in_tiles(
         tiles = e8m0.decode(coded.scale) if scale.dtype == "F32" else coded.scale
         writer.add_piece(scale.name, start // scheme.block[0] * across * size, tiles)
     return [loss.record(plan, stored, "fp8")]
-
-
-def code_in_rows(
-    plan: Plan, unit: Unit, writer: ShardWriter, stats: Evidence | None
-) -> list[TensorRecord]:
-    """A matrix in MXFP8: an FP8 matrix's codes, each tile's scale repeated for all of its rows."""
-    stored, (weight, scale) = unit.sources[0], unit.outputs
-    loss, columns, groups = _Loss(), stored.shape[1], scale.shape[1]
-    for start, q in _coded_rows(plan, stored):
-        values = codec.dequantize(q)
-        refuse_overflow(plan.checkpoint, stored, values)
-        coded = _spread(q) or codec.quantize(values, SCHEMES["mxfp8"])
-        assert coded.scale is not None
-        loss.add(values, codec.dequantize(coded))
-        writer.add_piece(weight.name, start * columns, coded.codes)
-        writer.add_piece(scale.name, start * groups, coded.scale.view(torch.uint8))
-    return [loss.record(plan, stored, "mxfp8")]
-
-
-def _spread(q: QTensor) -> QTensor | None:
-    """The same FP8 codes under a scale for every row and 32 columns; None for other numbers."""
-    mxfp8 = SCHEMES["mxfp8"]
-    if q.scheme.element != "e4m3" or q.scale is None or q.scheme.block[1] % mxfp8.group_size:
-        return None
-    scale = q.scale
-    if q.scheme.scale == "f32":
-        narrow = scale.to(torch.float8_e8m0fnu)
-        if not torch.equal(e8m0.decode(narrow), scale.float()):
-            return None
-        scale = narrow
-    height, width = q.scheme.block
-    wide = scale.view(torch.uint8).repeat_interleave(height, 0)[: q.shape[0]]
-    wide = wide.repeat_interleave(width // mxfp8.group_size, 1)
-    wide = wide[:, : q.shape[1] // mxfp8.group_size].contiguous()
-    return QTensor(mxfp8, q.shape, q.codes, wide.view(torch.float8_e8m0fnu))
 
 
 def change_scales(

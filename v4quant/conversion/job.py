@@ -55,7 +55,11 @@ from v4quant_kernels.progress import Progress, SilentProgress
 
 @dataclass(frozen=True)
 class JobResult:
-    """What `quantize` reports (`--json`)."""
+    """What `quantize` reports (`--json`).
+
+    engram_relative_rms: of the worst of V4.1's tables; _in_use: with every row weighted by how
+    often the calibration text used it, 0 where that is not known.
+    """
 
     output: str
     format: str
@@ -70,6 +74,8 @@ class JobResult:
     altered_elements: int
     worst_relative_rms: float
     mean_relative_rms: float
+    engram_relative_rms: float
+    engram_relative_rms_in_use: float
     seconds: float
     peak_rss_bytes: int
 
@@ -312,6 +318,7 @@ def _one_thread() -> None:
 def _result(plan: Plan, out: Path, records: list[TensorRecord], started: float) -> JobResult:
     kinds = Counter("copied" if r.disposition == "copied" else r.exact for r in records)
     losses = [r.relative_rms for r in records if not r.exact]
+    tables = [r for r in records if r.module.endswith(".engram.embed")]
     return JobResult(
         output=os.fspath(out),
         format=plan.recipe.format,
@@ -326,6 +333,8 @@ def _result(plan: Plan, out: Path, records: list[TensorRecord], started: float) 
         altered_elements=sum(r.altered for r in records),
         worst_relative_rms=max(losses, default=0.0),
         mean_relative_rms=sum(losses) / len(losses) if losses else 0.0,
+        engram_relative_rms=max((r.relative_rms for r in tables), default=0.0),
+        engram_relative_rms_in_use=max((r.relative_rms_in_use for r in tables), default=0.0),
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
     )

@@ -42,6 +42,8 @@ from v4quant_formats.weights import StoredWeight, scale_part
 from v4quant_kernels.ggml_types import GGML_TYPES, fitting_type, get_type
 from v4quant_kernels.scheme import MXFP4, SCHEMES, Scheme
 
+# What engines read V4.1's tables as, whatever config.json says.
+_ROWS_OF_FP8 = {"weight": "F8_E4M3", "scale": "F8_E8M0"}
 # Tensors that releases hold in float32.
 _WIDE = ("attn_sink", "ape", "gate.bias", "gate.bias_vl")
 
@@ -330,16 +332,14 @@ class _Planner:
             )
 
     def _table(self, stored: StoredWeight) -> Unit:
-        """An Engram's table: byte for byte, or in the type that a format without FP8 rows asks."""
+        """An Engram's table: as FP8 rows, or in the type that a format without them asks."""
         choices = self.layout.table_types
         if choices:
             return self._blocks(stored, self.recipe.engram or choices[0])
-        if stored.scheme != SCHEMES["mxfp8"]:
-            raise UnsupportedPair(
-                f"{self.checkpoint.path}: '{stored.module}' is {_coding(stored)}, but engines of "
-                f"format '{self.layout.name}' read the tables as FP8 rows; convert from the release"
-            )
-        return _copy(stored)
+        dtypes = {part: spec.dtype for part, spec in stored.parts.items()}
+        if dtypes == _ROWS_OF_FP8 and stored.scheme == SCHEMES["mxfp8"]:
+            return _copy(stored)
+        return self._rows_of_32(stored, "scale", "F8_E8M0")
 
     def _dense(self, name: TensorName, stored: StoredWeight) -> Unit:
         if name.role == "engram tables":
@@ -357,21 +357,21 @@ class _Planner:
             spec = TensorSpec(f"{stored.module}.weight", "BF16", stored.shape)
             return Unit("bf16", (stored,), (spec,))
         if rule == "mxfp8":
-            return self._rows_of_32(stored)
+            return self._rows_of_32(stored, self.layout.dense_scale, "U8")
         return self._tiles(stored, "F32" if rule == "f32_scale" else "F8_E8M0")
 
-    def _rows_of_32(self, stored: StoredWeight) -> Unit:
-        """A dense matrix as MXFP8: its codes, with a scale for each row and 32 columns."""
+    def _rows_of_32(self, stored: StoredWeight, part: str, dtype: str) -> Unit:
+        """A matrix as MXFP8: codes, and under `part` a scale for each row and 32 columns."""
         rows, columns = stored.shape
         if columns % 32:
             raise UnsupportedPair(
                 f"{self.checkpoint.path}: '{stored.module}' has {columns} input channels, no "
-                f"multiple of the 32 that share a scale for {self.layout.engine}; use --engine "
-                "neutral, which carries it as BF16"
+                f"multiple of the 32 that share a scale in this format; use --engine neutral, "
+                "which carries dense matrices as BF16"
             )
         outputs = (
             TensorSpec(f"{stored.module}.weight", "F8_E4M3", (rows, columns)),
-            TensorSpec(f"{stored.module}.{self.layout.dense_scale}", "U8", (rows, columns // 32)),
+            TensorSpec(f"{stored.module}.{part}", dtype, (rows, columns // 32)),
         )
         return Unit("mxfp8", (stored,), outputs)
 

@@ -24,7 +24,7 @@ Disposition = Literal["copied", "cast", "quantized"]
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("module", "disposition", "source", "target", "grid", "scales"), (str,)),
     **dict.fromkeys(("elements", "altered"), (int,)),
-    **dict.fromkeys(("relative_rms", "max_error"), (int, float)),
+    **dict.fromkeys(("relative_rms", "relative_rms_in_use", "max_error"), (int, float)),
 }
 
 
@@ -36,7 +36,8 @@ class TensorRecord:
     quantized: re-gridded, with relative RMS and largest absolute error against the source values.
     grid: the scheme whose numbers the source's values turned out to be, where it stores them
     otherwise; the work then began from those codes. scales: what BF16 does not tell of the source's
-    (scale_hints.py).
+    (scale_hints.py). relative_rms_in_use: of a table's rows, each weighted by how often the
+    calibration text used it.
     """
 
     module: str
@@ -49,6 +50,7 @@ class TensorRecord:
     max_error: float = 0.0
     grid: str = ""
     scales: str = ""
+    relative_rms_in_use: float = 0.0
 
     @property
     def exact(self) -> bool:

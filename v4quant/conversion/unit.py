@@ -6,7 +6,6 @@ from typing import Protocol
 
 from v4quant.conversion.dense import (
     change_scales,
-    code_in_rows,
     code_in_tiles,
     copy_tensors,
     recast,
@@ -14,6 +13,7 @@ from v4quant.conversion.dense import (
     widen_to_bf16,
 )
 from v4quant.conversion.experts import convert_experts
+from v4quant.conversion.fp8_rows import code_in_rows
 from v4quant.conversion.plan import Plan
 from v4quant.conversion.records import TensorRecord
 from v4quant.conversion.units import Unit

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from v4quant_calibration.statistics.stats import Stats, StatsError, load_stats
+from v4quant_calibration.statistics.table_use import RowUse
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import parse_name
 from v4quant_formats.file_hash import hash_file
@@ -158,6 +159,11 @@ class Solution:
     def input_amax(self, module: str) -> float | None:
         """As `Stats.input_amax`."""
         return self.stats.input_amax(module)
+
+    @property
+    def tables(self) -> Mapping[str, RowUse]:
+        """As `Stats.tables`."""
+        return self.stats.tables
 
     def solved(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> QTensor | None:
         """The solver's codes of a matrix; None for one that was not solved.

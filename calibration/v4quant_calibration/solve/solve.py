@@ -54,6 +54,7 @@ from v4quant_calibration.solve.stage_writer import remove_parts
 from v4quant_calibration.solve.team import ALONE, Team
 from v4quant_calibration.statistics.collect import OpenRoom, all_in_memory
 from v4quant_calibration.statistics.stats import StageStats, Stats, write_stats
+from v4quant_calibration.statistics.table_use import table_use
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import trunk_stages
 from v4quant_formats.model_config import ModelConfig
@@ -126,7 +127,8 @@ def solve(
         stream_drafts(drafts, models, config, windows, streams, taps, store=store)
     progress.finish()
     digest = checkpoint.digest()
-    stats = Stats(digest, floor, {s: _joined(team, found) for s, found in solver.stages.items()})
+    seen = {s: _joined(team, found) for s, found in solver.stages.items()}
+    stats = Stats(digest, floor, seen, tables=table_use(original, config, everything))
     if first and not settings.propagate:  # counts of the same routing
         stats = replace(stats, first=first)
     if team.is_first:

@@ -24,6 +24,7 @@ from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.statistics.coverage import Demand, next_round
 from v4quant_calibration.statistics.imatrix import spread_dense
 from v4quant_calibration.statistics.stats import DenseInputs, StageStats, Stats
+from v4quant_calibration.statistics.table_use import table_use
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import trunk_stages
 from v4quant_formats.model_config import ModelConfig
@@ -165,7 +166,8 @@ def calibrate(
             left = [ids for i, ids in enumerate(left) if i not in chosen]
             drawn += draw
     seen = spread_dense(observer.dense or {})
-    stats = Stats(checkpoint.digest(), floor, observer.stages, first, seen)
+    tables = table_use(params, config, drawn)
+    stats = Stats(checkpoint.digest(), floor, observer.stages, first, seen, tables)
     return Calibration(stats, drawn)
 
 

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from v4quant_calibration.statistics.table_use import RowUse, merged_use
 from v4quant_formats.deepseek_v4 import parse_name
 from v4quant_formats.shards import ShardWriter, output_error, plan_shard
 from v4quant_formats.spec import DTYPE_NAMES, TensorSpec
@@ -63,7 +64,8 @@ class Stats:
 
     first: tokens of every expert after the first draw, before starved experts had more text drawn
     for them; empty where nothing is known of draws. dense: inputs of other matrices by module,
-    which importance matrices know and the file of statistics does not keep.
+    which importance matrices know and the file of statistics does not keep. tables: how often the
+    text used the rows of V4.1's Engram tables, by module.
     """
 
     source_digest: str
@@ -71,6 +73,7 @@ class Stats:
     stages: Mapping[str, StageStats]
     first: Mapping[str, Tensor] = field(default_factory=dict)
     dense: Mapping[str, DenseInputs] = field(default_factory=dict)
+    tables: Mapping[str, RowUse] = field(default_factory=dict)
 
     def importance(self, module: str) -> Tensor | None:
         """Second moment [K] of a matrix's input channels; mixed with the pool's when starved.
@@ -136,11 +139,14 @@ def write_stats(path: Path, stats: Stats) -> None:
         for source in _INPUTS:
             tensors[f"{name}.{source}.sum_of_squares"] = stage.sums[source]
             tensors[f"{name}.{source}.amax"] = stage.amax[source]
+    for module, use in stats.tables.items():
+        tensors[f"{module}.rows"], tensors[f"{module}.counts"] = use.rows, use.counts
     header = {
         "version": STATS_VERSION,
         "source_digest": stats.source_digest,
         "floor": stats.floor,
         "stages": list(stats.stages),
+        **({"tables": list(stats.tables)} if stats.tables else {}),
     }
     specs = [TensorSpec(k, DTYPE_NAMES[v.dtype], tuple(v.shape)) for k, v in tensors.items()]
     try:
@@ -172,7 +178,8 @@ def load_stats(path: Path, source_digest: str) -> Stats:
                 raise StatsError(f"{path}: floor {floor!r} is not a positive number of tokens")
             stages = {name: _read_stage(path, file, name) for name in header["stages"]}
             first = _read_first(path, file, stages)
-            stats = Stats(digest, floor, stages, first)
+            tables = {n: _read_use(path, file, str(n)) for n in header.get("tables", ())}
+            stats = Stats(digest, floor, stages, first, tables=tables)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StatsError(
             f"{path}: cannot be read as statistics ({error}); give what calibrate --out wrote"
@@ -216,6 +223,17 @@ def _read_first(path: Path, file: Any, stages: Mapping[str, StageStats]) -> dict
     return first
 
 
+def _read_use(path: Path, file: Any, module: str) -> RowUse:
+    rows, counts = file.get_tensor(f"{module}.rows"), file.get_tensor(f"{module}.counts")
+    fits = rows.dim() == 1 and rows.shape == counts.shape
+    fits = fits and rows.dtype == counts.dtype == torch.int64
+    if not fits or bool((rows[1:] <= rows[:-1]).any()) or bool((rows < 0).any()):
+        raise StatsError(f"{path}: '{module}' holds no ascending list of table rows")
+    if bool((counts < 1).any()):
+        raise StatsError(f"{path}: '{module}' holds impossible counts of its rows")
+    return RowUse(rows, counts)
+
+
 def merge_stats(parts: Sequence[Stats]) -> Stats:
     """Statistics of several runs over different text, as if one run had read it all.
 
@@ -237,7 +255,11 @@ def merge_stats(parts: Sequence[Stats]) -> Stats:
             {s: torch.stack([m.sums[s] for m in members]).sum(0) for s in _INPUTS},
             {s: torch.stack([m.amax[s] for m in members]).amax(0) for s in _INPUTS},
         )
-    return Stats(first.source_digest, first.floor, stages)
+    tables = {
+        module: merged_use(p.tables[module] for p in parts if module in p.tables)
+        for module in dict.fromkeys(m for p in parts for m in p.tables)
+    }
+    return Stats(first.source_digest, first.floor, stages, tables=tables)
 
 
 def stats_digest(data: bytes) -> str:
