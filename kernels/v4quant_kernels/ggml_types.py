@@ -29,6 +29,7 @@ class GgmlType:
     coder: the kind of codes (`calibration.rounding.coders.CODERS`) that a solver finds for it.
     offered: experts may be asked to have this type. dense: other matrices may.
     fits_mxfp4: some MXFP4 matrices come out exactly.
+    codebook: weights come in vectors of a table, which makes the search for codes slow.
     """
 
     name: str
@@ -42,6 +43,7 @@ class GgmlType:
     offered: bool = True
     dense: bool = True
     fits_mxfp4: bool = False
+    codebook: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -83,8 +85,10 @@ def _stand_in(name: str, type_id: int, block_bytes: int, bits: int) -> GgmlType:
 
 
 def _codebook(name: str, type_id: int, block_bytes: int, bits: int, file_type: int) -> GgmlType:
-    """A type of 256 columns whose weights are points of a codebook."""
-    return GgmlType(name, type_id, 256, block_bytes, bits, "iq4_nl", file_type, "block")
+    """A type of 256 columns whose weights come in vectors of a table."""
+    return GgmlType(
+        name, type_id, 256, block_bytes, bits, "iq4_nl", file_type, "block", codebook=True
+    )
 
 
 # Numbers as in llama.cpp's ggml.h (ggml_type) and llama.h (llama_ftype).
@@ -103,7 +107,7 @@ GGML_TYPES: dict[str, GgmlType] = {
         GgmlType("q2_k", 10, 256, 84, 2, "q4_0", 10, "block"),
         GgmlType("q2_0", 42, 64, 18, 2, "q4_0", 41, "block"),
         # llama.cpp's file types IQ2_M and IQ3_S are those of the types IQ2_S and IQ3_S.
-        _codebook("iq4_xs", 23, 136, 4, 30),
+        GgmlType("iq4_xs", 23, 256, 136, 4, "iq4_nl", 30, "block"),
         _codebook("iq3_s", 21, 110, 3, 26),
         _codebook("iq3_xxs", 18, 98, 3, 23),
         _codebook("iq2_s", 22, 82, 2, 29),

@@ -1,54 +1,34 @@
 """allocation: a scheme for every layer and projection, within a number of bytes.
 
-What a place costs in each scheme is read from whole plans, one for each scheme, so files come out
-as long as promised, headers and all. What it loses is told in sensitivity.py, and which choices
-lose least together in calibration/allocate.py. The result is a recipe: a TOML file that a person
-can read and change, and that `quantize --recipe` takes.
+What a place costs in each scheme is told in costs.py, what it loses in sensitivity.py, and which
+choices lose least together in knapsack.py. Losses are found once and chosen from for as many
+budgets as are wanted; a larger budget never loses more. The result is a recipe: a TOML file that a
+person can read and change, and that `quantize --recipe` takes.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from v4quant import __version__
+from v4quant.allocation.costs import CODED, TAKING_PART, Costs, Options
 from v4quant.allocation.knapsack import BudgetError, Choice, allocate, fullest
-from v4quant.allocation.sensitivity import Sample, errors, measure_kl
-from v4quant.conversion.plan import Plan, make_plan
-from v4quant.recipe import Recipe, RecipeError
-from v4quant.targets import (
-    ALL,
-    AS_STORED,
-    AUTO,
-    EXPERTS,
-    LAYER,
-    WHOLE,
-    Place,
-    layer_of,
-    place_of,
-    read_places,
-    write_places,
-)
+from v4quant.allocation.sensitivity import errors, held_as, measure_kl
+from v4quant.conversion.plan import make_plan
+from v4quant.recipe import Recipe
+from v4quant.targets import Place, layer_of, place_among, read_places, write_places
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import parse_name
-from v4quant_formats.errors import UnsupportedPair
 from v4quant_formats.layouts.choices import NEUTRAL
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress, SilentProgress
-from v4quant_kernels.scheme import get_scheme
 
 _FILLED = 0.995  # of the budget is as good as all
 _MOST_ROUNDS = 4  # of correction, should headers of split files differ
-
-"""What a choice of dense type says when there shall be one for every stage, embedding and head; or
-one for the compressors' and hyper-connections' matrices too, which else stay as they are."""
-
-_CODED = (*EXPERTS, LAYER)  # groups of routed experts
-_TAKING_PART = {AUTO: ("dense", *WHOLE), ALL: ("dense", *WHOLE, "compressor", "hyper")}
 
 
 class NothingMeasured(V4QuantError):
@@ -56,24 +36,14 @@ class NothingMeasured(V4QuantError):
 
 
 @dataclass(frozen=True)
-class Options:
-    """What may be chosen, and from what.
+class Losses:
+    """What every place would lose in the schemes it may have, by size.
 
-    engine: as in a recipe; with vllm, layers of compressed-tensors may differ.
-    dense: the dense matrices' type, or "auto" or "all" to choose for what these take part.
-    draft, split_size: as in a recipe. sample: what errors are measured on.
-    parts: into how many an engine cuts rows of w2, so that schemes' groups must fit a part's.
-    engram: as in a recipe.
+    measured: whether in nats of KL divergence, else in relative noise of outputs.
     """
 
-    format: str = "gguf"
-    engine: str = NEUTRAL
-    dense: str = ""
-    draft: str = "convert"
-    split_size: str = ""
-    sample: Sample = Sample()  # noqa: RUF009  (frozen)
-    parts: int = 1
-    engram: str = ""
+    places: Mapping[Place, Mapping[str, float]]
+    measured: bool
 
 
 @dataclass(frozen=True)
@@ -116,169 +86,89 @@ class Allocation:
         return 8 * self.nbytes / self.weights
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Bytes of every place in every scheme it may have, and of all else."""
-
-    base: Plan
-    places: Mapping[Place, Mapping[str, int]]
-    fixed: int
-
-    @property
-    def weights(self) -> int:
-        """Parameters of the output."""
-        units = (u for u in self.base.units if not u.again)
-        return sum(math.prod(s.shape) for u in units for s in u.sources)
-
-
-def find_costs(checkpoint: Checkpoint, options: Options) -> Costs:
-    """Plan the output once for every scheme. Raises UnsupportedPair for formats that cannot mix."""
-    recipe = _base_recipe(options)
-    base = make_plan(checkpoint, recipe)
-    own_bytes = _place_bytes(base)
-    groups = (*_CODED, *_TAKING_PART.get(options.dense, ()))
-    experts = _expert_menu(base, options.parts)
-    menus = {
-        place: experts if place[1] in _CODED else _menu(recipe, place)
-        for place in own_bytes
-        if place[1] in groups
-    }
-    costs: dict[Place, dict[str, int]] = {place: {} for place in menus}
-    for index in range(max(map(len, menus.values()))):
-        schemes = {place: menu[min(index, len(menu) - 1)] for place, menu in menus.items()}
-        plan = make_plan(checkpoint, replace(recipe, schemes=tuple(write_places(schemes))))
-        found = _place_bytes(plan)
-        for place, scheme in schemes.items():
-            costs[place][scheme] = found[place]
-    return Costs(base, costs, base.bytes_out - sum(own_bytes[p] for p in costs))
-
-
-def _expert_menu(base: Plan, parts: int) -> tuple[str, ...]:
-    """The layout's schemes whose groups all experts' rows, or parts of them, are made of."""
-    experts = [u for u in base.units if u.action == "experts"]
-    widths = {
-        stored.shape[1] // (parts if stored.module.endswith(".w2") else 1)
-        for unit in experts
-        for stored in unit.sources
-    }
-    found = tuple(
-        name
-        for name in base.recipe.layout.schemes
-        if all(get_scheme(name).fitting(columns) for columns in widths)
-    )
-    if not found:
-        raise UnsupportedPair(
-            f"no scheme of {base.recipe.format} has groups that experts' rows of "
-            f"{', '.join(map(str, sorted(widths)))} channels are made of"
-            + (f", with w2 cut into {parts}" if parts > 1 else "")
-        )
-    return found
-
-
-def _menu(recipe: Recipe, place: Place) -> tuple[str, ...]:
-    """What a dense place may become; as it is first, where that is an option."""
-    types = [t for t in recipe.layout.dense_types if t != "bf16"]
-    return (AS_STORED.get(place[1], "bf16"), *types)
-
-
-def _base_recipe(options: Options) -> Recipe:
-    probe = Recipe("mxfp4", options.format, engine=options.engine)
-    if not probe.layout.mixes:
-        raise UnsupportedPair(
-            f"format '{options.format}' declares one scheme for all experts, so there is nothing "
-            "to allocate; use --format gguf, or compressed-tensors with --engine vllm"
-        )
-    if options.dense in _TAKING_PART and not probe.layout.dense_types:
-        raise RecipeError(
-            f"dense = '{options.dense}' has no effect in {options.format}: dense matrices are as "
-            "the format has them"
-        )
-    dense = "" if options.dense in _TAKING_PART else options.dense
-    return replace(
-        probe, dense=dense, engram=options.engram, draft=options.draft,
-        split_size=options.split_size,
-    )  # fmt: skip
-
-
-def _place_bytes(plan: Plan) -> Counter[Place]:
-    """Bytes of what is chosen as one: projections, or whole layers' experts."""
-    by_layer = plan.recipe.layout.mixes == "layer"
-    found: Counter[Place] = Counter()
-    for shard in plan.shards:
-        own: Counter[Place] = Counter()
-        for spec in shard.outputs:
-            if (place := place_of(parse_name(spec.name))) is not None:
-                own[layer_of(place) if by_layer else place] += spec.nbytes
-        found.update(own)
-        # Integers are three tensors where MXFP4 is two: a file's header is its layer's.
-        layers = [place for place in own if place[1] == LAYER]
-        header = shard.nbytes - sum(spec.nbytes for spec in shard.outputs) if layers else 0
-        found.update({place: header // len(layers) for place in layers})
-    return found
-
-
-def allocate_recipe(
+def find_losses(
     checkpoint: Checkpoint,
     costs: Costs,
-    budget: int,
-    options: Options = Options(),
+    options: Options,
     stats: Stats | None = None,
     corpus: Corpus | None = None,
     progress: Progress | None = None,
-) -> Allocation:
-    """The recipe of least predicted loss whose output has at most `budget` bytes.
+) -> Losses:
+    """What there is to choose from, whatever the budget.
 
     corpus: text to measure effects on; without, all layers count alike.
-    Raises BudgetError naming the smallest possible size, NothingMeasured, and what reading raises.
+    Raises NothingMeasured, and what reading and encoding raise.
     """
     progress = progress or SilentProgress()
-    if options.dense in _TAKING_PART and corpus is None:
+    if options.dense in TAKING_PART and corpus is None:
         raise NothingMeasured(
             f"dense = '{options.dense}' weighs dense matrices against experts, which only a "
             "measured effect can; give --measure-kl, or one type for all dense matrices"
         )
-    smallest = costs.fixed + sum(min(c.values()) for c in costs.places.values())
+    shapes = {s.module: s.shape for u in costs.base.units for s in u.sources}
+    found = errors(checkpoint, shapes, _distinct(costs, shapes), stats, options.sample, progress)
+    effects = dict.fromkeys(found, 1.0)
+    if corpus is not None:
+        effects = measure_kl(checkpoint, found, corpus, stats, progress)
+    places = {p: {s: effects[p] * e for s, e in found[p].items()} for p in found}
+    return Losses(places, corpus is not None)
+
+
+def check_budget(costs: Costs, budget: int) -> None:
+    """Raises BudgetError naming the smallest possible size where that is above the budget."""
+    smallest = costs.smallest
     if budget < smallest:
-        dense = "; --dense q8_0 or less lowers it" if _holds_bf16(options, costs) else ""
+        dense = "; --dense q8_0 or less lowers it" if _holds_bf16(costs) else ""
         raise BudgetError(
             f"a budget of {budget:,} bytes is below the smallest possible of these choices, "
             f"{smallest:,} ({8 * smallest / costs.weights:.3f} bits per weight){dense}"
         )
-    shapes = {s.module: s.shape for u in costs.base.units for s in u.sources}
-    wanted = {place: _distinct(sizes) for place, sizes in costs.places.items()}
-    found = errors(checkpoint, shapes, wanted, stats, options.sample, progress)
-    effects = dict.fromkeys(found, 1.0)
-    if corpus is not None:
-        effects = measure_kl(checkpoint, found, corpus, stats, progress)
-    losses = {p: {s: effects[p] * e for s, e in found[p].items()} for p in found}
-    recipe, nbytes = _fit(costs, losses, budget)
-    most = costs.fixed + fullest(list(_menus(costs, losses).values()), budget - costs.fixed)
+
+
+def choose(costs: Costs, losses: Losses, budget: int) -> Allocation:
+    """The recipe of least predicted loss whose output has at most `budget` bytes.
+
+    Raises BudgetError naming the smallest possible size.
+    """
+    check_budget(costs, budget)
+    recipe, nbytes = _fit(costs, losses.places, budget)
+    menus = list(_menus(costs, losses.places).values())
     chosen = _chosen(recipe.schemes, costs)
     return Allocation(
         recipe,
         chosen,
         budget,
         nbytes,
-        smallest,
-        costs.fixed + sum(max(c.values()) for c in costs.places.values()),
-        most,
+        costs.smallest,
+        costs.largest,
+        costs.fixed + fullest(menus, budget - costs.fixed),
         costs.weights,
-        {p: losses[p][chosen[p]] for p in chosen},
-        corpus is not None,
+        {p: losses.places[p][chosen[p]] for p in chosen},
+        losses.measured,
     )
 
 
-def _holds_bf16(options: Options, costs: Costs) -> bool:
+def _holds_bf16(costs: Costs) -> bool:
     """Whether dense matrices are BF16 where they need not be."""
-    return bool(costs.base.recipe.layout.dense_types) and options.dense in ("", "bf16")
+    recipe = costs.base.recipe
+    chosen = any(group == "dense" for _, group in costs.places)
+    return bool(recipe.layout.dense_types) and recipe.dense in ("", "bf16") and not chosen
 
 
-def _distinct(sizes: Mapping[str, int]) -> list[str]:
-    """Schemes by size; of those that rows turn into the same type, the first."""
-    kept: dict[int, str] = {}
-    for scheme, nbytes in sizes.items():
-        kept.setdefault(nbytes, scheme)
-    return [kept[nbytes] for nbytes in sorted(kept)]
+def _distinct(costs: Costs, shapes: Mapping[str, tuple[int, ...]]) -> dict[Place, list[str]]:
+    """Each place's schemes by size; of those that its rows turn into the same type, the first."""
+    widths: dict[Place, set[int]] = {place: set() for place in costs.places}
+    for module, shape in shapes.items():
+        place = place_among(parse_name(f"{module}.weight"), costs.places)
+        if place is not None:
+            widths[place].add(shape[-1])
+    found = {}
+    for place, sizes in costs.places.items():
+        kept: dict[tuple[str, ...], str] = {}
+        for scheme in sorted(sizes, key=lambda s: sizes[s]):
+            kept.setdefault(tuple(held_as(scheme, w) for w in sorted(widths[place])), scheme)
+        found[place] = list(kept.values())
+    return found
 
 
 def _fit(
@@ -309,7 +199,7 @@ def _menus(costs: Costs, losses: Mapping[Place, Mapping[str, float]]) -> dict[Pl
 def _recipe(costs: Costs, chosen: Mapping[Place, str]) -> Recipe:
     weight: Counter[str] = Counter()
     for place, scheme in chosen.items():
-        if place[1] in _CODED:
+        if place[1] in CODED:
             weight[scheme] += costs.places[place][scheme]
     # llama.cpp's name for the whole file is that of the scheme most bytes have.
     main = weight.most_common(1)[0][0]

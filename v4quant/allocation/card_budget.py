@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from v4quant.allocation.allocate import Costs
+from v4quant.allocation.costs import Costs
 from v4quant.allocation.knapsack import BudgetError
 from v4quant.conversion.plan import Plan
 from v4quant.sizes import parse_size

@@ -7,7 +7,8 @@ over units solves exactly (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2
 `best[u]` is the least loss of the places so far with at most u units; one numpy line a choice.
 
 Should units be so small that the table would not fit, costs are rounded up to larger ones: the
-result still never exceeds the budget, and misses the best by less than a unit a place.
+result still never exceeds the budget, and misses the best by less than a unit a place. The unit
+does not depend on the budget, so a larger budget never loses more.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def fullest(places: Sequence[Sequence[Choice]], budget: int) -> int:
                 new[cost:] |= reached[: units + 1 - cost]
         reached = new
     most = int(np.flatnonzero(reached)[-1]) * unit
-    return sum(min(c.nbytes for c in place) for place in places) + most
+    return min(sum(min(c.nbytes for c in place) for place in places) + most, budget)
 
 
 def _in_units(places: Sequence[Sequence[Choice]], budget: int) -> tuple[list[list[int]], int, int]:
@@ -82,9 +83,12 @@ def _in_units(places: Sequence[Sequence[Choice]], budget: int) -> tuple[list[lis
             f"a budget of {budget:,} bytes is below the smallest possible, {sum(least):,}"
         )
     extra = [[c.nbytes - low for c in place] for place, low in zip(places, least, strict=True)]
-    room = min(room, sum(max(e) for e in extra))
+    most = sum(max(e) for e in extra)
     unit = math.gcd(*(e for place in extra for e in place)) or 1
-    unit = max(unit, -(-room * len(places) // MOST_CELLS))
+    # The same unit for every budget: were it finer for some, more bytes might lose more.
+    unit = max(unit, -(-most * len(places) // MOST_CELLS))
+    if room >= most:  # rounded up, all may take a little more than there is room for
+        return extra, unit, sum(-(-max(e) // unit) for e in extra)
     return extra, unit, room // unit
 
 

@@ -12,11 +12,15 @@ a layer's experts are one place, all three matrices' are summed.
 
 The *effect* is what relative noise in this place does to predictions. Unmeasured it is 1 for all:
 layers count alike. Measured, it is KL / e with only this place rounded, to the scheme of the most
-error, on some text; KL grows with the square of a perturbation, as e does, so one measurement tells
-the others. Draft stages decide no token, only speed; theirs is the least effect of the trunk.
+error among those quick to find, on some text; KL grows with the square of a perturbation, as e
+does, so one measurement tells the others. Draft stages decide no token, only speed; theirs is the
+least effect of the trunk.
 
 Errors come from the real encoders on a sample: evenly spaced experts of a layer and the first rows
-of a matrix, the same in every run.
+of a matrix, the same in every run. Types with a codebook take thirty times as long to search, and
+what they lose differs from layer to layer as that of every type does. They are measured on fewer
+experts and rows out of the same, evenly spaced, and their error is scaled by what the sample makes
+of the yardstick, the quick type that loses most: e(whole) / e(part) of that.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import TensorName, parse_name
 from v4quant_formats.weight_reading import read_dense_rows
 from v4quant_kernels import codec
+from v4quant_kernels.ggml_types import GGML_TYPES
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import MXFP4, SCHEMES
@@ -43,10 +48,13 @@ from v4quant_kernels.scheme import MXFP4, SCHEMES
 
 @dataclass(frozen=True)
 class Sample:
-    """How much is looked at: experts of a layer, rows of a matrix."""
+    """How much is looked at: experts of a layer, rows of a matrix; of these, for types with a
+    codebook, slow_experts and slow_rows."""
 
     experts: int = 4
     rows: int = 256
+    slow_experts: int = 1
+    slow_rows: int = 32
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class Matrix:
     """A matrix of a place, its shape and its inputs' second moments [K]; its weight in sums."""
 
     module: str
+    expert: int | None
     rows: int
     columns: int
     importance: Tensor | None
@@ -78,7 +87,8 @@ def errors(
     progress.start("Error of each scheme", len(wanted), "place")
     found: dict[Place, dict[str, float]] = {}
     for place, schemes in wanted.items():
-        found[place] = _place_errors(checkpoint, members[place], schemes, sample.rows)
+        whole = _read(checkpoint, members[place], sample.rows)
+        found[place] = _place_errors(whole, schemes, sample)
         progress.advance(1)
     progress.finish()
     return found
@@ -103,56 +113,120 @@ def _sampled(members: list[TensorName], count: int) -> list[TensorName]:
     experts = sorted({n.expert for n in members if n.expert is not None})
     if len(experts) <= count:
         return members
-    chosen = {experts[(2 * i + 1) * len(experts) // (2 * count)] for i in range(count)}
+    chosen = {experts[i] for i in _spaced(len(experts), count)}
     return [n for n in members if n.expert in chosen]
+
+
+def _spaced(length: int, count: int) -> list[int]:
+    """At most `count` indices, evenly spaced and as far from the ends as from each other."""
+    if length <= count:
+        return list(range(length))
+    return [(2 * i + 1) * length // (2 * count) for i in range(count)]
 
 
 def _matrix(name: TensorName, shape: tuple[int, ...], stats: Stats | None) -> Matrix:
     if name.expert is None:
-        return Matrix(name.module, shape[0], shape[1], None, 1.0, name.module)
+        return Matrix(name.module, name.expert, shape[0], shape[1], None, 1.0, name.module)
     importance, share = None, 1.0
     if stats is not None and name.stage in stats.stages:
         importance = stats.importance(name.module)
         # Nobody is left out: text to come may send tokens where the corpus sent none.
         share = float(stats.stages[name.stage].tokens[name.expert]) + 1.0
     assert name.projection is not None
-    return Matrix(name.module, shape[0], shape[1], importance, share, name.projection)
+    return Matrix(name.module, name.expert, shape[0], shape[1], importance, share, name.projection)
 
 
-def _place_errors(
-    checkpoint: Checkpoint, members: Sequence[Matrix], schemes: Sequence[str], most_rows: int
-) -> dict[str, float]:
-    values = [
-        read_dense_rows(checkpoint, m.module, 0, min(m.rows, most_rows)).float() for m in members
-    ]
-    signal = _summed(members, values)
+def _read(checkpoint: Checkpoint, members: Sequence[Matrix], most_rows: int) -> _Part:
+    rows = ((m.module, min(m.rows, most_rows)) for m in members)
+    return _Part(members, [read_dense_rows(checkpoint, m, 0, n).float() for m, n in rows])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Matrices of a place and those of their rows that are looked at, float32 `[rows, K]`."""
+
+    members: Sequence[Matrix]
+    values: Sequence[Tensor]
+
+    def error(self, scheme: str) -> float:
+        """The summed relative noise in a scheme."""
+        held = (
+            rounded(v, scheme, m.importance) for m, v in zip(self.members, self.values, strict=True)
+        )
+        noise = self._summed([q - v for q, v in zip(held, self.values, strict=True)])
+        signal = self._summed(self.values)
+        return sum(noise[part] / total for part, total in signal.items() if total)
+
+    def thinned(self, sample: Sample) -> _Part:
+        """What types with a codebook are measured on."""
+        experts = sorted({m.expert for m in self.members if m.expert is not None})
+        kept = {None, *(experts[i] for i in _spaced(len(experts), sample.slow_experts))}
+        pairs = [
+            (m, v[_spaced(len(v), sample.slow_rows)])
+            for m, v in zip(self.members, self.values, strict=True)
+            if m.expert in kept
+        ]
+        return _Part([m for m, _ in pairs], [v for _, v in pairs])
+
+    def _summed(self, values: Sequence[Tensor]) -> dict[str, float]:
+        """Sum of h_j v_ij^2 in float64, by what is summed together, experts by their share."""
+        found: dict[str, float] = {}
+        for m, value in zip(self.members, values, strict=True):
+            squares = value.double().square().sum(0)
+            if m.importance is not None:
+                squares = squares * m.importance.double()
+            found[m.summed_with] = found.get(m.summed_with, 0.0) + m.share * float(squares.sum())
+        return found
+
+
+def _place_errors(whole: _Part, schemes: Sequence[str], sample: Sample) -> dict[str, float]:
+    """The error in each scheme, by size, up to the first that is exact."""
     found: dict[str, float] = {}
     for scheme in schemes:
-        differences = [
-            rounded(v, scheme, m.importance) - v for m, v in zip(members, values, strict=True)
-        ]
-        noise = _summed(members, differences)
-        found[scheme] = sum(noise[part] / total for part, total in signal.items() if total)
+        if is_slow(scheme):
+            continue
+        found[scheme] = whole.error(scheme)
         if not found[scheme]:
-            break  # whatever is larger cannot lose less
-    return found
+            schemes = schemes[: schemes.index(scheme) + 1]  # what is larger cannot lose less
+            break
+    if slow := [s for s in schemes if is_slow(s)]:
+        part = whole.thinned(sample)
+        ratio = _ratio(found, part)
+        found |= {s: ratio * part.error(s) for s in slow}
+    return {s: found[s] for s in schemes}
 
 
-def _summed(members: Sequence[Matrix], values: Sequence[Tensor]) -> dict[str, float]:
-    """Sum of h_j v_ij^2 in float64, by what is summed together, experts by their share."""
-    found: dict[str, float] = {}
-    for m, value in zip(members, values, strict=True):
-        squares = value.double().square().sum(0)
-        if m.importance is not None:
-            squares = squares * m.importance.double()
-        found[m.summed_with] = found.get(m.summed_with, 0.0) + m.share * float(squares.sum())
-    return found
+def _ratio(quick: Mapping[str, float], part: _Part) -> float:
+    """The yardstick's error on all that is looked at over its error on a part; 1 without one."""
+    if not any(quick.values()):
+        return 1.0
+    scheme = yardstick(quick)
+    own = part.error(scheme)
+    return quick[scheme] / own if own else 1.0
+
+
+def yardstick(found: Mapping[str, float]) -> str:
+    """The scheme that loses most, one that is quick to find if any of those loses anything."""
+    quick = {s: e for s, e in found.items() if not is_slow(s) and e}
+    return max(quick or found, key=lambda s: found[s])
+
+
+def is_slow(scheme: str) -> bool:
+    """Whether weights are searched in a codebook."""
+    return scheme in GGML_TYPES and GGML_TYPES[scheme].codebook
+
+
+def held_as(scheme: str, columns: int) -> str:
+    """The scheme that rows of `columns` get where this one is asked for."""
+    if scheme not in SCHEMES:
+        return scheme
+    found = SCHEMES[scheme].fitting(columns)
+    return "bf16" if found is None else found.name
 
 
 def rounded(values: Tensor, scheme: str, importance: Tensor | None) -> Tensor:
     """Float32 [N, K] as the export would hold it."""
-    known = SCHEMES.get(scheme)
-    found = None if known is None else known.fitting(values.shape[1])
+    found = SCHEMES.get(held_as(scheme, values.shape[1]))
     if found is None or found.is_plain:
         return values if scheme == "f32" else values.bfloat16().float()
     if not found.coder:
@@ -175,7 +249,7 @@ def measure_kl(
 ) -> dict[Place, float]:
     """The effect of every place of the trunk that can lose anything, others the least of these."""
     places = [p for p in found if not p[0].startswith("mtp.") and max(found[p].values()) > 0]
-    worst = {p: max(found[p], key=lambda s: found[p][s]) for p in places}
+    worst = {p: yardstick(found[p]) for p in places}
 
     def alter(place: Place, base: str, value: Tensor) -> Tensor:
         if place_among(parse_name(f"{base}.weight"), (place,)) is None:

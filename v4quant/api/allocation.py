@@ -9,10 +9,9 @@ from typing import Any
 
 from v4quant.allocation.allocate import (
     Allocation,
-    Costs,
-    Options,
-    allocate_recipe,
-    find_costs,
+    check_budget,
+    choose,
+    find_losses,
     recipe_toml,
 )
 from v4quant.allocation.budget import bits_budget, cards_budget
@@ -26,6 +25,7 @@ from v4quant.allocation.card_budget import (
     parse_cards,
     table_bytes,
 )
+from v4quant.allocation.costs import Costs, Options, find_costs
 from v4quant.allocation.sensitivity import Sample
 from v4quant.api.arguments import (
     PathLike,
@@ -151,21 +151,16 @@ def allocate(
             check_split(model_config(checkpoint), cards.serving)
         costs = find_costs(checkpoint, options)
         most = _most(costs, budget, bpw, fits, context, cards)
+        check_budget(costs, most)
         text = None
         if measure_kl:
             config = config_of(checkpoint)
             text = read_corpus(
                 corpus, checkpoint, config, seq_len, tokens, DEFAULT_MODE, chat_keys, skip_bad_rows
             )
-        found = allocate_recipe(
-            checkpoint,
-            costs,
-            most,
-            options,
-            _stats(checkpoint, path_of(stats)),
-            text,
-            default_progress(progress),
-        )
+        known = _stats(checkpoint, path_of(stats))
+        losses = find_losses(checkpoint, costs, options, known, text, default_progress(progress))
+        found = choose(costs, losses, most)
         write_file_atomically(Path(out), recipe_toml(found, costs).encode())
         skipped = 0 if text is None else text.skipped_rows
         if cards is None:

@@ -197,3 +197,10 @@ def test_vectors_outside_a_grid_are_refused() -> None:
     assert codebook is not None
     with pytest.raises(AssertionError, match="no vector"):
         ggml_codebooks.find(codebook, q)
+
+
+def test_types_with_a_codebook_say_so() -> None:
+    """The fact that decides how much of a model `allocate` looks at, and what a coder does."""
+    told = {name for name, kind in GGML_TYPES.items() if kind.codebook}
+    assert told == {name for name, shape in SHAPES.items() if shape.codebook is not None}
+    assert len(told) == 7

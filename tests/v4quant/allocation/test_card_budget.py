@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.support.usage import usage_error
-from v4quant.allocation.allocate import Options, allocate_recipe, find_costs
+from v4quant.allocation.allocate import choose, find_losses
 from v4quant.allocation.card_budget import (
     Cards,
     card_memory,
@@ -19,6 +19,7 @@ from v4quant.allocation.card_budget import (
     check_split,
     model_config,
 )
+from v4quant.allocation.costs import Options, find_costs
 from v4quant.allocation.knapsack import BudgetError
 from v4quant.allocation.sensitivity import Sample
 from v4quant.builtin import TINY_V4, resolve_source
@@ -54,7 +55,7 @@ def test_cards_are_filled_from_below() -> None:
         size = (base.taken - (exact - least) // 4) / TWO.serving.utilization
         cards = replace(TWO, size=int(size))
         most = cards_bytes(costs, cards)
-        found = allocate_recipe(source, costs, most, options)
+        found = choose(costs, find_losses(source, costs, options), most)
         plan = make_plan(source, found.recipe)
         memory = card_memory(plan, cards)
     assert memory.free >= 0 and memory.taken + memory.reserve + memory.free == cards.size

@@ -54,6 +54,24 @@ def test_coarse_units_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) ->
         assert _totals(places, allocate(places, budget))[1] <= budget, seed
 
 
+@pytest.mark.parametrize("cells", [module.MOST_CELLS, 100])
+def test_a_larger_budget_never_loses_more(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the unit: were it finer for smaller budgets, more bytes might lose more."""
+    monkeypatch.setattr(module, "MOST_CELLS", cells)
+    seed = secrets.randbits(32)
+    rng = random.Random(seed)
+    for _ in range(20):
+        places, _ = _problem(rng, 997)
+        least = sum(min(c.nbytes for c in place) for place in places)
+        most = sum(max(c.nbytes for c in place) for place in places)
+        budgets = sorted(rng.randint(least, most) for _ in range(20))
+        lost = [
+            _totals(places, allocate(places, b))[0] for b in (least, *budgets, most, most + 500)
+        ]
+        assert lost == sorted(lost, reverse=True), seed
+        assert lost[-1] == pytest.approx(sum(min(c.loss for c in place) for place in places)), seed
+
+
 def test_needless_bytes_are_not_spent() -> None:
     assert allocate([[Choice(1, 0.5), Choice(2, 0.0), Choice(3, 0.0)]], 10) == [1]
     assert allocate([[Choice(5, 0.0)]], 5) == [0]

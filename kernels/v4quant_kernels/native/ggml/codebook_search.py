@@ -63,14 +63,16 @@ def search(x: Tensor, name: str, weights: Tensor) -> Blocks:
     )
 
 
-def search_scales(x: Tensor, weights: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def _search_scales(
+    x: Tensor, weights: Tensor, weighings: list[Weighing], name: str
+) -> tuple[Tensor, Tensor]:
     """d, float32 `[N]` of half precision, and sc, float32 `[subs, N]`, for one block of all rows.
 
-    x: `[256, N]`; weights: `[256]`.
+    x: `[256, N]`; weights: `[256]`, of which `weighings` were made.
     """
     shape = SHAPES[name]
     steps = torch.empty(shape.subs, 2, x.shape[1])
-    for sub, weighing in enumerate(_weighings(weights, shape)):
+    for sub, weighing in enumerate(weighings):
         own = slice(sub * shape.sub, (sub + 1) * shape.sub)
         ideal_steps(
             x[own].numpy(), weights[own].numpy(), weighing, _family(name), steps[sub].numpy()
@@ -81,6 +83,8 @@ def search_scales(x: Tensor, weights: Tensor, name: str) -> tuple[Tensor, Tensor
 def _weighings(weights: Tensor, shape: BlockShape) -> list[Weighing]:
     assert shape.codebook is not None
     roots = weights.rsqrt().view(shape.subs, shape.sub)
+    if bool((roots == roots[0]).all()):  # as without importance: one table for all
+        return [weigh(torch.diag(roots[0])[None], shape.codebook, diagonal=True)] * shape.subs
     return [weigh(torch.diag(root)[None], shape.codebook, diagonal=True) for root in roots]
 
 
@@ -116,8 +120,8 @@ def search_block(x: Tensor, weights: Tensor, name: str) -> tuple[Tensor, Tensor,
     x: `[256, N]`; weights: `[256]`.
     """
     shape = SHAPES[name]
-    d, sc = search_scales(x, weights, name)
     weighings = _weighings(weights, shape)
+    d, sc = _search_scales(x, weights, weighings, name)
     q, sc, cost = _fit_block(x, weighings, d, sc, REACH, shape)
     for _ in range(2):
         wide = q * sc.repeat_interleave(shape.sub, 0) * shape.unit
