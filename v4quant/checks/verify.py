@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from v4quant.hub.refs import HubRef
 from v4quant.hub.remote import Remote
 from v4quant.hub.shard_cache import ShardCache
 from v4quant.source import Source, open_source
+from v4quant.temporary_folders import TemporaryFolder
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import split_part
 from v4quant_formats.file_hash import hash_file
@@ -122,9 +122,9 @@ def _published_manifest(remote: Remote) -> dict[str, Any]:
         raise ManifestError(
             f"{remote}: holds no readable {MANIFEST_NAME}; it was not written by v4quant"
         )
-    with TemporaryDirectory(prefix="v4quant-") as folder:
-        download(remote, file, Path(folder) / MANIFEST_NAME)
-        return read_manifest(Path(folder))
+    with TemporaryFolder() as folder:
+        download(remote, file, folder / MANIFEST_NAME)
+        return read_manifest(folder)
 
 
 def _check_listed(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from v4quant.hub.errors import HubError
+from v4quant.hub.lines import watch_lines
 
 if TYPE_CHECKING:
     import httpx2
@@ -24,6 +25,7 @@ MAX_ANSWER_BYTES = 64 * 2**20
 MAX_ANSWER_SECONDS = 45.0
 CONNECT_SECONDS = 4.0
 """How long a server may take to accept the first connection; until then it may not be there."""
+UPLOAD_PIECE = 2**20
 _SECRETS = ("authorization", "cookie")
 _guarded = threading.Lock()
 _state = {"guarded": False, "answered": False}
@@ -48,6 +50,8 @@ def guard_session() -> None:
                     f"the network settings cannot be used ({error}); look at HTTPS_PROXY, "
                     "HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE"
                 ) from None
+            client = before()
+            watch_lines(client)
             hooks = client.event_hooks
             client.event_hooks = {
                 "request": [*hooks.get("request", ()), _before],
@@ -85,6 +89,10 @@ def _before(request: httpx2.Request) -> None:
     limits = request.extensions.get("timeout")
     if isinstance(limits, dict) and not _state["answered"]:
         limits["connect"] = min(limits.get("connect") or CONNECT_SECONDS, CONNECT_SECONDS)
+    # A file that is sent; the client's own pieces are so small that they cost more than the bytes.
+    stream: Any = request.stream
+    if isinstance(getattr(stream, "CHUNK_SIZE", None), int):
+        stream.CHUNK_SIZE = UPLOAD_PIECE
 
 
 def _after(response: httpx2.Response) -> None:

@@ -128,7 +128,7 @@ class ShardCache:
         self._reserved, self._clock = 0, 0
         self._threads: list[threading.Thread] = []
         self._error: BaseException | None = None
-        self._stopping = False
+        self._stopping = self._first_comes = False
         self._changed = threading.Condition()
         while sum(self._left.values()) > self.cap:
             self._drop_left(next(reversed(self._left)))
@@ -204,6 +204,7 @@ class ShardCache:
         """Begin to fetch these, in this order; everything else in the cache makes room."""
         with self._changed:
             self._queue = deque(files)
+            self._first_comes = not self._here
             self._sweep(set(files))
             self._start()
 
@@ -317,6 +318,7 @@ class ShardCache:
                 return
             with self._changed:
                 self._fetching.discard(file)
+                self._first_comes = False
                 self._clock += 1
                 self._here[file] = _Shard(handle, path, size, used=self._clock)
                 self._changed.notify_all()
@@ -336,6 +338,8 @@ class ShardCache:
             self._queue = deque(f for f in self._queue if f != file)
             return self._wanted.pop(0)
         while self._queue:
+            if self._first_comes and self._fetching:
+                return None  # the work waits for this one: it gets the whole line
             file = self._queue[0]
             if file in self._here or file in self._fetching or file in self._cached:
                 self._queue.popleft()

@@ -11,14 +11,12 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from tempfile import mkdtemp
 
 from v4quant.hub.client import is_offline
 from v4quant.hub.download import download
@@ -27,6 +25,7 @@ from v4quant.hub.gguf_source import open_cached_gguf, open_remote_gguf, pick_ggu
 from v4quant.hub.refs import SCHEME, HubRef, HubReferenceError, parse_hub
 from v4quant.hub.remote import Remote, open_remote, require
 from v4quant.hub.shard_cache import ShardCache, remove_shards
+from v4quant.temporary_folders import TemporaryFolder
 from v4quant_formats.checkpoint import (
     INDEX_NAME,
     MAX_INDEX_BYTES,
@@ -52,7 +51,7 @@ PIN_NAME = "pin.json"
 SHARDS = "shards"
 """The folder, in a repository's folder, that its shards are fetched into."""
 _MAX_PIN_BYTES = 4096
-_HEADER_GUESS = 64 * 2**10  # most of a layer's header; the rest is asked for when it is longer
+_HEADER_GUESS = 60 * 2**10  # most of a layer's header; the rest is asked for when it is longer
 _AT_ONCE = 8
 _MAX_CONFIG_BYTES = 2**24
 
@@ -79,13 +78,13 @@ def open_hub(
         except BaseException:
             lock.close()
             raise
-    folder = Path(mkdtemp(prefix="v4quant-"))
+    temporary = TemporaryFolder()
     try:
-        checkpoint = _open_in(ref, folder, cap, headers_only, keep=False)
+        checkpoint = _open_in(ref, temporary.path, cap, headers_only, keep=False)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        temporary.remove()
         raise
-    weakref.finalize(checkpoint.shards, shutil.rmtree, folder, ignore_errors=True)
+    weakref.finalize(checkpoint.shards, temporary.remove)
     return checkpoint
 
 

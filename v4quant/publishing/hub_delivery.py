@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from v4quant.conversion.board import Board
@@ -39,6 +38,7 @@ from v4quant.publishing.publisher import (
     repo_files,
 )
 from v4quant.publishing.serving import accepted_engines
+from v4quant.temporary_folders import TemporaryFolder
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
 from v4quant_formats.shards import WrittenFile
@@ -73,9 +73,9 @@ class _Repository:
                 f"hf://{self.repo}: already holds a checkpoint that v4quant did not write; name a "
                 "new repository"
             )
-        with TemporaryDirectory(prefix="v4quant-") as folder:
-            self._publisher.read_small(MANIFEST_NAME, Path(folder) / MANIFEST_NAME)
-            return read_manifest(Path(folder))
+        with TemporaryFolder() as folder:
+            self._publisher.read_small(MANIFEST_NAME, folder / MANIFEST_NAME)
+            return read_manifest(folder)
 
     def has(self, file: WrittenFile) -> bool:
         """Whether the repository lists this shard with its digest."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from v4quant.conversion.job import check_folder
@@ -29,6 +28,7 @@ from v4quant.publishing.hub_delivery import HubDelivery, RankDelivery
 from v4quant.publishing.publisher import CommitPlan, Publisher, card_file
 from v4quant.publishing.serving import accepted_engines
 from v4quant.source import Source, open_source
+from v4quant.temporary_folders import TemporaryFolder
 from v4quant_formats.checkpoint import INDEX_NAME, Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
 
@@ -168,9 +168,9 @@ def _room(folder: Path) -> int:
 def update_card(repo: str, request: CardRequest) -> None:
     """Render the card of a published checkpoint anew, from its own manifest. Raises HubError."""
     publisher = Publisher(repo)
-    with TemporaryDirectory(prefix="v4quant-") as folder:
-        publisher.read_small(MANIFEST_NAME, Path(folder) / MANIFEST_NAME)
-        manifest = read_manifest(Path(folder))
+    with TemporaryFolder() as folder:
+        publisher.read_small(MANIFEST_NAME, folder / MANIFEST_NAME)
+        manifest = read_manifest(folder)
     if any(f["name"] == INDEX_NAME for f in manifest["files"]):
         with open_hub(HubRef(repo), headers_only=True) as published:
             request = replace(request, engines=accepted_engines(published))

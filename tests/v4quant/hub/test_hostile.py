@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
@@ -17,6 +18,7 @@ import torch
 from huggingface_hub.utils import close_session
 
 import v4quant.hub.client
+import v4quant.hub.lines
 import v4quant.hub.remote
 import v4quant.hub.session
 from tests.support.fake_hub import TOKEN, USER, FakeHub
@@ -26,6 +28,7 @@ from v4quant.hub.remote import open_remote
 from v4quant.hub.shard_cache import merge_slices
 from v4quant.hub.source import open_hub
 from v4quant.publishing.publisher import RepoFile, push
+from v4quant_formats.errors import SourceChanged
 
 REF = HubRef("maker/V4-Tiny")
 NAME = "model-top.safetensors"
@@ -199,7 +202,7 @@ def test_scalars_are_asked_for_together(hub: FakeHub, model_files: dict[str, byt
         for _ in range(3):
             found = remote.shards.slices(file, offsets, 4)
             assert found == [model_files[file][o : o + 4] for o in offsets]
-        assert len(hub.log) <= 2
+        assert len(hub.log) <= 4  # two spans, each read twice over plain HTTP
 
 
 def test_merged_spans_cover_every_slice(generator: Any) -> None:
@@ -246,3 +249,79 @@ def test_verify_takes_a_repository(
     assert [f.where for f in found.values.findings] == [shard]
     manifest = json.loads(hub.read(f"{USER}/verified", "v4quant.json"))
     assert found.values.files == len(manifest["files"])
+
+
+@pytest.mark.parametrize("part", ["status", "headers"])
+def test_headers_that_come_a_byte_at_a_time(
+    part: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(v4quant.hub.lines, "SLOW_SECONDS", 0.3)
+    pause = time.sleep.__closure__[0].cell_contents  # type: ignore[union-attr]
+
+    def drip(handler: Any) -> None:
+        handler.wfile.write(b"H" if part == "status" else b"HTTP/1.1 200 OK\r\nX-Long: ")
+        for _ in range(1000):
+            handler.wfile.write(b"T" if part == "status" else b"a")
+            handler.wfile.flush()
+            pause(0.02)
+
+    hub.answers["info"] = drip
+    started = time.monotonic()
+    with pytest.raises(HubError):
+        open_remote(REF)
+    assert time.monotonic() - started < 30
+
+
+def test_a_flipped_byte_in_a_range_decides_nothing(
+    hub: FakeHub, model_files: dict[str, bytes]
+) -> None:
+    """Over plain HTTP each range is read until two answers agree."""
+    seed = random.SystemRandom().randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    with open_hub(REF) as checkpoint:
+        digest = checkpoint.digest()
+    asked = hub.count("resolve")
+    for _ in range(4):
+        chosen, seen = set(rng.sample(range(asked), 6)), 0
+
+        def flip(route: str, path: str, chosen: set[int] = chosen) -> None:
+            nonlocal seen
+            if route == "resolve":
+                if seen in chosen and path.endswith(".safetensors"):
+                    hub.fail("resolve", "flip")
+                seen += 1
+
+        hub.on_request = flip
+        with open_hub(REF) as checkpoint:
+            assert checkpoint.digest() == digest
+        assert hub.count("resolve") > asked
+    hub.on_request = lambda route, path: None
+    size = len(model_files[NAME])
+
+    def other_bytes(handler: Any) -> None:
+        first, last = map(int, handler.headers["Range"][6:].split("-"))
+        told = {"Content-Range": f"bytes {first}-{last}/{size}"}
+        handler._send(206, rng.randbytes(last - first + 1), told)
+
+    hub.answers["resolve"] = other_bytes
+    with pytest.raises(SourceChanged, match="others at every reading"):
+        open_remote(REF).read(NAME, 0, 8)
+
+
+def test_files_are_sent_in_large_pieces(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = tmp_path / "model.safetensors"
+    data = bytes(3 * 2**20 + 5)
+    shard.write_bytes(data)
+    written: list[int] = []
+    real = v4quant.hub.lines._Line.write
+
+    def write(line: Any, buffer: bytes, timeout: float | None = None) -> None:
+        written.append(len(buffer))
+        real(line, buffer, timeout)
+
+    monkeypatch.setattr(v4quant.hub.lines._Line, "write", write)
+    push(f"{USER}/new", [RepoFile(shard.name, len(data), hashlib.sha256(data).hexdigest(), shard)])
+    assert [n for n in written if n > 2**17] == [2**20] * 3

@@ -1,0 +1,65 @@
+"""Temporary folders: what killed processes left goes, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from v4quant.temporary_folders import TemporaryFolder, remove_abandoned
+
+KILLED = """
+import os, signal
+from v4quant.temporary_folders import TemporaryFolder
+folder = TemporaryFolder()
+(folder.path / "shards").mkdir()
+(folder.path / "shards" / "a.safetensors").write_bytes(b"1")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path
+
+
+def test_what_a_killed_process_left_goes(place: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = place.iterdir()
+    assert (left / "shards" / "a.safetensors").exists()
+    with TemporaryFolder() as mine:
+        assert [p.name for p in place.iterdir()] == [mine.name]
+    assert not list(place.iterdir())
+
+
+def test_folders_in_use_and_those_of_others_stay(place: Path, tmp_path: Path) -> None:
+    with TemporaryFolder() as mine:
+        (mine / "a").write_bytes(b"1")
+        shutil.copytree(mine, place / "v4quant-copy")
+        (place / "v4quant-of-a-user").mkdir()
+        (place / "v4quant-file").write_bytes(b"")
+        (place / "v4quant-link").symlink_to(mine)
+        (place / "v4quant-odd").mkdir()
+        (place / "v4quant-odd" / ".made-by-v4quant").mkdir()
+        before = sorted(p.name for p in place.iterdir())
+        remove_abandoned()
+        assert sorted(p.name for p in place.iterdir()) == before
+        assert (mine / "a").exists()
+
+
+def test_links_inside_are_not_followed(
+    place: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    precious = tmp_path_factory.mktemp("precious")
+    (precious / "thesis.tex").write_text("x")
+    with TemporaryFolder() as mine:
+        (mine / "link").symlink_to(precious)
+    assert (precious / "thesis.tex").exists() and not mine.exists()
