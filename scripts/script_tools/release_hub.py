@@ -36,6 +36,7 @@ from v4quant_formats.spec import TensorSpec
 TOKEN, USER = "hf_TokenOfTheReleaseHub", "tester"
 SOURCE = "maker/release"
 _KEPT = 8  # tensors in memory: neighbours are asked for together
+_AT_ONCE = 2  # tensors being made
 _CHUNK = 2**20
 
 
@@ -78,19 +79,26 @@ class Release:
             INDEX_NAME: index_json(where, total),
         }
         self._made: OrderedDict[str, bytes] = OrderedDict()
+        self._making: dict[str, threading.Lock] = {}
+        self._makers = threading.BoundedSemaphore(_AT_ONCE)
         self._lock = threading.Lock()
 
     def tensor(self, spec: TensorSpec) -> bytes:
         """A tensor's bytes."""
         with self._lock:
-            found = self._made.get(spec.name)
-        if found is None:
-            parts = pieces(spec, 0, self.experts, Faults())
-            found = b"".join(p.view(-1).view(torch.uint8).numpy().tobytes() for p in parts)
+            making = self._making.setdefault(spec.name, threading.Lock())
+        # Slices of one tensor are asked for side by side; it is made once, and few at a time.
+        with making:
             with self._lock:
-                self._made[spec.name] = found
-                while len(self._made) > _KEPT:
-                    self._made.popitem(last=False)
+                found = self._made.get(spec.name)
+            if found is None:
+                with self._makers:
+                    parts = pieces(spec, 0, self.experts, Faults())
+                    found = b"".join(p.view(-1).view(torch.uint8).numpy().tobytes() for p in parts)
+                with self._lock:
+                    self._made[spec.name] = found
+                    while len(self._made) > _KEPT:
+                        self._made.popitem(last=False)
         return found
 
     def read(self, file: str, start: int, stop: int) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ Those written in a text are recognised, as the release's own programs do.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from v4quant_calibration.corpus.tokenizer_growth import (
+    MAX_NORMALIZER_GROWTH,
+    MAX_SPLITTER_GROWTH,
+    grows_too_much,
+    growth,
+)
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.sidecars import MAX_SIDECAR_BYTES
 from v4quant_kernels.errors import V4QuantError
@@ -38,6 +45,7 @@ class TextTokenizer:
         """
         self._path, self._made = path, made
         self._tokenizer: Tokenizer | None = None
+        self._growth = 1.0
 
     def __call__(self, text: str) -> Tensor:
         """Ids, int64 [length]. Raises TokenizerError."""
@@ -45,6 +53,10 @@ class TextTokenizer:
         text = text.encode(errors="replace").decode()
         tokenizer = self._loaded()
         with self._usable():
+            if tokenizer.normalizer is not None:
+                normalize = tokenizer.normalizer.normalize_str
+                if grows_too_much(text, self._growth, normalize):
+                    raise self._explodes()
             ids = tokenizer.encode(text, add_special_tokens=False).ids
         return torch.tensor(ids, dtype=torch.int64)
 
@@ -67,11 +79,23 @@ class TextTokenizer:
                     f"{self._path}: has more than {MAX_SIDECAR_BYTES:,} bytes, no tokenizer"
                 )
             with self._usable():
-                if made is not None:
-                    self._tokenizer = Tokenizer.from_str(made.decode())
-                else:
-                    self._tokenizer = Tokenizer.from_file(str(self._path))
+                self._tokenizer = self._checked(made or self._path.read_bytes())
         return self._tokenizer
+
+    def _checked(self, data: bytes) -> Tokenizer:
+        """A tokenizer whose steps do not fill the memory. Raises TokenizerError, or anything."""
+        table = json.loads(data)
+        self._growth = growth(table.get("normalizer"))
+        cutting = growth(table.get("pre_tokenizer"))
+        if self._growth > MAX_NORMALIZER_GROWTH or cutting > MAX_SPLITTER_GROWTH:
+            raise self._explodes()
+        return Tokenizer.from_str(data.decode())
+
+    def _explodes(self) -> TokenizerError:
+        return TokenizerError(
+            f"{self._path}: its normalizer makes texts many times longer, which no model needs; "
+            "use the tokenizer.json of the release"
+        )
 
     @contextmanager
     def _usable(self) -> Iterator[None]:
@@ -80,6 +104,8 @@ class TextTokenizer:
             yield
         except BaseException as error:
             # A panic (of a regular expression, say) is not an Exception, and its class is private.
+            if isinstance(error, TokenizerError):
+                raise
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
                 raise TokenizerError(f"{self._path}: is not a usable tokenizer ({error})") from None
             raise

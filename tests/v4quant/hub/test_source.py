@@ -406,3 +406,23 @@ def test_messages_hold_no_secrets(
     for secret in ("abc", TOKEN, "hf_AbCdEf123456", "Signature"):
         assert secret not in clean
     assert "http://h/x?***" in clean
+
+
+def test_the_shard_that_work_waits_for_is_fetched_alone(
+    plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Nothing shares the line with the first one; afterwards two come at a time."""
+    plain_hub.add_repo(REF.repo, model_files)
+    names = sorted((n for n in model_files if n.endswith(".safetensors")), key=len)
+    with open_hub(REF, tmp_path) as checkpoint:
+        whole: dict[str, bool] = {}
+
+        def seen(route: str, path: str) -> None:
+            name = path.rpartition("/")[2]
+            if route == "resolve" and name in names and name not in whole:
+                whole[name] = bool(list(tmp_path.rglob(f"*-{names[0]}")))
+
+        plain_hub.on_request = seen
+        checkpoint.shards.expect(names[:3])
+        checkpoint.shards.acquire(names[:3])
+    assert whole == {names[0]: False, names[1]: True, names[2]: True}
