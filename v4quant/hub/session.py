@@ -50,7 +50,6 @@ def guard_session() -> None:
                     f"the network settings cannot be used ({error}); look at HTTPS_PROXY, "
                     "HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE"
                 ) from None
-            client = before()
             watch_lines(client)
             hooks = client.event_hooks
             client.event_hooks = {

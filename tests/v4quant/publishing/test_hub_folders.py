@@ -78,7 +78,7 @@ def test_from_the_hub_under_a_cap(
     expected: dict[str, bytes], watch: list[int],
 ) -> None:  # fmt: skip
     commit = plain_hub.add_repo(SOURCE, model_files, license="mit")
-    cap = ["--disk-cap", str(shards * shard_sizes(model_files)[-1])] if shards else []
+    cap = ["--disk-cap", f"{shards * shard_sizes(model_files)[-1]}B"] if shards else []
     # What is written here is not what the cap is about.
     quantize(f"hf://{SOURCE}", tmp_path / "out", *cap, "--scratch", str(tmp_path / "s"))
     same_checkpoint(folder_bytes(tmp_path / "out"), expected, commit)
