@@ -74,7 +74,7 @@ class Checkpoint:
     `deltas` is an adapter that is merged while matrices are read. `carried()` makes the small
     files (tokenizer.json, ...) that a GGUF file holds as metadata. `beside` are .safetensors files
     that lie there too and belong to no part of it. `container` holds the headers, by file, of a
-    container that describes itself (GGUF).
+    container that describes itself (GGUF), `remarks` what its opener saw contradicted there.
     """
 
     path: Path
@@ -89,6 +89,7 @@ class Checkpoint:
     carried: Callable[[], Mapping[str, bytes]] = field(default=dict, repr=False, compare=False)
     beside: tuple[str, ...] = ()
     container: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    remarks: tuple[str, ...] = ()
 
     @property
     def has_data(self) -> bool:

@@ -155,7 +155,10 @@ def _unknown(checkpoint: Checkpoint, names: Mapping[str, TensorName | None]) -> 
 
 
 def _of_folder(checkpoint: Checkpoint) -> Iterator[Defect]:
-    """Weights that lie beside the checkpoint's own: nobody reads them here, others may."""
+    """What its opener saw contradicted, and weights that lie beside the checkpoint's own: nobody
+    reads them here, others may."""
+    for remark in checkpoint.remarks:
+        yield Defect("", remark, FormatError, blocking=False)
     for name in checkpoint.beside[:MAX_DEFECTS]:
         if "adapter" in name or "lora" in name.lower():
             if checkpoint.deltas is None:

@@ -55,7 +55,8 @@ class CastResult:
 
 def can_cast(scheme: Scheme) -> bool:
     """Whether MXFP4 casts to `scheme` by recoding."""
-    return scheme.mxfp4_octaves is not None
+    # A row that is read with other scales (FP8 of tiles under float32) has no recoder.
+    return scheme.mxfp4_octaves is not None and (scheme.element, scheme.scale) in _RECODERS
 
 
 def cast_mxfp4(q: QTensor, scheme: Scheme, nvfp4_top: int | None = None) -> CastResult:

@@ -42,6 +42,7 @@ _ABOVE_GROUP = 2.0
 # Errors of siblings differ by some percent without any defect, however small their MAD comes out.
 _NATURAL_SPREAD = 0.05
 _MAD_TO_SIGMA = 1.4826
+_VOCABULARY = ("embed", "head")
 # Suspects of one group that are examined: a file that is wrong throughout needs no more.
 _MOST_CHECKED = 8
 
@@ -98,7 +99,8 @@ class WeightComparison:
 def compare_weights(
     reference: Checkpoint, candidates: Sequence[Checkpoint], progress: Progress
 ) -> list[WeightComparison]:
-    """Compare every linear matrix of the reference, and its embedding, with each candidate's.
+    """Compare every linear matrix of the reference, its embedding and its head, with each
+    candidate's.
 
     Trunk and drafts; modules a candidate lacks (dropped drafts) are passed over. Each reference
     matrix is decoded once for the measurement. Memory: one matrix of the reference and one
@@ -155,11 +157,11 @@ def robust_z(errors: Sequence[float]) -> list[float]:
 
 
 def _matrices(reference: Checkpoint) -> list[TensorName]:
-    """Linear modules and the embedding, in the order of the files."""
+    """Linear modules, the embedding and the head, in the order of the files."""
     modules: dict[str, TensorName] = {}
     for spec in reference:
         name = parse_name(spec.name)
-        if name is not None and (name.is_linear or name.module == "embed"):
+        if name is not None and (name.is_linear or name.module in _VOCABULARY):
             modules.setdefault(name.module, name)
     return list(modules.values())
 

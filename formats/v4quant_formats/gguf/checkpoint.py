@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from v4quant_formats.checkpoint import Checkpoint, check_link
+from v4quant_formats.config_fields import short
 from v4quant_formats.errors import (
     DuplicateTensor,
     FormatError,
@@ -183,6 +184,7 @@ def assemble_gguf(
         files,
         shards,
         carried=lru_cache(maxsize=1)(lambda: carried_files(metadata, where)),
+        remarks=_remarks(folder, (trunks or drafts)[0]),
         container=MappingProxyType({n: h for model in models for n, h in model.files.items()}),
     )
 
@@ -232,8 +234,35 @@ def _counted(model: _Model) -> Mapping[str, Any]:
     count = max(blocks, default=0) + 1
     if model.is_draft or not blocks or drafts != set(range(count - len(drafts), count)):
         return model.metadata
+    if count - len(drafts) < _listed_layers(model.metadata, written):
+        # Layers that the metadata describes one by one are missing rather than counted wrongly.
+        return model.metadata
     said = {"block_count": count, "nextn_predict_layers": len(drafts)}
     return {**model.metadata, **{f"{ARCHITECTURE}.{k}": v for k, v in said.items()}}
+
+
+def _listed_layers(metadata: Mapping[str, Any], blocks: int) -> int:
+    """Layers that have entries of their own in every list a layer, 0 where the count of blocks
+    does not cover them."""
+    lengths = [
+        len(value)
+        for key, value in metadata.items()
+        if key.startswith(f"{ARCHITECTURE}.") and isinstance(value, list) and len(value) > 1
+    ]
+    drafts = metadata.get(f"{ARCHITECTURE}.nextn_predict_layers", 0)
+    layers = min(lengths, default=0)
+    return layers if type(drafts) is int and layers <= blocks - max(drafts, 0) else 0
+
+
+def _remarks(folder: Path, model: _Model) -> tuple[str, ...]:
+    """Numbers of the metadata that its tensors contradict."""
+    counted = _counted(model)
+    return tuple(
+        f"{_where(folder, model)}: {key} is {short(model.metadata.get(key))}, its tensors make "
+        f"{counted[key]}"
+        for key in counted
+        if counted[key] != model.metadata.get(key, 0)
+    )
 
 
 def _groups(names: Sequence[str], where: str) -> list[list[str]]:
