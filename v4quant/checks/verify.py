@@ -28,7 +28,7 @@ from v4quant.hub.shard_cache import ShardCache
 from v4quant.source import Source, open_source
 from v4quant.temporary_folders import TemporaryFolder
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.deepseek_v4 import split_part
+from v4quant_formats.deepseek_v4 import parse_name, split_part
 from v4quant_formats.file_hash import hash_file
 from v4quant_formats.manifest import (
     MANIFEST_NAME,
@@ -172,8 +172,13 @@ def _check_files(out: Path, manifest: dict[str, Any], progress: Progress) -> Ite
     progress.finish()
 
 
+def _recorded_as(name: str) -> str:
+    """What a manifest calls the module of a tensor; one that no release has, by its own name."""
+    return split_part(name)[0] if parse_name(name) is not None else name
+
+
 def _check_structure(output: Checkpoint, records: dict[str, TensorRecord]) -> Iterator[Finding]:
-    modules = {split_part(spec.name)[0] for spec in output}
+    modules = {_recorded_as(spec.name) for spec in output}
     found = find_defects(output)
     copies = unknown_of(output) == "copy"
     for defect in found.defects:
@@ -209,7 +214,7 @@ def _compare_all(
     by_module: dict[str, int] = {}
     for spec in original:
         if spec.name not in dropped:
-            module = split_part(spec.name)[0]
+            module = _recorded_as(spec.name)
             by_module[module] = by_module.get(module, 0) + spec.nbytes
     progress.start("Comparing", sum(by_module.values()), "B")
     exact = 0
