@@ -54,7 +54,8 @@ def class_text(name: str, kind: Any) -> str:
     """Fields with their types where there are any, and the description."""
     rows = ""
     if dataclasses.is_dataclass(kind):
-        fields = "\n".join(f"{f.name}: {f.type}" for f in dataclasses.fields(kind))
+        own = (f for f in dataclasses.fields(kind) if not f.name.startswith("_"))
+        fields = "\n".join(f"{f.name}: {f.type}" for f in own)
         rows = f"\n```python\n{fields}\n```\n"
     return f"### {name}\n{rows}\n{prose(kind)}\n"
 

@@ -19,6 +19,7 @@ from script_tools.tool_readers import TOOL_READERS
 from v4quant.api.publishing import plan_push
 from v4quant.conversion.journal import FOLDER, FinishedShard, Journal
 from v4quant.conversion.records import TensorRecord
+from v4quant.evaluation.figures import Figures
 from v4quant.evaluation.report import render_html, render_markdown
 from v4quant.evaluation.saved_logits import SavedLogits
 from v4quant.own_folders import RECORD_NAME, own_folder, remove_own_folder
@@ -135,7 +136,7 @@ def _read_evaluation(path: Path) -> object:
 def _read_report(path: Path) -> object:
     from v4quant.api.publishing import _evaluation
 
-    found = _evaluation(path.parent, path) or {}
+    found = _evaluation(path.parent, path) or Figures()
     return render_html(found), render_markdown(found)
 
 

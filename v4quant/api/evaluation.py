@@ -127,10 +127,10 @@ def evaluate(
             others,
             limits,
         )
-    result = {"tool": tool_facts(), **figures}
+    found = evaluation_from_dict({"tool": tool_facts(), **figures})
     if (file := path_of(report)) is not None:
-        write_report(result, file)
-    return evaluation_from_dict(result)
+        write_report(found, file)
+    return found
 
 
 def _text_of(

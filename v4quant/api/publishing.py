@@ -9,6 +9,7 @@ from typing import Any
 
 from v4quant.api.arguments import PathLike, path_of
 from v4quant.checks.verify import verify
+from v4quant.evaluation.figures import Figures, ResultError, figures_from_dict
 from v4quant.hub.errors import HubError
 from v4quant.hub.refs import SCHEME, parse_hub
 from v4quant.progress import default_progress
@@ -110,7 +111,7 @@ def push(
         shown.finish()
 
 
-def _evaluation(out: Path, file: Path | None) -> dict[str, Any] | None:
+def _evaluation(out: Path, file: Path | None) -> Figures | None:
     path = file or out.resolve().parent / "evaluation.json"
     if file is None and not path.is_file():
         return None
@@ -120,9 +121,10 @@ def _evaluation(out: Path, file: Path | None) -> dict[str, Any] | None:
         raise HubError(str(error)) from None
     except (ValueError, RecursionError) as error:
         raise HubError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise HubError(f"{path}: is not an evaluation")
-    return found
+    try:
+        return figures_from_dict(found)
+    except ResultError as error:
+        raise HubError(f"{path}: is not an evaluation: {error}") from None
 
 
 def _completed(request: CardRequest, out: Path) -> CardRequest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +13,11 @@ from v4quant.cli import _exit, _output
 from v4quant.cli._options import corpus_options, products_option, threads_option
 from v4quant.cli._types import SOURCE
 from v4quant_calibration.defaults import MOST_FLOORS
+
+if TYPE_CHECKING:
+    from v4quant import Evaluation
+    from v4quant.evaluation.figures import Draft, Figures, Needle
+    from v4quant.evaluation.result import Perplexity
 
 
 @click.command(epilog="Example: v4quant evaluate out --reference DeepSeek-V4-Flash --report r.html")
@@ -114,111 +119,108 @@ def evaluate(
         scratch=scratch,
         progress=_output.TerminalProgress(),
     )
-    result = found.as_dict()
     if as_json:
-        _output.emit(result)
+        _output.emit(found.as_dict())
     else:
-        for part in (result, *result.get("others", [])):
-            for line in finding_lines(part):
+        for one in (found, *found.others):
+            for line in finding_lines(one):
                 _output.data(line)
-        _output.data(_output.table(summary_rows(result)))
+        _output.data(_output.table(summary_rows(found)))
         if others:
             _output.data("")
-            _output.data(_output.table(*candidate_rows(result)))
+            _output.data(_output.table(*candidate_rows(found)))
         if report is not None:
             _output.data(f"report in {report}")
     if found.is_damaged:
         ctx.exit(_exit.DIFFERENT)
 
 
-def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+def summary_rows(found: Evaluation) -> list[tuple[str, str]]:
     """The figures a person looks at first."""
-    rows = [
-        ("tokens scored", f"{result['tokens']:,} in {result['sequences']} windows"),
-        ("perplexity", f"{result['perplexity']:.3f} +- {result['perplexity_stderr']:.3f}"),
-    ]
-    if result.get("skipped_rows"):
-        rows.insert(1, ("rows left out", f"{result['skipped_rows']:,} that cannot be read"))
-    floor = result.get("noise_floor")
-    if floor is None:
-        return rows + probe_rows(result)
-    saved = result.get("reference_logits") or {}
-    bound = f" (at least; top {saved['top_k']})" if saved.get("top_k") else ""
+    windows = f"{found.figures.sequences or 0:.0f} windows"
+    rows = [("tokens scored", f"{found.tokens:,} in {windows}")]
+    if found.skipped_rows:
+        rows.append(("rows left out", f"{found.skipped_rows:,} that cannot be read"))
+    rows.append(("perplexity", _with_error(found.perplexity, 3)))
+    moved, floor, before = found.distance, found.floor, found.reference_perplexity
+    if moved is None or floor is None or before is None:
+        return rows + probe_rows(found.figures)
+    top_k = found.figures.reference_logits.top_k
+    bound = f" (at least; top {top_k:.0f})" if top_k else ""
+    ratio = f"{moved.perplexity_ratio:.5f} +- {moved.perplexity_ratio_stderr:.5f}"
     rows += [
-        ("reference perplexity", f"{result['reference_perplexity']:.3f} +- "
-                                 f"{result['reference_perplexity_stderr']:.3f}"),
-        ("perplexity ratio", f"{result['perplexity_ratio']:.5f} +- "
-                             f"{result['perplexity_ratio_stderr']:.5f}"),
-        ("mean KL" + bound, f"{result['kl_mean']:.3e} nats (noise floor {floor['kl_mean']:.3e})"),
-        ("99th percentile KL", f"{result['kl_p99']:.3e} (floor {floor['kl_p99']:.3e})"),
-        ("top-1 agreement", f"{100 * result['top1_agreement']:.2f} % "
-                            f"(floor {100 * floor['top1_agreement']:.2f} %)"),
-        ("verdict", result["verdict"]["text"]),
+        ("reference perplexity", _with_error(before, 3)),
+        ("perplexity ratio", ratio),
+        ("mean KL" + bound, f"{moved.kl_mean:.3e} nats (noise floor {floor.kl_mean:.3e})"),
+        ("99th percentile KL", f"{moved.kl_p99:.3e} (floor {floor.kl_p99:.3e})"),
+        ("top-1 agreement", f"{100 * moved.top1_agreement:.2f} % "
+                            f"(floor {100 * floor.top1_agreement:.2f} %)"),
+        ("verdict", found.verdict.text if found.verdict is not None else ""),
     ]  # fmt: skip
-    if "findings" in result:
-        count = len(result["findings"])
+    if found.findings is not None:
+        count = len(found.findings)
         rows.append(("suspected defects", f"{count} (above)" if count else "none"))
-    return rows + probe_rows(result)
+    return rows + probe_rows(found.figures)
 
 
-def probe_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+def _with_error(perplexity: Perplexity, digits: int) -> str:
+    return f"{perplexity.value:.{digits}f} +- {perplexity.stderr:.{digits}f}"
+
+
+def probe_rows(figures: Figures) -> list[tuple[str, str]]:
     """What was measured beside the text: needles and the draft; empty when not asked for."""
-    return needle_rows(result) + draft_rows(result)
+    return needle_rows(figures.needle) + draft_rows(figures.draft)
 
 
-def needle_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+def needle_rows(needle: Needle) -> list[tuple[str, str]]:
     """Loss of the hidden sentence by depth, before and after."""
     rows = []
-    for row in result.get("needle", {}).get("depths", []):
-        where = "absent" if row["depth"] is None else f"at {100 * row['depth']:.0f} %"
-        told = [f"{row[k]:.3f}" for k in ("reference_nll", "nll") if k in row]
+    for row in needle.depths:
+        where = "absent" if row.depth is None else f"at {100 * row.depth:.0f} %"
+        told = [f"{nll:.3f}" for nll in (row.reference_nll, row.nll) if nll is not None]
         rows.append((f"needle {where}", " -> ".join(told) + " nats per token"))
     return rows
 
 
-def draft_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+def draft_rows(draft: Draft) -> list[tuple[str, str]]:
     """How often drafts guess what the model itself chooses; empty when not asked."""
-    draft = result.get("draft")
-    if draft is None:
+    if draft.note:
+        return [("draft", draft.note)]
+    sides = (draft.reference, draft.candidate)
+    shares = [s.target_agreement for s in sides if s.target_agreement is not None]
+    if not shares:
         return []
-    if "note" in draft:
-        return [("draft", draft["note"])]
-    shares = [draft[k]["target_agreement"] for k in ("reference", "candidate") if k in draft]
     told = " -> ".join(f"{100 * share:.2f} %" for share in shares)
-    if "change" in draft:
-        told += f" (change {100 * draft['change']:+.2f} +- {100 * draft['change_stderr']:.2f})"
+    if draft.change is not None:
+        told += f" (change {100 * draft.change:+.2f} +- {100 * (draft.change_stderr or 0):.2f})"
     rows = [("draft accepted", told)]
-    lengths = [draft[k]["accepted_length"] for k in ("reference", "candidate")
-               if "accepted_length" in draft.get(k, {})]  # fmt: skip
+    lengths = [s.accepted_length for s in sides if s.accepted_length is not None]
     if lengths:
         told = " -> ".join(f"{length:.3f}" for length in lengths)
-        rows.append(("accepted in a row", f"{told} of {draft['block_size']} guesses"))
+        rows.append(("accepted in a row", f"{told} of {draft.block_size or 0:.0f} guesses"))
     return rows
 
 
-def finding_lines(result: dict[str, Any]) -> list[str]:
+def finding_lines(one: Evaluation) -> list[str]:
     """One line for every suspected defect of one candidate."""
-    where = Path(result["candidate"]["path"]).name
-    return [
-        f"FOUND in {where}: {finding['where']}: {finding['problem']}"
-        for finding in result.get("findings", [])
-    ]
+    where = Path(one.candidate.path).name
+    return [f"FOUND in {where}: {found.where}: {found.problem}" for found in one.findings or ()]
 
 
-def candidate_rows(result: dict[str, Any]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+def candidate_rows(found: Evaluation) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     """One row a candidate, smallest first, and the header."""
-    parts = sorted((result, *result["others"]), key=lambda p: p["candidate"]["bytes"])
     rows: list[tuple[str, ...]] = [
         (
-            Path(part["candidate"]["path"]).name,
-            part["candidate"]["scheme"],
-            _output.human_bytes(part["candidate"]["bytes"]),
-            f"{part['kl_mean']:.3e}",
-            f"{part['perplexity_ratio']:.5f}",
-            f"{100 * part['top1_agreement']:.2f} %",
-            str(len(part["findings"])) if "findings" in part else "-",
+            Path(one.candidate.path).name,
+            one.candidate.scheme,
+            _output.human_bytes(one.candidate.bytes),
+            f"{one.distance.kl_mean:.3e}",
+            f"{one.distance.perplexity_ratio:.5f}",
+            f"{100 * one.distance.top1_agreement:.2f} %",
+            "-" if one.findings is None else str(len(one.findings)),
         )
-        for part in parts
+        for one in found.candidates
+        if one.distance is not None
     ]
     header = ("candidate", "scheme", "size", "mean KL", "ppl ratio", "top-1", "defects")
     return rows, header

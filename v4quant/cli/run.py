@@ -17,7 +17,8 @@ from v4quant.cli.quantize import summary
 from v4quant.planner.choices import EFFORTS, Effort
 
 if TYPE_CHECKING:
-    from v4quant import JobResult, RunResult
+    from v4quant import Evaluation, JobResult, RunResult
+    from v4quant.evaluation.result import Distance, ModelFacts
     from v4quant_calibration.statistics.stats import Stats
 
 
@@ -116,28 +117,35 @@ def _ladder_table(done: RunResult) -> str:
     return _output.table(rows, ("name", "size", "mean KL", "top-1", "verdict", "where"))
 
 
+def _quality_rows(
+    found: Evaluation, reference: ModelFacts, moved: Distance, floor: Distance
+) -> list[tuple[str, str, str]]:
+    """The source beside the first conversion."""
+    before = found.reference_perplexity
+    bits = [f"{one.expert_bits_per_weight or 0:.3f}" for one in (reference, found.candidate)]
+    return [
+        ("expert weights", reference.scheme, found.candidate.scheme),
+        ("bits per expert weight", bits[0], bits[1]),
+        ("perplexity", "" if before is None else f"{before.value:.3f}",
+         f"{found.perplexity.value:.3f}"),
+        ("mean KL, nats", f"floor {floor.kl_mean:.1e}", f"{moved.kl_mean:.1e}"),
+        ("top-1 agreement", f"floor {100 * floor.top1_agreement:.2f} %",
+         f"{100 * moved.top1_agreement:.2f} %"),
+    ]  # fmt: skip
+
+
 def _closing_table(done: RunResult) -> str:
     job, found = done.conversion, done.evaluation
-    result = None if found is None else found.as_dict()
     rows = [("", "before", "after")]
     rows.append(("size", _output.human_bytes(job.bytes_in), _output.human_bytes(job.bytes_out)))
-    if result is not None:
-        before, after, floor = result["reference"], result["candidate"], result["noise_floor"]
-        bits = tuple(f"{x['expert_bits_per_weight']:.3f}" for x in (before, after))
-        rows += [
-            ("expert weights", before["scheme"], after["scheme"]),
-            ("bits per expert weight", bits[0], bits[1]),
-            ("perplexity", f"{result['reference_perplexity']:.3f}", f"{result['perplexity']:.3f}"),
-            ("mean KL, nats", f"floor {floor['kl_mean']:.1e}", f"{result['kl_mean']:.1e}"),
-            ("top-1 agreement", f"floor {100 * floor['top1_agreement']:.2f} %",
-             f"{100 * result['top1_agreement']:.2f} %"),
-        ]  # fmt: skip
+    if found is not None and (found.distance and found.floor and found.reference):
+        rows += _quality_rows(found, found.reference, found.distance, found.floor)
     lines = [_output.table(rows[1:], rows[0]), ""]
     if done.ladder:
         lines = [_ladder_table(done), ""]
-    if result is not None:
-        lines.append(result["verdict"]["text"])
-        lines += finding_lines(result)
+    if found is not None:
+        lines += [found.verdict.text] if found.verdict is not None else []
+        lines += finding_lines(found)
         lines.append(f"report:      {Path(done.folder) / 'report.html'}")
     lines.append(f"checkpoint:  {done.checkpoint}")
     lines.append(f"serve with:  {done.serve}")

@@ -1,21 +1,25 @@
-"""The result of an evaluation as a typed tree, for programs; `as_dict()` is the JSON of reports.
+"""The result of an evaluation for programs: the figures that they ask for, under names.
 
-Figures are computed as plain values (they go to JSON, to step caches and back); this gives those
-that programs ask for names and types, and checks that they are what they should be. `as_dict()` has
-every figure that docs/evaluation.md explains, these among them.
+What a run compared is there or None, and nothing else is taken for an evaluation. `figures` has all
+that docs/evaluation.md explains, `as_dict()` the same as the JSON that `--json` prints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from v4quant_kernels.errors import V4QuantError
-
-
-class ResultError(V4QuantError):
-    """An object that is not an evaluation."""
+from v4quant.evaluation.figures import (
+    Facts,
+    Figures,
+    FloorScores,
+    PartScores,
+    ResultError,
+    Scores,
+    VerdictFigures,
+    figures_from_dict,
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ class Evaluation:
     """What `evaluate` found. distance, floor and verdict are None without a reference; findings
     are None where weights were not compared. parts: the files of the text that are long enough for
     figures of their own. others: further candidates of the same run. skipped_rows: rows of the
-    corpus left out because they cannot be read."""
+    corpus left out because they cannot be read. figures: all that was measured, typed, under the
+    JSON's names."""
 
     candidate: ModelFacts
     reference: ModelFacts | None
@@ -100,7 +105,8 @@ class Evaluation:
     parts: tuple[TextPart, ...] = ()
     others: tuple[Evaluation, ...] = ()
     skipped_rows: int = 0
-    _figures: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    figures: Figures = field(default=Figures(), repr=False, compare=False)
+    _json: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def candidates(self) -> tuple[Evaluation, ...]:
@@ -113,67 +119,69 @@ class Evaluation:
         return any(one.findings for one in (self, *self.others))
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures: the object that `--json` prints and that reports are made of."""
-        return dict(self._figures)
+        """All figures: the object that `--json` prints."""
+        return dict(self._json)
 
 
-def evaluation_from_dict(figures: Mapping[str, Any]) -> Evaluation:
-    """The tree of an evaluation's figures. Raises ResultError naming the figure that is missing."""
+def evaluation_from_dict(table: Mapping[str, Any]) -> Evaluation:
+    """The evaluation that its JSON tells. Raises ResultError naming what is wrong with it."""
     try:
-        return _evaluation(figures, figures.get("reference"), figures.get("noise_floor"))
-    except KeyError as error:
-        raise ResultError(f"this is not an evaluation: {error.args[0]!r} is missing") from None
-    except (TypeError, ValueError) as error:
+        figures = figures_from_dict(table)
+        found = [_evaluation(one) for one in figures.everyone]
+    except ResultError as error:
         raise ResultError(f"this is not an evaluation: {error}") from None
+    others = [
+        replace(one, _json=told)
+        for one, told in zip(found[1:], table.get("others") or (), strict=True)
+    ]
+    return replace(found[0], others=tuple(others), figures=figures, _json=table)
 
 
-def _evaluation(figures: Mapping[str, Any], reference: Any, floor: Any) -> Evaluation:
-    compared = "kl_mean" in figures
-    verdict, found = figures.get("verdict"), figures.get("findings")
+def _evaluation(one: Figures) -> Evaluation:
+    compared, floor, verdict = one.kl_mean is not None, one.noise_floor, one.verdict
+    findings = one.findings
     return Evaluation(
-        candidate=_facts(figures["candidate"]),
-        reference=None if reference is None else _facts(reference),
-        tokens=int(figures["tokens"]),
-        perplexity=_perplexity(figures, "perplexity"),
-        reference_perplexity=_perplexity(figures, "reference_perplexity") if compared else None,
-        distance=_distance(figures) if compared else None,
-        floor=_distance(floor) if floor is not None else None,
-        verdict=None if verdict is None else _judgement(verdict),
-        findings=None if found is None else tuple(map(_defect, found)),
-        parts=tuple(map(_part, figures.get("corpora", ()))),
-        others=tuple(_evaluation(other, reference, floor) for other in figures.get("others", ())),
-        skipped_rows=int(figures.get("skipped_rows", 0)),
-        _figures=figures,
+        candidate=_facts(one.candidate),
+        reference=None if one.reference == Facts() else _facts(one.reference),
+        tokens=int(_known(one.tokens, "tokens")),
+        perplexity=_perplexity(one, "perplexity"),
+        reference_perplexity=_perplexity(one, "reference_perplexity") if compared else None,
+        distance=_distance(one) if compared else None,
+        floor=None if floor == FloorScores() else _distance(floor),
+        verdict=None if verdict == VerdictFigures() else _judgement(verdict),
+        findings=None if findings is None else tuple(Defect(f.where, f.problem) for f in findings),
+        parts=tuple(map(_part, one.corpora)),
+        skipped_rows=int(one.skipped_rows or 0),
+        figures=one,
     )
 
 
-def _facts(table: Mapping[str, Any]) -> ModelFacts:
-    bits = table["expert_bits_per_weight"]
-    return ModelFacts(
-        str(table["path"]), str(table["scheme"]), int(table["bytes"]),
-        None if bits is None else float(bits),
-    )  # fmt: skip
+def _known(value: float | None, name: str) -> float:
+    if value is None:
+        raise ResultError(f"'{name}' is missing")
+    return value
 
 
-def _perplexity(table: Mapping[str, Any], name: str) -> Perplexity:
-    return Perplexity(float(table[name]), float(table[f"{name}_stderr"]))
+def _facts(facts: Facts) -> ModelFacts:
+    if not facts.path:
+        raise ResultError("'path' of a checkpoint is missing")
+    nbytes = int(_known(facts.bytes, "bytes"))
+    return ModelFacts(facts.path, facts.scheme, nbytes, facts.expert_bits_per_weight)
 
 
-def _distance(table: Mapping[str, Any]) -> Distance:
-    return Distance(**{name: float(table[name]) for name in Distance.__dataclass_fields__})
+def _perplexity(scores: Scores, name: str) -> Perplexity:
+    value, error = (getattr(scores, key) for key in (name, f"{name}_stderr"))
+    return Perplexity(_known(value, name), _known(error, f"{name}_stderr"))
 
 
-def _part(table: Mapping[str, Any]) -> TextPart:
-    kl, top1 = (table.get(key) for key in ("kl_mean", "top1_agreement"))
-    return TextPart(
-        str(table["name"]), int(table["tokens"]), float(table["perplexity"]),
-        None if kl is None else float(kl), None if top1 is None else float(top1),
-    )  # fmt: skip
+def _distance(scores: Scores) -> Distance:
+    return Distance(**{n: _known(getattr(scores, n), n) for n in Distance.__dataclass_fields__})
 
 
-def _judgement(table: Mapping[str, Any]) -> Judgement:
-    return Judgement(str(table["grade"]), table["above_floor"], str(table["text"]))
+def _judgement(verdict: VerdictFigures) -> Judgement:
+    return Judgement(verdict.grade, verdict.above_floor, verdict.text)
 
 
-def _defect(table: Mapping[str, Any]) -> Defect:
-    return Defect(str(table["where"]), str(table["problem"]))
+def _part(part: PartScores) -> TextPart:
+    tokens, perplexity = _known(part.tokens, "tokens"), _known(part.perplexity, "perplexity")
+    return TextPart(part.name, int(tokens), perplexity, part.kl_mean, part.top1_agreement)

@@ -209,18 +209,17 @@ def run(
             path = place.repo if isinstance(place, HubRef) else str(place)
             serve = target.recipe.layout.serve.format(path=path)
             done.append((place, Conversion(target.name, str(place), converted, verified, serve)))
-        result = None
+        found = None
         if pipeline.evaluate is not None:
             places = [place for place, _ in done]
             cap = min(shares.values()) // len(targets)
-            result = _evaluate_all(job, pipeline.evaluate, source, places, evidence, cap)
-            _update_cards(places, result)
+            found = _evaluate_all(job, pipeline.evaluate, source, places, evidence, cap)
+            _update_cards(places, found)
     for name in (_SOURCE, *(_candidate_folder(i) for i in range(len(done)))):
         remove_own_folder(folder, name)
     first = done[0][1]
     return RunResult(
-        first.checkpoint, str(folder), first.conversion,
-        None if result is None else evaluation_from_dict(result),
+        first.checkpoint, str(folder), first.conversion, found,
         all(one.verified for _, one in done), first.serve, time.monotonic() - started,
         tuple(one for _, one in done) if pipeline.is_ladder else (),
     )  # fmt: skip
@@ -376,7 +375,7 @@ def _evaluate_all(
     places: Sequence[Source],
     evidence: Sequence[tuple[Evidence | None, str]],
     cap: int,
-) -> dict[str, Any]:
+) -> Evaluation:
     """All conversions beside the source, in one pass; the first one's figures, others beside."""
     job.watcher.step("Evaluate: perplexity and KL against the source, with a noise floor")
     file, done = job.folder / "evaluation.json", FinishedSteps(job.folder)
@@ -391,16 +390,16 @@ def _evaluate_all(
         key = _step_key(step, source, *digests)
         if done.has(key, file):
             job.watcher.note(f"{file} is of these checkpoints, corpus and settings: reused")
-            result: dict[str, Any] = json.loads(file.read_bytes())
+            result = evaluation_from_dict(json.loads(file.read_bytes()))
         else:
             figures = evaluate_checkpoint(
                 candidates[0], source, _corpus(step, source), forward_options(step.activations),
                 job.progress, others=candidates[1:], resources=job.limits,
             )  # fmt: skip
-            result = {"tool": tool_facts(), **figures}
             if (stats := evidence[0][0]) is not None:
-                found = stats.stats if isinstance(stats, Solution) else stats
-                result["coverage"] = coverage(found)
+                seen = stats.stats if isinstance(stats, Solution) else stats
+                figures["coverage"] = coverage(seen)
+            result = evaluation_from_dict({"tool": tool_facts(), **figures})
             write_report(result, file)
             done.add(key, file)
     for name in ("report.html", "report.md"):
@@ -408,23 +407,18 @@ def _evaluate_all(
     return result
 
 
-def _update_cards(places: Sequence[Source], result: dict[str, Any]) -> None:
+def _update_cards(places: Sequence[Source], found: Evaluation) -> None:
     """Every repository's card with its own figures, and its siblings'."""
+    each = list(zip(places, found.figures.everyone, strict=True))
     siblings = tuple(
-        Sibling(place.repo, own["candidate"]["scheme"], own["candidate"]["bytes"],
-                own["kl_mean"], own["top1_agreement"], own["verdict"]["grade"])
-        for place, own in zip(places, _each(result), strict=True) if isinstance(place, HubRef)
+        Sibling(place.repo, one.candidate.scheme, int(one.candidate.bytes or 0),
+                one.kl_mean or 0.0, one.top1_agreement or 0.0, one.verdict.grade)
+        for place, one in each if isinstance(place, HubRef)
     )  # fmt: skip
-    for place, own in zip(places, _each(result), strict=True):
+    for place, one in each:
         if isinstance(place, HubRef):
             others = siblings if len(siblings) > 1 else ()
-            update_card(place.repo, CardRequest(place.repo, own, siblings=others))
-
-
-def _each(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The result as each candidate would have it alone."""
-    shared = {k: v for k, v in result.items() if k != "others"}
-    return [shared, *({**shared, **other} for other in result.get("others", []))]
+            update_card(place.repo, CardRequest(place.repo, one, siblings=others))
 
 
 def _corpus(step: CorpusStep, source: Checkpoint) -> Corpus:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from v4quant.conversion.records import TensorRecord, record_from_dict
+from v4quant.evaluation.figures import Figures
 from v4quant.evaluation.report.probes import draft_table
 from v4quant.evaluation.report.tables import Table, distribution_table, summary_table
-from v4quant.evaluation.report.text import escape_markdown, section, text
+from v4quant.evaluation.report.text import count, escape_markdown
 from v4quant.hub.errors import HubError
 from v4quant.publishing.serving import serving_lines
 from v4quant.recipe import recipe_from_table
@@ -54,7 +55,7 @@ class CardRequest:
     """
 
     repo: str
-    evaluation: Mapping[str, Any] | None = None
+    evaluation: Figures | None = None
     base_model: str = ""
     license: str = ""
     engines: tuple[Preflight, ...] = ()
@@ -123,15 +124,15 @@ def front_matter(manifest: Mapping[str, Any], request: CardRequest) -> str:
     return str(data.to_yaml()).strip()
 
 
-def check_evaluation(manifest: Mapping[str, Any], evaluation: Mapping[str, Any]) -> None:
+def check_evaluation(manifest: Mapping[str, Any], evaluation: Figures) -> None:
     """Refuse figures of another checkpoint. Raises HubError."""
-    told = section(evaluation, "candidate").get("bytes")
+    told = evaluation.candidate.bytes
     shards = (".safetensors", ".gguf")
     real = sum(f["bytes"] for f in manifest["files"] if f["name"].endswith(shards))
     if told != real:
         raise HubError(
-            f"the evaluation is of a checkpoint of {told!r} bytes, this one has {real:,}; evaluate "
-            "this one, or push without an evaluation"
+            f"the evaluation is of a checkpoint of {count(told) or 'unknown'} bytes, this one has "
+            f"{real:,}; evaluate this one, or push without an evaluation"
         )
 
 
@@ -188,22 +189,22 @@ def _siblings(request: CardRequest) -> str:
     return "Other sizes, measured in the same run on the same text:\n\n" + _table(columns, rows)
 
 
-def _quality(evaluation: Mapping[str, Any] | None) -> str:
+def _quality(evaluation: Figures | None) -> str:
     if evaluation is None:
         return "Not evaluated. No figure about this conversion's outputs has been measured."
     parts = []
-    verdict = text(section(evaluation, "verdict"), "text")
+    verdict = visible(evaluation.verdict.text)
     if verdict:
         parts.append(f"**{escape_markdown(verdict)}**")
     for build in (summary_table, distribution_table, draft_table):
         table = build(evaluation)
         if table is not None:
             parts.append(_report_table(table))
-    tokens = evaluation.get("tokens")
-    if isinstance(tokens, int):
+    tokens = evaluation.tokens
+    if tokens is not None:
         parts.append(
-            f"Measured on {tokens:,} scored tokens against the source, by {PROJECT}'s own forward "
-            f"pass (activations: {escape_markdown(text(evaluation, 'activations'))}); a divergence "
+            f"Measured on {count(tokens)} scored tokens against the source, by {PROJECT}'s own "
+            f"forward pass (activations: {escape_markdown(evaluation.activations)}); a divergence "
             "means something only where it is above the noise floor."
         )
     return "\n\n".join(parts)
@@ -243,9 +244,9 @@ def _limits(
     limits = []
     if request.evaluation is None:
         limits.append("Quality was not measured.")
-    elif isinstance(tokens := request.evaluation.get("tokens"), int):
+    elif (tokens := request.evaluation.tokens) is not None:
         limits.append(
-            f"Quality was measured on {tokens:,} tokens of text; no task benchmark was run."
+            f"Quality was measured on {count(tokens)} tokens of text; no task benchmark was run."
         )
     dropped = manifest.get("dropped") or []
     if dropped:
@@ -360,3 +361,17 @@ def _bytes(count: Any) -> str:
             return f"{count:,} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.2f} TB"
+
+
+def section(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The manifest's object under `key`, empty when absent. Raises TypeError for other kinds."""
+    value = manifest.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"'{key}' is not an object")
+    return value or {}
+
+
+def text(table: Mapping[str, Any], key: str) -> str:
+    """The value under `key` as visible text, empty when absent."""
+    value = table.get(key)
+    return "" if value is None else visible(str(value))

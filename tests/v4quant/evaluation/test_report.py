@@ -14,8 +14,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from v4quant.evaluation.report import render_html, render_markdown
-from v4quant.evaluation.report.decision import decisions, distinct_names, recommendations
+from v4quant.evaluation import report
+from v4quant.evaluation.figures import ResultError, figures_from_dict
+from v4quant.evaluation.report import decision
+from v4quant.evaluation.report.decision import Decision, distinct_names, recommendations
 from v4quant.evaluation.report.svg import even_ticks, log_axis
 from v4quant.evaluation.report.text import (
     ReportError,
@@ -28,6 +30,18 @@ from v4quant.visible import visible
 
 HOSTILE = "</pre><script>alert('x')</script>\"'&<img src=http://evil/ onerror=x>\u202e|`*_\n\x00"
 VOID = {"meta", "br", "img", "input", "hr", "link"}
+
+
+def render_html(result: dict[str, Any]) -> str:
+    return report.render_html(figures_from_dict(result))
+
+
+def render_markdown(result: dict[str, Any]) -> str:
+    return report.render_markdown(figures_from_dict(result))
+
+
+def decisions(result: dict[str, Any]) -> list[Decision]:
+    return decision.decisions(figures_from_dict(result))
 
 
 class Page(HTMLParser):
@@ -537,7 +551,7 @@ def test_histogram_heights_are_shares() -> None:
     ],
 )
 def test_wrong_kinds_are_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(ReportError, match=r"result field|kl_histogram|coverage"):
+    with pytest.raises((ReportError, ResultError), match=r"result field|kl_histogram|coverage"):
         render_html({"reference": {"path": "x"}, field: value})
 
 

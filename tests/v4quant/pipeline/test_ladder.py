@@ -80,13 +80,6 @@ def test_an_interrupted_ladder_ends_in_the_same_bytes(
     assert "Where small diverges most" in page
 
 
-def test_each_candidate_gets_the_result_as_its_own() -> None:
-    result = {"noise_floor": 1, "kl_mean": 2, "others": [{"kl_mean": 3}, {"kl_mean": 4}]}
-    assert RUN._each(result) == [
-        {"noise_floor": 1, "kl_mean": k} for k in (2, 3, 4)
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from tests.support.conversion import convert
+from v4quant.evaluation.figures import figures_from_dict
 from v4quant.hub.errors import HubError
 from v4quant.publishing.card import CardRequest, license_of, render_card
 from v4quant.publishing.serving import accepted_engines
@@ -60,7 +61,9 @@ def test_metadata_is_what_the_hub_reads(manifest: dict[str, Any]) -> None:
 
 
 def test_what_a_reader_must_decide_on(manifest: dict[str, Any]) -> None:
-    request = CardRequest(REPO, evaluation_of(manifest), engines=tuple(ENGINES_ACCEPTED))
+    request = CardRequest(
+        REPO, figures_from_dict(evaluation_of(manifest)), engines=tuple(ENGINES_ACCEPTED)
+    )
     text = render_card(manifest, request)
     records = manifest["tensors"]
     total = sum(f["bytes"] for f in manifest["files"])
@@ -110,7 +113,7 @@ def test_an_evaluation_of_something_else_is_refused(manifest: dict[str, Any]) ->
     other = evaluation_of(manifest)
     other["candidate"]["bytes"] += 1
     with pytest.raises(HubError, match="the evaluation is of a checkpoint of"):
-        render_card(manifest, CardRequest(REPO, other))
+        render_card(manifest, CardRequest(REPO, figures_from_dict(other)))
 
 
 def test_local_sources_name_no_base_model_by_guess(manifest: dict[str, Any]) -> None:

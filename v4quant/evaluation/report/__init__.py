@@ -12,10 +12,12 @@ does not hold leaves its place out; the report never fills one in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from v4quant.evaluation.figures import Figures, FloorScores
 from v4quant.evaluation.report.candidates import candidates_table, size_quality_plot
 from v4quant.evaluation.report.decision import distinct_names
 from v4quant.evaluation.report.glossary import TERMS, worked_sentences
@@ -39,22 +41,19 @@ from v4quant.evaluation.report.tables import (
     summary_table,
 )
 from v4quant.evaluation.report.text import (
-    ReportError,
     count,
     escape_html,
     escape_markdown,
-    number,
     percent,
     plain,
-    records,
-    section,
     text,
 )
 from v4quant.evaluation.report.worst import worst_html
+from v4quant.evaluation.result import Evaluation
 from v4quant_formats.manifest import to_json_text
 from v4quant_formats.shards import write_file_atomically
 
-Plot = Callable[[Mapping[str, Any]], str]
+Plot = Callable[[Figures], str]
 DETAIL_TABLES = (
     confidence_table,
     floors_table,
@@ -105,16 +104,13 @@ MARKDOWN_METRICS = (
 )
 
 
-def render_html(result: Mapping[str, Any]) -> str:
-    """One self-contained HTML page for an evaluation result (the JSON object of `evaluate`).
+def render_html(result: Figures) -> str:
+    """One self-contained HTML page of an evaluation's figures.
 
-    Args:
-        result: every key may be absent or None; its part of the page is then left out.
-
-    Raises:
-        ReportError: a field is of the wrong kind, or the histogram's lengths disagree.
+    The part of a figure that is not there is left out. Raises ReportError when the histogram's
+    lengths disagree or a count is none.
     """
-    subject = text(section(result, "candidate"), "path") or "checkpoint"
+    subject = text(result.candidate.path) or "checkpoint"
     parts = [f"<h1>Evaluation of <code>{escape_html(subject)}</code></h1>"]
     parts.append(_identity(result))
     told = [_verdict(result), _findings_html(result)]
@@ -148,7 +144,7 @@ def render_html(result: Mapping[str, Any]) -> str:
     )
 
 
-def _plot_html(result: Mapping[str, Any], title: str, plot: Plot, caption: str) -> str:
+def _plot_html(result: Figures, title: str, plot: Plot, caption: str) -> str:
     drawing = plot(result)
     return (
         f"<section>\n<h2>{title}</h2>\n<p>{caption}</p>\n"
@@ -158,12 +154,12 @@ def _plot_html(result: Mapping[str, Any], title: str, plot: Plot, caption: str) 
     )
 
 
-def _charts(result: Mapping[str, Any]) -> list[str]:
+def _charts(result: Figures) -> list[str]:
     """The charts of the first candidate, and those of the others folded up behind their names."""
     parts = [_plot_html(result, *plot) for plot in PLOTS]
-    others = records(result, "others")
+    others = result.others
     for name, other in zip(_names(result)[1:], others, strict=True):
-        own = {"noise_floor": result.get("noise_floor"), **other}
+        own = replace(other, noise_floor=result.noise_floor)
         charts = "\n".join(filter(None, (_plot_html(own, *plot) for plot in PLOTS)))
         if charts:
             parts.append(
@@ -172,28 +168,28 @@ def _charts(result: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _worst(result: Mapping[str, Any]) -> list[str]:
-    everyone = [result, *records(result, "others")]
+def _worst(result: Figures) -> list[str]:
+    everyone = [result, *result.others]
     return [
         worst_html(part, name, f"worst-{number_}")
         for number_, (name, part) in enumerate(zip(_names(result), everyone, strict=True), 1)
     ]
 
 
-def _names(result: Mapping[str, Any]) -> list[str]:
-    parts = [result, *records(result, "others")]
-    return distinct_names([text(section(p, "candidate"), "path") for p in parts])
+def _names(result: Figures) -> list[str]:
+    parts = [result, *result.others]
+    return distinct_names([text(p.candidate.path) for p in parts])
 
 
-def _glossary(result: Mapping[str, Any]) -> str:
-    if result.get("noise_floor") is None:
+def _glossary(result: Figures) -> str:
+    if result.noise_floor == FloorScores():
         return ""
     told = "".join(f"<p>{escape_html(line)}</p>\n" for line in worked_sentences(result))
     terms = "\n".join(f"<dt>{escape_html(t)}</dt><dd>{escape_html(m)}</dd>" for t, m in TERMS)
     return f"<section>\n<h2>What the words mean</h2>\n{told}<dl>\n{terms}\n</dl>\n</section>"
 
 
-def render_markdown(result: Mapping[str, Any]) -> str:
+def render_markdown(result: Figures) -> str:
     """The same result as Markdown: a table in the manner of lm-evaluation-harness, then details.
 
     Raises ReportError as `render_html` does.
@@ -202,7 +198,7 @@ def render_markdown(result: Mapping[str, Any]) -> str:
     findings = findings_table(result)
     if findings is not None:
         parts.append(_table_markdown(findings))
-    verdict = text(section(result, "verdict"), "text")
+    verdict = text(result.verdict.text)
     if verdict:
         parts.append(f"**{escape_markdown(verdict)}**")
     parts.append(_metrics_markdown(result))
@@ -217,69 +213,65 @@ def render_markdown(result: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _identity(result: Mapping[str, Any]) -> str:
-    reference = text(section(result, "reference"), "path")
+def _identity(result: Figures) -> str:
+    reference = text(result.reference.path)
     facts = []
     if reference:
         facts.append(f"against <code>{escape_html(reference)}</code>")
     facts += _saved_logits(result)
-    tokens, sequences = number(result, "tokens"), number(result, "sequences")
+    tokens, sequences = result.tokens, result.sequences
     if tokens is not None:
         facts.append(f"{count(tokens)} tokens scored")
     if sequences is not None:
-        length = number(result, "seq_len")
+        length = result.seq_len
         of = f" of {count(length)} tokens" if length is not None else ""
         facts.append(f"{count(sequences)} sequences{of}")
-    if skipped := number(result, "skipped_rows"):
+    if skipped := result.skipped_rows:
         facts.append(f"{count(skipped)} rows that cannot be read left out")
     return f'<p class="identity">{", ".join(facts)}</p>' if facts else ""
 
 
-def _saved_logits(result: Mapping[str, Any]) -> list[str]:
+def _saved_logits(result: Figures) -> list[str]:
     """Says so when the reference's answers were read from a file."""
-    saved = section(result, "reference_logits")
-    if not text(saved, "file"):
+    saved = result.reference_logits
+    if not text(saved.file):
         return []
-    top_k, kl = number(saved, "top_k"), text(saved, "kl")
+    top_k, kl = saved.top_k, text(saved.kl)
     kept = f", {count(top_k)} tokens per position: KL is a {kl}" if top_k is not None else ""
-    return [
-        f"against saved logits <code>{escape_html(text(saved, 'file'))}</code>{escape_html(kept)}"
-    ]
+    return [f"against saved logits <code>{escape_html(text(saved.file))}</code>{escape_html(kept)}"]
 
 
-def _verdict(result: Mapping[str, Any]) -> str:
+def _verdict(result: Figures) -> str:
     """The first candidate's verdict, or one of every candidate."""
-    everyone = [result, *records(result, "others")]
+    everyone = [result, *result.others]
     several = len(everyone) > 1
     lines = []
     for index, (name, part) in enumerate(zip(_names(result), everyone, strict=True), 1):
-        verdict = section(part, "verdict")
-        above, told = verdict.get("above_floor"), text(verdict, "text")
-        if above is not None and not isinstance(above, bool):
-            raise ReportError("result field 'verdict.above_floor' must be true, false or null")
+        verdict = part.verdict
+        above, told = verdict.above_floor, text(verdict.text)
         if above is None and not told:
             continue
         css = "" if above is None else "differs" if above else "same"
-        if text(verdict, "grade").startswith("damaged"):
+        if text(verdict.grade).startswith("damaged"):
             css = "damaged"
         strong = f"<strong>{escape_html(name)}.</strong> " if several else ""
         link = ""
-        if records(part, "worst_stretches"):
+        if part.worst_stretches:
             link = f' <a href="#worst-{index}">Where it diverges most.</a>'
         lines.append(f'<p class="verdict {css}">{strong}{escape_html(told)}{link}</p>')
     return "\n".join(lines)
 
 
-def _findings_html(result: Mapping[str, Any]) -> str:
+def _findings_html(result: Figures) -> str:
     """Suspected defects, or that every weight was looked at and none was found."""
     table = findings_table(result)
     if table is not None:
         return f'<div class="findings">\n{_table_html(table)}\n</div>'
-    if result.get("findings") is None:
+    if result.findings is None:
         return ""
-    parts = (result, *records(result, "others"))
-    groups = [group for part in parts for group in records(part, "weights")]
-    matrices = sum(number(group, "matrices") or 0 for group in groups)
+    parts = (result, *result.others)
+    groups = [group for part in parts for group in part.weights]
+    matrices = sum(group.matrices or 0 for group in groups)
     return f'<p class="clean">No defect found in the weights of {count(matrices)} matrices.</p>'
 
 
@@ -307,18 +299,18 @@ def _table_html(table: Table) -> str:
     )
 
 
-def _metrics_markdown(result: Mapping[str, Any]) -> str:
+def _metrics_markdown(result: Figures) -> str:
     """One row a metric: name, direction, value, error, and the same of the noise floor."""
-    floor = section(result, "noise_floor")
+    floor = result.noise_floor
     rows = []
     for key, reference_key in MARKDOWN_METRICS:
-        value = number(result, key)
+        value = getattr(result, key)
         if value is None:
             continue
         agreement = key.endswith("agreement")
         digits = 3 if key.startswith("kl_") else 4
         shown = percent(value) if key.startswith(SHARES) else plain(value, digits)
-        stderr = plain(number(result, f"{key}_stderr"), 2)
+        stderr = plain(getattr(result, f"{key}_stderr", None), 2)
         sign = "±" if stderr else ""
         before = metric(result, reference_key) if reference_key else ""
         rows.append(
@@ -352,8 +344,10 @@ def _longest_run(value: str, character: str) -> int:
     return longest
 
 
-def write_report(result: dict[str, Any], path: Path) -> None:
-    """Write the result as HTML, Markdown or JSON, by suffix."""
-    renderers = {".md": render_markdown, ".json": to_json_text}
-    text = renderers.get(path.suffix, render_html)(result)
-    write_file_atomically(path, text.encode())
+def write_report(found: Evaluation, path: Path) -> None:
+    """Write the evaluation as HTML, Markdown or JSON, by suffix."""
+    if path.suffix == ".json":
+        shown = to_json_text(found.as_dict())
+    else:
+        shown = (render_markdown if path.suffix == ".md" else render_html)(found.figures)
+    write_file_atomically(path, shown.encode())

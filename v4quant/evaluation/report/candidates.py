@@ -9,19 +9,17 @@ worth bytes. Without further candidates there is neither table nor plot.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from v4quant.evaluation.figures import Figures
 from v4quant.evaluation.report import svg
 from v4quant.evaluation.report.decision import decisions, distinct_names, recommendations
 from v4quant.evaluation.report.tables import Table, build_table, metric, multiple_of_floor
 from v4quant.evaluation.report.text import (
     change,
     count,
-    number,
     plain,
-    records,
-    section,
     size,
     text,
 )
@@ -32,38 +30,38 @@ TOP, BOTTOM = 44.0, 330.0
 _LABEL_HEIGHT = 14.0
 
 
-def candidates(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def candidates(result: Figures) -> list[Figures]:
     """All candidates of the run, smallest first; empty when there is only one."""
-    others = records(result, "others")
+    others = result.others
     if not others:
         return []
-    return sorted([result, *others], key=lambda c: number(section(c, "candidate"), "bytes") or 0.0)
+    return sorted([result, *others], key=lambda c: c.candidate.bytes or 0.0)
 
 
-def candidates_table(result: Mapping[str, Any]) -> Table | None:
+def candidates_table(result: Figures) -> Table | None:
     """One row a candidate, smallest first: size, quality, and whether another one is better."""
     if not candidates(result):
         return None
-    floor = section(result, "noise_floor")
+    floor = result.noise_floor
     by_name = _by_name(result)
     rows = []
     for one in decisions(result):
         part = by_name[one.name]
-        facts = section(part, "candidate")
-        before, after = number(part, "reference_perplexity"), number(part, "perplexity")
+        facts = part.candidate
+        before, after = part.reference_perplexity, part.perplexity
         rows.append(
             (
                 one.name,
-                text(facts, "scheme"),
+                text(facts.scheme),
                 one.grade,
-                size(number(facts, "bytes")),
-                plain(number(facts, "expert_bits_per_weight")),
+                size(facts.bytes),
+                plain(facts.expert_bits_per_weight),
                 metric(part, "kl_mean"),
                 multiple_of_floor(part, floor, "kl_mean"),
                 change(before, after),
                 metric(part, "top1_agreement"),
                 one.dominated_by,
-                count(one.defects) if part.get("findings") is not None else "",
+                count(one.defects) if part.findings is not None else "",
             )
         )
     columns = (
@@ -86,24 +84,24 @@ def candidates_table(result: Mapping[str, Any]) -> Table | None:
     return build_table("Candidates", columns, rows, notes, text_columns=3)
 
 
-def _by_name(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    parts = [result, *records(result, "others")]
-    names = distinct_names([text(section(p, "candidate"), "path") for p in parts])
+def _by_name(result: Figures) -> dict[str, Figures]:
+    parts = [result, *result.others]
+    names = distinct_names([text(p.candidate.path) for p in parts])
     return dict(zip(names, parts, strict=True))
 
 
-def size_quality_plot(result: Mapping[str, Any]) -> str:
+def size_quality_plot(result: Figures) -> str:
     """Size against mean KL of every candidate, with the noise floor; empty without candidates."""
     if not candidates(result):
         return ""
     points = [
         (x, y, name)
         for name, part in _by_name(result).items()
-        if (x := number(section(part, "candidate"), "bytes")) is not None
-        and (y := number(part, "kl_mean")) is not None
+        if (x := part.candidate.bytes) is not None
+        and (y := part.kl_mean) is not None
         and math.isfinite(x)
     ]
-    floor = number(section(result, "noise_floor"), "kl_mean") or 0.0
+    floor = result.noise_floor.kl_mean or 0.0
     positive = [y for _, y, _ in points if math.isfinite(y) and y > 0]
     if len(points) < 2 or not positive:
         return ""

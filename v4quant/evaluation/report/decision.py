@@ -8,12 +8,12 @@ recommended, whatever its KL.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
 
-from v4quant.evaluation.report.text import number, records, section, size, text
+from v4quant.evaluation.figures import Figures
+from v4quant.evaluation.report.text import size, text
 from v4quant_calibration.evaluation.verdict import GRADES, Grade
 
 SHORT: dict[Grade, str] = {
@@ -43,10 +43,10 @@ class Decision:
     dominated_by: str = ""
 
 
-def decisions(result: Mapping[str, Any]) -> list[Decision]:
+def decisions(result: Figures) -> list[Decision]:
     """All candidates of a run, smallest first."""
-    parts = [result, *records(result, "others")]
-    names = distinct_names([text(section(p, "candidate"), "path") for p in parts])
+    parts = [result, *result.others]
+    names = distinct_names([text(p.candidate.path) for p in parts])
     found = [_decision(part, name) for part, name in zip(parts, names, strict=True)]
     return sorted((_beside(d, found) for d in found), key=lambda d: (d.size, d.kl))
 
@@ -73,13 +73,13 @@ def recommendations(found: Sequence[Decision]) -> list[str]:
     return lines
 
 
-def _decision(part: Mapping[str, Any], name: str) -> Decision:
-    verdict, facts = section(part, "verdict"), section(part, "candidate")
-    nbytes, kl = number(facts, "bytes"), number(part, "kl_mean")
-    defects = len(records(part, "findings"))
-    told = text(verdict, "grade")
+def _decision(part: Figures, name: str) -> Decision:
+    verdict, facts = part.verdict, part.candidate
+    nbytes, kl = facts.bytes, part.kl_mean
+    defects = len(part.findings or ())
+    told = text(verdict.grade)
     grade = next((SHORT[g] for g in GRADES if g == told), told)
-    sentence = text(verdict, "text")
+    sentence = text(verdict.text)
     if defects:
         grade = "suspected defects"
     return Decision(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
-from v4quant.evaluation.report.text import number, percent, plain, section
+from v4quant.evaluation.figures import Figures
+from v4quant.evaluation.report.text import percent, plain
 
 TERMS = (
     (
@@ -47,11 +46,11 @@ TERMS = (
 )
 
 
-def worked_sentences(result: Mapping[str, Any]) -> list[str]:
+def worked_sentences(result: Figures) -> list[str]:
     """What this run's unusual figures mean, one sentence each."""
-    floor, lines = section(result, "noise_floor"), []
+    floor, lines = result.noise_floor, []
     for key, share in (("kl_p99", "one in 100"), ("kl_p999", "one in 1,000")):
-        ours, base = number(result, key), number(floor, key)
+        ours, base = getattr(result, key), getattr(floor, key)
         if ours is None or base is None or not base or not math.isfinite(ours / base):
             continue
         if ours / base >= 3:
@@ -60,7 +59,7 @@ def worked_sentences(result: Mapping[str, Any]) -> list[str]:
                 f"{_times(ours / base)} times what rounding alone does to its worst {share}: "
                 f"{_meaning(ours)}."
             )
-    flips = number(result, "flips_confident")
+    flips = result.flips_confident
     if flips:
         lines.append(
             f"Of the tokens of which the source was more than half sure, {percent(flips)} get "

@@ -7,36 +7,31 @@ says whether its error was measured at all.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
-from typing import Any
 
+from v4quant.evaluation.figures import Figures, LayerFigures
 from v4quant.evaluation.report.tables import Table, build_table
 from v4quant.evaluation.report.text import (
     count,
-    number,
-    numbers,
     percent,
     plain,
-    records,
-    section,
     text,
 )
 
 LAYER_KINDS = {"swa": "sliding window", "csa": "CSA", "hca": "HCA", "mtp": "MTP"}
 
 
-def layer_table(result: Mapping[str, Any]) -> Table | None:
+def layer_table(result: Figures) -> Table | None:
     """One row per layer: kind, errors, and whether it chose the same experts and entries."""
     rows = [
         (
-            text(layer, "name"),
+            text(layer.name),
             _kind(layer),
-            percent(number(layer, "router_agreement")),
-            percent(number(layer, "index_agreement")),
-            plain(number(layer, "local_relative_error"), 3),
-            plain(number(layer, "stream_relative_error"), 3),
+            percent(layer.router_agreement),
+            percent(layer.index_agreement),
+            plain(layer.local_relative_error, 3),
+            plain(layer.stream_relative_error, 3),
         )
-        for layer in records(result, "layers")
+        for layer in result.layers
     ]
     columns = (
         "Layer",
@@ -53,18 +48,18 @@ def layer_table(result: Mapping[str, Any]) -> Table | None:
     return build_table("Layers", columns, rows, notes if rows else (), text_columns=2)
 
 
-def expert_table(result: Mapping[str, Any]) -> Table | None:
+def expert_table(result: Figures) -> Table | None:
     """One row per layer: what its experts' weights and outputs lost, and what they were fed."""
-    fed = {text(r, "name"): numbers(r, "tokens_per_expert") for r in _coverage_layers(result)}
+    fed = {text(r.name): r.tokens_per_expert for r in result.coverage.layers}
     rows = []
-    for layer in records(result, "layers"):
-        tokens = fed.get(text(layer, "name"), [])
+    for layer in result.layers:
+        tokens = fed.get(text(layer.name), ())
         rows.append(
             (
-                text(layer, "name"),
-                plain(number(layer, "weight_relative_rms"), 3),
+                text(layer.name),
+                plain(layer.weight_relative_rms, 3),
                 _worst(layer, "weight_largest", "weight_worst"),
-                plain(number(layer, "expert_output_median"), 3),
+                plain(layer.expert_output_median, 3),
                 _worst(layer, "expert_output_largest", "expert_output_worst"),
                 count(min(tokens)) if tokens else "",
                 count(statistics.median_low(tokens)) if tokens else "",
@@ -84,16 +79,16 @@ def expert_table(result: Mapping[str, Any]) -> Table | None:
     return build_table("Experts of each layer", columns, rows, (note,) if measured else ())
 
 
-def starved_table(result: Mapping[str, Any]) -> Table | None:
+def starved_table(result: Figures) -> Table | None:
     """Experts that saw fewer tokens than the coverage floor, one row per layer."""
-    coverage = section(result, "coverage")
+    coverage = result.coverage
     by_layer: dict[str, list[str]] = {}
-    for entry in records(coverage, "starved"):
-        tokens = count(number(entry, "tokens"))
-        shown = f"{text(entry, 'expert')} ({tokens})" if tokens else text(entry, "expert")
-        by_layer.setdefault(text(entry, "layer"), []).append(shown)
+    for entry in coverage.starved:
+        tokens = count(entry.tokens)
+        shown = f"{text(entry.expert)} ({tokens})" if tokens else text(entry.expert)
+        by_layer.setdefault(text(entry.layer), []).append(shown)
     rows = [(layer, ", ".join(found), f"{len(found):,}") for layer, found in by_layer.items()]
-    floor = count(number(coverage, "floor"))
+    floor = count(coverage.floor)
     note = f"Experts that saw fewer than {floor} tokens; their error is not measured well."
     return build_table(
         "Starved experts",
@@ -104,15 +99,11 @@ def starved_table(result: Mapping[str, Any]) -> Table | None:
     )
 
 
-def _kind(layer: Mapping[str, Any]) -> str:
-    kind = text(layer, "kind")
+def _kind(layer: LayerFigures) -> str:
+    kind = text(layer.kind)
     return LAYER_KINDS.get(kind, kind)
 
 
-def _worst(layer: Mapping[str, Any], key: str, which: str) -> str:
-    largest = number(layer, key)
-    return f"{plain(largest, 3)} ({text(layer, which)})" if largest else ""
-
-
-def _coverage_layers(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return records(section(result, "coverage"), "layers")
+def _worst(layer: LayerFigures, key: str, which: str) -> str:
+    largest = getattr(layer, key)
+    return f"{plain(largest, 3)} ({text(getattr(layer, which))})" if largest else ""

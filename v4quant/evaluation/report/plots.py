@@ -15,19 +15,16 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from v4quant.evaluation.figures import Figures, LayerFigures
 from v4quant.evaluation.report import svg
 from v4quant.evaluation.report.text import (
     ReportError,
     count,
-    number,
-    numbers,
     percent,
     plain,
-    records,
-    section,
     text,
 )
 
@@ -41,10 +38,10 @@ KINDS = (("swa", "sliding window"), ("csa", "CSA"), ("hca", "HCA"), ("mtp", "MTP
 STRIP_STEPS = (1, 2, 4, 8, 16, 32)
 
 
-def layer_error_plot(result: Mapping[str, Any]) -> str:
+def layer_error_plot(result: Figures) -> str:
     """Local and stream relative error of every layer on a log axis; empty without data."""
-    layers = records(result, "layers")
-    series = {key: [number(layer, key) for layer in layers] for key, _, _ in SERIES}
+    layers = result.layers
+    series = {key: [getattr(layer, key) for layer in layers] for key, _, _ in SERIES}
     values = [v for column in series.values() for v in column if v is not None]
     positive = [v for v in values if math.isfinite(v) and v > 0]
     if not positive:
@@ -56,7 +53,7 @@ def layer_error_plot(result: Mapping[str, Any]) -> str:
     parts = _error_grid(axis, has_zero, bottom)
     for key, css, meaning in SERIES:
         points = [
-            (LEFT + slot * (i + 0.5), _place(axis, v, top, bottom), v, text(layer, "name"))
+            (LEFT + slot * (i + 0.5), _place(axis, v, top, bottom), v, text(layer.name))
             for i, (layer, v) in enumerate(zip(layers, series[key], strict=True))
             if v is not None
         ]
@@ -68,11 +65,11 @@ def layer_error_plot(result: Mapping[str, Any]) -> str:
     return svg.figure(WIDTH, bottom + 86, described, parts)
 
 
-def kl_histogram_plot(result: Mapping[str, Any]) -> str:
+def kl_histogram_plot(result: Figures) -> str:
     """Share of tokens per bin of log10 KL, with the noise floor's outline; empty without data."""
-    histogram = section(result, "kl_histogram")
-    edges, counts = numbers(histogram, "log10_edges"), numbers(histogram, "counts")
-    floor = numbers(histogram, "floor_counts")
+    histogram = result.kl_histogram
+    edges, counts = histogram.log10_edges, histogram.counts
+    floor = histogram.floor_counts
     if not counts or sum(counts) <= 0:
         return ""
     _check_histogram(edges, counts, floor)
@@ -104,23 +101,21 @@ def kl_histogram_plot(result: Mapping[str, Any]) -> str:
     return svg.figure(WIDTH, 374, "Histogram of the per-token KL divergence", parts)
 
 
-def coverage_plot(result: Mapping[str, Any]) -> str:
+def coverage_plot(result: Figures) -> str:
     """One strip a layer: its experts from most to least used, coloured by the tokens they saw."""
-    coverage = section(result, "coverage")
-    layers = [
-        (text(r, "name"), numbers(r, "tokens_per_expert")) for r in records(coverage, "layers")
-    ]
-    layers = [(name, sorted(found, reverse=True)) for name, found in layers if found]
-    if not layers:
+    coverage = result.coverage
+    layers = [(text(r.name), r.tokens_per_expert) for r in coverage.layers]
+    ranked = [(name, sorted(found, reverse=True)) for name, found in layers if found]
+    if not ranked:
         return ""
-    for name, found in layers:
+    for name, found in ranked:
         if not all(math.isfinite(v) and v >= 0 for v in found):
             raise ReportError(f"coverage of '{name}' holds a count that is not a number >= 0")
-    floor = number(coverage, "floor") or 0.0
-    bands = _coverage_bands(floor, max(found[0] for _, found in layers))
+    floor = coverage.floor or 0.0
+    bands = _coverage_bands(floor, max(found[0] for _, found in ranked))
     step, top, right = 16.0, 52.0, 770.0
     parts = _band_legend(bands, floor)
-    for row, (name, found) in enumerate(layers):
+    for row, (name, found) in enumerate(ranked):
         y = top + row * step
         parts.append(svg.label(LEFT - 8, y + 11, svg.shorten(_layer_label(name), 10), anchor="end"))
         parts += _strip(name, found, bands, y, right)
@@ -129,8 +124,8 @@ def coverage_plot(result: Mapping[str, Any]) -> str:
         parts.append(svg.label(right + 8, y + 11, told, anchor="start"))
         if starved:
             parts.append(svg.label(WIDTH - 4, y + 11, count(starved), "tick alarm", anchor="end"))
-    end = top + len(layers) * step
-    experts = max(len(found) for _, found in layers)
+    end = top + len(ranked) * step
+    experts = max(len(found) for _, found in ranked)
     axis = f"experts of a layer, from most to least used (up to {experts:,})"
     parts.append(svg.label((LEFT + right) / 2, end + 18, axis, "axis"))
     parts.append(svg.label(4, 46, "layer", "axis", anchor="start"))
@@ -194,21 +189,21 @@ def _error_legend(series: Mapping[str, list[float | None]]) -> list[str]:
     return parts
 
 
-def _layer_labels(layers: list[Mapping[str, Any]], slot: float, bottom: float) -> list[str]:
+def _layer_labels(layers: Sequence[LayerFigures], slot: float, bottom: float) -> list[str]:
     """Layer names below the axis, as many as fit, above a strip that tells the attention kind."""
-    names = [_layer_label(text(layer, "name")) for layer in layers]
+    names = [_layer_label(text(layer.name)) for layer in layers]
     longest = min(12, max(len(name) for name in names))
     every = math.ceil((longest * svg.CHARACTER_WIDTH + 4) / slot)
     known = dict(KINDS)
     parts, x = [], LEFT
     for i, (name, layer) in enumerate(zip(names, layers, strict=True)):
-        center, kind = LEFT + slot * (i + 0.5), text(layer, "kind")
+        center, kind = LEFT + slot * (i + 0.5), text(layer.kind)
         if i % every == 0 and center + longest * svg.CHARACTER_WIDTH / 2 < WIDTH:
             parts.append(svg.label(center, bottom + 32, svg.shorten(name, 12)))
         if kind in known:
-            tip = f"{text(layer, 'name')}: {known[kind]}"
+            tip = f"{text(layer.name)}: {known[kind]}"
             parts.append(svg.rect(center - slot / 2, bottom + 6, slot - 1, 8, f"kind-{kind}", tip))
-    present = {text(layer, "kind") for layer in layers}
+    present = {text(layer.kind) for layer in layers}
     for kind, meaning in (k for k in KINDS if k[0] in present):
         parts.append(svg.rect(x, bottom + 70, 12, 8, f"kind-{kind}"))
         parts.append(svg.label(x + 18, bottom + 78, meaning, "legend", "start"))
@@ -221,13 +216,15 @@ def _layer_label(name: str) -> str:
     return numbered.group(1) if numbered else name
 
 
-def _check_histogram(edges: list[float], counts: list[float], floor: list[float]) -> None:
+def _check_histogram(
+    edges: Sequence[float], counts: Sequence[float], floor: Sequence[float]
+) -> None:
     if len(edges) != len(counts) + 1 or (floor and len(floor) != len(counts)):
         raise ReportError("kl_histogram needs n + 1 log10_edges for n counts and floor_counts")
     rising = all(math.isfinite(b) and a < b for a, b in itertools.pairwise(edges))
     if not rising or not math.isfinite(edges[0]):
         raise ReportError("kl_histogram.log10_edges must be finite and rising")
-    if not all(math.isfinite(c) and c >= 0 for c in counts + floor):
+    if not all(math.isfinite(c) and c >= 0 for c in [*counts, *floor]):
         raise ReportError("kl_histogram counts must be finite and not negative")
 
 
@@ -240,7 +237,7 @@ def _share_grid(ticks: list[float], scale: float, bottom: float) -> list[str]:
     return parts
 
 
-def _power_ticks(edges: list[float], x: Any, bottom: float) -> list[str]:
+def _power_ticks(edges: Sequence[float], x: Any, bottom: float) -> list[str]:
     powers = range(math.ceil(edges[0]), math.floor(edges[-1]) + 1)
     every = max(1, math.ceil(len(powers) / 12))
     parts = []
@@ -250,11 +247,11 @@ def _power_ticks(edges: list[float], x: Any, bottom: float) -> list[str]:
     return parts
 
 
-def _kl_markers(result: Mapping[str, Any], edges: list[float], x: Any, bottom: float) -> list[str]:
+def _kl_markers(result: Figures, edges: Sequence[float], x: Any, bottom: float) -> list[str]:
     """Dashed lines at the candidate's median and 99th percentile."""
     parts = []
     for key, name, anchor in (("kl_median", "median", "end"), ("kl_p99", "p99", "start")):
-        value = number(result, key)
+        value = getattr(result, key)
         if value is None or not value > 0 or not edges[0] <= math.log10(value) <= edges[-1]:
             continue
         place = x(math.log10(value))
@@ -286,7 +283,7 @@ def _coverage_bands(floor: float, most: float) -> list[tuple[float, str]]:
 
 
 def _strip(
-    name: str, found: list[float], bands: list[tuple[float, str]], y: float, right: float
+    name: str, found: Sequence[float], bands: list[tuple[float, str]], y: float, right: float
 ) -> list[str]:
     """Equal-coloured neighbours share one rectangle, so 256 experts cost at most eight."""
     width = (right - LEFT) / len(found)

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from v4quant.evaluation.figures import Draft, DraftShares, Figures
 from v4quant.evaluation.report.tables import Table, build_table, named
 from v4quant.evaluation.report.text import (
     count,
-    number,
-    numbers,
     percent,
     plain,
-    records,
-    section,
     text,
     with_error,
 )
 
 CHANGES = ("change", "noise_change")
 LENGTH = "accepted_length_change"
-Sides = tuple[Mapping[str, Any], Mapping[str, Any]]
+Sides = tuple[DraftShares, DraftShares]
 
 
-def needle_table(result: Mapping[str, Any]) -> Table | None:
+def needle_table(result: Figures) -> Table | None:
     """Loss of the answer's tokens by the depth at which the sentence stands."""
-    needle = section(result, "needle")
+    needle = result.needle
     rows = []
-    for row in records(needle, "depths"):
-        depth = number(row, "depth")
-        before, after, noise = (number(row, k) for k in ("reference_nll", "nll", "floor_change"))
+    for row in needle.depths:
+        depth = row.depth
+        before, after, noise = (getattr(row, k) for k in ("reference_nll", "nll", "floor_change"))
         rows.append(
             (
                 "no such sentence" if depth is None else f"{100 * depth:.0f} %",
-                count(number(row, "tokens")),
+                count(row.tokens),
                 plain(before),
                 plain(after),
                 "" if before is None or after is None else f"{after - before:+.4f}",
@@ -48,7 +42,7 @@ def needle_table(result: Mapping[str, Any]) -> Table | None:
         "Change",
         "Change by noise",
     )
-    length = number(needle, "seq_len")
+    length = needle.seq_len
     of = "" if length is None else f" in {count(length)} tokens"
     notes = (
         "A sentence with random digits is put into the text, at 0 % where it begins, at 100 % just "
@@ -58,11 +52,11 @@ def needle_table(result: Mapping[str, Any]) -> Table | None:
     return build_table(f"A hidden sentence{of}", columns, rows, notes)
 
 
-def draft_table(result: Mapping[str, Any]) -> Table | None:
+def draft_table(result: Figures) -> Table | None:
     """How often the draft stages guess right, before and after."""
-    draft = section(result, "draft")
-    sides = section(draft, "reference"), section(draft, "candidate")
-    guesses = number(draft, "block_size") or 1
+    draft = result.draft
+    sides = draft.reference, draft.candidate
+    guesses = draft.block_size or 1
     own = "Guess is what the model itself chooses there"
     rows: list[tuple[str, ...]] = [
         (own, *_shares(sides, "target_agreement"), *(_points(draft, k) for k in CHANGES)),
@@ -75,8 +69,8 @@ def draft_table(result: Mapping[str, Any]) -> Table | None:
         rows += _positions(sides, "by_position", "Guess {} accepted")
         rows += _positions(sides, "confidence_by_position", "Guess {}: the draft's own estimate")
     rows = [row for row in rows if any(row[1:])]
-    if text(draft, "note"):
-        rows.append((text(draft, "note"), "", "", "", ""))
+    if text(draft.note):
+        rows.append((text(draft.note), "", "", "", ""))
     notes: tuple[str, ...] = ()
     if rows and guesses > 1:
         notes = (
@@ -91,15 +85,15 @@ def draft_table(result: Mapping[str, Any]) -> Table | None:
 def _shares(sides: Sides, key: str) -> tuple[str, ...]:
     found = []
     for side in sides:
-        value, error = number(side, key), number(side, f"{key}_stderr")
+        value, error = getattr(side, key), getattr(side, f"{key}_stderr")
         told = value is not None and error is not None
-        found.append(f"{100 * value:.2f} ± {100 * error:.2f} %" if told else percent(value))  # type: ignore[operator]
+        found.append(f"{100 * value:.2f} ± {100 * error:.2f} %" if told else percent(value))
     return tuple(found)
 
 
 def _positions(sides: Sides, key: str, label: str) -> list[tuple[str, ...]]:
     """One row a guess of a block."""
-    before, after = (numbers(side, key) for side in sides)
+    before, after = (getattr(side, key) for side in sides)
     rows: list[tuple[str, ...]] = []
     for place, share in enumerate(after):
         moved = f"{100 * (share - before[place]):+.2f} points" if before else ""
@@ -115,11 +109,11 @@ def _positions(sides: Sides, key: str, label: str) -> list[tuple[str, ...]]:
     return rows
 
 
-def _points(draft: Mapping[str, Any], key: str) -> str:
+def _points(draft: Draft, key: str) -> str:
     """A change of a share, in percentage points."""
-    moved, error = number(draft, key), number(draft, f"{key}_stderr")
+    moved, error = getattr(draft, key), getattr(draft, f"{key}_stderr")
     return "" if moved is None else f"{100 * moved:+.2f} ± {100 * (error or 0):.2f} points"
 
 
-def _with_error(values: Mapping[str, Any], key: str) -> str:
-    return with_error(number(values, key), number(values, f"{key}_stderr"))
+def _with_error(values: Draft | DraftShares, key: str) -> str:
+    return with_error(getattr(values, key), getattr(values, f"{key}_stderr"))

@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from v4quant.evaluation.figures import Band, Facts, Figures, FloorScores, Scores
 from v4quant.evaluation.report.text import (
     change,
     count,
-    number,
-    numbers,
     percent,
     plain,
-    records,
-    section,
     size,
     text,
     with_error,
@@ -73,25 +69,25 @@ FLIPS = (
 )
 
 
-def metric(values: Mapping[str, Any], key: str) -> str:
+def metric(values: Scores, key: str) -> str:
     """One measure as text, with its standard error when the mapping has `<key>_stderr`."""
-    value = number(values, key)
+    value = getattr(values, key)
     if key.startswith(SHARES):
         return percent(value)
-    stderr = number(values, f"{key}_stderr")
+    stderr = getattr(values, f"{key}_stderr", None)
     return (
         plain(value, 3) if stderr is None and key.startswith("kl_") else with_error(value, stderr)
     )
 
 
-def checkpoint_table(result: Mapping[str, Any]) -> Table | None:
+def checkpoint_table(result: Figures) -> Table | None:
     """What the two checkpoints are and what they weigh."""
     return build_table("Checkpoints", ("", *named(result), "Change"), _size_rows(result))
 
 
-def summary_table(result: Mapping[str, Any]) -> Table | None:
+def summary_table(result: Figures) -> Table | None:
     """Size, bits, perplexity, divergence and agreement, beside the noise floor."""
-    floor = section(result, "noise_floor")
+    floor = result.noise_floor
     rows: list[tuple[str, ...]] = [(*row, "") for row in _size_rows(result)]
     for label, key, reference_key in SUMMARY_METRICS:
         before = metric(result, reference_key) if reference_key else ""
@@ -99,8 +95,8 @@ def summary_table(result: Mapping[str, Any]) -> Table | None:
         if any(row[1:]):
             rows.append(row)
     notes = []
-    if floor:
-        described = text(floor, "description")
+    if floor != FloorScores():
+        described = text(floor.description)
         notes.append(f"Noise floor: {described}." if described else "")
         notes.append(
             "KL tells how far the probabilities of the next token moved from the reference's, 0 if "
@@ -111,9 +107,9 @@ def summary_table(result: Mapping[str, Any]) -> Table | None:
     )
 
 
-def distribution_table(result: Mapping[str, Any]) -> Table | None:
+def distribution_table(result: Figures) -> Table | None:
     """Intervals and quantiles of the per-token KL, top-5 agreement and flips."""
-    floor = section(result, "noise_floor")
+    floor = result.noise_floor
     sides = (result, floor)
     rows = [(label, *(interval(side, key) for side in sides)) for label, key in INTERVALS]
     rows += [
@@ -124,7 +120,7 @@ def distribution_table(result: Mapping[str, Any]) -> Table | None:
     rows.append((label, *(metric(side, "top5_agreement") for side in sides)))
     rows += [(label, *(metric(side, key) for side in sides)) for label, key in FLIPS]
     rows = [row for row in rows if any(row[1:])]
-    blocks = number(result, "blocks")
+    blocks = result.blocks
     notes = (
         (
             f"The intervals come from only {count(blocks)} blocks of text and are too narrow; "
@@ -136,21 +132,18 @@ def distribution_table(result: Mapping[str, Any]) -> Table | None:
     return build_table("Divergence in detail", ("", "Candidate", "Noise floor"), rows, notes)
 
 
-def confidence_table(result: Mapping[str, Any]) -> Table | None:
+def confidence_table(result: Figures) -> Table | None:
     """KL and agreement by how sure the reference was of its best token."""
-    floor = {
-        number(r, "low"): number(r, "kl_mean")
-        for r in records(section(result, "noise_floor"), "kl_by_confidence")
-    }
+    floor = {r.low: r.kl_mean for r in result.noise_floor.kl_by_confidence}
     rows = [
         (
             f"{_edge(band, 'low')} to {_edge(band, 'high')} %",
-            count(number(band, "tokens")),
-            plain(number(band, "kl_mean"), 3),
-            plain(floor.get(number(band, "low")), 3),
-            percent(number(band, "top1_agreement")),
+            count(band.tokens),
+            plain(band.kl_mean, 3),
+            plain(floor.get(band.low), 3),
+            percent(band.top1_agreement),
         )
-        for band in records(result, "kl_by_confidence")
+        for band in result.kl_by_confidence
     ]
     columns = (
         "Reference's top probability",
@@ -162,27 +155,27 @@ def confidence_table(result: Mapping[str, Any]) -> Table | None:
     return build_table("Divergence by the reference's confidence", columns, rows)
 
 
-def _edge(band: Mapping[str, Any], key: str) -> str:
-    share = number(band, key)
+def _edge(band: Band, key: str) -> str:
+    share = getattr(band, key)
     return "" if share is None else f"{100 * share:g}"
 
 
-def findings_table(result: Mapping[str, Any]) -> Table | None:
+def findings_table(result: Figures) -> Table | None:
     """Suspected defects in the weights of every candidate."""
-    others = records(result, "others")
+    others = result.others
     rows = []
     for part in (result, *others):
-        path = text(section(part, "candidate"), "path") if others else ""
-        rows += [(path, text(f, "where"), text(f, "problem")) for f in records(part, "findings")]
+        path = text(part.candidate.path) if others else ""
+        rows += [(path, text(f.where), text(f.problem)) for f in part.findings or ()]
     title = f"Suspected defects ({len(rows):,})"
     return build_table(title, ("Candidate", "Module", "Problem"), rows, text_columns=3)
 
 
-def floors_table(result: Mapping[str, Any]) -> Table | None:
+def floors_table(result: Figures) -> Table | None:
     """The noise floors, when several ran; the largest is the one used."""
-    runs = records(section(result, "noise_floor"), "runs")
+    runs = result.noise_floor.runs
     rows = [
-        (text(run, "description"), *(metric(run, k) for k in ("kl_mean", "kl_p99", "kl_max")),
+        (text(run.description), *(metric(run, k) for k in ("kl_mean", "kl_p99", "kl_max")),
          metric(run, "top1_agreement"))
         for run in runs
     ]  # fmt: skip
@@ -190,19 +183,19 @@ def floors_table(result: Mapping[str, Any]) -> Table | None:
     return build_table("Noise floors", columns, rows if len(rows) > 1 else [])
 
 
-def corpus_table(result: Mapping[str, Any]) -> Table | None:
+def corpus_table(result: Figures) -> Table | None:
     """One row a part of the evaluation text."""
     rows = [
         (
-            text(part, "name"),
-            count(number(part, "tokens")),
-            plain(number(part, "reference_perplexity")),
-            plain(number(part, "perplexity")),
-            change(number(part, "reference_perplexity"), number(part, "perplexity")),
-            plain(number(part, "kl_mean"), 3),
-            percent(number(part, "top1_agreement")),
+            text(part.name),
+            count(part.tokens),
+            plain(part.reference_perplexity),
+            plain(part.perplexity),
+            change(part.reference_perplexity, part.perplexity),
+            plain(part.kl_mean, 3),
+            percent(part.top1_agreement),
         )
-        for part in records(result, "corpora")
+        for part in result.corpora
     ]
     columns = (
         "Text",
@@ -216,73 +209,69 @@ def corpus_table(result: Mapping[str, Any]) -> Table | None:
     return build_table("Parts of the evaluation text", columns, rows)
 
 
-def run_table(result: Mapping[str, Any]) -> Table | None:
+def run_table(result: Figures) -> Table | None:
     """What was measured with which versions, so that somebody else can repeat it."""
-    tool = section(result, "tool")
+    tool = result.tool
     rows = []
-    for label, key in (("Reference", "reference"), ("Candidate", "candidate")):
-        checkpoint = section(result, key)
-        rows.append((f"{label} path", text(checkpoint, "path")))
-        rows.append((f"{label} bytes", count(number(checkpoint, "bytes"))))
+    for label, checkpoint in (("Reference", result.reference), ("Candidate", result.candidate)):
+        rows.append((f"{label} path", text(checkpoint.path)))
+        rows.append((f"{label} bytes", count(checkpoint.bytes)))
     rows += [
-        ("Tokens scored", count(number(result, "tokens"))),
-        ("Sequences", count(number(result, "sequences"))),
-        ("Sequence length (tokens)", count(number(result, "seq_len"))),
-        ("Activations", text(result, "activations")),
-        ("Products", text(result, "products")),
-        ("v4quant", text(tool, "version")),
-        ("torch", text(tool, "torch")),
-        ("Python", text(tool, "python")),
+        ("Tokens scored", count(result.tokens)),
+        ("Sequences", count(result.sequences)),
+        ("Sequence length (tokens)", count(result.seq_len)),
+        ("Activations", text(result.activations)),
+        ("Products", text(result.products)),
+        ("v4quant", text(tool.version)),
+        ("torch", text(tool.torch)),
+        ("Python", text(tool.python)),
     ]
     rows = [row for row in rows if row[1]]
     return build_table("How this was measured", ("", ""), rows, text_columns=2)
 
 
-def command_line(result: Mapping[str, Any]) -> str:
+def command_line(result: Figures) -> str:
     """The exact command, quoted for a shell when it was recorded as a list; empty when absent."""
-    command = section(result, "tool").get("command")
-    if command is None:
-        return ""
-    words = [str(word) for word in command] if isinstance(command, list | tuple) else None
-    return visible(shlex.join(words) if words is not None else str(command))
+    command = result.tool.command
+    return visible(command if isinstance(command, str) else shlex.join(command))
 
 
-def named(result: Mapping[str, Any]) -> tuple[str, str]:
-    return ("Reference", "Candidate") if result.get("reference") else ("", "Checkpoint")
+def named(result: Figures) -> tuple[str, str]:
+    return ("Reference", "Candidate") if result.reference != Facts() else ("", "Checkpoint")
 
 
-def interval(values: Mapping[str, Any], key: str) -> str:
+def interval(values: Scores, key: str) -> str:
     """`low to high` of a pair, empty when absent."""
-    ends = numbers(values, key)
+    ends = getattr(values, key)
     return f"{plain(ends[0])} to {plain(ends[1])}" if len(ends) == 2 else ""
 
 
-def _size_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    reference, candidate = section(result, "reference"), section(result, "candidate")
-    before, after = number(reference, "bytes"), number(candidate, "bytes")
-    bits_before = number(reference, "expert_bits_per_weight")
-    bits_after = number(candidate, "expert_bits_per_weight")
+def _size_rows(result: Figures) -> list[tuple[str, ...]]:
+    reference, candidate = result.reference, result.candidate
+    before, after = reference.bytes, candidate.bytes
+    bits_before = reference.expert_bits_per_weight
+    bits_after = candidate.expert_bits_per_weight
     bits_change = change(bits_before, bits_after)
     rows = [
-        ("Scheme", text(reference, "scheme"), text(candidate, "scheme"), ""),
+        ("Scheme", text(reference.scheme), text(candidate.scheme), ""),
         ("Size", size(before), size(after), change(before, after)),
         ("Bits per expert weight", plain(bits_before), plain(bits_after), bits_change),
     ]
     return [row for row in rows if any(row[1:])]
 
 
-def _delta(result: Mapping[str, Any], key: str) -> str:
+def _delta(result: Figures, key: str) -> str:
     """Perplexity: against the reference. Divergence: as a multiple of the noise floor."""
     if key == "perplexity":
-        return change(number(result, "reference_perplexity"), number(result, key))
+        return change(result.reference_perplexity, getattr(result, key))
     if not key.startswith("kl_"):
         return ""
-    return multiple_of_floor(result, section(result, "noise_floor"), key)
+    return multiple_of_floor(result, result.noise_floor, key)
 
 
-def multiple_of_floor(values: Mapping[str, Any], floor: Mapping[str, Any], key: str) -> str:
+def multiple_of_floor(values: Scores, floor: Scores, key: str) -> str:
     """`3.1 × floor`, empty when either is absent or the floor is zero."""
-    value, base = number(values, key), number(floor, key)
+    value, base = getattr(values, key), getattr(floor, key)
     if value is None or base is None or base <= 0 or not math.isfinite(value / base):
         return ""
     return f"{plain(value / base, 2)} × floor"

@@ -13,8 +13,6 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from v4quant.visible import visible
 from v4quant_kernels.errors import V4QuantError
@@ -23,62 +21,12 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]!|~:@$]|(?<=www)\.)", re.IGNORECASE)
 
 
 class ReportError(V4QuantError):
-    """The evaluation result has a field of the wrong kind."""
+    """Figures that contradict each other, so that nothing can be drawn of them."""
 
 
-def section(result: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The mapping under `key`, empty when absent or None. Raises ReportError for other kinds."""
-    value = result.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ReportError(f"result field '{key}' is {_kind(value)}, expected an object")
-    return value
-
-
-def items(result: Mapping[str, Any], key: str) -> list[Any]:
-    """The list under `key`, empty when absent or None. Raises ReportError for other kinds."""
-    value = result.get(key)
-    if value is None:
-        return []
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise ReportError(f"result field '{key}' is {_kind(value)}, expected a list")
-    return list(value)
-
-
-def records(result: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    """The list of mappings under `key`. Raises ReportError when an entry is something else."""
-    found = items(result, key)
-    for index, entry in enumerate(found):
-        if not isinstance(entry, Mapping):
-            raise ReportError(
-                f"result field '{key}[{index}]' is {_kind(entry)}, expected an object"
-            )
-    return found
-
-
-def number(result: Mapping[str, Any], key: str) -> float | None:
-    """The number under `key`, or None when absent. Raises ReportError for other kinds."""
-    value = result.get(key)
-    return None if value is None else as_number(value, key)
-
-
-def numbers(result: Mapping[str, Any], key: str) -> list[float]:
-    """The list of numbers under `key`, empty when absent. Raises ReportError for other kinds."""
-    return [as_number(value, f"{key}[{index}]") for index, value in enumerate(items(result, key))]
-
-
-def as_number(value: Any, name: str) -> float:
-    """`value` as a float. Raises ReportError naming the field when it is not a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ReportError(f"result field '{name}' is {_kind(value)}, expected a number")
-    return float(value)
-
-
-def text(result: Mapping[str, Any], key: str) -> str:
-    """The value under `key` as visible text, empty when absent."""
-    value = result.get(key)
-    return "" if value is None else visible(str(value))
+def text(value: str) -> str:
+    """A name or a sentence of somebody's, visible whatever it holds."""
+    return visible(value)
 
 
 def escape_html(value: str) -> str:
@@ -154,7 +102,3 @@ def size(value: float | None) -> str:
         if value >= scale:
             return f"{value / scale:.2f} {unit}"
     return f"{int(value):,} bytes"
-
-
-def _kind(value: Any) -> str:
-    return f"of type {type(value).__name__}"

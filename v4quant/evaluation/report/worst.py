@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from v4quant.evaluation.report.text import count, escape_html, number, plain, records, text
+from v4quant.evaluation.figures import Figures
+from v4quant.evaluation.report.text import count, escape_html, plain, text
 
 
-def worst_html(result: Mapping[str, Any], name: str, anchor: str) -> str:
+def worst_html(result: Figures, name: str, anchor: str) -> str:
     """A section whose entries can be linked to as `#ANCHOR-1`, ...; empty without stretches."""
-    rows = records(result, "worst_stretches")
+    rows = result.worst_stretches
     if not rows:
         return ""
     parts = [
@@ -20,12 +18,12 @@ def worst_html(result: Mapping[str, Any], name: str, anchor: str) -> str:
     ]
     for index, row in enumerate(rows, 1):
         title = (
-            f"{index}. {text(row, 'part')}, window {count(number(row, 'window'))}, from token "
-            f"{count(number(row, 'start'))}: mean KL {plain(number(row, 'kl_mean'), 3)} nats, "
-            f"largest {plain(number(row, 'kl_max'), 3)}; the floor has "
-            f"{plain(number(row, 'floor_kl_mean'), 3)} there"
+            f"{index}. {text(row.part)}, window {count(row.window)}, from token "
+            f"{count(row.start)}: mean KL {plain(row.kl_mean, 3)} nats, "
+            f"largest {plain(row.kl_max, 3)}; the floor has "
+            f"{plain(row.floor_kl_mean, 3)} there"
         )
-        told = text(row, "text")
+        told = text(row.text)
         lines = "\n".join(escape_html(line) for line in told.splitlines())
         body = f"<pre>{lines}</pre>" if told else "<p>Its text is not kept.</p>"
         is_open = " open" if index == 1 else ""
