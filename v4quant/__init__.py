@@ -17,8 +17,9 @@ import v4quant_kernels  # noqa: F401  settles OpenMP before anything loads torch
 
 __version__ = "0.1.0"
 
-# Warnings go where a program sends the log "v4quant", and nowhere unless it does.
-logging.getLogger(__name__).addHandler(logging.NullHandler())
+# Warnings go where a program sends these logs, and nowhere unless it does.
+for _name in (__name__, "v4quant_calibration", "v4quant_formats", "v4quant_kernels"):
+    logging.getLogger(_name).addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     from v4quant.api.allocation import AllocationResult, allocate

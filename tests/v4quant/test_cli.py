@@ -67,7 +67,7 @@ def v4quant(
     """Run `v4quant ARGS` through its outermost frame in this process."""
     before = signal.getsignal(signal.SIGTERM)
     # It ends the process seconds after a SIGTERM: here the tests that come next.
-    monkeypatch.setattr("v4quant.cli.watch_termination", lambda: None)
+    monkeypatch.setattr("v4quant.cli.watch_termination", lambda _: None)
 
     def run(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["v4quant", *map(str, arguments)])
@@ -716,7 +716,7 @@ def test_signals(v4quant: Command, tmp_path: Path, number: int, code: int, word:
         process.wait()
     assert process.returncode == code, stderr
     assert said == ""
-    assert told(stderr) == [f"{word}; the same command resumes."]
+    assert told(stderr) == [f"{word}; finished shards are kept: the same command resumes."]
     assert_no_checkpoint(out)
     kept = {p: p.stat().st_mtime_ns for p in out.glob("*.safetensors")}
     assert 2 <= len(kept) < 9
@@ -751,7 +751,10 @@ def test_interruption_inside_the_process(v4quant: Command, monkeypatch: pytest.M
         monkeypatch.setattr("v4quant.api.checks.open_source", action)
         ran = v4quant("inspect", TINY)
         assert ran.code == code and ran.out == ""
-        assert "the same command resumes" in ran.err and "Traceback" not in ran.err
+        assert (
+            "nothing is kept: the same command begins again" in ran.err
+            and "Traceback" not in ran.err
+        )
 
 
 def test_python_m() -> None:

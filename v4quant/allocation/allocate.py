@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from v4quant import __version__
 from v4quant.allocation.costs import CODED, TAKING_PART, Costs, Options
+from v4quant.allocation.findings import Findings
 from v4quant.allocation.knapsack import BudgetError, Choice, allocate, fullest
 from v4quant.allocation.sensitivity import errors, held_as, measure_kl
 from v4quant.conversion.plan import make_plan
@@ -93,10 +94,12 @@ def find_losses(
     stats: Stats | None = None,
     corpus: Corpus | None = None,
     progress: Progress | None = None,
+    known: Findings | None = None,
 ) -> Losses:
     """What there is to choose from, whatever the budget.
 
-    corpus: text to measure effects on; without, all layers count alike.
+    corpus: text to measure effects on; without, all layers count alike. known: what an earlier
+    process measured; what is measured here is added.
     Raises NothingMeasured, and what reading and encoding raise.
     """
     progress = progress or SilentProgress()
@@ -106,10 +109,11 @@ def find_losses(
             "measured effect can; give --measure-kl, or one type for all dense matrices"
         )
     shapes = {s.module: s.shape for u in costs.base.units for s in u.sources}
-    found = errors(checkpoint, shapes, _distinct(costs, shapes), stats, options.sample, progress)
+    wanted = _distinct(costs, shapes)
+    found = errors(checkpoint, shapes, wanted, stats, options.sample, progress, known)
     effects = dict.fromkeys(found, 1.0)
     if corpus is not None:
-        effects = measure_kl(checkpoint, found, corpus, stats, progress)
+        effects = measure_kl(checkpoint, found, corpus, stats, progress, known)
     places = {p: {s: effects[p] * e for s, e in found[p].items()} for p in found}
     return Losses(places, corpus is not None)
 

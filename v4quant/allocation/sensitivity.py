@@ -31,7 +31,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from v4quant.targets import Place, place_among
+from v4quant.allocation.findings import Findings
+from v4quant.targets import Place, place_among, place_name
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.evaluation.kl_sensitivity import measure_effects
 from v4quant_calibration.rounding.solvers import optimal
@@ -77,18 +78,23 @@ def errors(
     stats: Stats | None,
     sample: Sample,
     progress: Progress,
+    known: Findings | None = None,
 ) -> dict[Place, dict[str, float]]:
     """The error of every place in the schemes wanted for it, up to the first that is exact.
 
     shapes: logical shape of each module. wanted: schemes by size, the smallest
-    first. Raises what reading and encoding raise.
+    first. known: what was found earlier. Raises what reading and encoding raise.
     """
     members = _matrices(shapes, set(wanted), stats, sample)
     progress.start("Error of each scheme", len(wanted), "place")
     found: dict[Place, dict[str, float]] = {}
+    known = known or Findings()
     for place, schemes in wanted.items():
-        whole = _read(checkpoint, members[place], sample.rows)
-        found[place] = _place_errors(whole, schemes, sample)
+        name = f"error of {place_name(place)} in {','.join(schemes)}"
+        if name not in known:
+            whole = _read(checkpoint, members[place], sample.rows)
+            known.add(name, _place_errors(whole, schemes, sample))
+        found[place] = known.numbers(name)
         progress.advance(1)
     progress.finish()
     return found
@@ -246,8 +252,12 @@ def measure_kl(
     corpus: Corpus,
     stats: Stats | None,
     progress: Progress,
+    known: Findings | None = None,
 ) -> dict[Place, float]:
-    """The effect of every place of the trunk that can lose anything, others the least of these."""
+    """The effect of every place of the trunk that can lose anything, others the least of these.
+
+    known: what was found earlier.
+    """
     places = [p for p in found if not p[0].startswith("mtp.") and max(found[p].values()) > 0]
     worst = {p: yardstick(found[p]) for p in places}
 
@@ -256,8 +266,13 @@ def measure_kl(
             return value
         return rounded(value, worst[place], stats.importance(base) if stats else None)
 
-    alters = [lambda base, value, p=p: alter(p, base, value) for p in places]
-    kls = measure_effects(checkpoint, corpus, alters, progress)
-    effects = {p: kl / found[p][worst[p]] for p, kl in zip(places, kls, strict=True)}
+    known = known or Findings()
+    names = {p: f"KL of {place_name(p)} in {worst[p]}" for p in places}
+    missing = [p for p in places if names[p] not in known]
+    alters = [lambda base, value, p=p: alter(p, base, value) for p in missing]
+    measure_effects(
+        checkpoint, corpus, alters, progress, lambda i, kl: known.add(names[missing[i]], kl)
+    )
+    effects = {p: known.number(names[p]) / found[p][worst[p]] for p in places}
     least = min(effects.values(), default=1.0)
     return {p: effects.get(p, least) for p in found}

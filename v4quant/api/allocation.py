@@ -26,6 +26,7 @@ from v4quant.allocation.card_budget import (
     table_bytes,
 )
 from v4quant.allocation.costs import Costs, Options, find_costs
+from v4quant.allocation.findings import Findings, findings_key
 from v4quant.allocation.sensitivity import Sample
 from v4quant.api.arguments import (
     PathLike,
@@ -158,10 +159,18 @@ def allocate(
             text = read_corpus(
                 corpus, checkpoint, config, seq_len, tokens, DEFAULT_MODE, chat_keys, skip_bad_rows
             )
-        known = _stats(checkpoint, path_of(stats))
-        losses = find_losses(checkpoint, costs, options, known, text, default_progress(progress))
+        evidence = _stats(checkpoint, path_of(stats))
+        known = Findings(Path(out), findings_key(checkpoint, options, evidence, text))
+        try:
+            losses = find_losses(
+                checkpoint, costs, options, evidence, text, default_progress(progress), known
+            )
+        except BaseException:
+            known.keep()
+            raise
         found = choose(costs, losses, most)
         write_file_atomically(Path(out), recipe_toml(found, costs).encode())
+        known.forget()
         skipped = 0 if text is None else text.skipped_rows
         if cards is None:
             return AllocationResult(str(out), found, skipped_rows=skipped)

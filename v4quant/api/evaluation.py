@@ -22,7 +22,12 @@ from v4quant.api.arguments import (
 )
 from v4quant.builtin import MIXED_HELDOUT
 from v4quant.devices import arithmetic_threads, find_device
-from v4quant.evaluation.evaluate import LogitFiles, Resources, evaluate_checkpoint
+from v4quant.evaluation.evaluate import (
+    LogitFiles,
+    Resources,
+    cache_folder,
+    evaluate_checkpoint,
+)
 from v4quant.evaluation.kld_file import KldFile, is_kld
 from v4quant.evaluation.report import write_report
 from v4quant.evaluation.result import Evaluation, evaluation_from_dict
@@ -72,9 +77,11 @@ def evaluate(
     candidates: further conversions of the reference, scored in the same run. adapter: a LoRA
     adapter's folder, merged into the reference, or without one into `source`. weights: compare
     every matrix with the reference's and look for defects. floors: noise floors to run. report: a
-    .html, .md or .json file to write. threads: of products on the CPU, by default all cores or
-    what OMP_NUM_THREADS says. reference_logits: what `save_logits` wrote, or llama.cpp's base file,
-    whose own text is then scored. docs/evaluation.md explains the figures.
+    .html, .md or .json file to write. Finished layers are kept beside it, or in the user's cache
+    folder, until the run ends well: the same call goes on behind them. threads: of products on the
+    CPU, by default all cores or what OMP_NUM_THREADS says. reference_logits: what `save_logits`
+    wrote, or llama.cpp's base file, whose own text is then scored. docs/evaluation.md explains the
+    figures.
 
     Raises OptionError for options that contradict each other, SizeError for too little memory,
     CorpusError, EvaluationError, LogitsError, KldError, OutputError and what opening checkpoints
@@ -88,7 +95,9 @@ def evaluate(
         raise OptionError("--save-logits writes one checkpoint's: leave --candidate out")
     if save_top_k is not None and save_logits is None:
         raise OptionError("--save-top-k says how --save-logits writes: give that, too")
-    limits = Resources(size_of(max_memory), path_of(scratch), find_device(device))
+    beside = path_of(report) or path_of(save_logits)
+    kept = beside.absolute().parent if beside is not None else cache_folder()
+    limits = Resources(size_of(max_memory), path_of(scratch), find_device(device), kept)
     with ExitStack() as opened:
         opened.enter_context(arithmetic_threads(threads))
         merged = path_of(adapter)

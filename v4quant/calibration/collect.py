@@ -6,6 +6,7 @@ reserve from which starved experts are fed.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,7 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from v4quant.calibration.memory import calibration_room, fit_solving, statistics_bytes
+from v4quant import __version__
+from v4quant.calibration.memory import (
+    KeptRounds,
+    calibration_room,
+    fit_solving,
+    statistics_bytes,
+)
 from v4quant.checks.soundness import require_sound
 from v4quant.conversion.calibrated import solved_part
 from v4quant.conversion.plan import make_plan
@@ -187,6 +194,23 @@ def require_work(team: Team, settings: SolveSettings | None, windows: Sequence[T
         )
 
 
+def _run_key(
+    checkpoint: Checkpoint,
+    options: ForwardOptions,
+    floor: int,
+    corpus: DrawnCorpus,
+    device: torch.device,
+    dense: bool,
+) -> str:
+    """Digest of what decides a calibration's sums, but for the rounds' windows."""
+    sha = hashlib.sha256()
+    facts = (__version__, torch.__version__, checkpoint.digest(), options, floor, device, dense)
+    sha.update(repr(facts).encode())
+    for window in corpus.reserve:
+        sha.update(f"{len(window)}:".encode() + window.numpy().tobytes())
+    return sha.hexdigest()
+
+
 def _calibrate_locked(
     checkpoint: Checkpoint,
     config: ModelConfig,
@@ -204,7 +228,8 @@ def _calibrate_locked(
     windows, first = corpus.windows, dict[str, Tensor]()
     held = statistics_bytes(config, len(stages_of(checkpoint, config)))
     limits = Limits.of(max_memory, device_bytes(device))
-    rooms: OpenRoom = partial(calibration_room, config, held, limits, out)
+    kept = KeptRounds(out, _run_key(checkpoint, options, floor, corpus, device, dense))
+    rooms: OpenRoom = partial(calibration_room, config, held, limits, out, kept)
     if max_memory is not None:
         return_freed_memory()
     if settings is None or corpus.reserve:
@@ -216,6 +241,7 @@ def _calibrate_locked(
             )  # fmt: skip
             if settings is None:
                 write_stats(out, found.stats)
+                kept.remove()
                 return found
         drawn = None if found is None else (found.windows, dict(found.stats.first))
         told = team.tell(drawn)
@@ -228,4 +254,5 @@ def _calibrate_locked(
         team,
     )  # fmt: skip
     solution.close()
+    kept.remove()
     return Calibration(solution.stats, windows)

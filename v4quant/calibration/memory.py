@@ -19,6 +19,8 @@ from torch import Tensor
 
 from v4quant.evaluation.memory import Work, plan_evaluation
 from v4quant.memory import Limits
+from v4quant.own_folders import remove_if_empty
+from v4quant_calibration.forward.kept import UNFINISHED, KeptStore, remove_kept
 from v4quant_calibration.forward.scratch import Scratch
 from v4quant_calibration.forward.stream import MemoryStore, StreamStore
 from v4quant_calibration.model.options import ForwardOptions
@@ -33,6 +35,37 @@ _MOST_STREAMS = 4 * 2**30
 _F64 = 8
 
 
+class KeptRounds:
+    """What the rounds of one calibration keep of their finished layers, beside its output."""
+
+    def __init__(self, out: Path, run: str) -> None:
+        """out: what is calibrated to. run: digest of all that decides its numbers but the text."""
+        self.folder = out.with_name(f"{out.name}{UNFINISHED}")
+        self._key = run
+        self._rounds: list[Path] = []
+
+    @contextmanager
+    def round(self, base: StreamStore, windows: Sequence[Tensor]) -> Iterator[KeptStore]:
+        """A store for a round over some windows; a round depends on all before it."""
+        sha = hashlib.sha256(self._key.encode())
+        for window in windows:
+            sha.update(f"{len(window)}:".encode() + window.numpy().tobytes())
+        self._key = sha.hexdigest()
+        folder = self.folder / self._key[:24]
+        self._rounds.append(folder)
+        try:
+            with KeptStore(base, folder, self._key) as store:
+                yield store
+        finally:
+            remove_if_empty(self.folder)
+
+    def remove(self) -> None:
+        """The calibration is complete: nothing is kept any more."""
+        for folder in self._rounds:
+            remove_kept(folder)
+        remove_if_empty(self.folder)
+
+
 def statistics_bytes(config: ModelConfig, stages: int) -> int:
     """Sums over all experts of all stages, and one of them on its way to the file."""
     stage = config.n_routed_experts * (config.hidden_size + config.moe_intermediate_size)
@@ -45,17 +78,19 @@ def calibration_room(
     held: int,
     limits: Limits,
     out: Path,
+    kept: KeptRounds,
     windows: Sequence[Tensor],
     options: ForwardOptions,
 ) -> Iterator[Room]:
     """Memory for a round of calibration: pieces within the limits, streams beside `out` if need be.
 
-    held: bytes of the statistics. Raises SizeError, and OutputError for files.
+    held: bytes of the statistics. kept: where finished layers are kept, so that a killed round goes
+    on. Raises SizeError, and OutputError for files.
     """
     work = _work(config, windows, 1, held)
     plan = plan_evaluation(config, work, limits)
-    with _store(plan.spill, out) as store:
-        yield Room(plan.apply(options), store)
+    with _store(plan.spill, out) as store, kept.round(store, windows) as keeping:
+        yield Room(plan.apply(options), keeping)
 
 
 def fit_solving(

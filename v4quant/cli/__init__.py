@@ -23,6 +23,7 @@ import click
 from v4quant import __version__
 from v4quant.cli import _exit, _output
 from v4quant.cli._common import add_common
+from v4quant.cli._interrupted import stopped
 from v4quant.cli._termination import watch_termination
 from v4quant_formats.system import peak_rss_bytes
 from v4quant_kernels.errors import V4QuantError
@@ -117,7 +118,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _on_terminate)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _on_interrupt)
-    watch_termination()
+    watch_termination(stopped("Terminated", _command()))
     # numpy is optional to torch and absent CUDA is normal here: neither concerns the user.
     warnings.filterwarnings("ignore", module=r"torch\..*")
     _output.reset()
@@ -129,15 +130,20 @@ def main() -> NoReturn:
         _tell_costs(began)
         sys.exit(code if isinstance(code, int) else 0)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        _leave("Interrupted; the same command resumes.", "Interrupted", _exit.INTERRUPTED)
+        _leave(stopped("Interrupted", _command()), "Interrupted", _exit.INTERRUPTED)
     except _Terminated:
-        _leave("Terminated; the same command resumes.", "Terminated", _exit.TERMINATED)
+        _leave(stopped("Terminated", _command()), "Terminated", _exit.TERMINATED)
     except click.ClickException as error:
         _misused(error)
     except V4QuantError as error:
         _fail(error)
     except (OSError, MemoryError) as error:
         _fail(error)
+
+
+def _command() -> str:
+    """The command that was asked for; "" where none is known."""
+    return next((word for word in sys.argv[1:] if word in COMMANDS), "")
 
 
 def _misused(error: click.ClickException) -> NoReturn:

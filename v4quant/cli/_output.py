@@ -98,17 +98,20 @@ def last_words(text: str, kind: str, code: int) -> None:
 
 
 class _Warnings(logging.Handler):
-    """Tells what the library warns of."""
+    """Tells what the library warns of, and what it wants known."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        note(f"Warning: {record.getMessage()}")
+        warns = record.levelno >= logging.WARNING
+        note(f"Warning: {record.getMessage()}" if warns else record.getMessage())
 
 
 def tell_warnings() -> None:
     """From now on tell what the library warns of; to be called any number of times."""
-    logger = logging.getLogger("v4quant")
-    if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
-        logger.addHandler(_Warnings(logging.WARNING))
+    for name in ("v4quant", "v4quant_calibration", "v4quant_formats", "v4quant_kernels"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
+            logger.addHandler(_Warnings(logging.INFO))
+            logger.setLevel(logging.INFO)
 
 
 def _log(text: str) -> None:

@@ -19,20 +19,22 @@ from v4quant.cli import _exit
 GRACE_SECONDS = 2.5
 
 
-def watch_termination() -> None:
-    """Begin to watch, from the main thread; to be called once."""
+def watch_termination(last_words: str) -> None:
+    """Begin to watch, from the main thread; to be called once. last_words: told at the end."""
     seen, told = socket.socketpair()
     told.setblocking(False)
     signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(seen, told), name="termination", daemon=True)
+    watcher = threading.Thread(
+        target=_watch, args=(seen, told, last_words), name="termination", daemon=True
+    )
     watcher.start()
 
 
-def _watch(seen: socket.socket, told: socket.socket) -> None:
+def _watch(seen: socket.socket, told: socket.socket, last_words: str) -> None:
     """told: kept open as long as signals are written to it."""
     while signal.SIGTERM not in seen.recv(1):
         continue
     time.sleep(GRACE_SECONDS)
     if sys.__stderr__ is not None:
-        os.write(sys.__stderr__.fileno(), b"Terminated; the same command resumes.\n")
+        os.write(sys.__stderr__.fileno(), f"{last_words}\n".encode())
     os._exit(_exit.TERMINATED)

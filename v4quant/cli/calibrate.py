@@ -98,7 +98,7 @@ def calibrate(
 ) -> None:
     """Run a corpus through checkpoint SOURCE and record what every expert's inputs look like.
 
-    With --solve an interrupted run is resumed by the same command, layer by layer, and several
+    An interrupted run is resumed by the same command, layer by layer. With --solve several
     processes, also on several machines with a shared disk, divide the work when started by
     `torchrun --nproc-per-node N -m v4quant calibrate ...`; any number may resume it.
     """

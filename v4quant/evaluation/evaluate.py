@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from v4quant.checks.inspection import inspect_checkpoint
 from v4quant.checks.soundness import require_sound
 from v4quant.devices import CPU, device_bytes
 from v4quant.evaluation.logit_files import SavedFile, logits_writer, open_saved, writes_whole_rows
-from v4quant.evaluation.memory import plan_evaluation, work_of
+from v4quant.evaluation.memory import MemoryPlan, plan_evaluation, work_of
 from v4quant.evaluation.saved_logits import LogitFacts, LogitsError
 from v4quant.evaluation.worst_stretches import worst_stretches
 from v4quant.memory import Limits
@@ -36,7 +36,8 @@ from v4quant_calibration.evaluation.evaluate import (
     evaluate_saved,
 )
 from v4quant_calibration.evaluation.weight_error import WeightComparison, compare_weights
-from v4quant_calibration.forward.scratch import Scratch
+from v4quant_calibration.forward.kept import UNFINISHED, KeptStore
+from v4quant_calibration.forward.scratch import PREFIX, Scratch
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
@@ -73,6 +74,9 @@ class Resources:
     """max_memory: the most bytes an evaluation may take. scratch: folder for streams, which then
     always go there, so that the same evaluation goes on when it is started again after a crash.
 
+    kept: folder in which a run whose streams are in memory keeps copies of them now and then, for
+    the same purpose; nothing of it is left behind a run that ends well.
+
     device: where the arithmetic is done; a GPU's memory is then limited by `max_memory` as well.
 
     Without a scratch folder, streams go to files only when memory is short, below the user's cache
@@ -82,6 +86,7 @@ class Resources:
     max_memory: int | None = None
     scratch: Path | None = None
     device: torch.device = CPU
+    kept: Path | None = None
 
 
 UNLIMITED = Resources()
@@ -123,13 +128,11 @@ def evaluate_checkpoint(
     if resources.max_memory is not None:
         return_freed_memory()
     with ExitStack() as opened:
-        room, scratch = Room(tile=plan.tile, device=resources.device), None
-        if plan.spill:
-            run = [*candidates, reference] if runs and reference is not None else candidates
-            kind = f"{floors} {bool(files.reference)} {measures.draft} {resources.device.type}"
-            key = _run_key(run, ran, in_pieces, kind)
-            scratch = opened.enter_context(Scratch(resources.scratch or _cache_folder(), key))
-            room = replace(room, store=scratch)
+        run = [*candidates, reference] if runs and reference is not None else candidates
+        kind = f"{floors} {bool(files.reference)} {measures.draft} {resources.device.type}"
+        room = opened.enter_context(
+            _opened_room(plan, resources, lambda: _run_key(run, ran, in_pieces, kind))
+        )
         if files.reference is not None:
             saved = open_saved(files.reference)
             opened.callback(saved.close)
@@ -144,8 +147,6 @@ def evaluate_checkpoint(
         compared = None
         if reference is not None and weights:
             compared = compare_weights(reference, candidates, progress)
-        if scratch is not None:
-            scratch.remove()
     if reference is not None:
         for index, (figures, candidate) in enumerate(zip(all_figures, candidates, strict=True)):
             _add_weights(figures, None if compared is None else compared[index], candidate)
@@ -173,6 +174,24 @@ def evaluate_checkpoint(
             for c, f in zip(others, all_figures[1:], strict=True)
         ]
     return result
+
+
+@contextmanager
+def _opened_room(plan: MemoryPlan, resources: Resources, key: Callable[[], str]) -> Iterator[Room]:
+    """Where streams live while this lasts, and what stays of them when it ends by an error."""
+    room = Room(tile=plan.tile, device=resources.device)
+    if plan.spill:
+        with Scratch(resources.scratch or cache_folder(), key()) as scratch:
+            yield replace(room, store=scratch)
+            scratch.remove()
+    elif resources.kept is not None:
+        digest = key()
+        folder = resources.kept / f"{PREFIX}{digest[:24]}{UNFINISHED}"
+        with KeptStore(room.store, folder, digest) as kept:
+            yield replace(room, store=kept)
+            kept.forget()
+    else:
+        yield room
 
 
 def _check_request(
@@ -296,7 +315,8 @@ def _run_key(
     return sha.hexdigest()
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where files of a run lie that names no place for them."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "v4quant"
 

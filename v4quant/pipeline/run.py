@@ -188,7 +188,7 @@ def run(
     started = time.monotonic()
     pipeline = load_pipeline(recipe, model)
     folder = Path(out) if out is not None else Path(f"v4quant-{Path(recipe).stem}")
-    limits = Resources(size_of(max_memory), None, find_device(device))
+    limits = Resources(size_of(max_memory), None, find_device(device), folder)
     job = _Run(folder, limits, default_progress(progress), watcher or SilentWatcher())
     disk, where = size_of(disk_cap), source_of(pipeline.source)
     scratch = own_folder(folder, _SOURCE) if isinstance(where, HubRef) else None

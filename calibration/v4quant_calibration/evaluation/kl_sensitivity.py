@@ -43,9 +43,15 @@ class Altered:
 
 
 def measure_effects(
-    checkpoint: Checkpoint, corpus: Corpus, alters: Sequence[Alter], progress: Progress
+    checkpoint: Checkpoint,
+    corpus: Corpus,
+    alters: Sequence[Alter],
+    progress: Progress,
+    tell: Callable[[int, float], None] = lambda index, kl: None,
 ) -> list[float]:
     """Mean KL, in nats per token, of the model altered in each way.
+
+    tell: called with the number of an alteration and its KL as soon as that is known.
 
     Raises DivergenceError for too little text and what the forward pass raises.
     """
@@ -60,6 +66,7 @@ def measure_effects(
         for records in score(models, config, corpus, streams, SilentProgress()).records:
             assert records.kl is not None
             found.append(float(records.kl.mean()))
+            tell(len(found) - 1, found[-1])
         progress.advance(len(batch))
     progress.finish()
     return found

@@ -9,12 +9,13 @@ layer do on the *reference's* input ("local")? There an error stands out in the 
 before it drowns in the streams.
 
 Where streams live, and whether a run that was killed goes on where it stopped, is the business of
-a `StreamStore`: memory here, files in `scratch.py`. How logits leave is told in `logits.py`.
+a `StreamStore`: memory here, files in `scratch.py`, copies in `kept.py`. How logits leave is told
+in `logits.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -89,6 +90,10 @@ class StreamStore(Protocol):
         """Room for model `model`'s streams behind `done` layers; unless `before` must be kept, it
         may be that."""
 
+    def keep(self, get: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """As `notes`, for tensors: `get` is asked when something is kept. Returns what an earlier
+        process kept, nothing where there was none."""
+
     def commit(self, done: int) -> None:
         """All models have `done` layers behind them: what was there before is no longer needed."""
 
@@ -155,6 +160,10 @@ class MemoryStore:
     def behind(self, model: int, done: int, before: Streams, keep: bool) -> Streams:
         """The same room where possible."""
         return MemoryStreams(before.shape) if keep else before
+
+    def keep(self, get: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Nothing was kept."""
+        return {}
 
     def commit(self, done: int) -> None:
         """Nothing to do."""

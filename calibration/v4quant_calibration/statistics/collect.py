@@ -8,7 +8,7 @@ too few tokens cause more text to be drawn (`coverage`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -32,6 +32,7 @@ from v4quant_kernels.progress import Progress
 
 # Rows that are in float64 at once.
 _ROWS = 1024
+_DENSE = "dense."
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,33 @@ class MomentObserver(SilentObserver):
             )
 
         self.stages = {stage: empty(config.facts(stage).experts) for stage in stages}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums so far, by name, for a StreamStore to keep."""
+        found = {}
+        for name, stage in self.stages.items():
+            found[f"{name}.tokens"] = stage.tokens
+            for source in stage.sums:
+                found[f"{name}.{source}.sums"] = stage.sums[source]
+                found[f"{name}.{source}.amax"] = stage.amax[source]
+        for module, seen in (self.dense or {}).items():
+            found[f"{_DENSE}{module}.sums"] = seen.sums
+            found[f"{_DENSE}{module}.rows"] = torch.tensor([seen.rows])
+        if self._demand is not None:
+            found["wanted"] = self._demand.wanted
+        return found
+
+    def take(self, kept: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` gave in an earlier process."""
+        if self.dense is not None:
+            self.dense.clear()
+        for name, value in self.tensors().items():
+            value.copy_(kept[name])
+        for name in kept:
+            if self.dense is not None and name.startswith(_DENSE) and name.endswith(".sums"):
+                module = name.removeprefix(_DENSE).removesuffix(".sums")
+                rows = int(kept[f"{_DENSE}{module}.rows"])
+                self.dense[module] = DenseInputs(kept[name], rows)
 
     def on_experts(self, layer: str, x: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
         """What this round adds is known now: tell the demand who is starved still."""
@@ -152,8 +180,10 @@ def calibrate(
     drawn, left, draw = list(windows), list(reserve), list(windows)
     first: dict[str, Tensor] = {}
     while draw:
-        progress.start("Calibrating", len(stages), "layer")
         with open_room(draw, options) as room:
+            done = room.store.finished
+            label = f"Calibrating from layer {done}" if done else "Calibrating"
+            progress.start(label, len(stages) - done, "layer")
             model = StreamModel(params, room.options, observer)
             _read(model, config, draw, drafts, demand, room.store, progress)
         progress.finish()
@@ -188,6 +218,10 @@ def _read(
     """One round: trunk and drafts over some windows, for what the model's observer sees."""
     if demand is not None:
         demand.begin(windows)
+    observer = model.observer
+    assert isinstance(observer, MomentObserver)
+    if kept := store.keep(observer.tensors):
+        observer.take(kept)
     taps = drafts.taps(config, 1)
     streams = stream_forward(
         [model], config, windows, progress=lambda *_: progress.advance(1), store=store, taps=taps

@@ -9,14 +9,18 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
+import v4quant
 from tests.support.conversion import TINY, convert
 from tests.support.synthetic import Request, make_small, write_checkpoint
 from tests.support.usage import usage_error
+from v4quant.allocation import sensitivity
 from v4quant.allocation.allocate import (
     Losses,
     NothingMeasured,
@@ -26,6 +30,7 @@ from v4quant.allocation.allocate import (
 )
 from v4quant.allocation.budget import bits_budget, cards_budget
 from v4quant.allocation.costs import Costs, Options, find_costs
+from v4quant.allocation.findings import Findings
 from v4quant.allocation.knapsack import BudgetError
 from v4quant.allocation.sensitivity import Sample, errors, rounded
 from v4quant.builtin import CALIBRATION, HELDOUT, TINY_V4, resolve_corpus, resolve_source
@@ -278,6 +283,64 @@ def test_better_than_one_scheme_of_the_same_bytes(
         alters = [lambda base, _, file=file: file(base) for file in files]
         kls = measure_effects(checkpoint, heldout, alters, SilentProgress())
     assert kls[1] < (0.85 if uniform.format == "gguf" else 0.95) * kls[0], kls
+
+
+class Stopping(SilentProgress):
+    """Stops the process's work after so many places, and counts them."""
+
+    def __init__(self, after: int = 10**6) -> None:
+        self.after, self.seen = after, 0
+
+    def advance(self, amount: int) -> None:
+        self.seen += amount
+        if self.seen >= self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [2, 7])
+def test_a_stopped_allocation_measures_only_what_is_missing(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "ids.npy", torch.arange(96).reshape(2, 48).numpy())
+    with open_checkpoint(TINY) as tiny:
+        costs = find_costs(tiny, replace(VLLM, draft="convert"))
+    least, exact = _sizes(costs)
+    options: dict[str, Any] = {
+        "budget": (least + exact) // 2, "corpus": tmp_path / "ids.npy", "tokens": 96,
+        "measure_kl": True, "experts": 1, "format": "compressed-tensors", "engine": "vllm",
+    }  # fmt: skip
+    v4quant.allocate(TINY, tmp_path / "whole.toml", **options)
+    with pytest.raises(KeyboardInterrupt):
+        v4quant.allocate(TINY, tmp_path / "r.toml", **options, progress=Stopping(after))
+    kept = tmp_path / "r.toml.unfinished.json"
+    assert kept.is_file() and not (tmp_path / "r.toml").exists()
+    measured = []
+    real = sensitivity._place_errors
+
+    def counted(*given: Any) -> dict[str, float]:
+        measured.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(sensitivity, "_place_errors", counted)
+    v4quant.allocate(TINY, tmp_path / "r.toml", **options)
+    assert len(measured) == max(0, len(costs.places) - after)
+    assert (tmp_path / "r.toml").read_text() == (tmp_path / "whole.toml").read_text()
+    assert not kept.exists()
+
+
+def test_findings_of_another_run_or_somebody_elses_file(tmp_path: Path) -> None:
+    out, file = tmp_path / "r.toml", tmp_path / "r.toml.unfinished.json"
+    first = Findings(out, "ab")
+    first.add("KL of a", 0.25)
+    assert Findings(out, "ab").number("KL of a") == 0.25
+    assert "KL of a" not in Findings(out, "cd")
+    file.write_text('{"kind": "v4quant allocation", "key": "ab", "found": {"KL of a": "x"}}')
+    assert "KL of a" not in Findings(out, "ab")
+    file.write_text("my thesis")
+    other = Findings(out, "ab")
+    other.add("KL of a", 0.5)
+    other.forget()
+    assert file.read_text() == "my thesis"
 
 
 def test_bits_budget() -> None:

@@ -18,9 +18,15 @@ from tests.support.conversion import TINY
 from tests.support.peak import peak_of
 from tests.support.synthetic import Request, write_checkpoint
 from v4quant.calibration.collect import DrawnCorpus, calibrate_to
-from v4quant.calibration.memory import calibration_room, fit_solving, statistics_bytes
+from v4quant.calibration.memory import (
+    KeptRounds,
+    calibration_room,
+    fit_solving,
+    statistics_bytes,
+)
 from v4quant.memory import Limits
 from v4quant.sizes import SizeError
+from v4quant_calibration.forward.kept import KeptStore
 from v4quant_calibration.forward.scratch import PREFIX, Scratch
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.solve.settings import SolveSettings
@@ -70,15 +76,18 @@ def test_pieces_and_files_change_nothing(tmp_path: Path, generator: torch.Genera
 def test_rounds_leave_no_files(tmp_path: Path) -> None:
     windows = [torch.zeros(5000, dtype=torch.int64)] * 40
     held = statistics_bytes(CONFIG, 5)
-    room = partial(calibration_room, CONFIG, held, Limits(600 * 2**20), tmp_path / "stats.v4q")
+    kept = KeptRounds(tmp_path / "stats.v4q", "ab")
+    room = partial(
+        calibration_room, CONFIG, held, Limits(600 * 2**20), tmp_path / "stats.v4q", kept
+    )
     with room(windows, ForwardOptions()) as opened:
-        assert isinstance(opened.store, Scratch)
+        assert isinstance(opened.store, KeptStore)
         assert list(tmp_path.glob(f"{PREFIX}*"))
         assert opened.options.expert_tokens is not None
     assert not list(tmp_path.iterdir())
     with pytest.raises(SizeError, match="this run needs"):
         calibration_room(
-            CONFIG, held, Limits(10**6), tmp_path, windows, ForwardOptions()
+            CONFIG, held, Limits(10**6), tmp_path, kept, windows, ForwardOptions()
         ).__enter__()
 
 
