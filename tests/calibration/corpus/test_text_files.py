@@ -40,7 +40,7 @@ CHATS = [{"messages": CHAT}] * 2
     [
         ("b.jsonl", b"\xef\xbb\xbf" + jsonl(ROWS), ROWS),
         ("b.jsonl", jsonl(ROWS).replace(b"\n", b"\r\n"), ROWS),
-        ("b.jsonl.gz", gzip.compress(jsonl(ROWS)), ROWS),
+        ("b.jsonl.gz", gzip.compress(jsonl(ROWS), mtime=0), ROWS),
         ("b.json", json.dumps(ROWS).encode(), ROWS),
         ("b.json", json.dumps(CHATS).encode(), CHATS),
         ("b.jsonl", jsonl([{**r, "messages": None} for r in ROWS]), ROWS),
@@ -58,7 +58,7 @@ def test_rows_however_they_are_written(
 def test_plain_text_keeps_its_line_ends(tmp_path: Path) -> None:
     text = "\n".join(LINES)
     for name, data in (("a.txt", text.encode()), ("b.txt", b"\xef\xbb\xbf" + text.encode()),
-                       ("c.txt.gz", gzip.compress(text.encode())),
+                       ("c.txt.gz", gzip.compress(text.encode(), mtime=0)),
                        ("d.txt", text.replace("\n", "\r\n").encode())):  # fmt: skip
         (tmp_path / name).write_bytes(data)
     assert same(load(tmp_path / "a.txt"), load(tmp_path / "b.txt"))
@@ -195,7 +195,7 @@ def test_parquet_and_zstandard_where_their_packages_are(tmp_path: Path) -> None:
         ("a.txt", "text".encode("utf-16"), "UTF-16"),
         ("a.txt", "caf\xe9".encode()[:-1], "ends inside a UTF-8 character.*LATIN1"),
         ("a.txt.gz", b"\x1f\x8b junk", "decompressed"),
-        ("a.txt.gz", gzip.compress(b"x" * 500)[:-9], "decompressed"),
+        ("a.txt.gz", gzip.compress(b"x" * 500, mtime=0)[:-9], "decompressed"),
         ("a.json", b"{}", "list of rows"),
         ("a.json", b"[1", "not JSON"),
         ("a.jsonl", jsonl([{"text": "x", "messages": CHAT}]), "text"),
