@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from v4quant.planner.choices import ENGINE_NAMES, Effort, EngineName
-from v4quant.planner.effort import Cost
+from v4quant.planner.effort import Cost, cost_of
 from v4quant.planner.footprint import Footprint, LayerBytes, Outline
 from v4quant.planner.loss import KnownLoss, Measured, known_loss
 from v4quant.planner.machines import Machine
 from v4quant.recipe import Recipe
 from v4quant_kernels.errors import V4QuantError
-from v4quant_kernels.scheme import SCHEMES
+from v4quant_kernels.scheme import SCHEMES, get_scheme
 
 # Below this share of the room between two schemes a mixture of both is not worth a recipe.
 _WORTH_MIXING = 0.15
@@ -34,6 +34,15 @@ class Where:
 
 
 @dataclass(frozen=True)
+class Quicker:
+    """A quicker way to make the same file: the effort to ask for, its hours, what it loses."""
+
+    effort: Effort
+    hours: float
+    kl: float | None
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One way to serve the model on the machine.
 
@@ -41,7 +50,8 @@ class Candidate:
     that `allocate` may fill with a mixture. scheme: in words. size: bytes of the model's files.
     context: tokens of one sequence that fit at most. tokens_per_second: an upper bound, from the
     bytes that one token's products read. options: of the engine's server. before: commands to give
-    first. notes: what else one should know. engram: type of V4.1's tables, for `allocate`.
+    first. notes: what else one should know. engram: type of V4.1's tables, for `allocate`. quicker:
+    what less effort takes and loses.
     """
 
     engine: EngineName
@@ -58,6 +68,7 @@ class Candidate:
     notes: tuple[str, ...]
     budget: int = 0
     engram: str = ""
+    quicker: tuple[Quicker, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -72,6 +83,7 @@ class Candidate:
             "loss": asdict(self.loss),
             "hours": None if self.cost is None else self.cost.hours,
             "disk_bytes": None if self.cost is None else self.cost.disk,
+            "quicker": [asdict(way) for way in self.quicker],
             "solver": None if self.cost is None else self.cost.level.solver,
             "tokens_per_second_at_most": self.tokens_per_second,
             "options": list(self.options),
@@ -120,6 +132,29 @@ def proof_notes(outline: Outline, scheme: str) -> tuple[str, ...]:
 def loss_of(outline: Outline, request: Request, scheme: str, solver: str) -> KnownLoss:
     exact = is_exact(outline, scheme)
     return known_loss(scheme, solver, exact, request.measured, is_flash(outline))
+
+
+def quicker_ways(
+    outline: Outline, request: Request, scheme: str, nbytes: int, cost: Cost
+) -> tuple[Quicker, ...]:
+    """What less effort than `cost` is for takes and loses, the longest first."""
+    efforts: tuple[Effort, ...] = ("hours", "minutes")
+    ways = dict[str, Quicker]()  # by solver: hours may allow no more than minutes do
+    for effort in efforts if cost.level.solves else ():
+        less = cost_of(outline, get_scheme(scheme), nbytes, effort, request.cores, exact=False)
+        solver = less.level.solver
+        if solver != cost.level.solver and less.hours < cost.hours:
+            kl = loss_of(outline, request, scheme, solver).kl
+            ways[solver] = Quicker(effort, less.hours, kl)
+    return tuple(ways.values())
+
+
+def scaled(ways: Sequence[Quicker], before: KnownLoss, after: KnownLoss) -> tuple[Quicker, ...]:
+    """The same ways for a mixture, whose loss is `after` where one of its schemes has `before`."""
+    if not before.kl or after.kl is None:
+        return ()
+    factor = after.kl / before.kl
+    return tuple(replace(way, kl=None if way.kl is None else way.kl * factor) for way in ways)
 
 
 def draft_count(outline: Outline) -> int:

@@ -67,7 +67,10 @@ def _local(source: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _short(candidate: Candidate) -> str:
-    return "mixed" if candidate.recipe is None else candidate.recipe.scheme
+    """What is added to the model's name; mixtures for two engines are two folders."""
+    if candidate.recipe is not None:
+        return candidate.recipe.scheme
+    return "mixed" if candidate.engine == "vllm" else "mixed-GGUF"
 
 
 def _make(candidate: Candidate, folder: str, out: str, max_memory: str) -> list[str]:

@@ -18,6 +18,8 @@ from v4quant.planner.candidates import (
     mixed_loss,
     mixture,
     proof_notes,
+    quicker_ways,
+    scaled,
 )
 from v4quant.planner.effort import cost_of
 from v4quant.planner.footprint import Footprint, Outline, footprint
@@ -29,6 +31,7 @@ from v4quant_kernels.scheme import SCHEMES, get_scheme
 
 _DENSE = "q8_0"
 _TABLES = "q8_0"  # of V4.1's Engram, in a file of its own
+_UNIFIED_SIZES = (24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
 _RAM_SIZES = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # GiB, as sold
 _TIGHT = 0.03
 # llama.cpp's file of a mixed recipe may come out this much larger than the estimate of its parts.
@@ -101,6 +104,7 @@ def _gguf_candidate(
         Where(placed.cards, placed.ram, placed.disk), min(context, longest_context(outline)),
         loss_of(outline, request, recipe.scheme, cost.level.solver), cost, 1 / placed.seconds,
         (*placed.options, f"--ctx-size {request.context}", "--jinja"), placed.before, tuple(notes),
+        quicker=quicker_ways(outline, request, recipe.scheme, file.trunk + file.tables, cost),
     )  # fmt: skip
 
 
@@ -130,9 +134,10 @@ def _mixed_candidate(
     made = _gguf_candidate(outline, request, files[at][0], file, False)
     assert made is not None and made.cost is not None
     next_up = loss_of(outline, request, schemes[at - 1], made.cost.level.solver)
+    loss = mixed_loss(largest.loss, next_up, share)
     return replace(
         made, recipe=None, scheme=f"{schemes[at - 1]} and {largest.scheme}, chosen by layer",
-        loss=mixed_loss(largest.loss, next_up, share),
+        loss=loss, quicker=scaled(made.quicker, largest.loss, loss),
         budget=int(_MIX_RESERVE * file.trunk) + file.tables, engram=files[at][0].engram,
     )  # fmt: skip
 
@@ -150,8 +155,12 @@ def _llama_remedy(outline: Outline, request: Request, smallest: Footprint) -> st
     machine, dims = request.machine, outline.dimensions
     text = f"llama.cpp: the smallest file, {smallest.trunk / 1e9:.0f} GB, needs"
     if machine.unified:
-        needed = smallest.trunk + llama_cpp.kv_bytes(dims, request.context)
-        return f"{text} a machine with about {needed * 1.08 / GIB:.0f} GB of unified memory"
+        assert machine.card is not None
+        for gib in _UNIFIED_SIZES:
+            larger = replace(machine, card=replace(machine.card, nbytes=gib * GIB))
+            if llama_cpp.place(smallest, larger, dims, request.context):
+                return f"{text} such a machine with {gib} GB of unified memory"
+        return f"{text} more unified memory than any such machine has"
     ways = []
     for gib in _RAM_SIZES:
         more = replace(machine, ram=gib * GIB)

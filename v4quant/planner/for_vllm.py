@@ -17,6 +17,8 @@ from v4quant.planner.candidates import (
     mixed_loss,
     mixture,
     proof_notes,
+    quicker_ways,
+    scaled,
 )
 from v4quant.planner.effort import cost_of
 from v4quant.planner.footprint import Footprint, Outline, footprint
@@ -98,9 +100,11 @@ def _mixed_candidate(
     assert made is not None and made.cost is not None
     name = _scheme_of(outline, upper)
     next_up = loss_of(outline, request, name, made.cost.level.solver)
+    loss = mixed_loss(largest.loss, next_up, share)
     return replace(
         made, recipe=None, scheme=f"{name} and {largest.scheme}, chosen by layer",
-        loss=mixed_loss(largest.loss, next_up, share), budget=int(_MIX_RESERVE * file.total),
+        loss=loss, quicker=scaled(made.quicker, largest.loss, loss),
+        budget=int(_MIX_RESERVE * file.total),
     )  # fmt: skip
 
 
@@ -174,6 +178,9 @@ def vllm_candidate(
         "vllm", recipe, scheme, file.total,
         Where((placed.taken,) * s.gpus, placed.tables.host, 0), placed.context_fits, loss, cost,
         1 / placed.seconds, options, (), tuple(notes),
+        quicker=()
+        if cost is None
+        else quicker_ways(outline, request, scheme, file.total, cost),
     )  # fmt: skip
 
 

@@ -194,7 +194,8 @@ def parse_machine(name: str) -> Machine:
 def parse_cards(text: str) -> Machine:
     """Cards by number and size or name: `2x24GB`, `4x3090`, `none`. Raises MachineError."""
     if text.strip().lower() in ("none", "0", "cpu"):
-        return Machine("cpu", 0, None, 64 * GIB, _CPU_BANDWIDTH, assumptions=(_ram_note(64),))
+        notes = (_ram_note(64), _bandwidth_note(_CPU_BANDWIDTH))
+        return Machine("cpu", 0, None, 64 * GIB, _CPU_BANDWIDTH, assumptions=notes)
     match = re.fullmatch(r"\s*(\d{1,4})\s*x\s*(.+?)\s*", text.lower())
     if match is None or not 1 <= int(match[1]) <= MOST_CARDS:
         raise MachineError(f"'{text}' names no cards; write it like 2x24GB or 2x3090")
@@ -238,7 +239,8 @@ def with_memory(machine: Machine, ram: str | None, bandwidth: float | None) -> M
         kept = tuple(a for a in machine.assumptions if not a.startswith("system memory"))
         machine = replace(machine, ram=boxed_size(ram), assumptions=kept)
     if bandwidth is not None:
-        machine = replace(machine, ram_bandwidth=bandwidth * 1e9)
+        kept = tuple(a for a in machine.assumptions if not a.startswith("memory of"))
+        machine = replace(machine, ram_bandwidth=bandwidth * 1e9, assumptions=kept)
     return machine
 
 
@@ -255,11 +257,19 @@ def _machine(name: str, count: int, card: Card) -> Machine:
         return Machine(name, count, card, 0, card.bandwidth)
     each, most, bandwidth = _HOSTS[card.host]
     gib = min(each * count, most)
-    return Machine(name, count, card, gib * GIB, bandwidth, assumptions=(_ram_note(gib),))
+    notes = (_ram_note(gib), _bandwidth_note(bandwidth))
+    return Machine(name, count, card, gib * GIB, bandwidth, assumptions=notes)
 
 
 def _ram_note(gib: int) -> str:
     return f"system memory of {gib} GB is assumed; say what you have with --ram"
+
+
+def _bandwidth_note(bandwidth: float) -> str:
+    return (
+        f"memory of {bandwidth / 1e9:.0f} GB/s is assumed, which decides the speed of what lies "
+        "there; say what yours has with --ram-bandwidth"
+    )
 
 
 def _find_card(name: str) -> Card:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from v4quant.planner.candidates import Candidate
+from v4quant.planner.candidates import Candidate, Quicker
 from v4quant.planner.choose import Answer
 from v4quant.planner.commands import Commands
+from v4quant.planner.effort import hours_text
 from v4quant.planner.machines import Machine
 
 _TITLES = {"llama.cpp": "llama.cpp", "vllm": "vLLM"}
@@ -41,6 +42,8 @@ def _candidate(number: int, candidate: Candidate, machine: Machine) -> list[str]
         lines.append(f"              {candidate.loss.published}")
     if candidate.cost is not None:
         lines.append(f"   to make    {candidate.cost.sentence()}: {candidate.cost.level.words}")
+    if candidate.quicker:
+        lines.append(f"   quicker    {'; '.join(map(_way, candidate.quicker))}")
     lines.append(
         f"   speed      at most {_rate(candidate.tokens_per_second)} tokens per second, one at a "
         "time: a bound from bandwidth, no measurement"
@@ -64,18 +67,28 @@ def _where(candidate: Candidate, machine: Machine) -> str:
     parts = []
     cards = candidate.where.cards
     if machine.unified and len(cards) == 1:
-        parts.append(f"{_gb(cards[0])} in unified memory")
+        parts.append(f"{_gb(cards[0])} of {_gb(_card_bytes(machine))} in unified memory")
     elif cards:
         alike = len(set(cards)) == 1 and len(cards) > 1
-        each = f"{_gb(cards[0])} on each of {len(cards)} cards"
-        several = f"{' + '.join(map(_gb, cards))} on the cards"
-        one = f"{_gb(cards[0])} on the card"
+        room = _gb(_card_bytes(machine))
+        each = f"{_gb(cards[0])} of {room} on each of {len(cards)} cards"
+        several = f"{' + '.join(map(_gb, cards))} on the cards of {room} each"
+        one = f"{_gb(cards[0])} of {room} on the card"
         parts.append(one if len(cards) == 1 else each if alike else several)
     if candidate.where.memory:
-        parts.append(f"{_gb(candidate.where.memory)} in system memory")
+        parts.append(f"{_gb(candidate.where.memory)} of {_gb(machine.ram)} in system memory")
     if candidate.where.disk:
         parts.append(f"{_gb(candidate.where.disk)} read from disk")
     return ", ".join(parts)
+
+
+def _card_bytes(machine: Machine) -> int:
+    return 0 if machine.card is None else machine.card.nbytes
+
+
+def _way(way: Quicker) -> str:
+    loses = "" if way.kl is None else f" and KL {way.kl:.4f}"
+    return f"--effort {way.effort}, {hours_text(way.hours)}{loses}"
 
 
 def _rate(value: float) -> str:

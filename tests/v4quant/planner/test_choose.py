@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from v4quant.planner.candidates import Candidate, Request
 from v4quant.planner.choose import Answer, choose
 from v4quant.planner.footprint import footprint, outline_release
 from v4quant.planner.loss import Measured, known_loss, tiny_rows
-from v4quant.planner.machines import parse_cards, parse_machine, with_generation, with_memory
+from v4quant.planner.machines import GIB, parse_cards, parse_machine, with_generation, with_memory
 from v4quant.recipe import Recipe
 from v4quant_formats.model_config import parse_model_config
 
@@ -137,6 +139,33 @@ def test_what_does_not_fit_is_told_what_would() -> None:
     assert answer.candidates == () and any("unified memory" in r for r in answer.remedies)
 
 
+def test_the_memory_that_would_do_is_more_than_there_is_and_does() -> None:
+    """A 64 GB Mac is not told to get 64 GB: macOS keeps a share."""
+    answer = ask("flash", "m4-max-64")
+    told = next(r for r in answer.remedies if r.startswith("llama.cpp"))
+    needed = re.search(r"with (\d+) GB of unified memory", told)
+    assert needed is not None and int(needed[1]) > 64
+    card = parse_machine("m4-max-64").card
+    assert card is not None
+    larger = replace(parse_machine("m4-max-64"), card=replace(card, nbytes=int(needed[1]) * GIB))
+    assert choose(outline_release("flash"), Request(larger, 32768, "best", 16)).candidates
+
+
+def test_what_less_effort_takes_and_loses_stands_beside() -> None:
+    answer = ask("flash", "dgx-spark")
+    solved = [c for c in answer.candidates if c.cost is not None and c.cost.level.solves]
+    assert solved and any(c.budget for c in solved)
+    for candidate in solved:
+        assert candidate.cost is not None and candidate.loss.kl is not None and candidate.quicker
+        hours, kl = candidate.cost.hours, candidate.loss.kl
+        for way in candidate.quicker:
+            assert way.hours < hours and way.kl is not None and way.kl > kl
+            hours, kl = way.hours, way.kl
+        assert candidate.quicker[-1].effort == "minutes"
+    quick = Request(parse_machine("dgx-spark"), 32768, "minutes", 16)
+    assert not any(c.quicker for c in choose(outline_release("flash"), quick).candidates)
+
+
 def test_a_measurement_of_the_model_stands_before_the_tiny_ones() -> None:
     rows = (Measured("q3_k", "", 0.5, 0.7),)
     found = [c for c in ask("flash", "2x3090", "128GB", rows).candidates if c.scheme == "q3_k"]
@@ -174,6 +203,14 @@ def test_words_name_every_place(tmp_path: Path) -> None:
     arguments = ["plan", "flash", "--machine", "2x3090", "--ram", "128GB"]
     done = CliRunner().invoke(cli, arguments)
     assert done.exit_code == 0
-    for words in ("on the cards", "in system memory", "tokens fit", "hf download", "llama-server"):
+    for words in (
+        "on the cards of 25.8 GB each",
+        "in system memory",
+        "quicker ",
+        "GB/s is assumed",
+        "tokens fit",
+        "hf download",
+        "llama-server",
+    ):
         assert words in done.stdout
     assert CliRunner().invoke(cli, [*arguments, "--cards", "2x24GB"]).exit_code == 1
