@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from v4quant.conversion.job import JobResult
     from v4quant.evaluation.result import Evaluation
     from v4quant.pipeline.costs import PlannedRun, plan_run
-    from v4quant.pipeline.run import RunResult, run
+    from v4quant.pipeline.results import RunResult
+    from v4quant.pipeline.run import run
     from v4quant.progress import BarProgress
     from v4quant.publishing.publisher import PushResult
     from v4quant.recipe import Recipe
@@ -63,7 +64,7 @@ _HOMES = {
     "Progress": "v4quant_kernels.progress",
     "PushResult": "v4quant.publishing.publisher",
     "Recipe": "v4quant.recipe",
-    "RunResult": "v4quant.pipeline.run",
+    "RunResult": "v4quant.pipeline.results",
     "SilentProgress": "v4quant_kernels.progress",
     "V4QuantError": "v4quant_kernels.errors",
     "Verification": "v4quant.api.checks",

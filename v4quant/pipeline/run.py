@@ -7,9 +7,8 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
 
 from v4quant.api.arguments import (
     PathLike,
@@ -37,6 +36,7 @@ from v4quant.hub.refs import HubRef, parse_hub
 from v4quant.own_folders import is_made_home, own_folder, remove_if_empty, remove_own_folder
 from v4quant.pipeline.costs import expected_costs, with_effort
 from v4quant.pipeline.recipe_file import CorpusStep, Pipeline, VerifyStep, load_pipeline
+from v4quant.pipeline.results import Conversion, RunResult, RunWatcher, SilentWatcher
 from v4quant.pipeline.step_cache import FinishedSteps, step_key
 from v4quant.planner.choices import Effort
 from v4quant.planner.footprint import outline_checkpoint
@@ -48,89 +48,11 @@ from v4quant.source import Source, open_source
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.solve.solution import SOLUTION_NAME, Evidence, Solution
 from v4quant_calibration.statistics.coverage import coverage
-from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME
 from v4quant_kernels.progress import Progress
 
 _SOURCE, _CANDIDATE, _ALONE = "source", "candidate", "checkpoint"
-
-
-class RunWatcher(Protocol):
-    """Who is told what happens, beside the bars of `Progress`."""
-
-    def step(self, title: str) -> None:
-        """A step begins."""
-
-    def note(self, text: str) -> None:
-        """Something worth knowing about the step."""
-
-    def calibrated(self, stats: Stats) -> None:
-        """Statistics have been collected."""
-
-    def converted(self, job: JobResult) -> None:
-        """The conversion is done."""
-
-
-class SilentWatcher:
-    """A watcher that ignores everything."""
-
-    def step(self, title: str) -> None:
-        """Ignore."""
-
-    def note(self, text: str) -> None:
-        """Ignore."""
-
-    def calibrated(self, stats: Stats) -> None:
-        """Ignore."""
-
-    def converted(self, job: JobResult) -> None:
-        """Ignore."""
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """One conversion of a ladder; fields as of RunResult."""
-
-    name: str
-    checkpoint: str
-    conversion: JobResult
-    verified: bool
-    serve: str
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """checkpoint: the folder or `hf://` name. folder: everything else. evaluation: None where the
-    file asks for none; of a ladder, of the first conversion, with the others beside it. serve: a
-    command line. verified: False when verification found a difference. ladder: all conversions,
-    where the file asks for several; the other fields are then the first's.
-    """
-
-    checkpoint: str
-    folder: str
-    conversion: JobResult
-    evaluation: Evaluation | None
-    verified: bool
-    serve: str
-    seconds: float
-    ladder: tuple[Conversion, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """Whether verification held and no candidate looks damaged."""
-        return self.verified and not (self.evaluation and self.evaluation.is_damaged)
-
-    def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints."""
-        facts: dict[str, Any] = {
-            "conversion": asdict(self.conversion),
-            "evaluation": self.evaluation and self.evaluation.as_dict(),
-            "seconds": self.seconds,
-        }
-        if self.ladder:
-            facts["ladder"] = [asdict(one) for one in self.ladder]
-        return facts
 
 
 @dataclass(frozen=True)
