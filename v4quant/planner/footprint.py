@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from v4quant.conversion.plan import plan_units
+from v4quant.conversion.unit_planner import plan_units
 from v4quant.recipe import Recipe
 from v4quant.synthetic.configs import make_config
 from v4quant.synthetic.inventory import shards_of

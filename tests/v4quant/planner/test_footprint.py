@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.synthetic import make_small
-from v4quant.conversion.plan import plan_units
+from v4quant.conversion.unit_planner import plan_units
 from v4quant.planner.footprint import (
     HUB_NAMES,
     footprint,
