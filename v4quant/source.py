@@ -6,6 +6,7 @@ GGUF quants in a folder or repository, `:QUANT` behind the name chooses one.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from v4quant.builtin import CHECKPOINTS
@@ -14,6 +15,7 @@ from v4quant.hub.refs import HubRef, could_be_repository, is_hub, parse_hub
 from v4quant.hub.source import open_hub
 from v4quant_formats.adapter import with_adapter
 from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.gguf.quants import split_quant
 from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.near_names import did_you_mean
@@ -33,7 +35,7 @@ def resolve_source(text: str) -> Source:
 def _check_there(path: Path) -> None:
     """A folder that does not exist, but whose name means something. Raises SourceError."""
     text = str(path)
-    if path.exists():
+    if split_quant(path)[0].exists():
         return
     if not path.is_absolute() and could_be_repository(text):
         raise SourceError(
@@ -51,9 +53,11 @@ def open_source(
     cap: int | None = None,
     headers_only: bool = False,
     adapter: Path | None = None,
+    tokenizer: Path | None = None,
 ) -> Checkpoint:
-    """Open a source. adapter: the folder of a LoRA adapter that is merged while it is read. The
-    other arguments are `open_hub`'s and concern repositories only.
+    """Open a source. adapter: the folder of a LoRA adapter that is merged while it is read.
+    tokenizer: a tokenizer.json for text, in place of the source's own. The other arguments are
+    `open_hub`'s and concern repositories only.
 
     Raises SourceError and what `open_checkpoint`, `open_hub` and `with_adapter` raise.
     """
@@ -62,4 +66,5 @@ def open_source(
     else:
         _check_there(source)
         opened = open_checkpoint(source)
+    opened = replace(opened, tokenizer=tokenizer)
     return opened if adapter is None else with_adapter(opened, adapter)

@@ -75,6 +75,7 @@ class Checkpoint:
     files (tokenizer.json, ...) that a GGUF file holds as metadata. `beside` are .safetensors files
     that lie there too and belong to no part of it. `container` holds the headers, by file, of a
     container that describes itself (GGUF), `remarks` what its opener saw contradicted there.
+    `tokenizer` is a tokenizer.json from elsewhere, for text, in place of its own.
     """
 
     path: Path
@@ -90,6 +91,7 @@ class Checkpoint:
     beside: tuple[str, ...] = ()
     container: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     remarks: tuple[str, ...] = ()
+    tokenizer: Path | None = None
 
     @property
     def has_data(self) -> bool:

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from v4quant.builtin import TINY_V4 as TINY
+import v4quant
+from tests.support.rewritten_gguf import rewrite
+from v4quant.builtin import resolve_source
 from v4quant.cli import cli
 
+TINY = resolve_source("builtin:tiny-v4")
 TURNS = [{"from": "human", "value": "What is a house?"}, {"from": "gpt", "value": "A home. " * 9}]
 READING = ("--chat-keys", "sharegpt", "--skip-bad-rows", "2")
 SHORT = ("--tokens", "64", "--seq-len", "16", "--json")
@@ -86,3 +89,21 @@ def test_one_bad_row_too_many_is_told(command: str, text: Path, tmp_path: Path) 
     assert found.exit_code == 1
     told = str(found.exception)
     assert "line 10" in told and "1 bad row before it" in told
+
+
+def test_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
+    """For a lone .gguf without one, the release's; text is then what it is of the release."""
+    with_one = tmp_path / "out"
+    v4quant.quantize(TINY, with_one, scheme="mxfp4", format="gguf", draft="drop")
+    [model] = with_one.glob("*.gguf")
+    lone = rewrite(model, tmp_path / "lone.gguf", without=("tokenizer.ggml.tokens",))
+    (tmp_path / "a.txt").write_text("The house was quiet. " * 40)
+    text = ("--corpus", tmp_path / "a.txt", *SHORT)
+    found = CliRunner().invoke(cli, [str(w) for w in ("evaluate", lone, *text)])
+    assert found.exit_code == 1 and "give it by --tokenizer" in str(found.exception)
+    release = TINY / "tokenizer.json"
+    mine = printed("evaluate", lone, *text, "--tokenizer", release)
+    theirs = printed("evaluate", model, *text)
+    assert mine["tokens"] == theirs["tokens"] and mine["perplexity"] == theirs["perplexity"]
+    out = ("--out", tmp_path / "stats.v4q", "--min-tokens", 1)
+    assert printed("calibrate", lone, *out, *text, "--tokenizer", release)["tokens"] >= 64

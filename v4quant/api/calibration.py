@@ -66,6 +66,7 @@ def calibrate(
     corpus: PathLike | Sequence[PathLike] = MIXED_CALIBRATION,
     tokens: int | None = None,
     seq_len: int | None = None,
+    tokenizer: PathLike | None = None,
     mode: str = DEFAULT_MODE,
     chat_keys: str = MESSAGES,
     skip_bad_rows: int = 0,
@@ -84,12 +85,13 @@ def calibrate(
 ) -> CalibrationResult:
     """Run a corpus through checkpoint `source`; write statistics, or a solution, to `out`.
 
-    tokens: how many to read first; more of the corpus is drawn until every expert has seen
-    `min_tokens`. solve: a scheme whose codes are found as well, or `recipe`: what to solve place by
-    place; an interrupted run then resumes. propagate: later layers are solved on what the already
-    converted ones give them; under torchrun the ranks divide the work of solving, and each returns
-    the result. threads: of products on the CPU, by default all cores or what OMP_NUM_THREADS says.
-    imatrix: a file to write as well, what llama.cpp's quantizer reads.
+    tokenizer: a tokenizer.json for text, where the checkpoint has none of its own. tokens: how many
+    to read first; more of the corpus is drawn until every expert has seen `min_tokens`. solve: a
+    scheme whose codes are found as well, or `recipe`: what to solve place by place; an interrupted
+    run then resumes. propagate: later layers are solved on what the already converted ones give
+    them; under torchrun the ranks divide the work of solving, and each returns the result. threads:
+    of products on the CPU, by default all cores or what OMP_NUM_THREADS says. imatrix: a file to
+    write as well, what llama.cpp's quantizer reads.
 
     Raises OptionError, RecipeError, CorpusError, SizeError, OutputError and what opening the source
     raises.
@@ -107,7 +109,7 @@ def calibrate(
         )
     with (
         arithmetic_threads(threads),
-        open_source(source_of(source)) as checkpoint,
+        open_source(source_of(source), tokenizer=path_of(tokenizer)) as checkpoint,
         solving_team(where) as (team, where),
     ):
         refuse_inputs([target, *filter(None, [matrix])], [checkpoint], listed_files(corpus))

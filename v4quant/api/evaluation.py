@@ -53,6 +53,7 @@ def evaluate(
     corpus: PathLike | Sequence[PathLike] = MIXED_HELDOUT,
     tokens: int | None = None,
     seq_len: int | None = None,
+    tokenizer: PathLike | None = None,
     mode: str = DEFAULT_MODE,
     chat_keys: str = MESSAGES,
     skip_bad_rows: int = 0,
@@ -75,7 +76,8 @@ def evaluate(
     """Perplexity of `source`; with `reference` also KL, top-1 agreement and the noise floor.
 
     candidates: further conversions of the reference, scored in the same run. adapter: a LoRA
-    adapter's folder, merged into the reference, or without one into `source`. weights: compare
+    adapter's folder, merged into the reference, or without one into `source`. tokenizer: a
+    tokenizer.json for text, where the checkpoint has none of its own. weights: compare
     every matrix with the reference's and look for defects. floors: noise floors to run. report: a
     .html, .md or .json file to write. Finished layers are kept beside it, or in the user's cache
     folder, until the run ends well: the same call goes on behind them. threads: of products on the
@@ -102,7 +104,10 @@ def evaluate(
         opened.enter_context(arithmetic_threads(threads))
         merged = path_of(adapter)
         own = merged if reference is None else None
-        checkpoint = opened.enter_context(open_source(source_of(source), adapter=own))
+        words = path_of(tokenizer)
+        checkpoint = opened.enter_context(
+            open_source(source_of(source), adapter=own, tokenizer=words)
+        )
         base = None
         if reference is not None:
             base = opened.enter_context(open_source(source_of(reference), adapter=merged))
@@ -122,8 +127,7 @@ def evaluate(
             )
         needles = None
         if needle:
-            tokenizer = tokenizer_of(checkpoint)
-            needles = make_needles(text, tokenizer, config.bos_token_id)
+            needles = make_needles(text, tokenizer_of(checkpoint), config.bos_token_id)
         figures = evaluate_checkpoint(
             checkpoint,
             base,

@@ -11,13 +11,14 @@ from v4quant.api.arguments import PathLike, path_of
 from v4quant.checks.verify import verify
 from v4quant.evaluation.figures import Figures, ResultError, figures_from_dict
 from v4quant.hub.errors import HubError
-from v4quant.hub.refs import SCHEME, parse_hub
+from v4quant.hub.refs import SCHEME, HubRef, parse_hub
 from v4quant.progress import default_progress
 from v4quant.publishing.card import CardRequest, license_of, render_card
 from v4quant.publishing.publisher import (
     CommitPlan,
     PushResult,
     RepoFile,
+    beside_others,
     card_file,
     plan_commits,
     repo_files,
@@ -37,12 +38,16 @@ _MAX_EVALUATION_BYTES = 2**26
 
 @dataclass(frozen=True)
 class PlannedPush:
-    """What a push would send: files, the commits they go in, and the card's text."""
+    """What a push would send: files, the commits they go in, and the card's text.
+
+    folder: where in the repository, "" for its top.
+    """
 
     repo: str
     files: tuple[RepoFile, ...]
     commits: tuple[CommitPlan, ...]
     card: str
+    folder: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """What `--dry-run --json` prints."""
@@ -67,14 +72,30 @@ def plan_push(
 ) -> PlannedPush:
     """What `push` would send; asks no hub. Raises ManifestError and HubError."""
     folder = Path(out)
-    name = parse_hub(f"{SCHEME}{repo.removeprefix(SCHEME)}").repo
-    manifest = read_manifest(folder)
+    ref = parse_hub(f"{SCHEME}{repo.removeprefix(SCHEME)}")
+    name, manifest = ref.repo, read_manifest(folder)
+    _check_place(ref, manifest)
     request = CardRequest(name, _evaluation(folder, path_of(evaluation)), base_model, license)
     files = repo_files(folder, manifest)
     card = render_card(manifest, _completed(request, folder))
     files.append(card_file(card))
+    if ref.quant:
+        files = beside_others(files, ref.quant)
     commits = plan_commits(files, update=False, stale=())
-    return PlannedPush(name, tuple(files), tuple(commits), card)
+    return PlannedPush(name, tuple(files), tuple(commits), card, ref.quant)
+
+
+def _check_place(ref: HubRef, manifest: dict[str, Any]) -> None:
+    """Raise HubError for a place nothing, or not this checkpoint, is published at."""
+    if ref.revision:
+        raise HubError(f"{ref}: checkpoints are published on main; leave '@{ref.revision}' out")
+    if not ref.quant:
+        return
+    names = [str(row["name"]) for row in manifest["files"]]
+    if not any(name.endswith(".gguf") for name in names):
+        raise HubError(f"{ref}: only GGUF quants lie beside others; leave ':{ref.quant}' out")
+    if "/" in ref.quant or ref.quant.endswith(".gguf"):
+        raise HubError(f"{ref}: what stands behind ':' names one folder, like Q4_K_M")
 
 
 def push(
@@ -90,6 +111,8 @@ def push(
 ) -> PushResult:
     """Publish converted checkpoint `out` as repository `repo`. The same call again resumes.
 
+    repo: "owner/name", or "owner/name:QUANT" to put a GGUF quant beside others, in a folder of its
+    own: nothing else of the repository is touched.
     evaluation: JSON of `evaluate` for the card (default: evaluation.json beside `out`). base_model,
     license: where the manifest and the source have none. public: how a new repository is created.
     replace: replace another checkpoint that is there. `out` is verified before anything is sent.
@@ -106,7 +129,9 @@ def push(
         )
     shown.start("Publishing", sum(p.size for p in plan.files), "B")
     try:
-        return push_files(plan.repo, list(plan.files), not public, replace, shown.advance)
+        return push_files(
+            plan.repo, list(plan.files), not public, replace, shown.advance, plan.folder
+        )
     finally:
         shown.finish()
 

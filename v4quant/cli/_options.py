@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -49,6 +50,11 @@ def corpus_options(default: str) -> Callable[[Command], Command]:
                 help="How chats are encoded whose JSONL row names no mode.",
             ),
             *_row_options(),
+            click.option(
+                "--tokenizer",
+                type=click.Path(path_type=Path, exists=True, dir_okay=False),
+                help="A tokenizer.json for the text, where SOURCE has none of its own.",
+            ),
             click.option(
                 "--corpus",
                 multiple=True,

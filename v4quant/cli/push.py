@@ -42,6 +42,9 @@ def push(
 ) -> None:
     """Publish converted checkpoint OUT as REPO_ID. The same command again resumes.
 
+    REPO_ID:QUANT puts a GGUF quant beside others, in a folder of its own; nothing else of the
+    repository is touched.
+
     OUT is verified first. Shards are sent before config, index and card, so that nobody finds half
     a checkpoint; files that are there already are not sent again; at the end the repository's
     digests are compared with the manifest.

@@ -13,6 +13,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -234,19 +235,38 @@ class PushResult:
     commits: int
 
 
+def beside_others(files: Sequence[RepoFile], folder: str) -> list[RepoFile]:
+    """The files in a folder of the repository, where they touch nothing of others."""
+    return [rename(file, f"{folder}/{file.name}") for file in files]
+
+
+def rename(file: RepoFile, name: str) -> RepoFile:
+    """The same bytes under another name."""
+    return replace_fields(file, name=name)
+
+
 def push_plan(
-    files: Sequence[RepoFile], there: dict[str, RemoteFile], replace: bool, repo: str
+    files: Sequence[RepoFile],
+    there: dict[str, RemoteFile],
+    replace: bool,
+    repo: str,
+    folder: str = "",
 ) -> list[CommitPlan]:
-    """The commits that bring a repository to these files. Raises HubError for foreign shards."""
-    names = {p.name for p in files}
-    foreign = [n for n in there if n.endswith(SHARD_SUFFIXES) and n not in names]
+    """The commits that bring a repository, or a folder of it, to these files.
+
+    Raises HubError for foreign shards.
+    """
+    names, within = {p.name for p in files}, f"{folder}/" if folder else ""
+    shards = [n for n in there if n.endswith(SHARD_SUFFIXES) and n.startswith(within)]
+    foreign = [n for n in shards if n not in names]
     differs = any(not p.is_same(there.get(p.name)) for p in files if p.is_shard)
-    finished = MANIFEST_NAME in there or INDEX_NAME in there
+    finished = within + MANIFEST_NAME in there or within + INDEX_NAME in there
     if (foreign or (finished and differs)) and not replace:
-        example = foreign[0] if foreign else INDEX_NAME
+        example = foreign[0] if foreign else within + INDEX_NAME
         raise HubError(
             f"hf://{repo}: already holds another checkpoint ({example}); name a new repository, "
-            "or replace it in one commit with --replace"
+            "replace it in one commit with --replace, or put a GGUF quant beside it, in a folder: "
+            f"{repo.partition(':')[0]}:QUANT"
         )
     return plan_commits(files, finished, foreign)
 
@@ -257,19 +277,27 @@ def push(
     private: bool = True,
     replace: bool = False,
     advance: Callable[[int], None] = lambda count: None,
+    folder: str = "",
 ) -> PushResult:
     """Publish; the same call again resumes or confirms.
 
-    advance(count) is told bytes as they are known to be there. Raises HubError and its kinds.
+    folder: the files are in this folder, beside other quants; their card becomes the repository's
+    where it has none. advance(count) is told bytes as they are known to be there. Raises HubError
+    and its kinds.
     """
     publisher = Publisher(repo)
     publisher.preflight(private)
     sent = commits = 0
-    for plan in push_plan(files, publisher.files(), replace, repo):
+    there = publisher.files()
+    if folder and CARD_NAME not in there:
+        card = next(p for p in files if p.name == f"{folder}/{CARD_NAME}")
+        files = [*files, rename(card, CARD_NAME)]
+    told = f"{repo}:{folder}" if folder else repo
+    for plan in push_plan(files, there, replace, told, folder):
         count = publisher.commit(plan)
         sent, commits = sent + count, commits + bool(count)
         advance(plan.nbytes)
     publisher.compare(files)
     return PushResult(
-        repo, publisher.is_private(), len(files), sum(p.size for p in files), sent, commits
+        told, publisher.is_private(), len(files), sum(p.size for p in files), sent, commits
     )

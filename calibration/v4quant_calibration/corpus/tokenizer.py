@@ -31,7 +31,10 @@ class TokenizerError(V4QuantError):
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> TextTokenizer:
-    """The tokenizer of a checkpoint: its tokenizer.json, or what a GGUF file has in its place."""
+    """The tokenizer of a checkpoint: the one given for it, its tokenizer.json, or what a GGUF file
+    has in its place."""
+    if checkpoint.tokenizer is not None:
+        return TextTokenizer(checkpoint.tokenizer)
     made = lambda: checkpoint.carried().get("tokenizer.json")  # noqa: E731
     return TextTokenizer(checkpoint.path / "tokenizer.json", made)
 
@@ -72,7 +75,7 @@ class TextTokenizer:
             if made is None and not self._path.is_file():
                 raise TokenizerError(
                     f"{self._path}: missing; text needs the checkpoint's tokenizer.json "
-                    "(a corpus can also be token ids, as .npy)"
+                    "(give it by --tokenizer; a corpus can also be token ids, as .npy)"
                 )
             if made is None and self._path.stat().st_size > MAX_SIDECAR_BYTES:
                 raise TokenizerError(

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.conversion import convert, folder_bytes
+from tests.support.conversion import TINY, convert, folder_bytes
 from tests.support.fake_hub import TOKEN, USER, FakeHub
 from v4quant.cli import cli
 from v4quant.hub.errors import HubAccessError, HubError, HubOffline
-from v4quant.hub.refs import HubReferenceError
+from v4quant.hub.refs import HubRef, HubReferenceError
+from v4quant.hub.source import open_hub
 from v4quant.publishing.publisher import NotPublished
+from v4quant.recipe import Recipe
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.errors import UnsafePath
 from v4quant_kernels.errors import V4QuantError
@@ -219,3 +221,43 @@ def test_no_token_in_anything_written(
     said = "".join(capfd.readouterr()) + caplog.text
     published = b"".join(plain_hub.files(REPO).values())
     assert TOKEN not in said and "secretsignature" not in said and TOKEN.encode() not in published
+
+
+def test_a_quant_beside_others(
+    plain_hub: FakeHub, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder of its own: what lies there already keeps its bytes, whoever made it."""
+    for scheme in ("q8_0", "mxfp4"):
+        convert(TINY, tmp_path / scheme, Recipe(scheme, format="gguf"))
+    repo = f"{USER}/V4-Tiny-GGUF"
+    plain_hub.add_repo(repo, {"V4-Q2_K.gguf": b"GGUF others'", "v4quant.json": b"{}"})
+    with pytest.raises(HubError, match=f"beside it, in a folder: {repo}:QUANT"):
+        push(tmp_path / "q8_0", repo=repo)
+    push(tmp_path / "q8_0", "--json", repo=f"{repo}:Q8_0")
+    told = json.loads(capsys.readouterr().out)
+    assert told["repo"] == f"{repo}:Q8_0" and told["sent_bytes"] == told["nbytes"]
+    before = plain_hub.files(repo)
+    assert before["V4-Q2_K.gguf"] == b"GGUF others'" and before["v4quant.json"] == b"{}"
+    assert before["README.md"] == before["Q8_0/README.md"]
+    push(tmp_path / "mxfp4", repo=f"hf://{repo}:MXFP4")
+    after = plain_hub.files(repo)
+    assert {n: after[n] for n in before} == before
+    for folder, scheme in (("Q8_0", "q8_0"), ("MXFP4", "mxfp4")):
+        own = folder_bytes(tmp_path / scheme)
+        assert {n: after[f"{folder}/{n}"] for n in own} == own
+        with open_hub(HubRef(repo, None, folder)) as opened:
+            assert len(opened.files) == 2
+    capsys.readouterr()
+    push(tmp_path / "mxfp4", "--json", repo=f"{repo}:MXFP4")
+    assert json.loads(capsys.readouterr().out)["sent_bytes"] == 0
+    with pytest.raises(HubError, match="already holds another checkpoint"):
+        push(tmp_path / "q8_0", repo=f"{repo}:MXFP4")
+    push(tmp_path / "q8_0", "--replace", repo=f"{repo}:MXFP4")
+    last = plain_hub.files(repo)
+    assert "MXFP4/model-q8_0.gguf" in last and "MXFP4/model-mxfp4.gguf" not in last
+    assert {n: last[n] for n in before} == before
+    for place, told_ in ((f"{repo}:a/b", "names one folder"), (f"{repo}@main", "on main")):
+        with pytest.raises(HubError, match=told_):
+            push(tmp_path / "q8_0", repo=place)
+    with pytest.raises(HubError, match="only GGUF quants"):
+        push(out, repo=f"{repo}:INT4")
