@@ -63,6 +63,10 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
     return model_config(checkpoint)
 
 
+# What a process holds before it reads a text.
+_BASE_BYTES = 300 * 2**20
+
+
 def read_corpus(
     names: PathLike | Sequence[PathLike],
     checkpoint: Checkpoint,
@@ -72,9 +76,12 @@ def read_corpus(
     mode: str,
     chat_keys: str = MESSAGES,
     skip_bad_rows: int = 0,
+    enough: int | None = None,
+    max_memory: int | None = None,
 ) -> Corpus:
     """Load the corpus that files or `builtin:` names make up, with the checkpoint's tokenizer.
 
+    enough: tokens of a long text that will do, where not `tokens`. max_memory: of the process.
     Raises BuiltinError, OptionError, CorpusError or TokenizerError.
     """
     files = listed_files(names)
@@ -88,6 +95,8 @@ def read_corpus(
         release,
         chat_keys_of(chat_keys),
         rows_of(skip_bad_rows),
+        enough,
+        None if max_memory is None else max_memory - _BASE_BYTES,
     )
     return load_corpus(files, tokenizer_of(checkpoint), request)
 

@@ -20,7 +20,7 @@ from v4quant.api.arguments import (
     source_of,
 )
 from v4quant.builtin import MIXED_CALIBRATION
-from v4quant.calibration.collect import calibrate_to, draw_corpus, solve_settings
+from v4quant.calibration.collect import calibrate_to, draw_corpus, reserve_of, solve_settings
 from v4quant.calibration.ranks import solving_team
 from v4quant.devices import arithmetic_threads, find_device
 from v4quant.outputs import refuse_inputs
@@ -118,8 +118,9 @@ def calibrate(
 
         def load(limit: int | None) -> Corpus:
             return read_corpus(
-                corpus, checkpoint, config, seq_len, limit, mode, chat_keys, skip_bad_rows
-            )
+                corpus, checkpoint, config, seq_len, limit, mode, chat_keys, skip_bad_rows,
+                reserve_of(tokens), cap,
+            )  # fmt: skip
 
         drawn = draw_corpus(load, tokens)
         done = calibrate_to(

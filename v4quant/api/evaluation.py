@@ -123,8 +123,9 @@ def evaluate(
             text = _text_of(logits, corpus, seq_len, tokens, config.bos_token_id)
         else:
             text = read_corpus(
-                corpus, checkpoint, config, seq_len, tokens, mode, chat_keys, skip_bad_rows
-            )
+                corpus, checkpoint, config, seq_len, tokens, mode, chat_keys, skip_bad_rows,
+                max_memory=limits.max_memory,
+            )  # fmt: skip
         needles = None
         if needle:
             needles = make_needles(text, tokenizer_of(checkpoint), config.bos_token_id)

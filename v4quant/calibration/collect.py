@@ -48,6 +48,8 @@ from v4quant_kernels.ggml_types import block_type
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.scheme import SCHEMES, Scheme
 
+_RESERVE = 16
+
 
 @dataclass(frozen=True)
 class DrawnCorpus:
@@ -59,6 +61,11 @@ class DrawnCorpus:
     windows: list[Tensor]
     reserve: list[Tensor]
     skipped_rows: int = 0
+
+
+def reserve_of(tokens: int | None) -> int | None:
+    """Tokens of a long text that are enough to draw from, where so many are read first."""
+    return None if tokens is None else _RESERVE * tokens
 
 
 def draw_corpus(load: Callable[[int | None], Corpus], tokens: int | None) -> DrawnCorpus:

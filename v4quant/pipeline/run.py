@@ -21,7 +21,7 @@ from v4quant.api.arguments import (
     tool_facts,
 )
 from v4quant.builtin import resolve_corpus
-from v4quant.calibration.collect import calibrate_to, draw_corpus, solve_settings
+from v4quant.calibration.collect import calibrate_to, draw_corpus, reserve_of, solve_settings
 from v4quant.checks.kernel_check import check_kernels
 from v4quant.checks.verify import verify as verify_checkpoint
 from v4quant.conversion.calibrated import load_calibrated, solved_part
@@ -213,7 +213,9 @@ def _calibrate(job: _Run, step: CorpusStep, target: _Target, source: Checkpoint,
     config = config_of(source)
 
     def load(tokens: int | None) -> Corpus:
-        return _corpus(replace(step, tokens=tokens), source)
+        return _corpus(
+            replace(step, tokens=tokens), source, job.limits.max_memory, reserve_of(step.tokens)
+        )
 
     corpus = draw_corpus(load, step.tokens)
     job.watcher.note(f"{sum(map(len, corpus.windows)):,} tokens in {len(corpus.windows)} windows")
@@ -315,7 +317,8 @@ def _evaluate_all(
             result = evaluation_from_dict(json.loads(file.read_bytes()))
         else:
             figures = evaluate_checkpoint(
-                candidates[0], source, _corpus(step, source), forward_options(step.activations),
+                candidates[0], source, _corpus(step, source, job.limits.max_memory),
+                forward_options(step.activations),
                 job.progress, others=candidates[1:], resources=job.limits,
             )  # fmt: skip
             if (stats := evidence[0][0]) is not None:
@@ -343,11 +346,13 @@ def _update_cards(places: Sequence[Source], found: Evaluation) -> None:
             update_card(place.repo, CardRequest(place.repo, one, siblings=others))
 
 
-def _corpus(step: CorpusStep, source: Checkpoint) -> Corpus:
+def _corpus(
+    step: CorpusStep, source: Checkpoint, max_memory: int | None, enough: int | None = None
+) -> Corpus:
     config = config_of(source)
     return read_corpus(
         step.corpus, source, config, step.seq_len, step.tokens, step.mode, step.chat_keys,
-        step.skip_bad_rows,
+        step.skip_bad_rows, enough, max_memory,
     )  # fmt: skip
 
 

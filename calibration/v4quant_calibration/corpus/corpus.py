@@ -14,7 +14,7 @@ of it is taken, and the others make up for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,14 @@ from v4quant_calibration.corpus.chat_keys import MESSAGES
 from v4quant_calibration.corpus.chat_messages import BOS
 from v4quant_calibration.corpus.errors import CorpusError
 from v4quant_calibration.corpus.row_text import RowText, row_text
+from v4quant_calibration.corpus.sampling import (
+    CHARS_A_TOKEN,
+    check_memory,
+    excerpts,
+    pieces,
+    rows_apart,
+    wanted_chars,
+)
 from v4quant_calibration.corpus.text_files import (
     MAX_CORPUS_BYTES,
     holds_rows,
@@ -38,6 +46,7 @@ from v4quant_calibration.corpus.tokenizer import TextTokenizer
 from v4quant_formats.errors import FormatError
 
 DEFAULT_SEQ_LEN = 512
+_ALL = 2**60
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,8 @@ class CorpusRequest:
     `bos_token_id` is prepended to every window of text; `vocab_size` bounds the ids. `mode` is how
     chats are encoded whose row names none, `release` whose format that is. `chat_keys` says under
     which keys rows have chats (`chat_keys.CHAT_KEYS`), `skip_bad_rows` how many rows of a file may
-    be left out because they cannot be read.
+    be left out because they cannot be read. `enough` says how many tokens of a long text will do
+    where it is not `tokens`; `memory` how many bytes reading may take (None: any).
     """
 
     seq_len: int | None
@@ -98,6 +108,13 @@ class CorpusRequest:
     release: str = DEFAULT_RELEASE
     chat_keys: str = MESSAGES
     skip_bad_rows: int = 0
+    enough: int | None = None
+    memory: int | None = None
+
+    @property
+    def chars(self) -> int | None:
+        """Characters that a long text need not exceed; None for all of it."""
+        return wanted_chars(self.enough or self.tokens)
 
 
 def load_corpus(
@@ -118,6 +135,9 @@ def load_corpus(
     encode = TextTokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer
     read = [_read_documents(file, encode, request) for file in files]
     held = [_windows(file, found, request) for file, found in zip(files, read, strict=True)]
+    if any(found.sampled for found in read) and sum(map(_tokens, held)) < (request.tokens or 0):
+        # Tokens of more characters than any text has: then all of it.
+        return load_corpus(files, encode, replace(request, enough=_ALL))
     parts: list[CorpusPart] = []
     for windows, share in zip(held, _shares(files, held, request.tokens), strict=True):
         parts += _by_part(windows if share is None else _choose(windows, share))
@@ -139,6 +159,7 @@ class _Documents:
 
     documents: list[_Document]
     skipped: int = 0
+    sampled: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,6 +180,7 @@ def _by_part(windows: list[_Window]) -> list[CorpusPart]:
 
 def _read_documents(file: Path, encode: TextTokenizer, request: CorpusRequest) -> _Documents:
     """The documents of a file, tokenized."""
+    check_memory(file, holds_rows(file), request.memory)
     try:
         if file.stat().st_size > MAX_CORPUS_BYTES:
             raise CorpusError(f"{file}: larger than {MAX_CORPUS_BYTES >> 30} GiB; split it")
@@ -168,7 +190,7 @@ def _read_documents(file: Path, encode: TextTokenizer, request: CorpusRequest) -
             with safe_open(file, framework="pt") as opened:
                 return _rows(file, opened.get_tensor("input_ids"))
         if not holds_rows(file):
-            return _Documents([_Document(stem_of(file), encode(read_text(file)))])
+            return _text_documents(stem_of(file), read_text(file), encode, request)
     except FileNotFoundError:
         raise CorpusError(f"{file}: no such corpus file") from None
     except FormatError as error:
@@ -176,6 +198,24 @@ def _read_documents(file: Path, encode: TextTokenizer, request: CorpusRequest) -
     except (OSError, EOFError, TypeError, ValueError, SafetensorError) as error:
         raise CorpusError(f"{file}: cannot be read as a corpus ({error})") from None
     return _row_documents(file, encode, request)
+
+
+def _text_documents(
+    name: str, text: str, encode: TextTokenizer, request: CorpusRequest
+) -> _Documents:
+    """A text as one document, or a long one's excerpts, of which each begins a window."""
+    chars = request.chars
+    if chars is None or len(text) <= chars:
+        return _Documents([_Document(name, _encoded(text, encode))])
+    length = CHARS_A_TOKEN * (request.seq_len or DEFAULT_SEQ_LEN)
+    parts = excerpts(text, chars, length)
+    return _Documents([_Document(name, encode(part)) for part in parts], sampled=True)
+
+
+def _encoded(text: str, encode: TextTokenizer) -> Tensor:
+    """Ids of a text, a piece after another where it is long."""
+    ids = [encode(piece) for piece in pieces(text)]
+    return torch.cat(ids) if ids else encode(text)
 
 
 def _load_npy(file: Path) -> Tensor:
@@ -199,7 +239,10 @@ def _rows(file: Path, ids: Tensor) -> _Documents:
 def _row_documents(file: Path, encode: TextTokenizer, request: CorpusRequest) -> _Documents:
     """A document a row, without the rows that may be left out and cannot be read."""
     name, documents, skipped = stem_of(file), list[_Document](), 0
-    for where, row in read_rows(file):
+    apart = rows_apart(file, request.chars)
+    for number, (where, row) in enumerate(read_rows(file)):
+        if number % apart:
+            continue
         try:
             found = row_text(where, row, request.mode, request.release, request.chat_keys)
         except CorpusError as error:
@@ -208,7 +251,7 @@ def _row_documents(file: Path, encode: TextTokenizer, request: CorpusRequest) ->
             skipped += 1
             continue
         documents.append(_row_document(where, name, found, encode, request))
-    return _Documents(documents, skipped)
+    return _Documents(documents, skipped, apart > 1)
 
 
 def _too_many(error: CorpusError, skipped: int) -> CorpusError:
@@ -225,9 +268,9 @@ def _row_document(
     where: str, name: str, row: RowText, encode: TextTokenizer, request: CorpusRequest
 ) -> _Document:
     """A row in one pass; a chat's BOS is checked and taken off, windows get their own."""
-    ids = encode(row.text)
     if row.mode is None:
-        return _Document(name, ids)
+        return _Document(name, _encoded(row.text, encode))
+    ids = encode(row.text)
     if ids[:1].tolist() != [request.bos_token_id]:
         raise CorpusError(
             f"{where}: the tokenizer does not make {BOS} the model's BOS, token "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import v4quant
 from tests.support.conversion import TINY, convert
 from v4quant.recipe import Recipe
 from v4quant_formats.errors import FormatError, MissingShard
@@ -122,3 +123,11 @@ def test_local_folders(quants: Path) -> None:
         open_checkpoint(f"{quants}x:q2_k")
     with open_checkpoint(f"{quants}:model-q8_0.gguf") as opened:
         assert not any(name.startswith("mtp.") for name in opened.tensors)
+
+
+def test_commands_take_a_folder_near_by(quants: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative name of two parts, which could also be a repository's."""
+    monkeypatch.chdir(quants.parent.parent)
+    near = quants.relative_to(quants.parent.parent)
+    for word in ("mxfp4", "Q8_0", "small"):
+        assert not v4quant.inspect(f"{near}:{word}").defects
