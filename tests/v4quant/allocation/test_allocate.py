@@ -119,22 +119,28 @@ def test_dense_matrices_take_part_where_asked(
 
     monkeypatch.setattr("v4quant.allocation.allocate.measure_kl", alike)
     text = _text(checkpoint, CALIBRATION, 128)
-    options = replace(SMALL, dense=AUTO)
+    every = replace(SMALL, dense=ALL, sample=Sample(1, 2))
+    all_costs = find_costs(checkpoint, every)
+    assert {"f32", "q2_k"} < set(all_costs.places["layers.0", "hyper"])
+    losses = find_losses(checkpoint, all_costs, every, None, text)
+    smaller = all_costs.smallest
+    found = choose(all_costs, losses, int(smaller * 1.02))
+    assert {g for _, g in found.recipe.places} == {*GROUPS, *WHOLE}
+    assert found.nbytes <= smaller * 1.02
+
+    options = replace(every, dense=AUTO)
     costs = find_costs(checkpoint, options)
     assert set(costs.places["layers.0", "dense"]) == set(costs.base.recipe.layout.dense_types)
     least = costs.smallest
-    found = choose(costs, find_losses(checkpoint, costs, options, None, text), int(least * 1.1))
+    found = choose(
+        costs, Losses({p: losses.places[p] for p in costs.places}, True), int(least * 1.1)
+    )
     assert {g for _, g in found.recipe.places} == {"gate_up", "down", "dense", "embed", "head"}
     assert found.nbytes == make_plan(checkpoint, found.recipe).bytes_out <= least * 1.1
-    with pytest.raises(NothingMeasured, match="give --measure-kl"):
-        find_losses(checkpoint, costs, options)
-    options = replace(SMALL, dense=ALL)
-    costs = find_costs(checkpoint, options)
-    assert {"f32", "q2_k"} < set(costs.places["layers.0", "hyper"])
-    smaller = costs.smallest
-    found = choose(costs, find_losses(checkpoint, costs, options, None, text), int(smaller * 1.02))
-    assert {g for _, g in found.recipe.places} == {*GROUPS, *WHOLE}
-    assert smaller < 0.85 * least and found.nbytes <= smaller * 1.02
+    assert smaller < 0.85 * least
+    for wrong in (options, every):
+        with pytest.raises(NothingMeasured, match="give --measure-kl"):
+            find_losses(checkpoint, costs, wrong)
 
 
 def test_budget_below_the_smallest(costs: Costs, losses: Losses) -> None:
@@ -269,7 +275,7 @@ def test_better_than_one_scheme_of_the_same_bytes(
 
     A mix by whole layers had more to win before rows got their gain back.
     """
-    options = Options(uniform.format, uniform.engine, draft="drop", sample=Sample(2))
+    options = Options(uniform.format, uniform.engine, draft="drop", sample=Sample(1))
     costs = find_costs(checkpoint, options)
     budget = make_plan(checkpoint, uniform).bytes_out
     calibration = _text(checkpoint, CALIBRATION, tokens)
