@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
@@ -10,7 +11,9 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.support.scripts import load_script
+from v4quant.recipe import recipe_from_table
 from v4quant_kernels.ggml_types import GGML_TYPES
+from v4quant_kernels.ref import ggml_blocks
 
 # The solved types' KL over that of llama.cpp's encoder with the same importance.
 BARS = {
@@ -65,5 +68,21 @@ def test_stored_types_are_below_their_bars(script: ModuleType) -> None:
     assert stored and script.PAGE.read_text() == script.page(stored)
     for name, row in stored.items():
         assert row["bits"] == GGML_TYPES[name].bits_per_weight
-        assert row["searched"]["kl"] <= row["llama.cpp"]["kl"], name
-        assert row["solved"]["kl"] <= BARS[name] * row["llama.cpp"]["kl"], name
+        theirs = row["llama.cpp"]["kl"]
+        assert row["searched"]["kl"] <= theirs, name
+        assert row["solved"]["kl"] <= BARS.get(name, 1) * theirs, name
+
+
+def test_drift_of_the_reduced_row_is_told(script: ModuleType) -> None:
+    """What `.ci/run` compares: a type with vectors of eight and one with vectors of four."""
+    reduced = json.loads(script.STORED.read_text())["reduced"]
+    assert reduced.keys() == {"searched", "solved"}
+    assert reduced["solved"]["kl"] < 0.7 * reduced["searched"]["kl"]
+    assert script.drift(reduced, deepcopy(reduced)) == []
+    found = deepcopy(reduced)
+    found["searched"]["kl"] *= 1.2
+    (line,) = script.drift(reduced, found)
+    assert line.startswith("searched: mean KL")
+    recipe = recipe_from_table(script.REDUCED, "reduced")
+    shapes = [ggml_blocks.SHAPES[s].codebook for s in set(recipe.places.values())]
+    assert sorted(c.vector for c in shapes if c is not None) == [4, 8]

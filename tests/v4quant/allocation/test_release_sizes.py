@@ -45,14 +45,19 @@ def shapes(release: str) -> tuple[Counter[tuple[int, int]], Counter[tuple[int, i
     return experts, dense, rest
 
 
-def gigabytes(release: str, scheme: str) -> float:
-    """Of a file with all experts in one type and dense matrices in q6_k."""
+def gigabytes(release: str, scheme: str, dense_type: str = DENSE) -> float:
+    """Of a file with all experts in one type and dense matrices in another."""
     experts, dense, total = shapes(release)
-    for found, wanted in ((experts, scheme), (dense, DENSE)):
+    for found, wanted in ((experts, scheme), (dense, dense_type)):
         for (rows, columns), count in found.items():
             kind = get_type(fitting_type(wanted, columns))
             total += count * rows * kind.row_bytes(columns)
     return total / 1e9
+
+
+BUDGET = re.compile(
+    r"^\| (Flash|Pro) \| (\d+)GB \| `(\w+)` \| `(\w+)` \| `--dense (\w+)`", re.MULTILINE
+)
 
 
 def listed() -> dict[str, tuple[float, float]]:
@@ -68,3 +73,27 @@ def test_sizes_are_those_of_the_tensors(column: int) -> None:
     release = ("flash", "pro")[column]
     for scheme, sizes in listed().items():
         assert sizes[column] == pytest.approx(gigabytes(release, scheme), abs=0.06), scheme
+
+
+def test_budgets_lie_between_two_types() -> None:
+    rows = BUDGET.findall(PAGE.read_text())
+    assert [int(b) for model, b, *_ in rows if model == "Flash"] == [128, 110, 96, 80, 70, 60]
+    assert min(int(b) for model, b, *_ in rows if model == "Pro") == 380
+    for model, budget, lower, upper, dense in rows:
+        release = model.lower()
+        sizes = sorted((gigabytes(release, s, dense), s) for s in GGUF.schemes)
+        fitting = [(size, s) for size, s in sizes if size <= float(budget)]
+        larger = [(size, s) for size, s in sizes if size > float(budget)]
+        at_most = {s for size, s in fitting if size == pytest.approx(fitting[-1][0], rel=1e-9)}
+        at_least = {s for size, s in larger if size == pytest.approx(larger[0][0], rel=1e-9)}
+        assert lower in at_most and upper in at_least, (model, budget)
+
+
+def test_the_smallest_flash() -> None:
+    """Experts, dense matrices, embedding and head in the smallest type."""
+    dims = make_config("flash", False, {})
+    stored = 2 * dims["vocab_size"] * dims["hidden_size"]
+    saved = stored * (2 - get_type("iq1_s").bits_per_weight / 8) / 1e9
+    least = gigabytes("flash", "iq1_s", "iq1_s") - saved
+    (told,) = re.findall(r"\(([\d.]+) GB at least\)", PAGE.read_text())
+    assert float(told) == pytest.approx(least, abs=0.06)
