@@ -7,7 +7,9 @@ dimensions, in llama.cpp's way of sharing out whole layers:
     room  = cards * size * 0.95 - KV(context) - cards * (runtime + activations)
     bytes = room * L / (L + cards - 1)
 
-since each card but one may be left with a gap of nearly a layer. KV is the BF16 cache of one
+since each card but one may be left with a gap of nearly a layer. Where experts may lie in system
+memory, too, the planner is asked which file between the smallest and the largest it could still
+place. KV is the BF16 cache of one
 sequence; activations are a batch of 512 tokens: logits and sixteen copies of the hyper-connection
 streams, in float32. This is an estimate; the size it leads to is exact.
 """
@@ -16,12 +18,21 @@ from __future__ import annotations
 
 from v4quant.allocation.card_budget import parse_cards
 from v4quant.allocation.knapsack import BudgetError
+from v4quant.planner import llama_cpp
+from v4quant.planner import machines as planner_machines
+from v4quant.planner.candidates import blended
+from v4quant.planner.footprint import Footprint, Outline, footprint
+from v4quant.recipe import Recipe
+from v4quant_formats.layouts.table import LAYOUTS
 from v4quant_formats.model_config import Dimensions
+from v4quant_kernels.scheme import SCHEMES
 
 _USABLE = 0.95
 _RUNTIME_BYTES = 600 * 10**6
 _BATCH = 512
 _STREAM_COPIES = 16
+_HALVINGS = 24
+_RESERVE = 0.995  # what is sized as a mixture of two schemes may lie a little differently
 
 
 def bits_budget(bits: float, weights: int) -> int:
@@ -45,3 +56,36 @@ def cards_budget(text: str, context: int, config: Dimensions) -> int:
         )
     layers = config.num_hidden_layers
     return room * layers // (layers + cards - 1)
+
+
+def machine_budget(
+    cards: str, ram: str, context: int, outline: Outline, dense: str, draft: str
+) -> int:
+    """Bytes of a GGUF that `plan` could still place on cards and in memory, sizes as sold.
+
+    dense: type of the dense matrices, which lie on the cards. Raises BudgetError where the smallest
+    file does not fit, and MachineError.
+    """
+    machine = planner_machines.with_memory(planner_machines.parse_cards(cards), ram, None)
+
+    def file_of(scheme: str) -> Footprint:
+        return footprint(outline, Recipe(scheme, format="gguf", dense=dense, draft=draft))
+
+    def fits(file: Footprint) -> bool:
+        return llama_cpp.place(file, machine, outline.dimensions, context) is not None
+
+    schemes = sorted(LAYOUTS["gguf"].schemes, key=lambda name: SCHEMES[name].bits_per_weight)
+    lower, upper = file_of(schemes[0]), file_of(schemes[-1])
+    if not fits(lower):
+        raise BudgetError(
+            f"{cards} and {ram} of memory do not hold the smallest file, {lower.trunk / 1e9:.2f} "
+            f"GB, beside a context of {context}; `v4quant plan` says what would"
+        )
+    low, high = 0.0, 1.0
+    if fits(upper):
+        low = 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(blended(lower, upper, middle)) else (low, middle)
+    found = blended(lower, upper, low)
+    return int(_RESERVE * found.trunk) + found.tables + found.drafts

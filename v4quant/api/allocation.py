@@ -14,7 +14,7 @@ from v4quant.allocation.allocate import (
     find_losses,
     recipe_toml,
 )
-from v4quant.allocation.budget import bits_budget, cards_budget
+from v4quant.allocation.budget import bits_budget, cards_budget, machine_budget
 from v4quant.allocation.card_budget import (
     CardMemory,
     Cards,
@@ -25,7 +25,7 @@ from v4quant.allocation.card_budget import (
     parse_cards,
     table_bytes,
 )
-from v4quant.allocation.costs import Costs, Options, find_costs
+from v4quant.allocation.costs import TAKING_PART, Costs, Options, find_costs
 from v4quant.allocation.findings import Findings, findings_key
 from v4quant.allocation.sensitivity import Sample
 from v4quant.api.arguments import (
@@ -43,6 +43,7 @@ from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.conversion.calibrated import read_stats
 from v4quant.conversion.plan import make_plan
 from v4quant.outputs import refuse_inputs
+from v4quant.planner.footprint import outline_checkpoint
 from v4quant.progress import default_progress
 from v4quant.source import open_source
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE
@@ -96,6 +97,7 @@ def allocate(
     budget: Size = None,
     bpw: float | None = None,
     fits: str | None = None,
+    ram: str | None = None,
     context: int = 32768,
     sequences: int = 1,
     batched_tokens: int | None = None,
@@ -120,7 +122,8 @@ def allocate(
     """Choose a scheme for every layer and projection of `source`; write the recipe to `out`.
 
     Exactly one of budget (bytes of the output), bpw (bits per weight, over all parameters) and fits
-    (cards like "4x24GB" that must hold it beside `context` tokens) says how large. measure_kl:
+    (cards like "4x24GB" that must hold it beside `context` tokens) says how large. ram: system
+    memory that experts may lie in as well, for llama.cpp, with sizes as sold. measure_kl:
     measure on `corpus` what rounding each layer does to predictions, else layers count alike.
     experts: how many of a layer are looked at. engram: as in `quantize`.
 
@@ -129,6 +132,8 @@ def allocate(
     """
     if sum(x is not None for x in (budget, bpw, fits)) != 1:
         raise OptionError("give one of --budget, --bpw and --fits")
+    if ram is not None and (fits is None or engine == "vllm" or format != "gguf"):
+        raise OptionError("--ram belongs to --fits with --format gguf: llama.cpp uses both")
     cards = None
     if fits is not None and engine == "vllm":
         number, size = parse_cards(fits)
@@ -151,7 +156,11 @@ def allocate(
         if cards is not None:
             check_split(model_config(checkpoint), cards.serving)
         costs = find_costs(checkpoint, options)
-        most = _most(costs, budget, bpw, fits, context, cards)
+        if ram is not None and fits is not None:
+            outline, type_ = outline_checkpoint(checkpoint), _assumed_dense(dense)
+            most = machine_budget(fits, ram, context, outline, type_, draft)
+        else:
+            most = _most(costs, budget, bpw, fits, context, cards)
         check_budget(costs, most)
         text = None
         if measure_kl:
@@ -176,6 +185,11 @@ def allocate(
             return AllocationResult(str(out), found, skipped_rows=skipped)
         memory = card_memory(make_plan(checkpoint, found.recipe), cards)
         return AllocationResult(str(out), found, memory, cards.serving, skipped)
+
+
+def _assumed_dense(dense: str) -> str:
+    """The dense type that room is counted for; what is chosen by layer is seldom larger."""
+    return "q8_0" if dense in TAKING_PART else dense
 
 
 def _most(

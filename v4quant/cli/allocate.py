@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 @click.option("--budget", help="Size of the output at most, like 128GB.")
 @click.option("--bpw", type=float, help="The same as bits per weight, over all parameters.")
 @click.option("--fits", help="The same as cards it must fit, like 4x24GB, with --context.")
+@click.option("--ram", help="System memory that experts may lie in beside these cards, like 128GB, "
+              "for llama.cpp; sizes then are as sold, as of plan.")  # fmt: skip
 @click.option("--context", type=click.IntRange(1, 2**24), default=32768, show_default=True,
               help="Tokens of one sequence kept beside the weights, for --fits.")  # fmt: skip
 @click.option("--sequences", type=click.IntRange(1, 2**16), default=1, show_default=True,
@@ -75,6 +77,7 @@ def allocate(
     budget: str | None,
     bpw: float | None,
     fits: str | None,
+    ram: str | None,
     context: int,
     sequences: int,
     batched_tokens: int | None,
@@ -106,6 +109,7 @@ def allocate(
         budget=budget,
         bpw=bpw,
         fits=fits,
+        ram=ram,
         context=context,
         sequences=sequences,
         batched_tokens=batched_tokens,

@@ -178,11 +178,13 @@ def mixture(
     low, high = 0.0, 1.0
     for _ in range(8):
         middle = (low + high) / 2
-        low, high = (middle, high) if fits(_mixed(lower, upper, middle)) else (low, middle)
-    return (low, _mixed(lower, upper, low)) if low >= _WORTH_MIXING else None
+        low, high = (middle, high) if fits(blended(lower, upper, middle)) else (low, middle)
+    return (low, blended(lower, upper, low)) if low >= _WORTH_MIXING else None
 
 
-def _mixed(lower: Footprint, upper: Footprint, share: float) -> Footprint:
+def blended(lower: Footprint, upper: Footprint, share: float) -> Footprint:
+    """A file between two: `share` of the experts' bytes of `upper`, the rest as in `lower`."""
+
     def of(a: int, b: int) -> int:
         return int(a + share * (b - a))
 

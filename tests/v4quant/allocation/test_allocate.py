@@ -28,7 +28,7 @@ from v4quant.allocation.allocate import (
     find_losses,
     recipe_toml,
 )
-from v4quant.allocation.budget import bits_budget, cards_budget
+from v4quant.allocation.budget import bits_budget, cards_budget, machine_budget
 from v4quant.allocation.costs import Costs, Options, find_costs
 from v4quant.allocation.findings import Findings
 from v4quant.allocation.knapsack import BudgetError
@@ -36,6 +36,10 @@ from v4quant.allocation.sensitivity import Sample, errors, rounded
 from v4quant.builtin import CALIBRATION, HELDOUT, TINY_V4, resolve_corpus, resolve_source
 from v4quant.cli import cli
 from v4quant.conversion.plan import make_plan
+from v4quant.planner import llama_cpp
+from v4quant.planner.footprint import footprint, outline_release
+from v4quant.planner.machines import parse_cards as parse_machine_cards
+from v4quant.planner.machines import with_memory
 from v4quant.recipe import Recipe, RecipeError, recipe_from_table
 from v4quant.sizes import SizeError
 from v4quant.targets import ALL, AUTO, GROUPS, LAYER, WHOLE, Place
@@ -49,6 +53,7 @@ from v4quant_formats.model_config import parse_dimensions
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.preflight import preflight
 from v4quant_formats.weight_reading import read_dense
+from v4quant_kernels.errors import OptionError
 from v4quant_kernels.progress import SilentProgress
 
 SOURCE = Path(resolve_source(TINY_V4))
@@ -369,6 +374,30 @@ def test_cards_budget() -> None:
             cards_budget(text, 1024, config)
     with pytest.raises(BudgetError, match=r"1x500MB hold no weights"):
         cards_budget("1x500MB", 1024, config)
+
+
+def test_a_budget_with_system_memory_is_what_the_planner_places() -> None:
+    outline = outline_release("flash")
+    budgets = [
+        machine_budget("2x24GB", ram, 32768, outline, "q8_0", "drop")
+        for ram in ("64GB", "96GB", "128GB")
+    ]
+    assert budgets == sorted(budgets) and budgets[2] - budgets[1] > 25e9
+    machine = with_memory(parse_machine_cards("2x24GB"), "96GB", None)
+    for scheme in ("iq2_xxs", "iq3_xxs", "q3_k", "iq4_xs"):
+        file = footprint(outline, Recipe(scheme, format="gguf", dense="q8_0", draft="drop"))
+        placed = llama_cpp.place(file, machine, outline.dimensions, 32768) is not None
+        assert placed == (0.995 * file.trunk <= budgets[1]), scheme
+    with pytest.raises(BudgetError, match="do not hold the smallest file"):
+        machine_budget("1x24GB", "32GB", 32768, outline, "q8_0", "drop")
+
+
+def test_system_memory_goes_with_cards_and_gguf(tmp_path: Path) -> None:
+    for options in ({"bpw": 4.0}, {"fits": "2x24GB", "format": "compressed-tensors"}):
+        with pytest.raises(OptionError, match="--ram belongs to --fits"):
+            v4quant.allocate(TINY, tmp_path / "r.toml", ram="64GB", **options)
+    done = v4quant.allocate(TINY, tmp_path / "r.toml", fits="1x8GB", ram="16GB", experts=1)
+    assert done.found.nbytes <= done.found.budget and (tmp_path / "r.toml").is_file()
 
 
 @pytest.mark.parametrize(
