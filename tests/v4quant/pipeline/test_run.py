@@ -293,7 +293,8 @@ def test_cap_and_device_reach_every_step(
     result = run(file, tmp_path / "out", "--max-memory", "3GB", "--device", "cpu")
     assert result.exit_code == 0, (result.output, result.exception)
     cpu = torch.device("cpu")
-    assert seen == {"calibrate": (3 * 10**9, cpu), "evaluate": Resources(3 * 10**9), "job": cpu}
+    kept = Resources(3 * 10**9, kept=tmp_path / "out")
+    assert seen == {"calibrate": (3 * 10**9, cpu), "evaluate": kept, "job": cpu}
     refused = run(file, tmp_path / "none", "--device", "cuda:7")
     assert refused.exit_code == 1 and "use cpu" in str(refused.exception)
     assert not (tmp_path / "none").exists()
