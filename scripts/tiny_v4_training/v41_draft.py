@@ -15,16 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiny_v4_training.v41_model import (
-    Attention,
-    Layer,
-    Norm,
-    V41Trunk,
-    collapse,
-    initialise,
-    rope_angles,
-    start_streams,
-)
+from tiny_v4_training.v41_attention import Attention
+from tiny_v4_training.v41_model import Layer, V41Trunk, collapse, initialise, start_streams
+from tiny_v4_training.v41_parts import Norm, rope_angles
 
 
 class Block:

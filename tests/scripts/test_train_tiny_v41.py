@@ -194,7 +194,7 @@ def test_formats_are_those_of_the_kernels() -> None:
 
 
 def test_candidates_are_the_best_blocks_and_the_newest() -> None:
-    from tiny_v4_training.v41_model import candidate_entries
+    from tiny_v4_training.v41_attention import candidate_entries
 
     scores = torch.randn(1, 30, 30, generator=seeded())
     complete = torch.ones(30, 30).tril().bool()
