@@ -69,8 +69,10 @@ def test_stored_types_are_below_their_bars(script: ModuleType) -> None:
     for name, row in stored.items():
         assert row["bits"] == GGML_TYPES[name].bits_per_weight
         theirs = row["llama.cpp"]["kl"]
-        assert row["searched"]["kl"] <= theirs, name
-        assert row["solved"]["kl"] <= BARS.get(name, 1) * theirs, name
+        bars = {"searched": 1.0, "solved": BARS.get(name, 1.0)}
+        ours = row.keys() & bars.keys()  # the page leaves a gap where nothing was measured
+        assert ours and all(row[way]["kl"] <= bars[way] * theirs for way in ours), name
+    assert "solved" in stored["iq2_xxs"]
 
 
 def test_drift_of_the_reduced_row_is_told(script: ModuleType) -> None:
