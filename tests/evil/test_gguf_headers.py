@@ -167,7 +167,7 @@ ATTACKS: list[tuple[str, Callable[[Path], object], type[V4QuantError], str]] = [
     ("a part is missing", lambda f: next(f.glob("*-00002-of-*")).unlink(), errors.MissingShard,
      "parts are needed"),
     ("parts change places", _rename, errors.WrongMetadata, "its name says"),
-    ("two models", _other_model, errors.FormatError, "several models"),
+    ("two models", _other_model, errors.FormatError, "holds several"),
     ("another architecture", lambda f: _edit(f, "model-*-00001-*", b"\x09\0\0\0\0\0\0\0deepseek4",
      b"\x09\0\0\0\0\0\0\0deepseek9"), errors.WrongMetadata, "only 'deepseek4'"),
     ("a key is missing", lambda f: _edit(f, "model-*-00001-*", b"attention.q_lora_rank",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def _inflate(file: Path) -> bytes:
     try:
         with gzip.open(file, "rb") as opened:
             data = opened.read(MAX_CORPUS_BYTES + 1)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise CorpusError(f"{file}: cannot be decompressed ({error})") from None
     return _bounded(file, data)
 

@@ -196,6 +196,7 @@ def test_parquet_and_zstandard_where_their_packages_are(tmp_path: Path) -> None:
         ("a.txt", "caf\xe9".encode()[:-1], "ends inside a UTF-8 character.*LATIN1"),
         ("a.txt.gz", b"\x1f\x8b junk", "decompressed"),
         ("a.txt.gz", gzip.compress(b"x" * 500, mtime=0)[:-9], "decompressed"),
+        ("b.txt.gz", gzip.compress(b"x" * 500, mtime=0)[:10] + b"\x00" * 20, "decompressed"),
         ("a.json", b"{}", "list of rows"),
         ("a.json", b"[1", "not JSON"),
         ("a.jsonl", jsonl([{"text": "x", "messages": CHAT}]), "text"),
