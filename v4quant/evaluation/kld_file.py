@@ -113,7 +113,10 @@ class KldFile:
     def __init__(self, path: Path) -> None:
         """Open the file and check its size. Raises KldError and FormatError."""
         self.path = path
-        self._file = open_for_reading(path)
+        try:
+            self._file = open_for_reading(path)
+        except OSError as error:
+            raise KldError(f"{path}: cannot be read ({error.strerror or error})") from None
         try:
             self.shape = self._read_shape()
         except BaseException:

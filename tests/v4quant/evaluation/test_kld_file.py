@@ -252,3 +252,8 @@ def test_a_file_that_stops_is_told(tmp_path: Path, corpus: Corpus, whole: dict[s
         (tmp_path / "base").write_bytes(data[:length])
         with pytest.raises(KldError, match=r"incomplete|not a base file"):
             evaluated(TINY, corpus, reference=tmp_path / "base")
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(KldError, match=r"gone\.kld: cannot be read"):
+        KldFile(tmp_path / "gone.kld")
