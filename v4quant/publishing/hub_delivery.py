@@ -105,6 +105,7 @@ class HubDelivery(_Repository):
         self._cap, self._request, self._board = cap, request, board
         self._publisher.preflight(private)
         self.look()
+        self._begun = MANIFEST_NAME not in self._there and INDEX_NAME not in self._there
         self._held = self._pending = 0
         self._changed = threading.Condition()
         self._queue: queue.Queue[tuple[WrittenFile, bool] | None] = queue.Queue()
@@ -183,7 +184,7 @@ class HubDelivery(_Repository):
                 request = replace(request, engines=accepted_engines(published))
         files.append(card_file(render_card(manifest, request)))
         rest = tuple(p for p in files if not p.is_shard)
-        self._publisher.commit(CommitPlan("Config, index, manifest and card", rest))
+        self._publisher.commit(CommitPlan("Config, index, manifest and card", rest), self._begun)
         self._publisher.compare(files)
         for file in files:
             if isinstance(file.content, Path):
@@ -213,7 +214,8 @@ class HubDelivery(_Repository):
             file, mine = item
             try:
                 title = f"Add {file.name}"
-                self._publisher.commit(CommitPlan(title, (_repo_file(self._out, file),)))
+                plan = CommitPlan(title, (_repo_file(self._out, file),))
+                self._publisher.commit(plan, self._begun)
                 (self._out / file.name).unlink(missing_ok=True)
             except BaseException as error:  # noqa: BLE001  (handed to the job)
                 with self._changed:

@@ -169,8 +169,12 @@ class Publisher:
         except HubNotFound:
             return {}
 
-    def commit(self, plan: CommitPlan) -> int:
-        """Make one commit of what differs; the bytes that had to be sent (0: nothing did)."""
+    def commit(self, plan: CommitPlan, begun: bool = False) -> int:
+        """Make one commit of what differs; the bytes that had to be sent (0: nothing did).
+
+        begun: the repository held no checkpoint when we began, so one that is there now is somebody
+        else's. Raises HubError, then too.
+        """
         sent = 0
 
         def attempt() -> None:
@@ -182,6 +186,11 @@ class Publisher:
             stale = [n for n in plan.deletions if n in there]
             if not todo and not stale:
                 return
+            if begun and not {MANIFEST_NAME, INDEX_NAME}.isdisjoint(there):
+                raise HubError(
+                    f"{self}: somebody else has published a checkpoint there meanwhile; nothing of "
+                    "it was changed; name a new repository"
+                )
             operations: list[Any] = [CommitOperationDelete(n) for n in stale]
             for file in todo:
                 content = file.content
@@ -289,12 +298,14 @@ def push(
     publisher.preflight(private)
     sent = commits = 0
     there = publisher.files()
+    # Beside other quants everybody has a folder.
+    begun = not folder and MANIFEST_NAME not in there and INDEX_NAME not in there
     if folder and CARD_NAME not in there:
         card = next(p for p in files if p.name == f"{folder}/{CARD_NAME}")
         files = [*files, rename(card, CARD_NAME)]
     told = f"{repo}:{folder}" if folder else repo
     for plan in push_plan(files, there, replace, told, folder):
-        count = publisher.commit(plan)
+        count = publisher.commit(plan, begun)
         sent, commits = sent + count, commits + bool(count)
         advance(plan.nbytes)
     publisher.compare(files)

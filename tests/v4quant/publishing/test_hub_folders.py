@@ -314,3 +314,30 @@ def test_the_whole_pipeline_between_repositories(
     commits = len(plain_hub.repos[TARGET].commits)
     cli.main(command, standalone_mode=False)
     assert len(plain_hub.repos[TARGET].commits) == commits
+
+
+@pytest.mark.parametrize("moment", ["shards", "index"])
+def test_a_checkpoint_published_meanwhile_is_left_alone(
+    moment: str, plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Two conversions into one repository, from two machines: the first to finish stays whole."""
+    plain_hub.add_repo(SOURCE, model_files, license="mit")
+    theirs = {INDEX_NAME: b"{}", "v4quant.json": b"{}", "config.json": b"{}"}
+    if moment == "shards":
+        theirs |= {n: b"theirs" for n in model_files if n.endswith(".safetensors")}
+    total = sum(n.endswith(".safetensors") for n in model_files)
+
+    def publish(route: str, path: str) -> None:
+        if route != "tree" or TARGET not in path or INDEX_NAME in plain_hub.files(TARGET):
+            return
+        there = sum(n.endswith(".safetensors") for n in plain_hub.files(TARGET))
+        if there >= (1 if moment == "shards" else total):
+            plain_hub.add_repo(TARGET, theirs)
+
+    plain_hub.on_request = publish
+    with pytest.raises(HubError, match="somebody else"):
+        quantize(f"hf://{SOURCE}", f"hf://{TARGET}", "--scratch", str(tmp_path / "s"))
+    found = plain_hub.files(TARGET)
+    assert {n: found[n] for n in (INDEX_NAME, "v4quant.json", "config.json")} == {
+        n: theirs[n] for n in (INDEX_NAME, "v4quant.json", "config.json")
+    }
