@@ -10,10 +10,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,13 @@ def hold_lock(path: Path) -> Iterator[None]:
 
     The lock goes with the process, however that ends. On a file system without locks the file names
     the process that holds it, and one of this machine that is gone no longer counts. Raises
-    LockHeld, or OSError when the file cannot be made.
+    LockHeld, or OSError when the file cannot be made, or has bytes: then it is no lock of ours, and
+    a library of locks may empty it.
     """
+    with suppress(FileNotFoundError):
+        found = path.lstat()
+        if stat.S_ISREG(found.st_mode) and found.st_size:
+            raise OSError(errno.EEXIST, "exists and is no lock of v4quant; move it away", str(path))
     try:
         lock = _acquired(path)
     except Timeout:

@@ -16,6 +16,8 @@ import psutil
 import pytest
 
 from v4quant_formats import system
+from v4quant_formats.errors import OutputError
+from v4quant_formats.folder_lock import locked_folder
 
 POSIX_ONLY = (
     "pread", "preadv", "pwrite", "pwritev", "posix_fadvise", "posix_fallocate", "O_NOFOLLOW",
@@ -140,3 +142,15 @@ def test_memory_figures_are_those_of_the_system() -> None:
     rss = psutil.Process().memory_info().rss
     assert abs(system.current_rss_bytes() - rss) < 2**26
     assert system.peak_rss_bytes() >= rss - 2**20
+
+
+def test_a_users_file_of_that_name_is_no_lock(tmp_path: Path) -> None:
+    """It is neither emptied nor, by who removes his lock, deleted."""
+    lock = tmp_path / "stats.lock"
+    lock.write_text("a thesis about locks")
+    with pytest.raises(OSError, match="no lock of v4quant"), system.hold_lock(lock):
+        pass
+    held = locked_folder(tmp_path, "taken", "stats.lock", stays=False)
+    with pytest.raises(OutputError, match="no lock of v4quant"), held:
+        pass
+    assert lock.read_text() == "a thesis about locks"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -116,6 +117,11 @@ def _open_in(
     lock: ExitStack | None = None,
 ) -> Checkpoint:
     told = _read_pin(folder)
+    if told is None and os.path.lexists(folder / PIN_NAME):
+        raise OutputError(
+            f"{folder / PIN_NAME}: is not what v4quant writes there; remove it or choose another "
+            "folder"
+        )
     known = told is not None and (told.repo, told.revision) == (ref.repo, ref.revision)
     remote = open_remote(ref, told.commit if told is not None and known else None)
     skeleton = folder / _skeleton_name(ref.repo, remote.commit)

@@ -426,3 +426,16 @@ def test_the_shard_that_work_waits_for_is_fetched_alone(
         checkpoint.shards.expect(names[:3])
         checkpoint.shards.acquire(names[:3])
     assert whole == {names[0]: False, names[1]: True, names[2]: True}
+
+
+@pytest.mark.parametrize("content", [b"mine", b'{"repo": "../x"}', b"{}", b"[]"], ids=str)
+def test_somebody_elses_pin_is_not_replaced(
+    content: bytes, plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    plain_hub.add_repo(REF.repo, model_files)
+    (tmp_path / "pin.json").write_bytes(content)
+    with pytest.raises(OutputError, match="is not what v4quant writes there"):
+        open_hub(REF, tmp_path)
+    assert (tmp_path / "pin.json").read_bytes() == content
+    (tmp_path / "pin.json").unlink()
+    open_hub(REF, tmp_path).close()
