@@ -8,7 +8,8 @@ memory: pages just used are much cheaper than ones the system must find, clear o
 machine) ask its host for, and nobody else's cached files are pushed out. A small file, and the end
 of a large one, stays cached.
 
-Hashing may be the slowest part, so writers ask `keep_up` to wait when they are far ahead.
+Hashing may be the slowest part. Then the rest of a file is hashed while the next one is written, as
+far as memory is free; beyond that writers, who ask `keep_up`, wait.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import threading
 from pathlib import Path
 
 from v4quant_formats.system import (
+    available_memory_bytes,
     begin_writing,
     finish_writing,
     forget_cached,
@@ -31,7 +33,8 @@ from v4quant_formats.system import (
 _BUFFER = 2**20
 _STEP = 8 * 2**20  # bytes hashed, then sent to the disk, at a time
 _CACHED = 64 * 2**20  # bytes that stay in the page cache behind the hash
-_AHEAD = 64 * 2**20  # bytes that writers may be ahead, beside the largest tensor
+_AHEAD = 64 * 2**20  # bytes that writers may always be ahead, beside the largest tensor,
+_AHEAD_SHARE = 8  # and one part of the memory nobody uses, where that is more
 
 
 class IncrementalHash(threading.Thread):
@@ -44,7 +47,8 @@ class IncrementalHash(threading.Thread):
         """
         super().__init__(name="hash", daemon=True)
         self._handle, self._size = handle, size
-        self._ahead, self._cached = _AHEAD + largest, cached
+        spare = min(size, available_memory_bytes() // _AHEAD_SHARE)
+        self._ahead, self._cached = max(_AHEAD + largest, spare), cached
         self._allowed, self._done, self._stopped = 0, 0, False
         self._changed = threading.Condition()
         self._sha = hashlib.sha256()

@@ -213,6 +213,11 @@ def total_memory_bytes() -> int:
     return int(psutil.virtual_memory().total)
 
 
+def available_memory_bytes() -> int:
+    """Memory that programs could take now without the system running short."""
+    return int(psutil.virtual_memory().available)
+
+
 def return_freed_memory() -> None:
     """Ask the C library to give large freed blocks back at once, where it is glibc.
 

@@ -24,6 +24,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "_STEP", STEP)
     monkeypatch.setattr(following, "_CACHED", CACHED)
     monkeypatch.setattr(following, "_AHEAD", STEP)
+    monkeypatch.setattr(following, "_AHEAD_SHARE", 2**62)  # as if no memory were free
 
 
 @pytest.fixture

@@ -681,15 +681,15 @@ def test_tables_and_sizes() -> None:
 
 SLOW = """
 import signal, sys, time
-import v4quant.conversion.job
+import v4quant.conversion.shard_writing
 from v4quant.cli import main
 # Shells start background jobs, perhaps this test run, with SIGINT ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-convert = v4quant.conversion.job.convert_unit
+convert = v4quant.conversion.shard_writing.convert_unit
 def slow(*arguments):
     time.sleep(0.01)
     return convert(*arguments)
-v4quant.conversion.job.convert_unit = slow
+v4quant.conversion.shard_writing.convert_unit = slow
 main()
 """
 

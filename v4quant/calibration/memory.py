@@ -29,6 +29,7 @@ from v4quant_calibration.solve.layer_solver import expert_bytes
 from v4quant_calibration.solve.settings import SolveSettings
 from v4quant_calibration.statistics.collect import OpenRoom, Room
 from v4quant_formats.model_config import ModelConfig
+from v4quant_formats.shards import output_error
 
 # Streams of a solving run without a cap stay in memory up to so many bytes.
 _MOST_STREAMS = 4 * 2**30
@@ -155,7 +156,10 @@ def _store(spill: bool, out: Path) -> Iterator[StreamStore]:
         return
     key = hashlib.sha256(f"streams of {out.name}".encode()).hexdigest()
     folder = out.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(folder, error) from None
     with Scratch(folder, key, resumes=False) as scratch:
         try:
             yield scratch

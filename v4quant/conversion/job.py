@@ -1,10 +1,9 @@
 """Job: a Plan being carried out, safe against kill, full disks and changing sources.
 
-Units of a shard run on worker threads (torch releases the GIL), each single-threaded, and write to
-their planned places; while a finished shard is flushed and hashed, the next one is computed. A
-shard counts once it is renamed and journaled; the index is written last and makes the folder a
-checkpoint. The same plan gives the same bytes whatever the number of workers or interruptions,
-because every unit is computed alone, in fixed pieces.
+Shards are written one after the other (shard_writing.py). A shard counts once it is renamed and
+journaled; the index is written last and makes the folder a checkpoint. The same plan gives the same
+bytes whatever the number of workers or interruptions, because every unit is computed alone, in
+fixed pieces.
 """
 
 from __future__ import annotations
@@ -13,19 +12,13 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from v4quant.conversion.delivery import Delivery, LocalDelivery
 from v4quant.conversion.finish import finish_folder, travelling_sidecars
 from v4quant.conversion.journal import (
-    FinishedShard,
     Journal,
     journal_files,
     locked_output,
@@ -35,9 +28,8 @@ from v4quant.conversion.journal import (
 from v4quant.conversion.plan import Plan
 from v4quant.conversion.ranks import Ranks
 from v4quant.conversion.records import TensorRecord, record_from_dict
+from v4quant.conversion.shard_writing import write_shards
 from v4quant.conversion.size_by_role import warn_of_growth
-from v4quant.conversion.unit import convert_unit
-from v4quant.conversion.units import ShardPlan
 from v4quant.own_folders import FOLDER, make_home
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.errors import OutputError
@@ -45,9 +37,7 @@ from v4quant_formats.manifest import (
     MANIFEST_NAME,
 )
 from v4quant_formats.shards import (
-    ShardWriter,
     remove_leftovers,
-    temporary_path,
 )
 from v4quant_formats.system import peak_rss_bytes
 from v4quant_kernels.progress import Progress, SilentProgress
@@ -115,7 +105,7 @@ def run_job(
         if ranks.is_first:
             small = ("config.json", plan.recipe.layout.index or MANIFEST_NAME, MANIFEST_NAME)
             remove_leftovers(out, [*sizes, *(s.name for s in sidecars), *small])
-        _check_earlier(journal, ranks, progress)
+        _check_earlier(journal, ranks, workers, progress)
         todo = [s for s in plan.shards if s.file not in journal.finished]
         _check_space(out, delivery.space([s.nbytes for s in todo]))
         # Every rank divides the same list: nobody may finish a shard before all have read it.
@@ -125,7 +115,7 @@ def run_job(
                 (out / shard.file).unlink(missing_ok=True)
             _deliver_again(out, journal, delivery)
         ranks.barrier(delivery.check)  # what lay here before is within rank 0's share of the disk
-        _write_shards(plan, ranks.share(todo), out, stats, workers, journal, delivery, progress)
+        write_shards(plan, ranks.share(todo), out, stats, workers, journal, delivery, progress)
         delivery.settle()
         ranks.barrier(delivery.check)
         delivery.look()
@@ -167,13 +157,13 @@ def _complete(plan: Plan, out: Path, delivery: Delivery) -> list[TensorRecord] |
     return None
 
 
-def _check_earlier(journal: Journal, ranks: Ranks, progress: Progress) -> None:
+def _check_earlier(journal: Journal, ranks: Ranks, threads: int, progress: Progress) -> None:
     """Compare the hashes of what other runs finished, each rank some; then all know the same."""
     ranks.barrier()
     names = sorted(journal.unchecked)[ranks.rank :: ranks.size]
     if names:
         progress.start("Checking", sum(journal.unchecked[n].file.nbytes for n in names), "B")
-        journal.check(names, progress.advance)
+        journal.check(names, threads, progress.advance)
         progress.finish()
     ranks.barrier()
     journal.refresh()
@@ -217,102 +207,6 @@ def _deliver_again(out: Path, journal: Journal, delivery: Delivery) -> None:
         if (out / shard.file.name).exists():
             delivery.make_room(shard.file.nbytes)
             delivery.take(shard.file)
-
-
-def _write_shards(
-    plan: Plan,
-    shards: list[ShardPlan],
-    out: Path,
-    stats: Evidence | None,
-    workers: int,
-    journal: Journal,
-    delivery: Delivery,
-    progress: Progress,
-) -> None:
-    progress.start("Converting", sum(u.bytes_in for s in shards for u in s.units), "B")
-    pool = ThreadPoolExecutor(workers, "convert", initializer=_one_thread)
-    finisher = ThreadPoolExecutor(1, "finish")
-    closing: Future[None] | None = None
-    sources, needed = plan.checkpoint.shards, _last_use(shards)
-    sources.expect(list(needed))
-    try:
-        for number, shard in enumerate(shards):
-            if closing is not None and not delivery.has_room(shard.nbytes):
-                closing.result()
-            delivery.make_room(shard.nbytes)
-            sources.acquire(shard.source_files)
-            writer = ShardWriter(out / shard.file, shard.file_plan(), delivery.reads_again)
-            try:
-                records = _convert_shard(plan, shard, writer, stats, pool, progress)
-            except BaseException:
-                writer.abort()
-                raise
-            for file in shard.source_files:
-                if needed[file] == number:
-                    sources.release(file)
-            if closing is not None:
-                closing.result()
-            closing = finisher.submit(_close_shard, writer, records, journal, delivery)
-        if closing is not None:
-            closing.result()
-    except BaseException:
-        pool.shutdown(cancel_futures=True)
-        finisher.shutdown()
-        # An interrupt may fall between a file's creation and the writer that would remove it.
-        for shard in shards:
-            temporary_path(out / shard.file).unlink(missing_ok=True)
-        raise
-    finally:
-        pool.shutdown()
-        finisher.shutdown()
-        progress.finish()
-
-
-def _last_use(shards: list[ShardPlan]) -> dict[str, int]:
-    """Source shards in the order they are first needed, and who needs each last."""
-    return {file: number for number, shard in enumerate(shards) for file in shard.source_files}
-
-
-def _close_shard(
-    writer: ShardWriter, records: list[TensorRecord], journal: Journal, delivery: Delivery
-) -> None:
-    """Flush, rename, journal, hand over: in this order, beside the next shard's conversion."""
-    written = writer.close()
-    journal.add(FinishedShard(written, tuple(records)))
-    delivery.take(written)
-
-
-def _convert_shard(
-    plan: Plan,
-    shard: ShardPlan,
-    writer: ShardWriter,
-    stats: Evidence | None,
-    pool: ThreadPoolExecutor,
-    progress: Progress,
-) -> list[TensorRecord]:
-    futures = [pool.submit(convert_unit, plan, u, writer, stats) for u in shard.units]
-    records: list[TensorRecord] = []
-    try:
-        for unit, future in zip(shard.units, futures, strict=True):
-            done = future.result()
-            records += [] if unit.again else done
-            progress.advance(unit.bytes_in)
-    except BaseException:
-        # Nothing may still write when the caller removes the file.
-        _cancel(futures)
-        raise
-    return records
-
-
-def _cancel(futures: Iterable[Future[Any]]) -> None:
-    running = [f for f in futures if not f.cancel()]
-    for future in running:
-        future.exception()
-
-
-def _one_thread() -> None:
-    # Per thread in torch: fixed partitioning keeps sums, and so bytes, the same for any workers.
-    torch.set_num_threads(1)
 
 
 def _result(plan: Plan, out: Path, records: list[TensorRecord], started: float) -> JobResult:

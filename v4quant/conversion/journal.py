@@ -16,7 +16,9 @@ import contextlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,6 +86,7 @@ class Journal:
         self._path = out / FOLDER / f"journal-{rank}.jsonl"
         self._out, self._plan_digest, self._sizes, self._run = out, plan_digest, sizes, run
         self._elsewhere = elsewhere
+        self._writing = threading.Lock()
         self.finished: dict[str, FinishedShard] = {}
         self.unchecked: dict[str, FinishedShard] = {}
         self.refresh()
@@ -125,31 +128,39 @@ class Journal:
         try:
             file = WrittenFile(**line["file"])
             right = isinstance(file.name, str) and self._sizes.get(file.name) == file.nbytes
-            right &= isinstance(file.sha256, str) and bool(_SHA256.fullmatch(file.sha256))
+            right &= (
+                isinstance(line["records"], list)
+                and isinstance(file.sha256, str)
+                and bool(_SHA256.fullmatch(file.sha256))
+            )
             if right:
                 return FinishedShard(file, tuple(map(record_from_dict, line["records"])))
         except (KeyError, TypeError, FormatError):
             pass
         raise OutputError(f"{path}: damaged; delete the folder {self._out} and start again")
 
-    def check(self, names: Iterable[str], advance: Callable[[int], None]) -> None:
+    def check(self, names: Iterable[str], threads: int, advance: Callable[[int], None]) -> None:
         """Compare the hashes of shards that another run finished; those that differ do not count.
 
-        Raises OutputError when one cannot be read.
+        threads: shards read at a time. Raises OutputError when one cannot be read.
         """
-        for name in names:
-            shard = self.unchecked.pop(name)
-            try:
-                same = hash_file(self._out / name) == shard.file.sha256
-            except OSError as error:
-                raise OutputError(
-                    f"{self._out / name}: cannot be read ({error.strerror}); delete it, and the "
-                    "same command makes it again"
-                ) from None
-            advance(shard.file.nbytes)
-            if same:
-                self._append({"checked": name, "run": self._run})
-                self.finished[name] = shard
+        shards = [self.unchecked.pop(name) for name in names]
+        with ThreadPoolExecutor(threads, "check") as pool:
+            for shard, digest in zip(shards, pool.map(self._hash, shards), strict=True):
+                advance(shard.file.nbytes)
+                if digest == shard.file.sha256:
+                    self._append({"checked": shard.file.name, "run": self._run})
+                    self.finished[shard.file.name] = shard
+
+    def _hash(self, shard: FinishedShard) -> str:
+        path = self._out / shard.file.name
+        try:
+            return hash_file(path)
+        except OSError as error:
+            raise OutputError(
+                f"{path}: cannot be read ({error.strerror}); delete it, and the same command makes "
+                "it again"
+            ) from None
 
     def add(self, shard: FinishedShard) -> None:
         """Record a shard that is already on disk under its final name."""
@@ -184,20 +195,21 @@ class Journal:
 
     def _append(self, line: dict[str, object], fresh: bool = False) -> None:
         data = json.dumps(line).encode() + b"\n"
-        try:
-            handle = open_own(self._path, 0o644)
+        with self._writing:
             try:
-                # A torn last line must not swallow this one.
-                whole = 0 if fresh else self._path.read_bytes().rfind(b"\n") + 1
-                os.truncate(handle, whole)
-                write_at(handle, data, whole)
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-            if fresh:
-                sync_folder(self._path.parent)
-        except OSError as error:
-            raise output_error(self._path, error) from None
+                handle = open_own(self._path, 0o644)
+                try:
+                    # A torn last line must not swallow this one.
+                    whole = 0 if fresh else self._path.read_bytes().rfind(b"\n") + 1
+                    os.truncate(handle, whole)
+                    write_at(handle, data, whole)
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+                if fresh:
+                    sync_folder(self._path.parent)
+            except OSError as error:
+                raise output_error(self._path, error) from None
 
 
 def locked_output(out: Path, rank: int = 0) -> AbstractContextManager[None]:

@@ -63,8 +63,10 @@ class TensorRecord:
         return {**plain, "exact": self.exact}
 
 
-def record_from_dict(table: dict[str, Any]) -> TensorRecord:
+def record_from_dict(table: Any) -> TensorRecord:
     """Inverse of `as_dict`. Raises ManifestError for a table of another form."""
+    if not isinstance(table, dict):
+        raise ManifestError(f"{MANIFEST_NAME}: a record is not as written")
     values = {"elements": 0, **{k: v for k, v in table.items() if k != "exact"}}
     for key, value in values.items():
         kinds = _KINDS.get(key)

@@ -36,6 +36,7 @@ from v4quant_formats.shard_files import LocalShards, file_state
 from v4quant_formats.shards import (
     ShardWriter,
     all_leftovers,
+    output_error,
     remove_leftovers,
     write_file_atomically,
 )
@@ -228,7 +229,10 @@ def begin_solution(folder: Path, header: Mapping[str, Any]) -> None:
         for left in all_leftovers(folder):
             left.unlink(missing_ok=True)
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(folder, error) from None
     remove_leftovers(folder, [SOLUTION_NAME])
     if any(folder.iterdir()):
         raise SolutionError(f"{folder}: is not empty and holds no solution; choose a new folder")

@@ -97,7 +97,7 @@ def test_what_another_run_finished_is_read_again(out: Path) -> None:
     later = journal_of(out, "another")
     assert not later.finished and set(later.unchecked) == {"a", "b", "c"}
     told: list[int] = []
-    later.check(sorted(later.unchecked), told.append)
+    later.check(sorted(later.unchecked), 2, told.append)
     assert set(later.finished) == {"a", "c"} and sum(told) == 9
     rank = Journal(out, "plan", SIZES, "another", 1)
     assert set(rank.finished) == {"a", "c"} and set(rank.unchecked) == {"b"}
@@ -169,6 +169,10 @@ FILE = {"name": "a", "nbytes": 3, "sha256": "0" * 64}
         {"file": {**FILE, "sha256": "00"}, "records": []},
         {"file": {**FILE, "sha256": None}, "records": []},
         {"file": FILE, "records": [{"module": 3}]},
+        {"file": FILE, "records": [3]},
+        {"file": FILE, "records": "abc"},
+        {"file": FILE, "records": ""},
+        {"file": FILE, "records": {}},
     ],
     ids=str,
 )

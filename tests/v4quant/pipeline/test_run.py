@@ -264,7 +264,7 @@ def test_the_second_run_repeats_nothing(
 
     monkeypatch.setattr(RUN, "calibrate_to", forbidden)
     monkeypatch.setattr(RUN, "evaluate_checkpoint", forbidden)
-    monkeypatch.setattr("v4quant.conversion.job.convert_unit", forbidden)
+    monkeypatch.setattr("v4quant.conversion.shard_writing.convert_unit", forbidden)
     result = run(file, out)
     assert result.exit_code == 0, (result.output, result.exception)
     assert folder_bytes(out) == before
