@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -266,27 +266,31 @@ def test_targets_that_cannot_work_fail_first(
 
 
 def test_transfers_overlap(
-    plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path,
-    online: Callable[[FakeHub], None],
-) -> None:  # fmt: skip
-    """While one shard is sent, others are fetched and converted."""
-    import time
-
+    plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """While one shard is sent, others are fetched and converted: sending waits for the last one."""
     plain_hub.add_repo(SOURCE, model_files)
-    real = time.sleep.__closure__[0].cell_contents  # type: ignore[union-attr]  # the fixture's
-    busy: list[str] = []
-    overlaps = set()
+    sending, fetching = threading.Event(), threading.Event()
+    sizes = {n: len(d) for n, d in model_files.items() if n.endswith(".safetensors")}
+    whole: set[str] = set()
+    met: list[bool] = []
 
-    def slow(route: str) -> float:
-        overlaps.update((route, other) for other in busy if other != route)
-        busy.append(route)
-        real(0.1)
-        busy.remove(route)
-        return 0.0
+    def seen(route: str, path: str) -> None:
+        name = path.rpartition("/")[2]
+        if route == "lfs_put" and not fetching.is_set():
+            sending.set()
+            met.append(fetching.wait(60))
+        elif route == "resolve" and name in sizes:
+            (asked, *_) = (s for s in reversed(plain_hub.log) if s.path == path)
+            if asked.headers["Range"] == f"bytes=0-{sizes[name] - 1}":
+                whole.add(name)
+            if len(whole) == len(sizes) and not fetching.is_set():
+                met.append(sending.wait(60))
+                fetching.set()
 
-    plain_hub.slow = slow
+    plain_hub.on_request = seen
     quantize(f"hf://{SOURCE}", f"hf://{TARGET}", "--scratch", str(tmp_path / "s"))
-    assert {("lfs_put", "resolve"), ("resolve", "lfs_put")} & overlaps
+    assert met and all(met)
 
 
 def test_the_whole_pipeline_between_repositories(
