@@ -164,10 +164,8 @@ def hold_lock(path: Path) -> Iterator[None]:
     LockHeld, or OSError when the file cannot be made, or has bytes: then it is no lock of ours, and
     a library of locks may empty it.
     """
-    with suppress(FileNotFoundError):
-        found = path.lstat()
-        if stat.S_ISREG(found.st_mode) and found.st_size:
-            raise OSError(errno.EEXIST, "exists and is no lock of v4quant; move it away", str(path))
+    if not issubclass(FileLock, SoftFileLock):  # whose files hold the owner, and replace no other
+        _refuse_foreign(path)
     try:
         lock = _acquired(path)
     except Timeout:
@@ -176,6 +174,13 @@ def hold_lock(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _refuse_foreign(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        found = path.lstat()
+        if stat.S_ISREG(found.st_mode) and found.st_size:
+            raise OSError(errno.EEXIST, "exists and is no lock of v4quant; move it away", str(path))
 
 
 def _acquired(path: Path) -> BaseFileLock:
