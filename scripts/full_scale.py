@@ -82,6 +82,7 @@ def convert(hub: ReleaseHub, options: argparse.Namespace, kill_after: int | None
     environment = {
         **os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(options.out / "home"), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "120",  # the hub makes large tensors while the client waits
     }  # fmt: skip
     started = time.monotonic()
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
