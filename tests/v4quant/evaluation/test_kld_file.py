@@ -254,6 +254,8 @@ def test_a_file_that_stops_is_told(tmp_path: Path, corpus: Corpus, whole: dict[s
             evaluated(TINY, corpus, reference=tmp_path / "base")
 
 
-def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_no_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(KldError, match=r"gone\.kld: cannot be read"):
         KldFile(tmp_path / "gone.kld")
+    with pytest.raises(KldError, match="is not a regular file"):
+        KldFile(tmp_path)
