@@ -47,7 +47,7 @@ def corpus_options(default: str) -> Callable[[Command], Command]:
                 callback=checked_mode,
                 default=DEFAULT_MODE,
                 show_default=True,
-                help="How chats are encoded whose JSONL row names no mode.",
+                help="How to encode chats whose row names no mode.",
             ),
             *_row_options(),
             click.option(
@@ -78,14 +78,14 @@ def _row_options() -> tuple[Callable[[Command], Command], ...]:
             type=Choice(("messages", "sharegpt", "prompt-completion")),
             default="messages",
             show_default=True,
-            help="Under which keys rows have their chats.",
+            help="The keys under which rows hold their chats.",
         ),
         click.option(
             "--skip-bad-rows",
             type=click.IntRange(0),
             default=0,
             show_default=True,
-            help="Rows of each file that may be left out because they cannot be read.",
+            help="Unreadable rows per file to leave out before giving up.",
         ),
     )
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 )
 @click.argument("source", type=SOURCE)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Recipe to write.")
-@click.option("--budget", help="Size of the output at most, like 128GB.")
+@click.option("--budget", help="Largest size of the output, like 128GB.")
 @click.option("--bpw", type=float, help="The same as bits per weight, over all parameters.")
 @click.option("--fits", help="The same as cards it must fit, like 4x24GB, with --context.")
 @click.option("--ram", help="System memory that experts may lie in beside these cards, like 128GB, "
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 @click.option("--engine", type=Choice(ENGINE_CHOICES), default=NEUTRAL, show_default=True,
               help="Write what this engine wants, as of quantize.")  # fmt: skip
 @click.option("--dense", type=Choice([*dense_types(), AUTO, ALL]), metavar="TYPE|auto|all",
-              help="Type of dense matrices, for gguf (default bf16); auto: one a layer, for "
+              help="Type of dense matrices, for gguf (default bf16); auto: one per layer, for "
               "embedding and head; all: compressors and hyper-connections take part too. Both "
               "need --measure-kl.")  # fmt: skip
 @click.option("--engram", default="", help="How V4.1's Engram tables are coded, for gguf (default "
@@ -62,14 +62,14 @@ if TYPE_CHECKING:
 @click.option("--stats", "stats_file", type=click.Path(path_type=Path),
               help="What calibrate wrote: whose inputs matter.")  # fmt: skip
 @click.option("--measure-kl", is_flag=True, help="Measure what rounding each layer does to "
-              "predictions on --corpus; without, layers count alike.")  # fmt: skip
+              "predictions on --corpus; without it, all layers count alike.")  # fmt: skip
 @click.option("--corpus", multiple=True, default=[MIXED_CALIBRATION], show_default=True,
               help="Text for --measure-kl; may be repeated.")  # fmt: skip
 @row_options
 @click.option("--tokens", type=int, default=4096, show_default=True, help="Tokens of it to use.")
 @click.option("--seq-len", type=int, default=256, show_default=True, help="Window length.")
 @click.option("--experts", type=click.IntRange(1), default=4, show_default=True,
-              help="Experts of a layer whose rounding is looked at.")  # fmt: skip
+              help="Experts per layer whose rounding is measured.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def allocate(
     source: str,

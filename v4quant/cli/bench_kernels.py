@@ -43,7 +43,7 @@ _TUNE = click.option(
     help="First search for faster tiles, write them here and use them.",
 )
 _MINUTES = click.option(
-    "--minutes", type=click.FloatRange(min=0), help="Begin nothing after so many minutes."
+    "--minutes", type=click.FloatRange(min=0), help="Start nothing new after this many minutes."
 )
 
 
@@ -75,7 +75,7 @@ def moe(
 ) -> None:
     """Time the expert kernels against this GPU's copy and matrix speed and against other kernels.
 
-    What cannot be measured is named, and the rest goes on.
+    Names what cannot be measured and continues with the rest.
     """
     from v4quant.bench.kernels.moe import bench_moe  # torch, which --help can wait for
     from v4quant_kernels import dispatch
@@ -126,7 +126,7 @@ def indexer(
 ) -> None:
     """Time the FP4 indexer's scores and its exact top-k, beside other kernels.
 
-    What cannot be measured is named, and the rest goes on.
+    Names what cannot be measured and continues with the rest.
     """
     from v4quant.bench.kernels.indexer import bench_indexer  # torch, which --help can wait for
     from v4quant_kernels import dispatch
@@ -151,12 +151,12 @@ def indexer(
 
 @click.command(epilog="Example: v4quant bench gpu --append kernels/bench/baselines.jsonl")
 @click.option("--minutes", type=click.FloatRange(min=0.5), default=9.0, show_default=True,
-              help="How long the GPU is there.")  # fmt: skip
+              help="How long the GPU is available.")  # fmt: skip
 @click.option("--append", type=click.Path(path_type=Path, dir_okay=False), required=True,
               help="Append every row to this JSON-lines file as soon as it exists.")  # fmt: skip
 @click.pass_context
 def gpu(ctx: click.Context, minutes: float, append: Path) -> None:
-    """Measure all kernels in the time there is, most important first.
+    """Measure all kernels in the time available, most important first.
 
     Steps are processes of their own: one that crashes or hangs does not stop the others. Exit code
     1 if one did not finish.

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     default=MIN_TOKENS,
     show_default=True,
-    help="Tokens every expert shall see: beyond --tokens, more of the corpus is drawn until it has "
-    "or the corpus ends. Experts still below count as starved.",
+    help="Tokens every expert should see: beyond --tokens, more of the corpus is drawn until they "
+    "have or it ends. Experts still below count as starved.",
 )
 @click.option(
     "--solve",

@@ -28,7 +28,7 @@ MAX_MESSAGES_BYTES = 2**28
     metavar=MODE_NAMES,
     callback=checked_mode,
     required=True,
-    help="How the model shall think.",
+    help="How the model is to think.",
 )
 @click.option("--ids", is_flag=True, help="Print token ids instead of text; needs --tokenizer.")
 @click.option(

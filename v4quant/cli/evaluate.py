@@ -90,8 +90,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity of SOURCE; with --reference also KL, top-1 and the noise floor.
 
-    Exit code 3: some candidate holds matrices that look damaged. What a conversion costs is no
-    reason for it, however much.
+    Exit code 3: a candidate holds matrices that look damaged. A high cost alone does not cause it.
     """
     found = v4quant.evaluate(
         source,

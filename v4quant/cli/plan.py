@@ -20,8 +20,8 @@ from v4quant_formats.engines.engine import GPUS
 @click.option("--cards", help="The same by number and size or name: 2x24GB, 4x3090; none for a "
               "processor alone. Sizes as sold.")  # fmt: skip
 @click.option("--ram", help="System memory, as sold, like 128GB.")
-@click.option("--ram-bandwidth", type=click.FloatRange(1), help="Of that memory, in GB/s (60 for a "
-              "desktop, 300 for a server unless said).")  # fmt: skip
+@click.option("--ram-bandwidth", type=click.FloatRange(1), help="Its bandwidth in GB/s (default: "
+              "60 for a desktop, 300 for a server).")  # fmt: skip
 @click.option("--gpu", type=Choice(list(GPUS)), help="Generation of the cards, where their "
               "size says too little.")  # fmt: skip
 @click.option("--engine", "engines", type=Choice(ENGINE_NAMES), multiple=True,
@@ -38,7 +38,7 @@ from v4quant_formats.engines.engine import GPUS
 @click.option("--write", "run_path", type=click.Path(path_type=Path), help="Write a run file for "
               "`v4quant run` that makes the choice.")  # fmt: skip
 @click.option("--choice", type=click.IntRange(1), default=1, show_default=True,
-              help="Which of the files --write is for, by its number.")  # fmt: skip
+              help="Number of the file that --write is for.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(
     source: str,
@@ -56,11 +56,11 @@ def plan(
     choice: int,
     as_json: bool,
 ) -> None:
-    """Say which conversions of SOURCE a machine can serve, and how to make and serve them.
+    """Show which conversions of SOURCE a machine can serve, and how to make and serve them.
 
     SOURCE is a folder, hf://owner/name, or a release by name: flash, pro, flash-base, pro-base,
-    flash-dspark, pro-dspark, vision or v41, whose inventories are built in. Headers are all that is
-    read, and nothing is written but what --write asks for.
+    flash-dspark, pro-dspark, vision or v41, whose inventories are built in. Only headers are
+    read, and only what --write asks for is written.
     """
     found = v4quant.plan(
         source,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--license", "license_", default="", help="License name, where the source has none.")
 @click.option("--public", is_flag=True, help="Create the repository public (default: private).")
 @click.option("--replace", "replace_", is_flag=True, help="Replace another checkpoint there.")
-@click.option("--dry-run", is_flag=True, help="Show files, commits and card; ask no hub.")
+@click.option("--dry-run", is_flag=True, help="Show files, commits and card offline.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def push(
     out: Path,

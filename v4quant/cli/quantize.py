@@ -66,7 +66,11 @@ if TYPE_CHECKING:
     "--engram", help="How V4.1's Engram tables are coded, for gguf (default bf16, exact)."
 )
 @click.option("--split-size", help="Largest file, like 45GB, for gguf (default 45GB).")
-@click.option("--unknown", type=Choice(["refuse", "copy"]), help="Tensors no V4 release has.")
+@click.option(
+    "--unknown",
+    type=Choice(["refuse", "copy"]),
+    help="Tensors that no V4 release has.",
+)
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
 @click.option("--max-memory", help="Cap on memory, like 6GB; fewer workers are used to fit it.")
 @click.option(

@@ -17,15 +17,15 @@ from v4quant_kernels.near_names import did_you_mean, not_one_of
 KEYS: dict[str, dict[str, str]] = {
     "": {
         "source": "a folder, `hf://owner/name`, or `builtin:tiny-v4`",
-        "target": 'the repository to publish to, like "hf://owner/name"; of a ladder, what the '
-        "names of all begin with",
+        "target": 'the repository to publish to, like "hf://owner/name"; for a ladder, '
+        "the prefix of all names",
     },
     "calibrate": {
-        "corpus": "texts, token ids or chats: file names, or built-in ones",
+        "corpus": "texts, token ids or chats: file names or built-in corpora",
         "tokens": "how many tokens of it to read",
         "seq_len": "length of a window",
         "activations": "`plain`, `kv`, or `official` for the release's own rounding",
-        "min_tokens": "tokens of its own that every expert shall see",
+        "min_tokens": "tokens that every expert should see",
         "mode": "how chats that name no mode are encoded",
         "chat_keys": "under which keys rows have chats: `messages`, `sharegpt` or "
         "`prompt-completion`",
@@ -33,31 +33,31 @@ KEYS: dict[str, dict[str, str]] = {
         "propagate": "where codes are solved: later layers see converted ones",
     },
     "quantize": {
-        "name": "in a ladder: of the folder, and behind the repository's name; else the scheme",
+        "name": "in a ladder: name of the folder, suffix of the repository; by default the scheme",
         "scheme": "how routed experts are coded",
-        "format": "the container; the scheme's own unless said",
+        "format": "the container; by default the scheme's own",
         "draft": "draft stages: `convert` or `drop`",
-        "on_inexact": "a cast that cannot hold a value: `nearest`, `keep` or `refuse`",
+        "on_inexact": "when a cast cannot hold a value: `nearest`, `keep` or `refuse`",
         "unknown": "tensors no release has: `refuse`, or `copy` byte for byte",
         "engine": "write what this engine wants: `neutral`, `vllm` or `sglang`",
         "solver": "how codes are found: `rtn`, `optimal`, or `gptq`, which calibration solves",
         "dense": "type of the dense matrices, for gguf",
         "engram": "type of V4.1's n-gram tables, for gguf",
         "split_size": "largest file, like 45GB, for gguf",
-        "schemes": "a table of places with schemes of their own",
+        "schemes": "a table of places with their own schemes",
     },
     "verify": {
         "source": "compare every value with the source",
         "kernels": "run the kernels on tensors of the result",
     },
     "evaluate": {
-        "corpus": "as of `calibrate`, other text than there",
+        "corpus": "as for `calibrate`, but with different text",
         "tokens": "how many tokens of it to score",
         "seq_len": "length of a window",
-        "activations": "as of `calibrate`",
-        "mode": "as of `calibrate`",
-        "chat_keys": "as of `calibrate`",
-        "skip_bad_rows": "as of `calibrate`",
+        "activations": "as for `calibrate`",
+        "mode": "as for `calibrate`",
+        "chat_keys": "as for `calibrate`",
+        "skip_bad_rows": "as for `calibrate`",
     },
 }
 """Every key of a run file, by table, and what it says (docs/run-file.md is made of it)."""

@@ -102,8 +102,8 @@ def run(
     Results go to `out`: the checkpoint in `checkpoint/` (of a ladder, each in a folder of its
     name), statistics, evaluation and report beside it. effort: choose the solver and the text to
     calibrate on by how long they may take, instead of what the file says. The same call again
-    resumes, and repeats nothing that is done but verification. workers: threads of the conversion.
-    threads: of passes and solvers.
+    resumes, and repeats nothing that is done except verification. workers: threads of the
+    conversion. threads: of passes and solvers.
 
     Raises RecipeError for what the file asks, and what the steps raise.
     """
