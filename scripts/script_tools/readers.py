@@ -96,7 +96,7 @@ def _journal(folder: Path) -> Path:
 
 def _read_journal(path: Path) -> object:
     journal = Journal(path.parent.parent, "plan", {"a": 3}, "now")
-    journal.check(sorted(journal.unchecked), lambda count: None)
+    journal.check(sorted(journal.unchecked), 1, lambda count: None)
     return journal
 
 

@@ -114,8 +114,6 @@ class KldFile:
     def __init__(self, path: Path) -> None:
         """Open the file and check its size. Raises KldError and FormatError."""
         self.path = path
-        if path.is_dir():
-            raise KldError(f"{path}: is a folder, not a base file")
         try:
             self._file = open_at_once(path)
         except OSError as error:

@@ -40,8 +40,9 @@ def test_rows_have_their_gain_again(name: str, weighted: bool, generator: torch.
     after = codec.dequantize(optimal(values, scheme, moments).tensor)
     lost, left = (1 - kept(values, coded, moments) for coded in (before, after))
     assert bool((lost > 0).all()), "least squares shrinks"
-    # What is left is the rounding of the scales as they are stored: 2^-9 of BF16, 2^-11 of float16.
-    assert float(left.abs().max()) < 2e-3, name
+    # What is left is the rounding of the scales as they are stored: 2^-8 at most in BF16, whose
+    # significands have 8 bits; less in blocks of GGUF, whose float16 have 11.
+    assert float(left.abs().max()) < (2**-8 if name.startswith("int") else 2e-3), name
     assert float(left.abs().mean()) < 0.2 * float(lost.mean()) + 1e-4, name
 
 
