@@ -88,7 +88,7 @@ PLOTS = (
     (
         "Expert coverage",
         coverage_plot,
-        "How many tokens each expert was given. What starved experts do has hardly been measured.",
+        "How many tokens each expert received. Starved experts have hardly been measured.",
     ),
 )
 MARKDOWN_METRICS = (

@@ -15,8 +15,8 @@ TERMS = (
     ),
     (
         "Noise floor",
-        "the source compared with itself under another legitimate rounding. What is not above it "
-        "is not the conversion's doing.",
+        "the source compared with itself under another legitimate rounding. Only what exceeds "
+        "it is caused by the conversion.",
     ),
     (
         "Perplexity",
@@ -41,7 +41,7 @@ TERMS = (
     ),
     (
         "Starved expert",
-        "an expert that so few tokens reached that its error is not measured well.",
+        "an expert reached by so few tokens that its error is poorly measured.",
     ),
 )
 
@@ -74,7 +74,7 @@ def _times(ratio: float) -> str:
 
 def _meaning(kl: float) -> str:
     if kl >= 1:
-        return "there the converted model expects something else"
+        return "the converted model expects something else there"
     if kl >= 0.1:
-        return "there probabilities moved by tens of percent"
-    return "there probabilities moved by some percent, which rarely changes the choice"
+        return "probabilities moved by tens of percent"
+    return "probabilities moved by a few percent, which rarely changes the choice"

@@ -43,7 +43,7 @@ def layer_table(result: Figures) -> Table | None:
     )
     notes = (
         "Router agreement: share of the experts the reference chose that the candidate chose too. "
-        "Indexer agreement: the same for the compressed entries that a layer of long reach reads.",
+        "Indexer agreement: the same for the compressed entries that a long-range layer reads.",
     )
     return build_table("Layers", columns, rows, notes if rows else (), text_columns=2)
 
@@ -89,7 +89,7 @@ def starved_table(result: Figures) -> Table | None:
         by_layer.setdefault(text(entry.layer), []).append(shown)
     rows = [(layer, ", ".join(found), f"{len(found):,}") for layer, found in by_layer.items()]
     floor = count(coverage.floor)
-    note = f"Experts that saw fewer than {floor} tokens; their error is not measured well."
+    note = f"Experts that saw fewer than {floor} tokens; their error is poorly measured."
     return build_table(
         "Starved experts",
         ("Layer", "Expert (tokens it saw)", "Starved"),

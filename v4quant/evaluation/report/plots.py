@@ -132,7 +132,7 @@ def coverage_plot(result: Figures) -> str:
     parts.append(svg.label(right + 8, 46, "tokens per expert", "axis", anchor="start"))
     if floor > 0:
         parts.append(svg.label(WIDTH - 4, 46, "starved", "axis", anchor="end"))
-    return svg.figure(WIDTH, end + 30, "Tokens seen per expert, one strip a layer", parts)
+    return svg.figure(WIDTH, end + 30, "Tokens seen per expert, one strip per layer", parts)
 
 
 def _place(axis: svg.LogAxis, value: float, top: float, bottom: float) -> float:

@@ -76,7 +76,7 @@ def draft_table(result: Figures) -> Table | None:
         notes = (
             "Every guess is held against what the model chooses behind the text before it. Where "
             "text is what the model would write itself, the guesses accepted in a row are those of "
-            "greedy speculative decoding; each round gives one token of the model besides.",
+            "greedy speculative decoding; each round yields one more token, the model's own.",
         )
     title = "Draft stages (DSpark)" if guesses > 1 else "Draft stage (MTP)"
     return build_table(title, ("", *named(result), "Change", "Change by noise"), rows, notes)
