@@ -32,11 +32,21 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
     a, b: `[N, K]` float32. Temporaries are some rows at a time.
     """
+    return ratio(*squares(a, b))
+
+
+def squares(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Sums of the squares of a - b and of b, in float64; arguments as of `relative_error`."""
     error = norm = 0.0
     for first in range(0, a.shape[0], _ROWS):
         x, y = (m[first : first + _ROWS].double() for m in (a, b))
         error += float((x - y).square().sum())
         norm += float(y.square().sum())
+    return error, norm
+
+
+def ratio(error: float, norm: float) -> float:
+    """The relative error that two sums of squares give."""
     if norm == 0:
         return 0.0 if error == 0 else float("inf")
     return math.sqrt(error / norm)

@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from v4quant_calibration.evaluation.weight_defects import explain, relative_error
+from v4quant_calibration.evaluation.weight_defects import explain, ratio, squares
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import TensorName, expert_module, parse_name
 from v4quant_formats.spec import TORCH_DTYPES
-from v4quant_formats.weight_reading import read_dense, read_weight
+from v4quant_formats.weight_reading import read_dense, read_dense_rows, read_weight
 from v4quant_formats.weights import StoredWeight, find_weight
 from v4quant_kernels import codec
 from v4quant_kernels.cast import can_cast, cast_mxfp4, top_exponent
@@ -43,6 +43,10 @@ _ABOVE_GROUP = 2.0
 _NATURAL_SPREAD = 0.05
 _MAD_TO_SIGMA = 1.4826
 _VOCABULARY = ("embed", "head")
+# Larger matrices (the embedding of Flash has 2^29 weights) are compared so many weights at a time,
+# in whole tiles of 128 rows. No expert is larger, so what its scales share is seen whole.
+_PIECE = 2**25
+_TILE_ROWS = 128
 # Suspects of one group that are examined: a file that is wrong throughout needs no more.
 _MOST_CHECKED = 8
 
@@ -104,7 +108,7 @@ def compare_weights(
 
     Trunk and drafts; modules a candidate lacks (dropped drafts) are passed over. Each reference
     matrix is decoded once for the measurement. Memory: one matrix of the reference and one
-    candidate, in float32.
+    candidate, or 2^25 weights of a larger one, in float32.
     Raises WeightShapeError and what reading a damaged weight raises.
     """
     names = _matrices(reference)
@@ -112,10 +116,10 @@ def compare_weights(
     siblings: list[defaultdict[str, list[MatrixError]]] = [defaultdict(list) for _ in candidates]
     progress.start("Weights", len(names), "matrix")
     for name in names:
-        dense = read_dense(reference, name.module)
-        for candidate, modules, groups in zip(candidates, held, siblings, strict=True):
-            if name.module in modules:
-                groups[_group(name)].append(_measure(dense, candidate, name))
+        present = [i for i, modules in enumerate(held) if name.module in modules]
+        measured = _measure(reference, [candidates[i] for i in present], name)
+        for i, error in zip(present, measured, strict=True):
+            siblings[i][_group(name)].append(error)
         progress.advance(1)
     progress.finish()
     return [
@@ -129,19 +133,30 @@ def expected_error(reference: Checkpoint, module: str, target: StoredWeight) -> 
 
     None when the scheme cannot be computed here.
     """
-    dense = read_dense(reference, module)
-    if target.scheme is None:
-        dtype = TORCH_DTYPES[next(iter(target.parts.values())).dtype]
-        return relative_error(dense.to(dtype).float(), dense)
-    stored = find_weight(reference, module)
+    error = norm = 0.0
     try:
-        if stored.scheme == MXFP4 and can_cast(target.scheme):
-            q = read_weight(reference, stored)
-            top = _fused_top(reference, module) if target.scheme.has_global_scale else None
-            return relative_error(codec.dequantize(cast_mxfp4(q, target.scheme, top).tensor), dense)
-        return relative_error(codec.dequantize(codec.quantize(dense, target.scheme)), dense)
+        for piece in _pieces(find_weight(reference, module).shape):
+            dense = _read(reference, module, piece)
+            more, own = squares(_coded_as(reference, module, target, dense, piece), dense)
+            error, norm = error + more, norm + own
     except UnsupportedScheme:
         return None
+    return ratio(error, norm)
+
+
+def _coded_as(
+    reference: Checkpoint, module: str, target: StoredWeight, dense: Tensor, piece: slice | None
+) -> Tensor:
+    """`dense`, these rows of the reference's matrix, as they come back from `target`'s coding."""
+    if target.scheme is None:
+        dtype = TORCH_DTYPES[next(iter(target.parts.values())).dtype]
+        return dense.to(dtype).float()
+    stored = find_weight(reference, module)
+    if stored.scheme == MXFP4 and can_cast(target.scheme):
+        q = read_weight(reference, stored, None if piece is None else (piece.start, piece.stop))
+        top = _fused_top(reference, module) if target.scheme.has_global_scale else None
+        return codec.dequantize(cast_mxfp4(q, target.scheme, top).tensor)
+    return codec.dequantize(codec.quantize(dense, target.scheme))
 
 
 def robust_z(errors: Sequence[float]) -> list[float]:
@@ -166,15 +181,45 @@ def _matrices(reference: Checkpoint) -> list[TensorName]:
     return list(modules.values())
 
 
-def _measure(dense: Tensor, candidate: Checkpoint, name: TensorName) -> MatrixError:
-    stored = find_weight(candidate, name.module)
-    if tuple(dense.shape) != stored.shape:
-        raise WeightShapeError(
-            f"{candidate.path}: '{name.module}' is {list(stored.shape)}, the reference's is "
-            f"{list(dense.shape)}; these are not conversions of one model"
-        )
-    error = relative_error(read_dense(candidate, name.module), dense)
-    return MatrixError(name, _coding(stored), error)
+def _measure(
+    reference: Checkpoint, candidates: Sequence[Checkpoint], name: TensorName
+) -> list[MatrixError]:
+    """The error of one matrix in every candidate."""
+    shape = find_weight(reference, name.module).shape
+    stored = [find_weight(candidate, name.module) for candidate in candidates]
+    for candidate, weight in zip(candidates, stored, strict=True):
+        if weight.shape != shape:
+            raise WeightShapeError(
+                f"{candidate.path}: '{name.module}' is {list(weight.shape)}, the reference's is "
+                f"{list(shape)}; these are not conversions of one model"
+            )
+    sums = [(0.0, 0.0) for _ in candidates]
+    for piece in _pieces(shape):
+        dense = _read(reference, name.module, piece)
+        for i, candidate in enumerate(candidates):
+            error, norm = squares(_read(candidate, name.module, piece), dense)
+            sums[i] = (sums[i][0] + error, sums[i][1] + norm)
+    return [
+        MatrixError(name, _coding(weight), ratio(*total))
+        for weight, total in zip(stored, sums, strict=True)
+    ]
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[slice | None]:
+    """Rows of a large matrix, in order; None for all of a small one."""
+    rows, columns = shape
+    if rows * columns <= _PIECE:
+        yield None
+        return
+    step = max(1, _PIECE // columns // _TILE_ROWS) * _TILE_ROWS
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _read(checkpoint: Checkpoint, module: str, piece: slice | None) -> Tensor:
+    if piece is None:
+        return read_dense(checkpoint, module)
+    return read_dense_rows(checkpoint, module, piece.start, piece.stop)
 
 
 def _judge_all(

@@ -12,6 +12,7 @@ import torch
 
 from tests.support.conversion import TINY
 from tests.support.shard_bytes import EditableCheckpoint
+from v4quant_calibration.evaluation import weight_error
 from v4quant_calibration.evaluation.weight_defects import relative_error
 from v4quant_calibration.evaluation.weight_error import (
     NEGLIGIBLE,
@@ -20,8 +21,9 @@ from v4quant_calibration.evaluation.weight_error import (
     compare_weights,
     robust_z,
 )
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.opening import open_checkpoint
-from v4quant_formats.weight_reading import read_dense
+from v4quant_formats.weight_reading import read_dense, read_dense_rows
 from v4quant_kernels.progress import SilentProgress
 
 
@@ -258,3 +260,28 @@ def test_robust_z_needs_a_real_distance() -> None:
     assert robust_z([0.0] * 8 + [3 * NEGLIGIBLE])[-1] == pytest.approx(3)
     spread = [0.1 + 0.01 * i for i in range(9)] + [0.2]
     assert 0 < robust_z(spread)[-1] < 6
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4", "fp8", "int8-g32", "int4-g32", "q4_k", "bf16"])
+def test_large_matrices_are_compared_in_pieces(
+    converted: Callable[[str], Path], scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Piece by piece the figures are those of whole matrices, and no piece is large."""
+    folder = converted(scheme)
+    whole = compare(folder)
+    monkeypatch.setattr(weight_error, "_PIECE", 2**15)
+    rows: list[int] = []
+
+    def watched(checkpoint: Checkpoint, module: str, start: int, stop: int) -> torch.Tensor:
+        rows.append(stop - start)
+        return read_dense_rows(checkpoint, module, start, stop)
+
+    monkeypatch.setattr(weight_error, "read_dense_rows", watched)
+    parts = compare(folder)
+    assert rows
+    assert max(rows) <= 256
+    for one, other in zip(whole.groups, parts.groups, strict=True):
+        assert (one.where, one.worst) == (other.where, other.worst)
+        assert other.largest == pytest.approx(one.largest, rel=1e-9, abs=1e-12)
+        assert other.expected == pytest.approx(one.expected, rel=1e-9, abs=1e-12)
+    assert parts.findings == whole.findings
