@@ -645,6 +645,13 @@ def test_every_candidate_has_verdict_charts_and_its_worst_text() -> None:
     assert html.count("words of /a/out") == 1
 
 
+def test_the_worst_text_keeps_its_lines() -> None:
+    result = three()
+    result["worst_stretches"][0]["text"] = "one\n\tif <two>\x1b[31m\nthree"
+    html = render_html(result)
+    assert "<pre>one\n    if &lt;two&gt;\\u001b[31m\nthree</pre>" in html
+
+
 def test_on_a_narrow_screen_every_value_has_its_columns_name() -> None:
     html = render_html(three())
     cells = re.findall(r"<td([^>]*)>([^<]*)</td>", html)
@@ -656,5 +663,5 @@ def test_on_a_narrow_screen_every_value_has_its_columns_name() -> None:
 def test_unusual_figures_are_explained_in_a_sentence() -> None:
     result = three() | {"kl_p99": 1.167, "noise_floor": {"kl_mean": 1e-4, "kl_p99": 0.001}}
     html = render_html(result)
-    assert "The worst one in 100 tokens have a KL of 1.2 nats or more, 1,167 times" in html
+    assert "One in 100 tokens has a KL of 1.2 nats or more, 1,167 times" in html
     assert "What the words mean" in html

@@ -49,21 +49,21 @@ TERMS = (
 def worked_sentences(result: Figures) -> list[str]:
     """What this run's unusual figures mean, one sentence each."""
     floor, lines = result.noise_floor, []
-    for key, share in (("kl_p99", "one in 100"), ("kl_p999", "one in 1,000")):
+    for key, share in (("kl_p99", "One in 100"), ("kl_p999", "One in 1,000")):
         ours, base = getattr(result, key), getattr(floor, key)
         if ours is None or base is None or not base or not math.isfinite(ours / base):
             continue
         if ours / base >= 3:
             lines.append(
-                f"The worst {share} tokens have a KL of {plain(ours, 2)} nats or more, "
-                f"{_times(ours / base)} times what rounding alone does to its worst {share}: "
+                f"{share} tokens has a KL of {plain(ours, 2)} nats or more, "
+                f"{_times(ours / base)} times what rounding alone does to its worst: "
                 f"{_meaning(ours)}."
             )
     flips = result.flips_confident
     if flips:
         lines.append(
-            f"Of the tokens of which the source was more than half sure, {percent(flips)} get "
-            "another first choice: these change what the model writes."
+            f"Of the tokens the source was more than half sure of, {percent(flips)} get another "
+            "first choice: these change what the model writes."
         )
     return lines
 

@@ -23,8 +23,8 @@ def worst_html(result: Figures, name: str, anchor: str) -> str:
             f"largest {plain(row.kl_max, 3)}; the floor has "
             f"{plain(row.floor_kl_mean, 3)} there"
         )
-        told = text(row.text)
-        lines = "\n".join(escape_html(line) for line in told.splitlines())
+        told = row.text.expandtabs(4)
+        lines = "\n".join(escape_html(line) for line in told.split("\n"))
         body = f"<pre>{lines}</pre>" if told else "<p>Its text is not kept.</p>"
         is_open = " open" if index == 1 else ""
         parts.append(
