@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 import threading
@@ -96,6 +97,7 @@ class FakeHub:
         self.answers: dict[str, Callable[[Any], None]] = {}  # route -> what answers in its place
         self.verify_url = ""  # where clients are told to confirm an upload; default: here
         self._faults: dict[str, deque[str]] = {}
+        self.masks = itertools.cycle(range(1, 256))  # no two flips near each other are alike
         handler = type("Handler", (_Handler,), {"hub": self})
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(1 + cdn)]
         for server in self._servers:
@@ -261,7 +263,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._hang_up()
             return
         if self.fault == "flip" and data:
-            data = data[:-1] + bytes([data[-1] ^ 1])
+            data = data[:-1] + bytes([data[-1] ^ next(self.hub.masks)])
         self.wfile.write(data)
 
     def _json(self, value: object, status: int = 200, headers: Mapping[str, str] = {}) -> None:

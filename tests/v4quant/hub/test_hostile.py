@@ -298,6 +298,10 @@ def test_a_flipped_byte_in_a_range_decides_nothing(
         assert hub.count("resolve") > asked
     hub.on_request = lambda route, path: None
     size = len(model_files[NAME])
+    remote = open_remote(REF)
+    for times in range(4):  # the end of a file is the end of every wider range, too
+        hub.fail("resolve", "flip", times)
+        assert remote.read(NAME, size - 8, 8) == model_files[NAME][-8:]
 
     def other_bytes(handler: Any) -> None:
         first, last = map(int, handler.headers["Range"][6:].split("-"))
