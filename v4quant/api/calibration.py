@@ -104,8 +104,8 @@ def calibrate(
     assert target is not None
     if matrix is not None and wanted is not None:
         raise OptionError(
-            "--imatrix goes without --solve: what a solved layer sees are the converted model's "
-            "inputs; calibrate once more without --solve"
+            "--imatrix does not go with --solve: what a solved layer sees are the converted "
+            "model's inputs; calibrate once more without --solve"
         )
     with (
         arithmetic_threads(threads),
@@ -153,7 +153,7 @@ def _recipe(scheme: str | None, dense: str, given: Recipe | PathLike | None) -> 
     """The recipe to solve for, None where nothing is. Raises OptionError or RecipeError."""
     if given is not None:
         if scheme or dense:
-            raise OptionError("--recipe says schemes; leave --solve and --dense out")
+            raise OptionError("--recipe states the schemes; leave --solve and --dense out")
         if isinstance(given, Recipe):
             return replace(given, solver="gptq")
         file = path_of(given)

@@ -94,7 +94,7 @@ def evaluate(
             "--candidate compares conversions of one source: give --reference as well"
         )
     if candidates and save_logits is not None:
-        raise OptionError("--save-logits writes one checkpoint's: leave --candidate out")
+        raise OptionError("--save-logits writes one checkpoint's logits: leave --candidate out")
     if save_top_k is not None and save_logits is None:
         raise OptionError("--save-top-k says how --save-logits writes: give that, too")
     beside = path_of(report) or path_of(save_logits)

@@ -31,15 +31,15 @@ def add_common(command: click.Command) -> None:
         if parameter.name == "as_json":
             parameter.is_eager, parameter.callback = True, _json
     command.params += [
-        _flag("--quiet", _quiet, "Tell errors alone: no steps, no progress."),
-        _flag("--verbose", _verbose, "Also tell times, memory, and where an error arose."),
+        _flag("--quiet", _quiet, "Print errors only: no steps, no progress."),
+        _flag("--verbose", _verbose, "Also print times, memory, and where an error arose."),
         click.Option(
             ["--log-file"],
             type=click.Path(path_type=Path),
             is_eager=True,
             expose_value=False,
             callback=_log_file,
-            help="Append all that is told to this file, with times.",
+            help="Append everything printed to this file, with times.",
         ),
     ]
 

@@ -201,7 +201,7 @@ class Remote:
                 r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "")
             )
             if told is None or int(told[1]) != start:
-                raise PassingFailure("the answer holds another range than asked")
+                raise PassingFailure("the answer holds a different range than requested")
             if told[2] not in ("*", str(self.files[name].size)):
                 raise SourceChanged(
                     f"{self}: {name}: has {told[2]} bytes, but the repository announces "
@@ -268,7 +268,7 @@ def _pages(api: HfApi, repo: str, revision: str) -> Iterator[list[dict[str, Any]
         hf_raise_for_status(answer)
         page = answer.json()
         if not isinstance(page, list) or not all(isinstance(item, dict) for item in page):
-            raise HubError(f"hf://{repo}: the hub's listing is of another form than expected")
+            raise HubError(f"hf://{repo}: the hub's listing does not have the expected form")
         return page, str(answer.links.get("next", {}).get("url", ""))
 
     for _ in range(_MAX_PAGES):
@@ -294,7 +294,7 @@ def _listed(item: Mapping[str, Any]) -> RemoteFile | None:
     found = RemoteFile(item.get("path", 0), item.get("size", ""), sha or "", item.get("oid", 0))
     kinds = [type(value) for value in (found.name, found.size, found.sha256, found.blob)]
     if kinds != [str, int, str, str]:
-        raise HubError("the hub's listing is of another form than expected")
+        raise HubError("the hub's listing does not have the expected form")
     return found
 
 

@@ -64,7 +64,7 @@ def share_refusal(config: Dimensions, gpus: int, scheme: Scheme) -> str:
         group = math.lcm(group, 32 // math.gcd(32, scheme.bits))
     if gpus == 1 or share % group == 0:
         return ""
-    return f"an expert's share of {share} channels is no multiple of {scheme.name}'s {group}"
+    return f"an expert's share of {share} channels is not a multiple of {scheme.name}'s {group}"
 
 
 def possible_splits(config: Dimensions, most: int = 64) -> list[int]:

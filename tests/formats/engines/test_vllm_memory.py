@@ -121,7 +121,7 @@ def test_shares_of_v41s_experts() -> None:
     """2304 channels: 4 cards have 576 each, which is no multiple of 128."""
     c = v41()
     assert share_refusal(c, 2, SCHEMES["int4-g128"]) == ""
-    assert "576 channels is no multiple of int4-g128's 128" in share_refusal(
+    assert "576 channels is not a multiple of int4-g128's 128" in share_refusal(
         c, 4, SCHEMES["int4-g128"]
     )
     assert "288 channels" in share_refusal(c, 8, SCHEMES["int2-g64"])
