@@ -121,6 +121,7 @@ def run_job(
         delivery.look()
         journal.refresh()
         shards = [journal.finished[s.file] for s in plan.shards]
+        ranks.barrier(delivery.check)  # the journals go below, when all have read them
         if ranks.is_first:
             delivery.finish(out, finish_folder(plan, out, shards, sidecars))
             journal.remove()
