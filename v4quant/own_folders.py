@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from v4quant_formats.errors import FormatError, OutputError
-from v4quant_formats.shards import output_error, write_file_atomically
+from v4quant_formats.shards import output_error, remove_leftovers, write_file_atomically
 from v4quant_formats.small_files import read_small
 
 FOLDER = ".v4quant"
@@ -95,6 +95,7 @@ def forget_home(home: Path) -> None:
     inside = home / FOLDER
     if not inside.is_symlink():
         with suppress(OSError):  # somebody's folder of that name
+            remove_leftovers(inside, [RECORD_NAME])  # of a process killed while it wrote it
             (inside / RECORD_NAME).unlink()
         remove_if_empty(inside)
 

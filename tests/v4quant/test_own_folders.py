@@ -11,6 +11,7 @@ import pytest
 from v4quant.own_folders import (
     FOLDER,
     RECORD_NAME,
+    forget_home,
     is_made_home,
     is_own_folder,
     make_home,
@@ -110,3 +111,12 @@ def test_homes_are_remembered(tmp_path: Path) -> None:
     assert is_made_home(tmp_path / "new")
     own_folder(tmp_path, NAME)
     assert not is_made_home(tmp_path)
+
+
+def test_a_record_half_written_by_a_killed_process_goes_too(tmp_path: Path) -> None:
+    inside = tmp_path / ".v4quant"
+    inside.mkdir()
+    (inside / "made.json").write_text("{}")
+    (inside / "made.json.eec2c8a6.part").write_bytes(b"")
+    forget_home(tmp_path)
+    assert not inside.exists()
