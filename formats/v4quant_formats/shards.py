@@ -32,7 +32,7 @@ from torch import Tensor
 
 from v4quant_formats.errors import OutputError
 from v4quant_formats.file_hash import IncrementalHash
-from v4quant_formats.spec import DTYPE_BITS, TensorSpec, torch_dtype
+from v4quant_formats.spec import DTYPE_BITS, DTYPE_NAMES, TensorSpec, torch_dtype
 from v4quant_formats.system import create_new, sync_folder, write_at
 
 TEMPORARY_SUFFIX = ".part"
@@ -212,6 +212,24 @@ class ShardWriter:
         self._hash.stop()
         os.close(self._handle)
         self._temporary.unlink(missing_ok=True)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> WrittenFile:
+    """Write tensors that are at hand as a safetensors file, whole or not at all.
+
+    Raises OutputError.
+    """
+    specs = [TensorSpec(k, DTYPE_NAMES[v.dtype], tuple(v.shape)) for k, v in tensors.items()]
+    writer = ShardWriter(path, plan_shard(specs, metadata))
+    try:
+        for name, value in tensors.items():
+            writer.add(name, value)
+    except BaseException:
+        writer.abort()
+        raise
+    return writer.close()
 
 
 def write_file_atomically(path: Path, data: bytes) -> WrittenFile:

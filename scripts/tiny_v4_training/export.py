@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from v4quant_formats.deepseek_v4 import expert_module, parse_name
-from v4quant_formats.shards import ShardWriter, plan_shard, write_file_atomically
-from v4quant_formats.spec import DTYPE_NAMES, TensorSpec
+from v4quant_formats.shards import write_file_atomically, write_tensors
 from v4quant_kernels.codec import quantize
 from v4quant_kernels.scheme import SCHEMES
 
@@ -113,13 +112,9 @@ def write_folder(
     total = 0
     for number, tensors in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        specs = [TensorSpec(n, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
-        writer = ShardWriter(out / name, plan_shard(specs))
-        for tensor_name, tensor in tensors.items():
-            writer.add(tensor_name, tensor)
-        writer.close()
+        write_tensors(out / name, tensors)
         weight_map |= dict.fromkeys(tensors, name)
-        total += sum(s.nbytes for s in specs)
+        total += sum(t.nbytes for t in tensors.values())
     _write_json(out / "config.json", raw)
     _write_json(out / "generation_config.json", GENERATION_CONFIG)
     write_file_atomically(out / "tokenizer.json", tokenizer_json.encode())

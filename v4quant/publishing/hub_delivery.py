@@ -50,13 +50,15 @@ _SENT, _COMMITTED = "sent", "committed"  # what ranks tell each other
 
 
 class _Repository:
-    """What the repository already holds, for every rank."""
+    """What the repository already holds, and how much of the disk a rank's shards take."""
 
     reads_again = True
 
-    def __init__(self, repo: str, out: Path, stopped: Callable[[], bool]) -> None:
-        """`out`: the job's output folder. Asks nothing yet."""
-        self.repo, self._out = repo, out
+    def __init__(self, repo: str, out: Path, cap: int, stopped: Callable[[], bool]) -> None:
+        """`out`: the job's output folder. cap: bytes of shards it may hold. Asks nothing yet."""
+        self.repo, self._out, self._cap = repo, out, cap
+        self._held = 0
+        self._changed = threading.Condition()
         self._publisher = Publisher(repo, stopped)
         self._there: dict[str, RemoteFile] = {}
 
@@ -81,6 +83,15 @@ class _Repository:
         """Whether the repository lists this shard with its digest."""
         return _repo_file(self._out, file).is_same(self._there.get(file.name))
 
+    def space(self, sizes: Sequence[int]) -> int:
+        """The cap, or less when all of them are less."""
+        return min(sum(sizes), self._cap)
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether the cap allows another shard now."""
+        with self._changed:
+            return self._held + nbytes <= self._cap
+
 
 class HubDelivery(_Repository):
     """A `Delivery` into a repository on the hub: the one of rank 0, which alone commits."""
@@ -101,13 +112,12 @@ class HubDelivery(_Repository):
         before any work is done.
         """
         self._stopping = threading.Event()
-        super().__init__(repo, out, self._stopping.is_set)
-        self._cap, self._request, self._board = cap, request, board
+        super().__init__(repo, out, cap, self._stopping.is_set)
+        self._request, self._board = request, board
         self._publisher.preflight(private)
         self.look()
         self._begun = MANIFEST_NAME not in self._there and INDEX_NAME not in self._there
-        self._held = self._pending = 0
-        self._changed = threading.Condition()
+        self._pending = 0
         self._queue: queue.Queue[tuple[WrittenFile, bool] | None] = queue.Queue()
         self._error: BaseException | None = None
         self._threads = [
@@ -128,15 +138,6 @@ class HubDelivery(_Repository):
                 f"hf://{self.repo}: already holds a checkpoint of another source, recipe or "
                 "version; name a new repository"
             )
-
-    def space(self, sizes: Sequence[int]) -> int:
-        """The cap, or less when all of them are less."""
-        return min(sum(sizes), self._cap)
-
-    def has_room(self, nbytes: int) -> bool:
-        """Whether the cap allows another shard now."""
-        with self._changed:
-            return self._held + nbytes <= self._cap
 
     def make_room(self, nbytes: int) -> None:
         """Wait for uploads until the cap allows another shard. Raises what an upload raised."""
@@ -239,22 +240,11 @@ class RankDelivery(_Repository):
 
     def __init__(self, repo: str, out: Path, cap: int, board: Board) -> None:
         """As of HubDelivery, which has checked the repository. Raises HubError."""
-        super().__init__(repo, out, lambda: False)
-        self._cap, self._board = cap, board
-        self._held = 0
+        super().__init__(repo, out, cap, lambda: False)
+        self._board = board
         self._waiting: dict[str, int] = {}
-        self._changed = threading.Condition()
         board.listen(self._heard)
         self.look()
-
-    def space(self, sizes: Sequence[int]) -> int:
-        """The cap, or less when all of them are less."""
-        return min(sum(sizes), self._cap)
-
-    def has_room(self, nbytes: int) -> bool:
-        """Whether the cap allows another shard now."""
-        with self._changed:
-            return self._held + nbytes <= self._cap
 
     def make_room(self, nbytes: int) -> None:
         """Wait for rank 0 until the cap allows another shard. Raises RankLost or DiskCapError."""

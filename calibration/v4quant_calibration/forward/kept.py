@@ -34,9 +34,8 @@ from v4quant_calibration.forward.stream import StreamStore
 from v4quant_calibration.model.streams import PIECE, Streams, StreamShape, spans
 from v4quant_formats.errors import FormatError, OutputError
 from v4quant_formats.folder_lock import locked_folder
-from v4quant_formats.shards import ShardWriter, plan_shard, write_file_atomically
+from v4quant_formats.shards import write_file_atomically, write_tensors
 from v4quant_formats.small_files import read_small
-from v4quant_formats.spec import DTYPE_NAMES, TensorSpec
 
 UNFINISHED = ".unfinished"
 """What the name of a folder for kept layers ends in."""
@@ -208,14 +207,4 @@ def _copy(given: Streams, taken: Streams) -> None:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    specs = [TensorSpec(k, DTYPE_NAMES[v.dtype], tuple(v.shape)) for k, v in tensors.items()]
-    if not specs:
-        tensors, specs = {_NOTHING: torch.zeros(1)}, [TensorSpec(_NOTHING, "F32", (1,))]
-    writer = ShardWriter(path, plan_shard(specs, {}))
-    try:
-        for name, value in tensors.items():
-            writer.add(name, value)
-    except BaseException:
-        writer.abort()
-        raise
-    writer.close()
+    write_tensors(path, tensors or {_NOTHING: torch.zeros(1)})

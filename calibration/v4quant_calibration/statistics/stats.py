@@ -25,8 +25,7 @@ from torch import Tensor
 
 from v4quant_calibration.statistics.table_use import RowUse, merged_use
 from v4quant_formats.deepseek_v4 import parse_name
-from v4quant_formats.shards import ShardWriter, output_error, plan_shard
-from v4quant_formats.spec import DTYPE_NAMES, TensorSpec
+from v4quant_formats.shards import output_error, write_tensors
 from v4quant_kernels.errors import V4QuantError
 
 STATS_VERSION = 2
@@ -148,19 +147,11 @@ def write_stats(path: Path, stats: Stats) -> None:
         "stages": list(stats.stages),
         **({"tables": list(stats.tables)} if stats.tables else {}),
     }
-    specs = [TensorSpec(k, DTYPE_NAMES[v.dtype], tuple(v.shape)) for k, v in tensors.items()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise output_error(path, error) from None
-    writer = ShardWriter(path, plan_shard(specs, {"v4quant_stats": json.dumps(header)}))
-    try:
-        for name, value in tensors.items():
-            writer.add(name, value)
-    except BaseException:
-        writer.abort()
-        raise
-    writer.close()
+    write_tensors(path, tensors, {"v4quant_stats": json.dumps(header)})
 
 
 def load_stats(path: Path, source_digest: str) -> Stats:
