@@ -68,6 +68,11 @@ class StoredWeight:
         return next(iter(self.parts.values()))
 
     @property
+    def coding(self) -> str:
+        """The scheme's name, or the dtype of numbers that stand for themselves, like "bf16"."""
+        return self.scheme.name if self.scheme else self.first.dtype.lower()
+
+    @property
     def is_plain_matrix(self) -> bool:
         """Whether it is a matrix of floats, which nobody has coded."""
         return self.scheme is None and len(self.shape) == 2 and self.first.dtype in PLAIN_SCHEMES
@@ -83,7 +88,7 @@ def find_weight(checkpoint: Checkpoint, module: str) -> StoredWeight:
     stored = _find_stored(checkpoint, module)
     if checkpoint.deltas is None or module not in checkpoint.deltas:
         return stored
-    name = stored.scheme.name if stored.scheme else stored.first.dtype.lower()
+    name = stored.coding
     scheme = replace(PLAIN_SCHEMES["F32"], name=f"{name} with adapter")
     return StoredWeight(module, stored.parts, stored.shape, scheme, base=stored)
 

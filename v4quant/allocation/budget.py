@@ -20,7 +20,7 @@ from v4quant.allocation.card_budget import parse_cards
 from v4quant.allocation.knapsack import BudgetError
 from v4quant.planner import llama_cpp
 from v4quant.planner import machines as planner_machines
-from v4quant.planner.candidates import blended
+from v4quant.planner.candidates import blended, largest_share
 from v4quant.planner.footprint import Footprint, Outline, footprint
 from v4quant.recipe import Recipe
 from v4quant_formats.layouts.table import LAYOUTS
@@ -81,11 +81,6 @@ def machine_budget(
             f"{cards} and {ram} of memory do not hold the smallest file, {lower.trunk / 1e9:.2f} "
             f"GB, beside a context of {context}; `v4quant plan` says what would"
         )
-    low, high = 0.0, 1.0
-    if fits(upper):
-        low = 1.0
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(blended(lower, upper, middle)) else (low, middle)
-    found = blended(lower, upper, low)
+    share = 1.0 if fits(upper) else largest_share(lower, upper, fits, _HALVINGS)
+    found = blended(lower, upper, share)
     return int(_RESERVE * found.trunk) + found.tables + found.drafts

@@ -117,14 +117,18 @@ def rows_of(value: int) -> int:
 
 def listed_files(names: PathLike | Sequence[PathLike]) -> list[Path]:
     """The files that names, or one name, of a corpus mean. Raises BuiltinError."""
+    return resolve_corpus(given_names(names))
+
+
+def given_names(names: PathLike | Sequence[PathLike]) -> list[str]:
+    """What a corpus was given as: one name, or several."""
     listed = [names] if isinstance(names, str | os.PathLike) else names
-    return resolve_corpus([os.fspath(name) for name in listed])
+    return [os.fspath(name) for name in listed]
 
 
 def corpus_names(names: PathLike | Sequence[PathLike]) -> list[str]:
     """What a corpus is called, without the folders it lies in."""
-    listed = [names] if isinstance(names, str | os.PathLike) else names
-    return [Path(name).name for name in listed]
+    return [Path(name).name for name in given_names(names)]
 
 
 def forward_options(activations: str, products: str = "f32") -> ForwardOptions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ from v4quant.api.arguments import (
     SourceLike,
     config_of,
     forward_options,
+    given_names,
     listed_files,
     path_of,
     read_corpus,
@@ -157,8 +157,7 @@ def _text_of(
     """The text that a base file of llama.cpp brings along. Raises KldError or OptionError."""
     with KldFile(file) as opened:
         length = opened.shape.n_ctx
-        if [os.fspath(name) for name in ([corpus] if isinstance(corpus, str | os.PathLike) else
-                                          corpus)] != [MIXED_HELDOUT]:  # fmt: skip
+        if given_names(corpus) != [MIXED_HELDOUT]:
             raise OptionError(f"{file} brings its own text: leave --corpus out")
         if seq_len not in (None, length):
             raise OptionError(f"{file} is of windows of {length} tokens: leave --seq-len out")

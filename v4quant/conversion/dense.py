@@ -17,7 +17,6 @@ from v4quant.conversion.records import (
     make_record,
     refuse_inexact,
     refuse_overflow,
-    storage_name,
 )
 from v4quant.conversion.scale_hints import differing, hints_of, to_text, with_hints
 from v4quant.conversion.units import Unit
@@ -50,7 +49,7 @@ def copy_tensors(
             for first_byte, piece in plan.checkpoint.read_chunks(spec.name):
                 check_finite(plan.checkpoint, spec, piece)
                 writer.add_piece(spec.name, first_byte, piece)
-    return [make_record(stored, "copied", storage_name(stored)) for stored in unit.sources]
+    return [make_record(stored, "copied", stored.coding) for stored in unit.sources]
 
 
 def recast(

@@ -21,7 +21,6 @@ from v4quant.conversion.records import (
     make_record,
     refuse_inexact,
     refuse_overflow,
-    storage_name,
 )
 from v4quant.conversion.scale_hints import ambiguous_groups, hints_of, to_text, with_hints
 from v4quant.conversion.units import Unit
@@ -137,7 +136,7 @@ def _convert_matrix(
     top: _Top,
 ) -> tuple[QTensor, TensorRecord]:
     if q.scheme.name == scheme.name and top.copies:
-        same = storage_name(stored) == scheme.name
+        same = stored.coding == scheme.name
         return q, make_record(stored, "copied" if same else "cast", scheme.name)
     if q.scheme == MXFP4 and can_cast(scheme) and top.amax is None:
         cast = cast_mxfp4(q, scheme, top.exponent)

@@ -100,17 +100,12 @@ def refuse_overflow(checkpoint: Checkpoint, stored: StoredWeight, values: Tensor
         )
 
 
-def storage_name(stored: StoredWeight) -> str:
-    """How the source holds a module: its scheme, or the dtype of a plain tensor."""
-    return stored.scheme.name if stored.scheme else next(iter(stored.parts.values())).dtype.lower()
-
-
 def make_record(
     stored: StoredWeight, disposition: Disposition, target: str, altered: int = 0
 ) -> TensorRecord:
     """The record of a module that lost nothing, or `altered` elements that it counts."""
     return TensorRecord(
-        stored.module, disposition, storage_name(stored), target, math.prod(stored.shape), altered
+        stored.module, disposition, stored.coding, target, math.prod(stored.shape), altered
     )
 
 
@@ -125,7 +120,7 @@ def lossy_record(
     return TensorRecord(
         stored.module,
         disposition,
-        storage_name(stored),
+        stored.coding,
         scheme.name,
         math.prod(stored.shape),
         altered,

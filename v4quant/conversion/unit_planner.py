@@ -170,7 +170,7 @@ class _Planner:
         """Only a layout's own wish for MXFP4 drafts may change what is to be kept."""
         if not (self.layout.keeps_drafts and stored.module.startswith("mtp.")):
             raise UnsupportedPair(
-                f"{self.checkpoint.path}: '{stored.module}' is {_coding(stored)}, and --on-inexact "
+                f"{self.checkpoint.path}: '{stored.module}' is {stored.coding}, and --on-inexact "
                 "keep keeps MXFP4 experts only; use --on-inexact nearest or refuse"
             )
 
@@ -270,10 +270,6 @@ def _is_native(stored: StoredWeight) -> bool:
     """MXFP4 under the release's own names and dtypes."""
     dtypes = {part: spec.dtype for part, spec in stored.parts.items()}
     return stored.base is None and dtypes == {"weight": "I8", "scale": "F8_E8M0"}
-
-
-def _coding(stored: StoredWeight) -> str:
-    return stored.scheme.name if stored.scheme else stored.first.dtype.lower()
 
 
 def _copy(*sources: StoredWeight) -> Unit:

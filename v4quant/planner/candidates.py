@@ -175,11 +175,19 @@ def mixture(
 
     lower fits and upper does not. None where hardly more than `lower` fits.
     """
+    share = largest_share(lower, upper, fits, halvings=8)
+    return (share, blended(lower, upper, share)) if share >= _WORTH_MIXING else None
+
+
+def largest_share(
+    lower: Footprint, upper: Footprint, fits: Callable[[Footprint], bool], halvings: int
+) -> float:
+    """How much of `upper`'s experts fits, to 2^-halvings; `lower` fits and `upper` does not."""
     low, high = 0.0, 1.0
-    for _ in range(8):
+    for _ in range(halvings):
         middle = (low + high) / 2
         low, high = (middle, high) if fits(blended(lower, upper, middle)) else (low, middle)
-    return (low, blended(lower, upper, low)) if low >= _WORTH_MIXING else None
+    return low
 
 
 def blended(lower: Footprint, upper: Footprint, share: float) -> Footprint:

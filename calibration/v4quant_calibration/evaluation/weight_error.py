@@ -149,7 +149,7 @@ def _coded_as(
 ) -> Tensor:
     """`dense`, these rows of the reference's matrix, as they come back from `target`'s coding."""
     if target.scheme is None:
-        dtype = TORCH_DTYPES[next(iter(target.parts.values())).dtype]
+        dtype = TORCH_DTYPES[target.first.dtype]
         return dense.to(dtype).float()
     stored = find_weight(reference, module)
     if stored.scheme == MXFP4 and can_cast(target.scheme):
@@ -200,7 +200,7 @@ def _measure(
             error, norm = squares(_read(candidate, name.module, piece), dense)
             sums[i] = (sums[i][0] + error, sums[i][1] + norm)
     return [
-        MatrixError(name, _coding(weight), ratio(*total))
+        MatrixError(name, weight.coding, ratio(*total))
         for weight, total in zip(stored, sums, strict=True)
     ]
 
@@ -237,12 +237,6 @@ def _group(name: TensorName) -> str:
     if name.expert is None:
         return name.module
     return f"{name.stage}.ffn.experts.*.{name.projection}"
-
-
-def _coding(stored: StoredWeight) -> str:
-    if stored.scheme is not None:
-        return stored.scheme.name
-    return next(iter(stored.parts.values())).dtype.lower()
 
 
 def _judge(
