@@ -40,7 +40,14 @@ from v4quant_formats.gguf.names import (
     meaning_of,
     tensor_name,
 )
-from v4quant_formats.gguf.quants import MAX_FILES, PART, SUFFIX, choose, files_below, split_quant
+from v4quant_formats.gguf.quants import (
+    MAX_FILES,
+    SUFFIX,
+    choose,
+    files_below,
+    parts_of,
+    split_quant,
+)
 from v4quant_formats.shard_files import FileState, LocalShards, ShardFiles, file_state
 from v4quant_formats.spec import DTYPE_BITS, TensorSpec
 
@@ -102,7 +109,7 @@ def open_gguf(path: Path) -> Checkpoint:
     """
     folder, quant = split_quant(path)
     if folder.is_file():
-        folder, names = folder.parent, _parts_of(folder)
+        folder, names = folder.parent, _whole_model(folder)
     else:
         names = sorted(p.name for p in folder.glob("*" + SUFFIX))
         if quant or not names:
@@ -125,9 +132,9 @@ def open_gguf_files(folder: Path, names: Sequence[str]) -> Checkpoint:
     return assemble_gguf(folder, names, lambda name: read_gguf_header(folder / name), states)
 
 
-def _parts_of(path: Path) -> list[str]:
-    """The names of all parts of the model that a file is one of."""
-    [names] = _groups([path.name], str(path.parent))
+def _whole_model(path: Path) -> list[str]:
+    """The names of all parts of the model that a file is one of. Raises MissingShard."""
+    names = parts_of(path.name, str(path.parent))
     for name in names:
         if not (path.parent / name).is_file():
             raise MissingShard(f"{path.parent / name}: missing; all {len(names)} parts are needed")
@@ -267,18 +274,8 @@ def _remarks(folder: Path, model: _Model) -> tuple[str, ...]:
 
 def _groups(names: Sequence[str], where: str) -> list[list[str]]:
     """Names of the files of each model, in order of parts."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        match = PART.fullmatch(name)
-        if match is None:
-            groups[name] = [name]
-            continue
-        count = int(match[3])
-        if not 1 <= count <= MAX_FILES:
-            raise FormatError(f"{where}: {name}: its name says {count} parts")
-        parts = [f"{match[1]}-{i:05d}-of-{match[3]}{SUFFIX}" for i in range(1, count + 1)]
-        groups[parts[0]] = parts
-    return list(groups.values())
+    parts = [parts_of(name, where) for name in names]
+    return list({model[0]: model for model in parts}.values())
 
 
 def _open_model(folder: Path, names: Sequence[str], header_of: HeaderOf) -> _Model:

@@ -17,7 +17,7 @@ from v4quant_formats.errors import FormatError, MissingShard
 
 SUFFIX = ".gguf"
 MAX_FILES = 1000
-PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _QUANT = (
     r"(?:UD-)?(?:I?Q\d+(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP\d(?:_[A-Z0-9]+)*|NVFP\d|BF16|FP?16|FP?32|FP8)"
 )
@@ -57,20 +57,28 @@ def variants(names: Iterable[str], where: str) -> list[Variant]:
     for name in there:
         path = PurePosixPath(name)
         folder = "" if str(path.parent) == "." else str(path.parent)
-        match = PART.fullmatch(path.name)
-        if match is None:
-            groups[folder, path.stem] = (name,)
-            continue
-        count = int(match[3])
-        if not 1 <= count <= MAX_FILES:
-            raise FormatError(f"{where}: {name}: its name says {count} parts")
-        parts = [f"{match[1]}-{i:05d}-of-{match[3]}{SUFFIX}" for i in range(1, count + 1)]
-        groups[folder, match[1]] = tuple(str(PurePosixPath(folder) / p) for p in parts)
+        match = _PART.fullmatch(path.name)
+        groups[folder, match[1] if match else path.stem] = tuple(parts_of(name, where))
     return [
         Variant(folder, stem, _label(stem), files)
         for (folder, stem), files in groups.items()
         if not _BESIDE.search(stem)
     ]
+
+
+def parts_of(name: str, where: str) -> list[str]:
+    """The names of all parts of the model that a file is one of, in order; there or not.
+
+    Raises FormatError for an impossible number of parts.
+    """
+    base = PurePosixPath(name).name
+    match = _PART.fullmatch(base)
+    if match is None:
+        return [name]
+    count, stem = int(match[3]), f"{name.removesuffix(base)}{match[1]}"
+    if not 1 <= count <= MAX_FILES:
+        raise FormatError(f"{where}: {name}: its name says {count} parts")
+    return [f"{stem}-{i:05d}-of-{match[3]}{SUFFIX}" for i in range(1, count + 1)]
 
 
 def _label(stem: str) -> str:
