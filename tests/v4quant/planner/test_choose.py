@@ -119,7 +119,7 @@ def test_v41_over_four_cards_takes_whole_experts_where_groups_do_not_divide() ->
         found = for_vllm.vllm_candidate(outline, request, config, recipe, file)
         assert found is not None
         assert ("--enable-expert-parallel" in found.options) == uncut
-        assert any("576 channels is no multiple" in note for note in found.notes) == uncut
+        assert any("576 channels is not a multiple" in note for note in found.notes) == uncut
 
 
 def test_v41_in_llama_cpp_has_its_tables_in_a_file_of_their_own() -> None:
