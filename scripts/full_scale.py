@@ -179,6 +179,7 @@ def main() -> int:
     add("--scheme", default="nvfp4")
     add("--disk-cap", help="as of quantize")
     add("--samples", type=int, default=4, help="modules checked in each output shard")
+    add("--no-kill", action="store_true", help="one run from end to end, for its figures")
     add("--seed", type=int, help="which modules are checked (default: random)")
     add("--out", type=Path, required=True, help="folder for work files (absent)")
     options = parser.parse_args()
@@ -188,7 +189,7 @@ def main() -> int:
     release = Release(options.release, overrides, options.tiny)
     nbytes = sum(plan.nbytes for plan in release.plans.values())
     with ReleaseHub(release, seed, options.samples) as hub:
-        killed = convert(hub, options, nbytes // 3)
+        killed = None if options.no_kill else convert(hub, options, nbytes // 3)
         finished = convert(hub, options, None)
         problems = [] if finished["code"] == 0 else ["the conversion did not end well"]
         compared = 0
