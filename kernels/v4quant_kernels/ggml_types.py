@@ -30,6 +30,8 @@ class GgmlType:
     offered: experts may be asked to have this type. dense: other matrices may.
     fits_mxfp4: some MXFP4 matrices come out exactly.
     codebook: weights come in vectors of a table, which makes the search for codes slow.
+    needs_text: not to be written without statistics of a text: so few bits must go where they
+    count (llama.cpp refuses these without an importance matrix as well).
     """
 
     name: str
@@ -44,6 +46,7 @@ class GgmlType:
     dense: bool = True
     fits_mxfp4: bool = False
     codebook: bool = False
+    needs_text: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -84,11 +87,14 @@ def _stand_in(name: str, type_id: int, block_bytes: int, bits: int) -> GgmlType:
     )
 
 
-def _codebook(name: str, type_id: int, block_bytes: int, bits: int, file_type: int) -> GgmlType:
+def _codebook(
+    name: str, type_id: int, block_bytes: int, bits: int, file_type: int, needs_text: bool = False
+) -> GgmlType:
     """A type of 256 columns whose weights come in vectors of a table."""
     return GgmlType(
-        name, type_id, 256, block_bytes, bits, "iq4_nl", file_type, "block", codebook=True
-    )
+        name, type_id, 256, block_bytes, bits, "iq4_nl", file_type, "block", codebook=True,
+        needs_text=needs_text,
+    )  # fmt: skip
 
 
 # Numbers as in llama.cpp's ggml.h (ggml_type) and llama.h (llama_ftype).
@@ -113,8 +119,8 @@ GGML_TYPES: dict[str, GgmlType] = {
         _codebook("iq2_s", 22, 82, 2, 29),
         _codebook("iq2_xs", 17, 74, 2, 20),
         _codebook("iq2_xxs", 16, 66, 2, 19),
-        _codebook("iq1_m", 29, 56, 1, 31),
-        _codebook("iq1_s", 19, 50, 1, 24),
+        _codebook("iq1_m", 29, 56, 1, 31, needs_text=True),
+        _codebook("iq1_s", 19, 50, 1, 24, needs_text=True),
         GgmlType("iq4_nl", 20, 32, 18, 4, "bf16", 25, "block"),
         _stand_in("q5_1", 7, 24, 5),
         _stand_in("q5_0", 6, 22, 5),

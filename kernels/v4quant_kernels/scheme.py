@@ -42,6 +42,7 @@ class Scheme:
     fits_mxfp4: a search finds MXFP4's very values where a block's scales allow it.
     coder: the kind of codes that error feedback can solve for; "" for schemes without a solver.
     wider: a scheme that holds exactly what this one cannot.
+    needs_text: a search without statistics of a text is refused.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Scheme:
     fits_mxfp4: bool = False
     coder: CoderKind = ""
     wider: str = ""
+    needs_text: bool = False
 
     @property
     def group_size(self) -> int:
@@ -128,7 +130,7 @@ def _blocks(kind: GgmlType) -> Scheme:
     return Scheme(
         kind.name, "ggml", kind.bits, (1, kind.block), "none", block_bytes=kind.block_bytes,
         formats=("gguf",) if kind.offered else (), keeps_negative_zero=False, coder=kind.coder,
-        fits_mxfp4=kind.fits_mxfp4,
+        fits_mxfp4=kind.fits_mxfp4, needs_text=kind.needs_text,
     )  # fmt: skip
 
 

@@ -81,6 +81,7 @@ class AllocationResult:
             "largest": found.largest,
             "bits_per_weight": found.bits_per_weight,
             "room_left": found.room_left,
+            "needs_text": list(found.needs_text),
             "loss": sum(found.losses.values()),
             "loss_is_measured": found.measured,
             "skipped_rows": self.skipped_rows,

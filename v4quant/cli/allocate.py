@@ -180,6 +180,12 @@ def _rows(found: Allocation, out: Path) -> list[tuple[str, str]]:
         ("places", ", ".join(f"{n} {s}" for s, n in counts.most_common())),
         ("predicted loss", f"{sum(found.losses.values()):.4g} ({unit})"),
     ]
+    if found.needs_text:
+        names = ", ".join(found.needs_text)
+        rows.append(
+            ("before quantize", f"v4quant calibrate SOURCE --recipe {out} --out solved, and then "
+             f"--stats solved: {names} is refused without a text")
+        )  # fmt: skip
     if found.room_left:
         rows.append(("room left", found.room_left))
     return rows

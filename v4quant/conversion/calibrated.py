@@ -2,7 +2,8 @@
 
 `--stats` takes what `calibrate` writes, statistics or the folder of a solution, and importance
 matrices as `llama-imatrix` writes them. Only the solver `gptq` packs a solution's codes, and only
-for the scheme they were solved for.
+for the scheme they were solved for. Types of so few bits that a search without a text puts them
+where they do not count are refused without one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from v4quant.recipe import Recipe, RecipeError
+from v4quant.targets import WHOLE
 from v4quant_calibration.defaults import MIN_TOKENS
 from v4quant_calibration.solve.solution import Evidence, Solution, is_solution, load_solution
 from v4quant_calibration.statistics.imatrix import load_imatrix
@@ -20,7 +22,7 @@ from v4quant_formats.file_hash import hash_file
 from v4quant_formats.gguf.imatrix import looks_like_gguf
 from v4quant_formats.model_config import parse_model_config
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.scheme import Scheme
+from v4quant_kernels.scheme import SCHEMES, Scheme
 
 
 def load_calibrated(
@@ -28,7 +30,8 @@ def load_calibrated(
 ) -> tuple[Evidence | None, str]:
     """Statistics or solution at `path` and its digest; (None, "") without a path.
 
-    Raises StatsError, and RecipeError when recipe and evidence do not belong together.
+    Raises StatsError, and RecipeError when recipe and evidence do not belong together, or a type
+    needs evidence that is not there.
     """
     if path is None or not is_solution(path):
         if recipe.solver == "gptq":
@@ -37,12 +40,46 @@ def load_calibrated(
                 f"{recipe.scheme} --out solved` and give --stats solved"
             )
         if path is None:
+            _check_text(recipe)
             return None, ""
-        return read_stats(checkpoint, path)
+        stats, digest = read_stats(checkpoint, path)
+        if not stats.dense:
+            _check_dense(path, recipe)
+        return stats, digest
     solution = load_solution(path, checkpoint.digest())
     if recipe.solver == "gptq":
         _check_recipe(path, solution, recipe)
+    if recipe.solver != "gptq" or not solution.recipe or not solution.recipe["dense"]:
+        _check_dense(path, recipe)
     return solution, solution.digest
+
+
+def _check_text(recipe: Recipe) -> None:
+    """Refuse types that need a text, where there is none.
+
+    Embedding and head may have any type, in llama.cpp too: a lookup has no inputs to weigh.
+    """
+    places = {name for (_, group), name in recipe.places.items() if group not in WHOLE}
+    for name in sorted({recipe.scheme, recipe.dense, *places}):
+        if name in SCHEMES and SCHEMES[name].needs_text:
+            raise RecipeError(
+                f"{name} has too few bits to spend them without a text: run `v4quant calibrate "
+                "SOURCE --out stats.v4q` and give --stats stats.v4q (in a run file, a [calibrate] "
+                "table), or an importance matrix of llama.cpp's"
+            )
+
+
+def _check_dense(path: Path, recipe: Recipe) -> None:
+    """Refuse such types for dense matrices, whose inputs the file at `path` does not know."""
+    solved = recipe.solver == "gptq"  # lines of [schemes] were solved with the experts
+    places = {name for (_, group), name in recipe.places.items() if group == "dense"}
+    for name in sorted({recipe.dense} if solved else {recipe.dense, *places}):
+        if name in SCHEMES and SCHEMES[name].needs_text:
+            raise RecipeError(
+                f"{path}: knows the inputs of experts only, and {name} for dense matrices needs "
+                "theirs: `v4quant calibrate SOURCE --imatrix FILE.gguf` writes them for --stats, "
+                "or solve them too (`v4quant calibrate SOURCE --recipe FILE --out solved`)"
+            )
 
 
 def read_stats(checkpoint: Checkpoint, path: Path) -> tuple[Stats, str]:

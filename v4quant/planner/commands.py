@@ -74,25 +74,32 @@ def _short(candidate: Candidate) -> str:
 
 
 def _make(candidate: Candidate, folder: str, out: str, max_memory: str) -> list[str]:
-    cost, memory = candidate.cost, f" --max-memory {max_memory}"
-    solves = cost is not None and cost.level.solves
+    memory = f" --max-memory {max_memory}"
+    level = candidate.cost.level if candidate.cost is not None else None
+    solves = level is not None and level.solves
     stats = f" --stats {_q(out)}-solved" if solves else ""
     lines = []
+    if level is not None and level.weighs:
+        stats = f" --stats {_q(out)}.v4q"
+        lines.append(
+            f"v4quant calibrate {_q(folder)} --out {_q(out)}.v4q --tokens {level.tokens}{memory}"
+        )
+    weighed = stats if not solves else ""
     if candidate.recipe is None:
         recipe = f"--recipe {_q(out)}.toml"
         lines.append(
             f"v4quant allocate {_q(folder)} --out {_q(out)}.toml --budget {candidate.budget} "
-            f"{_allocation(candidate)} --measure-kl"
+            f"{_allocation(candidate)} --measure-kl{weighed}"
         )
     else:
         recipe = _recipe_options(candidate.recipe)
     if solves:
-        assert cost is not None
+        assert level is not None
         solve = recipe if candidate.recipe is None else _solve_options(candidate.recipe)
-        extra = "".join(f" {o}" for o in cost.level.options)
+        extra = "".join(f" {o}" for o in level.options)
         lines.append(
             f"v4quant calibrate {_q(folder)} --out {_q(out)}-solved {solve} "
-            f"--tokens {cost.level.tokens}{extra}{memory}"
+            f"--tokens {level.tokens}{extra}{memory}"
         )
     lines.append(f"v4quant quantize {_q(folder)} {_q(out)} {recipe}{stats}{memory}")
     return lines

@@ -1,6 +1,6 @@
 """How good the codes shall be, and what that takes: solvers, hours and disk.
 
-    minutes   the exactly best scale of every group, without text
+    minutes   the exactly best scale of every group, without text where the type allows that
     hours     GPTQ with refinement, if this machine does it within a day; else as `minutes`, and it
               says so
     best      GPTQ with refinement and propagation, however long
@@ -26,6 +26,8 @@ class Level:
     """A way to find codes: its name in quality.json, tokens of text, core-seconds a Flash expert.
 
     words: for people. passes: models that stream through all the text. options: of `calibrate`.
+    solves: whether `calibrate --solve` runs. A level that reads text and does not solve takes the
+    text's statistics as weights.
     """
 
     solver: str
@@ -34,17 +36,19 @@ class Level:
     expert_seconds: float
     passes: int
     options: tuple[str, ...] = ()
+    solves: bool = False
 
     @property
-    def solves(self) -> bool:
-        """Whether `calibrate --solve` runs."""
-        return self.tokens > 0
+    def weighs(self) -> bool:
+        """Whether `calibrate` runs for statistics alone."""
+        return self.tokens > 0 and not self.solves
 
 
 _CAST = Level("optimal", "a cast", 0, 0.0, 0)
 _PLAIN = Level("optimal", "searched scales, no text", 0, 0.2, 0)
-_REFINED = Level("refined", "GPTQ, refined", 32768, 36.0, 1, ("--no-propagate",))
-_BEST = Level("propagated", "GPTQ, refined and propagated", 131072, 45.0, 2)
+_WEIGHED = Level("optimal", "searched scales, weighed by a text", 32768, 0.2, 1)
+_REFINED = Level("refined", "GPTQ, refined", 32768, 36.0, 1, ("--no-propagate",), solves=True)
+_BEST = Level("propagated", "GPTQ, refined and propagated", 131072, 45.0, 2, solves=True)
 LEVELS: dict[Effort, tuple[Level, ...]] = {
     "minutes": (_PLAIN,),
     "hours": (_REFINED, _PLAIN),
@@ -87,10 +91,21 @@ def is_solved(scheme: Scheme) -> bool:
 
 
 def cost_of(
-    outline: Outline, scheme: Scheme, output: int, effort: Effort, cores: int, exact: bool
+    outline: Outline,
+    scheme: Scheme,
+    output: int,
+    effort: Effort,
+    cores: int,
+    exact: bool,
+    any_type: bool = False,
 ) -> Cost:
-    """What it costs to make `output` bytes of `scheme` with the best level that effort allows."""
+    """What it costs to make `output` bytes of `scheme` with the best level that effort allows.
+
+    any_type: `allocate` will choose among all types, so those that need a text may be there.
+    """
     levels = (_CAST,) if exact or not is_solved(scheme) else LEVELS[effort]
+    if scheme.needs_text or any_type:
+        levels = tuple(_WEIGHED if level is _PLAIN else level for level in levels)
     costs = [_cost(outline, scheme, output, level, cores, exact) for level in levels]
     within = [c for c in costs if c.hours <= _LIMIT_HOURS]
     return within[0] if within else costs[-1]
@@ -103,14 +118,13 @@ def _cost(
     convert = outline.nbytes / 1e9 * (_CAST_SECONDS if exact else _SEARCH_SECONDS)
     disk_seconds = (outline.nbytes + output) / _DISK_BYTES_A_SECOND
     seconds = max(convert / cores, disk_seconds)
+    seconds += level.passes * level.tokens * 2 * _active_weights(outline) / _CORE_FLOPS / cores
     if level.solves:
         experts = dims.n_routed_experts * dims.num_hidden_layers
         factor = _BLOCK_FACTOR if scheme.block_bytes else 1.0
         work = 2 * dims.moe_intermediate_size * dims.hidden_size**2
         work += dims.hidden_size * dims.moe_intermediate_size**2
-        solve = experts * level.expert_seconds * factor * work / _FLASH_WORK
-        forward = level.passes * level.tokens * 2 * _active_weights(outline) / _CORE_FLOPS
-        seconds += (solve + forward) / cores
+        seconds += experts * level.expert_seconds * factor * work / _FLASH_WORK / cores
     solution = output if level.solves else 0
     return Cost(level, seconds / 3600, cores, outline.nbytes + output + solution)
 

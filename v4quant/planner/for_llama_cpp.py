@@ -133,11 +133,15 @@ def _mixed_candidate(
     share, file = found
     made = _gguf_candidate(outline, request, files[at][0], file, False)
     assert made is not None and made.cost is not None
-    next_up = loss_of(outline, request, schemes[at - 1], made.cost.level.solver)
+    scheme = get_scheme(files[at][0].scheme)
+    cost = cost_of(
+        outline, scheme, made.size, request.effort, request.cores, exact=False, any_type=True
+    )
+    next_up = loss_of(outline, request, schemes[at - 1], cost.level.solver)
     loss = mixed_loss(largest.loss, next_up, share)
     return replace(
         made, recipe=None, scheme=f"{schemes[at - 1]} and {largest.scheme}, chosen by layer",
-        loss=loss, quicker=scaled(made.quicker, largest.loss, loss),
+        loss=loss, cost=cost, quicker=scaled(made.quicker, largest.loss, loss),
         budget=int(_MIX_RESERVE * file.trunk) + file.tables, engram=files[at][0].engram,
     )  # fmt: skip
 

@@ -21,19 +21,17 @@ def run_file(candidate: Candidate, source: str) -> str:
         )
         raise PlanError(f"no run file for {candidate.scheme}: {why}; take another with --choice")
     lines = [f"source = {json.dumps(source)}"]
-    solves = cost is not None and cost.level.solves
-    if solves:
-        assert cost is not None
+    if cost is not None and cost.level.tokens:
         lines += [
             "", "[calibrate]", 'corpus = ["builtin:mixed-calibration"]',
             f"tokens = {cost.level.tokens}", f"seq_len = {_SEQ_LEN}",
         ]  # fmt: skip
     lines += ["", "[quantize]", f"scheme = {json.dumps(recipe.scheme)}"]
-    for key in ("format", "engine", "dense", "draft"):
+    for key in ("format", "engine", "dense", "engram", "draft"):
         value = getattr(recipe, key)
         if value not in ("", "neutral", "convert"):
             lines.append(f"{key} = {json.dumps(value)}")
-    if solves:
+    if cost is not None and cost.level.solves:
         lines.append('solver = "gptq"')
     lines += ["", "[verify]", "source = true", "kernels = false"]
     if candidate.loss.basis != "exact":

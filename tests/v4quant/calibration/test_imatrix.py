@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ from v4quant.api.calibration import CalibrationResult
 from v4quant.builtin import CALIBRATION
 from v4quant.checks.verify import verify
 from v4quant.conversion.calibrated import load_calibrated
-from v4quant.recipe import Recipe
+from v4quant.recipe import Recipe, RecipeError
 from v4quant_calibration.statistics.imatrix import load_imatrix
-from v4quant_calibration.statistics.stats import StatsError
+from v4quant_calibration.statistics.stats import StatsError, write_stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import FormatError
 from v4quant_formats.gguf.imatrix import Inputs, read_imatrix, write_imatrix
@@ -125,6 +126,27 @@ def test_somebody_elses_file_weighs_errors(
         for module in (f"{EXPERT}.w1", f"{LAYER}.attn.wo_b"):
             name = f"{module}.weight"
             assert not torch.equal(weighed.read(name), even.read(name)), module
+
+
+def test_one_bit_needs_a_text(made: tuple[Path, CalibrationResult], source: Checkpoint) -> None:
+    """Also of dense matrices, which importance matrices know and statistics do not."""
+    folder = made[0].parent
+    write_stats(folder / "stats.v4q", replace(made[1].stats, dense={}))
+    dense = (("layers.1.dense", "iq1_s"),)
+    for recipe in (
+        Recipe("iq1_m"), Recipe("mxfp4", "gguf", dense="iq1_m"), Recipe("q2_k", schemes=dense),
+        Recipe("q2_k", schemes=(("layers.0-2.down", "iq1_s"),)),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=r"iq1_.* run `v4quant calibrate SOURCE --out"):
+            load_calibrated(source, None, recipe)
+        assert load_calibrated(source, made[0], recipe)[0] is not None
+        if recipe.dense or recipe.schemes == dense:
+            with pytest.raises(RecipeError, match=r"experts only, .*--imatrix FILE"):
+                load_calibrated(source, folder / "stats.v4q", recipe)
+        else:
+            assert load_calibrated(source, folder / "stats.v4q", recipe)[0] is not None
+    for scheme in ("iq2_xxs", "q2_k"):
+        load_calibrated(source, None, Recipe(scheme, "gguf", schemes=(("embed", "iq1_m"),)))
 
 
 def test_a_file_beside_a_model_is_not_a_model(

@@ -15,14 +15,17 @@ from click.testing import CliRunner
 from v4quant.builtin import TINY_V4, resolve_source
 from v4quant.cli import cli
 from v4quant.pipeline.recipe_file import load_pipeline
-from v4quant.planner import for_vllm
+from v4quant.planner import for_llama_cpp, for_vllm
 from v4quant.planner.candidates import Candidate, Request
 from v4quant.planner.choose import Answer, choose
+from v4quant.planner.commands import commands_for
 from v4quant.planner.footprint import footprint, outline_release
 from v4quant.planner.loss import Measured, known_loss, tiny_rows
 from v4quant.planner.machines import GIB, parse_cards, parse_machine, with_generation, with_memory
+from v4quant.planner.run_file import run_file
 from v4quant.recipe import Recipe
 from v4quant_formats.model_config import parse_model_config
+from v4quant_kernels.scheme import get_scheme
 
 
 def ask(
@@ -197,6 +200,24 @@ def test_the_commands_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.Monk
     pipeline = load_pipeline("run.toml")
     assert pipeline.recipe.scheme == "mxfp4" and pipeline.recipe.format == "gguf"
     assert tomllib.loads(Path("run.toml").read_text())["source"] == source
+
+
+@pytest.mark.parametrize("name", ["m4-max-128", "2x3090", "dgx-spark", "strix-halo"])
+def test_types_that_need_a_text_are_never_made_without(name: str) -> None:
+    """However quick it shall be; a mixture may choose such a type in any layer."""
+    machine = with_memory(parse_machine(name), "64GB" if name == "2x3090" else None, None)
+    outline = outline_release("flash")
+    found = for_llama_cpp.candidates(outline, Request(machine, 8192, "minutes", 16))[0]
+    weighed = [c for c in found if c.budget or (c.recipe and get_scheme(c.scheme).needs_text)]
+    assert weighed and any(c.budget for c in weighed)
+    for candidate in found:
+        assert candidate.cost is not None and not candidate.cost.level.solves
+        assert (candidate in weighed) == candidate.cost.level.weighs, candidate.scheme
+        make = commands_for(candidate, machine, "hf://a/b", "8GB").make
+        assert ("calibrate" in make[0]) == (candidate in weighed), make
+        assert all("--stats" in m for m in make[1:] if candidate in weighed), make
+        if candidate.recipe is not None:
+            assert ("[calibrate]" in run_file(candidate, "hf://a/b")) == (candidate in weighed)
 
 
 def test_words_name_every_place(tmp_path: Path) -> None:
