@@ -105,7 +105,8 @@ class Engine:
     methods: values of `quant_method` it can be predicted for ("" is an unquantized checkpoint).
     others: further values it accepts, not modelled here.
     experts, dense: stored kind -> GPU generations that run it (see preflight/storage.py).
-    refusals: kind -> why it is not taken, where more can be said than that.
+    refusals: kind, or another engine's container -> why it is not taken and what is, where more can
+    be said than that.
     wo_a: kinds its output projection takes.
     strict_wo_a: of V4.1 that projection takes tiles of 32 only beside FP4 experts.
     drafts: draft stages' experts are coded "like" the trunk's, stay "mxfp4", or are "ignored".

@@ -60,6 +60,9 @@ VLLM = Engine(
     refusals={
         "fp8-tensor": "vLLM's V4 class wants scales of 128x128 tiles (weight_scale_inv)",
         "ct-fp8-tensor": "vLLM's V4 class wants scales of tiles or channels",
+        "gguf": "vLLM 0.33 has no loader of GGUF, and of the packed blocks that ModelOpt files may "
+        "hold (IQ2, Q2_K) it takes none for models with a swiglu_limit, which V4 is; take "
+        "--format compressed-tensors --engine vllm, whose int2-g64 has q2_0's bits",
     },
     kv_cache=_kv_cache,
     v41_name=_v41_name,

@@ -79,8 +79,9 @@ def preflight(
     container = container_of(checkpoint)
     if engine.container != container:
         problem = f"{engine.title} loads {engine.container}, this is {container}; "
-        problem += engine.advice or "convert the release for it"
-        remedy = engine.advice or f"use --format for {engine.container}"
+        why = engine.refusals.get(container, engine.advice)
+        problem += why or "convert the release for it"
+        remedy = why or f"use --format for {engine.container}"
         found = Finding("error", "container", str(checkpoint.path), problem, remedy)
         return Preflight(engine.name, (found,), (), (), None)
     config = parse_dimensions(dict(checkpoint.config), str(checkpoint.path / "config.json"))

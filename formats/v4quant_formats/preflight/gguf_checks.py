@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from v4quant_formats.engines.llama_cpp import ARCHITECTURES, TYPES
 from v4quant_formats.errors import FormatError
 from v4quant_formats.gguf.carried import trunk_header
 from v4quant_formats.gguf.names import V41_ARCHITECTURE
@@ -20,6 +21,7 @@ from v4quant_kernels.ggml_types import block_type
 
 _REMEDY = "convert again; the file was damaged or written wrongly"
 _TOKENIZER = "tokenizer.ggml"
+_V41 = ARCHITECTURES[V41_ARCHITECTURE]
 
 # Key below the architecture -> value it must have.
 _NEEDED: dict[str, Any] = {
@@ -85,12 +87,28 @@ def v41_keys(survey: Survey) -> Iterator[Finding]:
     metadata, file = _metadata(survey)
     if metadata["general.architecture"] == V41_ARCHITECTURE:
         problem = (
-            "the keys of 'deepseek41' are those of llama.cpp's pull request 28696 and its loader; "
-            "mainline loads V4.1 since build 11870, and which keys its own converter writes was "
-            "not seen"
+            f"the keys of '{V41_ARCHITECTURE}' are those of llama.cpp's pull request "
+            f"{_V41.pull} and its loader; mainline loads V4.1 since build {_V41.build}, and which "
+            "keys its own converter writes was not seen"
         )
         remedy = "load the first shards before sending all; llama.cpp names a key it lacks"
         yield Finding("note", "metadata", file, problem, remedy)
+
+
+def builds(survey: Survey) -> Iterator[Finding]:
+    """Types that builds which know the architecture may not know yet."""
+    metadata, file = _metadata(survey)
+    known = ARCHITECTURES[metadata["general.architecture"]].build
+    held = {next(iter(module.parts.values()))[0] for module in survey.modules.values()}
+    for dtype in sorted(held & TYPES.keys()):
+        since = TYPES[dtype]
+        if since.build > known:
+            problem = (
+                f"{dtype} loads in llama.cpp from build {since.build} ({since.date}) on, while "
+                f"build {known} knows the model already; {since.where}"
+            )
+            remedy = f"update llama.cpp, or convert to {since.instead} for older builds"
+            yield Finding("note", "build", file, problem, remedy)
 
 
 def tokenizer(survey: Survey) -> Iterator[Finding]:
@@ -123,4 +141,4 @@ def _metadata(survey: Survey) -> tuple[Mapping[str, Any], str]:
     return header.metadata, sorted(checkpoint.files)[0]
 
 
-GGUF_CHECKS: tuple[Check, ...] = (shapes, numbers, v41_keys, tokenizer)
+GGUF_CHECKS: tuple[Check, ...] = (shapes, numbers, v41_keys, builds, tokenizer)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.conversion import convert
+from tests.support.conversion import TINY, convert
+from v4quant_formats.engines.llama_cpp import TYPES
 from v4quant_formats.errors import WrongMetadata
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.preflight import Preflight, preflight
+from v4quant_kernels.ggml_types import get_type
 
 
 def check(path: Path, engine: str = "llama.cpp") -> Preflight:
@@ -37,6 +39,19 @@ def test_gguf_is_for_llama_cpp(gguf: Path) -> None:
     assert found.memory is not None and found.memory.weights > 10**7
     for engine in ("vllm", "sglang", "transformers"):
         assert not check(gguf, engine).loads
+    assert "whose int2-g64 has q2_0's bits" in check(gguf, "vllm").findings[0].remedy
+    assert not any(f.rule == "build" for f in found.findings), "as old as the architecture"
+
+
+def test_types_that_older_builds_do_not_know(tmp_path: Path) -> None:
+    convert(TINY, tmp_path / "out", "q2_0/gguf")
+    found = check(tmp_path / "out")
+    told = next(f for f in found.findings if f.rule == "build")
+    assert told.severity == "note" and "from build 9937" in told.problem
+    assert "convert to q2_k" in told.remedy
+    for name, since in TYPES.items():
+        older = get_type(since.instead)
+        assert older.offered and older.dtype not in TYPES and get_type(name.lower()).dtype == name
 
 
 def test_gguf_without_a_tensor(gguf: Path) -> None:
