@@ -148,7 +148,7 @@ def check(
     out = scratch / scheme
     v4quant("quantize", SOURCE, str(out), *more)
     held = logits_of(str(out), scratch / f"{scheme}.safetensors", options.windows)
-    main_file = min(out.glob("model-*.gguf"))
+    main_file = min(out.glob("tiny-v4-*.gguf"))
     model = load(llama_cpp, main_file, options.threads)
     reference, other = [], []
     for ids, wanted in zip(held["input_ids"], held["logits"], strict=True):
@@ -161,7 +161,7 @@ def check(
     return Agreement(
         scheme=scheme,
         dense="q8_0" if "--dense" in more else "mixed" if "--recipe" in more else "bf16",
-        files=len(list(out.glob("model-*.gguf"))),
+        files=len(list(out.glob("tiny-v4-*.gguf"))),
         mean_kl=float(kl.mean()),
         median_kl=float(np.median(kl)),
         largest_kl=float(kl.max()),

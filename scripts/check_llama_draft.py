@@ -81,7 +81,7 @@ def agreement(folder: Path, tokens: Path) -> dict[str, Any]:
     silent = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(silent, None)
     trunk = llama_cpp.Llama(
-        str(min(folder.glob("model-*.gguf"))), n_ctx=2 * LENGTH, n_batch=2 * LENGTH,
+        str(min(folder.glob("tiny-v4-*.gguf"))), n_ctx=2 * LENGTH, n_batch=2 * LENGTH,
         logits_all=True, n_threads=2, n_gpu_layers=0, verbose=False,
     )  # fmt: skip
     context = trunk._ctx.ctx

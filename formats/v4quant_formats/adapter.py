@@ -60,6 +60,11 @@ class Adapter:
     digest: str
     _shards: LocalShards = field(repr=False, compare=False)
 
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return self.path.resolve().name
+
     def __contains__(self, module: object) -> bool:
         return module in self.pairs
 

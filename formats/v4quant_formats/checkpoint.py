@@ -56,6 +56,10 @@ class Deltas(Protocol):
     """What is added to some matrices when they are read: an adapter."""
 
     @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
     def digest(self) -> str:
         """Which adapter this is."""
 

@@ -152,7 +152,7 @@ def _number(key: str, value: int) -> bytes:
 
 
 def _rename(folder: Path) -> None:
-    parts = sorted(folder.glob("model-*.gguf"))
+    parts = sorted(folder.glob("tiny-*.gguf"))
     first, second = parts[0].read_bytes(), parts[1].read_bytes()
     parts[0].write_bytes(second)
     parts[1].write_bytes(first)
@@ -168,17 +168,17 @@ ATTACKS: list[tuple[str, Callable[[Path], object], type[V4QuantError], str]] = [
      "parts are needed"),
     ("parts change places", _rename, errors.WrongMetadata, "its name says"),
     ("two models", _other_model, errors.FormatError, "holds several"),
-    ("another architecture", lambda f: _edit(f, "model-*-00001-*", b"\x09\0\0\0\0\0\0\0deepseek4",
+    ("another architecture", lambda f: _edit(f, "tiny-*-00001-*", b"\x09\0\0\0\0\0\0\0deepseek4",
      b"\x09\0\0\0\0\0\0\0deepseek9"), errors.WrongMetadata, "only 'deepseek4'"),
-    ("a key is missing", lambda f: _edit(f, "model-*-00001-*", b"attention.q_lora_rank",
+    ("a key is missing", lambda f: _edit(f, "tiny-*-00001-*", b"attention.q_lora_rank",
      b"attention.q_lora_rang"), errors.WrongMetadata, "q_lora_rank"),
-    ("a key of the wrong type", lambda f: _edit(f, "model-*-00001-*",
+    ("a key of the wrong type", lambda f: _edit(f, "tiny-*-00001-*",
      _number("deepseek4.block_count", 4), b"deepseek4.block_count" + struct.pack("<If", 6, 4.0)),
      errors.WrongMetadata, "block_count"),
-    ("blocks that cannot be", lambda f: _edit(f, "model-*-00001-*",
+    ("blocks that cannot be", lambda f: _edit(f, "tiny-*-00001-*",
      _number("deepseek4.block_count", 4), _number("deepseek4.block_count", 0)),
      errors.WrongMetadata, "blocks"),
-    ("an unknown tensor", lambda f: _edit(f, "model-*-00001-*", b"blk.0.attn_norm.weight",
+    ("an unknown tensor", lambda f: _edit(f, "tiny-*-00001-*", b"blk.0.attn_norm.weight",
      b"blk.0.attn_gnom.weight"), errors.UnexpectedTensor, "attn_gnom"),
 ]  # fmt: skip
 
@@ -202,7 +202,7 @@ def test_hostile_models(
 
 def test_a_part_may_not_lead_out_of_the_folder(model: Path, tmp_path: Path) -> None:
     folder = _copy(model, tmp_path / "model")
-    (part,) = folder.glob("model-*-00002-*")
+    (part,) = folder.glob("tiny-*-00002-*")
     part.rename(tmp_path / "elsewhere.gguf")
     part.symlink_to(tmp_path / "elsewhere.gguf")
     with pytest.raises(errors.UnsafePath, match="leaves the folder"):
@@ -213,7 +213,7 @@ def test_random_damage_is_an_error_of_ours_or_harmless(model: Path, tmp_path: Pa
     seed = secrets.randbits(31)
     sys.stdout.write(f"seed {seed}\n")
     rng = random.Random(seed)
-    (first,) = model.glob("model-*-00001-*")
+    (first,) = model.glob("tiny-*-00001-*")
     whole = first.read_bytes()
     path = tmp_path / "m.gguf"
     refused = 0

@@ -127,7 +127,7 @@ def test_the_output_has_what_was_asked_for(tmp_path: Path) -> None:
     plain = Recipe("mxfp4", "gguf", draft="drop")
     out = tmp_path / "out"
     result = convert(SOURCE, out, recipe)
-    types = {t.name: t.tensor_type.name for t in GGUFReader(out / "model-mxfp4.gguf").tensors}
+    types = {t.name: t.tensor_type.name for t in GGUFReader(out / "tiny-v4-MXFP4.gguf").tensors}
     for layer in range(6):
         down = "Q3_K" if layer in (1, 2) else "MXFP4"
         gate = "Q2_K" if layer == 2 else "MXFP4"
@@ -145,5 +145,5 @@ def test_the_output_has_what_was_asked_for(tmp_path: Path) -> None:
     with open_checkpoint(SOURCE) as checkpoint:
         plan, other = make_plan(checkpoint, recipe), make_plan(checkpoint, plain)
         assert plan.digest != other.digest and plan.bytes_out < other.bytes_out
-        assert result.bytes_out == plan.bytes_out == (out / "model-mxfp4.gguf").stat().st_size
+        assert result.bytes_out == plan.bytes_out == (out / "tiny-v4-MXFP4.gguf").stat().st_size
     assert verify(out, SOURCE, SilentProgress()).findings == ()

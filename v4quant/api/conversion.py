@@ -16,7 +16,7 @@ from v4quant.api.arguments import (
     source_of,
 )
 from v4quant.conversion.calibrated import load_calibrated
-from v4quant.conversion.job import JobResult, run_job
+from v4quant.conversion.job import JobResult, as_begun, run_job
 from v4quant.conversion.plan import make_plan
 from v4quant.conversion.ranks import current_ranks
 from v4quant.conversion.size_by_role import warn_of_growth
@@ -179,7 +179,8 @@ def quantize(
             open_shared(where, places.scratch, disk, path_of(adapter), ranks)
         )
         evidence, digest = load_calibrated(checkpoint, path_of(stats), chosen)
-        plan = replace(make_plan(checkpoint, chosen, digest), device=find_device(device))
+        plan = as_begun(make_plan(checkpoint, chosen, digest), places.out)
+        plan = replace(plan, device=find_device(device))
         threads = fit_workers(plan, workers or os.cpu_count() or 1, size_of(max_memory))
         work = places.out if places.repo is not None else None
         share = share_cap(plan, disk, work, ranks.on_machine)

@@ -101,7 +101,9 @@ def plan(
             raise PlanError(f"--choice {choice}: the plan has {len(answer.candidates)} files")
         text = run_file(answer.candidates[choice - 1], outline.label)
         write_file_atomically(Path(write), text.encode())
-    commands = (commands_for(c, asked, outline.label, _MEMORY) for c in answer.candidates)
+    commands = (
+        commands_for(c, asked, outline.label, outline.name, _MEMORY) for c in answer.candidates
+    )
     return PlanResult(asked, answer, tuple(commands))
 
 

@@ -124,7 +124,7 @@ def _adapter(checkpoint: Checkpoint) -> dict[str, Any]:
     if not isinstance(deltas, Adapter):
         return {}
     norms = {m: float(f"{n:.6g}") for m, n in deltas.norms().items()}
-    facts = {"name": deltas.path.resolve().name, "digest": deltas.digest, "norms": norms}
+    facts = {"name": deltas.name, "digest": deltas.digest, "norms": norms}
     return {"adapter": facts}
 
 

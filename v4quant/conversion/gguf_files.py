@@ -3,7 +3,7 @@
 The trunk is one model file, or several when it is larger than the recipe's `split_size`: cut
 between layers, as evenly as that allows, the first carrying all metadata. A draft stage is a file
 of its own, because llama.cpp has one place for hc_head and final norm; that file repeats embedding,
-head and norm, which llama.cpp reads from it (`llama-server -m model --model-draft mtp-model`).
+head and norm, which llama.cpp reads from it (`llama-server -m MODEL --model-draft mtp-MODEL`).
 DSpark's stages are a model of another architecture, which takes those from the trunk.
 
 V4.1's Engram tables are the last part of a split model, alone in it. What that file says depends on
@@ -34,9 +34,12 @@ _TABLE = ".engram.embed"
 
 
 def gguf_shards(
-    checkpoint: Checkpoint, units: Sequence[Unit], scheme: str, split_bytes: int
+    checkpoint: Checkpoint, units: Sequence[Unit], scheme: str, split_bytes: int, stem: str
 ) -> tuple[ShardPlan, ...]:
-    """The files that hold `units`. Raises UnsupportedPair, WrongMetadata or UnknownTokenizer."""
+    """The files that hold `units`; `stem` is in all their names.
+
+    Raises UnsupportedPair, WrongMetadata or UnknownTokenizer.
+    """
     config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
     trunk = [u for u in units if not _is_draft(u)]
     drafts = [u for u in units if _is_draft(u)]
@@ -46,7 +49,6 @@ def gguf_shards(
     _check_places(checkpoint, drafts, draft_place)
     carried = carried_fields(checkpoint)
     tokenizer = [f for f in carried if not f.key.startswith("general.")]
-    stem = f"model-{scheme}"
     said = {f.key for f in carried}
     fields = [f for f in _trunk_fields(checkpoint, config, scheme) if f.key not in said]
     fields += carried
@@ -94,29 +96,44 @@ def _pack(units: Sequence[Unit], limit: int) -> list[list[Unit]]:
     for unit in units:
         parts = unit.module.split(".")
         stages.setdefault(parts[1] if parts[0] == "layers" else "", []).append(unit)
-    ordered = sorted(stages.items(), key=lambda item: int(item[0] or -1))
-    total = sum(u.bytes_out for u in units)
-    target = total / -(-total // max(limit, 1))  # even files rather than a small last one
-    files: list[list[Unit]] = [[]]
+    ordered = [members for _, members in sorted(stages.items(), key=lambda s: int(s[0] or -1))]
+    sizes = [sum(u.bytes_out for u in members) for members in ordered]
+    return [[u for i in group for u in ordered[i]] for group in packed(sizes, limit)]
+
+
+def packed(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Which stages of these bytes, in order, share a file of at most `limit` bytes, if one can.
+
+    Even files rather than a small last one.
+    """
+    target = sum(sizes) / max(-(-sum(sizes) // max(limit, 1)), 1)
+    files: list[list[int]] = [[]]
     size = 0
-    for _, members in ordered:
-        nbytes = sum(u.bytes_out for u in members)
+    for number, nbytes in enumerate(sizes):
         full = size + nbytes > limit or size + nbytes / 2 > target
         if files[-1] and full:
             files.append([])
             size = 0
-        files[-1] += members
+        files[-1].append(number)
         size += nbytes
     return files
+
+
+def part_names(stem: str, count: int) -> list[str]:
+    """What the files of a model in `count` parts are called."""
+    if count == 1:
+        return [f"{stem}.gguf"]
+    return [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
 
 
 def _split(
     files: list[list[Unit]], stem: str, fields: list[Field], place: PlaceOf
 ) -> list[ShardPlan]:
     count = len(files)
+    names = part_names(stem, count)
     if count == 1:
         build = partial(plan_gguf, fields, place)
-        return [ShardPlan(f"{stem}.gguf", tuple(files[0]), build)]
+        return [ShardPlan(names[0], tuple(files[0]), build)]
     tensors = {
         found.tensor
         for units in files
@@ -128,6 +145,5 @@ def _split(
     for number, units in enumerate(files):
         own = split_fields(number, count, len(tensors))
         build = partial(plan_gguf, [*(fields if number == 0 else []), *own], place)
-        name = f"{stem}-{number + 1:05d}-of-{count:05d}.gguf"
-        shards.append(ShardPlan(name, tuple(units), build))
+        shards.append(ShardPlan(names[number], tuple(units), build))
     return shards

@@ -20,12 +20,13 @@ from v4quant.conversion.delivery import Delivery, LocalDelivery
 from v4quant.conversion.finish import finish_folder, travelling_sidecars
 from v4quant.conversion.journal import (
     Journal,
+    begun_stem,
     journal_files,
     locked_output,
     refuse_survivors,
     remove_work,
 )
-from v4quant.conversion.plan import Plan
+from v4quant.conversion.plan import Plan, under_stem
 from v4quant.conversion.ranks import Ranks
 from v4quant.conversion.records import TensorRecord, record_from_dict
 from v4quant.conversion.shard_writing import write_shards
@@ -47,11 +48,13 @@ from v4quant_kernels.progress import Progress, SilentProgress
 class JobResult:
     """What `quantize` reports (`--json`).
 
+    first_file: of the output's shards; for GGUF the one that llama.cpp is given.
     engram_relative_rms: of the worst of V4.1's tables; _in_use: with every row weighted by how
     often the calibration text used it, 0 where that is not known.
     """
 
     output: str
+    first_file: str
     format: str
     scheme: str
     tensors: int
@@ -101,7 +104,7 @@ def run_job(
             warn_of_growth(plan)
         sidecars = travelling_sidecars(plan.checkpoint)
         sizes = {s.file: s.nbytes for s in plan.shards}
-        journal = Journal(out, plan.digest, sizes, ranks.run, ranks.rank, delivery.has)
+        journal = Journal(out, plan.digest, sizes, ranks.run, ranks.rank, delivery.has, plan.stem)
         if ranks.is_first:
             small = ("config.json", plan.recipe.layout.index or MANIFEST_NAME, MANIFEST_NAME)
             remove_leftovers(out, [*sizes, *(s.name for s in sidecars), *small])
@@ -127,6 +130,21 @@ def run_job(
             journal.remove()
         ranks.barrier()
     return _result(plan, out, [r for s in shards for r in s.records], started)
+
+
+def as_begun(plan: Plan, out: Path) -> Plan:
+    """The plan under the names that this conversion has in `out`, if it was begun there.
+
+    Its source may have been moved or renamed since. Raises OutputError for a damaged journal.
+    """
+    if not plan.stem:
+        return plan
+    stem = begun_stem(out, plan.recipe.scheme)
+    if stem is None and (found := LocalDelivery().manifest(out)) is not None:
+        tail = plan.shards[0].file.removeprefix(plan.stem)
+        if found.get("plan") == plan.digest:
+            stem = str(found["files"][0]["name"]).removesuffix(tail)
+    return under_stem(plan, stem) if stem else plan
 
 
 def _enter(
@@ -216,6 +234,7 @@ def _result(plan: Plan, out: Path, records: list[TensorRecord], started: float) 
     tables = [r for r in records if r.module.endswith(".engram.embed")]
     return JobResult(
         output=os.fspath(out),
+        first_file=plan.shards[0].file,
         format=plan.recipe.format,
         scheme=plan.recipe.scheme,
         tensors=sum(len(s.outputs) for s in plan.shards),

@@ -29,6 +29,7 @@ from v4quant.own_folders import FOLDER, forget_home, remove_own_folder
 from v4quant_formats.errors import FormatError, OutputError
 from v4quant_formats.file_hash import hash_file
 from v4quant_formats.folder_lock import LOCK_NAME, locked_folder
+from v4quant_formats.gguf.file_names import OLDER
 from v4quant_formats.shards import WrittenFile, output_error
 from v4quant_formats.small_files import read_small
 from v4quant_formats.system import LockHeld, hold_lock, open_own, sync_folder, write_at
@@ -37,6 +38,7 @@ SOURCE_FOLDER = "source"
 """The own folder in which a conversion keeps source shards from the hub."""
 MAX_JOURNAL_BYTES = 2**30
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,14 @@ class Journal:
         run: str,
         rank: int = 0,
         elsewhere: Callable[[WrittenFile], bool] = lambda file: False,
+        stem: str = "",
     ) -> None:
         """Open or begin rank `rank`'s journal and read everybody's.
 
         sizes: bytes of every shard of the plan, by name. run: the same for all ranks of this run.
-        elsewhere: whether a shard that is not in the folder is safe at its destination. Raises
-        OutputError when the folder holds another plan's, or a damaged one.
+        elsewhere: whether a shard that is not in the folder is safe at its destination. stem: of
+        the shards' names, which `begun_stem` tells the next run. Raises OutputError when the folder
+        holds another plan's, or a damaged one.
         """
         self._path = out / FOLDER / f"journal-{rank}.jsonl"
         self._out, self._plan_digest, self._sizes, self._run = out, plan_digest, sizes, run
@@ -90,8 +94,8 @@ class Journal:
         self.finished: dict[str, FinishedShard] = {}
         self.unchecked: dict[str, FinishedShard] = {}
         self.refresh()
-        if not self._read_lines(self._path):
-            self._append({"plan": plan_digest}, fresh=True)
+        if not _read_lines(self._path):
+            self._append({"plan": plan_digest, "stem": stem}, fresh=True)
 
     def refresh(self) -> None:
         """Read what all ranks have finished so far, and what of other runs is to be checked."""
@@ -102,7 +106,7 @@ class Journal:
             self.finished[name] = self.unchecked.pop(name)
 
     def _read(self, path: Path, checked: set[str]) -> None:
-        lines = self._read_lines(path)
+        lines = _read_lines(path)
         if not lines:
             return
         if lines[0].get("plan") != self._plan_digest:
@@ -177,22 +181,6 @@ class Journal:
         path = self._out / file.name
         return path.is_file() and not path.is_symlink() and path.stat().st_size == file.nbytes
 
-    def _read_lines(self, path: Path) -> list[dict[str, Any]]:
-        if not path.exists():
-            return []
-        try:
-            text = read_small(path, MAX_JOURNAL_BYTES)
-        except FormatError as error:
-            raise OutputError(str(error)) from None
-        lines = []
-        for raw in text.split(b"\n")[:-1]:  # what follows the last newline was cut short
-            try:
-                line = json.loads(raw)
-            except (ValueError, RecursionError):
-                break
-            lines.append(line if isinstance(line, dict) else {})
-        return lines
-
     def _append(self, line: dict[str, object], fresh: bool = False) -> None:
         data = json.dumps(line).encode() + b"\n"
         with self._writing:
@@ -210,6 +198,37 @@ class Journal:
                     sync_folder(self._path.parent)
             except OSError as error:
                 raise output_error(self._path, error) from None
+
+
+def begun_stem(out: Path, scheme: str) -> str | None:
+    """The stem of the names that an unfinished conversion in `out` began with; None without one.
+
+    Raises OutputError for a journal with a stem that no run gives.
+    """
+    for path in journal_files(out):
+        if lines := _read_lines(path):
+            stem = lines[0].get("stem", f"{OLDER}-{scheme}")
+            if isinstance(stem, str) and (not stem or _STEM.fullmatch(stem)):
+                return stem
+            raise OutputError(f"{path}: damaged; delete the folder {out} and start again")
+    return None
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        text = read_small(path, MAX_JOURNAL_BYTES)
+    except FormatError as error:
+        raise OutputError(str(error)) from None
+    lines = []
+    for raw in text.split(b"\n")[:-1]:  # what follows the last newline was cut short
+        try:
+            line = json.loads(raw)
+        except (ValueError, RecursionError):
+            break
+        lines.append(line if isinstance(line, dict) else {})
+    return lines
 
 
 def locked_output(out: Path, rank: int = 0) -> AbstractContextManager[None]:

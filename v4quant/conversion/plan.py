@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
@@ -31,6 +31,7 @@ from v4quant_formats.deepseek_v4 import (
     wrong_draft_count,
 )
 from v4quant_formats.errors import UnexpectedTensor
+from v4quant_formats.gguf.file_names import file_stem
 from v4quant_formats.model_config import Dimensions
 from v4quant_kernels.scheme import Scheme
 
@@ -39,6 +40,8 @@ from v4quant_kernels.scheme import Scheme
 class Plan:
     """The whole conversion. `digest` keys the journal: same digest, same output bytes.
 
+    stem: what the shards' names have in common ("" where they keep the source's); a name, which
+    does not change the bytes, and no part of the digest.
     kept: stages whose experts stay in the source format because a cast would change them.
     device: where experts are computed; not part of the digest, because the bytes are the same.
     """
@@ -50,6 +53,7 @@ class Plan:
     dropped: tuple[Dropped, ...]
     stats_digest: str
     kept: tuple[str, ...] = ()
+    stem: str = ""
     device: torch.device = CPU
 
     @property
@@ -109,14 +113,25 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, stats_digest: str = "") ->
     tensor and the remedy.
     """
     found = plan_units(checkpoint, recipe)
+    stem = ""
     if recipe.layout.index:
         shards = _shards_as_source(found.units)
     else:
-        shards = gguf_shards(checkpoint, found.units, recipe.scheme, recipe.split_bytes)
+        stem = file_stem(checkpoint, recipe.scheme)
+        shards = gguf_shards(checkpoint, found.units, recipe.scheme, recipe.split_bytes, stem)
     _check_accounted(checkpoint, shards, found.dropped)
-    plan = Plan(checkpoint, found.config, recipe, shards, found.dropped, stats_digest, found.kept)
+    plan = Plan(
+        checkpoint, found.config, recipe, shards, found.dropped, stats_digest, found.kept, stem
+    )
     plan.output_config()  # what config.json cannot say is refused now
     return plan
+
+
+def under_stem(plan: Plan, stem: str) -> Plan:
+    """The same conversion with other names; only where names have a stem."""
+    assert plan.stem, "names of shards come from the source"
+    shards = (replace(s, file=stem.join(s.file.rsplit(plan.stem, 1))) for s in plan.shards)
+    return replace(plan, shards=tuple(shards), stem=stem)
 
 
 def _shards_as_source(units: Iterable[Unit]) -> tuple[ShardPlan, ...]:

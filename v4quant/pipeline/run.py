@@ -25,7 +25,7 @@ from v4quant.calibration.collect import calibrate_to, draw_corpus, reserve_of, s
 from v4quant.checks.kernel_check import check_kernels
 from v4quant.checks.verify import verify as verify_checkpoint
 from v4quant.conversion.calibrated import load_calibrated, solved_part
-from v4quant.conversion.job import JobResult, check_folder, run_job
+from v4quant.conversion.job import JobResult, as_begun, check_folder, run_job
 from v4quant.conversion.plan import make_plan
 from v4quant.conversion.workers import fit_workers
 from v4quant.devices import arithmetic_threads, find_device
@@ -129,7 +129,7 @@ def run(
             )
             verified, place = _check(job, pipeline.verify, target, source, made[target.name])
             path = place.repo if isinstance(place, HubRef) else str(place)
-            serve = target.recipe.layout.serve.format(path=path)
+            serve = target.recipe.layout.serve.format(path=path, file=converted.first_file)
             done.append((place, Conversion(target.name, str(place), converted, verified, serve)))
         found = None
         if pipeline.evaluate is not None:
@@ -241,7 +241,8 @@ def _convert(
 ) -> tuple[JobResult, int]:
     """The conversion's result, and the output's share of the disk cap."""
     recipe = target.recipe
-    plan = replace(make_plan(source, recipe, digest), device=job.limits.device)
+    plan = as_begun(make_plan(source, recipe, digest), target.folder)
+    plan = replace(plan, device=job.limits.device)
     job.watcher.step(f"Quantize to {recipe.scheme} ({recipe.format})")
     threads = fit_workers(plan, _cores(workers), job.limits.max_memory)
     share, delivery = share_cap(plan, disk, target.folder if target.repo else None), None

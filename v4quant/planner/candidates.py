@@ -51,7 +51,7 @@ class Candidate:
     context: tokens of one sequence that fit at most. tokens_per_second: an upper bound, from the
     bytes that one token's products read. options: of the engine's server. before: commands to give
     first. notes: what else one should know. engram: type of V4.1's tables, for `allocate`. quicker:
-    what less effort takes and loses.
+    what less effort takes and loses. files: GGUF files of the model.
     """
 
     engine: EngineName
@@ -69,6 +69,7 @@ class Candidate:
     budget: int = 0
     engram: str = ""
     quicker: tuple[Quicker, ...] = ()
+    files: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
+from v4quant.conversion.gguf_files import part_names
 from v4quant.planner.candidates import Candidate
 from v4quant.planner.machines import Machine
 from v4quant.recipe import Recipe
+from v4quant_formats.gguf.file_names import quant_label
 from v4quant_formats.layouts.choices import DEFAULT_SPLIT
 
 _HUB = "hf://"
@@ -32,15 +34,18 @@ class Commands:
     serve: tuple[str, ...]
 
 
-def commands_for(candidate: Candidate, machine: Machine, source: str, max_memory: str) -> Commands:
-    """What to type. source: a folder or `hf://` repository, which is downloaded first."""
+def commands_for(
+    candidate: Candidate, machine: Machine, source: str, model: str, max_memory: str
+) -> Commands:
+    """What to type. source: a folder or `hf://` repository, which is downloaded first. model: the
+    name that GGUF files get."""
     folder, fetch = _local(source)
     name = folder.rstrip("/\\").replace("\\", "/").rpartition("/")[2].replace(":", "-")
     if candidate.recipe is None and not candidate.budget:
         served = source.removeprefix(_HUB).partition("@")[0] if fetch else folder
         line = f"v4quant verify {_q(folder)} --engine {candidate.engine}{_gpu(machine)}"
         check = [] if fetch else [line + _split(candidate)]
-        serve = _serve(candidate, machine, served)
+        serve = _serve(candidate, machine, served, model)
         return Commands((), (), tuple(check), serve)
     out = f"{name}-{_short(candidate)}"
     check = [
@@ -53,7 +58,7 @@ def commands_for(candidate: Candidate, machine: Machine, source: str, max_memory
             f"--max-memory {max_memory} --report {_q(out)}.html"
         )
     make = tuple(_make(candidate, folder, out, max_memory))
-    return Commands(fetch, make, tuple(check), _serve(candidate, machine, out))
+    return Commands(fetch, make, tuple(check), _serve(candidate, machine, out, model))
 
 
 def _local(source: str) -> tuple[str, tuple[str, ...]]:
@@ -134,16 +139,23 @@ def _solve_options(recipe: Recipe) -> str:
     return f"--solve {recipe.scheme}{dense}"
 
 
-def _serve(candidate: Candidate, machine: Machine, out: str) -> tuple[str, ...]:
+def _serve(candidate: Candidate, machine: Machine, out: str, name: str) -> tuple[str, ...]:
     options = " ".join(candidate.options)
     if candidate.engine == "vllm":
         return (*candidate.before, f"vllm serve {_q(out)} {options}")
     flag = _BACKENDS["cpu" if machine.card is None else machine.unified or _maker(machine)]
     build = tuple(line.format(flag=flag) for line in _BUILD)
-    split = candidate.size > DEFAULT_SPLIT
-    first = f"{_q(out)}/*-00001-of-*.gguf" if split else f"{_q(out)}/*.gguf"
-    server = f"llama.cpp/build/bin/llama-server -m {first} {options}"
+    server = f"llama.cpp/build/bin/llama-server -m {_model_file(candidate, out, name)} {options}"
     return (*build, *candidate.before, server)
+
+
+def _model_file(candidate: Candidate, out: str, name: str) -> str:
+    """The file that llama.cpp is given; of a mixture, as which it will be chosen is not known."""
+    if candidate.recipe is None:
+        part = "-00001-of-*" if candidate.size > DEFAULT_SPLIT else ""
+        return f"{_q(out)}/{_q(name)}-*{part}.gguf"
+    stem = f"{name}-{quant_label(candidate.recipe.scheme)}"
+    return _q(f"{out}/{part_names(stem, candidate.files)[0]}")
 
 
 def _maker(machine: Machine) -> str:

@@ -21,6 +21,7 @@ from v4quant.synthetic.inventory import shards_of
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import TensorName, parse_name
 from v4quant_formats.engines.vllm_split import is_split
+from v4quant_formats.gguf.file_names import clean_name, model_name
 from v4quant_formats.model_config import Dimensions, parse_dimensions
 from v4quant_formats.shard_files import HeadersOnly
 from v4quant_formats.spec import TensorSpec
@@ -57,11 +58,13 @@ def release_named(text: str) -> str | None:
 class Outline:
     """A checkpoint's headers with a few experts a layer, and how many there really are.
 
+    name: of the model, in files' names, when it is converted from a folder on this disk.
     structure: the thin checkpoint taken apart. config: the real config.json. trunk, drafts: routed
     experts of a layer and of a draft stage. nbytes: of the whole checkpoint's tensors.
     """
 
     label: str
+    name: str
     thin: Checkpoint
     structure: Structure
     config: Mapping[str, Any]
@@ -147,7 +150,11 @@ def outline_checkpoint(checkpoint: Checkpoint) -> Outline:
         if match is None or int(match[1]) < kept:
             tensors[spec.name] = _thin_gate(spec, kept)
     found = _outline(checkpoint.label, config, tensors, checkpoint.path)
-    return replace(found, nbytes=checkpoint.nbytes)
+    local = checkpoint
+    if checkpoint.origin is not None:
+        folder = Path(checkpoint.origin.repo.rpartition("/")[2])
+        local = replace(checkpoint, origin=None, path=folder)
+    return replace(found, nbytes=checkpoint.nbytes, name=model_name(local))
 
 
 def footprint(outline: Outline, recipe: Recipe) -> Footprint:
@@ -226,5 +233,15 @@ def _outline(
     thin = Checkpoint(path, thin_config, tensors, {}, HeadersOnly())
     drafts = dims.dspark.n_routed_experts if dims.dspark is not None else dims.n_routed_experts
     structure = check_structure(thin)
-    found = Outline(label, thin, structure, config, dims, dims.n_routed_experts, drafts, 0)
+    found = Outline(
+        label,
+        clean_name(label.rpartition("/")[2]),
+        thin,
+        structure,
+        config,
+        dims,
+        dims.n_routed_experts,
+        drafts,
+        0,
+    )
     return replace(found, nbytes=sum(_real_bytes(found, s, parse_name(s.name)) for s in thin))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from v4quant.conversion.gguf_files import packed
 from v4quant.planner import llama_cpp
 from v4quant.planner.candidates import (
     Candidate,
@@ -105,7 +106,15 @@ def _gguf_candidate(
         loss_of(outline, request, recipe.scheme, cost.level.solver), cost, 1 / placed.seconds,
         (*placed.options, f"--ctx-size {request.context}", "--jinja"), placed.before, tuple(notes),
         quicker=quicker_ways(outline, request, recipe.scheme, file.trunk + file.tables, cost),
+        files=_file_count(file, recipe),
     )  # fmt: skip
+
+
+def _file_count(file: Footprint, recipe: Recipe) -> int:
+    """How many GGUF files the model is divided into; Engram tables are the last."""
+    vocabulary = file.embed + file.head + file.other
+    sizes = [vocabulary, *(layer.experts + layer.rest for layer in file.layers)]
+    return len(packed(sizes, recipe.split_bytes)) + bool(file.tables)
 
 
 def _mixed_candidate(

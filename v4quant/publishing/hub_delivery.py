@@ -132,6 +132,8 @@ class HubDelivery(_Repository):
         """Raise HubError when the repository holds another checkpoint, or shards of one."""
         found = self.manifest(self._out)
         names = {s.file for s in plan.shards}
+        if found is not None:  # perhaps made under another name of the source
+            names |= {file["name"] for file in found["files"]}
         foreign = [n for n in self._there if n.endswith(SHARD_SUFFIXES) and n not in names]
         if foreign or (found is not None and found.get("plan") != plan.digest):
             raise HubError(

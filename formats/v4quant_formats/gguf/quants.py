@@ -22,6 +22,7 @@ _QUANT = (
     r"(?:UD-)?(?:I?Q\d+(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP\d(?:_[A-Z0-9]+)*|NVFP\d|BF16|FP?16|FP?32|FP8)"
 )
 _LABEL = re.compile(rf"(?:^|[-._])({_QUANT})(?=$|[-._])", re.IGNORECASE)
+_LABEL_LAST = re.compile(rf"[-._]{_QUANT}$", re.IGNORECASE)
 _DRAFT = re.compile(r"(?:^|[-._])(?:mtp|dspark|draft|nextn)(?=$|[-._])", re.IGNORECASE)
 _BESIDE = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 _LISTED = 12
@@ -29,17 +30,16 @@ _LISTED = 12
 
 @dataclass(frozen=True)
 class Variant:
-    """One model's files, relative names in order of parts. label: its quant, or its whole stem."""
+    """One model's files, relative names in order of parts. label: its quant, or its whole stem.
+
+    is_draft: whether its name says that it holds draft stages alone.
+    """
 
     folder: str
     stem: str
     label: str
     files: tuple[str, ...]
-
-    @property
-    def is_draft(self) -> bool:
-        """Whether the name says that it holds draft stages alone."""
-        return _DRAFT.search(self.stem) is not None
+    is_draft: bool = False
 
     @property
     def choice(self) -> str:
@@ -59,10 +59,13 @@ def variants(names: Iterable[str], where: str) -> list[Variant]:
         folder = "" if str(path.parent) == "." else str(path.parent)
         match = _PART.fullmatch(path.name)
         groups[folder, match[1] if match else path.stem] = tuple(parts_of(name, where))
+    models = {key: files for key, files in groups.items() if not _BESIDE.search(key[1])}
+    # A model may itself be called `...-DSpark`; its drafts say so once more than it does.
+    said = {key: len(_DRAFT.findall(key[1])) for key in models}
+    least = min(said.values(), default=0)
     return [
-        Variant(folder, stem, _label(stem), files)
-        for (folder, stem), files in groups.items()
-        if not _BESIDE.search(stem)
+        Variant(folder, stem, _label(stem), files, said[folder, stem] > least)
+        for (folder, stem), files in models.items()
     ]
 
 
@@ -79,6 +82,11 @@ def parts_of(name: str, where: str) -> list[str]:
     if not 1 <= count <= MAX_FILES:
         raise FormatError(f"{where}: {name}: its name says {count} parts")
     return [f"{stem}-{i:05d}-of-{match[3]}{SUFFIX}" for i in range(1, count + 1)]
+
+
+def without_label(stem: str) -> str:
+    """A name without the quant at its end."""
+    return _LABEL_LAST.sub("", stem)
 
 
 def _label(stem: str) -> str:

@@ -33,7 +33,7 @@ def lone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = resolve_source("builtin:tiny-v4")
     convert(source, folder / "out", Recipe("mxfp4", format="gguf", draft="drop"))
     (folder / "alone").mkdir()
-    (folder / "out" / "model-mxfp4.gguf").rename(folder / "alone" / "model.gguf")
+    (folder / "out" / "tiny-v4-MXFP4.gguf").rename(folder / "alone" / "model.gguf")
     return folder / "alone" / "model.gguf"
 
 
@@ -60,7 +60,7 @@ def test_the_tokenizer_of_a_lone_file_is_the_releases(lone: Path) -> None:
 def test_everything_travels_from_gguf_to_gguf(lone: Path, tmp_path: Path) -> None:
     source = rewrite(lone, tmp_path / "named.gguf", keys={"general.sampling.top_k": 20})
     convert(source, tmp_path / "out", Recipe("q8_0", format="gguf"))
-    out = tmp_path / "out" / "model-q8_0.gguf"
+    out = tmp_path / "out" / "named-Q8_0.gguf"
     own = ("general.file_type",)
     wanted = {k: v for k, v in pairs(source, "tokenizer.", "general.").items() if k not in own}
     got = pairs(out, "tokenizer.", "general.")

@@ -115,7 +115,7 @@ def expected(name: str, stage: Callable[[int], str], oracle: OracleParams) -> to
 
 
 def test_every_tensor_holds_exactly_the_source(converted: Convert) -> None:
-    reader, oracle = read(converted("mxfp4"), "model-*.gguf"), OracleParams(TINY)
+    reader, oracle = read(converted("mxfp4"), "tiny-*.gguf"), OracleParams(TINY)
     for tensor in reader.tensors:
         wanted = expected(tensor.name, lambda n: f"layers.{n}", oracle).numpy()
         assert np.array_equal(values(tensor), wanted), tensor.name
@@ -145,14 +145,14 @@ def test_the_draft_stage_is_a_file_of_its_own(converted: Convert) -> None:
         assert np.array_equal(values(tensor), wanted.numpy()), tensor.name
     assert field(reader, "deepseek4.block_count") == 5
     assert field(reader, "deepseek4.nextn_predict_layers") == 1
-    main = read(converted("mxfp4"), "model-*.gguf")
+    main = read(converted("mxfp4"), "tiny-*.gguf")
     assert field(main, "deepseek4.block_count") == 4
     assert main.get_field("deepseek4.nextn_predict_layers") is None
 
 
 def test_metadata_says_what_the_config_says(converted: Convert) -> None:
     folder = converted("mxfp4")
-    reader = read(folder, "model-*.gguf")
+    reader = read(folder, "tiny-*.gguf")
     said = {key: field(reader, key) for key in reader.fields if not key.startswith("GGUF.")}
     assert said["general.architecture"] == "deepseek4"
     assert said["deepseek4.expert_gating_func"] == 4
@@ -169,7 +169,7 @@ def test_metadata_says_what_the_config_says(converted: Convert) -> None:
 
 
 def test_tokenizer(converted: Convert) -> None:
-    reader = read(converted("mxfp4", SPEAKING), "model-*.gguf")
+    reader = read(converted("mxfp4", SPEAKING), "tiny-*.gguf")
     tokens = field(reader, "tokenizer.ggml.tokens")
     kinds = field(reader, "tokenizer.ggml.token_type")
     from tokenizers import Tokenizer
@@ -270,7 +270,7 @@ def test_dense_matrices_in_block_types_as_planned(dense: str) -> None:
 def test_dense_matrices_in_block_types(converted: Convert) -> None:
     folder = converted("mxfp4", dense="q8_0")
     assert verify(folder, TINY, SilentProgress()).findings == ()
-    main, draft = (read(folder, f"{name}-*.gguf").tensors for name in ("model", "mtp"))
+    main, draft = (read(folder, f"{name}-*.gguf").tensors for name in ("tiny", "mtp"))
     kinds = {t.name: t.tensor_type.name for t in [*main, *draft]}
     assert kinds["blk.3.attn_kv.weight"] == kinds["blk.4.nextn.eh_proj.weight"] == "Q8_0"
     assert kinds["token_embd.weight"] == "BF16"
@@ -315,9 +315,9 @@ def test_importance_weighs_the_error(tmp_path: Path, generator: torch.Generator)
 def test_split_files(converted: Convert, tmp_path: Path) -> None:
     """Named and numbered as llama.cpp wants, whole layers, and the same model when read back."""
     folder = converted("mxfp4", SPEAKING, split_size="8MB")
-    parts = sorted(p.name for p in folder.glob("model-*.gguf"))
+    parts = sorted(p.name for p in folder.glob("tiny-*.gguf"))
     count = len(parts)
-    assert count == 3 and parts == [f"model-mxfp4-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
+    assert count == 3 and parts == [f"tiny-v4-MXFP4-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
     readers = [gguf.GGUFReader(folder / p) for p in parts]
     tensors = [t for r in readers for t in r.tensors]
     for number, reader in enumerate(readers):
@@ -325,7 +325,7 @@ def test_split_files(converted: Convert, tmp_path: Path) -> None:
         assert facts == [number, 3, len(tensors)]
         assert (reader.get_field("general.architecture") is None) == (number > 0)
         assert (folder / parts[number]).stat().st_size <= 8_000_000
-    whole = {t.name: t for t in read(converted("mxfp4", SPEAKING), "model-*.gguf").tensors}
+    whole = {t.name: t for t in read(converted("mxfp4", SPEAKING), "tiny-*.gguf").tensors}
     assert [t.name for t in tensors] == list(whole)
     for tensor in tensors:
         assert np.array_equal(tensor.data, whole[tensor.name].data), tensor.name

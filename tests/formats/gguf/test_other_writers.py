@@ -33,7 +33,7 @@ EXPERTS = "layers.3.ffn.experts"
 def lone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lone")
     convert(TINY, folder, Recipe("mxfp4", format="gguf", draft="drop"))
-    return folder / "model-mxfp4.gguf"
+    return folder / "tiny-a-MXFP4.gguf"
 
 
 def test_the_order_of_tensors_means_nothing(lone: Path, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model, whose rows hold whole blocks of every type."""
     folder = tmp_path_factory.mktemp("wide")
     convert(resolve_source("builtin:tiny-v4"), folder, Recipe("mxfp4", format="gguf", draft="drop"))
-    return folder / "model-mxfp4.gguf"
+    return folder / "tiny-v4-MXFP4.gguf"
 
 
 READ = sorted(kind.dtype for kind in GGML_TYPES.values())

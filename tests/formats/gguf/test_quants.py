@@ -101,7 +101,7 @@ def quants(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 file.unlink()
     (folder / "small").mkdir()
     convert(TINY, folder / "small" / "work", Recipe("iq4_nl", format="gguf", draft="drop"))
-    (folder / "small" / "work" / "model-iq4_nl.gguf").rename(folder / "small" / "model.gguf")
+    (folder / "small" / "work" / "tiny-a-IQ4_NL.gguf").rename(folder / "small" / "model.gguf")
     return folder
 
 
@@ -115,13 +115,13 @@ def test_local_folders(quants: Path) -> None:
     with open_checkpoint(f"{quants}:small") as opened:
         assert opened.tensors["layers.3.ffn.experts.0.w1.weight"].dtype == "IQ4_NL"
         assert opened.path == quants / "small"
-    with pytest.raises(FormatError, match=r"choose one: :mxfp4, :q8_0"):
+    with pytest.raises(FormatError, match=r"choose one: :MXFP4, :Q8_0"):
         open_checkpoint(quants)
-    with pytest.raises(FormatError, match=r"'q2_k' is none.*:mxfp4, :q8_0, :small"):
+    with pytest.raises(FormatError, match=r"'q2_k' is none.*:MXFP4, :Q8_0, :small"):
         open_checkpoint(f"{quants}:q2_k")
     with pytest.raises(FormatError, match="no such folder"):
         open_checkpoint(f"{quants}x:q2_k")
-    with open_checkpoint(f"{quants}:model-q8_0.gguf") as opened:
+    with open_checkpoint(f"{quants}:tiny-a-Q8_0.gguf") as opened:
         assert not any(name.startswith("mtp.") for name in opened.tensors)
 
 

@@ -72,7 +72,7 @@ def place(data: bytes, name: str) -> int:
 
 def changed(gguf: Path, folder: Path, at: int, new: bytes) -> Path:
     """The trunk's file with some bytes replaced."""
-    data = next(gguf.glob("model-*.gguf")).read_bytes()
+    data = next(gguf.glob("tiny-*.gguf")).read_bytes()
     folder.mkdir(exist_ok=True)
     (folder / "model.gguf").write_bytes(data[:at] + new + data[at + len(new) :])
     return folder
@@ -80,7 +80,7 @@ def changed(gguf: Path, folder: Path, at: int, new: bytes) -> Path:
 
 def without(gguf: Path, folder: Path, key: str) -> Path:
     """A key renamed to one nobody reads."""
-    data = next(gguf.glob("model-*.gguf")).read_bytes()
+    data = next(gguf.glob("tiny-*.gguf")).read_bytes()
     return changed(gguf, folder, place(data, key) - 1, b"#")
 
 
@@ -124,13 +124,13 @@ def test_yarn_without_its_type_is_no_plain_rope(gguf: Path, tmp_path: Path) -> N
     ],
 )
 def test_numbers_that_lie(gguf: Path, key: str, value: int, tmp_path: Path) -> None:
-    data = next(gguf.glob("model-*.gguf")).read_bytes()
+    data = next(gguf.glob("tiny-*.gguf")).read_bytes()
     at = place(data, f"deepseek4.{key}") + 4
     assert not check(changed(gguf, tmp_path, at, struct.pack("<I", value))).loads
 
 
 def test_hash_table_of_floats(gguf: Path, tmp_path: Path) -> None:
-    data = next(gguf.glob("model-*.gguf")).read_bytes()
+    data = next(gguf.glob("tiny-*.gguf")).read_bytes()
     at = place(data, "blk.0.ffn_gate_tid2eid.weight") + 4 + 2 * 8
     assert data[at : at + 4] == struct.pack("<I", 26)  # I32
     found = check(changed(gguf, tmp_path, at, struct.pack("<I", 0)))

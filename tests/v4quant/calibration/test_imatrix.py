@@ -199,7 +199,7 @@ def test_bad_files_are_refused(source: Checkpoint, config: ModelConfig, tmp_path
     writer.close()
     refuse(tmp_path / "e", "pairs")
     convert(TINY, tmp_path / "out", Recipe("mxfp4", "gguf"))
-    (model,) = (tmp_path / "out").glob("model*.gguf")
+    (model,) = (tmp_path / "out").glob("tiny-*.gguf")
     refuse(model, "is not an importance matrix")
     whole = _file(tmp_path / "f", sums, counts).read_bytes()
     (tmp_path / "g").write_bytes(whole[: len(whole) // 2])

@@ -77,7 +77,7 @@ def test_every_byte_is_the_local_one(
 def test_what_is_there_is_told(plain_hub: FakeHub, quants: Path) -> None:
     plain_hub.add_repo(REPO, files(quants))
     for quant in ("", "Q2_K"):
-        with pytest.raises(FormatError, match=r"choose one: :mxfp4, :q8_0"):
+        with pytest.raises(FormatError, match=r"choose one: :MXFP4, :Q8_0"):
             open_hub(HubRef(REPO, None, quant))
     plain_hub.add_repo("maker/none", {"config.json": b"{}", "model.safetensors": b""})
     with pytest.raises(FormatError, match=r"has no \.gguf files"):
@@ -141,13 +141,13 @@ def test_offline(
     with open_hub(HubRef(REPO, None, "Q8_0")) as opened:
         assert any(name.startswith("mtp.") for name in opened.tensors)
         assert opened.origin is not None and opened.origin.repo == REPO
-    cached = {n: d for n, d in files(quants).items() if n == "model-q8_0.gguf"}
+    cached = {n: d for n, d in files(quants).items() if n == "tiny-a-Q8_0.gguf"}
     shutil.rmtree(tmp_path / "cache")
     in_cache(monkeypatch, tmp_path, cached)
     for quant in ("", "Q8_0"):
-        with pytest.raises(HubOffline, match=r"draft stages.*:model-q8_0\.gguf"):
+        with pytest.raises(HubOffline, match=r"draft stages.*:tiny-a-Q8_0\.gguf"):
             open_hub(HubRef(REPO, None, quant))
-    with open_hub(HubRef(REPO, None, "model-q8_0.gguf")) as opened:
+    with open_hub(HubRef(REPO, None, "tiny-a-Q8_0.gguf")) as opened:
         assert not any(name.startswith("mtp.") for name in opened.tensors)
     with pytest.raises(HubError):
         open_hub(HubRef("maker/other", None, "Q8_0"))

@@ -254,7 +254,7 @@ def test_a_quant_beside_others(
         push(tmp_path / "q8_0", repo=f"{repo}:MXFP4")
     push(tmp_path / "q8_0", "--replace", repo=f"{repo}:MXFP4")
     last = plain_hub.files(repo)
-    assert "MXFP4/model-q8_0.gguf" in last and "MXFP4/model-mxfp4.gguf" not in last
+    assert "MXFP4/tiny-a-Q8_0.gguf" in last and "MXFP4/tiny-a-MXFP4.gguf" not in last
     assert {n: last[n] for n in before} == before
     for place, told_ in ((f"{repo}:a/b", "names one folder"), (f"{repo}@main", "on main")):
         with pytest.raises(HubError, match=told_):
