@@ -17,6 +17,7 @@ from v4quant_formats.adapter import with_adapter
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.gguf.quants import split_quant
 from v4quant_formats.opening import open_checkpoint
+from v4quant_formats.sidecars import TOKENIZER
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.near_names import did_you_mean
 
@@ -47,6 +48,16 @@ def _check_there(path: Path) -> None:
         )
 
 
+def _tokenizer(given: Path | None) -> Path | None:
+    """The tokenizer.json that is meant. Raises SourceError."""
+    if given is None:
+        return None
+    path = given / TOKENIZER if given.is_dir() else given
+    if not path.is_file():
+        raise SourceError(f"{path}: no such file; give a tokenizer.json, or a folder with one")
+    return path
+
+
 def open_source(
     source: Source,
     scratch: Path | None = None,
@@ -56,8 +67,8 @@ def open_source(
     tokenizer: Path | None = None,
 ) -> Checkpoint:
     """Open a source. adapter: the folder of a LoRA adapter that is merged while it is read.
-    tokenizer: a tokenizer.json for text, in place of the source's own. The other arguments are
-    `open_hub`'s and concern repositories only.
+    tokenizer: a tokenizer.json, or its folder, in place of the source's own. The other
+    arguments are `open_hub`'s and concern repositories only.
 
     Raises SourceError and what `open_checkpoint`, `open_hub` and `with_adapter` raise.
     """
@@ -66,5 +77,5 @@ def open_source(
     else:
         _check_there(source)
         opened = open_checkpoint(source)
-    opened = replace(opened, tokenizer=tokenizer)
+    opened = replace(opened, tokenizer=_tokenizer(tokenizer))
     return opened if adapter is None else with_adapter(opened, adapter)

@@ -75,11 +75,12 @@ class Checkpoint:
 
     Names and config are the release's; `renamed` gives the name in the files of tensors that other
     tools call otherwise, `written_config` the config.json as it stands, where that differs.
-    `deltas` is an adapter that is merged while matrices are read. `carried()` makes the small
-    files (tokenizer.json, ...) that a GGUF file holds as metadata. `beside` are .safetensors files
-    that lie there too and belong to no part of it. `container` holds the headers, by file, of a
-    container that describes itself (GGUF), `remarks` what its opener saw contradicted there.
-    `tokenizer` is a tokenizer.json from elsewhere, for text, in place of its own.
+    `deltas` is an adapter that is merged while matrices are read. `carried` makes the small files
+    (tokenizer.json, ...) that a GGUF file holds as metadata, each when it is called. `beside` are
+    .safetensors files that lie there too and belong to no part of it. `container` holds the
+    headers, by file, of a container that describes itself (GGUF), `remarks` what its opener saw
+    contradicted there.
+    `tokenizer` is a tokenizer.json from elsewhere, in place of its own.
     """
 
     path: Path
@@ -91,7 +92,9 @@ class Checkpoint:
     renamed: Mapping[str, str] = field(default_factory=dict, repr=False)
     written_config: Mapping[str, Any] | None = field(default=None, repr=False)
     deltas: Deltas | None = field(default=None, repr=False, compare=False)
-    carried: Callable[[], Mapping[str, bytes]] = field(default=dict, repr=False, compare=False)
+    carried: Mapping[str, Callable[[], bytes]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
     beside: tuple[str, ...] = ()
     container: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     remarks: tuple[str, ...] = ()

@@ -104,21 +104,23 @@ def is_prime(number: int) -> bool:
     return True
 
 
-def read_token_map(tokenizer: Path, vocab_size: int, compressed_size: int) -> tuple[int, ...]:
-    """The compressed id of every token id, from a tokenizer.json.
+def read_token_map(
+    data: bytes | None, tokenizer: Path, vocab_size: int, compressed_size: int
+) -> tuple[int, ...]:
+    """The compressed id of every token id, from a tokenizer.json: its bytes, and where it lies.
 
-    Raises ConfigError when the file is missing or unreadable, or gives another number of compressed
-    ids than `compressed_size`: every multiplier follows from it, so rows would be others.
+    Raises ConfigError when the file is missing (None) or unreadable, or gives another number of
+    compressed ids than `compressed_size`: every multiplier follows from it, and rows would differ.
     """
     from tokenizers import Tokenizer
 
-    if not tokenizer.is_file():
+    if data is None:
         raise ConfigError(
             f"{tokenizer}: file is missing, but Engram's rows are hashed from it; download it "
             "beside the shards"
         )
     try:
-        loaded = Tokenizer.from_file(str(tokenizer))
+        loaded = Tokenizer.from_str(data.decode())
     except Exception as error:  # noqa: BLE001 - the library raises Exception itself
         raise ConfigError(f"{tokenizer}: cannot be read as a tokenizer ({error})") from None
     found = token_map(loaded, vocab_size)

@@ -269,14 +269,22 @@ def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any
             raise ConfigError(f"{path}: is not a regular file")
         with path.open("rb") as file:
             data = b"" if path.stat().st_size > limit else file.read(limit + 1)
-        if not data or len(data) > limit:
-            raise ConfigError(f"{path}: is empty or above this file's limit of {limit:,} bytes")
-        if has_too_many_values(data):
-            raise ConfigError(f"{path}: holds more than {MAX_JSON_VALUES:,} values; not our file")
-        value = json.loads(data.decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: file is missing; download it beside the shards") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from None
+    if not data or len(data) > limit:
+        raise ConfigError(f"{path}: is empty or above this file's limit of {limit:,} bytes")
+    return json_object(data, path)
+
+
+def json_object(data: bytes, path: Path) -> dict[str, Any]:
+    """The one object that JSON text from `path` must hold. Raises ConfigError."""
+    if has_too_many_values(data):
+        raise ConfigError(f"{path}: holds more than {MAX_JSON_VALUES:,} values; not our file")
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: holds {type(value).__name__}, expected a JSON object")

@@ -6,20 +6,28 @@ something else, and a converted checkpoint should contain nothing its maker did 
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
-from v4quant_formats.checkpoint import link_root
+from v4quant_formats.checkpoint import Checkpoint, link_root
+from v4quant_formats.engram import read_token_map
 from v4quant_formats.small_files import read_small
 
-ALLOWED_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+# What belongs to one vocabulary, and is wrong beside another's.
+_VOCABULARY = (
+    TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+)
+ALLOWED_FILES = (
+    "generation_config.json",
+    *_VOCABULARY,
+    CHAT_TEMPLATE,
     "preprocessor_config.json",
     "LICENSE",
     "LICENSE.txt",
@@ -42,9 +50,63 @@ def find_sidecars(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def read_sidecar(folder: Path, name: str) -> bytes:
-    """The bytes of a sidecar. Raises FormatError when it cannot be read."""
-    return read_small(folder / name, MAX_SIDECAR_BYTES)
+def travelling(checkpoint: Checkpoint) -> list[str]:
+    """Names of the small files that go where a checkpoint goes, sorted: of its folder, of what a
+    GGUF file says as metadata, and in place of the vocabulary the tokenizer that was given for it.
+    """
+    names = {*find_sidecars(checkpoint.path), *checkpoint.carried}
+    given = checkpoint.tokenizer
+    if given is not None:
+        beside = [n for n in (*_VOCABULARY, CHAT_TEMPLATE) if (given.parent / n).is_file()]
+        names = names - set(_VOCABULARY) | {TOKENIZER, *beside}
+    return sorted(names)
+
+
+def small_file(checkpoint: Checkpoint, name: str) -> bytes | None:
+    """The bytes of a small file of a checkpoint, None where there is none of this name.
+
+    It lies where `place_of` says, or is made of a GGUF file's metadata. Raises FormatError for one
+    that cannot be read or made.
+    """
+    path = place_of(checkpoint, name)
+    if path.is_file():
+        return read_small(path, MAX_SIDECAR_BYTES)
+    if checkpoint.tokenizer is not None and name in _VOCABULARY:
+        return None
+    made = checkpoint.carried.get(name)
+    return None if made is None else made()
+
+
+def place_of(checkpoint: Checkpoint, name: str) -> Path:
+    """Where a small file of a checkpoint lies, or would lie: with the tokenizer that was given for
+    it, or in its folder."""
+    given = checkpoint.tokenizer
+    if given is not None and name == TOKENIZER:
+        return given
+    elsewhere = given is not None and (name in _VOCABULARY or name == CHAT_TEMPLATE)
+    if given is not None and elsewhere:
+        beside = given.parent / name
+        if name != CHAT_TEMPLATE or beside.is_file():
+            return beside
+    return checkpoint.path / name
+
+
+def tokenizer_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 of everything that says what text means. Raises FormatError."""
+    sha = hashlib.sha256()
+    for name in (*_VOCABULARY, CHAT_TEMPLATE):
+        data = small_file(checkpoint, name)
+        sha.update(f"{name} {-1 if data is None else len(data)}\n".encode() + (data or b""))
+    return sha.hexdigest()
+
+
+def token_map_of(checkpoint: Checkpoint, vocab_size: int, compressed_size: int) -> tuple[int, ...]:
+    """The compressed id of every token id by a checkpoint's tokenizer, for V4.1's Engram.
+
+    Raises what `read_token_map` and `small_file` raise.
+    """
+    data, place = small_file(checkpoint, TOKENIZER), place_of(checkpoint, TOKENIZER)
+    return read_token_map(data, place, vocab_size, compressed_size)
 
 
 def _is_sidecar(folder: Path, path: Path) -> bool:

@@ -42,11 +42,15 @@ def test_primes() -> None:
     assert is_prime(2**61 - 1) and not is_prime((2**31 - 1) * (2**17 - 1))
 
 
+def _file(path: Path) -> tuple[bytes | None, Path]:
+    return (path.read_bytes() if path.exists() else None), path
+
+
 def test_token_map_is_the_oracles() -> None:
     config = load_model_config(ORACLE)
     assert config.v41 is not None
     size = config.v41.engram_compressed_vocab_size
-    found = read_token_map(ORACLE / "tokenizer.json", config.vocab_size, size)
+    found = read_token_map(*_file(ORACLE / "tokenizer.json"), config.vocab_size, size)
     reference = load_file(DATA / "v41-tiny.reference.safetensors")["engram_token_map"]
     assert list(found) == reference.tolist()
 
@@ -54,12 +58,12 @@ def test_token_map_is_the_oracles() -> None:
 def test_a_tokenizer_of_another_compressed_size_is_refused(tmp_path: Path) -> None:
     shutil.copy(ORACLE / "tokenizer.json", tmp_path)
     with pytest.raises(ConfigError, match=r"gives 342 compressed token ids.*says.*341"):
-        read_token_map(tmp_path / "tokenizer.json", 512, 341)
+        read_token_map(*_file(tmp_path / "tokenizer.json"), 512, 341)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read as a tokenizer"):
-        read_token_map(tmp_path / "tokenizer.json", 512, 342)
+        read_token_map(*_file(tmp_path / "tokenizer.json"), 512, 342)
     with pytest.raises(ConfigError, match="missing, but Engram"):
-        read_token_map(tmp_path / "other.json", 512, 342)
+        read_token_map(*_file(tmp_path / "other.json"), 512, 342)
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_a_full_size_v41_has_the_released_tensors_and_bytes(tmp_path: Path) -> N
     assert found.layer_roles["Engram"] == [1, 14]
     assert len(found.layer_roles["reuse"]) == 30
     tokenizer = folder / "tokenizer.json"
-    assert max(read_token_map(tokenizer, 129_280, 99_092)) == 99_091
+    assert max(read_token_map(tokenizer.read_bytes(), tokenizer, 129_280, 99_092)) == 99_091
 
 
 def shard_facts(checkpoint: Checkpoint) -> list[tuple[int, int]]:

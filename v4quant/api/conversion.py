@@ -20,6 +20,7 @@ from v4quant.conversion.job import JobResult, as_begun, run_job
 from v4quant.conversion.plan import make_plan
 from v4quant.conversion.ranks import current_ranks
 from v4quant.conversion.size_by_role import warn_of_growth
+from v4quant.conversion.words import warn_of_lost_words
 from v4quant.conversion.workers import fit_workers
 from v4quant.devices import find_device
 from v4quant.progress import default_progress
@@ -102,6 +103,7 @@ def plan_quantize(
     recipe: Recipe,
     stats: PathLike | None = None,
     adapter: PathLike | None = None,
+    tokenizer: PathLike | None = None,
     workers: int | None = None,
     max_memory: Size = None,
 ) -> PlannedConversion:
@@ -109,10 +111,14 @@ def plan_quantize(
 
     Raises what opening the source, planning and reading `stats` raise.
     """
-    with open_source(source_of(source), headers_only=True, adapter=path_of(adapter)) as checkpoint:
+    merged, words = path_of(adapter), path_of(tokenizer)
+    with open_source(
+        source_of(source), headers_only=True, adapter=merged, tokenizer=words
+    ) as checkpoint:
         _, digest = load_calibrated(checkpoint, path_of(stats), recipe)
         plan = make_plan(checkpoint, recipe, digest)
         warn_of_growth(plan)
+        warn_of_lost_words(plan)
         return PlannedConversion(
             source=checkpoint.label,
             output=str(destination_of(out)),
@@ -139,6 +145,7 @@ def quantize(
     recipe: Recipe | PathLike | None = None,
     stats: PathLike | None = None,
     adapter: PathLike | None = None,
+    tokenizer: PathLike | None = None,
     solver: str | None = None,
     draft: str | None = None,
     on_inexact: str | None = None,
@@ -157,7 +164,8 @@ def quantize(
     """Convert checkpoint `source` into `out`, a folder or `hf://owner/name`.
 
     The same call again resumes. stats: what `calibrate` wrote. adapter: a LoRA
-    adapter's folder, merged while converting. workers: threads (all cores).
+    adapter's folder, merged while converting. tokenizer: a tokenizer.json, or its folder, that
+    goes with `out` in place of the source's, with what lies beside it. workers: threads (all).
     disk_cap, scratch: bytes and folder for shards coming from or going to a repository. Under
     torchrun the ranks share the work, and each returns the result.
 
@@ -176,7 +184,7 @@ def quantize(
             lambda: find_folders(where, target, path_of(scratch), ranks.rank)
         )
         checkpoint = stack.enter_context(
-            open_shared(where, places.scratch, disk, path_of(adapter), ranks)
+            open_shared(where, places.scratch, disk, path_of(adapter), path_of(tokenizer), ranks)
         )
         evidence, digest = load_calibrated(checkpoint, path_of(stats), chosen)
         plan = as_begun(make_plan(checkpoint, chosen, digest), places.out)

@@ -52,8 +52,8 @@ def corpus_options(default: str) -> Callable[[Command], Command]:
             *_row_options(),
             click.option(
                 "--tokenizer",
-                type=click.Path(path_type=Path, exists=True, dir_okay=False),
-                help="A tokenizer.json for the text, where SOURCE has none of its own.",
+                type=click.Path(path_type=Path),
+                help="A tokenizer.json for the text, or its folder, in place of SOURCE's own.",
             ),
             click.option(
                 "--corpus",

@@ -49,6 +49,11 @@ if TYPE_CHECKING:
     help="Folder of a LoRA adapter (PEFT's layout), merged while converting.",
 )
 @click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="A tokenizer.json, or its folder, that goes with OUT in place of SOURCE's own.",
+)
+@click.option(
     "--solver",
     type=Choice(SOLVER_NAMES),
     help="How integer codes are found: largest magnitude, best scales (the default), or by GPTQ "
@@ -97,6 +102,7 @@ def quantize(
     recipe_file: Path | None,
     stats_file: Path | None,
     adapter: Path | None,
+    tokenizer: Path | None,
     solver: str | None,
     draft: str | None,
     on_inexact: str | None,
@@ -129,8 +135,8 @@ def quantize(
     )  # fmt: skip
     if dry_run:
         planned = v4quant.plan_quantize(
-            source, out, recipe=recipe, stats=stats_file, adapter=adapter, workers=workers,
-            max_memory=max_memory,
+            source, out, recipe=recipe, stats=stats_file, adapter=adapter, tokenizer=tokenizer,
+            workers=workers, max_memory=max_memory,
         )  # fmt: skip
         _show(planned, as_json)
         return
@@ -140,6 +146,7 @@ def quantize(
         recipe=recipe,
         stats=stats_file,
         adapter=adapter,
+        tokenizer=tokenizer,
         workers=workers,
         max_memory=max_memory,
         device=device,

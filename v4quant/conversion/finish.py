@@ -22,25 +22,26 @@ from v4quant.conversion.size_by_role import byte_classes
 from v4quant_formats.adapter import Adapter
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import detect_release
-from v4quant_formats.errors import SourceChanged
+from v4quant_formats.errors import SourceChanged, UnknownTokenizer
 from v4quant_formats.manifest import MANIFEST_NAME, MANIFEST_VERSION, index_json, to_json
 from v4quant_formats.shards import WrittenFile, write_file_atomically
-from v4quant_formats.sidecars import find_sidecars, read_sidecar
+from v4quant_formats.sidecars import small_file, travelling
 
 
-def _sidecar(checkpoint: Checkpoint, name: str) -> bytes:
-    """A small file from the folder, or else from a GGUF file's metadata. Raises FormatError."""
-    made = checkpoint.carried().get(name)
-    if made is None or (checkpoint.path / name).is_file():
-        return read_sidecar(checkpoint.path, name)
-    return made
+def travelling_sidecars(plan: Plan) -> list[WrittenFile]:
+    """What will travel with the checkpoint, decided before the work.
 
-
-def travelling_sidecars(checkpoint: Checkpoint) -> list[WrittenFile]:
-    """What will travel with the checkpoint, decided before the work. Raises FormatError."""
-    found = []
-    for name in sorted({*find_sidecars(checkpoint.path), *checkpoint.carried()}):
-        data = _sidecar(checkpoint, name)
+    Beside a GGUF file, which holds its tokenizer itself, a tokenizer.json that cannot be made may
+    be missing. Raises FormatError.
+    """
+    found, checkpoint = [], plan.checkpoint
+    for name in travelling(checkpoint):
+        try:
+            data = small_file(checkpoint, name) or b""
+        except UnknownTokenizer:
+            if plan.recipe.layout.index:
+                raise
+            continue
         found.append(WrittenFile(name, len(data), hashlib.sha256(data).hexdigest()))
     return found
 
@@ -55,7 +56,7 @@ def finish_folder(
     files = [s.file for s in shards]
     folder = plan.checkpoint.path
     for sidecar in sidecars:
-        data = _sidecar(plan.checkpoint, sidecar.name)
+        data = small_file(plan.checkpoint, sidecar.name) or b""
         if hashlib.sha256(data).hexdigest() != sidecar.sha256:
             raise SourceChanged(
                 f"{folder / sidecar.name}: changed during the conversion; the same command goes on "

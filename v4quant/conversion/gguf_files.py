@@ -19,7 +19,6 @@ from functools import partial
 
 from v4quant.conversion.units import ShardPlan, Unit
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.engram import read_token_map
 from v4quant_formats.errors import UnsupportedPair
 from v4quant_formats.gguf.carried import carried_fields
 from v4quant_formats.gguf.file import Field, PlaceOf, plan_gguf
@@ -27,6 +26,7 @@ from v4quant_formats.gguf.metadata import dspark_fields, model_fields, split_fie
 from v4quant_formats.gguf.metadata_v41 import v41_fields
 from v4quant_formats.gguf.names import dspark_place_of, place_of
 from v4quant_formats.model_config import ModelConfig, parse_model_config
+from v4quant_formats.sidecars import token_map_of
 
 _NAME = "DeepSeek-V4"
 _REPEATED = ("embed", "norm", "head")
@@ -71,9 +71,8 @@ def gguf_shards(
 def _trunk_fields(checkpoint: Checkpoint, config: ModelConfig, scheme: str) -> list[Field]:
     if config.v41 is None:
         return model_fields(config, _NAME, scheme)
-    tokenizer = checkpoint.path / "tokenizer.json"
     size = config.v41.engram_compressed_vocab_size
-    token_map = read_token_map(tokenizer, config.vocab_size, size)
+    token_map = token_map_of(checkpoint, config.vocab_size, size)
     return v41_fields(config, f"{_NAME}.1", scheme, token_map)
 
 

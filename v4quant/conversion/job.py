@@ -31,6 +31,7 @@ from v4quant.conversion.ranks import Ranks
 from v4quant.conversion.records import TensorRecord, record_from_dict
 from v4quant.conversion.shard_writing import write_shards
 from v4quant.conversion.size_by_role import warn_of_growth
+from v4quant.conversion.words import warn_of_lost_words
 from v4quant.own_folders import FOLDER, make_home
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.errors import OutputError
@@ -102,7 +103,8 @@ def run_job(
             return _result(plan, out, complete, started)
         if ranks.is_first:
             warn_of_growth(plan)
-        sidecars = travelling_sidecars(plan.checkpoint)
+            warn_of_lost_words(plan)
+        sidecars = travelling_sidecars(plan)
         sizes = {s.file: s.nbytes for s in plan.shards}
         journal = Journal(out, plan.digest, sizes, ranks.run, ranks.rank, delivery.has, plan.stem)
         if ranks.is_first:

@@ -33,6 +33,7 @@ from v4quant_formats.deepseek_v4 import (
 from v4quant_formats.errors import UnexpectedTensor
 from v4quant_formats.gguf.file_names import file_stem
 from v4quant_formats.model_config import Dimensions
+from v4quant_formats.sidecars import small_file, tokenizer_digest
 from v4quant_kernels.scheme import Scheme
 
 
@@ -83,8 +84,11 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the conversion: source, recipe, statistics and tool version."""
+        """Identity of the conversion: source, recipe, statistics, tool version, and the tokenizer
+        where one is given for the source."""
         parts = [self.source_digest, repr(self.recipe.as_dict()), self.stats_digest, __version__]
+        if self.checkpoint.tokenizer is not None:
+            parts.append(tokenizer_digest(self.checkpoint))
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
     def output_config(self) -> dict[str, Any]:
@@ -124,6 +128,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, stats_digest: str = "") ->
         checkpoint, found.config, recipe, shards, found.dropped, stats_digest, found.kept, stem
     )
     plan.output_config()  # what config.json cannot say is refused now
+    if recipe.layout.index:
+        for name in checkpoint.carried:  # so is a tokenizer that no file can hold
+            small_file(checkpoint, name)
     return plan
 
 

@@ -17,6 +17,7 @@ from v4quant_kernels.near_names import did_you_mean, not_one_of
 KEYS: dict[str, dict[str, str]] = {
     "": {
         "source": "a folder, `hf://owner/name`, or `builtin:tiny-v4`",
+        "tokenizer": "a tokenizer.json, or its folder, in place of the source's own",
         "target": 'the repository to publish to, like "hf://owner/name"; for a ladder, '
         "the prefix of all names",
     },
@@ -108,7 +109,8 @@ class Rung:
 class Pipeline:
     """A run file: source, then the steps that are present, in pipeline order.
 
-    rungs: the conversions; more than one are a ladder. target: the repository that receives the
+    rungs: the conversions; more than one are a ladder. tokenizer: a tokenizer.json from elsewhere,
+    "" for the source's own. target: the repository that receives the
     checkpoint ("hf://owner/name"; of a ladder, what all names begin with), or "" for folders.
     """
 
@@ -118,6 +120,7 @@ class Pipeline:
     verify: VerifyStep | None
     evaluate: CorpusStep | None
     target: str = ""
+    tokenizer: str = ""
 
     @property
     def recipe(self) -> Recipe:
@@ -153,13 +156,15 @@ def load_pipeline(name: str, model: str = MODELS[0]) -> Pipeline:
         meant = did_you_mean(name, presets)
         raise RecipeError(f"{name}: no such run file; {meant}presets are: {', '.join(presets)}")
     table = read_toml(path)
-    known = {"source", "target", "calibrate", "quantize", "verify", "evaluate"}
+    known = {"source", "tokenizer", "target", "calibrate", "quantize", "verify", "evaluate"}
     for key in table.keys() - known:
         raise RecipeError(f"{path}: {unknown_key(key, sorted(known))}")
     if not isinstance(table.get("source"), str):
         raise RecipeError(f"{path}: 'source' (a checkpoint folder) is missing")
     if not isinstance(table.get("target", ""), str):
         raise RecipeError(f"{path}: 'target' must be a repository like \"hf://owner/name\"")
+    if not isinstance(table.get("tokenizer", ""), str):
+        raise RecipeError(f"{path}: 'tokenizer' must be a path")
     return Pipeline(
         source=table["source"],
         rungs=_rungs(table.get("quantize"), path),
@@ -167,6 +172,7 @@ def load_pipeline(name: str, model: str = MODELS[0]) -> Pipeline:
         verify=_step(VerifyStep, table, "verify", path),
         evaluate=_step(CorpusStep, table, "evaluate", path),
         target=table.get("target", ""),
+        tokenizer=table.get("tokenizer", ""),
     )
 
 

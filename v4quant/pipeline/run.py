@@ -15,6 +15,7 @@ from v4quant.api.arguments import (
     Size,
     config_of,
     forward_options,
+    path_of,
     read_corpus,
     size_of,
     source_of,
@@ -50,6 +51,7 @@ from v4quant_calibration.solve.solution import SOLUTION_NAME, Evidence, Solution
 from v4quant_calibration.statistics.coverage import coverage
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME
+from v4quant_formats.sidecars import TOKENIZER, place_of
 from v4quant_kernels.progress import Progress
 
 _SOURCE, _CANDIDATE, _ALONE = "source", "candidate", "checkpoint"
@@ -114,7 +116,11 @@ def run(
     job = _Run(folder, limits, default_progress(progress), watcher or SilentWatcher())
     disk, where = size_of(disk_cap), source_of(pipeline.source)
     scratch = own_folder(folder, _SOURCE) if isinstance(where, HubRef) else None
-    with arithmetic_threads(threads), open_source(where, scratch, disk) as source:
+    words = path_of(pipeline.tokenizer or None)
+    with (
+        arithmetic_threads(threads),
+        open_source(where, scratch, disk, tokenizer=words) as source,
+    ):
         if effort is not None:
             pipeline = with_effort(pipeline, outline_checkpoint(source), effort, _cores(workers))
         targets = _targets(pipeline, folder)
@@ -358,5 +364,5 @@ def _corpus(
 
 
 def _step_key(step: CorpusStep, source: Checkpoint, *digests: str) -> str:
-    files = [*resolve_corpus(list(step.corpus)), source.path / "tokenizer.json"]
+    files = [*resolve_corpus(list(step.corpus)), place_of(source, TOKENIZER)]
     return step_key(step, files, source.digest(), *digests)

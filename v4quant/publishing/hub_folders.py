@@ -93,6 +93,7 @@ def open_shared(
     scratch: Path | None,
     cap: int | None,
     adapter: Path | None,
+    tokenizer: Path | None,
     ranks: Ranks,
 ) -> Checkpoint:
     """Open the source on every rank, a repository at the commit that rank 0 found.
@@ -100,12 +101,12 @@ def open_shared(
     What earlier runs with more ranks left on this disk is removed. Raises what `open_source` does.
     """
     if not isinstance(source, HubRef):
-        return open_source(source, adapter=adapter)
+        return open_source(source, adapter=adapter, tokenizer=tokenizer)
     cap = None if cap is None else cap // ranks.on_machine
     if not ranks.is_first:
-        source = HubRef(source.repo, ranks.agree("commit", None))
-        return open_source(source, scratch, cap, adapter=adapter)
-    opened = open_source(source, scratch, cap, adapter=adapter)
+        source = replace(source, revision=ranks.agree("commit", None))
+        return open_source(source, scratch, cap, adapter=adapter, tokenizer=tokenizer)
+    opened = open_source(source, scratch, cap, adapter=adapter, tokenizer=tokenizer)
     if scratch is not None:
         for folder in scratch.glob("rank-*"):
             told = folder.name.removeprefix("rank-")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from v4quant_calibration.corpus.tokenizer_growth import (
     growth,
 )
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.sidecars import MAX_SIDECAR_BYTES
+from v4quant_formats.sidecars import MAX_SIDECAR_BYTES, TOKENIZER, place_of, small_file
 from v4quant_kernels.errors import V4QuantError
 
 
@@ -33,10 +34,8 @@ class TokenizerError(V4QuantError):
 def tokenizer_of(checkpoint: Checkpoint) -> TextTokenizer:
     """The tokenizer of a checkpoint: the one given for it, its tokenizer.json, or what a GGUF file
     has in its place."""
-    if checkpoint.tokenizer is not None:
-        return TextTokenizer(checkpoint.tokenizer)
-    made = lambda: checkpoint.carried().get("tokenizer.json")  # noqa: E731
-    return TextTokenizer(checkpoint.path / "tokenizer.json", made)
+    made = partial(small_file, checkpoint, TOKENIZER)
+    return TextTokenizer(place_of(checkpoint, TOKENIZER), made)
 
 
 class TextTokenizer:

@@ -14,13 +14,13 @@ from torch import Tensor
 from v4quant_calibration.model.params import TOKEN_MAP
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import other_release
-from v4quant_formats.engram import read_token_map
 from v4quant_formats.model_config import (
     ConfigError,
     ModelConfig,
     parse_dimensions,
     parse_model_config,
 )
+from v4quant_formats.sidecars import token_map_of
 from v4quant_formats.weight_reading import read_coded, read_dense, read_dense_at, read_dense_rows
 from v4quant_kernels.qtensor import QTensor
 
@@ -72,4 +72,4 @@ class CheckpointParams:
         config = parse_dimensions(dict(self.checkpoint.config), str(folder / "config.json"))
         assert config.v41 is not None, "only V4.1 has an Engram"
         size = config.v41.engram_compressed_vocab_size
-        return torch.tensor(read_token_map(folder / "tokenizer.json", config.vocab_size, size))
+        return torch.tensor(token_map_of(self.checkpoint, config.vocab_size, size))

@@ -10,7 +10,8 @@ generation_config.json. Files that lie beside the .gguf are better, and come fir
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from gguf import GGUFValueType, TokenType
@@ -21,6 +22,7 @@ from v4quant_formats.gguf.file import Field
 from v4quant_formats.gguf.header import GgufHeader
 from v4quant_formats.gguf.names import ARCHITECTURE, V41_ARCHITECTURE
 from v4quant_formats.gguf.tokenizer import PRE_TOKENIZERS, tokenizer_fields
+from v4quant_formats.sidecars import CHAT_TEMPLATE, TOKENIZER
 
 # Said anew by whoever writes a file.
 _OWN = (
@@ -48,18 +50,21 @@ def trunk_header(checkpoint: Checkpoint) -> GgufHeader | None:
 def carried_fields(checkpoint: Checkpoint) -> list[Field]:
     """Tokenizer and origin as pairs of a new GGUF file.
 
-    From the source's own metadata where it is GGUF with a tokenizer, else from its folder. Raises
-    UnknownTokenizer or ConfigError.
+    A GGUF source's pairs as they are; its tokenizer only where it has one and none is given for it,
+    else that of the small files. Raises UnknownTokenizer or FormatError.
     """
     header = trunk_header(checkpoint)
-    if header is None or not _has_tokens(header.metadata):
-        return tokenizer_fields(checkpoint.path, checkpoint.config)
-    return [
-        Field(key, kind, value, element)
-        for key, value in header.metadata.items()
-        if key.startswith((_TOKENIZER, "general.")) and key not in _OWN
-        for kind, element in [_types(header, key)]
-    ]
+    if header is None:
+        return tokenizer_fields(checkpoint)
+    given = checkpoint.tokenizer is not None or not _has_tokens(header.metadata)
+    found = {f.key: f for f in tokenizer_fields(checkpoint)} if given else {}
+    whole = len(found) > 1  # a tokenizer, not the statement that there is none
+    for key, value in header.metadata.items():
+        words = key.startswith(_TOKENIZER) and not whole
+        if (words or key.startswith("general.")) and key not in _OWN:
+            kind, element = _types(header, key)
+            found[key] = Field(key, kind, value, element)
+    return list(found.values())
 
 
 def _types(header: GgufHeader, key: str) -> tuple[GGUFValueType, GGUFValueType | None]:
@@ -72,20 +77,26 @@ def _has_tokens(metadata: Mapping[str, Any]) -> bool:
     return isinstance(tokens, list) and bool(tokens)
 
 
-def carried_files(metadata: Mapping[str, Any], where: str) -> dict[str, bytes]:
-    """Files that say what a GGUF's metadata says of its tokenizer; none where it has none.
+def carried_files(metadata: Mapping[str, Any], where: str) -> dict[str, Callable[[], bytes]]:
+    """Files that say what a GGUF's metadata says of its tokenizer, template and sampling, each made
+    when it is called.
 
-    Raises UnknownTokenizer for a tokenizer that has no such files.
+    Those calls raise UnknownTokenizer for a tokenizer that has no such files.
     """
-    if not _has_tokens(metadata):
-        return {}
-    files = {
-        "tokenizer.json": _tokenizer_json(metadata, where),
-        "tokenizer_config.json": _tokenizer_config(metadata),
-    }
+    files: dict[str, Callable[[], bytes]] = {}
+    if _has_tokens(metadata):
+        files[TOKENIZER] = lambda: _tokenizer_json(metadata, where)
+        files["tokenizer_config.json"] = lambda: _tokenizer_config(metadata)
     template = metadata.get(_TEMPLATE)
     if isinstance(template, str):
-        files["chat_template.jinja"] = template.encode(errors="replace")
+        files[CHAT_TEMPLATE] = lambda: template.encode(errors="replace")
+    if sampling := _sampling(metadata):
+        files["generation_config.json"] = lambda: _json(sampling)
+    return {name: lru_cache(maxsize=1)(make) for name, make in files.items()}
+
+
+def _sampling(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """generation_config.json's object; empty where the file names no way of sampling."""
     sampling = {
         name: metadata[key]
         for name, key in (
@@ -99,10 +110,8 @@ def carried_files(metadata: Mapping[str, Any], where: str) -> dict[str, bytes]:
         for name in ("bos", "eos")
         if type(number := metadata.get(f"tokenizer.ggml.{name}_token_id")) is int
     }
-    if sampling:
-        rounded = {k: float(f"{v:.6g}") for k, v in sampling.items()}
-        files["generation_config.json"] = _json({**ids, "do_sample": True, **rounded})
-    return files
+    rounded = {k: float(f"{v:.6g}") for k, v in sampling.items()}
+    return {**ids, "do_sample": True, **rounded} if sampling else {}
 
 
 def _json(value: object) -> bytes:
@@ -116,7 +125,7 @@ def _tokenizer_json(metadata: Mapping[str, Any], where: str) -> bytes:
     kinds = metadata.get("tokenizer.ggml.token_type")
     merges, pre = metadata.get("tokenizer.ggml.merges"), metadata.get("tokenizer.ggml.pre")
     patterns = PRE_TOKENIZERS.get(pre) if isinstance(pre, str) else None
-    remedy = "put the release's tokenizer.json beside the file"
+    remedy = "put the release's tokenizer.json beside the file, or give it by --tokenizer"
     if metadata.get("tokenizer.ggml.model") != "gpt2" or patterns is None:
         model = f"{metadata.get('tokenizer.ggml.model')!r}, {pre!r}"
         raise UnknownTokenizer(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -190,7 +190,7 @@ def assemble_gguf(
         MappingProxyType(tensors),
         files,
         shards,
-        carried=lru_cache(maxsize=1)(lambda: carried_files(metadata, where)),
+        carried=carried_files(metadata, where),
         remarks=_remarks(folder, (trunks or drafts)[0]),
         container=MappingProxyType({n: h for model in models for n, h in model.files.items()}),
     )

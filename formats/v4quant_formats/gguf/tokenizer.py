@@ -18,12 +18,13 @@ from typing import Any
 
 from gguf import GGUFValueType, TokenType
 
+from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import UnknownTokenizer
 from v4quant_formats.gguf.file import Field
-from v4quant_formats.model_config import read_json_object
-from v4quant_formats.sidecars import MAX_SIDECAR_BYTES
+from v4quant_formats.model_config import json_object
+from v4quant_formats.sidecars import CHAT_TEMPLATE, TOKENIZER, place_of, small_file
 
-CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+V4_CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 V41_CHAT_TEMPLATE = Path(__file__).with_name("chat_template_v41.jinja")
 
 # The expressions of llama.cpp's pre-tokenizer, in order -> its name.
@@ -47,16 +48,17 @@ PRE_TOKENIZERS = {name: patterns for patterns, name in _PRE.items()}
 """llama.cpp's name of a pre-tokenizer -> its expressions, in order."""
 
 
-def tokenizer_fields(folder: Path, config: Mapping[str, Any]) -> list[Field]:
-    """The tokenizer of a checkpoint folder, and the chat template.
+def tokenizer_fields(checkpoint: Checkpoint) -> list[Field]:
+    """The tokenizer of a checkpoint as its small files have it, and the chat template.
 
     Without a tokenizer.json the model has no vocabulary: llama.cpp then takes token ids only.
-    Raises UnknownTokenizer, or ConfigError for files that cannot be read.
+    Raises UnknownTokenizer, or FormatError for files that cannot be read.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    data, path = small_file(checkpoint, TOKENIZER), place_of(checkpoint, TOKENIZER)
+    config = checkpoint.config
+    if data is None:
         return [Field("tokenizer.ggml.model", GGUFValueType.STRING, "none")]
-    table = read_json_object(path, MAX_SIDECAR_BYTES)
+    table = json_object(data, path)
     is_v41 = isinstance(config.get("text_config"), Mapping)
     config = {**config["text_config"], **config} if is_v41 else config
     model = table.get("model")
@@ -71,8 +73,9 @@ def tokenizer_fields(folder: Path, config: Mapping[str, Any]) -> list[Field]:
     ]
     if merges := _merges(path, model):
         fields.append(_array("merges", GGUFValueType.STRING, merges))
-    fields += _special(folder, config, tokens) + _sampling(folder)
-    return fields + _template(folder, tokens, V41_CHAT_TEMPLATE if is_v41 else CHAT_TEMPLATE)
+    fields += _special(checkpoint, config, tokens) + _sampling(checkpoint)
+    ours = V41_CHAT_TEMPLATE if is_v41 else V4_CHAT_TEMPLATE
+    return fields + _template(checkpoint, tokens, ours)
 
 
 def _array(name: str, element: GGUFValueType, values: list[Any]) -> Field:
@@ -145,10 +148,14 @@ def _pre_tokenizer(path: Path, table: Mapping[str, Any]) -> str:
     return name
 
 
-def _special(folder: Path, config: Mapping[str, Any], tokens: list[str]) -> list[Field]:
+def _settings(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    data = small_file(checkpoint, name)
+    return {} if data is None else json_object(data, place_of(checkpoint, name))
+
+
+def _special(checkpoint: Checkpoint, config: Mapping[str, Any], tokens: list[str]) -> list[Field]:
     """Numbers of BOS, EOS and padding, and that the prompt brings its own BOS."""
-    settings_path = folder / "tokenizer_config.json"
-    settings = read_json_object(settings_path) if settings_path.is_file() else {}
+    settings = _settings(checkpoint, "tokenizer_config.json")
     numbers = {"bos": config.get("bos_token_id"), "eos": config.get("eos_token_id")}
     for name, key in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
         text = settings.get(key)
@@ -166,10 +173,9 @@ def _special(folder: Path, config: Mapping[str, Any], tokens: list[str]) -> list
     return fields
 
 
-def _sampling(folder: Path) -> list[Field]:
+def _sampling(checkpoint: Checkpoint) -> list[Field]:
     """The release's own sampling, which llama.cpp takes as its defaults."""
-    path = folder / "generation_config.json"
-    settings = read_json_object(path) if path.is_file() else {}
+    settings = _settings(checkpoint, "generation_config.json")
     return [
         Field(f"general.sampling.{name}", GGUFValueType.FLOAT32, float(value))
         for name, key in (("temp", "temperature"), ("top_p", "top_p"))
@@ -177,11 +183,14 @@ def _sampling(folder: Path) -> list[Field]:
     ]
 
 
-def _template(folder: Path, tokens: list[str], ours: Path) -> list[Field]:
+def _template(checkpoint: Checkpoint, tokens: list[str], ours: Path) -> list[Field]:
     """The checkpoint's own chat template if it has one, else the release's encoding as `ours`."""
-    own = folder / "chat_template.jinja"
-    path = own if own.is_file() else ours
-    if path is ours and "<｜User｜>" not in tokens:
+    own = small_file(checkpoint, CHAT_TEMPLATE)
+    if own is None and isinstance(
+        inner := _settings(checkpoint, "tokenizer_config.json").get("chat_template"), str
+    ):
+        own = inner.encode(errors="replace")
+    if own is None and "<｜User｜>" not in tokens:
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = (ours.read_bytes() if own is None else own).decode(errors="replace")
     return [Field("tokenizer.chat_template", GGUFValueType.STRING, text)]

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from v4quant_formats.deepseek_v4 import draft_stages
-from v4quant_formats.engram import read_token_map
 from v4quant_formats.model_config import ConfigError
 from v4quant_formats.preflight.declared import bad_patterns
 from v4quant_formats.preflight.survey import Check, Finding, Survey
+from v4quant_formats.sidecars import TOKENIZER, token_map_of
 
 REMEDY = "write it with v4quant quantize (--engine for vLLM and SGLang), or correct "
 REMEDY += "quantization_config to what the file holds"
@@ -202,11 +202,11 @@ def sidecars(survey: Survey) -> Iterator[Finding]:
 
 def engram_tokenizer(survey: Survey) -> Iterator[Finding]:
     """Engram's rows are hashed from the tokenizer's texts, and engines stop at another count."""
-    tokenizer, v41 = survey.checkpoint.path / "tokenizer.json", survey.config.v41
+    tokenizer, v41 = survey.checkpoint.path / TOKENIZER, survey.config.v41
     if v41 is None or not v41.engram_layer_ids or not tokenizer.is_file():
         return
     try:
-        read_token_map(tokenizer, survey.config.vocab_size, v41.engram_compressed_vocab_size)
+        token_map_of(survey.checkpoint, survey.config.vocab_size, v41.engram_compressed_vocab_size)
     except ConfigError as error:
         problem = str(error).removeprefix(f"{tokenizer}: ")
         remedy = "copy tokenizer.json from the release"

@@ -14,13 +14,14 @@ from v4quant_formats.engines.llama_cpp import ARCHITECTURES, TYPES
 from v4quant_formats.errors import FormatError
 from v4quant_formats.gguf.carried import trunk_header
 from v4quant_formats.gguf.names import V41_ARCHITECTURE
+from v4quant_formats.gguf.vocabulary import lacks
 from v4quant_formats.preflight.survey import Check, Finding, Survey
 from v4quant_formats.spec import DTYPE_BITS
 from v4quant_formats.weights import find_weight
 from v4quant_kernels.ggml_types import block_type
 
 _REMEDY = "convert again; the file was damaged or written wrongly"
-_TOKENIZER = "tokenizer.ggml"
+_CARRY = "convert again with --tokenizer"
 _V41 = ARCHITECTURES[V41_ARCHITECTURE]
 
 # Key below the architecture -> value it must have.
@@ -28,13 +29,6 @@ _NEEDED: dict[str, Any] = {
     "expert_shared_count": 1,
     "expert_weights_norm": True,
     "attention.head_count_kv": 1,
-}
-# Key of the tokenizer -> what llama.cpp does without it.
-_WITHOUT = {
-    "pre": "text is split by a default rule into other tokens",
-    "token_type": "special tokens become plain text",
-    "bos_token_id": "another token begins the text",
-    "eos_token_id": "another token ends it",
 }
 
 
@@ -114,23 +108,10 @@ def builds(survey: Survey) -> Iterator[Finding]:
 def tokenizer(survey: Survey) -> Iterator[Finding]:
     """The vocabulary must be there, and as large as the embedding."""
     metadata, file = _metadata(survey)
-    tokens = metadata.get(f"{_TOKENIZER}.tokens")
     rows = next(iter(survey.modules["embed"].parts.values()))[1][0]
-    count = len(tokens) if isinstance(tokens, list) else 0
-    if count != rows:
-        problem = f"the tokenizer has {count:,} tokens, the embedding {rows:,} rows"
-        yield Finding("error", "tokenizer", file, problem, _REMEDY)
-    for key in ("model", "merges"):
-        if not metadata.get(f"{_TOKENIZER}.{key}"):
-            problem = f"'{_TOKENIZER}.{key}' is absent; llama.cpp cannot read text"
-            yield Finding("error", "tokenizer", file, problem, _REMEDY)
-    for key, consequence in _WITHOUT.items():
-        if f"{_TOKENIZER}.{key}" not in metadata:
-            problem = f"'{_TOKENIZER}.{key}' is absent: {consequence}"
-            yield Finding("warning", "tokenizer", file, problem, _REMEDY)
-    if not metadata.get("tokenizer.chat_template"):
-        problem = "no chat template; servers fall back to another model's"
-        yield Finding("note", "tokenizer", file, problem, "pass --chat-template-file")
+    for lack in lacks(metadata, rows):
+        remedy = _CARRY if lack.severity != "note" else "pass --chat-template-file"
+        yield Finding(lack.severity, "tokenizer", file, lack.problem, remedy)
 
 
 def _metadata(survey: Survey) -> tuple[Mapping[str, Any], str]:

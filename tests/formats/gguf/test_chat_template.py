@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from v4quant_calibration.corpus.chat_dialects import DIALECTS
 from v4quant_calibration.corpus.chat_encoding import encode_messages
-from v4quant_formats.gguf.tokenizer import CHAT_TEMPLATE, V41_CHAT_TEMPLATE
+from v4quant_formats.gguf.tokenizer import V4_CHAT_TEMPLATE, V41_CHAT_TEMPLATE
 
 REPOSITORY = Path(__file__).parents[3]
 GENERATED = json.loads(
@@ -26,7 +26,7 @@ Message = dict[str, Any]
 
 
 @cache
-def template(path: Path = CHAT_TEMPLATE) -> Template:
+def template(path: Path = V4_CHAT_TEMPLATE) -> Template:
     """As engines have it: sandboxed, JSON unescaped."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
