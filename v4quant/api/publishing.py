@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from v4quant.api.arguments import PathLike, path_of
+from v4quant.api.arguments import PathLike, SourceLike, path_of, source_of
 from v4quant.checks.verify import verify
 from v4quant.evaluation.figures import Figures, ResultError, figures_from_dict
 from v4quant.hub.errors import HubError
@@ -27,6 +27,7 @@ from v4quant.publishing.publisher import push as push_files
 from v4quant.publishing.serving import accepted_engines
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.errors import FormatError
+from v4quant_formats.gguf.quants import home_of
 from v4quant_formats.manifest import read_manifest
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.sidecars import MAX_SIDECAR_BYTES
@@ -63,7 +64,7 @@ class PlannedPush:
 
 
 def plan_push(
-    out: PathLike,
+    out: SourceLike,
     repo: str,
     *,
     evaluation: PathLike | None = None,
@@ -71,7 +72,8 @@ def plan_push(
     license: str = "",
 ) -> PlannedPush:
     """What `push` would send; asks no hub. Raises ManifestError and HubError."""
-    folder = Path(out)
+    place = _folder_of(out)
+    folder = home_of(place)
     ref = parse_hub(f"{SCHEME}{repo.removeprefix(SCHEME)}")
     name, manifest = ref.repo, read_manifest(folder)
     _check_place(ref, manifest)
@@ -83,6 +85,14 @@ def plan_push(
         files = beside_others(files, ref.quant)
     commits = plan_commits(files, update=False, stale=())
     return PlannedPush(name, tuple(files), tuple(commits), card, ref.quant)
+
+
+def _folder_of(out: SourceLike) -> Path:
+    """A folder, or one of its GGUF quants. Raises HubError for what is published already."""
+    place = source_of(out)
+    if isinstance(place, HubRef):
+        raise HubError(f"{place}: is published already; push takes a folder of this disk")
+    return place
 
 
 def _check_place(ref: HubRef, manifest: dict[str, Any]) -> None:
@@ -99,7 +109,7 @@ def _check_place(ref: HubRef, manifest: dict[str, Any]) -> None:
 
 
 def push(
-    out: PathLike,
+    out: SourceLike,
     repo: str,
     *,
     evaluation: PathLike | None = None,
@@ -111,8 +121,8 @@ def push(
 ) -> PushResult:
     """Publish converted checkpoint `out` as repository `repo`. The same call again resumes.
 
-    repo: "owner/name", or "owner/name:QUANT" to put a GGUF quant beside others, in a folder of its
-    own: nothing else of the repository is touched.
+    out: a folder, or `FOLDER:QUANT`. repo: "owner/name", or "owner/name:QUANT" to put a GGUF quant
+    beside others, in a folder of its own: nothing else of the repository is touched.
     evaluation: JSON of `evaluate` for the card (default: evaluation.json beside `out`). base_model,
     license: where the manifest and the source have none. public: how a new repository is created.
     replace: replace another checkpoint that is there. `out` is verified before anything is sent.
@@ -121,7 +131,7 @@ def push(
     """
     plan = plan_push(out, repo, evaluation=evaluation, base_model=base_model, license=license)
     shown = default_progress(progress)
-    findings = verify(Path(out), None, shown).findings
+    findings = verify(_folder_of(out), None, shown).findings
     if findings:
         raise HubError(
             f"{out}: does not pass `v4quant verify`, so nothing was sent: {findings[0].where}: "

@@ -30,6 +30,7 @@ from v4quant.temporary_folders import TemporaryFolder
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import parse_name, split_part
 from v4quant_formats.file_hash import hash_file
+from v4quant_formats.gguf.quants import home_of
 from v4quant_formats.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -69,19 +70,23 @@ class VerifyResult:
 def verify(out: Source, source: Source | Checkpoint | None, progress: Progress) -> VerifyResult:
     """Check what `quantize` wrote, against its source (open or not) when that is given.
 
-    out: a folder, whose files are hashed, or a repository, whose listing's digests are compared.
-    Raises ManifestError without a readable v4quant.json, and V4QuantError for a bad source.
+    out: a folder, whose files are hashed, or a repository, whose listing's digests are compared;
+    of either, one of its GGUF quants. Raises ManifestError without a readable v4quant.json, and
+    V4QuantError for a bad source.
     """
     if isinstance(out, HubRef):
         with open_source(out) as published:
             if not isinstance(published.shards, ShardCache):  # the hub's cache has all of it
-                return verify(published.path, source, progress)
+                manifest = read_manifest(published.path)
+                findings = list(_check_files(published.path, manifest, progress))
+                return _check_values(published, manifest, findings, source, progress)
             remote = published.shards.remote
             manifest = _published_manifest(remote)
             findings = list(_check_listed(remote, manifest, progress))
             return _check_values(published, manifest, findings, source, progress)
-    manifest = read_manifest(out)
-    findings = list(_check_files(out, manifest, progress))
+    folder = home_of(out)
+    manifest = read_manifest(folder)
+    findings = list(_check_files(folder, manifest, progress))
     try:
         output = open_checkpoint(out)
     except V4QuantError as error:

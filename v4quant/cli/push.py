@@ -9,6 +9,7 @@ import click
 
 import v4quant
 from v4quant.cli import _output
+from v4quant.cli._types import SOURCE
 from v4quant.hub.refs import SCHEME
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="Example: v4quant push out me/DeepSeek-V4-Flash-INT4 --dry-run")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=SOURCE)
 @click.argument("repo_id")
 @click.option(
     "--evaluation",
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Show files, commits and card offline.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def push(
-    out: Path,
+    out: str,
     repo_id: str,
     evaluation: Path | None,
     base_model: str,

@@ -10,7 +10,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from v4quant.hub.errors import HubOffline
 from v4quant.hub.refs import HubRef
@@ -31,15 +31,19 @@ def takes_gguf(ref: HubRef, remote: Remote) -> bool:
     return bool(ref.quant) or (not shards and any(n.endswith(SUFFIX) for n in remote.files))
 
 
-def pick_gguf(ref: HubRef, remote: Remote) -> Remote:
-    """The commit with the chosen quant's files only. Raises FormatError that lists what is there,
-    MissingShard or HubError."""
+def pick_gguf(ref: HubRef, remote: Remote) -> tuple[Remote, list[str]]:
+    """The commit as the chosen quant's folder has it, and the names there of the chosen files.
+
+    Raises FormatError that lists what is there, MissingShard or HubError.
+    """
     names = [n for n in remote.files if n.endswith(SUFFIX)]
-    return remote.picked(choose(names, ref.quant, str(remote)))
+    chosen = choose(names, ref.quant, str(remote))
+    return remote.picked(chosen), [PurePosixPath(name).name for name in chosen]
 
 
 def open_remote_gguf(
     remote: Remote,
+    chosen: Sequence[str],
     skeleton: Path,
     folder: Path,
     cap: int | None,
@@ -62,7 +66,7 @@ def open_remote_gguf(
         files = {n: FileState(remote.files[n].size) for n in names}
         return files, ShardCache(remote, names, folder, cap, cached, keep, lock)
 
-    opened = assemble_gguf(skeleton, sorted(remote.files), header_of, files_of)
+    opened = assemble_gguf(skeleton, sorted(chosen), header_of, files_of)
     return replace(opened, origin=Origin(remote.repo, remote.commit, remote.license))
 
 

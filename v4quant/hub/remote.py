@@ -71,13 +71,20 @@ class Remote:
         self._paths: Mapping[str, str] = {}
 
     def picked(self, paths: Sequence[str]) -> Remote:
-        """The same commit with these files only, under their names without folders.
+        """The same commit with these files, under their names without folders, and what else lies
+        in their folder, where that is one.
 
         Raises HubError for two of one name.
         """
         by_name = {PurePosixPath(path).name: path for path in paths}
         if len(by_name) != len(paths):
             raise HubError(f"{self}: two of the chosen files have one name; give one of them")
+        homes = {PurePosixPath(path).parent for path in paths}
+        if len(homes) == 1:
+            home = homes.pop()
+            for path in map(PurePosixPath, self.files):
+                if path.is_relative_to(home):
+                    by_name.setdefault(str(path.relative_to(home)), str(path))
         files = {n: replace(self.files[path], name=n) for n, path in by_name.items()}
         found = Remote(self._api, self.repo, self.commit, files, self.license)
         found._paths = by_name

@@ -132,10 +132,12 @@ def _open_in(
             remove_shards(folder / _skeleton_name(told.repo, told.commit) / SHARDS)
         _pin(folder, _Pin(ref.repo, ref.revision, remote.commit))
     if takes_gguf(ref, remote):
-        picked = pick_gguf(ref, remote)
+        picked, chosen = pick_gguf(ref, remote)
         _fetch_small(remote, [] if headers_only else _sidecars(remote), skeleton)
-        cached = _all_cached(picked)
-        return open_remote_gguf(picked, skeleton, skeleton / SHARDS, cap, cached, keep, lock)
+        cached = _all_cached(picked, chosen)
+        return open_remote_gguf(
+            picked, chosen, skeleton, skeleton / SHARDS, cap, cached, keep, lock
+        )
     _fetch_small(remote, _small_files(remote, headers_only), skeleton)
     return _open_skeleton(remote, skeleton, skeleton / SHARDS, cap, keep, lock)
 

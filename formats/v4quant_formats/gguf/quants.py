@@ -180,6 +180,17 @@ def split_quant(path: Path) -> tuple[Path, str]:
     return Path(head), quant.replace("\\", "/")
 
 
+def home_of(path: Path) -> Path:
+    """The folder that holds the files of the model a path means: a folder, one of its .gguf files,
+    or `FOLDER:QUANT`. Raises FormatError that lists what is there, and MissingShard."""
+    folder, quant = split_quant(path)
+    if not quant:
+        return folder.parent if folder.is_file() else folder
+    chosen = choose(files_below(folder), quant, str(folder))
+    homes = {PurePosixPath(name).parent for name in chosen}
+    return folder / homes.pop() if len(homes) == 1 else folder
+
+
 def files_below(folder: Path) -> list[str]:
     """Relative names of the .gguf files of a folder and of the folders in it.
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import v4quant
 from tests.support.conversion import TINY, convert
 from tests.support.fake_hub import FakeHub
 from v4quant.cli import cli
@@ -20,7 +21,7 @@ from v4quant.hub.refs import HubRef, HubReferenceError, parse_hub
 from v4quant.hub.source import open_hub
 from v4quant.recipe import Recipe
 from v4quant_formats.errors import FormatError
-from v4quant_formats.manifest import read_manifest
+from v4quant_formats.manifest import ManifestError, read_manifest
 from v4quant_formats.opening import open_checkpoint
 
 REPO = "maker/V4-Tiny-GGUF"
@@ -151,3 +152,28 @@ def test_offline(
         assert not any(name.startswith("mtp.") for name in opened.tensors)
     with pytest.raises(HubError):
         open_hub(HubRef("maker/other", None, "Q8_0"))
+
+
+def test_verify_and_push_take_a_quant(plain_hub: FakeHub, quants: Path, tmp_path: Path) -> None:
+    """A quant of ours among others: by its folder here, and by its name on the hub."""
+    shelf = tmp_path / "shelf"
+    shutil.copytree(quants, shelf)
+    convert(TINY, shelf / "IQ4_NL", Recipe("iq4_nl", format="gguf"))
+    plain_hub.add_repo(REPO, files(shelf))
+    for place in (f"{shelf}:IQ4_NL", f"hf://{REPO}:IQ4_NL"):
+        assert v4quant.verify(place).ok, place
+        assert v4quant.verify(place, source=TINY).ok, place
+    planned = v4quant.plan_push(f"{shelf}:IQ4_NL", f"{REPO}:IQ4_NL")
+    assert {f.name.partition("/")[0] for f in planned.files} == {"IQ4_NL"}
+    with pytest.raises(HubError, match="published already"):
+        v4quant.plan_push(f"hf://{REPO}:IQ4_NL", "a/b")
+    with pytest.raises(ManifestError, match=r"v4quant\.json"):
+        v4quant.verify(f"hf://{REPO}:MXFP4")
+    with pytest.raises(FormatError, match="choose one"):
+        v4quant.verify(f"{shelf}:Q3_K")
+    damaged = files(shelf)
+    name = "IQ4_NL/model-iq4_nl.gguf"
+    damaged[name] = damaged[name][:-1] + bytes([damaged[name][-1] ^ 1])
+    plain_hub.add_repo("maker/damaged", damaged)
+    found = v4quant.verify("hf://maker/damaged:IQ4_NL").values
+    assert found is not None and [f.where for f in found.findings] == ["model-iq4_nl.gguf"]
