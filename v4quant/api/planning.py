@@ -102,7 +102,7 @@ def plan(
         text = run_file(answer.candidates[choice - 1], outline.label)
         write_file_atomically(Path(write), text.encode())
     commands = (
-        commands_for(c, asked, outline.label, outline.name, _MEMORY) for c in answer.candidates
+        commands_for(c, asked, outline.label, _MEMORY, outline.name) for c in answer.candidates
     )
     return PlanResult(asked, answer, tuple(commands))
 

@@ -9,7 +9,7 @@ from v4quant.conversion.gguf_files import part_names
 from v4quant.planner.candidates import Candidate
 from v4quant.planner.machines import Machine
 from v4quant.recipe import Recipe
-from v4quant_formats.gguf.file_names import quant_label
+from v4quant_formats.gguf.file_names import clean_name, quant_label
 from v4quant_formats.layouts.choices import DEFAULT_SPLIT
 
 _HUB = "hf://"
@@ -35,12 +35,13 @@ class Commands:
 
 
 def commands_for(
-    candidate: Candidate, machine: Machine, source: str, model: str, max_memory: str
+    candidate: Candidate, machine: Machine, source: str, max_memory: str, model: str = ""
 ) -> Commands:
     """What to type. source: a folder or `hf://` repository, which is downloaded first. model: the
-    name that GGUF files get."""
+    name that GGUF files get, where it is not the folder's."""
     folder, fetch = _local(source)
     name = folder.rstrip("/\\").replace("\\", "/").rpartition("/")[2].replace(":", "-")
+    model = model or clean_name(name)
     if candidate.recipe is None and not candidate.budget:
         served = source.removeprefix(_HUB).partition("@")[0] if fetch else folder
         line = f"v4quant verify {_q(folder)} --engine {candidate.engine}{_gpu(machine)}"
