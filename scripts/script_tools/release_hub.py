@@ -355,7 +355,11 @@ class _Handler(BaseHTTPRequestHandler):
         for line in b"".join(self._body()).splitlines():
             operation = json.loads(line)
             value = operation["value"]
-            if operation["key"] == "file":
+            if operation["key"] == "header":
+                if value.get("parentCommit") not in (None, self.hub.commit_of(repo)):
+                    self._json({"error": "ParentMismatch"}, 412)
+                    return
+            elif operation["key"] == "file":
                 data = base64.b64decode(value["content"])
                 self.hub.small[_blob(data)] = data
                 files[value["path"]] = Entry(len(data), _blob(data))

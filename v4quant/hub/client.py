@@ -138,6 +138,8 @@ def persistently(
             return action()
         except V4QuantError:
             raise
+        except PassingFailure as error:
+            failure = error
         except Exception as error:  # noqa: BLE001  (the client wraps causes in its own ways)
             failure = _judge(what, error)
         if stopped():

@@ -115,8 +115,7 @@ class HubDelivery(_Repository):
         super().__init__(repo, out, cap, self._stopping.is_set)
         self._request, self._board = request, board
         self._publisher.preflight(private)
-        self.look()
-        self._begun = MANIFEST_NAME not in self._there and INDEX_NAME not in self._there
+        self._there = self._publisher.look()
         self._pending = 0
         self._queue: queue.Queue[tuple[WrittenFile, bool] | None] = queue.Queue()
         self._error: BaseException | None = None
@@ -187,7 +186,7 @@ class HubDelivery(_Repository):
                 request = replace(request, engines=accepted_engines(published))
         files.append(card_file(render_card(manifest, request)))
         rest = tuple(p for p in files if not p.is_shard)
-        self._publisher.commit(CommitPlan("Config, index, manifest and card", rest), self._begun)
+        self._publisher.commit(CommitPlan("Config, index, manifest and card", rest))
         self._publisher.compare(files)
         for file in files:
             if isinstance(file.content, Path):
@@ -218,7 +217,7 @@ class HubDelivery(_Repository):
             try:
                 title = f"Add {file.name}"
                 plan = CommitPlan(title, (_repo_file(self._out, file),))
-                self._publisher.commit(plan, self._begun)
+                self._publisher.commit(plan)
                 (self._out / file.name).unlink(missing_ok=True)
             except BaseException as error:  # noqa: BLE001  (handed to the job)
                 with self._changed:

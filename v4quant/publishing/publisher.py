@@ -4,20 +4,22 @@ Shards go first, a few a commit; config, index, manifest and card come in the la
 `main` shows before is not a checkpoint. A repository whose `main` already is one gets all
 changes in a single commit. Every attempt begins with what the repository holds: a file that is
 there with the right size and digest is not sent again, which is also how an interrupted push goes
-on and how a commit whose answer was lost is recognised. At the end all digests are compared.
+on and how a commit whose answer was lost is recognised. Every commit names the one it was decided
+upon as its parent, so that nothing that appears between listing and commit is ever overwritten. At
+the end all digests are compared.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from v4quant.hub.client import client, persistently
+from v4quant.hub.client import PassingFailure, client, persistently
 from v4quant.hub.download import download
 from v4quant.hub.errors import HubAccessError, HubError, HubNotFound
 from v4quant.hub.refs import HubRef
@@ -34,6 +36,7 @@ SHARD_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".onnx_data")
 MAX_FILE_BYTES = 500 * 10**9  # the hub's hard limit
 COMMIT_BYTES, COMMIT_FILES = 20 * 10**9, 8
 _UPLOADS = 4  # files of one commit at a time
+_MOVED = 412  # HTTP: `main` is no longer the parent that a commit names
 
 
 class NotPublished(HubError):
@@ -131,6 +134,8 @@ class Publisher:
         self.repo, self._stopped = repo, stopped
         self._api: HfApi = client()
         self._committing = threading.Lock()
+        self._known: dict[str, RemoteFile] | None = None
+        self._made: dict[str, RepoFile | None] = {}  # by our commits; None: deleted
 
     def preflight(self, private: bool) -> None:
         """Check token and owner, and create the repository unless it exists.
@@ -169,11 +174,21 @@ class Publisher:
         except HubNotFound:
             return {}
 
-    def commit(self, plan: CommitPlan, begun: bool = False) -> int:
+    def look(self) -> dict[str, RemoteFile]:
+        """What `main` holds now, and from here on what only this publisher may change.
+
+        To be called once, before anything is decided upon it. Raises HubError.
+        """
+        there: dict[str, RemoteFile] = self._ask("listing", self._head)[1]
+        with self._committing:
+            self._known = dict(there)
+        return there
+
+    def commit(self, plan: CommitPlan, within: str = "") -> int:
         """Make one commit of what differs; the bytes that had to be sent (0: nothing did).
 
-        begun: the repository held no checkpoint when we began, so one that is there now is somebody
-        else's. Raises HubError, then too.
+        within: the folder that the plan's checkpoint is in, with its slash. Raises HubError, also
+        when somebody else has meanwhile published a checkpoint there or changed a file of the plan.
         """
         sent = 0
 
@@ -181,16 +196,12 @@ class Publisher:
             nonlocal sent
             from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-            there = self.files()
+            _, there = self._head()
+            self._refuse_changes(plan, within, there)
             todo = [p for p in plan.files if not p.is_same(there.get(p.name))]
             stale = [n for n in plan.deletions if n in there]
             if not todo and not stale:
                 return
-            if begun and not {MANIFEST_NAME, INDEX_NAME}.isdisjoint(there):
-                raise HubError(
-                    f"{self}: somebody else has published a checkpoint there meanwhile; nothing of "
-                    "it was changed; name a new repository"
-                )
             operations: list[Any] = [CommitOperationDelete(n) for n in stale]
             for file in todo:
                 content = file.content
@@ -203,12 +214,49 @@ class Publisher:
             adds = [o for o in operations if isinstance(o, CommitOperationAdd)]
             self._api.preupload_lfs_files(self.repo, adds, num_threads=_UPLOADS)
             with self._committing:  # bytes travel side by side, commits follow one another
-                self._api.create_commit(
-                    self.repo, operations, commit_message=f"{plan.title} (v4quant)"
-                )
+                parent, there = self._head()  # other commits came while the bytes travelled
+                self._refuse_changes(plan, within, there)
+                self._create(f"{plan.title} (v4quant)", operations, parent)
 
         self._ask(plan.title, attempt)
+        with self._committing:
+            self._made |= {p.name: p for p in plan.files}
+            self._made |= dict.fromkeys(plan.deletions)
         return sent
+
+    def _create(self, title: str, operations: list[Any], parent: str) -> None:
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            self._api.create_commit(
+                self.repo, operations, commit_message=title, parent_commit=parent
+            )
+        except HfHubHTTPError as error:
+            if error.response.status_code != _MOVED:
+                raise
+            raise PassingFailure("somebody else has committed meanwhile") from None
+
+    def _head(self) -> tuple[str, dict[str, RemoteFile]]:
+        """The commit that `main` is, and its files."""
+        commit = str(self._api.model_info(self.repo).sha)
+        return commit, list_files(self._api, self.repo, commit)
+
+    def _refuse_changes(
+        self, plan: CommitPlan, within: str, there: Mapping[str, RemoteFile]
+    ) -> None:
+        """Raise HubError when a file that matters is neither as it was nor as we made it."""
+        known = self._known
+        if known is None:
+            return
+        ours = {**self._made, **{p.name: p for p in plan.files}, **dict.fromkeys(plan.deletions)}
+        for name in {within + MANIFEST_NAME, within + INDEX_NAME, *ours} - self._made.keys():
+            made, now = ours.get(name), there.get(name)
+            as_made = now is None if made is None else made.is_same(now)
+            if now != known.get(name) and not as_made:
+                raise HubError(
+                    f"{self}: somebody else has published {name} there meanwhile; nothing of it "
+                    "was changed; name a new repository"
+                )
 
     def compare(self, files: Iterable[RepoFile]) -> None:
         """Compare what the repository lists with what was to be sent. Raises NotPublished."""
@@ -297,15 +345,13 @@ def push(
     publisher = Publisher(repo)
     publisher.preflight(private)
     sent = commits = 0
-    there = publisher.files()
-    # Beside other quants everybody has a folder.
-    begun = not folder and MANIFEST_NAME not in there and INDEX_NAME not in there
+    there = publisher.look()
     if folder and CARD_NAME not in there:
         card = next(p for p in files if p.name == f"{folder}/{CARD_NAME}")
         files = [*files, rename(card, CARD_NAME)]
     told = f"{repo}:{folder}" if folder else repo
     for plan in push_plan(files, there, replace, told, folder):
-        count = publisher.commit(plan, begun)
+        count = publisher.commit(plan, f"{folder}/" if folder else "")
         sent, commits = sent + count, commits + bool(count)
         advance(plan.nbytes)
     publisher.compare(files)

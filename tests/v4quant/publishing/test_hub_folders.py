@@ -320,11 +320,14 @@ def test_the_whole_pipeline_between_repositories(
     assert len(plain_hub.repos[TARGET].commits) == commits
 
 
-@pytest.mark.parametrize("moment", ["shards", "index"])
+@pytest.mark.parametrize("moment", ["shards", "index", "commit"])
 def test_a_checkpoint_published_meanwhile_is_left_alone(
     moment: str, plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """Two conversions into one repository, from two machines: the first to finish stays whole."""
+    """Two conversions into one repository, from two machines: the first to finish stays whole.
+
+    "commit": it appears when the second one has looked for the last time.
+    """
     plain_hub.add_repo(SOURCE, model_files, license="mit")
     theirs = {INDEX_NAME: b"{}", "v4quant.json": b"{}", "config.json": b"{}"}
     if moment == "shards":
@@ -332,7 +335,8 @@ def test_a_checkpoint_published_meanwhile_is_left_alone(
     total = sum(n.endswith(".safetensors") for n in model_files)
 
     def publish(route: str, path: str) -> None:
-        if route != "tree" or TARGET not in path or INDEX_NAME in plain_hub.files(TARGET):
+        at = "commit" if moment == "commit" else "tree"
+        if route != at or TARGET not in path or INDEX_NAME in plain_hub.files(TARGET):
             return
         there = sum(n.endswith(".safetensors") for n in plain_hub.files(TARGET))
         if there >= (1 if moment == "shards" else total):
