@@ -76,6 +76,9 @@ class ShardFiles(Protocol):
     def acquire(self, files: Sequence[str]) -> None:
         """Return when all of these can be read at once; they stay until released."""
 
+    def spent(self, file: str, offset: int, count: int) -> None:
+        """These bytes of a shard will not be read again."""
+
     def release(self, file: str) -> None:
         """This shard will not be read again."""
 
@@ -102,6 +105,9 @@ class HeadersOnly:
 
     def acquire(self, files: Sequence[str]) -> None:
         """Nothing to wait for."""
+
+    def spent(self, file: str, offset: int, count: int) -> None:
+        """Nothing to let go of."""
 
     def release(self, file: str) -> None:
         """Nothing to let go of."""
@@ -136,6 +142,9 @@ class LocalShards:
 
     def acquire(self, files: Sequence[str]) -> None:
         """They are here."""
+
+    def spent(self, file: str, offset: int, count: int) -> None:
+        """They stay: others may want what is cached of them."""
 
     def release(self, file: str) -> None:
         """They stay."""

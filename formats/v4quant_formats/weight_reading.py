@@ -192,7 +192,7 @@ def check_finite(checkpoint: Checkpoint, spec: TensorSpec, value: Tensor) -> Non
 
 
 def _refuse_nan_scale(checkpoint: Checkpoint, spec: TensorSpec, scale: Tensor) -> None:
-    if bool((scale.view(torch.uint8) == 255).any()):
+    if scale.numel() and int(scale.view(torch.uint8).max()) == 255:
         raise NonFiniteWeight(_not_finite(checkpoint, spec))
 
 

@@ -83,14 +83,14 @@ def nonzero_exponents(q: QTensor) -> Tensor:
 def top_exponent(q: QTensor) -> int:
     """The largest exponent of a group that holds a nonzero code.
 
-    Looks at the codes of the groups with the largest scale only, unless they are all zeros.
+    Looks at the codes of one group with the largest scale only, unless they are all zeros.
     """
     assert q.scale is not None
-    exponents = e8m0.exponents(q.scale).view(-1)
-    largest = (exponents == exponents.max()).nonzero().squeeze(1)
+    scale = q.scale.view(torch.uint8).reshape(-1).cpu()
+    largest = int(scale.numpy().argmax())  # torch's takes 30 times as long
     codes = q.codes.view(torch.int64).view(-1, GROUP // 16)
     if bool((codes[largest] & _MAGNITUDES).any()):
-        return int(exponents[largest[0]])
+        return int(e8m0.exponents(scale[largest]))
     return int(nonzero_exponents(q).max())
 
 

@@ -21,7 +21,7 @@ from v4quant.conversion.journal import FinishedShard, Journal
 from v4quant.conversion.plan import Plan
 from v4quant.conversion.records import TensorRecord
 from v4quant.conversion.unit import convert_unit
-from v4quant.conversion.units import ShardPlan
+from v4quant.conversion.units import ShardPlan, Unit
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.shards import ShardWriter, temporary_path
 from v4quant_kernels.progress import Progress
@@ -48,6 +48,7 @@ def write_shards(
     finisher = ThreadPoolExecutor(_CLOSING, "finish")
     closing: deque[Future[None]] = deque()
     sources, needed = plan.checkpoint.shards, _last_use(shards)
+    last_readers = _last_readers(shards)
     sources.expect(list(needed))
     try:
         for number, shard in enumerate(shards):
@@ -57,7 +58,7 @@ def write_shards(
             sources.acquire(shard.source_files)
             writer = ShardWriter(out / shard.file, shard.file_plan(), delivery.reads_again)
             try:
-                records = _convert_shard(plan, shard, writer, stats, pool, progress)
+                records = _convert_shard(plan, shard, writer, stats, pool, progress, last_readers)
             except BaseException:
                 writer.abort()
                 raise
@@ -85,6 +86,12 @@ def _last_use(shards: list[ShardPlan]) -> dict[str, int]:
     return {file: number for number, shard in enumerate(shards) for file in shard.source_files}
 
 
+def _last_readers(shards: list[ShardPlan]) -> dict[str, tuple[str, Unit]]:
+    """Who reads a source tensor last: the output file, and the unit of it."""
+    units = ((shard.file, unit) for shard in shards for unit in shard.units)
+    return {p.name: (file, u) for file, u in units for s in u.sources for p in s.parts.values()}
+
+
 def _close_shard(
     writer: ShardWriter, records: list[TensorRecord], journal: Journal, delivery: Delivery
 ) -> None:
@@ -101,6 +108,7 @@ def _convert_shard(
     stats: Evidence | None,
     pool: ThreadPoolExecutor,
     progress: Progress,
+    last_readers: dict[str, tuple[str, Unit]],
 ) -> list[TensorRecord]:
     futures = [pool.submit(convert_unit, plan, u, writer, stats) for u in shard.units]
     records: list[TensorRecord] = []
@@ -109,6 +117,10 @@ def _convert_shard(
             done = future.result()
             records += [] if unit.again else done
             progress.advance(unit.bytes_in)
+            for part in (p for s in unit.sources for p in s.parts.values()):
+                file, last = last_readers[part.name]
+                if file == shard.file and last is unit and not part.stride:
+                    plan.checkpoint.shards.spent(part.file, part.offset, part.nbytes)
     except BaseException:
         # Nothing may still write when the caller removes the file.
         _cancel(futures)

@@ -32,7 +32,7 @@ class _Digest:
         if not file.sha256:
             self._hash.update(b"blob %d\0" % file.size)
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: bytes | memoryview) -> None:
         self._hash.update(data)
 
     def matches(self) -> bool:

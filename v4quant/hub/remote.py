@@ -26,6 +26,7 @@ from v4quant.hub.client import (
     refusal,
 )
 from v4quant.hub.errors import HubError, HubNotFound
+from v4quant.hub.lines import read_body
 from v4quant.hub.refs import HubRef
 from v4quant.hub.session import origin
 from v4quant_formats.errors import SourceChanged, UnsafePath
@@ -104,14 +105,14 @@ class Remote:
         until two answers agree. Raises HubError, or SourceChanged when they never do.
         """
         stop = min(start + count, self.files[name].size)
-        data = b"".join(self.stream(name, start, stop))
+        data = self._whole(name, start, stop)
         if self._api.endpoint.startswith("https:"):
             return data
         for reading in range(1, _READINGS):
             # A wider range: what stands between may have kept the last answer, or break one place.
             more = reading * _WIDER
             first, last = max(0, start - more), min(stop + more, self.files[name].size)
-            wider = b"".join(self.stream(name, first, last))
+            wider = self._whole(name, first, last)
             again = wider[start - first : stop - first]
             if again == data:
                 return data
@@ -121,10 +122,19 @@ class Remote:
             "line, then run the same command again"
         )
 
+    def _whole(self, name: str, start: int, stop: int) -> bytes:
+        data = bytearray()
+        for piece in self.stream(name, start, stop):
+            data += piece
+        return bytes(data)
+
     def stream(
         self, name: str, start: int, stop: int, stopped: Callable[[], bool] = lambda: False
-    ) -> Iterator[bytes]:
-        """Bytes `start:stop` of a file in pieces, whatever breaks on the way. Raises HubError."""
+    ) -> Iterator[bytes | memoryview]:
+        """Bytes `start:stop` of a file in pieces, whatever breaks on the way.
+
+        A piece is valid until the next one is asked for. Raises HubError.
+        """
         import httpx2
 
         at = start
@@ -152,7 +162,7 @@ class Remote:
             if at < stop:
                 patience.wait(failure)
 
-    def _request(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+    def _request(self, name: str, start: int, stop: int) -> Iterator[bytes | memoryview]:
         """One request, redirects followed; may yield less than asked, never more."""
         from huggingface_hub import constants, get_session
         from huggingface_hub.utils import build_hf_headers
@@ -201,7 +211,9 @@ class Remote:
             raise SourceChanged(f"{self}: {name}: is shorter than the repository announces")
         raise refusal(f"{self}: reading {name}", response.status_code, "")
 
-    def _body(self, name: str, response: Any, start: int, stop: int) -> Iterator[bytes]:
+    def _body(
+        self, name: str, response: Any, start: int, stop: int
+    ) -> Iterator[bytes | memoryview]:
         skip = start if response.status_code == 200 else 0  # a server that knows no ranges
         if response.status_code == 206:
             told = re.fullmatch(
@@ -216,7 +228,7 @@ class Remote:
                 )
         left = stop - start
         began, seen = time.monotonic(), left
-        for chunk in response.iter_raw():
+        for chunk in read_body(response):
             if time.monotonic() - began > _SLOW_SECONDS:
                 if seen - left < _SLOW_BYTES:
                     raise PassingFailure(

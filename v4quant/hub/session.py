@@ -8,6 +8,7 @@ bytes and seconds. Nothing is accepted compressed: a small answer could then fil
 
 from __future__ import annotations
 
+import io
 import re
 import threading
 import time
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 
 from v4quant.hub.errors import HubError
 from v4quant.hub.lines import watch_lines
+from v4quant_formats.system import forget_cached
 
 if TYPE_CHECKING:
     import httpx2
@@ -26,6 +28,7 @@ MAX_ANSWER_SECONDS = 45.0
 CONNECT_SECONDS = 4.0
 """How long a server may take to accept the first connection; until then it may not be there."""
 UPLOAD_PIECE = 2**20
+_FORGOTTEN = 8 * 2**20  # bytes sent that leave the page cache at a time
 _SECRETS = ("authorization", "cookie")
 _guarded = threading.Lock()
 _state = {"guarded": False, "answered": False}
@@ -92,6 +95,30 @@ def _before(request: httpx2.Request) -> None:
     stream: Any = request.stream
     if isinstance(getattr(stream, "CHUNK_SIZE", None), int):
         stream.CHUNK_SIZE = UPLOAD_PIECE
+        stream._stream = _sent(stream._stream)
+
+
+class _Sent:
+    """A file that is sent; what is gone of it leaves the page cache, so that what is fetched
+    meanwhile takes memory that is warm."""
+
+    def __init__(self, stream: Any, file: Any) -> None:
+        """`file`: what is open below `stream`."""
+        self._stream, self._file, self._start = stream, file, file.tell()
+
+    def read(self, count: int) -> bytes:
+        end = self._file.tell()
+        if end - self._start >= _FORGOTTEN:
+            forget_cached(self._file.fileno(), self._start, end - self._start)
+            self._start = end
+        data: bytes = self._stream.read(count)
+        return data
+
+
+def _sent(stream: Any) -> Any:
+    """What reads as `stream` does, a file or a slice of one; anything else is left as it is."""
+    file = getattr(stream, "fileobj", stream)
+    return _Sent(stream, file) if isinstance(file, io.BufferedReader) else stream
 
 
 def _after(response: httpx2.Response) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.conversion import convert, folder_bytes
+from tests.support.conversion import TINY, convert, folder_bytes
 from v4quant_formats import file_hash
+from v4quant_formats.shard_files import LocalShards
 
 
 def test_slow_hashes_run_side_by_side(
@@ -36,3 +37,28 @@ def test_slow_hashes_run_side_by_side(
     convert(model_folder, tmp_path / "out", "int4-g64")
     assert max(most) >= 3
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "q4_k"])
+def test_what_is_spent_was_read_before_and_is_not_read_again(
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tensor that is converted is given up once, by its last reader."""
+    seen: list[tuple[str, int, int]] = []
+    spent: list[tuple[str, int, int]] = []
+    read = LocalShards.read_into
+
+    def reading(self: LocalShards, file: str, view: memoryview, offset: int, what: str) -> None:
+        seen.append((file, offset, offset + len(view)))
+        early = [s for s in spent if s[0] == file and s[1] < offset + len(view) and offset < s[2]]
+        assert not early or what.endswith("norm.weight"), (what, early)
+        read(self, file, view, offset, what)
+
+    monkeypatch.setattr(LocalShards, "read_into", reading)
+    monkeypatch.setattr(
+        LocalShards, "spent", lambda self, file, at, count: spent.append((file, at, at + count))
+    )
+    convert(TINY, tmp_path / "out", scheme)
+    assert len(set(spent)) == len(spent) > 100
+    assert {file for file, _, _ in spent} == {p.name for p in TINY.glob("*.safetensors")}
+    assert {s[:2] for s in spent} <= {r[:2] for r in seen}

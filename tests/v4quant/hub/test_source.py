@@ -10,6 +10,7 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from huggingface_hub import constants
 
 from tests.support.fake_hub import TOKEN, FakeHub
 from v4quant.cli import cli
-from v4quant.hub import client
+from v4quant.hub import client, lines
 from v4quant.hub.download import part_path
 from v4quant.hub.errors import HubAccessError, HubError, HubNotFound, HubOffline
 from v4quant.hub.refs import HubRef, HubReferenceError, parse_hub
@@ -140,9 +141,20 @@ def shelf(scratch: Path) -> Path:
 
 
 def test_a_broken_download_goes_on_where_it_broke(
-    plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path
+    plain_hub: FakeHub,
+    model_files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain_hub.add_repo(REF.repo, model_files)
+    direct: list[int] = []
+    read_into = lines._Line.read_into
+
+    def counted(line: Any, view: memoryview, timeout: float | None) -> int:
+        direct.append(read_into(line, view, timeout))
+        return direct[-1]
+
+    monkeypatch.setattr(lines._Line, "read_into", counted)
     with open_hub(REF, tmp_path) as remote:
         plain_hub.fail("resolve", "drop", 2)
         plain_hub.log.clear()
@@ -151,6 +163,7 @@ def test_a_broken_download_goes_on_where_it_broke(
         starts = [int(s.headers["Range"][6:].partition("-")[0]) for s in plain_hub.log]
         size = len(model_files[file])
         assert starts == [0, size // 2, size // 2 + (size - size // 2) // 2]
+        assert sum(direct) > size // 4, "large bodies pass the client by"
     # What an earlier process left: a good part is continued, a damaged one fetched anew.
     (whole,) = shelf(tmp_path).iterdir()
     assert whole.name.endswith(f"-{file}") and re.match(r"[0-9a-f]{16}-", whole.name)
