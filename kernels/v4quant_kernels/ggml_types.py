@@ -16,6 +16,7 @@ from v4quant_kernels.errors import UnsupportedScheme
 from v4quant_kernels.near_names import did_you_mean
 
 BlockCoding = Literal["", "block"]
+TextNeed = Literal["", "wanted", "needed"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class GgmlType:
     offered: experts may be asked to have this type. dense: other matrices may.
     fits_mxfp4: some MXFP4 matrices come out exactly.
     codebook: weights come in vectors of a table, which makes the search for codes slow.
-    needs_text: not to be written without statistics of a text: so few bits must go where they
-    count (llama.cpp refuses these without an importance matrix as well).
+    text: whether statistics of a text are "needed" or "wanted". So few bits must go where they
+    count: without a text searched codes have more than twice the KL divergence with one, and
+    llama.cpp refuses all these types without an importance matrix.
     """
 
     name: str
@@ -46,7 +48,7 @@ class GgmlType:
     dense: bool = True
     fits_mxfp4: bool = False
     codebook: bool = False
-    needs_text: bool = False
+    text: TextNeed = ""
 
     @property
     def bits_per_weight(self) -> float:
@@ -88,12 +90,12 @@ def _stand_in(name: str, type_id: int, block_bytes: int, bits: int) -> GgmlType:
 
 
 def _codebook(
-    name: str, type_id: int, block_bytes: int, bits: int, file_type: int, needs_text: bool = False
+    name: str, type_id: int, block_bytes: int, bits: int, file_type: int, text: TextNeed = ""
 ) -> GgmlType:
     """A type of 256 columns whose weights come in vectors of a table."""
     return GgmlType(
         name, type_id, 256, block_bytes, bits, "iq4_nl", file_type, "block", codebook=True,
-        needs_text=needs_text,
+        text=text,
     )  # fmt: skip
 
 
@@ -115,12 +117,12 @@ GGML_TYPES: dict[str, GgmlType] = {
         # llama.cpp's file types IQ2_M and IQ3_S are those of the types IQ2_S and IQ3_S.
         GgmlType("iq4_xs", 23, 256, 136, 4, "iq4_nl", 30, "block"),
         _codebook("iq3_s", 21, 110, 3, 26),
-        _codebook("iq3_xxs", 18, 98, 3, 23),
-        _codebook("iq2_s", 22, 82, 2, 29),
-        _codebook("iq2_xs", 17, 74, 2, 20),
-        _codebook("iq2_xxs", 16, 66, 2, 19),
-        _codebook("iq1_m", 29, 56, 1, 31, needs_text=True),
-        _codebook("iq1_s", 19, 50, 1, 24, needs_text=True),
+        _codebook("iq3_xxs", 18, 98, 3, 23, "wanted"),
+        _codebook("iq2_s", 22, 82, 2, 29, "wanted"),
+        _codebook("iq2_xs", 17, 74, 2, 20, "wanted"),
+        _codebook("iq2_xxs", 16, 66, 2, 19, "wanted"),
+        _codebook("iq1_m", 29, 56, 1, 31, "needed"),
+        _codebook("iq1_s", 19, 50, 1, 24, "needed"),
         GgmlType("iq4_nl", 20, 32, 18, 4, "bf16", 25, "block"),
         _stand_in("q5_1", 7, 24, 5),
         _stand_in("q5_0", 6, 22, 5),

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from v4quant_kernels.errors import UnsupportedScheme
-from v4quant_kernels.ggml_types import GGML_TYPES, GgmlType, fitting_type
+from v4quant_kernels.ggml_types import GGML_TYPES, GgmlType, TextNeed, fitting_type
 from v4quant_kernels.near_names import did_you_mean
 
 Element = Literal["e2m1", "e4m3", "int", "bf16", "ggml"]
@@ -42,7 +42,7 @@ class Scheme:
     fits_mxfp4: a search finds MXFP4's very values where a block's scales allow it.
     coder: the kind of codes that error feedback can solve for; "" for schemes without a solver.
     wider: a scheme that holds exactly what this one cannot.
-    needs_text: a search without statistics of a text is refused.
+    text: whether a search wants statistics of a text, or is refused without ("needed").
     """
 
     name: str
@@ -58,7 +58,7 @@ class Scheme:
     fits_mxfp4: bool = False
     coder: CoderKind = ""
     wider: str = ""
-    needs_text: bool = False
+    text: TextNeed = ""
 
     @property
     def group_size(self) -> int:
@@ -130,7 +130,7 @@ def _blocks(kind: GgmlType) -> Scheme:
     return Scheme(
         kind.name, "ggml", kind.bits, (1, kind.block), "none", block_bytes=kind.block_bytes,
         formats=("gguf",) if kind.offered else (), keeps_negative_zero=False, coder=kind.coder,
-        fits_mxfp4=kind.fits_mxfp4, needs_text=kind.needs_text,
+        fits_mxfp4=kind.fits_mxfp4, text=kind.text,
     )  # fmt: skip
 
 

@@ -666,7 +666,8 @@ def test_an_output_larger_than_its_source_is_told(v4quant: Command, tmp_path: Pa
     command = ("quantize", TINY_V4, tmp_path / "o", "--dry-run", "--scheme")
     larger = v4quant(*command, "q8_0")
     assert "will be larger than the source" in larger.err and "routed experts" in larger.err
-    assert "Warning" not in v4quant(*command, "iq2_xxs", "--dense", "q8_0").err
+    assert "Warning" not in v4quant(*command, "q2_k", "--dense", "q8_0").err
+    assert "without a text" in v4quant(*command, "iq2_xxs", "--dense", "q8_0").err
 
 
 def test_tables_and_sizes() -> None:

@@ -86,7 +86,7 @@ class Allocation:
     def needs_text(self) -> tuple[str, ...]:
         """Chosen schemes that `quantize` refuses without statistics of a text."""
         names = {name for (_, group), name in self.chosen.items() if group not in WHOLE}
-        return tuple(sorted(n for n in names if n in SCHEMES and SCHEMES[n].needs_text))
+        return tuple(sorted(n for n in names if n in SCHEMES and SCHEMES[n].text == "needed"))
 
     @property
     def bits_per_weight(self) -> float:

@@ -8,6 +8,7 @@ where they do not count are refused without one.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from v4quant.recipe import Recipe, RecipeError
@@ -23,6 +24,8 @@ from v4quant_formats.gguf.imatrix import looks_like_gguf
 from v4quant_formats.model_config import parse_model_config
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import SCHEMES, Scheme
+
+_LOG = logging.getLogger(__name__)
 
 
 def load_calibrated(
@@ -55,18 +58,20 @@ def load_calibrated(
 
 
 def _check_text(recipe: Recipe) -> None:
-    """Refuse types that need a text, where there is none.
+    """Refuse types that need a text, and warn of those that want one, where there is none.
 
     Embedding and head may have any type, in llama.cpp too: a lookup has no inputs to weigh.
     """
     places = {name for (_, group), name in recipe.places.items() if group not in WHOLE}
-    for name in sorted({recipe.scheme, recipe.dense, *places}):
-        if name in SCHEMES and SCHEMES[name].needs_text:
-            raise RecipeError(
-                f"{name} has too few bits to spend them without a text: run `v4quant calibrate "
-                "SOURCE --out stats.v4q` and give --stats stats.v4q (in a run file, a [calibrate] "
-                "table), or an importance matrix of llama.cpp's"
-            )
+    asked = {recipe.scheme, recipe.dense, *places} & SCHEMES.keys()
+    remedy = (
+        "run `v4quant calibrate SOURCE --out stats.v4q` and give --stats stats.v4q (in a run file, "
+        "a [calibrate] table), or an importance matrix of llama.cpp's"
+    )
+    for name in sorted(n for n in asked if SCHEMES[n].text == "needed"):
+        raise RecipeError(f"{name} has too few bits to spend them without a text: {remedy}")
+    for name in sorted(n for n in asked if SCHEMES[n].text == "wanted"):
+        _LOG.warning("%s loses more than twice as much without a text: %s", name, remedy)
 
 
 def _check_dense(path: Path, recipe: Recipe) -> None:
@@ -74,7 +79,7 @@ def _check_dense(path: Path, recipe: Recipe) -> None:
     solved = recipe.solver == "gptq"  # lines of [schemes] were solved with the experts
     places = {name for (_, group), name in recipe.places.items() if group == "dense"}
     for name in sorted({recipe.dense} if solved else {recipe.dense, *places}):
-        if name in SCHEMES and SCHEMES[name].needs_text:
+        if name in SCHEMES and SCHEMES[name].text == "needed":
             raise RecipeError(
                 f"{path}: knows the inputs of experts only, and {name} for dense matrices needs "
                 "theirs: `v4quant calibrate SOURCE --imatrix FILE.gguf` writes them for --stats, "

@@ -101,10 +101,10 @@ def cost_of(
 ) -> Cost:
     """What it costs to make `output` bytes of `scheme` with the best level that effort allows.
 
-    any_type: `allocate` will choose among all types, so those that need a text may be there.
+    any_type: `allocate` will choose among all types, so those that want a text may be there.
     """
     levels = (_CAST,) if exact or not is_solved(scheme) else LEVELS[effort]
-    if scheme.needs_text or any_type:
+    if scheme.text or any_type:
         levels = tuple(_WEIGHED if level is _PLAIN else level for level in levels)
     costs = [_cost(outline, scheme, output, level, cores, exact) for level in levels]
     within = [c for c in costs if c.hours <= _LIMIT_HOURS]

@@ -203,12 +203,12 @@ def test_the_commands_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", ["m4-max-128", "2x3090", "dgx-spark", "strix-halo"])
-def test_types_that_need_a_text_are_never_made_without(name: str) -> None:
+def test_types_that_want_a_text_are_never_made_without(name: str) -> None:
     """However quick it shall be; a mixture may choose such a type in any layer."""
     machine = with_memory(parse_machine(name), "64GB" if name == "2x3090" else None, None)
     outline = outline_release("flash")
     found = for_llama_cpp.candidates(outline, Request(machine, 8192, "minutes", 16))[0]
-    weighed = [c for c in found if c.budget or (c.recipe and get_scheme(c.scheme).needs_text)]
+    weighed = [c for c in found if c.budget or (c.recipe and get_scheme(c.scheme).text)]
     assert weighed and any(c.budget for c in weighed)
     for candidate in found:
         assert candidate.cost is not None and not candidate.cost.level.solves
