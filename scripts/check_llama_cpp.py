@@ -10,7 +10,12 @@ is what the reference itself changes when it rounds its streams to BF16; the lim
 a margin for 8-bit activations (see `MARGIN`).
 
     python scripts/check_llama_cpp.py [--schemes mxfp4,q4_k] [--windows 4] [--json]
+    python scripts/check_llama_cpp.py --together
     python scripts/check_llama_cpp.py --schemes "" --recipe recipe.toml --stats solved
+
+`--together` puts as many types into one file as the model has places (a layer's w1 and w3, or its
+w2), so that all of them take two conversions: a type that llama.cpp decodes otherwise spoils its
+file. Every tensor passes llama.cpp's own check of its blocks (`ggml_validate_row_data`) on loading.
 
 Exit code 0 when all agree, 1 when one does not, 2 without the package.
 """
@@ -21,6 +26,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +38,7 @@ from script_tools.program import v4quant
 
 from v4quant.builtin import resolve_source
 from v4quant_formats.layouts.gguf import GGUF
+from v4quant_kernels.ggml_types import get_type
 
 SOURCE = "builtin:tiny-v4"
 LENGTH = 256
@@ -62,17 +69,18 @@ class Agreement:
     perplexity: float
     perplexity_reference: float
     same_tokens: bool
-    draft_loads: bool
+    files_valid: bool
 
     def passes(self, floor: float) -> bool:
         """Whether nothing but arithmetic differs."""
-        return self.mean_kl < floor + MARGIN and self.same_tokens and self.draft_loads
+        return self.mean_kl < floor + MARGIN and self.same_tokens and self.files_valid
 
 
 def main() -> int:
     """Check the types asked for and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--schemes", default=",".join(GGUF.schemes))
+    parser.add_argument("--together", action="store_true", help="many types in a file")
     parser.add_argument("--recipe", help="a recipe to convert by as well")
     parser.add_argument("--stats", help="what calibrate made for that recipe")
     parser.add_argument("--windows", type=int, default=4, help=f"of {LENGTH} tokens")
@@ -90,17 +98,8 @@ def main() -> int:
     results = []
     with tempfile.TemporaryDirectory(prefix="v4quant-llama-") as scratch:
         source = logits_of(SOURCE, Path(scratch) / "source.safetensors", options.windows)
-        for number, scheme in enumerate(filter(None, options.schemes.split(","))):
-            # One conversion in pieces and one with 8-bit dense matrices are enough.
-            more = {1: ["--split-size", "8MB"], 2: ["--dense", "q8_0"]}.get(number, [])
-            more += ["--scheme", scheme, "--format", "gguf"]
-            results.append(check(llama_cpp, scheme, more, Path(scratch), source, options))
-            if not options.json:
-                print(line(results[-1], floor), flush=True)
-        if options.recipe:
-            more = ["--recipe", options.recipe]
-            more += ["--stats", options.stats] if options.stats else []
-            results.append(check(llama_cpp, "recipe", more, Path(scratch), source, options))
+        for name, more in conversions(options, Path(scratch)):
+            results.append(check(llama_cpp, name, more, Path(scratch), source, options))
             if not options.json:
                 print(line(results[-1], floor), flush=True)
     passed = all(r.passes(floor) for r in results)
@@ -108,6 +107,44 @@ def main() -> int:
         facts = {"llama_cpp": llama_cpp.__version__, "floor": floor, "margin": MARGIN}
         print(json.dumps({**facts, "passed": passed, "types": [asdict(r) for r in results]}))
     return 0 if passed else 1
+
+
+def conversions(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, list[str]]]:
+    """What to convert: a name, and options of `quantize`."""
+    schemes = [scheme for scheme in options.schemes.split(",") if scheme]
+    if any(get_type(scheme).text for scheme in schemes):
+        text = ["--tokens", "4096", "--min-tokens", "1"]
+        v4quant("calibrate", SOURCE, "--out", str(scratch / "stats.v4q"), *text)
+    if options.together:
+        for number, table in enumerate(mixes(schemes), 1):
+            file = scratch / f"mix-{number}.toml"
+            file.write_text('scheme = "mxfp4"\nformat = "gguf"\n[schemes]\n' + table)
+            yield f"mix-{number}", ["--recipe", str(file), *given(scratch / "stats.v4q")]
+    for number, scheme in enumerate(() if options.together else schemes):
+        # One conversion in pieces and one with 8-bit dense matrices are enough.
+        more = {1: ["--split-size", "8MB"], 2: ["--dense", "q8_0"]}.get(number, [])
+        more += given(scratch / "stats.v4q") if get_type(scheme).text else []
+        yield scheme, ["--scheme", scheme, "--format", "gguf", *more]
+    if options.recipe:
+        stats = given(Path(options.stats)) if options.stats else []
+        yield "recipe", ["--recipe", options.recipe, *stats]
+
+
+def given(stats: Path) -> list[str]:
+    """The option for statistics that are there."""
+    return ["--stats", str(stats)] if stats.exists() else []
+
+
+def mixes(schemes: Sequence[str]) -> list[str]:
+    """Lines of [schemes]: all types, each in one place, in as few files as that takes."""
+    config = json.loads((resolve_source(SOURCE) / "config.json").read_text())
+    layers = range(config["num_hidden_layers"])
+    places = [f"layers.{n}.{group}" for n in layers for group in ("gate_up", "down")]
+    found = []
+    for start in range(0, len(schemes), len(places)):
+        pairs = zip(places, schemes[start : start + len(places)], strict=False)
+        found.append("".join(f'"{place}" = "{scheme}"\n' for place, scheme in pairs))
+    return found
 
 
 def line(found: Agreement, floor: float) -> str:
@@ -118,7 +155,7 @@ def line(found: Agreement, floor: float) -> str:
         f"(median {found.median_kl:.1e}, largest {found.largest_kl:.1e}; floor {floor:.2e}), "
         f"to the source {found.kl_to_source:.2e}, same top {100 * found.same_top:.2f} %, "
         f"perplexity {found.perplexity:.3f} / {found.perplexity_reference:.3f}, "
-        f"tokens {found.same_tokens}, draft {found.draft_loads}: {verdict}"
+        f"tokens {found.same_tokens}, files valid {found.files_valid}: {verdict}"
     )
 
 
@@ -170,7 +207,7 @@ def check(
         perplexity=perplexity(b, held["input_ids"]),
         perplexity_reference=perplexity(a, held["input_ids"]),
         same_tokens=same_tokens(model),
-        draft_loads=all(loads(llama_cpp, file) for file in out.glob("mtp-*.gguf")),
+        files_valid=all(loads(llama_cpp, f) for f in (main_file, *out.glob("mtp-*.gguf"))),
     )
 
 
@@ -183,8 +220,8 @@ def load(llama_cpp: Any, path: Path, threads: int) -> Any:
 
 
 def loads(llama_cpp: Any, path: Path) -> bool:
-    """Whether a file's tensors are all found, of the right shapes (no context is made: a draft
-    stage computes only beside its trunk)."""
+    """Whether a file's tensors are all found, of the right shapes, with blocks that llama.cpp calls
+    valid (no context is made: a draft stage computes only beside its trunk)."""
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = 0
     parameters.load_mtp = parameters.check_tensors = True

@@ -151,6 +151,11 @@ def block_type(dtype: str) -> GgmlType | None:
     return kind if kind is not None and kind.is_block_type else None
 
 
+def has_codebook(name: str) -> bool:
+    """Whether a scheme's weights are searched in a codebook."""
+    return name in GGML_TYPES and GGML_TYPES[name].codebook
+
+
 def fitting_type(name: str, columns: int) -> str:
     """The type for rows of `columns`: the wanted one, or what llama.cpp takes instead."""
     while columns % get_type(name).block:

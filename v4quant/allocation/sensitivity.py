@@ -41,7 +41,7 @@ from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import TensorName, parse_name
 from v4quant_formats.weight_reading import read_dense_rows
 from v4quant_kernels import codec
-from v4quant_kernels.ggml_types import GGML_TYPES
+from v4quant_kernels.ggml_types import has_codebook
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import MXFP4, SCHEMES
@@ -219,7 +219,7 @@ def yardstick(found: Mapping[str, float]) -> str:
 
 def is_slow(scheme: str) -> bool:
     """Whether weights are searched in a codebook."""
-    return scheme in GGML_TYPES and GGML_TYPES[scheme].codebook
+    return has_codebook(scheme)
 
 
 def held_as(scheme: str, columns: int) -> str:

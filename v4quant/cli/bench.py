@@ -112,7 +112,7 @@ def _as_text(result: ConvertBench) -> str:
     show_default=True,
     help="Whose expert.",
 )
-@click.option("--scheme", default="int4-g128", show_default=True, help="Integer scheme.")
+@click.option("--scheme", default="int4-g128", show_default=True, help="What to solve for.")
 @click.option(
     "--solver",
     "solvers",

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from v4quant.planner.choices import Effort
 from v4quant.planner.footprint import Outline
 from v4quant_formats.model_config import Dimensions
+from v4quant_kernels.ggml_types import has_codebook
 from v4quant_kernels.scheme import Scheme
 
 
@@ -57,10 +58,14 @@ LEVELS: dict[Effort, tuple[Level, ...]] = {
 _LIMIT_HOURS = 24.0
 
 _FLASH_WORK = 2 * 2048 * 4096**2 + 4096 * 2048**2  # N K^2 of w1, w3 and w2
+_FLASH_MATRIX = 2048 * 4096
 _BLOCK_FACTOR = 2.0
 _CORE_FLOPS = 50e9
 # Core-seconds a GB of source: casts that keep the nibbles, and a search for scales.
 _CAST_SECONDS, _SEARCH_SECONDS = 4.0, 12.0
+# Core-seconds a Flash expert whose codes are searched in a codebook: 31 (iq2_xxs) to 60 (iq3_xxs)
+# on a busy machine.
+_CODEBOOK_SECONDS = 45.0
 _DISK_BYTES_A_SECOND = 0.5e9
 
 
@@ -119,8 +124,11 @@ def _cost(
     disk_seconds = (outline.nbytes + output) / _DISK_BYTES_A_SECOND
     seconds = max(convert / cores, disk_seconds)
     seconds += level.passes * level.tokens * 2 * _active_weights(outline) / _CORE_FLOPS / cores
+    experts = dims.n_routed_experts * dims.num_hidden_layers
+    if has_codebook(scheme.name) and not level.solves and not exact:
+        weights = dims.moe_intermediate_size * dims.hidden_size / _FLASH_MATRIX
+        seconds += experts * _CODEBOOK_SECONDS * weights / cores
     if level.solves:
-        experts = dims.n_routed_experts * dims.num_hidden_layers
         factor = _BLOCK_FACTOR if scheme.block_bytes else 1.0
         work = 2 * dims.moe_intermediate_size * dims.hidden_size**2
         work += dims.hidden_size * dims.moe_intermediate_size**2
