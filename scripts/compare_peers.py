@@ -28,6 +28,7 @@ from typing import Any
 
 from quality_table import FULL, ROOT, TINY, text
 from quality_table import STORED as QUALITY
+from quality_types import STORED as TYPES
 from safetensors.torch import load_file, save_file
 from script_tools.figures import figures
 
@@ -89,10 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs[who] = [python, str(ROOT / "scripts" / "peers" / PEERS[who].worker), *more]
     options.work.mkdir(parents=True, exist_ok=True)
     fresh = compare(options.work.resolve(), options.schemes, runs)
-    stored = json.loads(STORED.read_text()) if STORED.exists() else {"rows": []}
+    stored = json.loads(STORED.read_text()) if STORED.exists() else {"rows": [], "trellis": []}
     renewed = {(row["scheme"], row["who"]) for row in fresh["rows"]}
     old = [row for row in stored["rows"] if (row["scheme"], row["who"]) not in renewed]
-    found = {**fresh, "rows": sorted([*old, *fresh["rows"]], key=_order)}
+    found = {**stored, **fresh, "rows": sorted([*old, *fresh["rows"]], key=_order)}
     STORED.write_text(json.dumps(found, indent=1) + "\n")
     PAGE.write_text(page(found))
     return 0
@@ -221,11 +222,43 @@ def _missing(columns: Sequence[str]) -> list[str]:
     for who, peer in PEERS.items():
         if who not in columns:
             found += [
-                f"{peer.name}: runs on V4 with `scripts/peers/{peer.worker}`; not run on the whole",
-                "text yet, so it has no figures here.",
+                f"{peer.name}: not measured. It runs on V4 with `scripts/peers/{peer.worker}`, but",
+                "nobody has run it on the whole text yet.",
                 "",
             ]
     return found
+
+
+def _codebooks(trellis: Sequence[dict[str, Any]], types: dict[str, dict[str, Any]]) -> list[str]:
+    """Types with a codebook, by bits, beside a trellis; `types` are the table's of GGUF types."""
+    rows = [
+        (row["bits"], f"`{name}`", *(_cell(row[way]) for way in ("llama.cpp", "solved")), "")
+        for name, row in types.items()
+        if {"llama.cpp", "solved"} <= row.keys()
+    ]
+    rows += [(row["bits"], row["name"], "", "", _cell(row)) for row in trellis]
+    return [
+        "## Codebooks and a trellis",
+        "",
+        "The same experts, text and measure at other sizes: GGUF types by llama.cpp's own encoder",
+        "with an importance matrix, the same types as `calibrate --solve` finds them",
+        "([quality-types.md](quality-types.md)), and a trellis in the way of EXL3. The trellis is",
+        "a prototype outside v4quant, which writes no such format: 16 bits of state, full Viterbi",
+        "search, error feedback between blocks, propagation. Its bits are those of matrices of",
+        "Flash's size; on the tiny model its scales make them 2.125 and 3.125.",
+        "",
+        "| bits per weight | format | llama.cpp, importance matrix | v4quant | trellis |",
+        "|---:|---|---|---|---|",
+        *(f"| {bits:.4f} | " + " | ".join(cells) + " |" for bits, *cells in sorted(rows)),
+        "",
+        "So at 2 and 3 bits the trellis is ahead of every GGUF type of about its size, by what 0.2",
+        "to 0.4 bit are worth; llama.cpp does not run it.",
+        "",
+    ]
+
+
+def _cell(row: dict[str, Any]) -> str:
+    return f"{row['kl']:.5f} ± {row['kl_stderr']:.5f}"
 
 
 def page(found: dict[str, Any]) -> str:
@@ -252,10 +285,7 @@ def page(found: dict[str, Any]) -> str:
     ]
     for scheme in SCHEMES:
         rows = {row["who"]: row for row in every if row["scheme"] == scheme}
-        cells = [
-            f"{rows[who]['kl']:.5f} ± {rows[who]['kl_stderr']:.5f}" if who in rows else "not run"
-            for who in columns
-        ]
+        cells = [_cell(rows[who]) if who in rows else "not run" for who in columns]
         if rows:
             lines.append(f"| {scheme} | " + " | ".join(cells) + " |")
     lines.append("")
@@ -277,6 +307,7 @@ def page(found: dict[str, Any]) -> str:
         "one text: a win by less than the error bars is not a win.",
         "",
         *_missing(columns),
+        *_codebooks(found["trellis"], json.loads(TYPES.read_text())["types"]),
     ]
     return "\n".join(lines)
 

@@ -2,13 +2,14 @@
 
     scripts/quality_types.py iq2_xxs            searched and solved, into docs/quality-types.json
     scripts/quality_types.py iq2_xxs --ggml-lib libggml-base.so      and llama.cpp's encoder
+    scripts/quality_types.py iq2_xxs --work DIR  keep statistics and solutions, and go on there
     scripts/quality_types.py --page             docs/quality-types.md and .svg from what is stored
     scripts/quality_types.py --check            a reduced row again, compared with the stored one
 
 searched: the encoder, weighed by the inputs' second moments, gain restored. solved: error feedback,
 refinement and propagation. llama.cpp: `ggml_quantize_chunk` on the same experts with the same
 importance (an importance matrix holds the same mean squares). All are whole GGUF files, scored by
-our forward on held-out text; each figure is stored as soon as it is measured.
+our forward on held-out text; a type's figures are stored as soon as they are measured.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from quality_table import STORED as QUALITY
+from script_tools.curve import Curve, Dot, draw
 from script_tools.figures import drift, figures
 from script_tools.ggml_library import quantizer
+from script_tools.work import work_folder
 from torch import Tensor
 
 import v4quant
 from v4quant.builtin import CALIBRATION, HELDOUT
-from v4quant.evaluation.report import svg
 from v4quant.recipe import recipe_from_table
 from v4quant_calibration.rounding.measure import measured
 from v4quant_calibration.rounding.solvers import SOLVERS
@@ -61,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("types", nargs="*", choices=[[], *TYPES], metavar="TYPE")
     parser.add_argument("--way", action="append", choices=WAYS[1:], help="Only this.")
     parser.add_argument("--ggml-lib", type=Path, help="Measure llama.cpp's encoder as well.")
+    parser.add_argument("--work", type=Path, help="Keep what is made here, and go on there.")
     parser.add_argument("--reduced", action="store_true", help="Store the reduced row.")
     parser.add_argument("--check", action="store_true", help="Compare the reduced row.")
     parser.add_argument("--page", action="store_true", help="Write the page and the plot.")
@@ -74,12 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1 if problems else 0
         write_stored({**stored, "reduced": found})
     ways = [*(["llama.cpp"] if options.ggml_lib else []), *(options.way or WAYS[1:])]
-    for name in options.types:
-        for way in ways:
-            found = measure(name, way, FULL, options.ggml_lib)
+    with work_folder(options.work) as work:
+        for name in options.types:
+            found = measure(name, ways, options.ggml_lib, work)
             stored = read_stored()
             row = {"bits": get_scheme(name).bits_per_weight, **stored["types"].get(name, {})}
-            write_stored({**stored, "types": {**stored["types"], name: {**row, way: found}}})
+            write_stored({**stored, "types": {**stored["types"], name: {**row, **found}}})
     if options.page:
         rows = read_stored()["types"]
         PAGE.write_text(page(rows))
@@ -118,30 +122,36 @@ def measure_reduced() -> dict[str, Any]:
         return {"searched": figures(first), "solved": figures(first.others[0])}
 
 
-def measure(name: str, way: str, windows: tuple[int, int], library: Path | None) -> dict[str, Any]:
-    """Figures of the experts in one type."""
-    calibration, heldout = (count * WINDOW for count in windows)
-    with tempfile.TemporaryDirectory() as work:
-        out = export(calibration, name, way, library, Path(work))
-        found = v4quant.evaluate(
-            out, reference=TINY, corpus=HELDOUT, tokens=heldout, seq_len=WINDOW, weights=False
-        )
-    return {**figures(found), "tokens": [calibration, heldout]}
+def measure(
+    name: str, ways: Sequence[str], library: Path | None, work: Path
+) -> dict[str, dict[str, Any]]:
+    """Figures of the experts in one type, by way."""
+    calibration, heldout = (count * WINDOW for count in FULL)
+    first, *rest = [export(calibration, name, way, library, work) for way in ways]
+    found = v4quant.evaluate(
+        first, reference=TINY, candidates=rest, corpus=HELDOUT, tokens=heldout, seq_len=WINDOW,
+        weights=False,
+    )  # fmt: skip
+    tokens = {"tokens": [calibration, heldout]}
+    scored = zip(ways, (found, *found.others), strict=True)
+    return {way: {**figures(one), **tokens} for way, one in scored}
 
 
 def export(tokens: int, name: str, way: str, library: Path | None, work: Path) -> Path:
     """A GGUF file whose experts have the type, everything else as in the source."""
     solve = name if way == "solved" else None
-    found = v4quant.calibrate(
-        TINY, work / "found", solve=solve, corpus=CALIBRATION, tokens=tokens, seq_len=WINDOW,
-        min_tokens=1,
-    )  # fmt: skip
+    known, out = work / (f"solution-{name}" if solve else "statistics"), work / f"{name}-{way}"
+    if solve or not known.exists():  # a solution resumes; statistics serve every type
+        v4quant.calibrate(
+            TINY, known, solve=solve, corpus=CALIBRATION, tokens=tokens, seq_len=WINDOW,
+            min_tokens=1,
+        )  # fmt: skip
     with peer_encoder(library if way == "llama.cpp" else None):
         v4quant.quantize(
-            TINY, work / "out", scheme=name, format="gguf", solver="gptq" if solve else "optimal",
-            draft="drop", stats=found.path, workers=1,
+            TINY, out, scheme=name, format="gguf", solver="gptq" if solve else "optimal",
+            draft="drop", stats=known, workers=1,
         )  # fmt: skip
-    return work / "out"
+    return out
 
 
 @contextmanager
@@ -192,47 +202,42 @@ def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
         both = "llama.cpp" in row and "solved" in row
         ratio = f"{row['solved']['kl'] / row['llama.cpp']['kl']:.2f}" if both else ""
         lines.append(f"| `{name}` | {row['bits']:.4f} | " + " | ".join([*cells, ratio]) + " |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *_integers(rows), ""])
+
+
+def _integers(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """`q2_0` beside the integers that it is the GGUF form of, where both are solved."""
+    if "solved" not in rows.get("q2_0", {}):
+        return []
+    table = json.loads(QUALITY.read_text())["full"]["rows"]
+    other = next(r for r in table if (r["scheme"], r["solver"]) == ("int2-g64", "propagated"))
+    return [
+        "",
+        "`q2_0` has the values of `int2-g64` with the sign of the scale turned. Solved, that has",
+        f"{other['kl']:.5f} ± {other['kl_stderr']:.5f} on the same text",
+        "([quality.md](quality.md)).",
+    ]
 
 
 _COLOURS = {"llama.cpp": "#b4552d", "searched": "#7a7f87", "solved": "#1f6f9f"}
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70.0, 660.0, 30.0, 360.0
 
 
 def plot(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """KL, on a logarithmic axis, against bits per weight."""
-    values = [row[way]["kl"] for row in rows.values() for way in WAYS if way in row]
-    bits = [row["bits"] for row in rows.values()]
-    axis = svg.log_axis(values, _BOTTOM, _TOP)
-    low, high = min(bits) - 0.2, max(bits) + 0.2
-    style = "text{font:12px sans-serif;fill:#444}.grid{stroke:#ddd}.axis{font-size:13px}"
-    for index, colour in enumerate(_COLOURS.values()):
-        style += f".w{index}{{fill:{colour}}}.l{index}{{fill:none;stroke:{colour}}}"
-    parts = [f"<style>{style}</style>"]
-    for value, told in axis.ticks():
-        parts.append(svg.line(_LEFT, axis(value), _RIGHT, axis(value), "grid"))
-        parts.append(svg.label(_LEFT - 8, axis(value) + 4, told, "tick", "end"))
-
-    def across(value: float) -> float:
-        return _LEFT + (value - low) / (high - low) * (_RIGHT - _LEFT)
-
-    for index, way in enumerate(WAYS):
-        known = sorted((r["bits"], r[way]["kl"], name) for name, r in rows.items() if way in r)
-        spots = [(across(b), axis(kl)) for b, kl, _ in known]
-        if len(spots) > 1:
-            parts.append(svg.polyline(spots, f"l{index}"))
-        for (x, y), (b, kl, name) in zip(spots, known, strict=True):
-            parts.append(svg.circle(x, y, 4, f"w{index}", f"{name}, {way}: {kl:.5f} at {b:.4f}"))
-            if way == "solved":
-                parts.append(svg.label(x, y + 18, name))
-        parts.append(svg.circle(_RIGHT - 110, _TOP + 8 + 18 * index, 4, f"w{index}"))
-        parts.append(svg.label(_RIGHT - 98, _TOP + 12 + 18 * index, way, "tick", "start"))
-    step = 0.5
-    ticks = [step * i for i in range(int(low / step) + 1, int(high / step) + 1)]
-    parts += [svg.label(across(t), _BOTTOM + 18, f"{t:g}") for t in ticks]
-    parts.append(svg.label((_LEFT + _RIGHT) / 2, _BOTTOM + 40, "bits per weight", "axis"))
-    drawn = svg.figure(700, 420, "KL divergence against bits per weight, logarithmic axis", parts)
-    return drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    """KL against bits per weight; a type's name stands at its lowest figure."""
+    lowest = {name: min((w for w in WAYS if w in r), key=lambda w: r[w]["kl"])
+              for name, r in rows.items()}  # fmt: skip
+    curves = []
+    for way, colour in _COLOURS.items():
+        dots = [
+            Dot(
+                row["bits"], row[way]["kl"],
+                f"{name}, {way}: {row[way]['kl']:.5f} at {row['bits']:.4f}",
+                name if lowest[name] == way else "",
+            )
+            for name, row in rows.items() if way in row
+        ]  # fmt: skip
+        curves.append(Curve(way, colour, dots))
+    return draw(curves, "bits per weight", "KL divergence against bits per weight, by type")
 
 
 if __name__ == "__main__":

@@ -27,23 +27,31 @@ def stored(script: ModuleType) -> dict[str, Any]:
     return found
 
 
+# Of llama.cpp's KL; with an importance matrix it is a better one, and so is what is asked of us.
+BARS = {False: 0.6, True: 0.35}
+
+
 def test_solved_files_are_smaller_and_much_closer(
     script: ModuleType, stored: dict[str, Any]
 ) -> None:
-    """At no more bytes at most 0.6 of llama.cpp's KL, in every part of the text too."""
-    assert stored["rows"].keys() == script.SIZES.keys()
+    """At no more bytes a fraction of llama.cpp's KL, in every part of the text too."""
+    without = {name for name, rival in script.RIVALS.items() if not rival.imatrix}
+    assert without <= stored["rows"].keys() <= script.RIVALS.keys()
     with open_checkpoint(script.TINY) as source:
-        for name, size in script.SIZES.items():
-            row = stored["rows"][name]
+        for name, row in stored["rows"].items():
+            rival = script.RIVALS[name]
             plan = make_plan(source, recipe_from_table(row["recipe"], name))
             # Texts in the header (the chat template) have grown since the rows were measured.
-            assert 0 <= plan.bytes_out - row["bytes"] < 1024 and row["bytes"] <= parse_size(size)
+            assert 0 <= plan.bytes_out - row["bytes"] < 1024
+            assert row["bytes"] <= parse_size(rival.size)
             assert row["bytes"] <= row["llama.cpp"]["bytes"]
-            assert row["solved"]["kl"] <= 0.6 * row["llama.cpp"]["kl"]
+            bar = BARS[rival.imatrix]
+            assert row["solved"]["kl"] <= bar * row["llama.cpp"]["kl"], name
             for part, kl in row["solved"]["parts"].items():
-                assert kl <= 0.6 * row["llama.cpp"]["parts"][part]
-                slack = 2 * row["searched"]["kl_stderr"]
-                assert kl <= row["searched"]["parts"][part] + slack, (name, part)
+                assert kl <= 1.1 * bar * row["llama.cpp"]["parts"][part]
+                if "searched" in row:
+                    slack = 2 * row["searched"]["kl_stderr"]
+                    assert kl <= row["searched"]["parts"][part] + slack, (name, part)
 
 
 def test_drift_is_told(script: ModuleType, stored: dict[str, Any]) -> None:
@@ -63,5 +71,15 @@ def test_page_is_of_the_stored_rows(script: ModuleType, stored: dict[str, Any]) 
     text = script.page(stored["rows"])
     assert text == script.PAGE.read_text()
     for row in stored["rows"].values():
-        for name in ("llama.cpp", "searched", "solved"):
+        for name in row.keys() & set(script.WAYS):
             assert f"{row[name]['kl']:.5f}" in text
+
+
+def test_the_plot_has_a_dot_for_each_figure(script: ModuleType, stored: dict[str, Any]) -> None:
+    drawn = script.plot(stored["rows"])
+    assert drawn + "\n" == script.PLOT.read_text()
+    for name, row in stored["rows"].items():
+        for way in row.keys() & set(script.WAYS):
+            assert f"{name}, {way}: {row[way]['kl']:.5f} at " in drawn
+        assert f">{name}</text>" in drawn
+    assert ">mean KL divergence, nats per token</text>" in drawn

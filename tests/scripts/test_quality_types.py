@@ -37,13 +37,15 @@ def rows() -> dict[str, dict[str, Any]]:
             "llama.cpp": scored(0.03),
         },
         "q2_0": {"bits": 2.25, "solved": scored(0.018)},
+        "q2_k": {"bits": 2.625, "searched": scored(0.02)},
     }  # fmt: skip
 
 
 def test_the_page_is_ordered_by_bits_and_leaves_gaps(script: ModuleType) -> None:
     lines = [line for line in script.page(rows()).splitlines() if line.startswith("| `")]
-    assert [line.split("`")[1] for line in lines] == ["iq2_xxs", "q2_0", "iq3_xxs"]
-    first, second, third = lines
+    assert [line.split("`")[1] for line in lines] == ["iq2_xxs", "q2_0", "q2_k", "iq3_xxs"]
+    first, second, searched, third = lines
+    assert searched.endswith("| 2.6250 |  | 0.02000 ± 0.00200 |  |  |")
     assert first.endswith("| 0.03000 ± 0.00300 | 0.02700 ± 0.00270 | 0.01200 ± 0.00120 | 0.40 |")
     assert second.endswith("| 2.2500 |  |  | 0.01800 ± 0.00180 |  |")
     assert third.endswith("| 0.00800 ± 0.00080 |  | 0.00400 ± 0.00040 | 0.50 |")
@@ -53,8 +55,11 @@ def test_the_plot_has_a_point_for_each_figure(script: ModuleType) -> None:
     drawn = ElementTree.fromstring(script.plot(rows()))
     tips = [t.text or "" for t in drawn.iter("{http://www.w3.org/2000/svg}title")]
     points = [t for t in tips if " at " in t]
-    assert len(points) == 6
+    assert len(points) == 7
     assert "iq2_xxs, searched: 0.02700 at 2.0625" in points
+    told = [t.text for t in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"bits per weight", "mean KL divergence, nats per token"} <= set(told)
+    assert [told.count(name) for name in ("iq2_xxs", "q2_0", "iq3_xxs", "q2_k")] == [1] * 4
 
 
 def test_types_that_nobody_solves_are_no_choice(script: ModuleType) -> None:
@@ -73,6 +78,9 @@ def test_stored_types_are_below_their_bars(script: ModuleType) -> None:
         ours = row.keys() & bars.keys()  # the page leaves a gap where nothing was measured
         assert ours and all(row[way]["kl"] <= bars[way] * theirs for way in ours), name
     assert "solved" in stored["iq2_xxs"]
+    integers = json.loads(script.QUALITY.read_text())["full"]["rows"]
+    like = next(r for r in integers if r["scheme"] == "int2-g64" and r["solver"] == "propagated")
+    assert stored["q2_0"]["solved"]["kl"] <= like["kl"] + like["kl_stderr"] / 2
 
 
 def test_drift_of_the_reduced_row_is_told(script: ModuleType) -> None:

@@ -23,7 +23,7 @@ EXCEPTIONS = {
     ("gen_cli_docs.py", "v4quant.pipeline"): "lists the keys of a run file",
     ("quality_table.py", "v4quant_calibration.solve"): "a column without refinement, which "
     "`calibrate` always does",
-    ("quality_types.py", "v4quant.evaluation"): "draws with the report's plots",
+    ("script_tools/curve.py", "v4quant.evaluation"): "draws with the report's plots",
     ("script_tools/readers.py", "*"): "the fuzzer's readers are the single readers of small files",
     ("script_tools/tool_readers.py", "*"): "those of other tools' files",
 }
