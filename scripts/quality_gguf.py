@@ -59,9 +59,9 @@ class Rival:
 
 RIVALS = {
     "Q6_K": Rival("20.3MB"), "Q4_K_M": Rival("14.6MB"), "Q3_K_M": Rival("11.8MB"),
-    "Q2_K": Rival("9.3MB"), "IQ3_XXS": Rival("9.87MB", True), "IQ2_M": Rival("8.5MB", True),
-    "IQ2_XS": Rival("7.73MB", True), "IQ2_XXS": Rival("7.03MB", True),
-    "IQ1_M": Rival("6.16MB", True),
+    "Q2_K": Rival("9.3MB"), "IQ3_XXS": Rival("9.86MB", True), "IQ2_M": Rival("8.48MB", True),
+    "IQ2_XS": Rival("7.73MB", True), "IQ2_XXS": Rival("7.04MB", True),
+    "IQ1_M": Rival("6.17MB", True),
 }  # fmt: skip
 # One layer's experts, two layers' dense matrices and the head: what solving is made of, in little.
 REDUCED = {
