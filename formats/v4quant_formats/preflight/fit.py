@@ -93,7 +93,7 @@ def memory(survey: Survey, tp: int, context: int) -> Memory:
 def _kv_cache(survey: Survey, tp: int, context: int) -> int:
     """By the engine's own arithmetic; else, or where config.json lacks fields, entries in BF16."""
     c = survey.config
-    if survey.declaration.engine.kv_cache is not None and c.v41 is None:
+    if survey.declaration.engine.kv_cache is not None:
         with suppress(ConfigError):
             return survey.declaration.engine.kv_cache(parse_model_config(c.raw), tp, context)
     window = c.num_hidden_layers * 2 * c.head_dim * min(context, _WINDOW)
