@@ -34,8 +34,12 @@ from v4quant_formats.spec import TensorSpec, torch_dtype
 from v4quant_formats.weights import StoredWeight, find_weight
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+_TORCH_NAME = "adapter_model.bin"
 _NAME = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _FLOATS = ("F32", "BF16", "F16")
+# Ways to begin A and B that leave the base as it is; PiSSA, OLoRA, LoftQ and others take part of it
+# away, and such an adapter fits what is left only.
+_PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal")
 
 
 class AdapterError(FormatError):
@@ -114,6 +118,11 @@ def open_adapter(folder: Path) -> Adapter:
     """Read an adapter's headers. Raises as `with_adapter` does."""
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         check_link(folder, name)
+        if not (folder / name).is_file() and (folder / _TORCH_NAME).is_file():
+            raise AdapterError(
+                f"{folder / _TORCH_NAME}: is PyTorch's pickle, which is not read here; save it as "
+                f"{WEIGHTS_NAME}"
+            )
         if not (folder / name).is_file():
             raise MissingTensor(f"{folder / name}: missing; an adapter in PEFT's layout has it")
     config = read_json_object(folder / CONFIG_NAME)
@@ -142,7 +151,7 @@ def open_adapter(folder: Path) -> Adapter:
 
 def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     where = folder / CONFIG_NAME
-    kind = config.get("peft_type", "LORA")
+    kind, begun = config.get("peft_type", "LORA"), config.get("init_lora_weights")
     refused = {
         f"its peft_type is {str(kind)[:40]!r}": kind != "LORA",
         "it is DoRA (use_dora)": bool(config.get("use_dora")),
@@ -150,6 +159,16 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
         "it replaces whole modules (modules_to_save)": bool(config.get("modules_to_save")),
         "it changes fused parameters (target_parameters)": bool(config.get("target_parameters")),
         "its matrices are transposed (fan_in_fan_out)": bool(config.get("fan_in_fan_out")),
+        "it repeats layers (layer_replication)": bool(config.get("layer_replication")),
+        "it trains single tokens (trainable_token_indices)": bool(
+            config.get("trainable_token_indices")
+        ),
+        "it is for some tokens of a text only (alora_invocation_tokens)": bool(
+            config.get("alora_invocation_tokens")
+        ),
+        f"it changed the base it was trained on (init_lora_weights {str(begun)[:40]!r})": not (
+            begun is None or isinstance(begun, bool) or begun in _PLAIN_BEGINNINGS
+        ),
     }
     for what, holds in refused.items():
         if holds:

@@ -45,6 +45,7 @@ from v4quant_formats.shard_files import (
 from v4quant_formats.spec import TensorSpec, torch_dtype
 
 INDEX_NAME = "model.safetensors.index.json"
+PACK_CONFIG_NAME = "quantize_config.json"
 SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = 256 * 2**20
 _SERIES = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
@@ -245,7 +246,7 @@ def read_structure(
     """
     check_link(folder, "config.json")
     check_link(folder, INDEX_NAME)
-    config = read_json_object(folder / "config.json")
+    config = _with_pack_config(folder, read_json_object(folder / "config.json"))
     weight_map = _weight_map(folder)
     tensors: dict[str, TensorSpec] = {}
     for name, promised in _tensors_by_file(folder, weight_map, names).items():
@@ -260,6 +261,18 @@ def read_structure(
             _check_against_index(folder, name, header, promised)
         tensors.update(header)
     return MappingProxyType(config), MappingProxyType(tensors)
+
+
+def _with_pack_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """config.json with what AutoGPTQ keeps in a file of its own, where it says nothing itself."""
+    check_link(folder, PACK_CONFIG_NAME)
+    declared = config.get("quantization_config", {"quant_method": "gptq"})
+    if not (folder / PACK_CONFIG_NAME).is_file() or not isinstance(declared, dict):
+        return config
+    told = read_json_object(folder / PACK_CONFIG_NAME).get("checkpoint_format")
+    if told is None or declared.get("quant_method") != "gptq" or "checkpoint_format" in declared:
+        return config
+    return {**config, "quantization_config": {**declared, "checkpoint_format": told}}
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:

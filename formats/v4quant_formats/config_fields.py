@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from v4quant_kernels.errors import V4QuantError
@@ -57,3 +58,15 @@ def raise_first(problems: list[tuple[bool, str]], where: str) -> None:
     for wrong, text in problems:
         if wrong:
             raise ConfigError(f"{where}: {text}")
+
+
+def check_yarn(scaling: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for keys that make another YaRN than V4's, which scales angles only and
+    rounds the range it does that in."""
+    plain: dict[str, tuple[Any, ...]] = {
+        "attention_factor": (None, 1), "mscale": (None, 0), "mscale_all_dim": (None, 0),
+        "truncate": (None, True),
+    }  # fmt: skip
+    for key, allowed in plain.items():
+        if scaling.get(key) not in allowed:
+            raise ConfigError(f"{where} has {key} {short(scaling[key])}; V4's YaRN has none")

@@ -1,16 +1,20 @@
 """Integer matrices as other tools store them: what their parts say, and their values.
 
-Three layouts besides the one that has a scheme (symmetric, BF16 scales, `weight_shape`):
+Four layouts besides the one that has a scheme (symmetric, BF16 scales, `weight_shape`):
 
 | tool | codes | zero points | scales | order of columns |
 |---|---|---|---|---|
 | compressed-tensors | `weight_packed` [N, ceil(K*b/32)], along K | `weight_zero_point` [N*b/32, K/g], along N | `weight_scale` [N, K/g] | `weight_g_idx` [K] |
 | GPTQ | `qweight` [K*b/32, N], along K | `qzeros` [K/g, N*b/32], along N | `scales` [K/g, N] | `g_idx` [K] |
+| compressed-tensors, int8 | `weight` I8 [N, K] | `weight_zero_point` I8 [N, K/g] | `weight_scale` [N, K/g] | none |
 | AWQ | `qweight` [K, N/8], along N, nibbles 0 2 4 6 1 3 5 7 | `qzeros` [K/g, N/8], likewise | `scales` [K/g, N] | none |
 
 A value is `(code - zero) * scale` in float32. Codes are unsigned little-endian bit streams in I32
-words. GPTQ stores zero points less one, unless config.json's `checkpoint_format` is `gptq_v2`.
-A group index names each column's group, so that groups need not be neighbours.
+words, of the plain int8 layout signed bytes. GPTQ stores zero points less one, unless config.json's
+`checkpoint_format` is `gptq_v2`; where all are the middle code, as symmetric packs have them, the
+stored numbers tell which it is, and must not contradict config.json.
+A group index names each column's group, so that groups need not be neighbours; one of -1 only is
+compressed-tensors' way to say that there is none.
 
 Sources: compressed-tensors `compressors/quantized_compressors`, AutoGPTQ `qlinear`, AutoAWQ `packing_utils`.
 """  # noqa: E501
@@ -28,7 +32,7 @@ from v4quant_formats.errors import WrongDtype
 from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.ref.pack import WIDTHS, unpack_bits
 
-Tool = Literal["compressed-tensors", "gptq", "awq"]
+Tool = Literal["compressed-tensors", "int8", "gptq", "awq"]
 
 GPTQ_PARTS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 COMPRESSED_PARTS = frozenset(
@@ -36,13 +40,16 @@ COMPRESSED_PARTS = frozenset(
 )
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _SCALES = ("BF16", "F16", "F32")
+PLAIN_PARTS = frozenset({"weight", "weight_scale", "weight_zero_point"})
+# What GPTQ's layouts are called; others (marlin, ...) order their words otherwise.
+_VERSIONS = (None, "gptq", "gptq_v2")
 
 
 @dataclass(frozen=True)
 class IntegerPack:
     """Which tool's layout a matrix [N, K] is in, its bits per code and columns per group.
 
-    plus_one: zero points are stored less one.
+    plus_one: zero points are stored less one. declared: config.json says whether they are.
     """
 
     tool: Tool
@@ -50,6 +57,7 @@ class IntegerPack:
     group: int
     shape: tuple[int, int]
     plus_one: bool = False
+    declared: bool = False
 
     @property
     def name(self) -> str:
@@ -91,15 +99,48 @@ def _gptq_candidates(
     if bits in WIDTHS and weight.shape[1] == rows and weight.shape[0] * 32 % bits == 0:
         columns = weight.shape[0] * 32 // bits
         if columns % groups == 0:
-            declared = config.get("quantization_config")
-            version = declared.get("checkpoint_format") if isinstance(declared, Mapping) else None
+            version = _version(config)
+            if version not in _VERSIONS:
+                raise WrongDtype(
+                    f"{weight.file}: config.json's checkpoint_format is {str(version)[:40]!r}, not "
+                    "gptq or gptq_v2; its words are in another order"
+                )
+            shape, group = (rows, columns), columns // groups
             found.append(
-                IntegerPack("gptq", bits, columns // groups, (rows, columns), version != "gptq_v2")
+                IntegerPack("gptq", bits, group, shape, version != "gptq_v2", version is not None)
             )
     if bits == 4 and weight.shape[1] * 8 == rows and weight.shape[0] % groups == 0:
         columns = weight.shape[0]
         found.append(IntegerPack("awq", 4, columns // groups, (rows, columns)))
     return found if len(found) == 1 else []
+
+
+def _version(config: Mapping[str, Any]) -> Any:
+    """GPTQModel says it under a second name."""
+    declared = config.get("quantization_config")
+    if not isinstance(declared, Mapping):
+        return None
+    own = declared.get("format") if declared.get("quant_method") == "gptq" else None
+    return declared.get("checkpoint_format", own)
+
+
+def find_plain(
+    parts: Mapping[str, TensorSpec], shape: tuple[int, ...] | None
+) -> IntegerPack | None:
+    """The layout of an I8 `weight` under float scales, a row or a group each; `shape` is [N, K] as
+    config.json implies it, without which bytes could be pairs of FP4. None where they fit none."""
+    weight, scale, zero = (parts.get(p) for p in ("weight", "weight_scale", "weight_zero_point"))
+    if weight is None or scale is None or weight.dtype != "I8" or weight.shape != shape:
+        return None
+    if len(scale.shape) != 2 or scale.dtype not in _SCALES or scale.shape[0] != weight.shape[0]:
+        return None
+    rows, columns = weight.shape
+    group, rest = divmod(columns, max(scale.shape[1], 1))
+    if rest or not scale.shape[1]:
+        return None
+    if zero is not None and (zero.dtype, zero.shape) != ("I8", scale.shape):
+        return None
+    return IntegerPack("int8", 8, group, (rows, columns))
 
 
 def find_compressed(
@@ -144,10 +185,17 @@ def read_values(pack: IntegerPack, read: Callable[[str], Tensor | None]) -> Tens
         else:
             zeros = _stream(zero.mT, pack.bits, rows).mT.float()
         index = read("weight_g_idx")
+        if index is not None and bool((index == -1).all()):
+            index = None
+    elif pack.tool == "int8":
+        codes = _need(read, "weight")
+        scale, zero = _need(read, "weight_scale").float(), read("weight_zero_point")
+        zeros = torch.zeros_like(scale) if zero is None else zero.float()
+        index = None
     elif pack.tool == "gptq":
         codes = _stream(_need(read, "qweight").mT, pack.bits, columns)
         scale = _need(read, "scales").mT.float()
-        zeros = _stream(_need(read, "qzeros"), pack.bits, rows).mT.float() + float(pack.plus_one)
+        zeros = _gptq_zeros(pack, _stream(_need(read, "qzeros"), pack.bits, rows)).mT.float()
         index = read("g_idx")
     else:
         codes = _nibbles(_need(read, "qweight")).mT
@@ -165,6 +213,21 @@ def read_values(pack: IntegerPack, read: Callable[[str], Tensor | None]) -> Tens
             f"{scale.shape[1]} groups"
         )
     return (values - zeros[:, groups]) * scale[:, groups]
+
+
+def _gptq_zeros(pack: IntegerPack, stored: Tensor) -> Tensor:
+    """Zero points from what is stored. Raises WrongDtype where config.json and numbers disagree."""
+    middle = 1 << (pack.bits - 1)
+    told = middle - 1 if pack.plus_one else middle
+    if bool((stored == 2 * middle - 1 - told).all()):
+        if not pack.declared and pack.plus_one:
+            return stored  # symmetric, and stored as they are
+        raise WrongDtype(
+            f"all its zero points are stored as {2 * middle - 1 - told}, where config.json's "
+            f"checkpoint_format makes it {told} for the middle of {pack.bits} bits; one of them is "
+            "wrong"
+        )
+    return stored + int(pack.plus_one)
 
 
 def _need(read: Callable[[str], Tensor | None], part: str) -> Tensor:

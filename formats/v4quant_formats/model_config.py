@@ -21,6 +21,7 @@ from typing import Any
 
 from v4quant_formats.config_fields import (
     ConfigError,
+    check_yarn,
     integer,
     is_integers,
     layer_ids,
@@ -366,6 +367,9 @@ def _yarn(value: Any, where: str) -> Yarn | None:
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: 'rope_scaling' is {short(value)}, expected an object or null")
     kind = value.get("type", value.get("rope_type"))
+    if value.get("rope_type", kind) != kind:
+        raise ConfigError(f"{where}: rope_scaling's 'type' and 'rope_type' say different things")
+    check_yarn(value, f"{where}: rope_scaling")
     if kind != "yarn":
         raise ConfigError(f"{where}: rope_scaling type {short(kind)} is not supported (yarn is)")
     return Yarn(
@@ -394,6 +398,7 @@ def _check_forward(c: ModelConfig, where: str) -> None:
         (c.qk_rope_head_dim > c.head_dim, "qk_rope_head_dim > head_dim"),
         (c.qk_rope_head_dim > c.index_head_dim, "qk_rope_head_dim > index_head_dim"),
         (c.qk_rope_head_dim % 2 != 0, "qk_rope_head_dim is odd"),
+        (c.bos_token_id >= c.vocab_size, "bos_token_id is beyond the vocabulary"),
     ]
     raise_first(problems, where)
     if c.v41 is not None:

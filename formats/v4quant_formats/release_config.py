@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from v4quant_formats.config_fields import check_yarn
 from v4quant_formats.model_config import CSA_RATIO, HCA_RATIO, ConfigError
 
 if TYPE_CHECKING:  # loads torch, which a start of the command line does without
@@ -32,8 +33,14 @@ FIXED: Mapping[str, object] = {
     "attention_bias": False,
     "n_shared_experts": 1,
     "num_key_value_heads": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 0,
+    "moe_layer_freq": 1,
 }
 """What config.json may say in one way only: every release of V4 has this arithmetic, no other."""
+# Other tools' keys -> the release's, whose values they have.
+_ALIASES = {"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"}
 # What is replaced by keys of the release, and so would say everything twice.
 _REPLACED = ("layer_types", "mlp_layer_types", "compress_rates", "rope_parameters")
 
@@ -57,7 +64,11 @@ def release_config(
     for key, value in config.items():
         if isinstance(value, float) and value.is_integer() and key in _INTEGERS:
             config[key] = int(value)
+    for alias, key in _ALIASES.items():
+        if alias in config and config.get(key) is None:
+            config[key] = config[alias]
     _experts(config, layers, tensors)
+    _same_aliases(config, raw, where)
     if config.get("tie_word_embeddings") is True and "head.weight" in tensors:
         config["tie_word_embeddings"] = False  # the head that is there is meant to be used
     changed = _ratios(config, layers, tensors, where) + _hash_layers(config, layers, tensors, where)
@@ -93,6 +104,13 @@ def _experts(config: dict[str, Any], layers: int, tensors: Mapping[str, TensorSp
         config["n_routed_experts"] = count
 
 
+def _same_aliases(config: Mapping[str, Any], raw: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for an alias that says neither what its key nor what the tensors say."""
+    for alias, key in _ALIASES.items():
+        if raw.get(alias) not in (None, config.get(key), raw.get(key)):
+            raise ConfigError(f"{where}: '{alias}' and '{key}' say different things")
+
+
 def _one_declaration(config: dict[str, Any], where: str) -> dict[str, Any]:
     """V4.1's config with `quantization_config` beside `text_config`, where some have it inside."""
     text = config.get("text_config")
@@ -125,7 +143,8 @@ def _ratios(
 ) -> tuple[str, ...]:
     said, kinds = config.get("compress_ratios"), config.get("layer_types")
     found: list[int] | None = None
-    if isinstance(kinds, list) and len(kinds) >= layers:
+    _long_enough(config, "layer_types", layers, where)
+    if isinstance(kinds, list):
         rates = config.get("compress_rates")
         rates = {**_RATES, **(rates if isinstance(rates, dict) else {}), "sliding_attention": 0}
         if not all(isinstance(k, str) and isinstance(rates.get(k), int) for k in kinds):
@@ -145,6 +164,14 @@ def _ratios(
     return ("layer_types", "compress_rates")
 
 
+def _long_enough(config: Mapping[str, Any], key: str, layers: int, where: str) -> None:
+    kinds = config.get(key)
+    if isinstance(kinds, list) and len(kinds) < layers:
+        raise ConfigError(
+            f"{where}: '{key}' describes {len(kinds)} layers, but num_hidden_layers is {layers}"
+        )
+
+
 def _ratio_of(layer: str, tensors: Mapping[str, TensorSpec]) -> int:
     """What a layer's compressor says: its position biases are [ratio, channels]."""
     spec = tensors.get(f"{layer}.attn.compressor.ape")
@@ -155,7 +182,8 @@ def _hash_layers(
     config: dict[str, Any], layers: int, tensors: Mapping[str, TensorSpec], where: str
 ) -> tuple[str, ...]:
     said, kinds = config.get("num_hash_layers"), config.get("mlp_layer_types")
-    if isinstance(kinds, list) and len(kinds) >= layers:
+    _long_enough(config, "mlp_layer_types", layers, where)
+    if isinstance(kinds, list):
         hashed = [k == "hash_moe" for k in kinds[:layers]]
         count = sum(hashed)
         if hashed != [i < count for i in range(layers)]:
@@ -174,12 +202,17 @@ def _hash_layers(
 def _rope(config: dict[str, Any], where: str) -> tuple[str, ...]:
     """`rope_parameters`, flat or nested, as `rope_theta`, `rope_scaling`, `compress_rope_theta`."""
     given = config.get("rope_parameters")
+    _rotary_share(config, config, where)
     if not isinstance(given, dict):
         return ()
     main, compress = given.get("main"), given.get("compress")
     nested = isinstance(main, dict) and isinstance(compress, dict)
     plain: dict[str, Any] = main if isinstance(main, dict) and nested else given
     scaled: dict[str, Any] = compress if isinstance(compress, dict) and nested else given
+    if not nested and (strange := [k for k, v in given.items() if isinstance(v, dict)]):
+        raise ConfigError(
+            f"{where}: rope_parameters describes {str(strange)[:80]}; V4 has 'main' and 'compress'"
+        )
     if nested and plain.get("rope_type", "default") != "default":
         raise ConfigError(f"{where}: rope_parameters.main must be 'default'; V4 scales no window")
     kind = scaled.get("rope_type", scaled.get("type", "default"))
@@ -187,8 +220,7 @@ def _rope(config: dict[str, Any], where: str) -> tuple[str, ...]:
         raise ConfigError(
             f"{where}: rope_parameters has rope_type {str(kind)[:40]!r}; V4's is yarn"
         )
-    if scaled.get("attention_factor") not in (None, 1, 1.0):
-        raise ConfigError(f"{where}: rope_parameters has an attention_factor; V4's YaRN has none")
+    check_yarn(scaled, f"{where}: rope_parameters")
     wanted: dict[str, Any] = {"rope_theta": plain.get("rope_theta")}
     if nested:
         wanted["compress_rope_theta"] = scaled.get("rope_theta")
@@ -204,10 +236,19 @@ def _rope(config: dict[str, Any], where: str) -> tuple[str, ...]:
         raise ConfigError(f"{where}: 'rope_scaling' and 'rope_parameters' say different things")
     if not isinstance(old, dict):
         config["rope_scaling"] = scaling
-    share, width = plain.get("partial_rotary_factor"), config.get("head_dim")
-    if "qk_rope_head_dim" not in config and isinstance(share, float) and isinstance(width, int):
-        config["qk_rope_head_dim"] = int(share * width)
+    _rotary_share(config, plain, where)
     return ("rope_parameters",)
+
+
+def _rotary_share(config: dict[str, Any], said: Mapping[str, Any], where: str) -> None:
+    """transformers' share of a head that is rotated, as the release's number of columns."""
+    share, width = said.get("partial_rotary_factor"), config.get("head_dim")
+    if not isinstance(share, float) or not isinstance(width, int):
+        return
+    if config.setdefault("qk_rope_head_dim", int(share * width)) != int(share * width):
+        raise ConfigError(
+            f"{where}: 'partial_rotary_factor' and 'qk_rope_head_dim' say different things"
+        )
 
 
 def _agree(config: dict[str, Any], key: str, value: Any, where: str) -> None:

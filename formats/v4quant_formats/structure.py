@@ -12,6 +12,7 @@ the tensors contradict without making them ambiguous; the tensors decide.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,13 +32,21 @@ from v4quant_formats.deepseek_v4 import (
     wrong_draft_count,
 )
 from v4quant_formats.errors import FormatError, MissingTensor, UnexpectedTensor, WrongDtype
-from v4quant_formats.model_config import V41, ConfigError, Dimensions, parse_dimensions
+from v4quant_formats.model_config import (
+    V41,
+    ConfigError,
+    Dimensions,
+    parse_dimensions,
+    parse_model_config,
+)
 from v4quant_formats.release_config import FIXED
 from v4quant_formats.spec import TensorSpec, torch_dtype
 from v4quant_formats.weights import StoredWeight, find_weight
 from v4quant_kernels.errors import V4QuantError
 
+_LOG = logging.getLogger(__name__)
 MAX_DEFECTS = 1000
+MAX_NOTES = 8
 _FLOATS = ("F32", "BF16", "F16")
 _INTEGERS = ("I64", "I32")
 _PIECE = 1 << 20  # bytes of a routing table looked at at a time
@@ -98,11 +107,14 @@ def find_defects(checkpoint: Checkpoint) -> Structure:
     """
     names = {spec.name: parse_name(spec.name) for spec in checkpoint}
     defects: list[Defect] = []
+    where, raw = str(checkpoint.path / "config.json"), dict(checkpoint.config)
     try:
-        config = parse_dimensions(dict(checkpoint.config), str(checkpoint.path / "config.json"))
+        config = parse_dimensions(raw, where)
     except ConfigError as error:
         config = None
         defects.append(Defect("", str(error), ConfigError))
+    else:
+        defects += _of_forward(raw, where)
     stored: dict[str, StoredWeight] = {}
     for module in dict.fromkeys(n.module for n in names.values() if n):
         try:
@@ -121,12 +133,15 @@ def find_defects(checkpoint: Checkpoint) -> Structure:
 def check_structure(
     checkpoint: Checkpoint, unknown: str = "refuse", drafts: bool = True
 ) -> Structure:
-    """Raise the first defect that makes work on a checkpoint meaningless, as its own error.
+    """Raise the first defect that makes work on a checkpoint meaningless, as its own error, and
+    tell those that stop nothing as warnings.
 
     unknown: "copy" lets tensors pass that no V4 release has, as `--unknown copy` wants. drafts:
     whether draft stages will be used; half a stage may be left out.
     """
     found = find_defects(checkpoint)
+    for note in found.notes[:MAX_NOTES]:
+        _LOG.warning("%s: %s", checkpoint.path, note)
     for defect in found.defects:
         stray = defect.kind is UnexpectedTensor and found.names.get(defect.where, ...) is None
         unused = not drafts and defect.where.startswith("mtp.")
@@ -152,6 +167,15 @@ def _unknown(checkpoint: Checkpoint, names: Mapping[str, TensorName | None]) -> 
             if "adapter" in what:
                 remedy = "; merge it, or give the adapter's own folder with --adapter"
             yield Defect(name, problem + remedy, UnexpectedTensor)
+
+
+def _of_forward(raw: dict[str, object], where: str) -> Iterator[Defect]:
+    """What config.json says of the forward pass. Weights convert without it, but what it says of
+    positions must be V4's."""
+    try:
+        parse_model_config(raw, where)
+    except ConfigError as error:
+        yield Defect("", str(error), ConfigError, blocking="rope_scaling" in str(error))
 
 
 def _of_folder(checkpoint: Checkpoint) -> Iterator[Defect]:

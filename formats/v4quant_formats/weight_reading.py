@@ -27,6 +27,8 @@ from v4quant_kernels.ref import e2m1
 from v4quant_kernels.scheme import MXFP4, SCHEMES
 
 _CPU = torch.device("cpu")
+_HALF_MAX = 65504.0
+_LARGEST = {"e2m1": 6.0, "e4m3": 448.0}
 Rows = tuple[int, int] | Tensor | None
 """Which rows of a matrix: start and stop, numbers (int64 `[n]`), or all."""
 
@@ -73,11 +75,29 @@ def read_weight(checkpoint: Checkpoint, stored: StoredWeight, rows: Rows = None)
             codes = codes.view(torch.uint8)
     if scheme.has_global_scale:
         global_scale = _global_scale(checkpoint, stored)
+    _refuse_inverted(checkpoint, stored, scale, global_scale)
     shape = (codes.shape[0], stored.shape[1])
     if scheme.element == "e2m1" and scheme.scale == "f32":
         groups = e2m1.decode_packed(codes).view(*scale.shape, scheme.group_size)
         return _plain_matrix(groups.mul_(scale.unsqueeze(-1)).view(shape))
     return QTensor(scheme, shape, codes, scale, global_scale)
+
+
+def _refuse_inverted(
+    checkpoint: Checkpoint, stored: StoredWeight, scale: Tensor, global_scale: Tensor | None
+) -> None:
+    """Refuse scales whose values no half-precision number could hold: they are reciprocals, as
+    tools that divide by them store them. Raises WrongDtype."""
+    assert stored.scheme is not None
+    if (stored.scheme.scale != "f32" and global_scale is None) or not scale.numel():
+        return  # powers of two are what the release has, and nobody inverts them
+    largest = _LARGEST.get(stored.scheme.element, 1.0) * float(scale.float().abs().max())
+    largest *= 1.0 if global_scale is None else abs(float(global_scale))
+    if largest > _HALF_MAX:
+        raise WrongDtype(
+            f"{checkpoint.path / stored.first.file}: '{stored.module}' would reach {largest:.3g}, "
+            "which no weight does; its scales are stored as reciprocals, or the file is damaged"
+        )
 
 
 def _read_part(checkpoint: Checkpoint, spec: TensorSpec, rows: Rows, height: int = 1) -> Tensor:

@@ -15,9 +15,11 @@ from v4quant_formats.errors import MissingTensor, WrongDtype
 from v4quant_formats.integer_packs import (
     COMPRESSED_PARTS,
     GPTQ_PARTS,
+    PLAIN_PARTS,
     IntegerPack,
     find_compressed,
     find_gptq,
+    find_plain,
 )
 from v4quant_formats.spec import DTYPE_BITS, TensorSpec
 from v4quant_kernels.ggml_types import block_type
@@ -42,6 +44,7 @@ _FORMS = (
     {"weight", "weight_scale", "weight_scale_2", "input_scale"},
     COMPRESSED_PARTS,
     GPTQ_PARTS,
+    PLAIN_PARTS,
     {"weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"},
 )
 
@@ -126,7 +129,7 @@ def _find_stored(checkpoint: Checkpoint, module: str) -> StoredWeight:
     if weight.dtype == "F8_E4M3":
         return _fp8(module, parts)
     if weight.dtype in ("I8", "U8"):
-        return _fp4(module, parts)
+        return _bytes(checkpoint, module, parts)
     if block_type(weight.dtype) and len(parts) == 1:
         return _blocks(module, weight)
     raise _unreadable(weight, parts)
@@ -181,6 +184,15 @@ def _fp8(module: str, parts: dict[str, TensorSpec]) -> StoredWeight:
             continue
         return StoredWeight(module, parts, (rows, columns), scheme)
     raise WrongDtype(f"{scale.file}: scale '{scale}' does not fit its weight '{weight}'")
+
+
+def _bytes(checkpoint: Checkpoint, module: str, parts: dict[str, TensorSpec]) -> StoredWeight:
+    """Bytes of integers where config.json implies as many columns, else pairs of FP4."""
+    if plain := find_plain(parts, _implied(checkpoint, module)):
+        return StoredWeight(module, parts, plain.shape, _pack_scheme(plain), plain)
+    if "weight_zero_point" in parts:
+        raise _unreadable(parts["weight"], parts)
+    return _fp4(module, parts)
 
 
 def _fp4(module: str, parts: dict[str, TensorSpec]) -> StoredWeight:
@@ -269,12 +281,17 @@ def _said_shape(
 ) -> tuple[int, int] | None:
     """[N, K] of a packed matrix: what `weight_shape` says, else what config.json implies."""
     if spec is None or not checkpoint.has_data:
-        implied = module_shape(checkpoint.dimensions, module) if checkpoint.dimensions else None
+        implied = _implied(checkpoint, module)
         return (implied[0], implied[1]) if implied and len(implied) == 2 else None
     if spec.shape != (2,) or spec.dtype not in ("I64", "I32"):
         return None
     rows, columns = (int(n) for n in checkpoint.read(spec.name).tolist())
     return (rows, columns) if min(rows, columns) > 0 else None
+
+
+def _implied(checkpoint: Checkpoint, module: str) -> tuple[int, ...] | None:
+    """The shape that config.json gives a module, where it says enough."""
+    return module_shape(checkpoint.dimensions, module) if checkpoint.dimensions else None
 
 
 def _pack_scheme(pack: IntegerPack) -> Scheme:

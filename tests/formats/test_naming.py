@@ -184,12 +184,17 @@ def left_out(config: dict[str, Any]) -> None:
     del config["compress_ratios"], config["num_hash_layers"]
 
 
+def other_key(config: dict[str, Any]) -> None:
+    config["num_local_experts"] = config.pop("n_routed_experts")
+    config["rope_scaling"]["rope_type"] = config["rope_scaling"].pop("type")
+
+
 def floats(config: dict[str, Any]) -> None:
     config["hidden_size"] = float(config["hidden_size"])
 
 
 @pytest.mark.parametrize(
-    "change", [as_transformers, nested_rope, flat_rope, nested, left_out, floats]
+    "change", [as_transformers, nested_rope, flat_rope, nested, left_out, other_key, floats]
 )
 def test_other_configs_mean_the_same(
     change: Callable[[dict[str, Any]], None], tmp_path: Path
@@ -216,6 +221,12 @@ def test_other_configs_mean_the_same(
         (lambda c: (flat_rope(c), c["rope_parameters"].update(attention_factor=1.2)),
          "attention_factor"),
         (lambda c: (nested_rope(c), c.update(rope_theta=5.0)), "'rope_theta'"),
+        (lambda c: c.update(rope_scaling=None, rope_parameters={"full_attention": {}}),
+         "'main' and 'compress'"),
+        (lambda c: c.update(layer_types=[KINDS[0]]), "'layer_types' describes 1 layers"),
+        (lambda c: c.update(mlp_layer_types=[]), "'mlp_layer_types' describes 0 layers"),
+        (lambda c: c.update(partial_rotary_factor=0.9), "'partial_rotary_factor'"),
+        (lambda c: c.update(num_local_experts=9), "'num_local_experts'"),
     ],
 )  # fmt: skip
 def test_two_things_said_are_refused(

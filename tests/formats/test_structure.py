@@ -158,10 +158,24 @@ def test_the_tensors_decide(edit: Edit, text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("scaling", "text"),
+    [({"type": "linear", "rope_type": "yarn"}, "'rope_type' say different"),
+     ({"type": "dynamic"}, "'dynamic' is not supported"), ({"mscale": 0.7}, "mscale 0.7"),
+     ({"truncate": False}, "truncate False")],
+)  # fmt: skip
+def test_another_yarn_is_refused(scaling: dict[str, object], text: str, tmp_path: Path) -> None:
+    checkpoint = EditableCheckpoint.read(TINY)
+    checkpoint.config["rope_scaling"] |= scaling
+    opened = open_checkpoint(checkpoint.write(tmp_path))
+    with opened, pytest.raises(V4QuantError, match=text):
+        require_sound(opened)
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [("hidden_act", "gelu"), ("scoring_func", "sigmoid"), ("norm_topk_prob", False),
      ("attention_bias", True), ("n_shared_experts", 2), ("topk_method", "greedy"),
-     ("num_key_value_heads", 8)],
+     ("num_key_value_heads", 8), ("n_group", 8), ("first_k_dense_replace", 1)],
 )  # fmt: skip
 def test_another_arithmetic_is_refused(key: str, value: object, tmp_path: Path) -> None:
     for folder in (TINY, V41):

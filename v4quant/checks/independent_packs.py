@@ -2,7 +2,8 @@
 
 compressed-tensors packs codes along a row and zero points along a column; GPTQ packs codes along a
 column, zero points (less one) along a row; AWQ packs both along a row, eight nibbles of a word in
-the order 0 2 4 6 1 3 5 7. A value is (code - zero) * scale of its column's group.
+the order 0 2 4 6 1 3 5 7; int8 is not packed. A value is (code - zero) * scale of its column's
+group.
 """
 
 from __future__ import annotations
@@ -32,11 +33,21 @@ def decode_pack(pack: IntegerPack, raw: Mapping[str, Raw], floats: Callable[[str
             words = raw["weight_zero_point"].view("<u4")
             zeros = _fields(np.ascontiguousarray(words.T).view(np.uint8), pack.bits)[:, :rows].T
         index = floats("weight_g_idx") if "weight_g_idx" in raw else None
+        if index is not None and not (index + 1).any():
+            index = None  # -1 for every column: no order
+    elif pack.tool == "int8":
+        codes, scale = raw["weight"].view(np.int8).astype(np.float64), floats("weight_scale")
+        zero = raw.get("weight_zero_point")
+        zeros = np.zeros(scale.shape) if zero is None else zero.view(np.int8).astype(np.float64)
+        index = None
     elif pack.tool == "gptq":
         words = np.ascontiguousarray(raw["qweight"].view("<u4").T)
         codes = _fields(words.view(np.uint8), pack.bits)[:, :columns]
         scale = floats("scales").T
-        zeros = _fields(raw["qzeros"], pack.bits)[:, :rows].T + float(pack.plus_one)
+        zeros = _fields(raw["qzeros"], pack.bits)[:, :rows].T
+        # Symmetric packs of version 2 that do not say so store the middle itself.
+        if pack.plus_one and (pack.declared or (zeros != 2 ** (pack.bits - 1)).any()):
+            zeros = zeros + 1
         index = floats("g_idx") if "g_idx" in raw else None
     else:
         codes, scale = _awq(raw["qweight"]).T, floats("scales").T

@@ -30,6 +30,7 @@ from v4quant.temporary_folders import TemporaryFolder
 from v4quant_formats.checkpoint import (
     INDEX_NAME,
     MAX_INDEX_BYTES,
+    PACK_CONFIG_NAME,
     SINGLE_NAME,
     Checkpoint,
     files_without_index,
@@ -234,6 +235,8 @@ def _small_files(remote: Remote, headers_only: bool) -> list[str]:
         limits[INDEX_NAME] = MAX_INDEX_BYTES
     elif not _shards_of(remote):
         raise MissingShard(f"{remote}: holds neither {INDEX_NAME} nor {SINGLE_NAME}")
+    if PACK_CONFIG_NAME in remote.files:
+        limits[PACK_CONFIG_NAME] = _MAX_CONFIG_BYTES
     for name, limit in limits.items():
         if remote.files[name].size > limit:
             raise HubError(

@@ -19,7 +19,7 @@ from tests.support.other_tools import (
     stored,
     values_of,
 )
-from tests.support.shard_bytes import EditableCheckpoint
+from tests.support.shard_bytes import EditableCheckpoint, StoredTensor
 from v4quant.builtin import resolve_source
 from v4quant.checks.verify import verify
 from v4quant.conversion.plan import make_plan
@@ -189,6 +189,118 @@ def test_integers_of_other_tools(
     assert not verify(tmp_path / "out", source, SilentProgress()).findings
     found = {r["source"] for m, r in records(tmp_path / "out").items() if is_expert(m)}
     assert found == {f"int{bits}-g32 ({tool})"}
+
+
+def replaced(module: str, **parts: torch.Tensor | StoredTensor) -> EditableCheckpoint:
+    """The tiny checkpoint with other parts in place of a module's."""
+    checkpoint = EditableCheckpoint.read(TINY)
+    checkpoint.remove(f"{module}.weight")
+    checkpoint.remove(f"{module}.scale")
+    for part, value in parts.items():
+        raw = stored(value) if isinstance(value, torch.Tensor) else value
+        checkpoint[f"{module}.{part}"] = raw
+    return checkpoint
+
+
+def read_and_verified(checkpoint: EditableCheckpoint, wanted: torch.Tensor, folder: Path) -> None:
+    """The expert has these values, and a conversion verifies against the independent decoder."""
+    source = checkpoint.write(folder / "source")
+    with open_checkpoint(source) as opened:
+        assert torch.equal(read_dense(opened, EXPERT), wanted)
+    convert(source, folder / "out", "int8-g32")
+    assert not verify(folder / "out", source, SilentProgress()).findings
+
+
+@pytest.mark.parametrize("group", [128, 32])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_int8_is_not_taken_for_pairs_of_fp4(
+    group: int, asymmetric: bool, tmp_path: Path, generator: torch.Generator
+) -> None:
+    codes = torch.randint(-128, 128, (128, 128), generator=generator)
+    zeros = torch.randint(-128, 128, (128, 128 // group), generator=generator) * asymmetric
+    scales = torch.rand(128, 128 // group, generator=generator).bfloat16()
+
+    def signed(x: torch.Tensor) -> StoredTensor:
+        return StoredTensor("I8", tuple(x.shape), x.to(torch.int8).numpy().tobytes())
+
+    parts = {"weight": signed(codes), "weight_scale": scales}
+    if asymmetric:
+        parts["weight_zero_point"] = signed(zeros)
+    wide = [x.float().repeat_interleave(group, 1) for x in (zeros, scales)]
+    read_and_verified(replaced(EXPERT, **parts), (codes - wide[0]) * wide[1], tmp_path)
+
+
+def gptq(zeros: torch.Tensor, rng: torch.Generator) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A GPTQ expert whose zero points are stored so, and its values if they mean 8."""
+    codes, _, scales = random_integers((128, 128), 4, 32, torch.float16, rng)
+    parts = {
+        "qweight": pack_words(codes, 4).mT,
+        "qzeros": pack_words(zeros.mT.contiguous(), 4),
+        "scales": scales.mT,
+    }
+    return parts, (codes - 8).float() * scales.float().repeat_interleave(32, 1)
+
+
+def test_symmetric_gptq_tells_how_zero_points_are_stored(
+    tmp_path: Path, generator: torch.Generator
+) -> None:
+    for number in (7, 8):
+        parts, wanted = gptq(torch.full((128, 4), number), generator)
+        read_and_verified(replaced(EXPERT, **parts), wanted, tmp_path / str(number))
+    parts, _ = gptq(torch.full((128, 4), 7), generator)
+    checkpoint = replaced(EXPERT, **parts)
+    said = checkpoint.config["quantization_config"] = {"quant_method": "gptq"}
+    for key, value, text in (
+        ("format", "gptq_v2", "checkpoint_format makes it 8"),
+        ("checkpoint_format", "marlin", "'marlin', not gptq"),
+    ):
+        said[key] = value
+        opened = open_checkpoint(checkpoint.write(tmp_path / key))
+        with opened, pytest.raises(WrongDtype, match=text):
+            read_dense(opened, EXPERT)
+
+
+def test_gptq_may_say_its_version_in_a_file_of_its_own(
+    tmp_path: Path, generator: torch.Generator
+) -> None:
+    zeros = torch.randint(1, 16, (128, 4), generator=generator)
+    parts, middle = gptq(zeros, generator)
+    scales = parts["scales"].mT.float().repeat_interleave(32, 1)
+    checkpoint = replaced(EXPERT, **parts)
+    checkpoint.config["quantization_config"] = {"quant_method": "gptq"}
+    source = checkpoint.write(tmp_path)
+    (source / "quantize_config.json").write_text('{"checkpoint_format": "gptq_v2"}')
+    with open_checkpoint(source) as opened:
+        found = read_dense(opened, EXPERT)
+    wanted = middle - (zeros - 8).repeat_interleave(32, 1) * scales
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_an_index_of_minus_one_is_none(tmp_path: Path, generator: torch.Generator) -> None:
+    codes, _, scales = random_integers((128, 128), 4, 32, torch.float16, generator)
+    checkpoint = replaced(
+        EXPERT, weight_packed=pack_words(codes, 4), weight_scale=scales,
+        weight_shape=torch.tensor([128, 128]), weight_g_idx=torch.full((128,), -1).int(),
+    )  # fmt: skip
+    wanted = (codes - 8).float() * scales.float().repeat_interleave(32, 1)
+    read_and_verified(checkpoint, wanted, tmp_path)
+
+
+@pytest.mark.parametrize("names", [("weight", "weight_scale_2", 1e4),
+                                   ("weight_packed", "weight_global_scale", 1e-4)])  # fmt: skip
+def test_reciprocal_scales_are_refused(
+    names: tuple[str, str, float], tmp_path: Path, generator: torch.Generator
+) -> None:
+    """NVFP4's second scale by the other tool's convention."""
+    codes = torch.randint(0, 256, (128, 64), generator=generator).to(torch.uint8)
+    blocks = (torch.rand(128, 8, generator=generator) * 400 + 20).to(torch.float8_e4m3fn)
+    raw = StoredTensor("F8_E4M3", (128, 8), blocks.view(torch.uint8).numpy().tobytes())
+    parts = {names[0]: codes, "weight_scale": raw, names[1]: torch.tensor([names[2]])}
+    source = replaced(EXPERT, **parts).write(tmp_path / "source")
+    with open_checkpoint(source) as opened, pytest.raises(WrongDtype, match="reciprocals"):
+        read_dense(opened, EXPERT)
+    with pytest.raises(WrongDtype, match=rf"{EXPERT}' would reach"):
+        convert(source, tmp_path / "out", "int8-g32")
 
 
 def test_a_pack_that_fits_no_layout_is_refused(tmp_path: Path, generator: torch.Generator) -> None:
