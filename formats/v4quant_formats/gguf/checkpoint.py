@@ -264,6 +264,25 @@ def _listed_layers(metadata: Mapping[str, Any], blocks: int) -> int:
 def _remarks(folder: Path, model: _Model) -> tuple[str, ...]:
     """Numbers of the metadata that its tensors contradict."""
     counted = _counted(model)
+    return (*_unsaid(folder, model), *_contradicted(folder, model, counted))
+
+
+def _unsaid(folder: Path, model: _Model) -> Iterator[str]:
+    """What a file leaves out that some engines then take otherwise than it is meant."""
+    key = f"{ARCHITECTURE}.rope.scaling"
+    if f"{key}.factor" in model.metadata and f"{key}.type" not in model.metadata:
+        problem = "is absent; its other keys are YaRN's, but llama.cpp would scale linearly"
+        yield f"{_where(folder, model)}: {key}.type {problem}"
+    tokens = model.metadata.get("tokenizer.ggml.tokens")
+    embeddings = [h.tensors["token_embd.weight"] for h in model.files.values()
+                  if "token_embd.weight" in h.tensors]  # fmt: skip
+    rows = embeddings[0].shape[0] if embeddings else 0
+    if isinstance(tokens, list) and tokens and rows and len(tokens) != rows:
+        problem = f"the tokenizer has {len(tokens):,} tokens, the embedding {rows:,} rows"
+        yield f"{_where(folder, model)}: {problem}"
+
+
+def _contradicted(folder: Path, model: _Model, counted: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(
         f"{_where(folder, model)}: {key} is {short(model.metadata.get(key))}, its tensors make "
         f"{counted[key]}"

@@ -66,6 +66,16 @@ _YARN = {
     "beta_slow": ("rope.scaling.yarn_beta_slow", _F32),
 }
 _DEFAULTS = {"num_key_value_heads": 1, "n_shared_experts": 1}
+# Keys that a V4 has one value of, whoever writes them; None: absent.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "expert_weights_norm": (None, True),
+    "expert_gating_func": (None, SQRT_SOFTPLUS, "sqrtsoftplus"),
+    "expert_group_count": (None, 0, 1),
+    "expert_group_used_count": (None, 0, 1),
+    "leading_dense_block_count": (None, 0),
+    "rope.scaling.attn_factor": (None, 1),
+    "rope.scaling.yarn_log_multiplier": (None, 0),
+}
 
 
 def model_fields(config: ModelConfig, name: str, scheme: str, drafts: int = 0) -> list[Field]:
@@ -192,20 +202,44 @@ def v4_config(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, Any], 
         config[field] = _read(metadata, key, int, where, default)
     for field, key in _NUMBERS.items():
         config[field] = _shortest(_read(metadata, key, float, where))
-    if _read(metadata, "expert_gating_func", int, where) != SQRT_SOFTPLUS:
-        raise WrongMetadata(f"{where}: its routing scores are not V4's (expert_gating_func)")
+    _check_fixed(metadata, where)
     config["compress_ratios"] = _read(metadata, "attention.compress_ratios", list, where)
-    clamp = metadata.get(f"{ARCHITECTURE}.swiglu_clamp_exp")
-    limits = {_shortest(v) for v in clamp} if isinstance(clamp, list) and clamp else {clamp}
-    if len(limits) != 1 or not isinstance(limit := limits.pop(), float):
-        raise WrongMetadata(f"{where}: swiglu_clamp_exp must be one number for all layers")
-    config["swiglu_limit"] = _shortest(limit)
+    config["swiglu_limit"] = _clamp(metadata, where)
     config["rope_scaling"] = _yarn_config(metadata, where)
     for field, key in (("bos_token_id", "bos"), ("eos_token_id", "eos")):
         number = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if isinstance(number, int) and not isinstance(number, bool):
             config[field] = number
     return config, drafts
+
+
+def _check_fixed(metadata: Mapping[str, Any], where: str) -> None:
+    """Raise WrongMetadata for keys that say another arithmetic than V4's."""
+    for key, allowed in _FIXED.items():
+        value = metadata.get(f"{ARCHITECTURE}.{key}")
+        if value not in allowed:
+            raise WrongMetadata(
+                f"{where}: '{ARCHITECTURE}.{key}' is {str(value)[:40]!r}, but V4's is "
+                f"{allowed[1]!r}; this is another architecture"
+            )
+    length, other = (metadata.get(f"{ARCHITECTURE}.attention.{k}_length") for k in ("key", "value"))
+    if other not in (None, length):
+        raise WrongMetadata(f"{where}: key_length and value_length differ; V4's are one vector")
+
+
+def _clamp(metadata: Mapping[str, Any], where: str) -> float:
+    """The one limit of all experts' activations, also the shared ones', by all keys there are."""
+    limits: set[float | None] = set()
+    for name in ("swiglu_clamp_exp", "swiglu_clamp_shexp", "swiglu_clamp"):
+        said = metadata.get(f"{ARCHITECTURE}.{name}")
+        for value in said if isinstance(said, list) else [said]:
+            plain = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None:
+                limits.add(_shortest(value) if plain else None)
+    limit = limits.pop() if len(limits) == 1 else None
+    if limit is None:
+        raise WrongMetadata(f"{where}: swiglu_clamp_exp must be one number for all layers")
+    return limit
 
 
 def _check(raw: Mapping[str, Any]) -> None:
@@ -250,7 +284,10 @@ def _yarn_fields(yarn: Yarn | None) -> list[Field]:
 
 def _yarn_config(metadata: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     scaled = f"{ARCHITECTURE}.rope.scaling.factor" in metadata
-    kind = metadata.get(f"{ARCHITECTURE}.rope.scaling.type", None if scaled else "none")
+    # Some writers leave the type out; only YaRN has a range of rotations.
+    ranged = scaled and f"{ARCHITECTURE}.rope.scaling.yarn_beta_fast" in metadata
+    unsaid = "yarn" if ranged else None if scaled else "none"
+    kind = metadata.get(f"{ARCHITECTURE}.rope.scaling.type", unsaid)
     if kind == "none":
         return None
     if kind != "yarn":

@@ -18,7 +18,13 @@ from v4quant.builtin import resolve_source
 from v4quant.checks.soundness import require_sound
 from v4quant.checks.verify import verify
 from v4quant.recipe import Recipe
-from v4quant_formats.errors import FormatError, MissingTensor, UnexpectedTensor, WrongDtype
+from v4quant_formats.errors import (
+    FormatError,
+    MissingTensor,
+    UnexpectedTensor,
+    WrongDtype,
+    WrongMetadata,
+)
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.structure import find_defects
 from v4quant_formats.weight_reading import read_dense
@@ -85,6 +91,28 @@ def test_numbers_that_tensors_contradict_are_told(
         assert f"{key} is {value}, its tensors make" in note
     with open_checkpoint(lone) as opened:
         assert not find_defects(opened).notes
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("expert_weights_norm", 0), ("expert_group_count", 8), ("leading_dense_block_count", 1),
+     ("attention.value_length", 64), ("expert_gating_func", 2), ("rope.scaling.attn_factor", 2)],
+)  # fmt: skip
+def test_another_arithmetic_is_refused(key: str, value: int, lone: Path, tmp_path: Path) -> None:
+    source = rewrite(lone, tmp_path / "a.gguf", keys={f"deepseek4.{key}": value})
+    with pytest.raises(WrongMetadata, match=key.rpartition(".")[2]):
+        open_checkpoint(source)
+
+
+def test_keys_that_other_writers_leave_out(lone: Path, tmp_path: Path) -> None:
+    """What has one meaning is read; what an engine would take otherwise is told."""
+    keys = ("rope.scaling.type", "expert_gating_func", "swiglu_clamp_shexp")
+    source = rewrite(lone, tmp_path / "a.gguf", without=[f"deepseek4.{key}" for key in keys])
+    with open_checkpoint(source) as opened, open_checkpoint(lone) as wanted:
+        require_sound(opened)
+        [note] = find_defects(opened).notes
+        assert opened.config == wanted.config
+    assert "rope.scaling.type is absent" in note
 
 
 @pytest.mark.parametrize("name", ["blk.2.attn_q_a.bias", "blk.1.lora_a", "anything"])
