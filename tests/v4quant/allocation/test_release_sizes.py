@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.scripts import load_script
+from v4quant.planner.footprint import Outline, footprint, outline_checkpoint, outline_release
 from v4quant.synthetic.configs import make_config
 from v4quant.synthetic.inventory import shards_of
 from v4quant_formats.deepseek_v4 import parse_name
 from v4quant_formats.layouts.gguf import GGUF
+from v4quant_formats.opening import open_checkpoint
 from v4quant_kernels.ggml_types import fitting_type, get_type
 
 PAGE = Path(__file__).parents[3] / "docs" / "allocation.md"
@@ -56,7 +59,8 @@ def gigabytes(release: str, scheme: str, dense_type: str = DENSE) -> float:
 
 
 BUDGET = re.compile(
-    r"^\| (Flash|Pro) \| (\d+)GB \| `(\w+)` \| `(\w+)` \| `--dense (\w+)`", re.MULTILINE
+    r"^\| (Flash|Pro) \| (\d+)GB \| `(\w+)` \| `(\w+)` \| (\d+) \| `(\w+)` \| ([\d,]+) \|$",
+    re.MULTILINE,
 )
 
 
@@ -79,7 +83,7 @@ def test_budgets_lie_between_two_types() -> None:
     rows = BUDGET.findall(PAGE.read_text())
     assert [int(b) for model, b, *_ in rows if model == "Flash"] == [128, 110, 96, 80, 70, 60]
     assert min(int(b) for model, b, *_ in rows if model == "Pro") == 380
-    for model, budget, lower, upper, dense in rows:
+    for model, budget, lower, upper, _, dense, _ in rows:
         release = model.lower()
         sizes = sorted((gigabytes(release, s, dense), s) for s in GGUF.schemes)
         fitting = [(size, s) for size, s in sizes if size <= float(budget)]
@@ -87,6 +91,41 @@ def test_budgets_lie_between_two_types() -> None:
         at_most = {s for size, s in fitting if size == pytest.approx(fitting[-1][0], rel=1e-9)}
         at_least = {s for size, s in larger if size == pytest.approx(larger[0][0], rel=1e-9)}
         assert lower in at_most and upper in at_least, (model, budget)
+
+
+SIZES = load_script("release_sizes")
+
+
+def test_the_dry_runs_of_the_page_are_what_the_planner_says() -> None:
+    """A whole release takes a minute to plan; the planner asks for a few experts a layer."""
+    rows = BUDGET.findall(PAGE.read_text())
+    told = {(model.lower(), int(budget)): dense for model, budget, *_, dense, _ in rows}
+    assert told == {(r, b): d for r, budgets in SIZES.BUDGETS.items() for b, d in budgets.items()}
+    for model, budget, lower, upper, layers, dense, size in rows:
+        recipe = SIZES.mixed(lower, upper, int(layers), dense)
+        planned = footprint(_outline(model.lower()), recipe).trunk
+        headers = int(size.replace(",", "")) - planned
+        assert 0 < headers < SIZES.HEADERS, (model, budget, headers)
+        assert planned + headers <= int(budget) * 10**9, (model, budget)
+
+
+@cache
+def _outline(release: str) -> Outline:
+    return outline_release(release)
+
+
+def test_a_dry_run_accepts_such_a_recipe_and_says_the_planners_size(tmp_path: Path) -> None:
+    """With eight experts a layer; sizes and layers are the release's."""
+    source, text = SIZES.make_source(tmp_path, "flash", experts=8)
+    with open_checkpoint(source) as checkpoint:
+        outline = outline_checkpoint(checkpoint)
+    recipe = SIZES.mixed("iq1_m", "iq2_xxs", 20, "q6_k")
+    planned = footprint(outline, recipe).trunk
+    assert 0 < SIZES.dry_run(source, recipe, text) - planned < 10**6
+    more = SIZES.mixed("iq1_m", "iq2_xxs", 21, "q6_k")
+    matrices = 3 * 8 * 2048 * 4096
+    grown = matrices * (get_type("iq2_xxs").block_bytes - get_type("iq1_m").block_bytes) // 256
+    assert footprint(outline, more).trunk - planned == grown
 
 
 def test_the_smallest_flash() -> None:
