@@ -44,7 +44,7 @@ from v4quant_kernels.scheme import Scheme, get_scheme
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "v4quant" / "data" / "tiny-v4"
-STORED = ROOT / "docs" / "quality-types.json"
+STORED = ROOT / "v4quant" / "data" / "measured" / "quality-types.json"
 PAGE = ROOT / "docs" / "quality-types.md"
 PLOT = ROOT / "docs" / "quality-types.svg"
 TYPES = [t.name for t in GGML_TYPES.values() if t.offered and t.coder]

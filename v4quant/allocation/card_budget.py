@@ -14,13 +14,12 @@ and the knapsack of allocation.py needs to know of bytes only.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from v4quant.allocation.costs import Costs
 from v4quant.allocation.knapsack import BudgetError
 from v4quant.conversion.plan import Plan
-from v4quant.sizes import parse_size
+from v4quant.planner import machines
 from v4quant.targets import layer_of, place_of
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import parse_name
@@ -40,7 +39,6 @@ from v4quant_formats.engines.vllm_split import (
 from v4quant_formats.model_config import ModelConfig, parse_model_config
 
 TABLES = "engram tables"
-_LEAST_SIZE = 10**6  # smaller is a forgotten unit
 
 
 @dataclass(frozen=True)
@@ -86,14 +84,14 @@ class CardMemory:
 
 
 def parse_cards(text: str) -> tuple[int, int]:
-    """`4x24GB` -> (4, 24e9). Raises BudgetError and SizeError."""
-    match = re.fullmatch(r"\s*(\d{1,4})\s*x\s*(.+)", text, re.IGNORECASE)
-    if match is None or not int(match[1]):
+    """`4x24GB` -> (4, 24 GiB): sizes as sold or names, as in `plan`. Raises BudgetError."""
+    try:
+        machine = machines.parse_cards(text)
+    except machines.MachineError as error:
+        raise BudgetError(str(error)) from None
+    if machine.card is None:
         raise BudgetError(f"'{text}' names no cards; write it like 4x24GB")
-    size = parse_size(match[2])
-    if size < _LEAST_SIZE:
-        raise BudgetError(f"'{text}' are cards of {size:,} bytes; write it like 4x24GB")
-    return int(match[1]), size
+    return machine.count, machine.card.nbytes
 
 
 def check_split(config: ModelConfig, serving: Serving) -> None:

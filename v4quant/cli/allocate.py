@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--bpw", type=float, help="The same as bits per weight, over all parameters.")
 @click.option("--fits", help="The same as cards it must fit, like 4x24GB, with --context.")
 @click.option("--ram", help="System memory that experts may lie in beside these cards, like 128GB, "
-              "for llama.cpp; sizes then are as sold, as of plan.")  # fmt: skip
+              "for llama.cpp; a size as sold.")  # fmt: skip
 @click.option("--context", type=click.IntRange(1, 2**24), default=32768, show_default=True,
               help="Tokens of one sequence kept beside the weights, for --fits.")  # fmt: skip
 @click.option("--sequences", type=click.IntRange(1, 2**16), default=1, show_default=True,

@@ -9,7 +9,14 @@ from v4quant.api.arguments import source_of
 from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.pipeline.recipe_file import CorpusStep, Pipeline, Rung, load_pipeline
 from v4quant.planner.choices import Effort
-from v4quant.planner.effort import Cost, cost_of, hours_text, hours_with_text, is_solved
+from v4quant.planner.effort import (
+    cost_at,
+    cost_of,
+    hours_text,
+    hours_with_text,
+    is_solved,
+    level_of,
+)
 from v4quant.planner.footprint import Outline, footprint, outline_checkpoint
 from v4quant.source import open_source
 from v4quant_kernels.scheme import get_scheme
@@ -82,7 +89,7 @@ def with_effort(pipeline: Pipeline, outline: Outline, effort: Effort, cores: int
         rungs.append(
             Rung(rung.name, replace(rung.recipe, solver="gptq" if level.solves else "optimal"))
         )
-        if level.solves:
+        if level.tokens:
             step = step or CorpusStep((MIXED_CALIBRATION,), seq_len=_SEQ_LEN)
             propagate = "--no-propagate" not in level.options
             step = replace(step, tokens=max(level.tokens, step.tokens or 0), propagate=propagate)
@@ -105,9 +112,9 @@ def expected_costs(pipeline: Pipeline, outline: Outline, cores: int) -> list[str
 
 def _cost(outline: Outline, rung: Rung, step: CorpusStep | None, nbytes: int, cores: int) -> float:
     scheme, solves = get_scheme(rung.recipe.scheme), rung.recipe.solver == "gptq"
-    effort: Effort = "best" if solves else "minutes"
-    cost: Cost = cost_of(outline, scheme, nbytes, effort, cores, exact=not is_solved(scheme))
-    if not solves or step is None or not step.tokens:
+    level = level_of(solves, step is None or step.propagate, step is not None)
+    cost = cost_at(outline, scheme, nbytes, level, cores, exact=not is_solved(scheme))
+    if step is None or not step.tokens:
         return cost.hours
     return hours_with_text(outline, cost, step.tokens)
 

@@ -10,7 +10,7 @@ from typing import Any
 from v4quant.planner.choices import ENGINE_NAMES, Effort, EngineName
 from v4quant.planner.effort import Cost, cost_of
 from v4quant.planner.footprint import Footprint, LayerBytes, Outline
-from v4quant.planner.loss import KnownLoss, Measured, known_loss
+from v4quant.planner.loss import KnownLoss, Measured, known_loss, with_dense
 from v4quant.planner.machines import Machine
 from v4quant.recipe import Recipe
 from v4quant_kernels.errors import V4QuantError
@@ -34,8 +34,8 @@ class Where:
 
 
 @dataclass(frozen=True)
-class Quicker:
-    """A quicker way to make the same file: the effort to ask for, its hours, what it loses."""
+class Way:
+    """Another way to make the same file: the effort to ask for, its hours, the loss."""
 
     effort: Effort
     hours: float
@@ -50,8 +50,9 @@ class Candidate:
     that `allocate` may fill with a mixture. scheme: in words. size: bytes of the model's files.
     context: tokens of one sequence that fit at most. tokens_per_second: an upper bound, from the
     bytes that one token's products read. options: of the engine's server. before: commands to give
-    first. notes: what else one should know. engram: type of V4.1's tables, for `allocate`. quicker:
-    what less effort takes and loses. files: GGUF files of the model.
+    first. notes: what else one should know. engram, dense: types of V4.1's tables and of dense
+    matrices, for `allocate`. others: what more and less effort takes and loses, the longest first.
+    files: GGUF files of the model. tight: whether memory is nearly full.
     """
 
     engine: EngineName
@@ -68,8 +69,20 @@ class Candidate:
     notes: tuple[str, ...]
     budget: int = 0
     engram: str = ""
-    quicker: tuple[Quicker, ...] = ()
+    others: tuple[Way, ...] = ()
     files: int = 1
+    dense: str = ""
+    tight: bool = False
+
+    @property
+    def quicker(self) -> tuple[Way, ...]:
+        """What less effort takes and loses, the longest first."""
+        return tuple(w for w in self.others if self.cost is None or w.hours < self.cost.hours)
+
+    @property
+    def better(self) -> tuple[Way, ...]:
+        """What more effort takes and loses, the longest first."""
+        return tuple(w for w in self.others if w not in self.quicker)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -85,6 +98,7 @@ class Candidate:
             "hours": None if self.cost is None else self.cost.hours,
             "disk_bytes": None if self.cost is None else self.cost.disk,
             "quicker": [asdict(way) for way in self.quicker],
+            "better": [asdict(way) for way in self.better],
             "solver": None if self.cost is None else self.cost.level.solver,
             "tokens_per_second_at_most": self.tokens_per_second,
             "options": list(self.options),
@@ -135,22 +149,22 @@ def loss_of(outline: Outline, request: Request, scheme: str, solver: str) -> Kno
     return known_loss(scheme, solver, exact, request.measured, is_flash(outline))
 
 
-def quicker_ways(
-    outline: Outline, request: Request, scheme: str, nbytes: int, cost: Cost
-) -> tuple[Quicker, ...]:
-    """What less effort than `cost` is for takes and loses, the longest first."""
-    efforts: tuple[Effort, ...] = ("hours", "minutes")
-    ways = dict[str, Quicker]()  # by solver: hours may allow no more than minutes do
-    for effort in efforts if cost.level.solves else ():
-        less = cost_of(outline, get_scheme(scheme), nbytes, effort, request.cores, exact=False)
-        solver = less.level.solver
-        if solver != cost.level.solver and less.hours < cost.hours:
-            kl = loss_of(outline, request, scheme, solver).kl
-            ways[solver] = Quicker(effort, less.hours, kl)
+def other_ways(
+    outline: Outline, request: Request, scheme: str, nbytes: int, cost: Cost, dense: str = ""
+) -> tuple[Way, ...]:
+    """What more or less effort than `cost` is for takes and loses, the longest first."""
+    efforts: tuple[Effort, ...] = ("best", "hours", "minutes")
+    ways = dict[str, Way]()  # by solver: hours may allow no more than minutes do
+    for effort in efforts if cost.level.tokens or cost.level.expert_seconds else ():
+        other = cost_of(outline, get_scheme(scheme), nbytes, effort, request.cores, exact=False)
+        solver = other.level.solver
+        if solver != cost.level.solver:
+            kl = with_dense(loss_of(outline, request, scheme, solver), dense).kl
+            ways[solver] = Way(effort, other.hours, kl)
     return tuple(ways.values())
 
 
-def scaled(ways: Sequence[Quicker], before: KnownLoss, after: KnownLoss) -> tuple[Quicker, ...]:
+def scaled(ways: Sequence[Way], before: KnownLoss, after: KnownLoss) -> tuple[Way, ...]:
     """The same ways for a mixture, whose loss is `after` where one of its schemes has `before`."""
     if not before.kl or after.kl is None:
         return ()

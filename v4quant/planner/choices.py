@@ -7,6 +7,6 @@ from typing import Literal
 EngineName = Literal["llama.cpp", "vllm"]
 ENGINE_NAMES: tuple[EngineName, ...] = ("llama.cpp", "vllm")
 
-Effort = Literal["minutes", "hours", "best"]
-EFFORTS: tuple[Effort, ...] = ("minutes", "hours", "best")
-DEFAULT_EFFORT: Effort = "best"
+Effort = Literal["minutes", "hours", "best", "auto"]
+EFFORTS: tuple[Effort, ...] = ("minutes", "hours", "best", "auto")
+DEFAULT_EFFORT: Effort = "auto"

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from v4quant.planner import for_llama_cpp, for_vllm
 from v4quant.planner.candidates import Candidate, Request
 from v4quant.planner.footprint import Outline
+from v4quant_kernels.scheme import SCHEMES
 
 _MOST = 5
 # A worse file is worth showing beside a better one when it is this much faster; the second figure
 # and so on where there are too many.
 _FASTER = (1.25, 1.5, 2.0, 3.0)
+_LEAST_BITS = 2.0
 _ENGINES = {"llama.cpp": for_llama_cpp.candidates, "vllm": for_vllm.candidates}
 
 
@@ -49,13 +51,35 @@ def _best(candidates: Sequence[Candidate]) -> list[Candidate]:
     ordered = sorted(
         resident or candidates, key=lambda c: (c.loss.order, -c.tokens_per_second, c.size)
     )
+    ordered = _worth_showing(ordered)
     for factor in _FASTER:
         kept = _front(ordered, factor)
+        kept += [c for c in _roomier(ordered, kept) if c not in kept]
         # The way in another engine is worth a line, slower or not.
         kept += [c for c in _other_engines(ordered, kept) if c.loss.order > kept[0].loss.order]
         if len(kept) <= _MOST:
             break
     return sorted(kept[:_MOST], key=lambda c: (c.loss.order, -c.tokens_per_second))
+
+
+def _worth_showing(ordered: Sequence[Candidate]) -> list[Candidate]:
+    """Without types below two bits, unless nothing else fits: no speed makes up for their loss."""
+    good = [c for c in ordered if c.recipe is None or _bits(c) >= _LEAST_BITS]
+    plain = [c for c in good if not c.budget]
+    return good if plain else list(ordered)
+
+
+def _bits(candidate: Candidate) -> float:
+    assert candidate.recipe is not None
+    return SCHEMES[candidate.recipe.scheme].bits_per_weight
+
+
+def _roomier(ordered: Sequence[Candidate], kept: Sequence[Candidate]) -> list[Candidate]:
+    """The best file that leaves room, where the best of all nearly fills the memory."""
+    first = next((c for c in kept if not c.budget), None)
+    if first is None or not first.tight:
+        return []
+    return [c for c in ordered if c.size < first.size and not c.tight and not c.budget][:1]
 
 
 def _front(ordered: Sequence[Candidate], factor: float) -> list[Candidate]:

@@ -114,7 +114,7 @@ def _make(candidate: Candidate, folder: str, out: str, max_memory: str) -> list[
 def _allocation(candidate: Candidate) -> str:
     if candidate.engine == "llama.cpp":
         tables = f" --engram {candidate.engram}" if candidate.engram else ""
-        return f"--format gguf --dense q8_0{tables} --draft drop"
+        return f"--format gguf --dense {candidate.dense}{tables} --draft drop"
     return f"--format compressed-tensors --engine vllm{_drafts(candidate)}"
 
 

@@ -1,9 +1,9 @@
 """How good the codes shall be, and what that takes: solvers, hours and disk.
 
     minutes   the exactly best scale of every group, without text where the type allows that
-    hours     GPTQ with refinement, if this machine does it within a day; else as `minutes`, and it
-              says so
+    hours     the best that is done within a day: GPTQ with refinement, or scales weighed by a text
     best      GPTQ with refinement and propagation, however long
+    auto      the best of all these that is done within three days
 
 Processor time of a Flash expert is measured (docs/calibration.md, `v4quant bench solver`); other
 shapes follow from 2 N K^2, and the block types of GGUF from the tiny model, where they take twice
@@ -13,7 +13,8 @@ core. No GPU has been timed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from v4quant.planner.choices import Effort
 from v4quant.planner.footprint import Outline
@@ -46,16 +47,17 @@ class Level:
 
 
 _CAST = Level("optimal", "a cast", 0, 0.0, 0)
-_PLAIN = Level("optimal", "searched scales, no text", 0, 0.2, 0)
+_PLAIN = Level("searched", "searched scales, no text", 0, 0.2, 0)
 _WEIGHED = Level("optimal", "searched scales, weighed by a text", 32768, 0.2, 1)
 _REFINED = Level("refined", "GPTQ, refined", 32768, 36.0, 1, ("--no-propagate",), solves=True)
 _BEST = Level("propagated", "GPTQ, refined and propagated", 131072, 45.0, 2, solves=True)
-LEVELS: dict[Effort, tuple[Level, ...]] = {
-    "minutes": (_PLAIN,),
-    "hours": (_REFINED, _PLAIN),
-    "best": (_BEST,),
+# Best first, and the hours within which one must be done unless it is the last.
+LEVELS: dict[Effort, tuple[tuple[Level, ...], float]] = {
+    "minutes": ((_PLAIN,), math.inf),
+    "hours": ((_REFINED, _WEIGHED, _PLAIN), 24.0),
+    "best": ((_BEST,), math.inf),
+    "auto": ((_BEST, _REFINED, _WEIGHED, _PLAIN), 72.0),
 }
-_LIMIT_HOURS = 24.0
 
 _FLASH_WORK = 2 * 2048 * 4096**2 + 4096 * 2048**2  # N K^2 of w1, w3 and w2
 _FLASH_MATRIX = 2048 * 4096
@@ -64,8 +66,9 @@ _CORE_FLOPS = 50e9
 # Core-seconds a GB of source: casts that keep the nibbles, and a search for scales.
 _CAST_SECONDS, _SEARCH_SECONDS = 4.0, 12.0
 # Core-seconds a Flash expert whose codes are searched in a codebook: 31 (iq2_xxs) to 60 (iq3_xxs)
-# on a busy machine.
-_CODEBOOK_SECONDS = 45.0
+# on a busy machine; and one in another block type of GGUF: 1.5 (q3_k), 1.6 (q2_k).
+_CODEBOOK_SECONDS, _BLOCK_SECONDS = 45.0, 1.5
+_TABLE_SECONDS = 24.0  # core-seconds a GB of V4.1's Engram tables in q8_0 (docs/formats.md)
 _DISK_BYTES_A_SECOND = 0.5e9
 
 
@@ -90,6 +93,11 @@ def hours_with_text(outline: Outline, cost: Cost, tokens: int) -> float:
     return max(0.0, cost.hours + seconds / 3600)
 
 
+def with_tables(cost: Cost, nbytes: int) -> Cost:
+    """The cost with that of writing Engram tables of so many bytes."""
+    return replace(cost, hours=cost.hours + nbytes / 1e9 * _TABLE_SECONDS / cost.cores / 3600)
+
+
 def is_solved(scheme: Scheme) -> bool:
     """Whether error feedback chooses its codes better: integers and GGUF's block types."""
     return bool(scheme.coder)
@@ -108,26 +116,37 @@ def cost_of(
 
     any_type: `allocate` will choose among all types, so those that want a text may be there.
     """
-    levels = (_CAST,) if exact or not is_solved(scheme) else LEVELS[effort]
+    if exact or not is_solved(scheme):
+        return cost_at(outline, scheme, output, _CAST, cores, exact)
+    levels, limit = LEVELS[effort]
     if scheme.text or any_type:
         levels = tuple(_WEIGHED if level is _PLAIN else level for level in levels)
-    costs = [_cost(outline, scheme, output, level, cores, exact) for level in levels]
-    within = [c for c in costs if c.hours <= _LIMIT_HOURS]
+    costs = [cost_at(outline, scheme, output, level, cores, exact) for level in levels]
+    within = [c for c in costs if c.hours <= limit]
     return within[0] if within else costs[-1]
 
 
-def _cost(
+def level_of(solves: bool, propagates: bool, reads_text: bool) -> Level:
+    """The level at which a conversion with such steps is made."""
+    if solves:
+        return _BEST if propagates else _REFINED
+    return _WEIGHED if reads_text else _PLAIN
+
+
+def cost_at(
     outline: Outline, scheme: Scheme, output: int, level: Level, cores: int, exact: bool
 ) -> Cost:
+    """What it costs to make `output` bytes of `scheme` at `level`."""
     dims = outline.dimensions
     convert = outline.nbytes / 1e9 * (_CAST_SECONDS if exact else _SEARCH_SECONDS)
     disk_seconds = (outline.nbytes + output) / _DISK_BYTES_A_SECOND
     seconds = max(convert / cores, disk_seconds)
     seconds += level.passes * level.tokens * 2 * _active_weights(outline) / _CORE_FLOPS / cores
     experts = dims.n_routed_experts * dims.num_hidden_layers
-    if has_codebook(scheme.name) and not level.solves and not exact:
+    if scheme.block_bytes and not level.solves and not exact:
         weights = dims.moe_intermediate_size * dims.hidden_size / _FLASH_MATRIX
-        seconds += experts * _CODEBOOK_SECONDS * weights / cores
+        search = _CODEBOOK_SECONDS if has_codebook(scheme.name) else _BLOCK_SECONDS
+        seconds += experts * search * weights / cores
     if level.solves:
         factor = _BLOCK_FACTOR if scheme.block_bytes else 1.0
         work = 2 * dims.moe_intermediate_size * dims.hidden_size**2

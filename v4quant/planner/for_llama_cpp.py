@@ -18,19 +18,22 @@ from v4quant.planner.candidates import (
     loss_of,
     mixed_loss,
     mixture,
+    other_ways,
     proof_notes,
-    quicker_ways,
     scaled,
 )
-from v4quant.planner.effort import cost_of
+from v4quant.planner.effort import cost_of, with_tables
 from v4quant.planner.footprint import Footprint, Outline, footprint
+from v4quant.planner.loss import with_dense
 from v4quant.planner.machines import GIB, Machine
 from v4quant.recipe import Recipe
 from v4quant_formats.errors import UnsupportedPair
 from v4quant_formats.layouts.table import LAYOUTS
 from v4quant_kernels.scheme import SCHEMES, get_scheme
 
-_DENSE = "q8_0"
+# Types of all matrices but the experts, best first. The first is what everybody takes; the others
+# are for what does not fit beside it.
+_DENSE = ("q8_0", "q6_k", "q5_k", "q4_k")
 _TABLES = "q8_0"  # of V4.1's Engram, in a file of its own
 _UNIFIED_SIZES = (24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
 _RAM_SIZES = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # GiB, as sold
@@ -43,13 +46,48 @@ def candidates(outline: Outline, request: Request) -> tuple[list[Candidate], lis
     files = list(_gguf_files(outline))
     if not files:
         return [], ["llama.cpp: there is no GGUF form of this release"]
-    found = [c for r, f in files if (c := _gguf_candidate(outline, request, r, f, False))]
+    found: list[Candidate] = []
+    for number, dense in enumerate(_DENSE):
+        level = files if not number else _with_dense(outline, files, dense)
+        fitting = [c for r, f in level if (c := _gguf_candidate(outline, request, r, f, False))]
+        if not found and fitting:
+            mixed = _mixed_candidate(outline, request, level, fitting[0])
+            found = fitting + ([mixed] if mixed is not None else [])
+        elif fitting and fitting[0].loss.order < min(c.loss.order for c in found):
+            found.append(fitting[0])
+        if found and found[0].scheme == files[0][0].scheme:
+            break
     if found:
-        mixed = _mixed_candidate(outline, request, files, found[0])
-        return found + ([mixed] if mixed is not None else []), []
-    slow = (_gguf_candidate(outline, request, r, f, True) for r, f in files[::-1])
-    smallest = min((f for _, f in files), key=lambda f: f.trunk)
-    return [c for c in slow if c][:1], [_llama_remedy(outline, request, smallest)]
+        return found, []
+    for dense in _DENSE:
+        level = _with_dense(outline, files, dense)
+        slow = (_gguf_candidate(outline, request, r, f, True) for r, f in level[::-1])
+        if found := [c for c in slow if c][:1]:
+            break
+    smallest = min((f for _, f in level), key=lambda f: f.trunk)
+    return found, [_llama_remedy(outline, request, smallest)]
+
+
+def _with_dense(
+    outline: Outline, files: Sequence[tuple[Recipe, Footprint]], dense: str
+) -> list[tuple[Recipe, Footprint]]:
+    """The same files with another type of dense matrices, embedding and head."""
+    other = footprint(outline, replace(files[-1][0], dense=dense))
+    found = []
+    for recipe, file in files:
+        layers = (
+            replace(old, rest=new.rest) for old, new in zip(file.layers, other.layers, strict=True)
+        )
+        found.append(
+            (
+                replace(recipe, dense=dense),
+                replace(
+                    file, layers=tuple(layers), embed=other.embed, head=other.head,
+                    other=other.other,
+                ),
+            )
+        )  # fmt: skip
+    return found
 
 
 def _gguf_files(outline: Outline) -> Iterator[tuple[Recipe, Footprint]]:
@@ -64,7 +102,7 @@ def _gguf_files(outline: Outline) -> Iterator[tuple[Recipe, Footprint]]:
         if SCHEMES[scheme].bits_per_weight > most:
             continue
         tables = _TABLES if outline.dimensions.v41 is not None else ""
-        recipe = Recipe(scheme, format="gguf", dense=_DENSE, draft=drop, engram=tables)
+        recipe = Recipe(scheme, format="gguf", dense=_DENSE[0], draft=drop, engram=tables)
         try:
             yield recipe, footprint(outline, recipe)
         except UnsupportedPair:
@@ -87,10 +125,11 @@ def _gguf_candidate(
         request.cores,
         exact,
     )
+    cost = with_tables(cost, file.tables)
     per_token = dims.kv_bytes_per_token() or 0
     context = placed.kv_room // per_token if per_token else request.context
     notes = list(proof_notes(outline, recipe.scheme))
-    notes.append(f"dense matrices in {recipe.dense}, which holds FP8 to 8 bits")
+    notes.append(_dense_note(recipe.dense))
     if file.tables:
         notes.append(
             f"{file.tables / 1e9:.0f} GB of Engram tables in {recipe.engram}, of which rows are "
@@ -100,14 +139,27 @@ def _gguf_candidate(
         notes.append("experts are read from disk again and again: slow, and no cure for it here")
     elif _is_tight(placed, machine):
         notes.append("memory is nearly full: close other programs, or take the next smaller")
+    loss = loss_of(outline, request, recipe.scheme, cost.level.solver)
     return Candidate(
         "llama.cpp", recipe, recipe.scheme, file.trunk + file.tables,
         Where(placed.cards, placed.ram, placed.disk), min(context, longest_context(outline)),
-        loss_of(outline, request, recipe.scheme, cost.level.solver), cost, 1 / placed.seconds,
+        with_dense(loss, recipe.dense), cost, 1 / placed.seconds,
         (*placed.options, f"--ctx-size {request.context}", "--jinja"), placed.before, tuple(notes),
-        quicker=quicker_ways(outline, request, recipe.scheme, file.trunk + file.tables, cost),
-        files=_file_count(file, recipe),
+        others=other_ways(
+            outline, request, recipe.scheme, file.trunk + file.tables, cost, recipe.dense
+        ),
+        files=_file_count(file, recipe), dense=recipe.dense,
+        tight=not disk and _is_tight(placed, machine),
     )  # fmt: skip
+
+
+def _dense_note(dense: str) -> str:
+    if dense == _DENSE[0]:
+        return f"dense matrices in {dense}, which holds FP8 to 8 bits"
+    return (
+        f"dense matrices, embedding and head in {dense}: {_DENSE[0]} leaves no room for these "
+        "experts"
+    )
 
 
 def _file_count(file: Footprint, recipe: Recipe) -> int:
@@ -146,11 +198,14 @@ def _mixed_candidate(
     cost = cost_of(
         outline, scheme, made.size, request.effort, request.cores, exact=False, any_type=True
     )
-    next_up = loss_of(outline, request, schemes[at - 1], cost.level.solver)
+    cost = with_tables(cost, file.tables)
+    next_up = with_dense(
+        loss_of(outline, request, schemes[at - 1], cost.level.solver), files[at][0].dense
+    )
     loss = mixed_loss(largest.loss, next_up, share)
     return replace(
         made, recipe=None, scheme=f"{schemes[at - 1]} and {largest.scheme}, chosen by layer",
-        loss=loss, cost=cost, quicker=scaled(made.quicker, largest.loss, loss),
+        loss=loss, cost=cost, others=scaled(made.others, largest.loss, loss),
         budget=int(_MIX_RESERVE * file.trunk) + file.tables, engram=files[at][0].engram,
     )  # fmt: skip
 

@@ -16,8 +16,8 @@ from v4quant.planner.candidates import (
     loss_of,
     mixed_loss,
     mixture,
+    other_ways,
     proof_notes,
-    quicker_ways,
     scaled,
 )
 from v4quant.planner.effort import cost_of
@@ -103,7 +103,7 @@ def _mixed_candidate(
     loss = mixed_loss(largest.loss, next_up, share)
     return replace(
         made, recipe=None, scheme=f"{name} and {largest.scheme}, chosen by layer",
-        loss=loss, quicker=scaled(made.quicker, largest.loss, loss),
+        loss=loss, others=scaled(made.others, largest.loss, loss),
         budget=int(_MIX_RESERVE * file.total),
     )  # fmt: skip
 
@@ -178,9 +178,7 @@ def vllm_candidate(
         "vllm", recipe, scheme, file.total,
         Where((placed.taken,) * s.gpus, placed.tables.host, 0), placed.context_fits, loss, cost,
         1 / placed.seconds, options, (), tuple(notes),
-        quicker=()
-        if cost is None
-        else quicker_ways(outline, request, scheme, file.total, cost),
+        others=() if cost is None else other_ways(outline, request, scheme, file.total, cost),
     )  # fmt: skip
 
 

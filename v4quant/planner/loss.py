@@ -2,9 +2,11 @@
 
 Best is a measurement of this very model (an `evaluate --json` file of a conversion). Without one
 the built-in tiny model's rows stand in, which order schemes and solvers rightly and whose sizes of
-KL are their own. Schemes nobody measured lie between their neighbours by bits per weight, and are
-called an estimate. For Flash there are also figures that others published of files by another
-quantizer; they stand beside ours, with the part of them that no rounding of experts explains.
+KL are their own. Schemes nobody measured lie on the integers' curve between their neighbours by
+bits per weight, shifted by what the nearest measured type of their own family (codebooks) gains
+over it, and are called an estimate. For Flash there are also figures that others published of files
+by another quantizer; they stand beside ours, with the part of them that no rounding of experts
+explains.
 """
 
 from __future__ import annotations
@@ -19,10 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from v4quant_formats.model_config import read_json_object
+from v4quant_kernels.ggml_types import has_codebook
 from v4quant_kernels.scheme import SCHEMES
 
 Basis = Literal["exact", "this model", "tiny model", "estimate", "unknown"]
 _MOST_BYTES = 64 * 2**20
+# What scales searched without a text lose against those that a text weighs (docs/calibration.md).
+_UNWEIGHED = 1.1
+_WAYS = {"searched": "optimal", "solved": "propagated"}  # of types, as solvers are called
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,13 @@ class Measured:
 
 
 def known_loss(
-    scheme: str, solver: str, exact: bool, model: Sequence[Measured] = (), flash: bool = False
+    scheme: str,
+    solver: str,
+    exact: bool = False,
+    model: Sequence[Measured] = (),
+    flash: bool = False,
 ) -> KnownLoss:
-    """What is known of experts in `scheme`, coded by `solver` (as in quality.json).
+    """What is known of experts in `scheme`, coded by `solver` (as in quality.json, or `searched`).
 
     model: measurements of this model. flash: whether published figures of Flash apply.
     """
@@ -83,12 +93,28 @@ def known_loss(
     for row in model:
         if row.scheme == scheme:
             return KnownLoss("this model", row.kl, row.top1, published)
-    tiny = [r for r in tiny_rows() if r.solver == solver]
-    for row in tiny:
-        if row.scheme == scheme:
+    if solver == "searched":
+        found = known_loss(scheme, "optimal").kl
+        return KnownLoss("estimate", None if found is None else _UNWEIGHED * found, None, published)
+    for row in tiny_rows():
+        if (row.scheme, row.solver) == (scheme, solver):
             return KnownLoss("tiny model", row.kl, row.top1, published)
-    found = _between(SCHEMES[scheme].bits_per_weight, tiny)
+    found = _estimate(scheme, solver)
     return KnownLoss("unknown" if found is None else "estimate", found, None, published)
+
+
+def with_dense(loss: KnownLoss, dense: str) -> KnownLoss:
+    """A loss of experts with that of all other matrices in a type of GGUF.
+
+    Losses of independent roundings add up; `q8_0` is what everybody takes, and counts as none.
+    """
+    rows = _data("quality-dense.json")["rows"]
+    if dense not in rows or loss.kl is None:
+        return loss
+    added = float(rows[dense]["kl"])
+    basis: Basis = "estimate" if loss.basis != "exact" else "tiny model"
+    top1 = float(rows[dense]["top1"]) if loss.basis == "exact" else None
+    return KnownLoss(basis, loss.kl + added, top1, loss.published)
 
 
 def read_measured(path: Path) -> list[Measured]:
@@ -108,7 +134,35 @@ def read_measured(path: Path) -> list[Measured]:
 def tiny_rows() -> tuple[Measured, ...]:
     """The tiny model's rows, experts alone converted, that ship with the package."""
     table = _data("quality.json")["full"]["rows"]
-    return tuple(Measured(r["scheme"], r["solver"], r["kl"], r["top1"]) for r in table)
+    types = _data("quality-types.json")["types"]
+    return (
+        *(Measured(r["scheme"], r["solver"], r["kl"], r["top1"]) for r in table),
+        *(
+            Measured(name, solver, row[way]["kl"], row[way]["top1"])
+            for name, row in types.items()
+            for way, solver in _WAYS.items()
+            if way in row
+        ),
+    )
+
+
+def _estimate(scheme: str, solver: str) -> float | None:
+    """KL of a scheme that nobody measured; None where too little is measured for that."""
+    bits = SCHEMES[scheme].bits_per_weight
+    found = _between(bits, _integer_rows(solver))
+    if found is None or not has_codebook(scheme):
+        return found
+    for way in (solver, "propagated"):  # what codebooks gain hardly depends on the solver
+        alike = [r for r in tiny_rows() if r.solver == way and has_codebook(r.scheme)]
+        if alike:
+            near = min(alike, key=lambda r: abs(SCHEMES[r.scheme].bits_per_weight - bits))
+            usual = _between(SCHEMES[near.scheme].bits_per_weight, _integer_rows(way))
+            return found * near.kl / usual if usual else found
+    return found
+
+
+def _integer_rows(solver: str) -> list[Measured]:
+    return [r for r in tiny_rows() if r.solver == solver and not SCHEMES[r.scheme].block_bytes]
 
 
 def _between(bits: float, rows: Sequence[Measured]) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from v4quant.planner.candidates import Candidate, Quicker
+from v4quant.planner.candidates import Candidate, Way
 from v4quant.planner.choose import Answer
 from v4quant.planner.commands import Commands
 from v4quant.planner.effort import hours_text
@@ -42,8 +42,9 @@ def _candidate(number: int, candidate: Candidate, machine: Machine) -> list[str]
         lines.append(f"              {candidate.loss.published}")
     if candidate.cost is not None:
         lines.append(f"   to make    {candidate.cost.sentence()}: {candidate.cost.level.words}")
-    if candidate.quicker:
-        lines.append(f"   quicker    {'; '.join(map(_way, candidate.quicker))}")
+    for title, ways in (("better", candidate.better), ("quicker", candidate.quicker)):
+        if ways:
+            lines.append(f"   {title:<10} {'; '.join(map(_way, ways))}")
     lines.append(
         f"   speed      at most {_rate(candidate.tokens_per_second)} tokens per second, one at a "
         "time: a bound from bandwidth, no measurement"
@@ -86,7 +87,7 @@ def _card_bytes(machine: Machine) -> int:
     return 0 if machine.card is None else machine.card.nbytes
 
 
-def _way(way: Quicker) -> str:
+def _way(way: Way) -> str:
     loses = "" if way.kl is None else f" and KL {way.kl:.4f}"
     return f"--effort {way.effort}, {hours_text(way.hours)}{loses}"
 

@@ -109,12 +109,12 @@ def test_command_shows_each_card(tmp_path: Path) -> None:
     more = ("--context", "4096", "--batched-tokens", "256", "--sequences", "2")
     found = run("--fits", "2x4GB", *more, out=tmp_path / "a.toml")
     assert found.exit_code == 0, found.output
-    assert "Each of 2 cards" in found.stdout and "4.00 GB" in found.stdout
+    assert "Each of 2 cards" in found.stdout and "4.29 GB" in found.stdout
     assert "--tensor-parallel-size 2 --max-model-len 4096 --max-num-seqs 2" in found.stdout
     facts = json.loads(run("--fits", "2x4GB", *more, "--json", out=tmp_path / "b.toml").stdout)
     card = facts["card"]
     parts = ("split", "whole", "kv_cache", "buffers", "runtime", "reserve", "free")
-    assert sum(card[part] for part in parts) == card["size"] == 4 * 10**9
+    assert sum(card[part] for part in parts) == card["size"] == 4 * 2**30
     for wrong, code in (("3x4GB", 1), ("2x1GB", 1), ("4GB", 1)):
         assert run("--fits", wrong, *more, out=tmp_path / "c.toml").exit_code == code
     for option in ("--sequences=2", "--expert-parallel", "--batched-tokens=64"):

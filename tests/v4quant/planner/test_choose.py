@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click import Context
 from click.testing import CliRunner
 
 from v4quant.builtin import TINY_V4, resolve_source
@@ -19,8 +20,9 @@ from v4quant.planner import for_llama_cpp, for_vllm
 from v4quant.planner.candidates import Candidate, Request
 from v4quant.planner.choose import Answer, choose
 from v4quant.planner.commands import commands_for
+from v4quant.planner.effort import cost_of
 from v4quant.planner.footprint import footprint, outline_release
-from v4quant.planner.loss import Measured, known_loss, tiny_rows
+from v4quant.planner.loss import Measured, known_loss, tiny_rows, with_dense
 from v4quant.planner.machines import GIB, parse_cards, parse_machine, with_generation, with_memory
 from v4quant.planner.run_file import run_file
 from v4quant.recipe import Recipe
@@ -143,13 +145,15 @@ def test_what_does_not_fit_is_told_what_would() -> None:
 
 
 def test_the_memory_that_would_do_is_more_than_there_is_and_does() -> None:
-    """A 64 GB Mac is not told to get 64 GB: macOS keeps a share."""
-    answer = ask("flash", "m4-max-64")
-    told = next(r for r in answer.remedies if r.startswith("llama.cpp"))
-    needed = re.search(r"with (\d+) GB of unified memory", told)
-    assert needed is not None and int(needed[1]) > 64
+    """A 48 GB Mac is not told to get 48 GB: macOS keeps a share."""
     card = parse_machine("m4-max-64").card
     assert card is not None
+    small = replace(parse_machine("m4-max-64"), card=replace(card, nbytes=48 * GIB))
+    answer = choose(outline_release("flash"), Request(small, 32768, "best", 16))
+    assert not answer.candidates
+    told = next(r for r in answer.remedies if r.startswith("llama.cpp"))
+    needed = re.search(r"with (\d+) GB of unified memory", told)
+    assert needed is not None and int(needed[1]) > 48
     larger = replace(parse_machine("m4-max-64"), card=replace(card, nbytes=int(needed[1]) * GIB))
     assert choose(outline_release("flash"), Request(larger, 32768, "best", 16)).candidates
 
@@ -167,6 +171,71 @@ def test_what_less_effort_takes_and_loses_stands_beside() -> None:
         assert candidate.quicker[-1].effort == "minutes"
     quick = Request(parse_machine("dgx-spark"), 32768, "minutes", 16)
     assert not any(c.quicker for c in choose(outline_release("flash"), quick).candidates)
+
+
+def test_smaller_dense_types_are_for_what_does_not_fit_otherwise() -> None:
+    """64 GB hold Flash only so; and where they bring a better file, that comes first."""
+    (only,) = ask("flash", "m4-max-64").candidates
+    assert only.recipe is not None and only.recipe.dense != "q8_0" and only.size < 64e9
+    assert "leaves no room" in " ".join(only.notes)
+    answer = ask("flash", "4090", "64GB")
+    assert {c.dense for c in answer.candidates} > {"q8_0"}
+    losses = [c.loss.order for c in answer.candidates]
+    assert losses == sorted(losses) and losses[0] > known_loss("iq2_xs", "propagated").order
+    assert with_dense(known_loss("mxfp4", "", True), "q8_0").basis == "exact"
+    kls = [with_dense(known_loss("mxfp4", "", True), d).kl or 0 for d in ("q6_k", "q5_k", "q4_k")]
+    assert 0 < kls[0] < kls[1] < kls[2]
+
+
+def test_auto_is_the_best_that_is_done_in_three_days() -> None:
+    outline, scheme = outline_release("flash"), get_scheme("int3-g128")
+    levels = {}
+    for cores in (1, 2, 4, 64):
+        cost = cost_of(outline, scheme, 10**11, "auto", cores, exact=False)
+        assert cost.hours <= 72
+        levels[cores] = cost.level.solver
+    assert levels[1] != levels[64] == "propagated"
+    hours = cost_of(outline, scheme, 10**11, "hours", 2, exact=False)
+    minutes = cost_of(outline, scheme, 10**11, "minutes", 2, exact=False)
+    assert hours.level.weighs and minutes.level.tokens == 0 and minutes.hours < hours.hours < 24
+
+
+OWNERS = (
+    "2x3090 64GB", "2x3090 128GB", "rtx-pro-6000 192GB", "dgx-spark", "m3-ultra-512", "m4-max-64",
+    "strix-halo", "8xh100", "4x4090 256GB", "4090 64GB", "8xmi300x",
+)  # fmt: skip
+SERVER_OPTIONS = {
+    "llama.cpp/build/bin/llama-server": {
+        "-m", "--n-gpu-layers", "--fit", "--n-cpu-moe", "--tensor-split", "--override-tensor",
+        "--ctx-size", "--jinja",
+    },
+    "vllm": {
+        "--tensor-parallel-size", "--max-model-len", "--max-num-seqs", "--max-num-batched-tokens",
+        "--gpu-memory-utilization", "--kv-cache-dtype", "--enable-expert-parallel",
+        "--engram-config",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+def test_every_printed_command_parses(owner: str) -> None:
+    """Ours by our own parser, servers' by the options that they have."""
+    name, _, ram = owner.partition(" ")
+    machine = with_memory(parse_machine(name), ram or None, None)
+    for release in ("flash", "pro", "v41"):
+        answer = choose(outline_release(release), Request(machine, 32768, "auto", 8))
+        assert answer.candidates or answer.remedies
+        plain = [c for c in answer.candidates if c.recipe is not None]
+        bits = [get_scheme(c.scheme).bits_per_weight for c in plain]
+        assert min(bits, default=2) >= 2 or max(bits) < 2  # one bit only where nothing else fits
+        for candidate in answer.candidates:
+            typed = commands_for(candidate, machine, "hf://maker/Model", "8GB")
+            for line in (*typed.make, *typed.check):
+                _, command, *arguments = shlex.split(line)
+                cli.get_command(Context(cli), command).make_context(command, arguments)
+            server, *words = shlex.split(typed.serve[-1])
+            assert {w for w in words if w.startswith("-")} <= SERVER_OPTIONS[server]
+            assert ".gguf" in " ".join(words) or server == "vllm"
 
 
 def test_a_measurement_of_the_model_stands_before_the_tiny_ones() -> None:
