@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from v4quant.api.arguments import (
     PathLike,
@@ -17,6 +18,7 @@ from v4quant.api.arguments import (
 )
 from v4quant.conversion.calibrated import load_calibrated
 from v4quant.conversion.job import JobResult, as_begun, run_job
+from v4quant.conversion.overwrite import replacing
 from v4quant.conversion.plan import make_plan
 from v4quant.conversion.ranks import current_ranks
 from v4quant.conversion.size_by_role import warn_of_growth
@@ -29,6 +31,7 @@ from v4quant.publishing.hub_folders import find_folders, open_delivery, open_sha
 from v4quant.recipe import Recipe, RecipeError, read_toml, recipe_from_table
 from v4quant.source import open_source
 from v4quant_calibration.solve.solution import is_solution
+from v4quant_kernels.errors import OptionError
 from v4quant_kernels.progress import Progress, SilentProgress
 
 
@@ -159,12 +162,14 @@ def quantize(
     disk_cap: Size = None,
     scratch: PathLike | None = None,
     public: bool = False,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> JobResult:
     """Convert checkpoint `source` into `out`, a folder or `hf://owner/name`.
 
-    The same call again resumes. stats: what `calibrate` wrote. adapter: a LoRA
-    adapter's folder, merged while converting. tokenizer: a tokenizer.json, or its folder, that
+    The same call again resumes. overwrite: put the result in the place of an earlier one that
+    v4quant made, which stays until this one is whole. stats: what `calibrate` wrote. adapter: a
+    LoRA adapter's folder, merged while converting. tokenizer: a tokenizer.json, or its folder, that
     goes with `out` in place of the source's, with what lies beside it. workers: threads (all).
     disk_cap, scratch: bytes and folder for shards coming from or going to a repository. Under
     torchrun the ranks share the work, and each returns the result.
@@ -180,8 +185,20 @@ def quantize(
     where, target, disk = source_of(source), destination_of(out), size_of(disk_cap)
     with current_ranks() as ranks, ExitStack() as stack:
         shown = default_progress(progress) if ranks.is_first else SilentProgress()
+        place = target
+        if overwrite:
+            if not isinstance(target, Path):
+                raise OptionError(
+                    "--overwrite is for folders; a repository's checkpoint is replaced by "
+                    "`v4quant push --replace`"
+                )
+            reads = [path_of(stats), path_of(adapter), path_of(tokenizer), path_of(scratch)]
+            source_folder = where if isinstance(where, Path) else None
+            place = stack.enter_context(
+                replacing(target, True, [source_folder, *reads], ranks.is_first)
+            )
         places = ranks.first_then_others(
-            lambda: find_folders(where, target, path_of(scratch), ranks.rank)
+            lambda: find_folders(where, place, path_of(scratch), ranks.rank)
         )
         checkpoint = stack.enter_context(
             open_shared(where, places.scratch, disk, path_of(adapter), path_of(tokenizer), ranks)
@@ -193,7 +210,8 @@ def quantize(
         work = places.out if places.repo is not None else None
         share = share_cap(plan, disk, work, ranks.on_machine)
         if places.repo is None:
-            return run_job(plan, places.out, evidence, threads, shown, ranks)
+            result = run_job(plan, places.out, evidence, threads, shown, ranks)
+            return replace(result, output=str(target))
         repo, request = places.repo, CardRequest(places.repo)
         delivery = ranks.first_then_others(
             lambda: open_delivery(repo, places.out, plan, share, not public, request, ranks)

@@ -91,6 +91,8 @@ if TYPE_CHECKING:
     help="Folder for such shards (default: inside OUT, or ./v4quant-OWNER--NAME for a hub OUT).",
 )
 @click.option("--public", is_flag=True, help="Create a hub OUT public (default: private).")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier result of v4quant in "
+              "OUT, which stays until the new one is whole.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def quantize(
@@ -116,6 +118,7 @@ def quantize(
     disk_cap: str | None,
     scratch: Path | None,
     public: bool,
+    overwrite: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -153,6 +156,7 @@ def quantize(
         disk_cap=disk_cap,
         scratch=scratch,
         public=public,
+        overwrite=overwrite,
         progress=_output.TerminalProgress(),
     )
     if int(os.environ.get("RANK", "0")):

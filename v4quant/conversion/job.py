@@ -209,7 +209,8 @@ def check_folder(out: Path) -> None:
     if foreign and not journal_files(out):
         raise OutputError(
             f"{out}: folder is not empty ({sorted(foreign)[0]}, ...) and holds no unfinished "
-            "conversion to resume; choose a new folder"
+            "conversion to resume; choose a new folder (quantize --overwrite replaces one that "
+            "v4quant made)"
         )
 
 

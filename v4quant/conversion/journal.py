@@ -112,7 +112,7 @@ class Journal:
         if lines[0].get("plan") != self._plan_digest:
             raise OutputError(
                 f"{self._out}: holds an unfinished conversion of another source, recipe or "
-                "version; choose another folder or delete this one"
+                "version; choose another folder or delete this one (quantize --overwrite does)"
             )
         for line in lines[1:]:
             mine = line.get("run") == self._run

@@ -1,0 +1,113 @@
+"""`--overwrite` replaces what v4quant made, when the new one is whole, and nothing else ever."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import v4quant
+import v4quant.api.conversion
+from tests.support.conversion import TINY, convert, folder_bytes
+from v4quant.conversion.overwrite import replacing
+from v4quant_formats.errors import OutputError
+from v4quant_kernels.errors import OptionError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two conversions of the tiny model."""
+    folder = tmp_path_factory.mktemp("made")
+    for scheme in ("int8-g128", "mxfp4"):
+        convert(TINY, folder / scheme, scheme)
+    return folder / "int8-g128", folder / "mxfp4"
+
+
+def overwrite(out: Path) -> None:
+    v4quant.quantize(TINY, out, scheme="mxfp4", overwrite=True, workers=1)
+
+
+def test_the_old_one_stays_until_the_new_one_is_whole(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(made[0], out)
+    with pytest.raises(OutputError, match="--overwrite"):
+        v4quant.quantize(TINY, out, scheme="mxfp4")
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(v4quant.api.conversion, "run_job", die)
+        with pytest.raises(KeyboardInterrupt):
+            overwrite(out)
+    assert folder_bytes(out) == folder_bytes(made[0])
+    overwrite(out)
+    assert folder_bytes(out) == folder_bytes(made[1])
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_between_the_two_renames(made: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(made[0], tmp_path / "out.v4quant-old")
+    shutil.copytree(made[1], tmp_path / "out.v4quant-new")
+    overwrite(tmp_path / "out")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(made[1])
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def _foreign(out: Path) -> None:
+    (out / "notes.txt").write_text("mine")
+
+
+def _changed(out: Path) -> None:
+    (out / "config.json").write_text("{}")
+
+
+def _linked(out: Path) -> None:
+    (out / "config.json").unlink()
+    (out / "config.json").symlink_to(TINY / "config.json")
+
+
+def _not_ours(out: Path) -> None:
+    (out / "v4quant.json").unlink()
+
+
+@pytest.mark.parametrize("spoil", [_foreign, _changed, _linked, _not_ours])
+def test_nothing_else_is_replaced(
+    spoil: Callable[[Path], None], made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(made[0], out)
+    spoil(out)
+    before = sorted(p.name for p in out.rglob("*"))
+    with pytest.raises(OutputError, match="only what v4quant made"):
+        overwrite(out)
+    assert sorted(p.name for p in out.rglob("*")) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_sources_and_repositories_are_not_replaced(made: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(made[1], tmp_path / "source")
+    with pytest.raises(OutputError, match="which is read"):
+        v4quant.quantize(tmp_path / "source", tmp_path / "source", scheme="fp8", overwrite=True)
+    with pytest.raises(OptionError, match="push --replace"):
+        v4quant.quantize(TINY, "hf://a/b", scheme="fp8", overwrite=True)
+
+
+def test_an_unfinished_one_of_another_recipe_goes(tmp_path: Path) -> None:
+    """With files of its journal, and of whoever comes between it and the end nothing."""
+    out = tmp_path / "out"
+    (out / ".v4quant").mkdir(parents=True)
+    (out / ".v4quant" / "journal-0.jsonl").write_text(
+        '{"plan": "x"}\n{"file": {"name": "a.gguf"}}\n{"file": {"name": "../b"}}\n'
+    )
+    (out / "a.gguf").write_bytes(b"a")
+    (tmp_path / "b").write_bytes(b"b")
+    with replacing(out, True) as place:
+        place.mkdir()
+        (place / "new").write_bytes(b"new")
+    assert folder_bytes(out) == {"new": b"new"} and (tmp_path / "b").read_bytes() == b"b"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "out"]

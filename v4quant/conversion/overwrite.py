@@ -1,0 +1,110 @@
+"""`--overwrite`: a new result in place of an earlier one, which stays until the new one is whole.
+
+Only what v4quant made is replaced: every file in the folder must be one that a manifest there lists
+with its size, or that the journal of an unfinished conversion lists. Anything else, and anything
+that is being read, is refused before work begins. The new result is made in a folder beside
+(`OUT.v4quant-new`, which the same command goes on in after a kill); then two renames exchange them,
+and of the old folder the listed files are removed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from v4quant.conversion.journal import journal_files
+from v4quant.own_folders import FOLDER
+from v4quant_formats.checkpoint import INDEX_NAME
+from v4quant_formats.errors import FormatError, OutputError
+from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
+from v4quant_formats.shards import output_error
+from v4quant_formats.small_files import read_small
+from v4quant_formats.system import sync_folder
+
+_NEW, _OLD = ".v4quant-new", ".v4quant-old"
+_MAX_JOURNAL = 2**30
+
+
+@contextmanager
+def replacing(
+    out: Path, wanted: bool, reads: Iterable[Path | None] = (), first: bool = True
+) -> Iterator[Path]:
+    """Where to make what is to lie in `out`: there, or beside it until it is whole.
+
+    wanted: whether an earlier result may be replaced. reads: files and folders that the work reads.
+    first: whether this is the process that exchanges the folders. Raises OutputError where `out`
+    holds what v4quant did not make, or is read.
+    """
+    new, old = (out.with_name(out.name + end) for end in (_NEW, _OLD))
+    if wanted and first and old.is_dir() and new.is_dir() and not out.exists():
+        _rename(old, out)  # killed between the two renames below
+    if not wanted or not out.is_dir() or not any(out.iterdir()):
+        yield out
+        return
+    for path in reads:
+        if path is not None and path.exists() and path.resolve().is_relative_to(out.resolve()):
+            raise OutputError(f"{out}: holds {path}, which is read; choose another folder")
+    what_we_made(out)
+    yield new
+    if first:
+        made = what_we_made(out)  # as it is now
+        _rename(out, old)
+        _rename(new, out)
+        _remove(old, made)
+
+
+def what_we_made(out: Path) -> list[str]:
+    """The names of all files of an earlier result. Raises OutputError for any other file there."""
+    if out.is_symlink():
+        raise OutputError(f"{out}: is a symbolic link; --overwrite replaces folders only")
+    listed, made = _listed(out), []
+    for path in sorted(p for p in out.rglob("*") if p.is_symlink() or not p.is_dir()):
+        name = path.relative_to(out).as_posix()
+        ours = name.startswith(f"{FOLDER}/") or name in listed
+        size = listed.get(name)
+        if not ours or path.is_symlink() or (size is not None and path.stat().st_size != size):
+            raise OutputError(
+                f"{out}: --overwrite replaces only what v4quant made, and '{name}' is not that or "
+                "was changed since; move it away or choose another folder"
+            )
+        made.append(name)
+    return made
+
+
+def _listed(out: Path) -> dict[str, int | None]:
+    """Files by name with their bytes, None where any number of bytes is right."""
+    found: dict[str, int | None] = {}
+    if journals := journal_files(out):
+        for journal in journals:
+            for line in read_small(journal, _MAX_JOURNAL).split(b"\n"):
+                with suppress(ValueError, KeyError, TypeError, RecursionError):
+                    found[str(json.loads(line)["file"]["name"])] = None
+        # Written after the last shard, before the journal goes.
+        found |= dict.fromkeys(("config.json", MANIFEST_NAME, INDEX_NAME))
+    if (out / MANIFEST_NAME).is_file():
+        with suppress(FormatError):
+            found |= {file["name"]: file["bytes"] for file in read_manifest(out)["files"]}
+            found[MANIFEST_NAME] = None
+    return found
+
+
+def _rename(path: Path, name: Path) -> None:
+    try:
+        path.rename(name)
+        sync_folder(name.parent)
+    except OSError as error:
+        raise output_error(name, error) from None
+
+
+def _remove(old: Path, made: Iterable[str]) -> None:
+    """Remove the files that v4quant made and the folders that are empty then, and nothing else."""
+    for name in made:
+        with suppress(OSError):
+            (old / name).unlink()
+    for folder in sorted((p for p in old.rglob("*") if p.is_dir()), reverse=True):
+        with suppress(OSError):
+            folder.rmdir()
+    with suppress(OSError):
+        old.rmdir()
