@@ -63,14 +63,15 @@ RIVALS = {
     "IQ2_XS": Rival("7.73MB", True), "IQ2_XXS": Rival("7.04MB", True),
     "IQ1_M": Rival("6.17MB", True),
 }  # fmt: skip
-# One layer's experts, two layers' dense matrices and the head: what solving is made of, in little.
+# One layer's experts, two layers' dense matrices, one's in a codebook, and the head: what solving is
+# made of, in little.
 REDUCED = {
     "scheme": "mxfp4",
     "format": "gguf",
     "draft": "drop",
     "schemes": {
-        "layers.0.gate_up": "q3_k", "layers.0.down": "q3_k", "layers.0-1.dense": "q3_k",
-        "head": "q3_k",
+        "layers.0.gate_up": "q3_k", "layers.0.down": "q3_k", "layers.0.dense": "q3_k",
+        "layers.1.dense": "iq3_s", "head": "q3_k",
     },
 }  # fmt: skip
 
