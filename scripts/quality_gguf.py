@@ -63,7 +63,7 @@ RIVALS = {
     "IQ2_XS": Rival("7.73MB", True), "IQ2_XXS": Rival("7.04MB", True),
     "IQ1_M": Rival("6.17MB", True),
 }  # fmt: skip
-# One layer's experts, two layers' dense matrices, one's in a codebook, and the head: what solving is
+# One layer's experts, two layers' dense matrices (one in a codebook), the head: what solving is
 # made of, in little.
 REDUCED = {
     "scheme": "mxfp4",
@@ -254,16 +254,22 @@ def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def plot(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """KL against size; llama.cpp's dots have the names of its types."""
-    curves = []
-    for way, colour in _COLOURS.items():
-        dots = []
-        for name in RIVALS:
-            if way not in (row := rows.get(name, {})):
+    theirs: dict[bool, list[Dot]] = {False: [], True: []}
+    ours: dict[str, list[Dot]] = {way: [] for way in WAYS[1:]}
+    for name, row in rows.items():
+        for way in WAYS:
+            if way not in row:
                 continue
-            kl, nbytes = row[way]["kl"], (row["llama.cpp"] if way == "llama.cpp" else row)["bytes"]
-            tip = f"{name}, {way}: {kl:.5f} at {nbytes / 1e6:.2f} MB"
-            dots.append(Dot(nbytes / 1e6, kl, tip, name if way == "llama.cpp" else "", above=True))
-        curves.append(Curve(way, colour, dots))
+            own = way != "llama.cpp"
+            kl, size = row[way]["kl"], (row if own else row[way])["bytes"] / 1e6
+            tip = f"{name}, {way}: {kl:.5f} at {size:.2f} MB"
+            dots = ours[way] if own else theirs[RIVALS[name].imatrix]
+            dots.append(Dot(size, kl, tip, "" if own else name, slanting=True))
+    curves = [
+        Curve("llama.cpp", _COLOURS["llama.cpp"], theirs[False]),
+        Curve("llama.cpp, imatrix", "#8a3f9f", theirs[True]),
+        *(Curve(way, _COLOURS[way], ours[way]) for way in WAYS[1:]),
+    ]
     return draw(curves, "size of the file, MB", "KL divergence against size of whole files")
 
 

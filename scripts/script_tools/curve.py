@@ -10,18 +10,19 @@ from v4quant.evaluation.report import svg
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 80.0, 670.0, 30.0, 380.0
 _STYLE = "text{font:12px sans-serif;fill:#444}.grid{stroke:#ddd}.axis{font-size:13px}"
-_ABOVE, _BELOW = -10.0, 19.0  # a label's baseline from its dot
+_BELOW = 19.0  # a label's baseline from its dot
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A figure: x in the axis' unit, KL in nats; the tooltip, and what stands beside it, if any."""
+    """A figure: x in the axis' unit, KL in nats; the tooltip, and what stands at it, if anything:
+    below, or slanting upwards, which leaves room for neighbours."""
 
     x: float
     kl: float
     tip: str
     label: str = ""
-    above: bool = False
+    slanting: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,18 @@ def draw(curves: Sequence[Curve], x_title: str, description: str) -> str:
         for (x, y), dot in zip(spots, ordered, strict=True):
             parts.append(svg.circle(x, y, 4, f"w{index}", dot.tip))
             if dot.label:
-                parts.append(svg.label(x, y + (_ABOVE if dot.above else _BELOW), dot.label))
-        parts.append(svg.circle(_RIGHT - 110, _TOP + 8 + 18 * index, 4, f"w{index}"))
-        parts.append(svg.label(_RIGHT - 98, _TOP + 12 + 18 * index, curve.name, "tick", "start"))
+                parts.append(
+                    _turned(x + 6, y - 6, dot.label, "tick", "start", -40)
+                    if dot.slanting
+                    else svg.label(x, y + _BELOW, dot.label)
+                )
+        parts.append(svg.circle(_RIGHT - 130, _TOP + 8 + 18 * index, 4, f"w{index}"))
+        parts.append(svg.label(_RIGHT - 118, _TOP + 12 + 18 * index, curve.name, "tick", "start"))
     ticks = [low + step * i for i in range(round((high - low) / step) + 1)]
     parts += [svg.label(across(t), _BOTTOM + 18, f"{t:g}") for t in ticks]
     parts.append(svg.label((_LEFT + _RIGHT) / 2, _BOTTOM + 40, x_title, "axis"))
-    parts.append(_upright(20, (_TOP + _BOTTOM) / 2, "mean KL divergence, nats per token"))
+    middle = (_TOP + _BOTTOM) / 2
+    parts.append(_turned(20, middle, "mean KL divergence, nats per token", "axis", "middle", -90))
     drawn = svg.figure(700, 440, description, parts)
     return drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
 
@@ -77,8 +83,7 @@ def _step(width: float) -> float:
     return next(f * power for f in (1, 2, 5, 10) if f * power * 6 >= width)
 
 
-def _upright(x: float, y: float, content: str) -> str:
-    """A title along the vertical axis."""
-    return svg.label(x, y, content, "axis").replace(
-        "<text ", f'<text transform="rotate(-90 {x:.0f} {y:.0f})" ', 1
-    )
+def _turned(x: float, y: float, content: str, css: str, anchor: str, degrees: int) -> str:
+    """A label turned about its anchor."""
+    turn = f'<text transform="rotate({degrees} {x:.1f} {y:.1f})" '
+    return svg.label(x, y, content, css, anchor).replace("<text ", turn, 1)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from copy import deepcopy
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
+from tests.support.conversion import TINY, convert
 from tests.support.scripts import load_script
 from v4quant.conversion.plan import make_plan
-from v4quant.recipe import recipe_from_table
+from v4quant.recipe import Recipe, recipe_from_table
 from v4quant.sizes import parse_size
+from v4quant_formats.gguf.imatrix import Inputs, write_imatrix
 from v4quant_formats.opening import open_checkpoint
 
 
@@ -83,3 +88,40 @@ def test_the_plot_has_a_dot_for_each_figure(script: ModuleType, stored: dict[str
             assert f"{name}, {way}: {row[way]['kl']:.5f} at " in drawn
         assert f">{name}</text>" in drawn
     assert ">mean KL divergence, nats per token</text>" in drawn
+
+
+def test_llama_cpp_gets_means_of_every_matrix(script: ModuleType, tmp_path: Path) -> None:
+    """As its quantizer reads them: by name, flat, an expert after the other; ones where nothing is
+    known; a name that is null behind the last."""
+    files = load_script("script_tools/llama_files")
+    convert(TINY, tmp_path / "out", Recipe("mxfp4", format="gguf", draft="drop"))
+    (model,) = (tmp_path / "out").glob("*.gguf")
+    known = {"blk.0.ffn_gate_exps.weight", "output.weight"}
+    plain = files._weights(model, written(tmp_path, {"none": torch.ones(1, 32).double()}))
+    assert known < plain.keys() and all((values == 1).all() for values in plain.values())
+    sums = {n: torch.rand(plain[n].size // 32, 32).double() for n in known}
+    found = files._weights(model, written(tmp_path, sums))
+    assert found.keys() == plain.keys()
+    for name, values in found.items():
+        assert values.size == plain[name].size
+        wanted = sums[name].flatten().float() / 4 if name in known else torch.ones(values.size)
+        assert torch.equal(torch.from_numpy(values), wanted), name
+
+    class Data(ctypes.Structure):
+        _fields_ = (
+            ("name", ctypes.c_char_p), ("data", ctypes.POINTER(ctypes.c_float)),
+            ("size", ctypes.c_size_t),
+        )  # fmt: skip
+
+    *entries, last = files._as_structs(Data, found)
+    assert last.name is None and [e.name.decode() for e in entries] == list(found)
+    for entry, values in zip(entries, found.values(), strict=True):
+        assert entry.data[: entry.size] == values.tolist()
+
+
+def written(folder: Path, sums: dict[str, torch.Tensor]) -> Path:
+    """An importance matrix of sums over four rows."""
+    path = folder / f"{len(sums)}.gguf"
+    inputs = {n: Inputs(s, torch.full((len(s),), 4.0)) for n, s in sums.items()}
+    write_imatrix(path, inputs, ["text"], 1, 8)
+    return path
