@@ -35,7 +35,10 @@ take. The same command again resumes, and repeats nothing that is done but verif
 `v4quant plan ... --write FILE.toml` writes such a file for a machine.
 
 Several `[[quantize]]` tables make a ladder: one calibration and one evaluation for all, and a
-folder (or a repository, whose card shows the sizes and KL of the others) for each:
+folder (or a repository, whose card shows the sizes and KL of the others) for each. All that are
+solved share one forward pass of the source: each layer is read for the pass, then once more for
+every target while it is still in the page cache. Each conversion, and each verification against
+the source, reads it again; `--dry-run` counts.
 
 ```toml
 source = "DeepSeek-V4-Flash"

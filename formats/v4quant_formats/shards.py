@@ -234,13 +234,21 @@ def write_tensors(
 
 def write_file_atomically(path: Path, data: bytes) -> WrittenFile:
     """Write a small file so that it is either absent, old or whole. Raises OutputError."""
-    temporary = temporary_path(path)
+    return write_pieces_atomically(path, (data,))
+
+
+def write_pieces_atomically(path: Path, pieces: Iterable[bytes]) -> WrittenFile:
+    """As `write_file_atomically`, piece by piece. Raises OutputError, and what `pieces` raise."""
+    temporary, sha, size = temporary_path(path), hashlib.sha256(), 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = create_new(temporary)
         try:
             try:
-                write_at(handle, data, 0)
+                for data in pieces:
+                    write_at(handle, data, size)
+                    sha.update(data)
+                    size += len(data)
                 os.fsync(handle)
             finally:
                 os.close(handle)
@@ -251,7 +259,7 @@ def write_file_atomically(path: Path, data: bytes) -> WrittenFile:
         sync_folder(path.parent)
     except OSError as error:
         raise output_error(path, error) from None
-    return WrittenFile(path.name, len(data), hashlib.sha256(data).hexdigest())
+    return WrittenFile(path.name, size, sha.hexdigest())
 
 
 def output_error(path: Path, error: OSError) -> OutputError:

@@ -16,7 +16,10 @@ from v4quant.cli import cli
 PACKAGES = ("v4quant", "kernels", "formats", "calibration")
 SOURCES = (*PACKAGES, "scripts")
 # Files that conversions and runs write, not this repository.
-WRITTEN = {"v4quant-onnx.json", "config.json", "v4quant.json", "tokenizer.json", "report.html"}
+WRITTEN = {
+    "v4quant-onnx.json", "config.json", "v4quant.json", "tokenizer.json", "report.html",
+    "v4quant-recipe.toml",
+}  # fmt: skip
 every_page = pytest.mark.parametrize("page", pages(), ids=lambda p: p.name)
 
 

@@ -13,6 +13,7 @@ from v4quant.api.arguments import (
     config_of,
     corpus_names,
     forward_options,
+    given_names,
     listed_files,
     path_of,
     read_corpus,
@@ -21,6 +22,7 @@ from v4quant.api.arguments import (
 )
 from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.calibration.collect import calibrate_to, draw_corpus, reserve_of, solve_settings
+from v4quant.calibration.provenance import provenance_of
 from v4quant.calibration.ranks import solving_team
 from v4quant.devices import arithmetic_threads, find_device
 from v4quant.outputs import refuse_inputs
@@ -136,7 +138,12 @@ def calibrate(
             where,
             dense=matrix is not None,
             team=team,
-        )
+            provenance=provenance_of(
+                given_names(corpus), wanted, propagate, tokens=tokens, seq_len=seq_len, mode=mode,
+                chat_keys=chat_keys, skip_bad_rows=skip_bad_rows, activations=activations,
+                products=products, min_tokens=min_tokens, device=where.type,
+            ),
+        )  # fmt: skip
         if matrix is not None:
             save_imatrix(matrix, done.stats, config, corpus_names(corpus), done.windows)
     return CalibrationResult(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from v4quant.api.arguments import PathLike, SourceLike, path_of, source_of
 from v4quant.checks.diff import DiffResult, diff_checkpoints
 from v4quant.checks.inspection import Inspection, inspect_checkpoint
 from v4quant.checks.kernel_check import check_kernels
-from v4quant.checks.verify import VerifyResult
+from v4quant.checks.verify import VerifyResult, same_files
 from v4quant.checks.verify import verify as verify_checkpoint
 from v4quant.progress import default_progress
 from v4quant.source import Source, open_source
@@ -62,6 +62,7 @@ def verify(
     *,
     source: SourceLike | None = None,
     adapter: PathLike | None = None,
+    same_as: SourceLike | None = None,
     kernels: bool = False,
     engine: str | None = None,
     gpu: str | None = None,
@@ -71,22 +72,26 @@ def verify(
 ) -> Verification:
     """Check converted checkpoint `out`, a folder or a repository: hashes, structure, exactness.
 
-    source: compare every value with it. adapter: the LoRA adapter that was merged into it. kernels:
-    run the Triton kernels on sampled tensors. engine: predict from headers whether it loads `out`,
-    on `tp` GPUs of kind `gpu` with `context` tokens; without `source` and `kernels`, nothing else
-    is checked then.
+    source: compare every value with it. adapter: the LoRA adapter that was merged into it. same_as:
+    another conversion, whose files must have the same digests by its manifest. kernels: run the
+    Triton kernels on sampled tensors. engine: predict from headers whether it loads `out`, on `tp`
+    GPUs of kind `gpu` with `context` tokens; without `source`, `same_as` and `kernels`, nothing
+    else is checked then.
 
     Raises ManifestError without a readable v4quant.json, and what opening raises.
     """
     place, shown = source_of(out), default_progress(progress)
     found = _predict(place, engine, tp, context, gpu) if engine is not None else None
-    if found is not None and source is None and not kernels:
+    if found is not None and source is None and same_as is None and not kernels:
         return Verification(None, (), found)
     if source is None:
         values = verify_checkpoint(place, None, shown)
     else:
         with open_source(source_of(source), adapter=path_of(adapter)) as original:
             values = verify_checkpoint(place, original, shown)
+    if same_as is not None:
+        others = same_files(place, source_of(same_as))
+        values = replace(values, findings=(*values.findings, *others))
     checks = []
     if kernels:
         with open_source(place) as checkpoint:

@@ -13,13 +13,12 @@ from v4quant.evaluation.figures import Figures, ResultError, figures_from_dict
 from v4quant.hub.errors import HubError
 from v4quant.hub.refs import SCHEME, HubRef, parse_hub
 from v4quant.progress import default_progress
-from v4quant.publishing.card import CardRequest, license_of, render_card
+from v4quant.publishing.card import CardRequest, Sibling, card_files, license_of, shard_bytes
 from v4quant.publishing.publisher import (
     CommitPlan,
     PushResult,
     RepoFile,
     beside_others,
-    card_file,
     plan_commits,
     repo_files,
 )
@@ -77,10 +76,11 @@ def plan_push(
     ref = parse_hub(f"{SCHEME}{repo.removeprefix(SCHEME)}")
     name, manifest = ref.repo, read_manifest(folder)
     _check_place(ref, manifest)
-    request = CardRequest(name, _evaluation(folder, path_of(evaluation)), base_model, license)
-    files = repo_files(folder, manifest)
-    card = render_card(manifest, _completed(request, folder))
-    files.append(card_file(card))
+    request = CardRequest(name, None, base_model, license, folder=ref.quant)
+    measured = _evaluation(folder, path_of(evaluation))
+    request = _completed(_with_figures(request, manifest, measured), folder)
+    beside = card_files(manifest, request)
+    files, card = [*repo_files(folder, manifest), *beside], _text(beside[0])
     if ref.quant:
         files = beside_others(files, ref.quant)
     commits = plan_commits(files, update=False, stale=())
@@ -144,6 +144,30 @@ def push(
         )
     finally:
         shown.finish()
+
+
+def _text(file: RepoFile) -> str:
+    assert isinstance(file.content, bytes), "a card is made, not read"
+    return file.content.decode()
+
+
+def _with_figures(
+    request: CardRequest, manifest: dict[str, Any], measured: Figures | None
+) -> CardRequest:
+    """With the figures of this checkpoint, and what was measured beside it as its siblings."""
+    if measured is None:
+        return request
+    real = shard_bytes(manifest)
+    own = next((one for one in measured.everyone if one.candidate.bytes == real), measured)
+    siblings = tuple(
+        Sibling(
+            request.repo if one == own else "", one.candidate.scheme,
+            int(one.candidate.bytes or 0), one.kl_mean or 0.0, one.top1_agreement or 0.0,
+            one.verdict.grade,
+        )
+        for one in measured.everyone
+    )  # fmt: skip
+    return replace(request, evaluation=replace(own, others=()), siblings=siblings)
 
 
 def _evaluation(out: Path, file: Path | None) -> Figures | None:

@@ -33,10 +33,10 @@ from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.corpus.errors import CorpusError
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.solve.settings import SolveSettings
-from v4quant_calibration.solve.solution import Solution
-from v4quant_calibration.solve.solve import solve
+from v4quant_calibration.solve.solve import SolveTarget, solve_several
 from v4quant_calibration.solve.team import ALONE, Team
 from v4quant_calibration.statistics.collect import Calibration, OpenRoom, calibrate, stages_of
+from v4quant_calibration.statistics.provenance import Provenance
 from v4quant_calibration.statistics.stats import write_stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.folder_lock import locked_folder
@@ -151,38 +151,76 @@ def calibrate_to(
     device: torch.device = CPU,
     dense: bool = False,
     team: Team = ALONE,
+    provenance: Provenance | None = None,
 ) -> Calibration:
     """Calibrate, and with `settings` solve; writes file or folder `out`.
 
     max_memory: the most bytes this may take; streams then go to files beside `out` where they must.
     device: where passes run and solvers work. dense: inputs of dense matrices are in the returned
-    statistics too (without `settings`). team: who solves together; more text for starved experts is
-    drawn by its first rank. Raises what `check_floor`, `calibrate` and `solve`
-    raise, and SizeError for too little memory.
+    statistics too (without `settings`). provenance: recorded with what is written. team: who solves
+    together; more text for starved experts is drawn by its first rank. Raises what `check_floor`,
+    `calibrate` and `solve` raise, and SizeError for too little memory.
     """
-    require_sound(checkpoint)
-    check_floor(corpus, config, floor)
-    require_work(team, settings, corpus.windows)
-    taken = f"{out}: another v4quant process is calibrating to it; give another --out"
+    targets = [] if settings is None else [SolveTarget(settings, out, provenance)]
+    return _calibrate_checked(
+        _Work(checkpoint, config, corpus, options, floor, progress, max_memory, device, team),
+        out, targets, dense, provenance,
+    )  # fmt: skip
+
+
+def solve_several_to(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    corpus: DrawnCorpus,
+    options: ForwardOptions,
+    floor: int,
+    targets: Sequence[SolveTarget],
+    progress: Progress,
+    max_memory: int | None = None,
+    device: torch.device = CPU,
+) -> Calibration:
+    """As `calibrate_to`, with several solutions from one forward pass of the original.
+
+    The statistics returned are the first target's.
+    """
+    work = _Work(checkpoint, config, corpus, options, floor, progress, max_memory, device, ALONE)
+    return _calibrate_checked(work, targets[0].folder, targets, False, targets[0].provenance)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a calibration reads and where it runs; see `calibrate_to`."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    corpus: DrawnCorpus
+    options: ForwardOptions
+    floor: int
+    progress: Progress
+    max_memory: int | None
+    device: torch.device
+    team: Team
+
+
+def _calibrate_checked(
+    work: _Work,
+    out: Path,
+    targets: Sequence[SolveTarget],
+    dense: bool,
+    provenance: Provenance | None,
+) -> Calibration:
+    """Check the input, and hold the locks of everything that is written."""
+    require_sound(work.checkpoint)
+    check_floor(work.corpus, work.config, work.floor)
+    require_work(work.team, targets[0].settings if targets else None, work.corpus.windows)
     with ExitStack() as stack:
-        if team.is_first:
-            lock = f"{out.name}.lock"
-            stack.enter_context(locked_folder(out.parent, taken, lock, stays=False))
-        team.barrier()
-        return _calibrate_locked(
-            checkpoint,
-            config,
-            corpus,
-            options,
-            floor,
-            settings,
-            out,
-            progress,
-            max_memory,
-            device,
-            dense,
-            team,
-        )
+        if work.team.is_first:
+            for place in dict.fromkeys([out, *(t.folder for t in targets)]):
+                taken = f"{place}: another v4quant process is calibrating to it; give another --out"
+                lock = f"{place.name}.lock"
+                stack.enter_context(locked_folder(place.parent, taken, lock, stays=False))
+        work.team.barrier()
+        return _calibrate_locked(work, out, targets, dense, provenance)
 
 
 def require_work(team: Team, settings: SolveSettings | None, windows: Sequence[Tensor]) -> None:
@@ -219,47 +257,43 @@ def _run_key(
 
 
 def _calibrate_locked(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    corpus: DrawnCorpus,
-    options: ForwardOptions,
-    floor: int,
-    settings: SolveSettings | None,
+    work: _Work,
     out: Path,
-    progress: Progress,
-    max_memory: int | None,
-    device: torch.device,
+    targets: Sequence[SolveTarget],
     dense: bool,
-    team: Team,
+    provenance: Provenance | None,
 ) -> Calibration:
+    checkpoint, config, corpus, team = work.checkpoint, work.config, work.corpus, work.team
     windows, first = corpus.windows, dict[str, Tensor]()
     held = statistics_bytes(config, len(stages_of(checkpoint, config)))
-    limits = Limits.of(max_memory, device_bytes(device))
-    kept = KeptRounds(out, _run_key(checkpoint, options, floor, corpus, device, dense))
+    limits = Limits.of(work.max_memory, device_bytes(work.device))
+    run = _run_key(checkpoint, work.options, work.floor, corpus, work.device, dense)
+    kept = KeptRounds(out, run)
     rooms: OpenRoom = partial(calibration_room, config, held, limits, out, kept)
-    if max_memory is not None:
+    if work.max_memory is not None:
         return_freed_memory()
-    if settings is None or corpus.reserve:
+    if not targets or corpus.reserve:
         found = None
         if team.is_first:
             found = calibrate(
-                checkpoint, config, windows, options, floor, progress, corpus.reserve, rooms,
-                device, dense,
+                checkpoint, config, windows, work.options, work.floor, work.progress,
+                corpus.reserve, rooms, work.device, dense,
             )  # fmt: skip
-            if settings is None:
-                write_stats(out, found.stats)
+            if not targets:
+                write_stats(out, replace(found.stats, provenance=provenance))
                 kept.remove()
                 return found
         drawn = None if found is None else (found.windows, dict(found.stats.first))
         told = team.tell(drawn)
-        assert told is not None and settings is not None
+        assert told is not None and targets
         windows, first = told
     beside = out if team.size == 1 else out.with_name(f"{out.name}.rank{team.rank}")
-    settings, rooms = fit_solving(config, settings, held, windows, limits, beside)
-    solution: Solution = solve(
-        checkpoint, config, windows, options, floor, settings, out, progress, first, rooms, device,
-        team,
+    fitted, rooms = fit_solving(config, targets, held, windows, limits, beside)
+    solutions = solve_several(
+        checkpoint, config, windows, work.options, work.floor, fitted, work.progress, first, rooms,
+        work.device, team,
     )  # fmt: skip
-    solution.close()
+    for solution in solutions:
+        solution.close()
     kept.remove()
-    return Calibration(solution.stats, windows)
+    return Calibration(solutions[0].stats, windows)

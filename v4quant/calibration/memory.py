@@ -26,7 +26,7 @@ from v4quant_calibration.forward.stream import MemoryStore, StreamStore
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.solve.dense_solver import dense_bytes
 from v4quant_calibration.solve.layer_solver import expert_bytes
-from v4quant_calibration.solve.settings import SolveSettings
+from v4quant_calibration.solve.solve import SolveTarget
 from v4quant_calibration.statistics.collect import OpenRoom, Room
 from v4quant_formats.model_config import ModelConfig
 from v4quant_formats.shards import output_error
@@ -96,26 +96,29 @@ def calibration_room(
 
 def fit_solving(
     config: ModelConfig,
-    settings: SolveSettings,
+    targets: Sequence[SolveTarget],
     held: int,
     windows: Sequence[Tensor],
     limits: Limits,
     out: Path,
-) -> tuple[SolveSettings, OpenRoom]:
-    """Settings whose moments fit what a pass over `windows` leaves within the limits, and its room.
+) -> tuple[list[SolveTarget], OpenRoom]:
+    """Targets whose moments fit what a pass over `windows` leaves within the limits, and its room.
 
-    Raises SizeError.
+    held: bytes of one target's statistics. Targets are solved one after another, a layer at a
+    time, so only the streams of their models and their statistics add up. Raises SizeError.
     """
-    models = 1 + settings.propagate
+    held *= len(targets)
+    propagate = targets[0].settings.propagate
+    models = 1 + len(targets) * propagate
     row = 4 * config.hc_mult * config.hidden_size
     spill = limits.host is None and 2 * models * row * sum(map(len, windows)) > _MOST_STREAMS
     if limits == Limits():
-        return settings, partial(_solving_room, spill, lambda options: options, out)
+        return list(targets), partial(_solving_room, spill, lambda options: options, out)
     # The layer's inputs of the model that streams beside, attention's and the experts'; moments of
     # the experts' over all tokens, and a copy.
-    beside = 2 * 4 * config.hidden_size * sum(map(len, windows)) * (models - 1)
+    beside = 2 * 4 * config.hidden_size * sum(map(len, windows)) * propagate
     beside += 2 * _F64 * config.hidden_size**2
-    dense = any(".attn." in module for module in settings.schemes or ())
+    dense = any(".attn." in module for t in targets for module in t.settings.schemes or ())
     least = expert_bytes(config.hidden_size, config.moe_intermediate_size)
     if dense:
         least = max(least, dense_bytes(config))
@@ -124,7 +127,7 @@ def fit_solving(
     left = limits.host - plan.nbytes if limits.host is not None else 0
     if limits.device is not None:
         left = limits.device - plan.device_bytes
-    fitted = replace(settings, memory=least + left)
+    fitted = [replace(t, settings=replace(t.settings, memory=least + left)) for t in targets]
     return fitted, partial(_solving_room, plan.spill, plan.apply, out)
 
 

@@ -23,7 +23,7 @@ from v4quant.checks.soundness import unknown_of
 from v4quant.conversion.records import TensorRecord, record_from_dict
 from v4quant.hub.download import download
 from v4quant.hub.refs import HubRef
-from v4quant.hub.remote import Remote
+from v4quant.hub.remote import Remote, open_remote
 from v4quant.hub.shard_cache import ShardCache
 from v4quant.source import Source, open_source
 from v4quant.temporary_folders import TemporaryFolder
@@ -120,16 +120,39 @@ def _check_values(
     return VerifyResult(len(manifest["files"]), len(records), compared, exact, tuple(findings))
 
 
-def _published_manifest(remote: Remote) -> dict[str, Any]:
-    """A repository's v4quant.json. Raises ManifestError or HubError."""
-    file = remote.files.get(MANIFEST_NAME)
+def same_files(out: Source, other: Source) -> tuple[Finding, ...]:
+    """Files in which two conversions differ, by their manifests' digests; nothing else is read.
+
+    Raises ManifestError or HubError.
+    """
+    mine, theirs = (_digests(place) for place in (out, other))
+    found = []
+    for name in sorted(mine.keys() | theirs.keys()):
+        if name not in theirs or name not in mine:
+            found.append(Finding(name, f"is in {out if name in mine else other} only"))
+        elif mine[name] != theirs[name]:
+            found.append(Finding(name, f"has other bytes in {other} (SHA-256)"))
+    return tuple(found)
+
+
+def _digests(place: Source) -> dict[str, str]:
+    if isinstance(place, HubRef):
+        manifest = _published_manifest(open_remote(place), place.quant)
+    else:
+        manifest = read_manifest(place)
+    return {row["name"]: row["sha256"] for row in manifest["files"]}
+
+
+def _published_manifest(remote: Remote, folder: str = "") -> dict[str, Any]:
+    """v4quant.json of a repository, or of a folder there. Raises ManifestError or HubError."""
+    file = remote.files.get(f"{folder}/{MANIFEST_NAME}" if folder else MANIFEST_NAME)
     if file is None or file.size > MAX_MANIFEST_BYTES:
         raise ManifestError(
             f"{remote}: holds no readable {MANIFEST_NAME}; it was not written by v4quant"
         )
-    with TemporaryFolder() as folder:
-        download(remote, file, folder / MANIFEST_NAME)
-        return read_manifest(folder)
+    with TemporaryFolder() as fetched:
+        download(remote, file, fetched / MANIFEST_NAME)
+        return read_manifest(fetched)
 
 
 def _check_listed(

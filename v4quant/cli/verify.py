@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 @click.option(
     "--adapter", type=click.Path(path_type=Path), help="With --source: the adapter merged into it."
 )
+@click.option(
+    "--same-as",
+    type=SOURCE,
+    help="Another conversion, a folder or repository, whose files must have the same digests.",
+)
 @click.option("--kernels", is_flag=True, help="Run the Triton kernels on sampled tensors of OUT.")
 @click.option(
     "--engine",
@@ -47,6 +52,7 @@ def verify(
     out: str,
     source: str | None,
     adapter: Path | None,
+    same_as: str | None,
     kernels: bool,
     engine: str | None,
     gpu: str | None,
@@ -66,6 +72,7 @@ def verify(
         out,
         source=source,
         adapter=adapter,
+        same_as=same_as,
         kernels=kernels,
         engine=engine,
         gpu=gpu,
@@ -77,6 +84,8 @@ def verify(
         _output.emit(found.as_dict())
     else:
         _show(found, source is not None)
+        if same_as is not None and found.ok:
+            _output.data(f"Every file has the digest that {same_as} lists.")
     if not found.ok:
         ctx.exit(_exit.DIFFERENT)
 

@@ -9,6 +9,7 @@ where they do not count are refused without one.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from v4quant.recipe import Recipe, RecipeError
@@ -16,7 +17,7 @@ from v4quant.targets import WHOLE
 from v4quant_calibration.defaults import MIN_TOKENS
 from v4quant_calibration.solve.solution import Evidence, Solution, is_solution, load_solution
 from v4quant_calibration.statistics.imatrix import load_imatrix
-from v4quant_calibration.statistics.stats import Stats, StatsError, load_stats, stats_digest
+from v4quant_calibration.statistics.stats import Stats, StatsError, load_stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import FormatError
 from v4quant_formats.file_hash import hash_file
@@ -90,13 +91,13 @@ def _check_dense(path: Path, recipe: Recipe) -> None:
 def read_stats(checkpoint: Checkpoint, path: Path) -> tuple[Stats, str]:
     """Statistics or an importance matrix, and what the file hashes to. Raises StatsError."""
     if not looks_like_gguf(path):
-        return load_stats(path, checkpoint.digest()), stats_digest(path.read_bytes())
+        return load_stats(path, checkpoint.digest()), hash_file(path)
     config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
     try:
         stats = load_imatrix(path, config, checkpoint.digest(), MIN_TOKENS)
     except FormatError as error:
         raise StatsError(str(error)) from None
-    return stats, hash_file(path)
+    return replace(stats, file=path), hash_file(path)
 
 
 def _check_recipe(path: Path, solution: Solution, recipe: Recipe) -> None:

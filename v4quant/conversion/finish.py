@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,31 @@ from v4quant.conversion.journal import FinishedShard
 from v4quant.conversion.plan import Plan
 from v4quant.conversion.records import TensorRecord
 from v4quant.conversion.size_by_role import byte_classes
+from v4quant.own_commit import source_commit
+from v4quant_calibration.solve.solution import Evidence
+from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.adapter import Adapter
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import detect_release
 from v4quant_formats.errors import SourceChanged, UnknownTokenizer
+from v4quant_formats.file_hash import hash_file
 from v4quant_formats.manifest import MANIFEST_NAME, MANIFEST_VERSION, index_json, to_json
-from v4quant_formats.shards import WrittenFile, write_file_atomically
+from v4quant_formats.shards import WrittenFile, write_file_atomically, write_pieces_atomically
 from v4quant_formats.sidecars import small_file, travelling
 
+STATISTICS_NAME = "v4quant-statistics.v4q"
+MOST_STATISTICS_BYTES = 10**9  # Flash's are 0.6 GB as stored
 
-def travelling_sidecars(plan: Plan) -> list[WrittenFile]:
+
+def travelling_sidecars(plan: Plan, stats: Evidence | None) -> list[WrittenFile]:
     """What will travel with the checkpoint, decided before the work.
 
+    Statistics do, where they are a file that is small beside the model, for without them nobody
+    else can make the same bytes; a solution is as large as the model, and told by its command.
     Beside a GGUF file, which holds its tokenizer itself, a tokenizer.json that cannot be made may
     be missing. Raises FormatError.
     """
-    found, checkpoint = [], plan.checkpoint
+    found, checkpoint = list[WrittenFile](), plan.checkpoint
     for name in travelling(checkpoint):
         try:
             data = small_file(checkpoint, name) or b""
@@ -43,11 +53,29 @@ def travelling_sidecars(plan: Plan) -> list[WrittenFile]:
                 raise
             continue
         found.append(WrittenFile(name, len(data), hashlib.sha256(data).hexdigest()))
+    if (file := _statistics(stats)) is not None:
+        found.append(WrittenFile(STATISTICS_NAME, file.stat().st_size, hash_file(file)))
     return found
 
 
+def _statistics(stats: Evidence | None) -> Path | None:
+    file = stats.file if isinstance(stats, Stats) else None
+    small = file is not None and file.stat().st_size <= MOST_STATISTICS_BYTES
+    return file if small else None
+
+
+def _pieces(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as opened:
+        while piece := opened.read(2**20):
+            yield piece
+
+
 def finish_folder(
-    plan: Plan, out: Path, shards: list[FinishedShard], sidecars: list[WrittenFile]
+    plan: Plan,
+    out: Path,
+    shards: list[FinishedShard],
+    sidecars: list[WrittenFile],
+    stats: Evidence | None = None,
 ) -> dict[str, Any]:
     """Write sidecars, config, manifest and, last, the index, if any; the manifest.
 
@@ -56,20 +84,25 @@ def finish_folder(
     files = [s.file for s in shards]
     folder = plan.checkpoint.path
     for sidecar in sidecars:
-        data = small_file(plan.checkpoint, sidecar.name) or b""
-        if hashlib.sha256(data).hexdigest() != sidecar.sha256:
+        path, given = folder / sidecar.name, _statistics(stats)
+        if sidecar.name == STATISTICS_NAME and given is not None:
+            path, written = given, write_pieces_atomically(out / sidecar.name, _pieces(given))
+        else:
+            data = small_file(plan.checkpoint, sidecar.name) or b""
+            written = write_file_atomically(out / sidecar.name, data)
+        if written.sha256 != sidecar.sha256:
+            (out / sidecar.name).unlink()
             raise SourceChanged(
-                f"{folder / sidecar.name}: changed during the conversion; the same command goes on "
-                "with what it is now"
+                f"{path}: changed during the conversion; the same command goes on with what it is "
+                "now"
             )
-        write_file_atomically(out / sidecar.name, data)
         files.append(sidecar)
     files.append(write_file_atomically(out / "config.json", to_json(plan.output_config())))
     index = _index(plan)
     if index:
         name = plan.recipe.layout.index
         files.append(WrittenFile(name, len(index), hashlib.sha256(index).hexdigest()))
-    manifest = _manifest(plan, files, [r for s in shards for r in s.records])
+    manifest = _manifest(plan, files, [r for s in shards for r in s.records], stats)
     write_file_atomically(out / MANIFEST_NAME, to_json(manifest))
     if index:
         write_file_atomically(out / plan.recipe.layout.index, index)
@@ -83,7 +116,10 @@ def _index(plan: Plan) -> bytes:
     return index_json({s.name: f for s, f in specs}, sum(s.nbytes for s, _ in specs))
 
 
-def _manifest(plan: Plan, files: list[WrittenFile], records: list[TensorRecord]) -> dict[str, Any]:
+def _manifest(
+    plan: Plan, files: list[WrittenFile], records: list[TensorRecord], stats: Evidence | None
+) -> dict[str, Any]:
+    made = stats.provenance.as_dict() if stats is not None and stats.provenance else None
     experts = {
         next(iter(s.parts.values())).dtype
         for u in plan.units
@@ -99,6 +135,7 @@ def _manifest(plan: Plan, files: list[WrittenFile], records: list[TensorRecord])
             "v4quant": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
+            **source_commit(),
         },
         "source": {
             **_source_name(plan.checkpoint),
@@ -110,6 +147,7 @@ def _manifest(plan: Plan, files: list[WrittenFile], records: list[TensorRecord])
         **_adapter(plan.checkpoint),
         "recipe": plan.recipe.as_dict(),
         "stats": plan.stats_digest or None,
+        **({"calibration": made} if made else {}),
         "plan": plan.digest,
         "files": [{"name": f.name, "bytes": f.nbytes, "sha256": f.sha256} for f in files],
         "experts": _expert_kinds(records),

@@ -104,7 +104,7 @@ def run_job(
         if ranks.is_first:
             warn_of_growth(plan)
             warn_of_lost_words(plan)
-        sidecars = travelling_sidecars(plan)
+        sidecars = travelling_sidecars(plan, stats)
         sizes = {s.file: s.nbytes for s in plan.shards}
         journal = Journal(out, plan.digest, sizes, ranks.run, ranks.rank, delivery.has, plan.stem)
         if ranks.is_first:
@@ -128,7 +128,7 @@ def run_job(
         shards = [journal.finished[s.file] for s in plan.shards]
         ranks.barrier(delivery.check)  # the journals go below, when all have read them
         if ranks.is_first:
-            delivery.finish(out, finish_folder(plan, out, shards, sidecars))
+            delivery.finish(out, finish_folder(plan, out, shards, sidecars, stats))
             journal.remove()
         ranks.barrier()
     return _result(plan, out, [r for s in shards for r in s.records], started)

@@ -54,7 +54,7 @@ def plan_run(
         pipeline = with_effort(pipeline, outline, effort, cores)
     steps = list(expected_costs(pipeline, outline, cores))
     if (step := pipeline.calibrate) is not None:
-        steps.insert(0, f"calibrate on {_text(step)}: one set of statistics for all")
+        steps.insert(0, f"calibrate on {_text(step)}{_together(pipeline)}")
     if pipeline.verify is not None:
         steps.append("verify every file, and every value against the source")
     if (step := pipeline.evaluate) is not None:
@@ -63,6 +63,7 @@ def plan_run(
     if pipeline.target:
         names = [f"{pipeline.target}-{r.name}" for r in pipeline.rungs]
         steps.append(f"publish as {', '.join(names) if pipeline.is_ladder else pipeline.target}")
+    steps.append(_source_reads(pipeline))
     facts = []
     for rung in pipeline.rungs:
         nbytes = footprint(outline, rung.recipe).total
@@ -74,6 +75,32 @@ def plan_run(
             }
         )  # fmt: skip
     return PlannedRun(outline.nbytes, tuple(steps), tuple(facts))
+
+
+def _together(pipeline: Pipeline) -> str:
+    """What conversions share of a calibration."""
+    solved = sum(rung.recipe.solver == "gptq" for rung in pipeline.rungs)
+    if solved > 1:
+        return f": one forward pass of the source for all {solved} that are solved"
+    return ": one set of statistics for all" if pipeline.is_ladder else ""
+
+
+def _source_reads(pipeline: Pipeline) -> str:
+    """How often a run reads the source's tensors, and for what; more text for starved experts
+    takes further passes."""
+    each, step = len(pipeline.rungs), pipeline.calibrate
+    solves = any(rung.recipe.solver == "gptq" for rung in pipeline.rungs)
+    reads = []
+    if step is not None:
+        # With a number of tokens, a first pass sees which experts need more text.
+        reads.append((1 + bool(solves and step.tokens), "to calibrate"))
+    reads.append((each, "to convert"))
+    if pipeline.verify is not None and pipeline.verify.source:
+        reads.append((each, "to verify"))
+    if pipeline.evaluate is not None:
+        reads.append((1, "to evaluate"))
+    told = ", ".join(f"{count} {what}" for count, what in reads)
+    return f"in all the source is read at least {sum(n for n, _ in reads)} times: {told}"
 
 
 def with_effort(pipeline: Pipeline, outline: Outline, effort: Effort, cores: int) -> Pipeline:

@@ -22,7 +22,14 @@ from v4quant.api.arguments import (
     tool_facts,
 )
 from v4quant.builtin import resolve_corpus
-from v4quant.calibration.collect import calibrate_to, draw_corpus, reserve_of, solve_settings
+from v4quant.calibration.collect import (
+    calibrate_to,
+    draw_corpus,
+    reserve_of,
+    solve_settings,
+    solve_several_to,
+)
+from v4quant.calibration.provenance import provenance_of
 from v4quant.checks.kernel_check import check_kernels
 from v4quant.checks.verify import verify as verify_checkpoint
 from v4quant.conversion.calibrated import load_calibrated, solved_part
@@ -48,7 +55,9 @@ from v4quant.recipe import Recipe
 from v4quant.source import Source, open_source
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.solve.solution import SOLUTION_NAME, Evidence, Solution
+from v4quant_calibration.solve.solve import SolveTarget
 from v4quant_calibration.statistics.coverage import coverage
+from v4quant_calibration.statistics.provenance import Provenance
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME
 from v4quant_formats.sidecars import TOKENIZER, place_of
@@ -196,27 +205,31 @@ def _calibrate_all(
     step = pipeline.calibrate
     if step is None:
         return [load_calibrated(source, None, target.recipe) for target in targets]
-    first = next((t.solution for t in targets if t.solves), None)
-    shared = first or job.folder / "stats.v4q"
-    for target in sorted(targets, key=lambda t: not t.solves):
-        out = target.solution if target.solves else shared
-        if target.solves or first is None:
-            _calibrate(job, step, target, source, out)
-            first = first or out
+    solving = [t for t in targets if t.solves]
+    shared = solving[0].solution if solving else job.folder / "stats.v4q"
+    _calibrate(job, step, solving, source, shared)
     return [load_calibrated(source, t.solution if t.solves else shared, t.recipe) for t in targets]
 
 
-def _calibrate(job: _Run, step: CorpusStep, target: _Target, source: Checkpoint, out: Path) -> None:
-    recipe, solves = target.recipe, target.solves
-    whose = "" if target.name == _ALONE or not solves else f" for {target.name}"
+def _calibrate(
+    job: _Run, step: CorpusStep, solving: Sequence[_Target], source: Checkpoint, shared: Path
+) -> None:
+    """Solve every target that is to be solved, in one forward pass of the source; without any,
+    write statistics to `shared`."""
+    names = [t.name for t in solving if t.name != _ALONE]
+    whose = f" for {', '.join(names)}" if names else ""
     job.watcher.step(f"Calibrate{whose}: what every expert's inputs look like")
-    file, done = out / SOLUTION_NAME if solves else out, FinishedSteps(job.folder)
-    solved_for = (json.dumps(solved_part(recipe)),) if solves else ()
-    key = _step_key(step, source, *solved_for)
-    if done.has(key, file):
-        job.watcher.note(f"{out} is of this checkpoint, corpus and settings: reused")
+    done = FinishedSteps(job.folder)
+    steps = [
+        (t.solution / SOLUTION_NAME, _step_key(step, source, json.dumps(solved_part(t.recipe))))
+        for t in solving
+    ] or [(shared, _step_key(step, source))]
+    todo = [i for i, (file, key) in enumerate(steps) if not done.has(key, file)]
+    for file, _ in (s for i, s in enumerate(steps) if i not in todo):
+        whole = file.parent if solving else file
+        job.watcher.note(f"{whole} is of this checkpoint, corpus and settings: reused")
+    if not todo:
         return
-    config = config_of(source)
 
     def load(tokens: int | None) -> Corpus:
         return _corpus(
@@ -227,13 +240,32 @@ def _calibrate(job: _Run, step: CorpusStep, target: _Target, source: Checkpoint,
     job.watcher.note(f"{sum(map(len, corpus.windows)):,} tokens in {len(corpus.windows)} windows")
     if corpus.skipped_rows:
         job.watcher.note(f"{corpus.skipped_rows:,} rows that cannot be read were left out")
-    settings = solve_settings(source, recipe, step.propagate) if solves else None
-    found = calibrate_to(
-        source, config, corpus, forward_options(step.activations), step.min_tokens, settings, out,
-        job.progress, job.limits.max_memory, job.limits.device,
-    )  # fmt: skip
-    done.add(key, file)
+    forward = (source, config_of(source), corpus, forward_options(step.activations))
+    where = (job.progress, job.limits.max_memory, job.limits.device)
+    if solving:
+        wanted = [
+            SolveTarget(
+                solve_settings(source, solving[i].recipe, step.propagate), solving[i].solution,
+                _provenance(job, step, solving[i].recipe),
+            )
+            for i in todo
+        ]  # fmt: skip
+        found = solve_several_to(*forward, step.min_tokens, wanted, *where)
+    else:
+        made = _provenance(job, step, None)
+        found = calibrate_to(*forward, step.min_tokens, None, shared, *where, provenance=made)
+    for i in todo:
+        file, key = steps[i]
+        done.add(key, file)
     job.watcher.calibrated(found.stats)
+
+
+def _provenance(job: _Run, step: CorpusStep, recipe: Recipe | None) -> Provenance:
+    return provenance_of(
+        step.corpus, recipe, step.propagate, tokens=step.tokens, seq_len=step.seq_len,
+        mode=step.mode, chat_keys=step.chat_keys, skip_bad_rows=step.skip_bad_rows,
+        activations=step.activations, min_tokens=step.min_tokens, device=job.limits.device.type,
+    )  # fmt: skip
 
 
 def _convert(

@@ -7,7 +7,7 @@ measured is said to be unmeasured. Every name comes from somebody's file and is 
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,22 @@ from typing import Any
 
 from v4quant.conversion.records import TensorRecord, record_from_dict
 from v4quant.evaluation.figures import Figures
+from v4quant.evaluation.report import svg
+from v4quant.evaluation.report.candidates import SizePoint, sizes_plot
 from v4quant.evaluation.report.probes import draft_table
+from v4quant.evaluation.report.style import STYLE
 from v4quant.evaluation.report.tables import Table, distribution_table, summary_table
 from v4quant.evaluation.report.text import count, escape_markdown
 from v4quant.hub.errors import HubError
+from v4quant.publishing.needs import memory_table
+from v4quant.publishing.publisher import RepoFile, card_file
+from v4quant.publishing.reproduction import (
+    RECIPE_NAME,
+    recipe_file,
+    recipe_toml,
+    reproduction,
+    source_argument,
+)
 from v4quant.publishing.serving import serving_lines
 from v4quant.recipe import recipe_from_table
 from v4quant.visible import visible
@@ -30,12 +42,16 @@ from v4quant_formats.preflight import Preflight
 from v4quant_kernels.errors import V4QuantError
 
 PROJECT = "v4quant"
+CHART_NAME = "v4quant-sizes.svg"
 _LICENSES = {"MIT License": "mit", "Apache License": "apache-2.0"}
 
 
 @dataclass(frozen=True)
 class Sibling:
-    """Another conversion of the same source, evaluated in the same run, and its repository."""
+    """Another conversion of the same source, evaluated in the same run.
+
+    repo: its repository, "" where it is not known to be published.
+    """
 
     repo: str
     scheme: str
@@ -51,7 +67,8 @@ class CardRequest:
 
     engines: what the preflight accepts. base_model, license: only where the manifest does not know
         them (a conversion of a local folder); a repository's own answer stands.
-    siblings: all conversions of a ladder, this one among them.
+    siblings: all conversions of a ladder, this one among them. folder: where in the repository this
+        conversion lies, "" for its top.
     """
 
     repo: str
@@ -60,6 +77,19 @@ class CardRequest:
     license: str = ""
     engines: tuple[Preflight, ...] = ()
     siblings: tuple[Sibling, ...] = ()
+    folder: str = ""
+
+
+def card_files(manifest: Mapping[str, Any], request: CardRequest) -> list[RepoFile]:
+    """The card and what it refers to: the recipe, and a chart where several sizes were measured.
+
+    Raises what `render_card` raises.
+    """
+    files = [card_file(render_card(manifest, request)), recipe_file(manifest)]
+    if drawing := _chart(request):
+        data = drawing.encode()
+        files.append(RepoFile(CHART_NAME, len(data), hashlib.sha256(data).hexdigest(), data))
+    return files
 
 
 def render_card(manifest: Mapping[str, Any], request: CardRequest) -> str:
@@ -82,7 +112,6 @@ def _render(manifest: Mapping[str, Any], request: CardRequest) -> str:
     if evaluation is not None:
         check_evaluation(manifest, evaluation)
     records = [record_from_dict(row) for row in manifest["tensors"]]
-    layout = _layout(manifest)
     parts = [
         f"# {escape_markdown(request.repo.partition('/')[2])}",
         _summary(manifest, request),
@@ -96,9 +125,11 @@ def _render(manifest: Mapping[str, Any], request: CardRequest) -> str:
         "## Known limits",
         _limits(manifest, records, request),
         "## How to serve",
-        "\n\n".join(serving_lines(request.engines, layout, _scheme(manifest), request.repo)),
+        _memory(manifest, request),
+        *_serving(manifest, request),
         "## How to reproduce and check",
-        _reproduce(manifest, request),
+        reproduction(manifest, request.repo, request.folder),
+        _check(manifest, request),
     ]
     body = "\n\n".join(part for part in parts if part)
     return f"---\n{front_matter(manifest, request)}\n---\n\n{body}\n"
@@ -117,6 +148,7 @@ def front_matter(manifest: Mapping[str, Any], request: CardRequest) -> str:
         base_model=base or None,
         license=license or None,
         library_name=library,
+        quantized_by=request.repo.partition("/")[0],
         pipeline_tag="text-generation",
         tags=[t for t in tags if re.fullmatch(r"[A-Za-z0-9_.-]{1,60}", t)],
         **({"base_model_relation": "quantized"} if base else {}),
@@ -126,14 +158,18 @@ def front_matter(manifest: Mapping[str, Any], request: CardRequest) -> str:
 
 def check_evaluation(manifest: Mapping[str, Any], evaluation: Figures) -> None:
     """Refuse figures of another checkpoint. Raises HubError."""
-    told = evaluation.candidate.bytes
-    shards = (".safetensors", ".gguf")
-    real = sum(f["bytes"] for f in manifest["files"] if f["name"].endswith(shards))
+    told, real = evaluation.candidate.bytes, shard_bytes(manifest)
     if told != real:
         raise HubError(
             f"the evaluation is of a checkpoint of {count(told) or 'unknown'} bytes, this one has "
             f"{real:,}; evaluate this one, or push without an evaluation"
         )
+
+
+def shard_bytes(manifest: Mapping[str, Any]) -> int:
+    """Bytes of the files with tensors, by which an evaluation is known to be of a checkpoint."""
+    shards = (".safetensors", ".gguf")
+    return sum(int(f["bytes"]) for f in manifest["files"] if f["name"].endswith(shards))
 
 
 def license_of(text: str) -> str:
@@ -176,17 +212,29 @@ def _classes(manifest: Mapping[str, Any]) -> str:
 
 def _siblings(request: CardRequest) -> str:
     """The whole ladder, smallest first: what each size costs."""
-    if not request.siblings:
+    if len(request.siblings) < 2:
         return ""
     rows = []
     for one in sorted(request.siblings, key=lambda s: s.nbytes):
-        name = one.repo.rpartition("/")[2]
-        link = f"[{escape_markdown(name)}](https://huggingface.co/{one.repo})"
-        shown = f"**{escape_markdown(name)}** (this one)" if one.repo == request.repo else link
+        name = escape_markdown(one.repo.rpartition("/")[2])
+        link = f"[{name}](https://huggingface.co/{one.repo})" if one.repo else "not published"
+        shown = f"**{name}** (this one)" if one.repo == request.repo else link
         figures = (f"{one.kl:.2e}", f"{100 * one.top1:.2f} %", escape_markdown(one.grade))
         rows.append((shown, _code(one.scheme), _bytes(one.nbytes), *figures))
     columns = ("Repository", "Experts", "Size", "Mean KL (nats)", "Same top-1 token", "Verdict")
-    return "Other sizes, measured in the same run on the same text:\n\n" + _table(columns, rows)
+    table = _table(columns, rows)
+    chart = f"\n\n![Size against mean KL of every size]({CHART_NAME})" if _chart(request) else ""
+    return f"Other sizes, measured in the same run on the same text:\n\n{table}{chart}"
+
+
+def _chart(request: CardRequest) -> str:
+    """All sizes as an SVG file; empty for fewer than two."""
+    points = [
+        SizePoint(one.repo.rpartition("/")[2] or one.scheme, one.nbytes, one.kl)
+        for one in request.siblings
+    ]
+    floor = request.evaluation.noise_floor.kl_mean if request.evaluation else None
+    return svg.standalone(sizes_plot(points, floor or 0.0), STYLE)
 
 
 def _quality(evaluation: Figures | None) -> str:
@@ -214,7 +262,8 @@ def _done(manifest: Mapping[str, Any], records: Sequence[TensorRecord]) -> str:
     kinds = Counter("copied" if r.disposition == "copied" else r.exact for r in records)
     losses = [r.relative_rms for r in records if not r.exact]
     altered = sum(r.altered for r in records)
-    lines = [f"The recipe in full:\n\n```toml\n{_toml(section(manifest, 'recipe'))}\n```"]
+    recipe = recipe_toml(section(manifest, "recipe"))
+    lines = [f"The recipe in full, as in `{RECIPE_NAME}`:\n\n```toml\n{recipe}\n```"]
     exact = (
         f"Of {len(records):,} modules {kinds['copied']:,} are byte for byte the source's, "
         f"{kinds[True]:,} are recoded and hold exactly the source's values, and {kinds[False]:,} "
@@ -268,30 +317,29 @@ def _limits(
     return "\n".join(f"- {limit}" for limit in limits)
 
 
-def _reproduce(manifest: Mapping[str, Any], request: CardRequest) -> str:
-    source, tool = section(manifest, "source"), section(manifest, "tool")
-    repo, revision = _base(manifest, CardRequest("")), text(source, "revision")
-    known = repo and re.fullmatch(r"[0-9a-f]{40,64}", revision)
-    origin = f"hf://{repo}@{revision}" if known else "SOURCE"
-    version = text(tool, PROJECT)
-    if not re.fullmatch(r"[A-Za-z0-9.+-]+", version):
-        version = "VERSION"
-    stats = " --stats stats.v4q" if manifest.get("stats") else ""
-    commands = [
-        f"pip install {PROJECT}=={version}",
-        f"{PROJECT} quantize {origin} out --recipe recipe.toml{stats}",
-        f"hf download {request.repo} --local-dir published",
-        f"{PROJECT} verify published --source {origin}",
-    ]
-    listed = "\n".join(commands)
-    versions = ", ".join(
-        f"{escape_markdown(str(k))} {escape_markdown(str(v))}" for k, v in tool.items()
+def _memory(manifest: Mapping[str, Any], request: CardRequest) -> str:
+    gguf, classes = _format(manifest) == "gguf", manifest.get("classes") or []
+    return memory_table(request.engines, classes, gguf, _bytes, _table)
+
+
+def _serving(manifest: Mapping[str, Any], request: CardRequest) -> list[str]:
+    """A paragraph an engine: command and chat."""
+    names = {str(row["name"]) for row in manifest["files"]}
+    release = "v41" if text(section(manifest, "source"), "release") == "V4.1" else "v4"
+    place = f"{request.repo}:{request.folder}" if request.folder else request.repo
+    templated = "chat_template.jinja" in names
+    return serving_lines(
+        request.engines, _layout(manifest), _scheme(manifest), place, release, templated
     )
+
+
+def _check(manifest: Mapping[str, Any], request: CardRequest) -> str:
+    """How to check the published files, apart from making them again."""
+    source = source_argument(manifest)
+    place = f"hf://{request.repo}" + (f":{request.folder}" if request.folder else "")
     return (
-        "With the recipe above as `recipe.toml`, the same bytes come out:\n\n"
-        f"```sh\n{listed}\n```\n\n"
-        "`v4quant.json` lists the SHA-256 of every file and what became of every module; `verify` "
-        f"checks both. Versions: {versions}."
+        "To compare every published value with the source instead:\n\n"
+        f"```sh\nv4quant verify {place} --source {source}\n```"
     )
 
 
@@ -318,21 +366,6 @@ def _base(manifest: Mapping[str, Any], request: CardRequest) -> str:
 def _license(manifest: Mapping[str, Any], request: CardRequest) -> str:
     license = text(section(manifest, "source"), "license") or request.license
     return license if re.fullmatch(r"[a-z0-9.-]{1,40}", license) else ""
-
-
-def _toml(recipe: Mapping[str, Any]) -> str:
-    """A recipe as TOML; JSON's strings, numbers, booleans and lists are TOML's."""
-    plain = {k: v for k, v in recipe.items() if not isinstance(v, Mapping) and v is not None}
-    lines = [f"{_key(k)} = {json.dumps(v)}" for k, v in plain.items()]
-    for name, table in recipe.items():
-        if isinstance(table, Mapping):
-            lines += ["", f"[{_key(name)}]"]
-            lines += [f"{_key(k)} = {json.dumps(v)}" for k, v in table.items() if v is not None]
-    return "\n".join(line.replace("```", "") for line in lines)
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
 
 
 def _report_table(table: Table) -> str:

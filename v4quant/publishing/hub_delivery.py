@@ -28,13 +28,12 @@ from v4quant.hub.remote import RemoteFile
 from v4quant.hub.shard_cache import DiskCapError
 from v4quant.hub.source import open_published
 from v4quant.own_folders import remove_if_empty
-from v4quant.publishing.card import CardRequest, render_card
+from v4quant.publishing.card import CardRequest, card_files
 from v4quant.publishing.publisher import (
     SHARD_SUFFIXES,
     CommitPlan,
     Publisher,
     RepoFile,
-    card_file,
     repo_files,
 )
 from v4quant.publishing.serving import accepted_engines
@@ -184,7 +183,7 @@ class HubDelivery(_Repository):
             # What only serves the card stops no conversion that took hours; a push renders it anew.
             with suppress(HubError), open_published(self.repo, out) as published:
                 request = replace(request, engines=accepted_engines(published))
-        files.append(card_file(render_card(manifest, request)))
+        files += card_files(manifest, request)
         rest = tuple(p for p in files if not p.is_shard)
         self._publisher.commit(CommitPlan("Config, index, manifest and card", rest))
         self._publisher.compare(files)

@@ -23,9 +23,9 @@ from v4quant.hub.refs import HubRef, HubReferenceError
 from v4quant.hub.shard_cache import DiskCapError, ShardCache
 from v4quant.hub.source import forget_fetched, open_hub
 from v4quant.own_folders import is_made_home, own_folder, remove_if_empty
-from v4quant.publishing.card import CardRequest, render_card
+from v4quant.publishing.card import CardRequest, card_files
 from v4quant.publishing.hub_delivery import HubDelivery, RankDelivery
-from v4quant.publishing.publisher import CommitPlan, Publisher, card_file
+from v4quant.publishing.publisher import CommitPlan, Publisher
 from v4quant.publishing.serving import accepted_engines
 from v4quant.source import Source, open_source
 from v4quant.temporary_folders import TemporaryFolder
@@ -175,8 +175,8 @@ def update_card(repo: str, request: CardRequest) -> None:
     if any(f["name"] == INDEX_NAME for f in manifest["files"]):
         with open_hub(HubRef(repo), headers_only=True) as published:
             request = replace(request, engines=accepted_engines(published))
-    card = card_file(render_card(manifest, request))
-    publisher.commit(CommitPlan("Card with the evaluation", (card,)))
+    files = card_files(manifest, request)
+    publisher.commit(CommitPlan("Card with the evaluation", tuple(files)))
 
 
 def open_delivery(

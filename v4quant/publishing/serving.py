@@ -21,24 +21,53 @@ _PYTHON = (
 )
 # Engine -> (language of the block, command).
 COMMANDS = {
-    "vllm": ("sh", "vllm serve {repo}"),
-    "sglang": ("sh", "{sglang}python -m sglang.launch_server --model-path {repo}"),
+    "vllm": ("sh", "vllm serve {repo}{chat}"),
+    "sglang": ("sh", "{sglang}python -m sglang.launch_server --model-path {repo}{chat}"),
     "transformers": ("python", _PYTHON),
     "tensorrt-llm": ("sh", "trtllm-serve {repo}"),
-    "llama.cpp": ("sh", "llama-server -hf {repo}"),
+    "llama.cpp": ("sh", "llama-server -hf {repo}{chat}"),
 }
+# What chats need, by engine: options, then what they do. From the engines' recipes, not run here.
+_VLLM = "vLLM has the release's chat format built in"
+_CHAT = {
+    ("vllm", "v4"): (
+        " --tokenizer-mode deepseek_v4 --reasoning-parser deepseek_v4 \\\n"
+        "  --tool-call-parser deepseek_v4 --enable-auto-tool-choice",
+        f"{_VLLM}; the options also take thoughts and tool calls out of the answer.",
+    ),
+    ("vllm", "v41"): (" --tokenizer-mode deepseek_v41", f"{_VLLM}, under this name for V4.1."),
+    ("sglang", "v4"): (
+        " \\\n  --reasoning-parser deepseek-v4 --tool-call-parser deepseekv4",
+        "SGLang has the release's chat format built in; the options take thoughts and tool calls "
+        "out of the answer.",
+    ),
+    ("llama.cpp", "v4"): (" --jinja", "The file carries a chat template; `--jinja` uses it."),
+    ("llama.cpp", "v41"): (" --jinja", "The file carries a chat template; `--jinja` uses it."),
+}
+_ENCODE = (
+    "transformers finds no chat template here; `encoding/`, or `v4quant encode`, turns messages "
+    "into the text the model expects."
+)
 
 
 def accepted_engines(checkpoint: Checkpoint) -> tuple[Preflight, ...]:
     """What the preflight says of every engine that it thinks will load a checkpoint."""
-    found = (preflight(checkpoint, name) for name in ENGINES)
+    found = (preflight(checkpoint, name, every_split=True) for name in ENGINES)
     return tuple(f for f in found if f.loads)
 
 
 def serving_lines(
-    engines: Sequence[Preflight], layout: Layout | None, scheme: str, repo: str
+    engines: Sequence[Preflight],
+    layout: Layout | None,
+    scheme: str,
+    repo: str,
+    release: str = "v4",
+    templated: bool = False,
 ) -> list[str]:
-    """Markdown paragraphs, one an engine; a sentence when none is known to load it."""
+    """Markdown paragraphs, one an engine; a sentence when none is known to load it.
+
+    release: whose chat format it is, "v4" or "v41". templated: whether a Jinja template is there.
+    """
     # Experts packed as integers are not what SGLang's probe of the files expects.
     packed = layout is not None and scheme in SCHEMES and SCHEMES[scheme].is_packed_integer
     sglang = "SGLANG_DSV4_FP4_EXPERTS=0 " if packed else ""
@@ -47,14 +76,21 @@ def serving_lines(
         if found.engine not in COMMANDS:
             continue
         language, command = COMMANDS[found.engine]
+        chat, hint = _CHAT.get((found.engine, release), ("", ""))
         lines.append(
             f"{ENGINES[found.engine].title}{_hardware(found)}:\n\n```{language}\n"
-            f"{command.format(repo=repo, sglang=sglang)}\n```"
+            f"{command.format(repo=repo, sglang=sglang, chat=chat)}\n```"
         )
+        if found.engine == "transformers" and not templated:
+            hint = _ENCODE
+        if hint:
+            lines.append(f"Chat: {hint}")
         notes = [f.problem for f in found.findings if f.severity == "warning"]
         lines += [f"- {escape_markdown(note)}" for note in notes[:3]]
     if not lines and layout is not None and "llama.cpp" in layout.engines:
-        lines.append(f"llama.cpp:\n\n```sh\n{COMMANDS['llama.cpp'][1].format(repo=repo)}\n```")
+        chat, hint = _CHAT["llama.cpp", release]
+        command = COMMANDS["llama.cpp"][1].format(repo=repo, chat=chat)
+        lines += [f"llama.cpp:\n\n```sh\n{command}\n```", f"Chat: {hint}"]
     return lines or ["The preflight knows no engine that loads this repository as it is."]
 
 

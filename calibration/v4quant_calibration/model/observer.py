@@ -10,6 +10,7 @@ side.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -99,3 +100,51 @@ class SilentObserver:
 
     def on_index(self, layer: str, picks: Tensor) -> None:
         """Ignore the indexer's choice."""
+
+
+class Observers:
+    """Several observers of one model, told in their order."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        """Each is told everything."""
+        self._each = tuple(observers)
+
+    def on_layer(self, layer: str, before: Streams, caches: SharedCaches | None) -> None:
+        """Pass it on."""
+        for one in self._each:
+            one.on_layer(layer, before, caches)
+
+    def on_linear(self, module: str, x: Tensor) -> None:
+        """Pass it on."""
+        for one in self._each:
+            one.on_linear(module, x)
+
+    def on_route(self, layer: str, expert_ids: Tensor, weights: Tensor) -> None:
+        """Pass it on."""
+        for one in self._each:
+            one.on_route(layer, expert_ids, weights)
+
+    def on_experts(self, layer: str, x: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
+        """Pass it on."""
+        for one in self._each:
+            one.on_experts(layer, x, expert_ids, weights)
+
+    def on_expert_input(self, layer: str, expert: int, x: Tensor) -> None:
+        """Pass it on."""
+        for one in self._each:
+            one.on_expert_input(layer, expert, x)
+
+    def on_expert_hidden(self, layer: str, expert: int, h: Tensor) -> None:
+        """Pass it on."""
+        for one in self._each:
+            one.on_expert_hidden(layer, expert, h)
+
+    def on_expert_output(self, layer: str, expert: int, tokens: Tensor, y: Tensor) -> None:
+        """Pass it on."""
+        for one in self._each:
+            one.on_expert_output(layer, expert, tokens, y)
+
+    def on_index(self, layer: str, picks: Tensor) -> None:
+        """Pass it on."""
+        for one in self._each:
+            one.on_index(layer, picks)

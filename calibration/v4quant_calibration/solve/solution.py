@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from v4quant_calibration.statistics.provenance import Provenance, provenance_from
 from v4quant_calibration.statistics.stats import Stats, StatsError, load_stats
 from v4quant_calibration.statistics.table_use import RowUse
 from v4quant_formats.checkpoint import Checkpoint
@@ -54,6 +55,7 @@ SOLUTION_VERSION = 1
 _MAX_BYTES = 64 * 2**20
 # Names of tensors of blocks end in this and the type; safetensors has no dtype for them.
 _BLOCKS = "blocks_"
+_PROVENANCE = "provenance"
 
 
 class SolutionError(StatsError):
@@ -140,7 +142,8 @@ class Solution:
     """Coded matrices of every stage the solver covered, and the statistics beside them.
 
     recipe: what of a recipe decided the schemes of matrices, where more than one did. hashes: what
-    the stages' files hash to.
+    the stages' files hash to. provenance: how it was made, where that is known; `digest` covers
+    everything else.
     """
 
     folder: Path
@@ -150,6 +153,7 @@ class Solution:
     hashes: Mapping[str, str]
     stats: Stats
     digest: str
+    provenance: Provenance | None = None
     _intact: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -239,13 +243,19 @@ def begin_solution(folder: Path, header: Mapping[str, Any]) -> None:
     write_file_atomically(path, to_json({**header, "finished": False}))
 
 
-def finish_solution(folder: Path, header: Mapping[str, Any], stages: Mapping[str, Any]) -> None:
+def finish_solution(
+    folder: Path,
+    header: Mapping[str, Any],
+    stages: Mapping[str, Any],
+    provenance: Provenance | None = None,
+) -> None:
     """Hash every stage's file and declare the folder finished. stages: facts of each."""
     table = {
         stage: {**facts, "sha256": hash_file(stage_file(folder, stage))}
         for stage, facts in stages.items()
     }
-    data = to_json({**header, "finished": True, "stages": table})
+    made = {_PROVENANCE: provenance.as_dict()} if provenance else {}
+    data = to_json({**header, "finished": True, **made, "stages": table})
     write_file_atomically(folder / SOLUTION_NAME, data)
 
 
@@ -271,8 +281,9 @@ def load_solution(folder: Path, source_digest: str) -> Solution:
     hashes = {name: facts["sha256"] for name, facts in stages.items()}
     opened = {stage: open_stage(folder, stage) for stage in stages}
     stats = load_stats(folder / STATS_NAME, source_digest)
+    made = provenance_from(found.pop(_PROVENANCE, None))
     digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-    return Solution(folder, scheme, found.get("recipe"), opened, hashes, stats, digest)
+    return Solution(folder, scheme, found.get("recipe"), opened, hashes, stats, digest, made)
 
 
 def _plain(stage: str, facts: object) -> bool:

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import replace
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ from v4quant_calibration.forward.checkpoint_params import CPU, CheckpointParams
 from v4quant_calibration.forward.drafts import drafts_of, stream_drafts
 from v4quant_calibration.forward.stream import StreamModel, stream_forward
 from v4quant_calibration.model.dspark import draft_blocks, require_blocks
+from v4quant_calibration.model.observer import Observers
 from v4quant_calibration.model.options import ForwardOptions
+from v4quant_calibration.model.params import Params
 from v4quant_calibration.rounding.coders import coder_of
 from v4quant_calibration.solve.dense_solver import DenseSolver
 from v4quant_calibration.solve.layer_solver import LayerSolver
@@ -53,12 +55,22 @@ from v4quant_calibration.solve.solution import (
 from v4quant_calibration.solve.stage_writer import remove_parts
 from v4quant_calibration.solve.team import ALONE, Team
 from v4quant_calibration.statistics.collect import OpenRoom, all_in_memory
+from v4quant_calibration.statistics.provenance import Provenance
 from v4quant_calibration.statistics.stats import StageStats, Stats, write_stats
 from v4quant_calibration.statistics.table_use import table_use
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import trunk_stages
 from v4quant_formats.model_config import ModelConfig
 from v4quant_kernels.progress import Progress
+
+
+@dataclass(frozen=True)
+class SolveTarget:
+    """One solution to be made: of what, in which folder, and what is recorded of how."""
+
+    settings: SolveSettings
+    folder: Path
+    provenance: Provenance | None = None
 
 
 def solve(
@@ -75,66 +87,101 @@ def solve(
     device: torch.device = CPU,
     team: Team = ALONE,
 ) -> Solution:
-    """Solve what the settings name and windows (int64 ids) can reach; returns the finished folder.
+    """`solve_several` for one target."""
+    (found,) = solve_several(
+        checkpoint, config, windows, options, floor, [SolveTarget(settings, folder)], progress,
+        first, open_room, device, team,
+    )  # fmt: skip
+    return found
 
+
+def solve_several(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    windows: Sequence[Tensor],
+    options: ForwardOptions,
+    floor: int,
+    targets: Sequence[SolveTarget],
+    progress: Progress,
+    first: Mapping[str, Tensor] | None = None,
+    open_room: OpenRoom = all_in_memory,
+    device: torch.device = CPU,
+    team: Team = ALONE,
+) -> list[Solution]:
+    """Solve what the targets name and windows (int64 ids) can reach; returns finished folders.
+
+    The original's forward pass is run once for all targets, which propagate alike; every target
+    has a model of its own beside it. A target's codes do not depend on the others.
     first: what is known of the first draw (`Stats.first`). open_room: where streams live. device:
     where passes run and solvers work; sums are taken in another order there, so codes may differ
     where two are as good. team: who solves together, each called with all windows; all return when
-    the folder is finished. The same call again resumes, layer by layer. Raises SolutionError,
+    the folders are finished. The same call again resumes, layer by layer. Raises SolutionError,
     UnsupportedScheme for a scheme that error feedback is not for, DraftError for text too short for
     a DSpark block, NonFiniteActivation naming what computed NaN, and OutputError.
     """
-    if settings.schemes is None:
-        coder_of(settings.scheme)
+    propagate = targets[0].settings.propagate
+    assert all(t.settings.propagate == propagate for t in targets), "targets propagate alike"
+    for target in targets:
+        if target.settings.schemes is None:
+            coder_of(target.settings.scheme)
     drafts = drafts_of(checkpoint, config)
     if drafts.kind == "dspark":
         require_blocks(draft_blocks(windows, config))
     stages = [*trunk_stages(config), *drafts.stages]
-    header = _header(checkpoint, windows, options, floor, settings)
+    headers = [_header(checkpoint, windows, options, floor, t.settings) for t in targets]
     if team.is_first:
-        begin_solution(folder, header)
-        remove_parts(folder)
+        for target, header in zip(targets, headers, strict=True):
+            begin_solution(target.folder, header)
+            remove_parts(target.folder)
     team.barrier()
     everything, windows = windows, team.windows(windows)
     assert windows, f"{len(everything)} windows are too few for {team.size} ranks"
-    progress.start("Solving", sum(config.facts(s).experts for s in stages), "expert")
-    keeper = InputKeeper() if settings.propagate else None
-    params = SolvedParams(checkpoint, folder, device)
+    experts = sum(config.facts(s).experts for s in stages)
+    progress.start("Solving", len(targets) * experts, "expert")
+    keeper = InputKeeper() if propagate else None
     original = CheckpointParams(checkpoint, device)
-    streaming = original if keeper is None else params
-    with closing(params), open_room(windows, options) as room:
+    with ExitStack() as stack:
+        converted: list[Params] = [
+            stack.enter_context(closing(SolvedParams(checkpoint, t.folder, device)))
+            if propagate
+            else original
+            for t in targets
+        ]
+        room = stack.enter_context(open_room(windows, options))
         store = room.store
         options = replace(room.options, expert_tokens=None)  # a layer is solved on all its rows
-        solver = LayerSolver(
-            checkpoint,
-            config,
-            stages,
-            settings,
-            folder,
-            options,
-            streaming,
-            keeper,
-            progress,
-            team,
-        )
-        models = [StreamModel(streaming, options, solver)]
-        if keeper is not None:
-            models.insert(0, StreamModel(original, options, keeper))
+        solvers = [
+            LayerSolver(
+                checkpoint, config, stages, t.settings, t.folder, options, params, keeper, progress,
+                team,
+            )
+            for t, params in zip(targets, converted, strict=True)
+        ]  # fmt: skip
+        if keeper is None:
+            models = [StreamModel(original, options, Observers(solvers))]
+        else:
+            models = [StreamModel(original, options, keeper)]
+            models += [StreamModel(p, options, s) for p, s in zip(converted, solvers, strict=True)]
         taps = drafts.taps(config, len(models))
         streams = stream_forward(models, config, windows, store=store, taps=taps)
-        dense = DenseSolver(checkpoint, config, settings, folder, options, streaming, keeper, team)
-        dense.solve_head([model.params for model in models], streams)
+        for number, (target, params) in enumerate(zip(targets, converted, strict=True), 1):
+            dense = DenseSolver(
+                checkpoint, config, target.settings, target.folder, options, params, keeper, team
+            )
+            pair = [0] if keeper is None else [0, number]
+            dense.solve_head([models[i].params for i in pair], [streams[i] for i in pair])
         stream_drafts(drafts, models, config, windows, streams, taps, store=store)
     progress.finish()
-    digest = checkpoint.digest()
-    seen = {s: _joined(team, found) for s, found in solver.stages.items()}
-    stats = Stats(digest, floor, seen, tables=table_use(original, config, everything))
-    if first and not settings.propagate:  # counts of the same routing
-        stats = replace(stats, first=first)
-    if team.is_first:
-        _finish(folder, header, stats, stages)
+    tables = table_use(original, config, everything)
+    for target, header, solver in zip(targets, headers, solvers, strict=True):
+        seen = {s: _joined(team, found) for s, found in solver.stages.items()}
+        # Counts of the first draw are of the same routing only where nothing was propagated.
+        draw = dict(first) if first and not propagate else {}
+        stats = Stats(checkpoint.digest(), floor, seen, draw, tables=tables)
+        if team.is_first:
+            _finish(target.folder, header, stats, stages, target.provenance)
     team.barrier()
-    return load_solution(folder, digest)
+    return [load_solution(t.folder, checkpoint.digest()) for t in targets]
 
 
 def _joined(team: Team, found: StageStats) -> StageStats:
@@ -146,7 +193,13 @@ def _joined(team: Team, found: StageStats) -> StageStats:
     )
 
 
-def _finish(folder: Path, header: Mapping[str, Any], stats: Stats, stages: Sequence[str]) -> None:
+def _finish(
+    folder: Path,
+    header: Mapping[str, Any],
+    stats: Stats,
+    stages: Sequence[str],
+    provenance: Provenance | None,
+) -> None:
     """Write the statistics, and declare the folder finished."""
     write_stats(folder / STATS_NAME, stats)
     facts: dict[str, dict[str, Any]] = {
@@ -155,7 +208,7 @@ def _finish(folder: Path, header: Mapping[str, Any], stats: Stats, stages: Seque
     for name in (*map(attention_file, stages), HEAD):
         if stage_file(folder, name).exists():
             facts[name] = {}
-    finish_solution(folder, header, facts)
+    finish_solution(folder, header, facts, provenance)
 
 
 def _header(

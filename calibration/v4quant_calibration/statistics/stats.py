@@ -12,7 +12,6 @@ the pool. So nothing jumps where the floor is reached, and an expert without tok
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from v4quant_calibration.statistics.provenance import Provenance, provenance_from
 from v4quant_calibration.statistics.table_use import RowUse, merged_use
 from v4quant_formats.deepseek_v4 import parse_name
 from v4quant_formats.shards import output_error, write_tensors
@@ -64,7 +64,8 @@ class Stats:
     first: tokens of every expert after the first draw, before starved experts had more text drawn
     for them; empty where nothing is known of draws. dense: inputs of other matrices by module,
     which importance matrices know and the file of statistics does not keep. tables: how often the
-    text used the rows of V4.1's Engram tables, by module.
+    text used the rows of V4.1's Engram tables, by module. provenance: how they were made, where
+    that is known. file: where they were read from.
     """
 
     source_digest: str
@@ -73,6 +74,8 @@ class Stats:
     first: Mapping[str, Tensor] = field(default_factory=dict)
     dense: Mapping[str, DenseInputs] = field(default_factory=dict)
     tables: Mapping[str, RowUse] = field(default_factory=dict)
+    provenance: Provenance | None = None
+    file: Path | None = None
 
     def importance(self, module: str) -> Tensor | None:
         """Second moment [K] of a matrix's input channels; mixed with the pool's when starved.
@@ -146,6 +149,7 @@ def write_stats(path: Path, stats: Stats) -> None:
         "floor": stats.floor,
         "stages": list(stats.stages),
         **({"tables": list(stats.tables)} if stats.tables else {}),
+        **({"provenance": stats.provenance.as_dict()} if stats.provenance else {}),
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +174,8 @@ def load_stats(path: Path, source_digest: str) -> Stats:
             stages = {name: _read_stage(path, file, name) for name in header["stages"]}
             first = _read_first(path, file, stages)
             tables = {n: _read_use(path, file, str(n)) for n in header.get("tables", ())}
-            stats = Stats(digest, floor, stages, first, tables=tables)
+            made = provenance_from(header.get("provenance"))
+            stats = Stats(digest, floor, stages, first, {}, tables, made, path)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StatsError(
             f"{path}: cannot be read as statistics ({error}); give what calibrate --out wrote"
@@ -251,8 +256,3 @@ def merge_stats(parts: Sequence[Stats]) -> Stats:
         for module in dict.fromkeys(m for p in parts for m in p.tables)
     }
     return Stats(first.source_digest, first.floor, stages, tables=tables)
-
-
-def stats_digest(data: bytes) -> str:
-    """Identity of a statistics file."""
-    return hashlib.sha256(data).hexdigest()

@@ -44,7 +44,8 @@ class Preflight:
     """What an engine will do with a checkpoint.
 
     findings: errors first; equal ones are counted, not repeated. gpus: generations that run it.
-    splits: numbers of GPUs it can be split over. memory: of one GPU.
+    splits: numbers of GPUs it can be split over. memory: of one GPU. by_split: the same for every
+    split, where that was asked for.
     """
 
     engine: str
@@ -52,6 +53,7 @@ class Preflight:
     gpus: tuple[str, ...]
     splits: tuple[int, ...]
     memory: Memory | None
+    by_split: tuple[Memory, ...] = ()
 
     @property
     def loads(self) -> bool:
@@ -68,11 +70,17 @@ def find_engine(name: str) -> Engine:
 
 
 def preflight(
-    checkpoint: Checkpoint, engine_name: str, tp: int = 1, context: int = 8192, gpu: str = ""
+    checkpoint: Checkpoint,
+    engine_name: str,
+    tp: int = 1,
+    context: int = 8192,
+    gpu: str = "",
+    every_split: bool = False,
 ) -> Preflight:
     """Check a safetensors or GGUF checkpoint for an engine, on `tp` GPUs, for `context` tokens.
 
-    gpu: a generation of `engines.GPUS` that must be among those that run it.
+    gpu: a generation of `engines.GPUS` that must be among those that run it. every_split: count
+    memory for all of them.
     Raises UnknownEngine, or ConfigError for a config.json that is not V4's.
     """
     engine = find_engine(engine_name)
@@ -103,7 +111,9 @@ def preflight(
         problem = f"does not run on {gpu}; it runs on {', '.join(runs)}"
         findings.append(Finding("error", "gpu", "config.json", problem, engine.advice))
     splits = tuple(n for n in SPLITS if not any(split_problems(arranged, n)))
-    return Preflight(engine.name, _merge(findings), runs, splits, memory(arranged, tp, context))
+    each = tuple(memory(arranged, n, context) for n in splits) if every_split else ()
+    size = memory(arranged, tp, context)
+    return Preflight(engine.name, _merge(findings), runs, splits, size, each)
 
 
 def preflight_onnx(folder: Path) -> Preflight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -25,10 +26,12 @@ from v4quant_calibration.solve.solution import (
     load_solution,
     stage_file,
 )
-from v4quant_calibration.solve.solve import solve
+from v4quant_calibration.solve.solve import SolveTarget, solve, solve_several
+from v4quant_calibration.solve.stage_writer import StageWriter
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import FormatError
 from v4quant_formats.model_config import load_model_config
+from v4quant_formats.shard_files import LocalShards
 from v4quant_formats.weight_reading import read_weight
 from v4quant_formats.weights import find_weight
 from v4quant_kernels.codec import dequantize
@@ -307,3 +310,63 @@ def test_files_must_be_those_that_were_solved(
     mine.write_bytes(other.read_bytes())
     with pytest.raises(SolutionError, match=r"layers\.1\.safetensors: is not the file"):
         ask(folder)
+
+
+def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lengths of all reads of the source's tensors from now on."""
+    seen, read = list[int](), LocalShards.read_into
+
+    def count(self: LocalShards, file: str, view: memoryview, offset: int, what: str) -> None:
+        if self._folder == TINY:
+            seen.append(view.nbytes)
+        read(self, file, view, offset, what)
+
+    monkeypatch.setattr(LocalShards, "read_into", count)
+    return seen
+
+
+@pytest.mark.parametrize("propagate", [True, False])
+def test_several_targets_share_one_pass(
+    propagate: bool,
+    checkpoint: Checkpoint,
+    windows: list[Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Codes of each are those it has alone; interrupted anywhere and resumed too."""
+    windows, seen = windows[:1], bytes_read(monkeypatch)
+    wanted = [SolveSettings(SCHEMES[s], propagate, sweeps=1) for s in ("int4-g128", "int2-g64")]
+    for settings in wanted:
+        run(checkpoint, windows, tmp_path / settings.scheme.name, settings).close()
+    apart = sum(seen)
+    targets = [SolveTarget(s, tmp_path / f"{s.scheme.name}-2") for s in wanted]
+
+    def together() -> None:
+        for one in solve_several(
+            checkpoint, CONFIG, windows, ForwardOptions(), 8, targets, SilentProgress()
+        ):
+            one.close()
+
+    closing_time, calls = StageWriter.close, secrets.randbelow(9) + 1
+    print("interrupted at stage", calls)
+
+    def interrupted(self: StageWriter) -> None:
+        nonlocal calls
+        calls -= 1
+        if not calls:
+            raise KeyboardInterrupt
+        closing_time(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageWriter, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            together()
+    seen.clear()
+    together()
+    assert sum(seen) < 0.85 * apart
+    for target in targets:
+        alone = tmp_path / target.settings.scheme.name
+        names = {p.name for p in target.folder.iterdir()}
+        assert names == {p.name for p in alone.iterdir()}
+        for name in names:
+            assert (target.folder / name).read_bytes() == (alone / name).read_bytes(), name

@@ -18,7 +18,6 @@ from v4quant_calibration.statistics.stats import (
     StatsError,
     load_stats,
     merge_stats,
-    stats_digest,
     write_stats,
 )
 
@@ -78,7 +77,7 @@ def test_file_round_trip(tmp_path: Path, generator: torch.Generator) -> None:
     write_stats(path, stats)
     write_stats(again, stats)
     data = path.read_bytes()
-    assert data == again.read_bytes() and len(stats_digest(data)) == 64
+    assert data == again.read_bytes()
     back = load_stats(path, "digest")
     assert (back.source_digest, back.floor, set(back.stages)) == ("digest", 10, {"layers.1"})
     a, b = stats.stages["layers.1"], back.stages["layers.1"]

@@ -30,6 +30,7 @@ from v4quant_calibration.forward.kept import KeptStore
 from v4quant_calibration.forward.scratch import PREFIX, Scratch
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.solve.settings import SolveSettings
+from v4quant_calibration.solve.solve import SolveTarget
 from v4quant_calibration.statistics.collect import (
     Calibration,
     OpenRoom,
@@ -93,18 +94,25 @@ def test_rounds_leave_no_files(tmp_path: Path) -> None:
 
 def test_solving_gets_what_is_left(tmp_path: Path) -> None:
     windows = [torch.zeros(500, dtype=torch.int64)] * 8
-    settings = SolveSettings(get_scheme("int4-g32"))
-    few, _ = fit_solving(CONFIG, settings, 10**6, windows, Limits(GIB), tmp_path)
-    more, room = fit_solving(CONFIG, settings, 10**6, windows, Limits(2 * GIB), tmp_path)
-    assert more.memory - few.memory == GIB and few.memory < GIB
-    with room(windows, ForwardOptions()) as opened:
-        assert opened.options.expert_tokens is None
+    targets = [SolveTarget(SolveSettings(get_scheme("int4-g32")), tmp_path / "a")]
+
+    def memory(cap: Limits, more: Sequence[SolveTarget] = ()) -> int:
+        fitted, room = fit_solving(CONFIG, [*targets, *more], 10**6, windows, cap, tmp_path)
+        with room(windows, ForwardOptions()) as opened:
+            assert opened.options.expert_tokens is None
+        assert len({one.settings.memory for one in fitted}) == 1
+        return fitted[0].settings.memory
+
+    few = memory(Limits(GIB))
+    assert memory(Limits(2 * GIB)) - few == GIB and few < GIB
+    other = SolveTarget(SolveSettings(get_scheme("int3-g128")), tmp_path / "b")
+    streams = 4 * CONFIG.hc_mult * CONFIG.hidden_size * 4000
+    assert streams < few - memory(Limits(GIB), [other]) < 8 * streams + 10**7
     with pytest.raises(SizeError, match="this run needs"):
-        fit_solving(CONFIG, settings, 10**6, windows * 1000, Limits(GIB), tmp_path)
-    free, _ = fit_solving(CONFIG, settings, 10**6, windows * 1000, Limits(), tmp_path)
-    assert free == settings
-    gpu, _ = fit_solving(CONFIG, settings, 10**6, windows, Limits(None, 24 * GIB), tmp_path)
-    assert 20 * GIB < gpu.memory < 24 * GIB
+        fit_solving(CONFIG, targets, 10**6, windows * 1000, Limits(GIB), tmp_path)
+    free, _ = fit_solving(CONFIG, targets, 10**6, windows * 1000, Limits(), tmp_path)
+    assert free == targets
+    assert 20 * GIB < memory(Limits(None, 24 * GIB)) < 24 * GIB
 
 
 def test_solving_under_a_cap(tmp_path: Path, generator: torch.Generator) -> None:

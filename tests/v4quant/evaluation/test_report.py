@@ -379,8 +379,9 @@ def test_points_lie_where_size_and_kl_say() -> None:
             parts[4]["kl_mean"] = math.nan
             parts[5]["candidate"]["bytes"] = parts[6]["candidate"]["bytes"]
             parts[5]["kl_mean"] = parts[6]["kl_mean"]
-        svg = drawings(render_html(result))[0]
+        svg, narrow = drawings(render_html(result))[:2]
         check_drawing(svg)
+        check_drawing(narrow)
         found = {
             e[0].text.split(":")[0]: (float(e.attrib["cx"]), float(e.attrib["cy"]))
             for e in svg.iter("circle")
@@ -443,9 +444,10 @@ def test_command_cannot_leave_its_fence() -> None:
 def test_drawings_stay_inside(layers: int, experts: int) -> None:
     page = render_html(sample(seeded(), layers, experts))
     found = drawings(page)
-    assert len(found) == 3
-    for svg in found:
+    assert len(found) == 2 * 3  # wide and narrow
+    for number, svg in enumerate(found):
         check_drawing(svg)
+        assert (float(svg.attrib["viewBox"].split()[2]) <= 360) == bool(number % 2)
         assert svg.attrib["aria-label"]
 
 
@@ -511,7 +513,7 @@ def test_starved_experts_are_marked_in_the_strip() -> None:
         "floor": 10,
         "layers": [{"name": "layers.0", "tokens_per_expert": [5, 1000, 9, 40, 10]}],
     }
-    (svg,) = drawings(render_html({"coverage": coverage}))
+    svg, _ = drawings(render_html({"coverage": coverage}))
     strip = [e for e in svg.iter("rect") if len(e)]
     starved = [e for e in strip if e.attrib["class"] == "starved"]
     assert [e[0].text for e in starved] == ["layers.0: 2 experts with 5 to 9 tokens each"]
@@ -523,7 +525,7 @@ def test_histogram_heights_are_shares() -> None:
     draw = seeded()
     counts = [draw.randrange(1, 100) for _ in range(9)]
     histogram = {"log10_edges": list(range(-8, 2)), "counts": counts}
-    (svg,) = drawings(render_html({"kl_histogram": histogram}))
+    svg, _ = drawings(render_html({"kl_histogram": histogram}))
     bars = [float(e.attrib["height"]) for e in svg.iter("rect") if len(e)]
     for height, tokens in zip(bars, counts, strict=True):
         assert math.isclose(height / max(bars), tokens / max(counts), abs_tol=0.002)
@@ -637,7 +639,7 @@ def test_every_candidate_has_verdict_charts_and_its_worst_text() -> None:
     page = Page(html)
     for name in ("a/out", "b/out", "c/out"):
         assert f"{name}." in html and f"Where {name} diverges most" in html
-    assert html.count("<svg") == 4  # sizes, and each one's layers
+    assert html.count("<svg") == 2 * 4  # sizes, and each one's layers, wide and narrow
     ids = {attrs.get("id") for _, attrs in page.tags}
     links = {attrs["href"] for tag, attrs in page.tags if tag == "a"}
     assert links == {f"#worst-{n}" for n in (1, 2, 3)} and {x[1:] for x in links if x} <= ids

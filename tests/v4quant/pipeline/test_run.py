@@ -280,7 +280,9 @@ def test_cap_and_device_reach_every_step(
     seen: dict[str, Any] = {}
     calibrate, evaluate, convert = RUN.calibrate_to, RUN.evaluate_checkpoint, RUN.run_job
     monkeypatch.setattr(
-        RUN, "calibrate_to", lambda *a: seen.update(calibrate=a[-2:]) or calibrate(*a)
+        RUN,
+        "calibrate_to",
+        lambda *a, **k: seen.update(calibrate=a[-2:]) or calibrate(*a, **k),
     )
     monkeypatch.setattr(
         RUN,

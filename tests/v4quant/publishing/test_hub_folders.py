@@ -16,6 +16,7 @@ from v4quant import builtin
 from v4quant.cli import cli
 from v4quant.hub.errors import HubAccessError, HubError
 from v4quant.hub.shard_cache import DiskCapError
+from v4quant.publishing.reproduction import RECIPE_NAME
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.errors import OutputError
 from v4quant_kernels.errors import V4QuantError
@@ -43,7 +44,7 @@ def expected(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
 def same_checkpoint(found: dict[str, bytes], expected: dict[str, bytes], commit: str) -> None:
     """Equal in every byte but the manifest's naming of the source."""
-    assert found.keys() - {"README.md"} == expected.keys()
+    assert found.keys() - {"README.md", RECIPE_NAME} == expected.keys()
     for name in expected.keys() - {"v4quant.json"}:
         assert found[name] == expected[name], name
     ours, theirs = (json.loads(x["v4quant.json"]) for x in (found, expected))

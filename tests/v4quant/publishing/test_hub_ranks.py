@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.support.conversion import convert, folder_bytes
 from tests.support.fake_hub import TOKEN, USER, FakeHub
+from v4quant.publishing.reproduction import RECIPE_NAME
 
 ROOT = Path(__file__).parents[3]
 SOURCE, TARGET = "maker/V4-Tiny", f"{USER}/V4-Tiny-INT4"
@@ -136,7 +137,7 @@ def test_ranks_killed_in_the_middle_are_made_up_for(
         assert nursery.process.stdin is not None
         nursery.process.stdin.close()
     found = plain_hub.files(TARGET)
-    assert found.keys() - {"README.md", ".gitattributes"} == expected.keys()
+    assert found.keys() - {"README.md", RECIPE_NAME, ".gitattributes"} == expected.keys()
     for name in expected.keys() - {"v4quant.json"}:
         assert found[name] == expected[name], name
     assert 0 < max(held) <= cap

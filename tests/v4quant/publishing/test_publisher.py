@@ -15,6 +15,7 @@ from v4quant.hub.errors import HubAccessError, HubError, HubOffline
 from v4quant.hub.refs import HubRef, HubReferenceError
 from v4quant.hub.source import open_hub
 from v4quant.publishing.publisher import NotPublished
+from v4quant.publishing.reproduction import RECIPE_NAME
 from v4quant.recipe import Recipe
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.errors import UnsafePath
@@ -37,6 +38,7 @@ def push(out: Path, *options: str, repo: str = REPO) -> None:
 def holds(hub: FakeHub, out: Path, repo: str = REPO) -> None:
     found = hub.files(repo)
     assert found.pop("README.md").startswith(b"---\n")
+    assert b"scheme = " in found.pop(RECIPE_NAME)
     assert found == folder_bytes(out)
 
 
@@ -171,7 +173,7 @@ def test_other_checkpoints_are_replaced_in_one_commit_or_not_at_all(
     assert len(plain_hub.repos[REPO].commits) == before + 1
     found = plain_hub.files(REPO)
     assert "old.safetensors" not in found and found.pop("notes.md") == b"mine"
-    found.pop("README.md")
+    del found["README.md"], found[RECIPE_NAME]
     assert found == folder_bytes(tmp_path / "int8")
 
 

@@ -25,6 +25,7 @@ from v4quant.evaluation.report.layers import expert_table, layer_table, starved_
 from v4quant.evaluation.report.plots import coverage_plot, kl_histogram_plot, layer_error_plot
 from v4quant.evaluation.report.probes import draft_table, needle_table
 from v4quant.evaluation.report.style import STYLE
+from v4quant.evaluation.report.svg import NARROW, WIDE, Frame
 from v4quant.evaluation.report.tables import (
     SHARES,
     SUMMARY_METRICS,
@@ -53,7 +54,7 @@ from v4quant.evaluation.result import Evaluation
 from v4quant_formats.manifest import to_json_text
 from v4quant_formats.shards import write_file_atomically
 
-Plot = Callable[[Figures], str]
+Plot = Callable[[Figures, Frame], str]
 DETAIL_TABLES = (
     confidence_table,
     floors_table,
@@ -145,10 +146,12 @@ def render_html(result: Figures) -> str:
 
 
 def _plot_html(result: Figures, title: str, plot: Plot, caption: str) -> str:
-    drawing = plot(result)
+    """Drawn twice, for wide and for narrow screens, of which the style shows one."""
+    drawing = plot(result, WIDE)
     return (
         f"<section>\n<h2>{title}</h2>\n<p>{caption}</p>\n"
-        f'<div class="wide plot">{drawing}</div>\n</section>'
+        f'<div class="plot on-wide">{drawing}</div>\n'
+        f'<div class="plot on-narrow">{plot(result, NARROW)}</div>\n</section>'
         if drawing
         else ""
     )

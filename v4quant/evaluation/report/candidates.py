@@ -9,12 +9,14 @@ worth bytes. Without further candidates there is neither table nor plot.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from v4quant.evaluation.figures import Figures
 from v4quant.evaluation.report import svg
 from v4quant.evaluation.report.decision import decisions, distinct_names, recommendations
+from v4quant.evaluation.report.svg import WIDE, Frame
 from v4quant.evaluation.report.tables import Table, build_table, metric, multiple_of_floor
 from v4quant.evaluation.report.text import (
     change,
@@ -25,7 +27,6 @@ from v4quant.evaluation.report.text import (
 )
 from v4quant_calibration.evaluation.verdict import CLEAR, SMALL
 
-WIDTH, LEFT, RIGHT = 960.0, 76.0, 944.0
 TOP, BOTTOM = 44.0, 330.0
 _LABEL_HEIGHT = 14.0
 
@@ -90,18 +91,36 @@ def _by_name(result: Figures) -> dict[str, Figures]:
     return dict(zip(names, parts, strict=True))
 
 
-def size_quality_plot(result: Figures) -> str:
+@dataclass(frozen=True)
+class SizePoint:
+    """One conversion in the plot: its name, bytes, and mean KL in nats."""
+
+    name: str
+    nbytes: float
+    kl: float
+
+
+def size_quality_plot(result: Figures, frame: Frame = WIDE) -> str:
     """Size against mean KL of every candidate, with the noise floor; empty without candidates."""
     if not candidates(result):
         return ""
     points = [
-        (x, y, name)
+        SizePoint(name, part.candidate.bytes, part.kl_mean)
         for name, part in _by_name(result).items()
-        if (x := part.candidate.bytes) is not None
-        and (y := part.kl_mean) is not None
-        and math.isfinite(x)
+        if part.candidate.bytes is not None and part.kl_mean is not None
     ]
-    floor = result.noise_floor.kl_mean or 0.0
+    whole = {d.name for d in decisions(result) if not d.dominated_by and not d.defects}
+    return sizes_plot(points, result.noise_floor.kl_mean or 0.0, whole, frame)
+
+
+def sizes_plot(
+    given: Sequence[SizePoint], floor: float, front: Collection[str] = (), frame: Frame = WIDE
+) -> str:
+    """Points with names, and a line through those of the front; empty for fewer than two.
+
+    floor: the noise floor, in nats, 0 where unknown. front: names of those that nobody dominates.
+    """
+    points = [(p.nbytes, p.kl, p.name) for p in given if math.isfinite(p.nbytes)]
     positive = [y for _, y, _ in points if math.isfinite(y) and y > 0]
     if len(points) < 2 or not positive:
         return ""
@@ -109,71 +128,92 @@ def size_quality_plot(result: Figures) -> str:
     axis = svg.log_axis(drawn, BOTTOM - 30, TOP)
     ticks = _span_ticks(min(x for x, _, _ in points), max(x for x, _, _ in points))
 
-    def place(x: float) -> float:
-        return LEFT + 40 + (x - ticks[0]) / (ticks[-1] - ticks[0]) * (RIGHT - LEFT - 200)
+    margin = 12 if frame.is_narrow else 40
 
-    parts = _grid(axis, ticks, place)
+    def place(x: float) -> float:
+        share = (x - ticks[0]) / (ticks[-1] - ticks[0])
+        return frame.left + margin + share * (frame.right - frame.left - 2 * margin)
+
+    parts = _grid(axis, ticks, place, frame)
     if drawn is not positive:
-        parts.append(svg.polyline([(LEFT, axis(floor)), (RIGHT, axis(floor))], "floor"))
-        parts.append(svg.label(RIGHT, axis(floor) - 5, "noise floor", "legend", "end"))
-    parts += _anchors(axis)
-    front = [d for d in decisions(result) if not d.dominated_by and not d.defects]
+        parts.append(svg.polyline([(frame.left, axis(floor)), (frame.right, axis(floor))], "floor"))
+    told = [(floor, "noise floor")] if drawn is not positive else []
+    limits = [
+        (value, meaning)
+        for value, meaning in ((SMALL, "a good 4-bit file"), (CLEAR, "a good 2-bit file"))
+        if 10.0**axis.low < value < 10.0**axis.high
+    ]
+    for value, _ in limits:
+        parts.append(svg.line(frame.left, axis(value), frame.right, axis(value), "anchor"))
+    taken = []
+    for value, meaning in (*told, *limits):
+        y = axis(value) - 5
+        parts.append(svg.label(frame.right, y, meaning, "legend", "end"))
+        taken.append((frame.right - len(meaning) * svg.CHARACTER_WIDTH, frame.right, y))
     line = [
-        (place(d.size), axis(d.kl) if d.kl > 0 else BOTTOM - 10)
-        for d in front
-        if math.isfinite(d.size) and math.isfinite(d.kl)
+        (place(x), axis(y) if y > 0 else BOTTOM - 10)
+        for x, y, name in sorted(points)
+        if name in front and math.isfinite(y)
     ]
     if len(line) > 1:
         parts.append(svg.polyline(line, "front"))
-    parts += _marks(points, axis, place)
-    return svg.figure(WIDTH, BOTTOM + 52, "Size against mean KL of every candidate", parts)
+    parts += _marks(points, axis, place, frame, taken)
+    return svg.figure(frame.width, BOTTOM + 52, "Size against mean KL of every candidate", parts)
 
 
-def _anchors(axis: svg.LogAxis) -> list[str]:
-    """The limits of the grades, where they fall inside the axis."""
-    parts = []
-    for value, told in ((SMALL, "a good 4-bit file"), (CLEAR, "a good 2-bit file")):
-        if 10.0**axis.low < value < 10.0**axis.high:
-            parts.append(svg.line(LEFT, axis(value), RIGHT, axis(value), "anchor"))
-            parts.append(svg.label(RIGHT, axis(value) - 5, told, "legend", "end"))
-    return parts
+def _marks(
+    points: Sequence[tuple[float, float, str]],
+    axis: svg.LogAxis,
+    place: Any,
+    frame: Frame,
+    taken: list[tuple[float, float, float]],
+) -> list[str]:
+    """Dots with their names, from above: on the right of a dot, in the right half on its left.
 
-
-def _marks(points: Sequence[tuple[float, float, str]], axis: svg.LogAxis, place: Any) -> list[str]:
-    """Dots with their names, from above.
-
-    A name that would touch a higher one moves down, or up at the foot of the plot.
+    A name that would touch another, a dot, or what is `taken` (x from, to, baseline), moves down,
+    or up at the foot of the plot.
     """
 
     def height_of(y: float) -> float:
         return TOP - 8 if not math.isfinite(y) else axis(y) if y > 0 else BOTTOM - 10
 
-    parts, taken = [], list[tuple[float, float]]()
+    parts = []
+    taken += [(place(x) - 6, place(x) + 6, height_of(y) + 4) for x, y, _ in points]
     for x, y, whole in sorted(points, key=lambda point: height_of(point[1])):
         at, height = place(x), height_of(y)
-        name = svg.shorten(whole, 20)
+        name = svg.shorten(whole, 16 if frame.is_narrow else 20)
         tip = f"{whole}: {size(x)}, mean KL {plain(y, 3)} nats"
         parts.append(svg.circle(at, height, 5, "local", tip))
+        side, width = (-1 if at > frame.middle else 1), 10 + len(name) * svg.CHARACTER_WIDTH
+        first, last = sorted((at + 8 * side, at + side * width))
         line = height + 4
-        while any(abs(at - a) < 150 and abs(line - b) < _LABEL_HEIGHT for a, b in taken):
+        while any(first < b and a < last and abs(line - h) < _LABEL_HEIGHT for a, b, h in taken):
             line += _LABEL_HEIGHT if height < BOTTOM - 4 * _LABEL_HEIGHT else -_LABEL_HEIGHT
-        taken.append((at, line))
-        parts.append(svg.label(at + 10, max(line, 10), name, "legend", "start"))
+        taken.append((first, last, line))
+        anchor = "start" if side > 0 else "end"
+        parts.append(svg.label(at + 10 * side, max(line, 10), name, "legend", anchor))
     return parts
 
 
-def _grid(axis: svg.LogAxis, ticks: Sequence[float], place: Any) -> list[str]:
+def _grid(axis: svg.LogAxis, ticks: Sequence[float], place: Any, frame: Frame) -> list[str]:
+    left, right = frame.left, frame.right
     parts = [svg.label(4, 22, "mean KL (nats)", "axis", anchor="start")]
     for value, shown in axis.ticks():
-        parts.append(svg.line(LEFT, axis(value), RIGHT, axis(value), "grid"))
-        parts.append(svg.label(LEFT - 8, axis(value) + 4, shown, anchor="end"))
-    parts.append(svg.line(LEFT, BOTTOM - 20, RIGHT, BOTTOM - 20, "break"))
-    parts.append(svg.label(LEFT - 8, BOTTOM - 6, "0 exact", anchor="end"))
-    parts.append(svg.line(LEFT, BOTTOM, RIGHT, BOTTOM, "frame"))
-    for tick in ticks:
+        parts.append(svg.line(left, axis(value), right, axis(value), "grid"))
+        parts.append(svg.label(left - 8, axis(value) + 4, shown, anchor="end"))
+    parts.append(svg.line(left, BOTTOM - 20, right, BOTTOM - 20, "break"))
+    parts.append(
+        svg.label(left - 8, BOTTOM - 6, "0" if frame.is_narrow else "0 exact", anchor="end")
+    )
+    parts.append(svg.line(left, BOTTOM, right, BOTTOM, "frame"))
+    every = 2 if frame.is_narrow and len(ticks) > 4 else 1
+    for number, tick in enumerate(ticks):
         parts.append(svg.line(place(tick), BOTTOM, place(tick), BOTTOM + 5, "frame"))
-        parts.append(svg.label(place(tick), BOTTOM + 20, size(tick)))
-    parts.append(svg.label((LEFT + RIGHT) / 2, BOTTOM + 42, "size", "axis"))
+        if number % every == 0:
+            shown = size(tick)
+            edge = frame.width - len(shown) * svg.CHARACTER_WIDTH / 2
+            parts.append(svg.label(min(place(tick), edge), BOTTOM + 20, shown))
+    parts.append(svg.label(frame.middle, BOTTOM + 42, "size", "axis"))
     return parts
 
 

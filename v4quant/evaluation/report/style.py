@@ -1,8 +1,8 @@
 """The report's style sheet: one set of colour names, a value for light and one for dark each.
 
 The two series differ in shape as well as in colour, and alarms carry a word or a sign, so that
-nothing depends on seeing red. Plots keep a minimum width and scroll sideways on narrow screens
-rather than shrink their labels.
+nothing depends on seeing red. Every plot is there twice: a narrow screen shows the one that was
+drawn for it, so that no label shrinks and nothing scrolls sideways.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ th{font-weight:600;font-size:13px;color:var(--soft);vertical-align:bottom}
 .name+.name{min-width:6em}
 td:not(.name){white-space:nowrap}
 pre{background:var(--panel);padding:12px 16px;white-space:pre-wrap;overflow-wrap:anywhere}
-svg{display:block;width:100%;min-width:760px;height:auto;fill:var(--ink);font-size:12px}
+svg{display:block;width:100%;height:auto;fill:var(--ink);font-size:12px}
 text{fill:var(--ink)}.tick{fill:var(--soft)}.axis{fill:var(--ink);font-size:13px}
 .alarm{fill:var(--alarm);font-weight:600}
 .grid{stroke:var(--rule)}.frame{stroke:var(--soft)}
@@ -68,6 +68,8 @@ text{fill:var(--ink)}.tick{fill:var(--soft)}.axis{fill:var(--ink);font-size:13px
 a{color:var(--local)}
 details{margin:8px 0}summary{cursor:pointer;padding:6px 0;overflow-wrap:anywhere}
 dt{font-weight:600;margin-top:8px}dd{margin:0 0 4px;max-width:80ch}
+.on-narrow{display:none;max-width:520px}
+@media(max-width:800px){.on-narrow{display:block}.on-wide{display:none}}
 @media(max-width:640px){
 main{padding:16px 12px 40px}
 thead{display:none}
@@ -79,8 +81,5 @@ td.name{min-width:0;text-align:left;font-weight:600}
 td[data-label]:before{content:attr(data-label);color:var(--soft);font-weight:400;text-align:left;
 flex:0 0 45%}
 td:empty{display:none}
-.plot:before{content:"The chart is wider than the screen: move it sideways.";display:block;
-color:var(--soft);font-size:13px}
-.plot{border:1px solid var(--rule);border-radius:4px;padding:4px}
 }
 """

@@ -8,12 +8,36 @@ drawn with paths or transforms, so a test can read every coordinate back.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from v4quant.evaluation.report.text import escape_html, plain
 
 CHARACTER_WIDTH = 6.6  # of the 12-unit label font, on the wide side
+LEGEND_HEIGHT = 18.0
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The room a plot is drawn in, in units: width, and where its axes begin and end."""
+
+    width: float
+    left: float
+    right: float
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether it is for a telephone's screen, where words must be few."""
+        return self.width < 600
+
+    @property
+    def middle(self) -> float:
+        """Half way between the ends of the axes."""
+        return (self.left + self.right) / 2
+
+
+WIDE = Frame(960.0, 76.0, 944.0)
+NARROW = Frame(352.0, 54.0, 346.0)  # drawn one to one on a screen of 390
 
 
 def rect(x: float, y: float, width: float, height: float, css: str, title: str = "") -> str:
@@ -62,6 +86,40 @@ def figure(width: float, height: float, description: str, parts: Sequence[str]) 
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
         f'aria-label="{escape_html(description)}">\n{body}\n</svg>'
     )
+
+
+def standalone(drawing: str, style: str) -> str:
+    """A drawing as a file of its own, with its style and background; "" stays "".
+
+    As an image it follows the system's light or dark setting.
+    """
+    if not drawing:
+        return ""
+    opening, _, rest = drawing.partition(">")
+    named = opening.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    ground = '<rect width="100%" height="100%" style="fill:var(--page)"/>'
+    return f"{named}>\n<style>{escape_html(style)}</style>\n{ground}{rest}\n"
+
+
+def legend(
+    entries: Sequence[tuple[Callable[[float, float], str], str]],
+    frame: Frame,
+    y: float,
+    start: float | None = None,
+) -> tuple[list[str], float]:
+    """Marks with their meanings in rows that fit the frame, and the height of rows after the first.
+
+    entries: what draws a mark of 14 units from (x, y) on, and its text. start: where rows begin.
+    """
+    first = frame.left if start is None else start
+    parts, x, base = [], first, y
+    for mark, meaning in entries:
+        width = 20 + len(meaning) * CHARACTER_WIDTH
+        if x > first and x + width > frame.width:
+            x, y = first, y + LEGEND_HEIGHT
+        parts += [mark(x, y), label(x + 20, y, meaning, "legend", "start")]
+        x += width + 18
+    return parts, y - base
 
 
 def shorten(name: str, characters: int) -> str:
