@@ -76,6 +76,14 @@ def explain(
     return _rows(mine, right)
 
 
+def explain_values(mine: Tensor, right: Tensor, error: float) -> str:
+    """As `explain`, for values at hand: zeros, one factor, or few rows. `[N, K]` float32."""
+    if not bool(mine.any()):
+        return "its values are all zero"
+    told = _factor(mine, right, _EXPLAINED * error)
+    return told or (_rows(mine, right) if mine.shape[0] > 1 else "")
+
+
 def _other_matrix(
     reference: Checkpoint, name: TensorName, others: Sequence[str]
 ) -> Callable[[Tensor, Tensor, float], str]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from v4quant_calibration.evaluation.other_tensors import differences
 from v4quant_calibration.evaluation.weight_defects import explain, ratio, squares
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import TensorName, expert_module, parse_name
@@ -104,7 +105,7 @@ def compare_weights(
     reference: Checkpoint, candidates: Sequence[Checkpoint], progress: Progress
 ) -> list[WeightComparison]:
     """Compare every linear matrix of the reference, its embedding and its head, with each
-    candidate's.
+    candidate's, and find what else differs (`other_tensors.py`).
 
     Trunk and drafts; modules a candidate lacks (dropped drafts) are passed over. Each reference
     matrix is decoded once for the measurement. Memory: one matrix of the reference and one
@@ -230,6 +231,7 @@ def _judge_all(
         group, found = _judge(where, members, reference, candidate)
         groups.append(group)
         findings += found
+    findings += [Finding(*told) for told in differences(reference, candidate)]
     return WeightComparison(tuple(groups), tuple(findings))
 
 

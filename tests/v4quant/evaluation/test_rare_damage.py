@@ -56,7 +56,41 @@ def lost_row(checkpoint: EditableCheckpoint) -> str:
     return f"head.*row {TOKEN}"
 
 
-@pytest.mark.parametrize("damage", [scaled_row, swapped_rows, lost_row])
+def scaled_norm(checkpoint: EditableCheckpoint) -> str:
+    """Two percent on a norm: less than another order of sums does to any prediction."""
+    name = "layers.1.attn_norm.weight"
+    checkpoint[name] = stored((values(checkpoint[name]).float() * 1.02).bfloat16())
+    return f"{name}.*multiplied by 1.02"
+
+
+def swapped_experts_of_the_router(checkpoint: EditableCheckpoint) -> str:
+    name = "layers.3.ffn.gate.weight"
+    rows = values(checkpoint[name]).clone()
+    rows[[1, 2]] = rows[[2, 1]]
+    checkpoint[name] = stored(rows)
+    return name
+
+
+def other_route(checkpoint: EditableCheckpoint) -> str:
+    name = "layers.0.ffn.gate.tid2eid"
+    table = checkpoint[name]
+    data = bytearray(table.data)
+    data[8 * 2 * TOKEN] ^= 1
+    checkpoint[name] = StoredTensor(table.dtype, table.shape, bytes(data))
+    return f"{name}.*1 of its entries"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        scaled_row,
+        swapped_rows,
+        lost_row,
+        scaled_norm,
+        swapped_experts_of_the_router,
+        other_route,
+    ],
+)
 def test_it_is_found_and_the_row_is_named(
     damage: Callable[[EditableCheckpoint], str], text: Path, tmp_path: Path
 ) -> None:
