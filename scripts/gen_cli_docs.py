@@ -63,8 +63,9 @@ corpus = ["builtin:mixed-heldout"]
 tokens = 16384
 ```
 
-Conversions that calibration solves are solved one after the other, each with its own passes over
-the text; the others share the statistics.
+Conversions that are not solved use the statistics of the first that is. Where the file names no
+`solver`, codes are solved if this machine does it within a day (`gptq`), and searched otherwise
+(`optimal`); the hours, and what another `--effort` takes and loses, are printed before work begins.
 """
 
 INTRODUCTION = """\

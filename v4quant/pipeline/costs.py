@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from v4quant.api.arguments import source_of
 from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.pipeline.recipe_file import CorpusStep, Pipeline, Rung, load_pipeline
+from v4quant.planner.candidates import is_exact
 from v4quant.planner.choices import Effort
 from v4quant.planner.effort import (
     cost_at,
@@ -18,6 +19,7 @@ from v4quant.planner.effort import (
     level_of,
 )
 from v4quant.planner.footprint import Outline, footprint, outline_checkpoint
+from v4quant.planner.loss import known_loss
 from v4quant.source import open_source
 from v4quant_kernels.scheme import get_scheme
 
@@ -50,8 +52,7 @@ def plan_run(
     pipeline, cores = load_pipeline(recipe, model), workers or os.cpu_count() or 1
     with open_source(source_of(pipeline.source), headers_only=True) as source:
         outline = outline_checkpoint(source)
-    if effort is not None:
-        pipeline = with_effort(pipeline, outline, effort, cores)
+    pipeline = with_effort(pipeline, outline, effort, cores)
     steps = list(expected_costs(pipeline, outline, cores))
     if (step := pipeline.calibrate) is not None:
         steps.insert(0, f"calibrate on {_text(step)}{_together(pipeline)}")
@@ -103,23 +104,31 @@ def _source_reads(pipeline: Pipeline) -> str:
     return f"in all the source is read at least {sum(n for n, _ in reads)} times: {told}"
 
 
-def with_effort(pipeline: Pipeline, outline: Outline, effort: Effort, cores: int) -> Pipeline:
-    """The pipeline with the solver, and the text, that `effort` allows for each conversion."""
+def with_effort(
+    pipeline: Pipeline, outline: Outline, effort: Effort | None, cores: int
+) -> Pipeline:
+    """The pipeline with the solver, and the text, that `effort` allows for each conversion.
+
+    Without an effort what the file names stays, and the rest is chosen as by "hours", on as much
+    text as the file says.
+    """
     rungs, step = [], pipeline.calibrate
     for rung in pipeline.rungs:
         scheme = get_scheme(rung.recipe.scheme)
-        if not is_solved(scheme):
+        exact = not is_solved(scheme) or is_exact(outline, scheme.name)
+        if exact or (effort is None and rung.names_solver):
             rungs.append(rung)
             continue
         nbytes = footprint(outline, rung.recipe).total
-        level = cost_of(outline, scheme, nbytes, effort, cores, exact=False).level
-        rungs.append(
-            Rung(rung.name, replace(rung.recipe, solver="gptq" if level.solves else "optimal"))
-        )
-        if level.tokens:
-            step = step or CorpusStep((MIXED_CALIBRATION,), seq_len=_SEQ_LEN)
-            propagate = "--no-propagate" not in level.options
-            step = replace(step, tokens=max(level.tokens, step.tokens or 0), propagate=propagate)
+        level = cost_of(outline, scheme, nbytes, effort or "hours", cores, exact=False).level
+        solver = "gptq" if level.solves else "optimal"
+        rungs.append(replace(rung, recipe=replace(rung.recipe, solver=solver)))
+        if not level.tokens:
+            continue
+        step = step or CorpusStep((MIXED_CALIBRATION,), seq_len=_SEQ_LEN)
+        if effort is not None or pipeline.calibrate is None:
+            step = replace(step, tokens=max(level.tokens, step.tokens or 0))
+        step = replace(step, propagate="--no-propagate" not in level.options)
     return replace(pipeline, rungs=tuple(rungs), calibrate=step)
 
 
@@ -133,8 +142,29 @@ def expected_costs(pipeline: Pipeline, outline: Outline, cores: int) -> list[str
         lines.append(
             f"{rung.name}: {_size(nbytes)}{larger}, about {hours_text(hours)} on {cores} "
             f"cores by solver {rung.recipe.solver}"
+            f"{_otherwise(outline, rung, pipeline.calibrate, nbytes, cores)}"
         )
     return lines
+
+
+def _otherwise(
+    outline: Outline, rung: Rung, step: CorpusStep | None, nbytes: int, cores: int
+) -> str:
+    """What less or more effort would take, and what is known of its loss."""
+    recipe = rung.recipe
+    scheme, solves = get_scheme(recipe.scheme), recipe.solver == "gptq"
+    if not is_solved(scheme) or is_exact(outline, recipe.scheme):
+        return ""
+    effort: Effort = "minutes" if solves else "best"
+    other = cost_of(outline, scheme, nbytes, effort, cores, exact=False)
+    propagates = step is None or step.propagate
+    solver = "optimal" if not solves else "propagated" if propagates else "refined"
+    own = known_loss(recipe.scheme, solver, exact=False).kl
+    kl = known_loss(recipe.scheme, other.level.solver, exact=False).kl
+    told = f"; --effort {effort} takes {hours_text(other.hours)}"
+    if not own or kl is None:
+        return told
+    return f"{told} and has {kl / own:.2g} times the KL (on the tiny model)"
 
 
 def _cost(outline: Outline, rung: Rung, step: CorpusStep | None, nbytes: int, cores: int) -> float:

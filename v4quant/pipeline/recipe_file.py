@@ -41,7 +41,8 @@ KEYS: dict[str, dict[str, str]] = {
         "on_inexact": "when a cast cannot hold a value: `nearest`, `keep` or `refuse`",
         "unknown": "tensors no release has: `refuse`, or `copy` byte for byte",
         "engine": "write what this engine wants: `neutral`, `vllm` or `sglang`",
-        "solver": "how codes are found: `rtn`, `optimal`, or `gptq`, which calibration solves",
+        "solver": "how codes are found: `rtn`, `optimal`, or `gptq`, which calibration solves; by "
+        "default `gptq` where this machine does it within a day, else `optimal`",
         "dense": "type of the dense matrices, for gguf",
         "engram": "type of V4.1's n-gram tables, for gguf",
         "split_size": "largest file, like 45GB, for gguf",
@@ -99,10 +100,14 @@ class VerifyStep:
 
 @dataclass(frozen=True)
 class Rung:
-    """One conversion of a run. name: of its folder, and behind its repository's, in a ladder."""
+    """One conversion of a run. name: of its folder, and behind its repository's, in a ladder.
+
+    names_solver: whether the file says how codes are found; else the machine's time decides.
+    """
 
     name: str
     recipe: Recipe
+    names_solver: bool = True
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,7 @@ def _rungs(tables: Any, path: Path) -> tuple[Rung, ...]:
             )
         if name.lower() in {r.name.lower() for r in rungs}:
             raise RecipeError(f"{where}: two conversions are called '{name}'; give one a name")
-        rungs.append(Rung(name, recipe))
+        rungs.append(Rung(name, recipe, "solver" in table))
     return tuple(rungs)
 
 

@@ -112,7 +112,8 @@ def run(
 
     Results go to `out`: the checkpoint in `checkpoint/` (of a ladder, each in a folder of its
     name), statistics, evaluation and report beside it. effort: choose the solver and the text to
-    calibrate on by how long they may take, instead of what the file says. The same call again
+    calibrate on by how long they may take, instead of what the file says; a conversion whose solver
+    the file does not name is solved where this machine does it within a day. The same call again
     resumes, and repeats nothing that is done except verification. workers: threads of the
     conversion. threads: of passes and solvers.
 
@@ -130,11 +131,11 @@ def run(
         arithmetic_threads(threads),
         open_source(where, scratch, disk, tokenizer=words) as source,
     ):
-        if effort is not None:
-            pipeline = with_effort(pipeline, outline_checkpoint(source), effort, _cores(workers))
+        outline, cores = outline_checkpoint(source), _cores(workers)
+        pipeline = with_effort(pipeline, outline, effort, cores)
         targets = _targets(pipeline, folder)
         made = {t.name: _may_be_made(t, source) for t in targets}
-        for line in expected_costs(pipeline, outline_checkpoint(source), _cores(workers)):
+        for line in expected_costs(pipeline, outline, cores):
             job.watcher.note(line)
         evidence = _calibrate_all(job, pipeline, targets, source)
         done, shares = [], {}

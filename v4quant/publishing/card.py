@@ -20,7 +20,12 @@ from v4quant.evaluation.report import svg
 from v4quant.evaluation.report.candidates import SizePoint, sizes_plot
 from v4quant.evaluation.report.probes import draft_table
 from v4quant.evaluation.report.style import STYLE
-from v4quant.evaluation.report.tables import Table, distribution_table, summary_table
+from v4quant.evaluation.report.tables import (
+    Table,
+    distribution_table,
+    summary_table,
+    verdict_text,
+)
 from v4quant.evaluation.report.text import count, escape_markdown
 from v4quant.hub.errors import HubError
 from v4quant.publishing.needs import memory_table
@@ -241,7 +246,7 @@ def _quality(evaluation: Figures | None) -> str:
     if evaluation is None:
         return "Not evaluated. No figure about this conversion's outputs has been measured."
     parts = []
-    verdict = visible(evaluation.verdict.text)
+    verdict = visible(verdict_text(evaluation))
     if verdict:
         parts.append(f"**{escape_markdown(verdict)}**")
     for build in (summary_table, distribution_table, draft_table):

@@ -144,8 +144,8 @@ def judge(kl: Tensor, floor: Tensor, block: Tensor) -> Verdict:
     mean, base = float(kl.mean()), float(floor.mean())
     worst = tuple(sorted(stretches, key=lambda s: -s.kl_mean)[:_WORST_LISTED])
     if not bool((kl > 0).any()):
-        text = "Every prediction is the source's, to the last bit."
-        return Verdict("identical", False, 1.0, 1.0, 0, count, text, worst)
+        text = "On this text every prediction is the source's, to the last bit."
+        return Verdict("identical", False, 1.0, 1.0, 0, count, text, ())
     ours, floors = (_figures(values, block) for values in (kl, floor))
     d = {name: _log_ratio(ours[name], floors[name]) for name in ours}
     everywhere = _TESTS * min(signed_rank(d[name]) for name in ("mean", "median", "largest"))

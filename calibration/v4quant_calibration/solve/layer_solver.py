@@ -34,6 +34,7 @@ from v4quant_calibration.solve.dense_solver import DenseSolver, source_matrix
 from v4quant_calibration.solve.models import InputKeeper
 from v4quant_calibration.solve.settings import SolveSettings
 from v4quant_calibration.solve.solution import stage_file
+from v4quant_calibration.solve.solving_bar import SolvingBar
 from v4quant_calibration.solve.stage_writer import StageWriter
 from v4quant_calibration.solve.team import ALONE, Team
 from v4quant_calibration.statistics.collect import MomentObserver
@@ -42,7 +43,6 @@ from v4quant_formats.deepseek_v4 import PROJECTIONS, expert_module
 from v4quant_formats.model_config import ModelConfig
 from v4quant_formats.weights import find_weight
 from v4quant_kernels.codec import dequantize
-from v4quant_kernels.progress import Progress
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import Scheme
 
@@ -100,7 +100,7 @@ class LayerSolver(MomentObserver):
         options: ForwardOptions,
         params: Params,
         reference: InputKeeper | None,
-        progress: Progress,
+        bar: SolvingBar,
         team: Team = ALONE,
     ) -> None:
         """params: of the model that streams. reference: keeper of the original's inputs, None
@@ -110,7 +110,7 @@ class LayerSolver(MomentObserver):
         self._checkpoint, self._config = checkpoint, config
         self._settings = settings
         self._folder, self._options, self._reference = folder, options, reference
-        self._progress = progress
+        self._bar = bar
         self._team = team
         self._dense = DenseSolver(
             checkpoint, config, settings, folder, options, params, reference, team
@@ -124,8 +124,9 @@ class LayerSolver(MomentObserver):
         """Solve the layer, unless its file is there."""
         experts = self._config.facts(layer).experts
         if self._team.agree(stage_file(self._folder, layer).exists()):
-            self._progress.advance(experts)
+            self._bar.passed()
             return
+        self._bar.begin()
         team, own = self._team, x
         x, expert_ids, weights = (team.gather(t) for t in (x, expert_ids, weights))
         original = x
@@ -148,7 +149,7 @@ class LayerSolver(MomentObserver):
             step = self._batch()
             for first in range(0, len(routed), step):
                 self._solve_group(given, routed[first : first + step], schemes, writer)
-                self._progress.advance(team.size * len(routed[first : first + step]))
+                self._bar.solved(team.size * len(routed[first : first + step]))
             if len(routed) < len(names):
                 self._solve_group(given, [shared_expert(layer)], schemes, writer)
         except BaseException:

@@ -52,6 +52,7 @@ from v4quant_calibration.solve.solution import (
     load_solution,
     stage_file,
 )
+from v4quant_calibration.solve.solving_bar import SolvingBar
 from v4quant_calibration.solve.stage_writer import remove_parts
 from v4quant_calibration.solve.team import ALONE, Team
 from v4quant_calibration.statistics.collect import OpenRoom, all_in_memory
@@ -136,8 +137,12 @@ def solve_several(
     team.barrier()
     everything, windows = windows, team.windows(windows)
     assert windows, f"{len(everything)} windows are too few for {team.size} ranks"
-    experts = sum(config.facts(s).experts for s in stages)
-    progress.start("Solving", len(targets) * experts, "expert")
+    open_layers = [s for t in targets for s in stages if not stage_file(t.folder, s).exists()]
+    bar = SolvingBar(
+        progress,
+        len(targets) * len(stages) - len(open_layers),
+        sum(config.facts(s).experts for s in open_layers),
+    )
     keeper = InputKeeper() if propagate else None
     original = CheckpointParams(checkpoint, device)
     with ExitStack() as stack:
@@ -152,7 +157,7 @@ def solve_several(
         options = replace(room.options, expert_tokens=None)  # a layer is solved on all its rows
         solvers = [
             LayerSolver(
-                checkpoint, config, stages, t.settings, t.folder, options, params, keeper, progress,
+                checkpoint, config, stages, t.settings, t.folder, options, params, keeper, bar,
                 team,
             )
             for t, params in zip(targets, converted, strict=True)

@@ -36,7 +36,7 @@ from v4quant_formats.weight_reading import read_weight
 from v4quant_formats.weights import find_weight
 from v4quant_kernels.codec import dequantize
 from v4quant_kernels.errors import UnsupportedScheme
-from v4quant_kernels.progress import SilentProgress
+from v4quant_kernels.progress import Progress, SilentProgress
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import SCHEMES
 
@@ -312,6 +312,20 @@ def test_files_must_be_those_that_were_solved(
         ask(folder)
 
 
+class Bars(SilentProgress):
+    """What a bar would show: label, total and how far it came."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int, int]] = []
+
+    def start(self, label: str, total: int, unit: str) -> None:
+        self.told.append((label, total, 0))
+
+    def advance(self, amount: int) -> None:
+        label, total, done = self.told.pop()
+        self.told.append((label, total, done + amount))
+
+
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lengths of all reads of the source's tensors from now on."""
     seen, read = list[int](), LocalShards.read_into
@@ -341,9 +355,9 @@ def test_several_targets_share_one_pass(
     apart = sum(seen)
     targets = [SolveTarget(s, tmp_path / f"{s.scheme.name}-2") for s in wanted]
 
-    def together() -> None:
+    def together(progress: Progress) -> None:
         for one in solve_several(
-            checkpoint, CONFIG, windows, ForwardOptions(), 8, targets, SilentProgress()
+            checkpoint, CONFIG, windows, ForwardOptions(), 8, targets, progress
         ):
             one.close()
 
@@ -360,10 +374,12 @@ def test_several_targets_share_one_pass(
     with monkeypatch.context() as patch:
         patch.setattr(StageWriter, "close", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            together()
+            together(SilentProgress())
     seen.clear()
-    together()
+    bars = Bars()
+    together(bars)
     assert sum(seen) < 0.85 * apart
+    assert bars.told[-1][0] == "Solving" and all(total == done for _, total, done in bars.told)
     for target in targets:
         alone = tmp_path / target.settings.scheme.name
         names = {p.name for p in target.folder.iterdir()}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import v4quant
 from tests.support.conversion import TINY, folder_bytes
 from v4quant.cli import cli
-from v4quant.pipeline.costs import with_effort
+from v4quant.pipeline.costs import expected_costs, with_effort
 from v4quant.pipeline.recipe_file import load_pipeline
 from v4quant.planner.footprint import outline_release
 from v4quant.recipe import RecipeError
@@ -26,9 +26,11 @@ source = "SOURCE"
 corpus = ["FOLDER/calibration.safetensors"]
 [[quantize]]
 scheme = "int4-g128"
+solver = "optimal"
 [[quantize]]
 name = "small"
 scheme = "int2-g128"
+solver = "optimal"
 [evaluate]
 corpus = ["FOLDER/heldout.safetensors"]
 """
@@ -120,6 +122,15 @@ def test_effort_chooses_the_solver_by_the_hours_it_takes(tmp_path: Path) -> None
     assert solvers["minutes", 64] == {"optimal"}
     assert solvers["hours", 64] == {"gptq"} and solvers["hours", 2] == {"optimal"}
     assert solvers["best", 2] == {"gptq"}
+    assert with_effort(pipeline, flash, None, 64) == pipeline, "the file names its solver"
+    open_file = write(tmp_path, LADDER.replace('solver = "optimal"\n', ""))
+    undecided = load_pipeline(str(open_file))
+    for cores, solver in ((2, "optimal"), (64, "gptq")):
+        chosen = with_effort(undecided, flash, None, cores)
+        assert {r.recipe.solver for r in chosen.rungs} == {solver}
+        lines = expected_costs(chosen, flash, cores)
+        other = "minutes" if solver == "gptq" else "best"
+        assert all(f"--effort {other} takes" in line and "times the KL" in line for line in lines)
     best = with_effort(pipeline, flash, "best", 2).calibrate
     quick = with_effort(pipeline, flash, "hours", 64).calibrate
     assert best is not None and quick is not None

@@ -182,7 +182,7 @@ def write_run(folder: Path, scheme: str = "int4-g128", floor: int = 32, extra: s
     file.write_text(
         f'source = "{TINY}"\n'
         f'[calibrate]\ncorpus = ["{folder}/calibration.safetensors"]\nmin_tokens = {floor}\n'
-        f'[quantize]\nscheme = "{scheme}"\n'
+        f'[quantize]\nscheme = "{scheme}"\nsolver = "optimal"\n'
         f"[verify]\nkernels = false\n"
         f'[evaluate]\ncorpus = ["{folder}/heldout.safetensors"]\n{extra}'
     )
@@ -236,7 +236,7 @@ def test_statistics_reach_the_conversion(first: tuple[Path, Path, Result], tmp_p
 def test_a_run_solves(tmp_path: Path) -> None:
     """Solver gptq: calibration leaves a solution, the conversion packs it, a rerun reuses it."""
     file = write_run(tmp_path / "in", "int3-g128")
-    text = file.read_text().replace('int3-g128"', 'int3-g128"\nsolver = "gptq"')
+    text = file.read_text().replace('"optimal"', '"gptq"')
     file.write_text(text.partition("[verify]")[0] + "[verify]\nkernels = false\n")
     out = tmp_path / "out"
     result = run(file, out)

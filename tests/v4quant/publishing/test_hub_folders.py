@@ -303,7 +303,7 @@ def test_the_whole_pipeline_between_repositories(
     plain_hub.add_repo(SOURCE, files, license="mit")
     (tmp_path / "run.toml").write_text(
         f'source = "hf://{SOURCE}"\ntarget = "hf://{TARGET}"\n'
-        '[quantize]\nscheme = "int4-g32"\n[verify]\n'
+        '[quantize]\nscheme = "int4-g32"\nsolver = "optimal"\n[verify]\n'
         '[evaluate]\ncorpus = ["builtin:heldout"]\ntokens = 32\nseq_len = 16\n'
     )
     cap = 3 * max(len(d) for d in files.values())

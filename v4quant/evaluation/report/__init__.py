@@ -40,6 +40,7 @@ from v4quant.evaluation.report.tables import (
     metric,
     run_table,
     summary_table,
+    verdict_text,
 )
 from v4quant.evaluation.report.text import (
     count,
@@ -201,7 +202,7 @@ def render_markdown(result: Figures) -> str:
     findings = findings_table(result)
     if findings is not None:
         parts.append(_table_markdown(findings))
-    verdict = text(result.verdict.text)
+    verdict = verdict_text(result)
     if verdict:
         parts.append(f"**{escape_markdown(verdict)}**")
     parts.append(_metrics_markdown(result))
@@ -251,11 +252,11 @@ def _verdict(result: Figures) -> str:
     lines = []
     for index, (name, part) in enumerate(zip(_names(result), everyone, strict=True), 1):
         verdict = part.verdict
-        above, told = verdict.above_floor, text(verdict.text)
+        above, told = verdict.above_floor, verdict_text(part)
         if above is None and not told:
             continue
         css = "" if above is None else "differs" if above else "same"
-        if text(verdict.grade).startswith("damaged"):
+        if part.findings or text(verdict.grade).startswith("damaged"):
             css = "damaged"
         strong = f"<strong>{escape_html(name)}.</strong> " if several else ""
         link = ""

@@ -160,6 +160,17 @@ def _edge(band: Band, key: str) -> str:
     return "" if share is None else f"{100 * share:g}"
 
 
+def verdict_text(part: Figures) -> str:
+    """A candidate's verdict in words: damaged weights first, for no text excuses them."""
+    told = text(part.verdict.text)
+    if not part.findings:
+        return told
+    first, more = part.findings[0], len(part.findings) - 1
+    others = f" and {more:,} more" if more else ""
+    damage = f"Suspected damage in {text(first.where)}{others}: look before you use it."
+    return f"{damage} By its predictions alone: {told}" if told else damage
+
+
 def findings_table(result: Figures) -> Table | None:
     """Suspected defects in the weights of every candidate."""
     others = result.others
