@@ -144,7 +144,8 @@ def _serve(candidate: Candidate, machine: Machine, out: str, name: str) -> tuple
     options = " ".join(candidate.options)
     if candidate.engine == "vllm":
         return (*candidate.before, f"vllm serve {_q(out)} {options}")
-    flag = _BACKENDS["cpu" if machine.card is None else machine.unified or _maker(machine)]
+    backend = machine.unified or ("amd" if machine.is_amd else "")
+    flag = _BACKENDS["cpu" if machine.card is None else backend]
     build = tuple(line.format(flag=flag) for line in _BUILD)
     server = f"llama.cpp/build/bin/llama-server -m {_model_file(candidate, out, name)} {options}"
     return (*build, *candidate.before, server)
@@ -157,11 +158,6 @@ def _model_file(candidate: Candidate, out: str, name: str) -> str:
         return f"{_q(out)}/{_q(name)}-*{part}.gguf"
     stem = f"{name}-{quant_label(candidate.recipe.scheme)}"
     return _q(f"{out}/{part_names(stem, candidate.files)[0]}")
-
-
-def _maker(machine: Machine) -> str:
-    assert machine.card is not None
-    return "amd" if machine.card.name.startswith(("7900", "mi300")) else ""
 
 
 def _gpu(machine: Machine) -> str:

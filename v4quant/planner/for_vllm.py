@@ -23,7 +23,7 @@ from v4quant.planner.candidates import (
 from v4quant.planner.effort import cost_of
 from v4quant.planner.footprint import Footprint, Outline, footprint
 from v4quant.planner.loss import KnownLoss
-from v4quant.planner.machines import GIB
+from v4quant.planner.machines import GIB, Machine
 from v4quant.recipe import Recipe
 from v4quant_formats.engines.engine import V4_ATTENTION
 from v4quant_formats.layouts.table import LAYOUTS
@@ -41,9 +41,7 @@ _FORMATS = (("compressed-tensors", "vllm"),)
 def candidates(outline: Outline, request: Request) -> tuple[list[Candidate], list[str]]:
     machine = request.machine
     if machine.card is None or not vllm.has_attention(machine):
-        return [], [
-            f"vllm: has attention kernels for DeepSeek-V4 on {', '.join(V4_ATTENTION)} only"
-        ]
+        return [], [_no_attention(machine)]
     config = parse_model_config(dict(outline.config), f"{outline.label}: config.json")
     if not vllm.parts_of(machine, config):
         return [], ["vllm: this model divides over 1, 2, 4 or 8 cards"]
@@ -62,6 +60,15 @@ def candidates(outline: Outline, request: Request) -> tuple[list[Candidate], lis
         f"{_more_cards(request, config, smallest, SCHEMES[_scheme_of(outline, files[-1][0])])}"
         f"{beside}"
     ]
+
+
+def _no_attention(machine: Machine) -> str:
+    if machine.is_amd:
+        return (
+            "vllm, sglang: not examined on AMD's cards; their ROCm builds may serve the release as "
+            "it is, with nothing to convert: see their documents first"
+        )
+    return f"vllm: has attention kernels for DeepSeek-V4 on {', '.join(V4_ATTENTION)} only"
 
 
 def _scheme_of(outline: Outline, recipe: Recipe | None) -> str:

@@ -71,6 +71,11 @@ class Machine:
         return "" if self.card is None else self.card.generation
 
     @property
+    def is_amd(self) -> bool:
+        """Whether its cards are AMD's."""
+        return self.card is not None and self.card.name.startswith(("7900", "mi300"))
+
+    @property
     def title(self) -> str:
         """The machine in words."""
         if self.card is None:

@@ -88,6 +88,8 @@ def test_a100s_are_llama_cpps() -> None:
     answer = ask("flash", "8xa100")
     assert {c.engine for c in answer.candidates} == {"llama.cpp"}
     assert any("attention kernels" in r for r in answer.remedies)
+    told = ask("flash", "8xmi300x").remedies  # what was not examined is not denied
+    assert any("ROCm" in r for r in told) and not any("only" in r for r in told)
 
 
 def test_pro_on_eight_h200_is_the_release_and_on_h100_is_not() -> None:
