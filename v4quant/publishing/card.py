@@ -282,11 +282,16 @@ def _done(manifest: Mapping[str, Any], records: Sequence[TensorRecord]) -> str:
             f"weights: {sum(losses) / len(losses):.4f} on average, {max(losses):.4f} at worst."
         )
     lines.append(exact)
-    if manifest.get("stats"):
-        lines.append(
-            "The search weighed errors by statistics of the experts' inputs (SHA-256 of the "
-            f"statistics: {_code(str(manifest['stats'])[:64])})."
+    if digest := manifest.get("stats"):
+        solved = section(manifest, "recipe").get("solver") == "gptq"
+        how = (
+            "The codes were solved with error feedback while sample text passed through the model "
+            "(digest of the solution: "
+            if solved
+            else "The search weighed errors by statistics of the experts' inputs (SHA-256 of the "
+            "statistics: "
         )
+        lines.append(f"{how}{_code(str(digest)[:64])}).")
     return "\n\n".join(lines)
 
 
