@@ -8,9 +8,8 @@ from torch import Tensor
 from v4quant_kernels import native
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref import grids as plain
-from v4quant_kernels.ref.grids import find_fp8_tiles
 from v4quant_kernels.ref.mx import GROUP
-from v4quant_kernels.scheme import MXFP4
+from v4quant_kernels.scheme import MXFP4, SCHEMES, Scheme
 
 __all__ = ["find_fp8_tiles", "find_mxfp4"]
 
@@ -32,3 +31,22 @@ def find_mxfp4(values: Tensor) -> QTensor | None:
     if found == OFF:
         return None
     return QTensor(MXFP4, (rows, columns), codes, scale.view(torch.float8_e8m0fnu))
+
+
+def find_fp8_tiles(values: Tensor, scheme: Scheme = SCHEMES["fp8"]) -> QTensor | None:
+    """As `ref.grids.find_fp8_tiles`, byte for byte."""
+    if not (values.ndim == 2 and values.numel() and values.is_cpu and native.available()):
+        return plain.find_fp8_tiles(values, scheme)
+    from v4quant_kernels.native.fp8_tiles import ODD, OFF, on_fp8_grid
+
+    (rows, columns), (height, width) = values.shape, scheme.block
+    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    scale = torch.empty(-(-rows // height), -(-columns // width), dtype=torch.uint8)
+    bits = values.float().contiguous().view(torch.int32).numpy()
+    found = on_fp8_grid(bits, codes.numpy(), scale.numpy(), (height, width))
+    if found == ODD:
+        return plain.find_fp8_tiles(values, scheme)
+    if found == OFF:
+        return None
+    exponents = scale.view(torch.float8_e8m0fnu)
+    return QTensor(scheme, (rows, columns), codes.view(torch.float8_e4m3fn), exponents)
