@@ -48,8 +48,17 @@ def values_of(checkpoint: EditableCheckpoint, module: str) -> torch.Tensor:
         return pairs.view(raw.shape[0], -1) * multiplier.repeat_interleave(32, 1)
     elements = raw.view(torch.float8_e4m3fn).float()
     rows, columns = weight.shape
-    wide = multiplier.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    height, width = tile_of(checkpoint, module)
+    wide = multiplier.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
     return elements * wide
+
+
+def tile_of(checkpoint: EditableCheckpoint, module: str) -> tuple[int, int]:
+    """What shares a scale in an FP8 matrix, or in a row of V4.1's Engram tables."""
+    if module.endswith(".engram.embed"):
+        return 1, 32
+    height, width = checkpoint.config["quantization_config"]["weight_block_size"]
+    return height, width
 
 
 def decode(

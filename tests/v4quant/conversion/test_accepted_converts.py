@@ -1,4 +1,4 @@
-"""What a dry run accepts converts, and what converts verifies: random variants of the tiny model.
+"""What a dry run accepts converts, and what converts verifies: random variants of a V4 and a V4.1.
 
 Every round edits the checkpoint as tools do (dtypes of some matrices, scales in float, values off
 the grid, other names, drafts left out or doubled, a tensor nobody knows), draws a recipe, and asks.
@@ -21,6 +21,7 @@ from tests.formats.test_naming import theirs
 from tests.support.conversion import TINY
 from tests.support.other_tools import coded_modules, decode, stored
 from tests.support.shard_bytes import EditableCheckpoint, StoredTensor
+from tests.support.synthetic import make_small
 from v4quant.checks.verify import verify
 from v4quant.recipe import Recipe
 from v4quant_formats.layouts.table import LAYOUTS
@@ -112,13 +113,15 @@ EDITS: tuple[Edit, ...] = (
 )  # fmt: skip
 
 
-def some_recipe(rng: random.Random) -> Recipe:
+def some_recipe(rng: random.Random, tables: bool) -> Recipe:
     """A recipe of any kind. Raises RecipeError or UnsupportedPair for impossible ones."""
     scheme = rng.choice(sorted(SCHEMES))
     layout = rng.choice(sorted(SCHEMES[scheme].formats or LAYOUTS))
     more = {}
     if layout == "gguf" and rng.random() < 0.4:
         more["dense"] = rng.choice(("f16", "q8_0", "q4_k"))
+    if tables and layout == "gguf" and rng.random() < 0.4:
+        more["engram"] = rng.choice(("f16", "q8_0", "iq4_nl", "q4_k"))
     return Recipe(
         scheme,
         format=layout,
@@ -131,15 +134,18 @@ def some_recipe(rng: random.Random) -> Recipe:
     )
 
 
-def one_round(rng: random.Random, work: Path) -> str:
+def one_round(rng: random.Random, work: Path, origin: Path) -> str:
     """The outcome in a word. Raises AssertionError for what was accepted and then failed."""
-    checkpoint = EditableCheckpoint.read(TINY)
+    checkpoint = EditableCheckpoint.read(origin)
     done = []
-    for edit in sorted(rng.sample(EDITS, rng.randrange(1, 4)), key=EDITS.index):
+    edits = EDITS if origin == TINY else tuple(e for e in EDITS if e is not doubled_draft)
+    for edit in sorted(rng.sample(edits, rng.randrange(1, 4)), key=EDITS.index):
         done.append(f"{edit.__name__}: {edit(checkpoint, rng)}")
     source = checkpoint.write(work / "in")
+    if origin != TINY:  # Engram's rows are hashed from it
+        shutil.copy(origin / "tokenizer.json", source)
     try:
-        recipe = some_recipe(rng)
+        recipe = some_recipe(rng, tables=origin != TINY)
         v4quant.plan_quantize(source, work / "out", recipe=recipe)
     except V4QuantError:
         return "refused"
@@ -155,11 +161,12 @@ def one_round(rng: random.Random, work: Path) -> str:
 
 
 def test_what_a_dry_run_accepts(tmp_path: Path) -> None:
+    v41 = make_small(tmp_path / "v41", "v41")
     end, outcomes = time.monotonic() + SECONDS, list[str]()
     while time.monotonic() < end or len(outcomes) < LEAST_ROUNDS:
         seed, work = secrets.randbits(32), tmp_path / str(len(outcomes))
         print(f"seed {seed}")
-        outcomes.append(one_round(random.Random(seed), work))
+        outcomes.append(one_round(random.Random(seed), work, (TINY, v41)[seed % 2]))
         shutil.rmtree(work)
     counts = {word: outcomes.count(word) for word in sorted(set(outcomes))}
     print(counts)
