@@ -14,6 +14,8 @@ from v4quant_formats.errors import FormatError
 from v4quant_formats.model_config import ConfigError, read_json_object
 
 MANIFEST_NAME = "v4quant.json"
+ONNX_MANIFEST = "v4quant-onnx.json"
+"""That of a folder of graphs, which lists layers in place of tensors."""
 MANIFEST_VERSION = 1
 MAX_MANIFEST_BYTES = 512 * 2**20
 
@@ -35,9 +37,9 @@ def to_json(value: Mapping[str, Any]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode(errors="backslashreplace")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check `folder/v4quant.json`. Raises ManifestError."""
-    path = folder / MANIFEST_NAME
+def read_manifest(folder: Path, name: str = MANIFEST_NAME) -> dict[str, Any]:
+    """Read and check a manifest, `folder/v4quant.json`. Raises ManifestError."""
+    path = folder / name
     if not path.exists():
         raise ManifestError(f"{path}: missing; this checkpoint was not written by v4quant")
     try:
@@ -46,7 +48,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ManifestError(str(error)) from None
     if table.get("manifest_version") != MANIFEST_VERSION:
         raise ManifestError(f"{path}: manifest version {table.get('manifest_version')!r} unknown")
-    for key in ("files", "tensors"):
+    for key in ("files", "tensors" if name == MANIFEST_NAME else "layers"):
         if not isinstance(table.get(key), list) or not all(
             isinstance(row, dict) for row in table[key]
         ):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from v4quant.api.arguments import PathLike, SourceLike, path_of, source_of
 from v4quant.conversion.calibrated import read_stats
+from v4quant.conversion.overwrite import replacing
 from v4quant.onnx_export.export import OnnxResult
 from v4quant.onnx_export.export import export_onnx as write_graphs
 from v4quant.onnx_export.plan import OnnxPlan, make_onnx_plan
@@ -65,16 +66,22 @@ def export_onnx(
     kernel: str | None = None,
     stats: PathLike | None = None,
     workers: int | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> OnnxResult:
     """Write expert layers of `source` as ONNX graphs into folder `out`; again resumes.
 
+    overwrite: put them in the place of an earlier result that v4quant made, once they are whole.
     layers: like "0" or "mtp.0" (default: all of the trunk). kernel: what multiplies the experts
     (default: by scheme). stats: what `calibrate` wrote. Raises what planning and writing raise.
     """
-    with _planned(source, scheme, layers, kernel, stats, False) as (plan, found):
+    with (
+        _planned(source, scheme, layers, kernel, stats, False) as (plan, found),
+        replacing(Path(out), overwrite, [plan.checkpoint.path, path_of(stats)]) as place,
+    ):
         threads = workers or os.cpu_count() or 1
-        return write_graphs(plan, Path(out), found, threads, default_progress(progress))
+        done = write_graphs(plan, place, found, threads, default_progress(progress))
+    return replace(done, output=str(out))
 
 
 @contextmanager

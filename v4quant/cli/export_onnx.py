@@ -30,6 +30,8 @@ _KERNELS = list(dict.fromkeys(k for kernels in KERNELS.values() for k in kernels
 @click.option("--kernel", help=f"What multiplies them: {', '.join(_KERNELS)} (default: by scheme).")
 @click.option("--stats", "stats_file", type=click.Path(path_type=Path), help="From calibrate.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier result of v4quant in "
+              "OUT, which stays until the new one is whole.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def export_onnx(
@@ -40,6 +42,7 @@ def export_onnx(
     kernel: str | None,
     stats_file: Path | None,
     workers: int | None,
+    overwrite: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -64,6 +67,7 @@ def export_onnx(
         kernel=kernel,
         stats=stats_file,
         workers=workers,
+        overwrite=overwrite,
         progress=_output.TerminalProgress(),
     )
     if as_json:

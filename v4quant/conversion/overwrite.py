@@ -18,7 +18,7 @@ from v4quant.conversion.journal import journal_files
 from v4quant.own_folders import FOLDER
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.errors import FormatError, OutputError
-from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
+from v4quant_formats.manifest import MANIFEST_NAME, ONNX_MANIFEST, read_manifest
 from v4quant_formats.shards import output_error
 from v4quant_formats.small_files import read_small
 from v4quant_formats.system import sync_folder
@@ -83,10 +83,11 @@ def _listed(out: Path) -> dict[str, int | None]:
                     found[str(json.loads(line)["file"]["name"])] = None
         # Written after the last shard, before the journal goes.
         found |= dict.fromkeys(("config.json", MANIFEST_NAME, INDEX_NAME))
-    if (out / MANIFEST_NAME).is_file():
-        with suppress(FormatError):
-            found |= {file["name"]: file["bytes"] for file in read_manifest(out)["files"]}
-            found[MANIFEST_NAME] = None
+    for name in (MANIFEST_NAME, ONNX_MANIFEST):
+        if (out / name).is_file():
+            with suppress(FormatError):
+                found |= {file["name"]: file["bytes"] for file in read_manifest(out, name)["files"]}
+                found[name] = None
     return found
 
 

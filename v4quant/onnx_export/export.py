@@ -126,8 +126,8 @@ def _check_folder(plan: OnnxPlan, out: Path) -> None:
     if foreign or _other_export(plan, out):
         what = f"'{foreign[0]}'" if foreign else "another export"
         raise OutputError(
-            f"{out}: holds {what}, which this export would not write; choose a new folder, or the "
-            "same source, scheme and layers to resume"
+            f"{out}: holds {what}, which this export would not write; choose a new folder, the "
+            "same source, scheme and layers to resume, or --overwrite to replace what v4quant made"
         )
 
 

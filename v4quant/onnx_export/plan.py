@@ -19,6 +19,7 @@ from v4quant import __version__
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import PROJECTIONS, expert_module, module_shape
 from v4quant_formats.errors import UnsupportedPair, WrongDtype
+from v4quant_formats.manifest import ONNX_MANIFEST
 from v4quant_formats.model_config import ConfigError, Dimensions, parse_dimensions
 from v4quant_formats.onnx.decode import TILE
 from v4quant_formats.onnx.experts import ExpertBlock, check_block, choose_kernel, expert_specs
@@ -28,7 +29,7 @@ from v4quant_formats.spec import TensorSpec
 from v4quant_formats.weights import StoredWeight, find_weight
 from v4quant_kernels.scheme import SCHEMES
 
-MANIFEST = "v4quant-onnx.json"
+MANIFEST = ONNX_MANIFEST
 INDEXER = "indexer.onnx"
 
 

@@ -138,7 +138,7 @@ def _gguf_candidate(
     if disk:
         notes.append("experts are read from disk again and again: slow, and no cure for it here")
     elif _is_tight(placed, machine):
-        notes.append("memory is nearly full: close other programs, or take the next smaller")
+        notes.append("memory is nearly full: close other programs")
     loss = loss_of(outline, request, recipe.scheme, cost.level.solver)
     return Candidate(
         "llama.cpp", recipe, recipe.scheme, file.trunk + file.tables,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import v4quant
 import v4quant.onnx_export.export
 from tests.support.conversion import TINY, folder_bytes
 from tests.support.shard_bytes import EditableCheckpoint
@@ -50,6 +51,22 @@ def test_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
     export(TINY, tmp_path / "1", "int4-g32", "1", workers=1)
     export(TINY, tmp_path / "3", "int4-g32", "1", workers=3)
     assert folder_bytes(tmp_path / "1") == folder_bytes(tmp_path / "3")
+
+
+def test_overwrite_puts_one_in_the_place_of_another(tmp_path: Path) -> None:
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    export(TINY, out, "mxfp4", "0")
+    export(TINY, plain, "int4-g32", "1")
+    wanted = {"scheme": "int4-g32", "layers": ["1"]}
+    with pytest.raises(OutputError, match="--overwrite"):
+        v4quant.export_onnx(TINY, out, **wanted)
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"'mine\.txt'"):
+        v4quant.export_onnx(TINY, out, overwrite=True, **wanted)
+    (out / "mine.txt").unlink()
+    done = v4quant.export_onnx(TINY, out, overwrite=True, **wanted)
+    assert done.output == str(out) and folder_bytes(out) == folder_bytes(plain)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "plain"]
 
 
 def test_result_and_manifest(tmp_path: Path) -> None:
