@@ -1,7 +1,7 @@
 """One rank of a team that solves the tiny random checkpoint: experts, one attention and the head.
 
-Started by torchrun (`python -m tests.support.team_worker FOLDER`), or alone; the windows are the
-same in every process.
+Started by torchrun (`python -m tests.support.team_worker FOLDER [PATIENCE]`), or alone; the windows
+are the same in every process.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from v4quant.calibration.ranks import solving_team
+from v4quant.conversion import board
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_calibration.solve.settings import SolveSettings
 from v4quant_calibration.solve.solve import solve
@@ -62,4 +63,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2:  # how many seconds of silence are death
+        board.PATIENCE = float(sys.argv[2])
     main(Path(sys.argv[1]))

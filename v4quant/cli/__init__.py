@@ -119,6 +119,9 @@ def main() -> NoReturn:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _on_interrupt)
     watch_termination(stopped("Terminated", _command()))
+    if os.environ.get("V4QUANT_DEBUG") != "1":
+        # When another rank dies, its library prints a page of frames; the error says it in a line.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # numpy is optional to torch and absent CUDA is normal here: neither concerns the user.
     warnings.filterwarnings("ignore", module=r"torch\..*")
     _output.reset()

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from v4quant_kernels.errors import V4QuantError
 
-PATIENCE = 120.0  # seconds without a sign of life
+PATIENCE = 110.0  # seconds without a sign of life; whoever misses it ends within two minutes
 _BEAT = 1.0
 _HURRY = 0.02  # between looks while somebody waits
 _GOODBYE = 5.0

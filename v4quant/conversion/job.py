@@ -20,6 +20,7 @@ from v4quant.conversion.delivery import Delivery, LocalDelivery
 from v4quant.conversion.finish import finish_folder, travelling_sidecars
 from v4quant.conversion.journal import (
     Journal,
+    ShardFacts,
     begun_stem,
     journal_files,
     locked_output,
@@ -105,11 +106,11 @@ def run_job(
             warn_of_growth(plan)
             warn_of_lost_words(plan)
         sidecars = travelling_sidecars(plan, stats)
-        sizes = {s.file: s.nbytes for s in plan.shards}
-        journal = Journal(out, plan.digest, sizes, ranks.run, ranks.rank, delivery.has, plan.stem)
+        facts = {s.file: ShardFacts(s.nbytes, s.recorded) for s in plan.shards}
+        journal = Journal(out, plan.digest, facts, ranks.run, ranks.rank, delivery.has, plan.stem)
         if ranks.is_first:
             small = ("config.json", plan.recipe.layout.index or MANIFEST_NAME, MANIFEST_NAME)
-            remove_leftovers(out, [*sizes, *(s.name for s in sidecars), *small])
+            remove_leftovers(out, [*facts, *(s.name for s in sidecars), *small])
         _check_earlier(journal, ranks, workers, progress)
         todo = [s for s in plan.shards if s.file not in journal.finished]
         _check_space(out, delivery.space([s.nbytes for s in todo]))

@@ -7,7 +7,8 @@ was read again and has its hash. A line cut short by a crash is ignored: its sha
 
 Every line names the run that wrote it. What another run finished counts only after its hash was
 compared: its machine may have lost power, its disk may have lied, or the file came from elsewhere.
-Journals are input like any other file: a name counts only if the plan has it.
+Journals are input like any other file: a name counts only if the plan has it, and a line only if
+it has a record of every module that the plan puts there.
 """
 
 from __future__ import annotations
@@ -39,6 +40,14 @@ SOURCE_FOLDER = "source"
 MAX_JOURNAL_BYTES = 2**30
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What a plan says of a shard: its bytes, and the modules that its records are of."""
+
+    nbytes: int
+    modules: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class Journal:
         self,
         out: Path,
         plan_digest: str,
-        sizes: Mapping[str, int],
+        shards: Mapping[str, ShardFacts],
         run: str,
         rank: int = 0,
         elsewhere: Callable[[WrittenFile], bool] = lambda file: False,
@@ -82,13 +91,13 @@ class Journal:
     ) -> None:
         """Open or begin rank `rank`'s journal and read everybody's.
 
-        sizes: bytes of every shard of the plan, by name. run: the same for all ranks of this run.
+        shards: those of the plan, by name. run: the same for all ranks of this run.
         elsewhere: whether a shard that is not in the folder is safe at its destination. stem: of
         the shards' names, which `begun_stem` tells the next run. Raises OutputError when the folder
         holds another plan's, or a damaged one.
         """
         self._path = out / FOLDER / f"journal-{rank}.jsonl"
-        self._out, self._plan_digest, self._sizes, self._run = out, plan_digest, sizes, run
+        self._out, self._plan_digest, self._shards, self._run = out, plan_digest, shards, run
         self._elsewhere = elsewhere
         self._writing = threading.Lock()
         self.finished: dict[str, FinishedShard] = {}
@@ -131,14 +140,17 @@ class Journal:
         """A line's shard. Raises OutputError for what no run of this plan writes."""
         try:
             file = WrittenFile(**line["file"])
-            right = isinstance(file.name, str) and self._sizes.get(file.name) == file.nbytes
+            planned = self._shards.get(file.name) if isinstance(file.name, str) else None
+            right = planned is not None and planned.nbytes == file.nbytes
             right &= (
                 isinstance(line["records"], list)
                 and isinstance(file.sha256, str)
                 and bool(_SHA256.fullmatch(file.sha256))
             )
-            if right:
-                return FinishedShard(file, tuple(map(record_from_dict, line["records"])))
+            if right and planned is not None:
+                records = tuple(map(record_from_dict, line["records"]))
+                if sorted(r.module for r in records) == sorted(planned.modules):
+                    return FinishedShard(file, records)
         except (KeyError, TypeError, FormatError):
             pass
         raise OutputError(f"{path}: damaged; delete the folder {self._out} and start again")

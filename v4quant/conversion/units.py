@@ -68,6 +68,11 @@ class ShardPlan:
         parts = (p for u in self.units for s in u.sources for p in s.parts.values())
         return sorted({part.file for part in parts})
 
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """The modules that records are made of, one each."""
+        return tuple(s.module for u in self.units if not u.again for s in u.sources)
+
     def file_plan(self) -> FilePlan:
         """Header, places and size."""
         return self.build(self.outputs)

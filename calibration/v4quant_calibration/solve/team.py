@@ -16,7 +16,9 @@ Tensors travel by torch.distributed's default group (gloo for the CPU's, nccl fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,9 +26,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from v4quant_kernels.errors import V4QuantError
+
 T = TypeVar("T")
 
 _PIECE = 1 << 28  # bytes broadcast at a time
+
+
+class TeamLost(V4QuantError):
+    """Another process of the team is gone."""
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """What the library says of a connection that broke, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        first = (re.sub(r"^\[\S+\] ", "", str(error)).splitlines() or [type(error).__name__])[0]
+        raise TeamLost(
+            f"another process of this run is gone ({first[:200]}); the same command, with any "
+            "number of processes, goes on"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -67,7 +88,8 @@ class Team:
             return rows
         counts = torch.zeros(self.size, dtype=torch.int64, device=rows.device)
         counts[self.rank] = rows.shape[0]
-        dist.all_reduce(counts)
+        with _together():
+            dist.all_reduce(counts)
         ends = counts.cumsum(0).tolist()
         whole = rows.new_empty(ends[-1], *rows.shape[1:])
         for rank, end in enumerate(ends):
@@ -75,20 +97,23 @@ class Team:
             if rank == self.rank:
                 part.copy_(rows)
             for piece in part.view(-1).view(torch.uint8).split(_PIECE):
-                dist.broadcast(piece, rank)
+                with _together():
+                    dist.broadcast(piece, rank)
         return whole
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of equal-shaped tensors over all ranks, on every rank."""
         if self.size > 1:
             values = values.contiguous()
-            dist.all_reduce(values)
+            with _together():
+                dist.all_reduce(values)
         return values
 
     def largest(self, values: Tensor) -> Tensor:
         """The element-wise largest of all ranks, on every rank."""
         if self.size > 1:
-            dist.all_reduce(values, dist.ReduceOp.MAX)
+            with _together():
+                dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
     def tell(self, said: T) -> T:
@@ -96,7 +121,8 @@ class Team:
         if self.size == 1:
             return said
         box = [said]
-        dist.broadcast_object_list(box, 0)
+        with _together():
+            dist.broadcast_object_list(box, 0)
         return box[0]
 
     def agree(self, yes: bool) -> bool:
@@ -106,7 +132,8 @@ class Team:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
-            dist.barrier()
+            with _together():
+                dist.barrier()
 
 
 ALONE = Team()

@@ -61,6 +61,31 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_rank_that_falls_silent_ends_the_others(tmp_path: Path) -> None:
+    """One of two is stopped, as a network that dies would leave it: no connection closes."""
+    command = [sys.executable, "-m", "tests.support.team_worker", os.fspath(tmp_path / "out"), "4"]
+    port = random.randrange(20000, 40000)
+    ranks = []
+    for rank in range(2):
+        told = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {k: str(v) for k, v in told.items()}
+        environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE))
+    first, second = ranks
+    try:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "out").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        second.send_signal(signal.SIGSTOP)  # before that both have met
+        told = first.communicate(timeout=80)[1].decode()
+        assert first.returncode == 1
+        assert "of this run" in told.splitlines()[-1], told
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
 def _torchrun(ranks: int, folder: Path) -> subprocess.Popen[bytes]:
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}",

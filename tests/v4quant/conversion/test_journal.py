@@ -14,6 +14,7 @@ from v4quant.conversion.journal import (
     FOLDER,
     FinishedShard,
     Journal,
+    ShardFacts,
     locked_output,
     refuse_survivors,
     remove_work,
@@ -39,12 +40,12 @@ def finished(out: Path, name: str, size: int = 3) -> FinishedShard:
     return FinishedShard(WrittenFile(name, size, hashlib.sha256(b"x" * size).hexdigest()), records)
 
 
-SIZES = dict.fromkeys(("a", "b", "c", "d"), 3)
+SHARDS = dict.fromkeys(("a", "b", "c", "d"), ShardFacts(3, ("n", "m")))
 RUN = "this run"
 
 
 def journal_of(out: Path, run: str = RUN, plan: str = "plan") -> Journal:
-    return Journal(out, plan, SIZES, run)
+    return Journal(out, plan, SHARDS, run)
 
 
 def journal_file(out: Path) -> Path:
@@ -99,13 +100,13 @@ def test_what_another_run_finished_is_read_again(out: Path) -> None:
     told: list[int] = []
     later.check(sorted(later.unchecked), 2, told.append)
     assert set(later.finished) == {"a", "c"} and sum(told) == 9
-    rank = Journal(out, "plan", SIZES, "another", 1)
+    rank = Journal(out, "plan", SHARDS, "another", 1)
     assert set(rank.finished) == {"a", "c"} and set(rank.unchecked) == {"b"}
     later.add(finished(out, "b"))
     rank.refresh()
     assert set(rank.finished) == {"a", "b", "c"} and not rank.unchecked
     # What was sent away needs no reading: the repository lists it with its digest.
-    sent = Journal(out, "plan", SIZES, "third", 0, lambda file: file.name == "a")
+    sent = Journal(out, "plan", SHARDS, "third", 0, lambda file: file.name == "a")
     assert set(sent.finished) == {"a"} and set(sent.unchecked) == {"b", "c"}
 
 
@@ -149,6 +150,8 @@ def test_another_plan_is_refused(out: Path) -> None:
         journal_of(out, plan="other")
 
 
+_ROW = {"disposition": "copied", "source": "bf16", "target": "bf16"}
+RECORDS = [{"module": "m", **_ROW}, {"module": "n", **_ROW}]
 FILE = {"name": "a", "nbytes": 3, "sha256": "0" * 64}
 
 
@@ -158,16 +161,20 @@ FILE = {"name": "a", "nbytes": 3, "sha256": "0" * 64}
         {},
         [],
         1,
-        {"file": 3, "records": []},
-        {"file": {}, "records": []},
+        {"file": 3, "records": RECORDS},
+        {"file": {}, "records": RECORDS},
         {"file": FILE, "records": 3},
-        {"file": {**FILE, "name": "z"}, "records": []},
-        {"file": {**FILE, "name": "/etc/passwd"}, "records": []},
-        {"file": {**FILE, "name": "../a"}, "records": []},
-        {"file": {**FILE, "name": ["a"]}, "records": []},
-        {"file": {**FILE, "nbytes": 4}, "records": []},
-        {"file": {**FILE, "sha256": "00"}, "records": []},
-        {"file": {**FILE, "sha256": None}, "records": []},
+        {"file": {**FILE, "name": "z"}, "records": RECORDS},
+        {"file": {**FILE, "name": "/etc/passwd"}, "records": RECORDS},
+        {"file": {**FILE, "name": "../a"}, "records": RECORDS},
+        {"file": {**FILE, "name": ["a"]}, "records": RECORDS},
+        {"file": {**FILE, "nbytes": 4}, "records": RECORDS},
+        {"file": {**FILE, "sha256": "00"}, "records": RECORDS},
+        {"file": {**FILE, "sha256": None}, "records": RECORDS},
+        {"file": FILE, "records": []},
+        {"file": FILE, "records": RECORDS[:1]},
+        {"file": FILE, "records": [*RECORDS, RECORDS[0]]},
+        {"file": FILE, "records": [RECORDS[0], RECORDS[0]]},
         {"file": FILE, "records": [{"module": 3}]},
         {"file": FILE, "records": [3]},
         {"file": FILE, "records": "abc"},
