@@ -1,4 +1,10 @@
-"""Outputs that a user names: they may replace an older result, but never what is being read."""
+"""Outputs that a user names: they may replace an older result, but never what is being read.
+
+A new file may lie beside the files of a checkpoint that is read, unless its name would make it one
+of them; a new folder may not lie in the checkpoint's folder, which stays as it is. (Beside a lone
+.gguf file, whose folder holds anything, it may.) What counts is where a path leads: links, `..` and
+letters of another case on a disk that does not tell them apart make no difference.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +15,60 @@ from pathlib import Path
 
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import OutputError
+from v4quant_formats.sidecars import ALLOWED_FILES
+
+_CONFIG = "config.json"
+_PARTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin")
 
 
 def refuse_inputs(
     outputs: Iterable[Path | None],
     checkpoints: Iterable[Checkpoint | None],
     files: Iterable[Path | None] = (),
+    folders: Iterable[Path] = (),
 ) -> None:
-    """Raise OutputError when writing one of `outputs` would replace a file that is read.
+    """Raise OutputError when writing one of `outputs` would replace a file that is read, or make
+    part of a checkpoint that is read, or one of the output `folders` lies in such a checkpoint.
 
     Files of a checkpoint's folder count whatever they are: shards, index, tokenizer. None stands
-    for an option that was not given. Names do not matter, also not those of links.
+    for an option that was not given.
     """
     read: dict[tuple[int, int] | None, Path] = {}
-    folders = [c.path for c in checkpoints if c is not None]
-    for path in [*(p for folder in folders for p in _files(folder)), *files]:
+    sources = [c.path for c in checkpoints if c is not None]
+    for path in [*(p for folder in sources for p in _files(folder)), *files]:
         if path is not None and (identity := _identity(path)) is not None:
             read[identity] = path
+    outputs = list(outputs)
     for out in outputs:
         if out is not None and (found := read.get(_identity(out))) is not None:
             raise OutputError(f"{out}: would replace {found}, which is read; choose another name")
+    inside = {_identity(path): path for path in sources if path.is_dir()}
+    for out in outputs:
+        within = None if out is None else inside.get(_identity(_real(out).parent))
+        if out is not None and within is not None and _is_part(out.name):
+            raise OutputError(
+                f"{out}: would become part of {within}, which is read; choose another name"
+            )
+    whole = {identity: path for identity, path in inside.items() if (path / _CONFIG).is_file()}
+    for folder in folders:
+        real = _real(folder)
+        for above in (real, *real.parents):
+            if (found := whole.get(_identity(above))) is not None:
+                raise OutputError(
+                    f"{folder}: lies in {found}, which is read and stays as it is; choose a folder "
+                    "outside it"
+                )
+
+
+def _real(path: Path) -> Path:
+    """Where a path leads, whether or not something is there yet."""
+    return Path(os.path.realpath(path))
+
+
+def _is_part(name: str) -> bool:
+    """Whether readers of a checkpoint would take a file for part of it."""
+    lower = name.lower()
+    return lower.endswith(_PARTS) or lower in {n.lower() for n in (*ALLOWED_FILES, _CONFIG)}
 
 
 def _files(folder: Path) -> Iterator[Path]:

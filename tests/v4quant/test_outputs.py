@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -50,6 +52,42 @@ def test_every_command_asks(source: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="which is read"):
         v4quant.allocate(source, shard, budget=10**9)
     assert folder_bytes(source) == before
+
+
+def test_nothing_new_becomes_part_of_a_source(source: Path, tmp_path: Path) -> None:
+    """Through links, `..` and names: no shard beside its shards, no folder within its folder."""
+    (tmp_path / "link").symlink_to(source, target_is_directory=True)
+    ways = [source, tmp_path / "link", tmp_path / "nowhere" / ".." / "source"]
+    with open_checkpoint(source) as checkpoint:
+        for way in ways:
+            for name in ("new.safetensors", "NEW.GGUF", "Tokenizer.json"):
+                with pytest.raises(OutputError, match="become part"):
+                    refuse_inputs([way / name], [checkpoint])
+            for folder in (way, way / "out", way / "deep" / "er"):
+                with pytest.raises(OutputError, match="stays as it is"):
+                    refuse_inputs((), [checkpoint], (), [folder])
+        beside = [tmp_path, tmp_path / "source-2", source / ".." / "out"]
+        refuse_inputs((), [checkpoint], (), beside)
+    before = folder_bytes(source)
+    inside = source / "out"
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 100)
+    made: list[Callable[[], object]] = [
+        lambda: v4quant.quantize(source, inside, scheme="mxfp4"),
+        lambda: v4quant.calibrate(source, inside, corpus=text, solve="int4-g64"),
+        lambda: v4quant.export_onnx(source, inside, scheme="int4-g32"),
+    ]
+    (tmp_path / "run.toml").write_text(f'source = "{source}"\n[quantize]\nscheme = "mxfp4"\n')
+    made.append(lambda: v4quant.run(str(tmp_path / "run.toml"), out=inside))
+    for make in made:
+        with pytest.raises(OutputError, match="stays as it is"):
+            make()
+    assert folder_bytes(source) == before and not inside.exists()
+    # A lone file's folder holds anything.
+    (tmp_path / "models").mkdir()
+    with open_checkpoint(source) as checkpoint:
+        lone = replace(checkpoint, path=tmp_path / "models")
+        refuse_inputs([tmp_path / "models" / "r.html"], [lone], (), [tmp_path / "models" / "out"])
 
 
 def test_two_calibrations_to_one_file(source: Path, tmp_path: Path) -> None:

@@ -114,7 +114,10 @@ def calibrate(
         open_source(source_of(source), tokenizer=path_of(tokenizer)) as checkpoint,
         solving_team(where) as (team, where),
     ):
-        refuse_inputs([target, *filter(None, [matrix])], [checkpoint], listed_files(corpus))
+        refuse_inputs(
+            [target, *filter(None, [matrix])], [checkpoint], listed_files(corpus),
+            [target] if wanted else [],
+        )  # fmt: skip
         config = config_of(checkpoint)
         settings = solve_settings(checkpoint, wanted, propagate) if wanted else None
 

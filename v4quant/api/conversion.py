@@ -25,6 +25,7 @@ from v4quant.conversion.size_by_role import warn_of_growth
 from v4quant.conversion.words import warn_of_lost_words
 from v4quant.conversion.workers import fit_workers
 from v4quant.devices import find_device
+from v4quant.outputs import refuse_inputs
 from v4quant.progress import default_progress
 from v4quant.publishing.card import CardRequest
 from v4quant.publishing.hub_folders import find_folders, open_delivery, open_shared, share_cap
@@ -203,6 +204,7 @@ def quantize(
         checkpoint = stack.enter_context(
             open_shared(where, places.scratch, disk, path_of(adapter), path_of(tokenizer), ranks)
         )
+        refuse_inputs((), [checkpoint], (), [places.out])
         evidence, digest = load_calibrated(checkpoint, path_of(stats), chosen)
         plan = as_begun(make_plan(checkpoint, chosen, digest), places.out)
         plan = replace(plan, device=find_device(device))

@@ -14,6 +14,7 @@ from v4quant.conversion.overwrite import replacing
 from v4quant.onnx_export.export import OnnxResult
 from v4quant.onnx_export.export import export_onnx as write_graphs
 from v4quant.onnx_export.plan import OnnxPlan, make_onnx_plan
+from v4quant.outputs import refuse_inputs
 from v4quant.progress import default_progress
 from v4quant.source import open_source
 from v4quant_calibration.statistics.stats import Stats
@@ -79,6 +80,7 @@ def export_onnx(
         _planned(source, scheme, layers, kernel, stats, False) as (plan, found),
         replacing(Path(out), overwrite, [plan.checkpoint.path, path_of(stats)]) as place,
     ):
+        refuse_inputs((), [plan.checkpoint], (), [place])
         threads = workers or os.cpu_count() or 1
         done = write_graphs(plan, place, found, threads, default_progress(progress))
     return replace(done, output=str(out))

@@ -41,6 +41,7 @@ from v4quant.evaluation.evaluate import Resources, evaluate_checkpoint
 from v4quant.evaluation.report import write_report
 from v4quant.evaluation.result import Evaluation, evaluation_from_dict
 from v4quant.hub.refs import HubRef, parse_hub
+from v4quant.outputs import refuse_inputs
 from v4quant.own_folders import is_made_home, own_folder, remove_if_empty, remove_own_folder
 from v4quant.pipeline.costs import expected_costs, with_effort
 from v4quant.pipeline.recipe_file import CorpusStep, Pipeline, VerifyStep, load_pipeline
@@ -131,6 +132,7 @@ def run(
         arithmetic_threads(threads),
         open_source(where, scratch, disk, tokenizer=words) as source,
     ):
+        refuse_inputs((), [source], (), [folder])
         outline, cores = outline_checkpoint(source), _cores(workers)
         pipeline = with_effort(pipeline, outline, effort, cores)
         targets = _targets(pipeline, folder)
