@@ -18,13 +18,15 @@ from v4quant.allocation.card_budget import (
     cards_bytes,
     check_split,
     model_config,
+    table_bytes,
 )
 from v4quant.allocation.costs import Options, find_costs
 from v4quant.allocation.knapsack import BudgetError
 from v4quant.allocation.sensitivity import Sample
-from v4quant.builtin import TINY_V4, resolve_source
+from v4quant.builtin import TINY_V4, TINY_V41, resolve_source
 from v4quant.cli import cli
 from v4quant.conversion.plan import make_plan
+from v4quant.recipe import read_toml, recipe_from_table
 from v4quant_formats.deepseek_v4 import parse_name
 from v4quant_formats.engines.vllm_memory import Serving
 from v4quant_formats.engines.vllm_split import is_split
@@ -120,3 +122,29 @@ def test_command_shows_each_card(tmp_path: Path) -> None:
     for option in ("--sequences=2", "--expert-parallel", "--batched-tokens=64"):
         assert usage_error(run("--budget", "16MB", option, out=tmp_path / "c.toml"))
     assert not (tmp_path / "c.toml").exists()
+
+
+def test_v41_has_its_tables_in_system_memory(tmp_path: Path) -> None:
+    """No card holds the Engram; pinned, each tensor takes a power of two."""
+    out = tmp_path / "recipe.toml"
+    cards = ["--fits", "2x4GB", "--context", "4096", "--batched-tokens", "256", "--json"]
+    vllm = ["--format", "compressed-tensors", "--engine", "vllm", "--experts", "1"]
+    done = CliRunner().invoke(cli, ["allocate", TINY_V41, "--out", str(out), *vllm, *cards])
+    assert done.exit_code == 0, done.output
+    card = json.loads(done.stdout)["card"]
+    parts = ("split", "whole", "kv_cache", "buffers", "runtime", "reserve", "free")
+    assert sum(card[part] for part in parts) == card["size"] == 4 * 2**30
+    with open_checkpoint(resolve_source(TINY_V41)) as source:
+        plan = make_plan(source, recipe_from_table(read_toml(out), str(out)))
+        config = model_config(source)
+        tables = [s for n, s in source.tensors.items() if ".engram.embed." in n]
+        assert config.v41 is not None and table_bytes(plan) == sum(s.nbytes for s in tables)
+        rest = sum(s.nbytes for shard in plan.shards for s in shard.outputs) - table_bytes(plan)
+        # Cut over both, columns of the tables too: codes and scales are tensors of their own.
+        heads = -(-config.v41.engram_columns // 2)
+        width = config.v41.engram_head_dim
+        primes = [t.primes for t in config.v41.engram_tables]
+        shares = [sum(p[n : n + heads]) for p in primes for n in (0, heads)]
+    assert 2 * card["split"] + card["whole"] in (rest, rest + 1)
+    sizes = [rows * size for rows in shares for size in (width, width // 32)]
+    assert card["host"] == sum(1 << (size - 1).bit_length() for size in sizes)
