@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.conversion import convert
 from tests.support.second_v41 import SecondReader
-from tests.support.synthetic import make_small
+from tests.support.synthetic import Request, write_checkpoint
 from v4quant.checks.verify import verify
 from v4quant.conversion.fp8_rows import best_rows
 from v4quant.conversion.records import InexactCast
@@ -34,7 +34,12 @@ Edit = Callable[[dict[str, torch.Tensor]], None]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_small(tmp_path_factory.mktemp("v41") / "source", "v41")
+    """Rows of a table are as wide as the release's, so that every block type can code them."""
+    sizes = {"num_hidden_layers": 4, "n_routed_experts": 2, "dspark_n_routed_experts": 2}
+    wide = {"engram_head_dim": 256, "engram_n_heads": 1}
+    out = tmp_path_factory.mktemp("v41") / "source"
+    write_checkpoint(out, Request("v41", overrides=tuple((sizes | wide).items())))
+    return out
 
 
 def with_table(source: Path, out: Path, edit: Edit) -> Path:
@@ -159,6 +164,8 @@ RECIPES = {
     "fp8": Recipe("mxfp4"),
     "q8_0": Recipe("mxfp4", "gguf", engram="q8_0"),
     "iq4_nl": Recipe("mxfp4", "gguf", engram="iq4_nl"),
+    "q4_k": Recipe("mxfp4", "gguf", engram="q4_k"),
+    "iq3_s": Recipe("mxfp4", "gguf", engram="iq3_s"),
 }
 
 
@@ -166,6 +173,7 @@ RECIPES = {
 def test_the_error_is_told_as_the_text_uses_rows(
     recipe: Recipe, random_source: Path, tmp_path: Path
 ) -> None:
+    """A type whose blocks are as long as the release's rows, 256, is written as it is asked for."""
     x = values_of(random_source).double()
     generator = torch.Generator().manual_seed(3)
     rows = torch.randperm(len(x), generator=generator)[:40].sort()[0]
