@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from v4quant.planner.candidates import Candidate, PlanError
+from v4quant_kernels.scheme import get_scheme
 
 _SEQ_LEN = 2048
 _EVALUATED = 8192
@@ -26,13 +27,15 @@ def run_file(candidate: Candidate, source: str) -> str:
             "", "[calibrate]", 'corpus = ["builtin:mixed-calibration"]',
             f"tokens = {cost.level.tokens}", f"seq_len = {_SEQ_LEN}",
         ]  # fmt: skip
+        if "--no-propagate" in cost.level.options:
+            lines.append("propagate = false")
     lines += ["", "[quantize]", f"scheme = {json.dumps(recipe.scheme)}"]
     for key in ("format", "engine", "dense", "engram", "draft"):
         value = getattr(recipe, key)
         if value not in ("", "neutral", "convert"):
             lines.append(f"{key} = {json.dumps(value)}")
-    if cost is not None and cost.level.solves:
-        lines.append('solver = "gptq"')
+    if cost is not None and get_scheme(recipe.scheme).coder:  # else `run` would choose it anew
+        lines.append(f'solver = "{"gptq" if cost.level.solves else "optimal"}"')
     lines += ["", "[verify]", "source = true", "kernels = false"]
     if candidate.loss.basis != "exact":
         lines += [

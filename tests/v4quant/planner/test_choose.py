@@ -288,7 +288,9 @@ def test_types_that_want_a_text_are_never_made_without(name: str) -> None:
         assert ("calibrate" in make[0]) == (candidate in weighed), make
         assert all("--stats" in m for m in make[1:] if candidate in weighed), make
         if candidate.recipe is not None:
-            assert ("[calibrate]" in run_file(candidate, "hf://a/b")) == (candidate in weighed)
+            text, coder = run_file(candidate, "hf://a/b"), get_scheme(candidate.scheme).coder
+            assert ("[calibrate]" in text) == (candidate in weighed)
+            assert ('solver = "optimal"' in text) == bool(coder), "run would choose it anew"
 
 
 def test_words_name_every_place(tmp_path: Path) -> None:
