@@ -3,10 +3,11 @@
     python scripts/fuzz.py --seconds 60
     python scripts/fuzz.py --seed 1234 --rounds 1     # repeat one round
 
-Each round copies a small checkpoint, damages one to three of its files (bytes flipped, cut, grown,
-or swapped; header and index entries rewritten with plausible lies; files removed or linked)
-and then opens, inspects, plans, converts and verifies it. Every other round damages one of the
-other files that a user may hand us (recipes, corpora, statistics, journals, cards, ...; see
+Each round copies a small checkpoint, the release or what another tool makes of it (packs, GGUF,
+with an adapter; see script_tools/checkpoints.py), damages one to three of its files (bytes flipped,
+cut, grown, or swapped; header and index entries rewritten with plausible lies; files removed or
+linked) and then opens, inspects, plans, converts and verifies it. Every other round damages one of
+the other files that a user may hand us (recipes, corpora, statistics, journals, cards, ...; see
 script_tools/readers.py) and reads it. A crash of any other kind, a round that takes longer than
 --round-seconds or memory beyond --max-memory ends the run with the seed that repeats it.
 """
@@ -14,6 +15,7 @@ script_tools/readers.py) and reads it. A crash of any other kind, a round that t
 from __future__ import annotations
 
 import argparse
+import atexit
 import random
 import resource
 import shutil
@@ -22,9 +24,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
+from script_tools.checkpoints import CHECKPOINT_SEEDS, CheckpointSeed
 from script_tools.mutations import MUTATIONS
 from script_tools.readers import READERS, TEXT_MUTATIONS
 
@@ -43,23 +47,35 @@ def one_round(source: Path, work: Path, seed: int) -> str:
     if seed % 2:
         return one_reader(rng, work)
     folder, out = work / "in", work / "out"
-    shutil.copytree(source, folder)
+    kind = rng.choice(CHECKPOINT_SEEDS)
+    shutil.copytree(_good(kind, source), folder)
+    adapter = kind.adapter(work / "adapter") if kind.adapter else None
+    places = [folder] if adapter is None else [folder, adapter]
     for _ in range(rng.randrange(1, 4)):
-        files = sorted(p for p in folder.iterdir() if p.is_file() and not p.is_symlink())
+        files = sorted(p for f in places for p in f.iterdir() if p.is_file() and not p.is_symlink())
         if files:
             rng.choice(MUTATIONS)(rng.choice(files), rng)
     try:
         inspect(folder, deep=True)
         scheme, unknown = rng.choice(SCHEMES), rng.choice(("refuse", "copy"))
-        quantize(folder, out, scheme=scheme, unknown=unknown, workers=1)
+        quantize(folder, out, scheme=scheme, unknown=unknown, adapter=adapter, workers=1)
         damage(out, rng)
-        verify(out, source=folder)
+        verify(out, source=folder, adapter=adapter)
     except V4QuantError as error:
         if "\n" in str(error) or len(str(error)) > 2000:
             raise AssertionError(f"message is not one line: {error!r}") from error
         where = "verify" if (out / INDEX_NAME).exists() else "input"
         return f"refused ({where}): {type(error).__name__}"
     return "success"
+
+
+@cache
+def _good(kind: CheckpointSeed, source: Path) -> Path:
+    """The undamaged folder of a seed, made once in a process."""
+    kept = Path(tempfile.mkdtemp(prefix="v4quant-fuzz-"))
+    atexit.register(shutil.rmtree, kept, ignore_errors=True)
+    kind.make(source, kept / "good")
+    return kept / "good"
 
 
 def one_reader(rng: random.Random, work: Path) -> str:

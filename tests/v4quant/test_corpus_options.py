@@ -74,7 +74,7 @@ def test_run(text: Path, tmp_path: Path) -> None:
     words = [str(w) for w in ("run", file, "--out", tmp_path / "out", "--json")]
     found = CliRunner().invoke(cli, words, catch_exceptions=False)
     assert json.loads(found.stdout)["evaluation"]["skipped_rows"] == 2
-    assert "2 rows that cannot be read were left out" in found.stderr
+    assert "2 of the rows read are unusable and were left out" in found.stderr
 
 
 @pytest.mark.parametrize("command", ["evaluate", "calibrate", "allocate"])

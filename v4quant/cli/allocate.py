@@ -136,7 +136,7 @@ def allocate(
         return
     _output.data(_output.table(_rows(result.found, out)))
     if result.skipped_rows:
-        _output.data(f"{result.skipped_rows:,} rows that cannot be read were left out")
+        _output.data(f"{result.skipped_rows:,} of the rows read are unusable and were left out")
     if result.card is not None and result.serving is not None:
         _output.data(f"\nEach of {result.serving.gpus} cards, by tensor parallelism:")
         _output.data(_output.table(_card_rows(result.card, result.serving)))

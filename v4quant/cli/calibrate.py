@@ -133,7 +133,7 @@ def calibrate(
     else:
         _output.data(coverage_text(found.stats))
         if found.skipped_rows:
-            _output.data(f"{found.skipped_rows:,} rows that cannot be read were left out")
+            _output.data(f"{found.skipped_rows:,} of the rows read are unusable and were left out")
         _output.data(f"{'solution' if found.solved else 'statistics'} in {out}")
 
 

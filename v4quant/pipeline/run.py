@@ -242,7 +242,7 @@ def _calibrate(
     corpus = draw_corpus(load, step.tokens)
     job.watcher.note(f"{sum(map(len, corpus.windows)):,} tokens in {len(corpus.windows)} windows")
     if corpus.skipped_rows:
-        job.watcher.note(f"{corpus.skipped_rows:,} rows that cannot be read were left out")
+        job.watcher.note(f"{corpus.skipped_rows:,} of the rows read are unusable and were left out")
     forward = (source, config_of(source), corpus, forward_options(step.activations))
     where = (job.progress, job.limits.max_memory, job.limits.device)
     if solving:

@@ -33,6 +33,7 @@ from v4quant_formats.checkpoint import INDEX_NAME, Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
 
 _AT_ONCE = 3  # shards a side: one worked on, one arriving or leaving, one waiting
+_AHEAD = 50 * 10**9  # of whole GGUF files, two more would be a disk of their own
 
 Destination = Path | HubRef
 Kind = TypeVar("Kind", Path, HubRef)
@@ -122,7 +123,8 @@ def share_cap(plan: Plan, cap: int | None, work: Path | None, ranks: int = 1) ->
 
     work: the folder of output shards on their way to the hub, None for a conversion that stays.
     ranks: processes that share this disk; what is divided is one's part. Without a cap it is three
-    shards a side, or what the disk has and an earlier run left here.
+    shards a side, of large files what they take and 50 GB, or what the disk has and an earlier run
+    left here.
     """
     target = work is not None
     cache = plan.checkpoint.shards
@@ -132,7 +134,7 @@ def share_cap(plan: Plan, cap: int | None, work: Path | None, ranks: int = 1) ->
     output = max(s.nbytes for s in plan.shards) if target else 0
     each = f"for each of {ranks} processes, " if ranks > 1 else ""
     if cap is None:
-        cap = _AT_ONCE * (source + output)
+        cap = sum(min(_AT_ONCE * part, part + _AHEAD) for part in (source, output))
         room = [
             _room(p) // ranks
             for p in (work, cache.folder if isinstance(cache, ShardCache) else None)

@@ -66,7 +66,8 @@ class CorpusPart:
 class Corpus:
     """Parts in the order given. `windows` flattens them; `part_of` names each window's part.
 
-    skipped_rows: rows of the files that were left out because they cannot be read.
+    skipped_rows: rows that were left out because they cannot be read; of long files only those
+    that were sampled are looked at.
     """
 
     parts: list[CorpusPart]

@@ -231,7 +231,7 @@ def _identity(result: Figures) -> str:
         of = f" of {count(length)} tokens" if length is not None else ""
         facts.append(f"{count(sequences)} sequences{of}")
     if skipped := result.skipped_rows:
-        facts.append(f"{count(skipped)} rows that cannot be read left out")
+        facts.append(f"{count(skipped)} of the rows read are unusable and were left out")
     return f'<p class="identity">{", ".join(facts)}</p>' if facts else ""
 
 
