@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, normalizers
 from torch import Tensor, nn
+
+from v4quant_formats.engram import engram_tables
 
 _SPACE = "\ue000"  # stands for a lone space while the ends are stripped
 _GATE_FLOOR = 1e-6
@@ -58,21 +59,15 @@ def hash_plan(text_config: Mapping[str, Any], tokenizer: Tokenizer) -> HashPlan:
     orders, heads = text_config["engram_max_ngram_size"], text_config["engram_n_heads"]
     mapping, size = token_map(tokenizer, text_config["vocab_size"])
     layers = text_config["engram_layer_ids"]
-    bound = (2**63 - 1) // size // 2
-    multipliers = tuple(
-        tuple(
-            int(x) * 2 + 1
-            for x in np.random.default_rng(10007 * i).integers(0, bound, orders, np.int64)
-        )
-        for i in layers
-    )
+    start = text_config["engram_vocab_size"]
+    tables = engram_tables(tuple(layers), start, heads, orders, size)
     return HashPlan(
         token_map=torch.tensor(mapping),
         compressed=size,
         pad=mapping[text_config["engram_pad_token_id"]],
         heads=heads,
-        primes=table_primes(len(layers), orders, heads, text_config["engram_vocab_size"]),
-        multipliers=multipliers,
+        primes=tuple(table.primes for table in tables),
+        multipliers=tuple(table.multipliers for table in tables),
     )
 
 
@@ -99,28 +94,6 @@ def token_map(tokenizer: Tokenizer, vocab_size: int) -> tuple[list[int], int]:
         key = tokenizer.id_to_token(token) if broken else reads_as.normalize_str(text) or text
         mapping.append(seen.setdefault(key, len(seen)))
     return mapping, len(seen)
-
-
-def table_primes(layers: int, orders: int, heads: int, start: int) -> tuple[tuple[int, ...], ...]:
-    """Per layer `(orders - 1) * heads` primes from `start` on, none handed out twice."""
-    used: set[int] = set()
-    result = []
-    for _ in range(layers):
-        row: list[int] = []
-        for _ in range(orders - 1):
-            current = start - 1
-            for _ in range(heads):
-                current += 1
-                while current in used or not _is_prime(current):
-                    current += 1
-                used.add(current)
-                row.append(current)
-        result.append(tuple(row))
-    return tuple(result)
-
-
-def _is_prime(n: int) -> bool:
-    return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
 
 
 class Engram(nn.Module):
