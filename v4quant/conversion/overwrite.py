@@ -24,6 +24,7 @@ from v4quant_formats.small_files import read_small
 from v4quant_formats.system import sync_folder
 
 _NEW, _OLD = ".v4quant-new", ".v4quant-old"
+_LISTS = (MANIFEST_NAME, ONNX_MANIFEST)
 _MAX_JOURNAL = 2**30
 
 
@@ -40,6 +41,8 @@ def replacing(
     new, old = (out.with_name(out.name + end) for end in (_NEW, _OLD))
     if wanted and first and old.is_dir() and new.is_dir() and not out.exists():
         _rename(old, out)  # killed between the two renames below
+    if wanted and first and old.is_dir() and out.exists():
+        _remove(old, what_we_made(old))  # killed behind them
     if not wanted or not out.is_dir() or not any(out.iterdir()):
         yield out
         return
@@ -83,7 +86,7 @@ def _listed(out: Path) -> dict[str, int | None]:
                     found[str(json.loads(line)["file"]["name"])] = None
         # Written after the last shard, before the journal goes.
         found |= dict.fromkeys(("config.json", MANIFEST_NAME, INDEX_NAME))
-    for name in (MANIFEST_NAME, ONNX_MANIFEST):
+    for name in _LISTS:
         if (out / name).is_file():
             with suppress(FormatError):
                 found |= {file["name"]: file["bytes"] for file in read_manifest(out, name)["files"]}
@@ -100,8 +103,11 @@ def _rename(path: Path, name: Path) -> None:
 
 
 def _remove(old: Path, made: Iterable[str]) -> None:
-    """Remove the files that v4quant made and the folders that are empty then, and nothing else."""
-    for name in made:
+    """Remove the files that v4quant made and the folders that are empty then, and nothing else.
+
+    What lists the files goes last: after a kill in between they are still known to be ours.
+    """
+    for name in sorted(made, key=lambda name: (name in _LISTS, name.startswith(f"{FOLDER}/"))):
         with suppress(OSError):
             (old / name).unlink()
     for folder in sorted((p for p in old.rglob("*") if p.is_dir()), reverse=True):

@@ -58,6 +58,37 @@ def test_killed_between_the_two_renames(made: tuple[Path, Path], tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_killed_while_the_old_one_is_removed(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """The rest of it goes with the next call; a file of the user's in it is named at once."""
+    out, old = tmp_path / "out", tmp_path / "out.v4quant-old"
+    shutil.copytree(made[0], out)
+    shutil.copytree(made[0], old)
+    (old / "config.json").unlink()
+    (old / "mine").write_text("mine")
+    with pytest.raises(OutputError, match="mine"):
+        overwrite(out)
+    (old / "mine").unlink()
+    overwrite(out)
+    assert folder_bytes(out) == folder_bytes(made[1])
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_lists_the_files_is_removed_last(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, gone, unlink = tmp_path / "out", list[str](), Path.unlink
+    shutil.copytree(made[0], out)
+
+    def seen(path: Path, missing_ok: bool = False) -> None:
+        if path.parent.name == "out.v4quant-old":
+            gone.append(path.name)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", seen)
+    overwrite(out)
+    assert gone[-1] == "v4quant.json" and len(gone) > 2
+
+
 def _foreign(out: Path) -> None:
     (out / "notes.txt").write_text("mine")
 
