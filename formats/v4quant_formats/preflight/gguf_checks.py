@@ -70,6 +70,10 @@ def numbers(survey: Survey) -> Iterator[Finding]:
     if blocks not in (layers, layers + config.get("num_nextn_predict_layers", 0)):
         problem = f"'{architecture}.block_count' is {blocks!r}, the tensors make {layers} layers"
         yield Finding("error", "metadata", file, problem, _REMEDY)
+    scaling = f"{architecture}.rope.scaling"
+    if f"{scaling}.factor" in metadata and f"{scaling}.type" not in metadata:
+        problem = f"'{scaling}.type' is absent; YaRN's other keys are then taken as linear scaling"
+        yield Finding("warning", "metadata", file, problem, _REMEDY)
     for key in ("sliding_window", "index_topk"):
         if not config.get(key):
             problem = f"'{key}' is {config.get(key)!r}; attention sees nothing"

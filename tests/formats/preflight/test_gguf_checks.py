@@ -107,8 +107,14 @@ def test_metadata_that_has_a_wrong_default(gguf: Path, key: str, tmp_path: Path)
 
 
 def test_yarn_without_its_type_is_no_plain_rope(gguf: Path, tmp_path: Path) -> None:
+    bare = without(gguf, tmp_path, "deepseek4.rope.scaling.type")
+    with open_checkpoint(bare) as opened:
+        assert opened.config["rope_scaling"]["type"] == "yarn"
+    assert "rope.scaling.type' is absent" in alarms(check(bare))[0]
+    (bare / "model.gguf").rename(bare / "tiny-a.gguf")
+    plain = without(bare, tmp_path / "b", "deepseek4.rope.scaling.yarn_beta_fast")
     with pytest.raises(WrongMetadata, match="rope scaling"):
-        check(without(gguf, tmp_path, "deepseek4.rope.scaling.type"))
+        check(plain)
 
 
 @pytest.mark.parametrize(
