@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from script_tools.seeds import TEXT, Reader, written
 from script_tools.tool_readers import TOOL_READERS
 from v4quant.api.publishing import plan_push
-from v4quant.conversion.journal import FOLDER, FinishedShard, Journal
+from v4quant.conversion.journal import FOLDER, FinishedShard, Journal, ShardFacts
 from v4quant.conversion.records import TensorRecord
 from v4quant.evaluation.figures import Figures
 from v4quant.evaluation.report import render_html, render_markdown
@@ -88,14 +88,14 @@ def _solution(folder: Path) -> Path:
 def _journal(folder: Path) -> Path:
     record = TensorRecord("m", "cast", "mxfp4", "fp8", 32, 2, 0.5, 0.25)
     (folder / FOLDER).mkdir()
-    journal = Journal(folder, "plan", {"a": 3}, "earlier")
+    journal = Journal(folder, "plan", {"a": ShardFacts(3, ("m",))}, "earlier")
     (folder / "a").write_bytes(b"xxx")
     journal.add(FinishedShard(WrittenFile("a", 3, "0" * 64), (record,)))
     return folder / FOLDER / "journal-0.jsonl"
 
 
 def _read_journal(path: Path) -> object:
-    journal = Journal(path.parent.parent, "plan", {"a": 3}, "now")
+    journal = Journal(path.parent.parent, "plan", {"a": ShardFacts(3, ("m",))}, "now")
     journal.check(sorted(journal.unchecked), 1, lambda count: None)
     return journal
 
