@@ -138,7 +138,9 @@ def measure_row(name: str, old: Mapping[str, Any] | None, shared: Path) -> dict[
     files = {} if peer is None else {"llama.cpp": peer}
     row: dict[str, Any] = {
         "recipe": recipe.as_dict(),
-        "bytes": v4quant.plan_quantize(TINY, work / "planned", recipe=recipe).bytes_out,
+        "bytes": v4quant.plan_quantize(
+            TINY, work / "planned", recipe=recipe, stats=imatrix
+        ).bytes_out,
         "heldout_tokens": FULL.heldout * WINDOW,
         "calibration_tokens": FULL.calibration * WINDOW,
         **_measure(recipe, rival.ways, FULL, files, work),
