@@ -88,15 +88,21 @@ class Model:
 @pytest.fixture(scope="module", params=["stored", "odd", "trained"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The oracle's; one of random weights and odd sizes; the trained one that ships."""
-    seed = secrets.randbits(31)
-    print("seed", seed)
-    ids = torch.randint(3, 380, (101,), generator=torch.Generator().manual_seed(seed))
-    ids[60:75] = ids[20:35]
+    seed, ids = some_text()
     folder = {"stored": TINY, "trained": resolve_source(TINY_V41)}.get(request.param)
     if folder is None:
         folder = tmp_path_factory.mktemp("odd") / "model"
         write_checkpoint(folder, Request("v41", overrides=tuple(ODD.items()), seed=seed))
     yield from opened(folder, ids)
+
+
+def some_text() -> tuple[int, Tensor]:
+    """A text in which a passage comes twice, and its seed."""
+    seed = secrets.randbits(31)
+    print("seed", seed)
+    ids = torch.randint(3, 380, (101,), generator=torch.Generator().manual_seed(seed))
+    ids[60:75] = ids[20:35]
+    return seed, ids
 
 
 def opened(folder: Path, ids: Tensor) -> Iterator[Model]:
@@ -152,11 +158,21 @@ def test_plain_agrees_to_float_rounding(model: Model) -> None:
 
 @pytest.mark.parametrize("mode", ["kv", "act"])
 def test_rounding_modes_agree_layer_by_layer(mode: str, model: Model) -> None:
-    """A flipped entry is seen by many queries of its layer; a flipped input, by its own token."""
+    """A flipped entry is seen by many queries of its layer; a flipped input, by its own token.
+
+    With another text a flip comes elsewhere, while what is wrong with a layer stays: each has to
+    agree in one of five.
+    """
     expected = model.expected(mode)
     shares = agreeing(model, expected, activations=MODES[mode])
-    print(shares)
-    assert mean(shares) > 0.95
+    for _ in range(4):
+        print(shares)
+        if min(shares) > 0.9:
+            break
+        _, ids = some_text()
+        again = agreeing(model, model.formulas(mode).run(ids), ids, activations=MODES[mode])
+        shares = [max(pair) for pair in zip(shares, again, strict=True)]
+    assert min(shares) > 0.9
     assert mean(agreeing(model, expected)) < 0.5, "the rounding would not be noticed"
     if mode == "act":
         left_out = agreeing(model, expected, activations="official", kv_rounding=False)

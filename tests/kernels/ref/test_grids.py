@@ -22,8 +22,15 @@ def test_mxfp4_is_found_with_its_own_bytes(dtype: torch.dtype, generator: torch.
     q = mx.quantize(release_like(128, 256, generator), SCHEMES["mxfp4"])
     found = find_mxfp4(mx.dequantize(q).to(dtype))
     assert found is not None and q.scale is not None and found.scale is not None
-    assert torch.equal(found.codes, q.codes)
-    assert torch.equal(found.scale.view(torch.uint8), q.scale.view(torch.uint8))
+    # A group with neither 1/2 nor 3/2 lies on the grid of the next coarser scale as well.
+    nibbles = torch.stack([q.codes & 7, q.codes >> 4 & 7], -1).view(128, 8, 32)
+    fine = torch.isin(nibbles, torch.tensor([1, 3])).any(-1)
+    assert fine.double().mean() > 0.99
+    groups = found.codes.view(128, 8, 16), q.codes.view(128, 8, 16)
+    assert torch.equal(groups[0][fine], groups[1][fine])
+    scales = found.scale.view(torch.uint8), q.scale.view(torch.uint8)
+    assert torch.equal(scales[0][fine], scales[1][fine])
+    assert torch.equal(mx.dequantize(found), mx.dequantize(q))
 
 
 def test_any_mxfp4_is_found_as_numbers(generator: torch.Generator) -> None:

@@ -31,11 +31,11 @@ PINNED = {
     "mxfp4/compressed-tensors@vllm": "eef4c77f9453eb39",
     "int4-g32@vllm": "49d4345ec08f155c",
     "nvfp4@sglang": "b3e5631438e2d9a4",
-    "mxfp4/gguf": "08d67cb3b2a3fa8d",
-    "q8_0/gguf": "4c717c1723c08549",
-    "q6_k/gguf": "f691d50a0069f79b",
-    "q4_k/gguf": "b32f5bc914d03de9",
-    "q2_k/gguf": "9878bc66c940cf9a",
+    "mxfp4/gguf": "90422843486b9045",
+    "q8_0/gguf": "f104dcb4a4f790c8",
+    "q6_k/gguf": "d3399bacbbc33b0e",
+    "q4_k/gguf": "5fdf350b5a7f6629",
+    "q2_k/gguf": "8eb34bcc45199c3b",
 }
 
 
