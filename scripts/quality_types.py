@@ -1,6 +1,6 @@
 """The GGUF types one by one: KL of the tiny V4 with only its experts in a type, against bits.
 
-    scripts/quality_types.py iq2_xxs            searched and solved, into docs/quality-types.json
+    scripts/quality_types.py iq2_xxs            searched and solved, into the stored figures
     scripts/quality_types.py iq2_xxs --ggml-lib libggml-base.so      and llama.cpp's encoder
     scripts/quality_types.py iq2_xxs --work DIR  keep statistics and solutions, and go on there
     scripts/quality_types.py --page             docs/quality-types.md and .svg from what is stored
