@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.kernel_tools import random_experts, random_qtensor
 from tests.kernels.twins.test_bf16_product import assert_sums_are_float32
@@ -199,3 +200,28 @@ def test_the_twin_asks_for_each_product(
     ids, routing = torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
     dispatch.moe(x, ids, routing, experts, 10.0)
     assert asked == [("int4-g32", 3)] * 3
+
+
+class _Weights(TorchDispatchMode):
+    """Notes whether oneDNN was given the weights in one piece, either way around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_linear_pointwise" in str(func):
+            self.whole.append(args[1].is_contiguous() or args[1].mT.is_contiguous())
+        return func(*args, **(kwargs or {}))
+
+
+@needs_onednn
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_part_of_a_matrix_is_copied_first(turned: bool, generator: torch.Generator) -> None:
+    """oneDNN multiplies it a thousand times slower where it lies."""
+    a, wide = (torch.randn(64, 200, generator=generator) for _ in range(2))
+    left, right = (a[:, 3:67], wide[:, 90:]) if not turned else (a[:, :60], wide.mT[7:67])
+    with _Weights() as seen:
+        found = onednn_product(left, right)
+    assert seen.whole == [True]
+    torch.testing.assert_close(found.double(), left.double() @ right.double(), rtol=0, atol=1e-4)

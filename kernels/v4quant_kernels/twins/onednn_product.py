@@ -15,6 +15,8 @@ from torch import Tensor
 def onednn_product(a: Tensor, b: Tensor) -> Tensor:
     """float32 a @ b: `[..., m, k]` and `[k, n]`, or `[g, m, k]` and `[g, k, n]`."""
     if b.dim() == 2:
+        if not (b.is_contiguous() or b.mT.is_contiguous()):
+            b = b.contiguous()  # a part of a wider matrix takes a loop a thousand times slower
         result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
         return result
     return torch.stack([onednn_product(one, other) for one, other in zip(a, b, strict=True)])
