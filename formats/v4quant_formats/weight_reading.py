@@ -232,10 +232,10 @@ def read_dense(checkpoint: Checkpoint, module: str, device: torch.device = _CPU)
     stored = find_weight(checkpoint, module)
     if stored.scheme is not None:
         return dequantize(read_weight(checkpoint, stored).to(device))
-    value = checkpoint.read(next(iter(stored.parts.values())).name)
+    value = checkpoint.read(stored.first.name)
     if not value.is_floating_point():
         return value.to(device)
-    check_finite(checkpoint, next(iter(stored.parts.values())), value)
+    check_finite(checkpoint, stored.first, value)
     return value.to(device).float()
 
 
@@ -247,7 +247,7 @@ def read_coded(checkpoint: Checkpoint, module: str, device: torch.device = _CPU)
     stored = find_weight(checkpoint, module)
     if stored.scheme is not None:
         return read_weight(checkpoint, stored).to(device)
-    spec = next(iter(stored.parts.values()))
+    spec = stored.first
     if spec.dtype != "BF16":
         raise WrongDtype(f"{spec.file}: '{spec}' is neither quantized nor BF16")
     rows, columns = matrix_of(spec)
@@ -266,7 +266,7 @@ def read_dense_rows(
         first, last = start // height * height, min(-(-stop // height) * height, stored.shape[0])
         coded = read_weight(checkpoint, stored, (first, last)).to(device)
         return dequantize(coded)[start - first : stop - first]
-    spec = next(iter(stored.parts.values()))
+    spec = stored.first
     value = checkpoint.read_rows(spec.name, start, stop)
     if not value.is_floating_point():
         return value.to(device)
@@ -285,7 +285,7 @@ def read_dense_at(
     stored = find_weight(checkpoint, module)
     if stored.scheme is not None:
         return dequantize(read_weight(checkpoint, stored, rows).to(device))
-    spec = next(iter(stored.parts.values()))
+    spec = stored.first
     value = _read_part(checkpoint, spec, rows)
     check_finite(checkpoint, spec, value)
     return value.to(device).float()

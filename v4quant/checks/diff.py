@@ -141,7 +141,7 @@ def _compare(a: Checkpoint, b: Checkpoint, module: str, full: bool, values: bool
 
 
 def _kind(stored: StoredWeight) -> str:
-    return stored.scheme.name if stored.scheme else next(iter(stored.parts.values())).dtype
+    return stored.scheme.name if stored.scheme else stored.first.dtype
 
 
 def _same_bytes(a: Checkpoint, b: Checkpoint, x: StoredWeight, y: StoredWeight, full: bool) -> bool:
@@ -162,7 +162,7 @@ def _same_bytes(a: Checkpoint, b: Checkpoint, x: StoredWeight, y: StoredWeight, 
 
 
 def _compare_small(a: Checkpoint, b: Checkpoint, x: StoredWeight, y: StoredWeight) -> Difference:
-    p, q = (c.read(next(iter(s.parts.values())).name).double().numpy() for c, s in ((a, x), (b, y)))
+    p, q = (c.read(s.first.name).double().numpy() for c, s in ((a, x), (b, y)))
     error = _relative(p, q)
     verdict = "exact" if not error else "regridded" if error < _SUSPICIOUS else "different"
     return Difference(x.module, verdict, _kind(x), _kind(y), error)

@@ -156,7 +156,7 @@ def _classes(
         entry.nbytes += weight.nbytes
         elements = math.prod(weight.shape)
         entry.weights += elements
-        kind = weight.scheme.name if weight.scheme else next(iter(weight.parts.values())).dtype
+        kind = weight.scheme.name if weight.scheme else weight.first.dtype
         entry.formats[kind] += elements
     return sorted(classes.values(), key=lambda c: -c.nbytes)
 

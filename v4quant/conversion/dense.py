@@ -57,7 +57,7 @@ def recast(
 ) -> list[TensorRecord]:
     """The same numbers in another dtype: wider floats, or expert numbers in 32 bits."""
     stored, wanted = unit.sources[0], unit.outputs[0]
-    spec = next(iter(stored.parts.values()))
+    spec = stored.first
     dtype = TORCH_DTYPES[wanted.dtype]
     altered, position = 0, 0
     for _, piece in plan.checkpoint.read_chunks(spec.name):

@@ -120,12 +120,7 @@ def _manifest(
     plan: Plan, files: list[WrittenFile], records: list[TensorRecord], stats: Evidence | None
 ) -> dict[str, Any]:
     made = stats.provenance.as_dict() if stats is not None and stats.provenance else None
-    experts = {
-        next(iter(s.parts.values())).dtype
-        for u in plan.units
-        if u.action == "experts"
-        for s in u.sources
-    }
+    experts = {s.first.dtype for u in plan.units if u.action == "experts" for s in u.sources}
     release = detect_release(
         plan.checkpoint.tensors, experts, str(plan.checkpoint.config.get("model_type", ""))
     )

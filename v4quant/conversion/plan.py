@@ -144,7 +144,7 @@ def under_stem(plan: Plan, stem: str) -> Plan:
 def _shards_as_source(units: Iterable[Unit]) -> tuple[ShardPlan, ...]:
     by_file: dict[str, list[Unit]] = {}
     for unit in units:
-        file = next(iter(unit.sources[0].parts.values())).file
+        file = unit.sources[0].first.file
         by_file.setdefault(file, []).append(unit)
     return tuple(
         ShardPlan(_output_file(file), tuple(members)) for file, members in sorted(by_file.items())

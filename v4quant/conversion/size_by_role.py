@@ -31,7 +31,7 @@ def byte_classes(plan: Plan) -> list[ByteClass]:
     """All units of a plan by role, the largest output first."""
     classes: dict[str, ByteClass] = {}
     for unit in plan.units:
-        first = next(iter(unit.sources[0].parts.values()))
+        first = unit.sources[0].first
         role = role_of(parse_name(first.name))
         found = classes.setdefault(role, ByteClass(role))
         found.weights += sum(math.prod(s.shape) for s in unit.sources)

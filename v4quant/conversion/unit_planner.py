@@ -242,7 +242,7 @@ class _Planner:
 
     def _plain(self, name: TensorName, stored: StoredWeight) -> Unit:
         """A tensor outside all matrices: as it is, or the same numbers in the layout's dtype."""
-        spec = next(iter(stored.parts.values()))
+        spec = stored.first
         dtype = self.layout.plain(name, spec) if self.layout.plain else spec.dtype
         if stored.scheme is not None:  # as llama.cpp's quantizer leaves embeddings and routers
             wide = name.role == "hyper-connection" or name.module.endswith(_WIDE)

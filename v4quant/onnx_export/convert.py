@@ -89,7 +89,7 @@ def write_dense(
         writer.add(f"{name}.codes", q.codes)
         writer.add(f"{name}.scales", tile_scales(fp8_block.decode_scale(q.scale), q.shape[0]))
         return
-    spec = next(iter(source.parts.values()))
+    spec = source.first
     if source.scheme is not None:
         rows, columns = source.shape
         for start in range(0, rows, _ROWS):

@@ -188,7 +188,7 @@ def _layer(checkpoint: Checkpoint, config: Dimensions, stage: str, block: Expert
 def _find(checkpoint: Checkpoint, config: Dimensions, module: str) -> StoredWeight:
     """How a module is stored, refused when its shape or kind is not what config.json implies."""
     stored = find_weight(checkpoint, module)
-    spec = next(iter(stored.parts.values()))
+    spec = stored.first
     wanted = module_shape(config, module)
     if stored.shape != wanted:
         raise WrongDtype(
@@ -207,7 +207,7 @@ def _find(checkpoint: Checkpoint, config: Dimensions, module: str) -> StoredWeig
 def _shared(stored: StoredWeight, name: str) -> DenseTensor:
     scheme = stored.scheme
     if scheme is None:
-        bf16 = next(iter(stored.parts.values())).dtype == "BF16"
+        bf16 = stored.first.dtype == "BF16"
         return DenseTensor(stored, name, "bf16" if bf16 else "f32")
     tiles = scheme.element == "e4m3" and scheme.block == (TILE, TILE)
     return DenseTensor(stored, name, "tiles" if tiles and not stored.shape[1] % TILE else "f32")
