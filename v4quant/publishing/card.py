@@ -26,7 +26,7 @@ from v4quant.evaluation.report.tables import (
     summary_table,
     verdict_text,
 )
-from v4quant.evaluation.report.text import count, escape_markdown
+from v4quant.evaluation.report.text import code_span, count, escape_markdown
 from v4quant.hub.errors import HubError
 from v4quant.publishing.needs import memory_table
 from v4quant.publishing.publisher import RepoFile, card_file
@@ -186,14 +186,14 @@ def license_of(text: str) -> str:
 def _summary(manifest: Mapping[str, Any], request: CardRequest) -> str:
     source = section(manifest, "source")
     base = _base(manifest, request)
-    name = f"[{base}](https://huggingface.co/{base})" if base else _code(text(source, "name"))
+    name = f"[{base}](https://huggingface.co/{base})" if base else code_span(text(source, "name"))
     total = sum(f["bytes"] for f in manifest["files"])
     rows = [
         ("Converted from", name),
-        ("Source commit", _code(text(source, "revision"))),
+        ("Source commit", code_span(text(source, "revision"))),
         ("Release", escape_markdown(text(source, "release"))),
-        ("Routed experts", _code(_scheme(manifest))),
-        ("Container", _code(_format(manifest))),
+        ("Routed experts", code_span(_scheme(manifest))),
+        ("Container", code_span(_format(manifest))),
         ("Download", f"{_bytes(total)} in {len(manifest['files']):,} files"),
         ("Tensor data before", _bytes(source.get("bytes"))),
         ("Loads in", ", ".join(ENGINES[e.engine].title for e in request.engines)),
@@ -225,7 +225,7 @@ def _siblings(request: CardRequest) -> str:
         link = f"[{name}](https://huggingface.co/{one.repo})" if one.repo else "not published"
         shown = f"**{name}** (this one)" if one.repo == request.repo else link
         figures = (f"{one.kl:.2e}", f"{100 * one.top1:.2f} %", escape_markdown(one.grade))
-        rows.append((shown, _code(one.scheme), _bytes(one.nbytes), *figures))
+        rows.append((shown, code_span(one.scheme), _bytes(one.nbytes), *figures))
     columns = ("Repository", "Experts", "Size", "Mean KL (nats)", "Same top-1 token", "Verdict")
     table = _table(columns, rows)
     chart = f"\n\n![Size against mean KL of every size]({CHART_NAME})" if _chart(request) else ""
@@ -291,7 +291,7 @@ def _done(manifest: Mapping[str, Any], records: Sequence[TensorRecord]) -> str:
             else "The search weighed errors by statistics of the experts' inputs (SHA-256 of the "
             "statistics: "
         )
-        lines.append(f"{how}{_code(str(digest)[:64])}).")
+        lines.append(f"{how}{code_span(str(digest)[:64])}).")
     return "\n\n".join(lines)
 
 
@@ -389,10 +389,6 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     marks = ["---"] + ["---:" if len(columns) > 2 else "---"] * (len(columns) - 1)
     lines = [columns, marks, *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _code(value: str) -> str:
-    return "`" + visible(value).replace("`", "").replace("|", "") + "`"
 
 
 def _bytes(count: Any) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from v4quant.builtin import PREFIX
 from v4quant.conversion.calibrated import solved_part
 from v4quant.conversion.finish import STATISTICS_NAME
-from v4quant.evaluation.report.text import escape_markdown
+from v4quant.evaluation.report.text import code_span, escape_markdown
 from v4quant.hub.refs import HubReferenceError, parse_hub
 from v4quant.publishing.publisher import RepoFile
 from v4quant.recipe import recipe_from_table
@@ -35,6 +35,7 @@ from v4quant_kernels.errors import V4QuantError
 
 RECIPE_NAME = "v4quant-recipe.toml"
 _HASH = re.compile(r"[0-9a-f]{40,64}")
+_MOST = 120  # characters of a value of the manifest
 _PLACE = "published"  # where the commands put what they fetch
 
 
@@ -97,7 +98,8 @@ def _commands(
         stats = '"$STATISTICS"'
         notes.append(
             "`$STATISTICS` stands for what `calibrate` had written; it is not published, and the "
-            f"manifest does not say how it was made (SHA-256 {_code(manifest['stats'])})."
+            "manifest does not say how it was made (SHA-256 "
+            f"{code_span(manifest['stats'], _MOST)})."
         )
     adapter = ' --adapter "$ADAPTER"' if manifest.get("adapter") else ""
     convert = f"v4quant quantize {source} out --recipe {_PLACE}/{within}{RECIPE_NAME}{adapter}"
@@ -158,9 +160,8 @@ def _texts(made: Provenance) -> list[str]:
     own = [text for text in made.corpus if not text.name.startswith(PREFIX)]
     if not own:
         return []
-    rows = "\n".join(
-        f"| {_code(text.name)} | {text.nbytes:,} | {_code(text.sha256)} |" for text in own
-    )
+    cells = [(code_span(t.name, _MOST), t.nbytes, code_span(t.sha256, _MOST)) for t in own]
+    rows = "\n".join(f"| {name} | {nbytes:,} | {sha256} |" for name, nbytes, sha256 in cells)
     return [
         "The text that was calibrated on is not published here. The same bytes need the same "
         f"files:\n\n| Text | Bytes | SHA-256 |\n| --- | ---: | --- |\n{rows}"
@@ -202,17 +203,13 @@ def _program(manifest: Mapping[str, Any]) -> str:
     version, commit = str(tool.get("v4quant") or "?"), str(tool.get("commit") or "")
     told = f"Made with v4quant {escape_markdown(visible(version))}"
     if re.fullmatch(rf"{_HASH.pattern}(\+changes)?", commit):
-        told += f", commit {_code(commit)}"
+        told += f", commit {code_span(commit, _MOST)}"
     others = [
         f"{name} {escape_markdown(visible(str(tool[name])))}"
         for name in ("torch", "python")
         if tool.get(name)
     ]
     return told + (f" ({', '.join(others)})." if others else ".")
-
-
-def _code(value: object) -> str:
-    return "`" + visible(str(value))[:120].replace("`", "").replace("|", "") + "`"
 
 
 def _key(name: str) -> str:

@@ -34,6 +34,11 @@ def escape_html(value: str) -> str:
     return html.escape(visible(value), quote=True)
 
 
+def code_span(value: object, most: int | None = None) -> str:
+    """Markdown's code of a value from a file, cut to `most` characters; safe in a table's cell."""
+    return "`" + visible(str(value))[:most].replace("`", "").replace("|", "") + "`"
+
+
 def escape_markdown(value: str) -> str:
     """Text for a Markdown table cell: no markup, no HTML, no automatic links, no line breaks."""
     return html.escape(_MARKDOWN.sub(r"\\\1", visible(value)), quote=False)
