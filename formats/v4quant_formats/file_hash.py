@@ -19,6 +19,7 @@ import hashlib
 import mmap
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from v4quant_formats.system import (
@@ -129,6 +130,13 @@ def hash_file(path: Path) -> str:
     finally:
         os.close(handle)
     return sha.hexdigest()
+
+
+def file_pieces(path: Path) -> Iterator[bytes]:
+    """The bytes of a file from its front, at most 1 MiB at a time. Raises OSError."""
+    with path.open("rb") as opened:
+        while piece := opened.read(_BUFFER):
+            yield piece
 
 
 def _hash_range(sha: hashlib._Hash, handle: int, start: int, end: int, buffer: mmap.mmap) -> None:

@@ -13,8 +13,7 @@ from v4quant.builtin import PREFIX, resolve_corpus
 from v4quant.conversion.calibrated import solved_part
 from v4quant.recipe import Recipe
 from v4quant_calibration.statistics.provenance import DEFAULTS, CorpusText, Option, Provenance
-
-_PIECE = 2**20
+from v4quant_formats.file_hash import file_pieces
 
 
 def provenance_of(
@@ -37,9 +36,8 @@ def _text(name: str) -> CorpusText:
     """A built-in corpus by the bytes of all its files, in their order."""
     sha, nbytes = hashlib.sha256(), 0
     for file in resolve_corpus([name]):
-        with file.open("rb") as opened:
-            while piece := opened.read(_PIECE):
-                sha.update(piece)
-                nbytes += len(piece)
+        for piece in file_pieces(file):
+            sha.update(piece)
+            nbytes += len(piece)
     told = name if name.startswith(PREFIX) else Path(name).name
     return CorpusText(told, nbytes, sha.hexdigest())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from v4quant_formats.adapter import Adapter
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import detect_release
 from v4quant_formats.errors import SourceChanged, UnknownTokenizer
-from v4quant_formats.file_hash import hash_file
+from v4quant_formats.file_hash import file_pieces, hash_file
 from v4quant_formats.manifest import MANIFEST_NAME, MANIFEST_VERSION, index_json, to_json
 from v4quant_formats.shards import WrittenFile, write_file_atomically, write_pieces_atomically
 from v4quant_formats.sidecars import small_file, travelling
@@ -64,12 +63,6 @@ def _statistics(stats: Evidence | None) -> Path | None:
     return file if small else None
 
 
-def _pieces(file: Path) -> Iterator[bytes]:
-    with file.open("rb") as opened:
-        while piece := opened.read(2**20):
-            yield piece
-
-
 def finish_folder(
     plan: Plan,
     out: Path,
@@ -82,11 +75,11 @@ def finish_folder(
     Raises SourceChanged when a sidecar is no longer what it was when the work began.
     """
     files = [s.file for s in shards]
-    folder = plan.checkpoint.path
+    folder, given = plan.checkpoint.path, _statistics(stats)
     for sidecar in sidecars:
-        path, given = folder / sidecar.name, _statistics(stats)
+        path = folder / sidecar.name
         if sidecar.name == STATISTICS_NAME and given is not None:
-            path, written = given, write_pieces_atomically(out / sidecar.name, _pieces(given))
+            path, written = given, write_pieces_atomically(out / sidecar.name, file_pieces(given))
         else:
             data = small_file(plan.checkpoint, sidecar.name) or b""
             written = write_file_atomically(out / sidecar.name, data)
