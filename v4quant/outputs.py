@@ -38,14 +38,12 @@ def refuse_inputs(
     for path in [*(p for folder in sources for p in _files(folder)), *files]:
         if path is not None and (identity := _identity(path)) is not None:
             read[identity] = path
-    outputs = list(outputs)
-    for out in outputs:
-        if out is not None and (found := read.get(_identity(out))) is not None:
-            raise OutputError(f"{out}: would replace {found}, which is read; choose another name")
     inside = {_identity(path): path for path in sources if path.is_dir()}
-    for out in outputs:
-        within = None if out is None else inside.get(_identity(_real(out).parent))
-        if out is not None and within is not None and _is_part(out.name):
+    for out in (path for path in outputs if path is not None):
+        if (found := read.get(_identity(out))) is not None:
+            raise OutputError(f"{out}: would replace {found}, which is read; choose another name")
+        within = inside.get(_identity(_real(out).parent))
+        if within is not None and _is_part(out.name):
             raise OutputError(
                 f"{out}: would become part of {within}, which is read; choose another name"
             )

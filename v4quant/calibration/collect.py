@@ -162,10 +162,11 @@ def calibrate_to(
     `calibrate` and `solve` raise, and SizeError for too little memory.
     """
     targets = [] if settings is None else [SolveTarget(settings, out, provenance)]
-    return _calibrate_checked(
-        _Work(checkpoint, config, corpus, options, floor, progress, max_memory, device, team),
+    work = _Work(
+        checkpoint, config, corpus, options, floor, progress, max_memory, device, team,
         out, targets, dense, provenance,
     )  # fmt: skip
+    return _calibrate_checked(work)
 
 
 def solve_several_to(
@@ -183,13 +184,19 @@ def solve_several_to(
 
     The statistics returned are the first target's.
     """
-    work = _Work(checkpoint, config, corpus, options, floor, progress, max_memory, device, ALONE)
-    return _calibrate_checked(work, targets[0].folder, targets, False, targets[0].provenance)
+    work = _Work(
+        checkpoint, config, corpus, options, floor, progress, max_memory, device, ALONE,
+        targets[0].folder, targets,
+    )  # fmt: skip
+    return _calibrate_checked(work)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What a calibration reads and where it runs; see `calibrate_to`."""
+    """What a calibration reads, where it runs, and what it writes; see `calibrate_to`.
+
+    out: the file of statistics, or the first target's folder. targets: solutions, if any.
+    """
 
     checkpoint: Checkpoint
     config: ModelConfig
@@ -200,27 +207,26 @@ class _Work:
     max_memory: int | None
     device: torch.device
     team: Team
+    out: Path
+    targets: Sequence[SolveTarget]
+    dense: bool = False
+    provenance: Provenance | None = None
 
 
-def _calibrate_checked(
-    work: _Work,
-    out: Path,
-    targets: Sequence[SolveTarget],
-    dense: bool,
-    provenance: Provenance | None,
-) -> Calibration:
+def _calibrate_checked(work: _Work) -> Calibration:
     """Check the input, and hold the locks of everything that is written."""
     require_sound(work.checkpoint)
     check_floor(work.corpus, work.config, work.floor)
-    require_work(work.team, targets[0].settings if targets else None, work.corpus.windows)
+    settings = work.targets[0].settings if work.targets else None
+    require_work(work.team, settings, work.corpus.windows)
     with ExitStack() as stack:
         if work.team.is_first:
-            for place in dict.fromkeys([out, *(t.folder for t in targets)]):
+            for place in dict.fromkeys([work.out, *(t.folder for t in work.targets)]):
                 taken = f"{place}: another v4quant process is calibrating to it; give another --out"
                 lock = f"{place.name}.lock"
                 stack.enter_context(locked_folder(place.parent, taken, lock, stays=False))
         work.team.barrier()
-        return _calibrate_locked(work, out, targets, dense, provenance)
+        return _calibrate_locked(work)
 
 
 def require_work(team: Team, settings: SolveSettings | None, windows: Sequence[Tensor]) -> None:
@@ -256,18 +262,13 @@ def _run_key(
     return sha.hexdigest()
 
 
-def _calibrate_locked(
-    work: _Work,
-    out: Path,
-    targets: Sequence[SolveTarget],
-    dense: bool,
-    provenance: Provenance | None,
-) -> Calibration:
+def _calibrate_locked(work: _Work) -> Calibration:
     checkpoint, config, corpus, team = work.checkpoint, work.config, work.corpus, work.team
+    out, targets = work.out, work.targets
     windows, first = corpus.windows, dict[str, Tensor]()
     held = statistics_bytes(config, len(stages_of(checkpoint, config)))
     limits = Limits.of(work.max_memory, device_bytes(work.device))
-    run = _run_key(checkpoint, work.options, work.floor, corpus, work.device, dense)
+    run = _run_key(checkpoint, work.options, work.floor, corpus, work.device, work.dense)
     kept = KeptRounds(out, run)
     rooms: OpenRoom = partial(calibration_room, config, held, limits, out, kept)
     if work.max_memory is not None:
@@ -277,10 +278,10 @@ def _calibrate_locked(
         if team.is_first:
             found = calibrate(
                 checkpoint, config, windows, work.options, work.floor, work.progress,
-                corpus.reserve, rooms, work.device, dense,
+                corpus.reserve, rooms, work.device, work.dense,
             )  # fmt: skip
             if not targets:
-                write_stats(out, replace(found.stats, provenance=provenance))
+                write_stats(out, replace(found.stats, provenance=work.provenance))
                 kept.remove()
                 return found
         drawn = None if found is None else (found.windows, dict(found.stats.first))

@@ -64,7 +64,7 @@ def provenance_from(table: object) -> Provenance | None:
     """Inverse of `as_dict`; None for a table of any other form, since nothing depends on it."""
     if not isinstance(table, dict):
         return None
-    rows, options, solved = (table.get(k, d) for k, d in _PARTS)
+    rows, options, solved = table.get("corpus"), table.get("options", {}), table.get("solved", {})
     if not isinstance(rows, list) or not rows or len(rows) > _MOST or not isinstance(solved, dict):
         return None
     if not isinstance(options, dict) or not all(
@@ -79,6 +79,3 @@ def provenance_from(table: object) -> Provenance | None:
             case _:
                 return None
     return Provenance(tuple(texts), options, solved)
-
-
-_PARTS: tuple[tuple[str, object], ...] = (("corpus", None), ("options", {}), ("solved", {}))
