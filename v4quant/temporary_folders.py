@@ -23,6 +23,7 @@ from v4quant_formats.system import LockHeld, hold_lock
 _PREFIX = "v4quant-"
 _NOTE, _LOCK = ".made-by-v4quant", ".lock"
 _MAX_NOTE = 4096
+_made: list[weakref.finalize[..., TemporaryFolder]] = []
 
 
 class TemporaryFolder:
@@ -39,6 +40,7 @@ class TemporaryFolder:
         except OSError as error:
             raise output_error(Path(tempfile.gettempdir()), error) from None
         self._end = weakref.finalize(self, _remove, self.path, held)
+        _made[:] = [*(end for end in _made if end.alive), self._end]
 
     def __enter__(self) -> Path:
         return self.path
@@ -49,6 +51,12 @@ class TemporaryFolder:
     def remove(self) -> None:
         """Remove the folder and what is in it; again does nothing."""
         self._end()
+
+
+def remove_all() -> None:
+    """Remove what this process made and still has: it ends without the interpreter's help."""
+    for remove in _made:
+        remove()
 
 
 def remove_abandoned() -> None:

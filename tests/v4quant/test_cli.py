@@ -67,7 +67,7 @@ def v4quant(
     """Run `v4quant ARGS` through its outermost frame in this process."""
     before = signal.getsignal(signal.SIGTERM)
     # It ends the process seconds after a SIGTERM: here the tests that come next.
-    monkeypatch.setattr("v4quant.cli.watch_termination", lambda _: None)
+    monkeypatch.setattr("v4quant.cli.watch_signals", lambda *_: None)
 
     def run(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["v4quant", *map(str, arguments)])

@@ -24,7 +24,8 @@ from v4quant import __version__
 from v4quant.cli import _exit, _output
 from v4quant.cli._common import add_common
 from v4quant.cli._interrupted import stopped
-from v4quant.cli._termination import watch_termination
+from v4quant.cli._termination import end, is_watched, watch_signals
+from v4quant.hub.stopping import end_network
 from v4quant_formats.system import peak_rss_bytes
 from v4quant_kernels.errors import V4QuantError
 
@@ -118,7 +119,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _on_terminate)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _on_interrupt)
-    watch_termination(stopped("Terminated", _command()))
+    watch_signals(stopped("Terminated", _command()), stopped("Interrupted", _command()))
     if os.environ.get("V4QUANT_DEBUG") != "1":
         # When another rank dies, its library prints a page of frames; the error says it in a line.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -133,9 +134,9 @@ def main() -> NoReturn:
         _tell_costs(began)
         sys.exit(code if isinstance(code, int) else 0)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        _leave(stopped("Interrupted", _command()), "Interrupted", _exit.INTERRUPTED)
+        _end("Interrupted", _exit.INTERRUPTED)
     except _Terminated:
-        _leave(stopped("Terminated", _command()), "Terminated", _exit.TERMINATED)
+        _end("Terminated", _exit.TERMINATED)
     except click.ClickException as error:
         _misused(error)
     except V4QuantError as error:
@@ -167,6 +168,18 @@ def _fail(error: Exception) -> NoReturn:
     _leave(f"Error: {text}", type(error).__name__, code)
 
 
+def _end(word: str, code: int) -> NoReturn:
+    """After a signal: threads that cannot end, and libraries that put things away, may take long;
+    once Python itself begins to end, nothing bounds that any more."""
+    _output.last_words(stopped(word, _command()), word, code)
+    _output.reset()
+    if is_watched():
+        if folders := sys.modules.get("v4quant.temporary_folders"):  # slow to load
+            folders.remove_all()
+        end(code)
+    sys.exit(code)
+
+
 def _leave(text: str, kind: str, code: int) -> NoReturn:
     _output.last_words(text, kind, code)
     _output.reset()
@@ -184,10 +197,17 @@ def _tell_costs(began: float) -> None:
 
 
 def _on_interrupt(signum: int, frame: FrameType | None) -> None:
-    _output.stop_bars()
+    _stop_work()
     raise KeyboardInterrupt
 
 
 def _on_terminate(signum: int, frame: FrameType | None) -> None:
-    _output.stop_bars()
+    _stop_work()
     raise _Terminated
+
+
+def _stop_work() -> None:
+    """What hears no exception of the main thread: bars, and threads that wait for a server."""
+    _output.stop_bars()
+    if is_watched():
+        end_network()

@@ -21,6 +21,7 @@ from urllib.request import getproxies
 from v4quant import __version__
 from v4quant.hub.errors import HubAccessError, HubError, HubNotFound, HubOffline
 from v4quant.hub.session import guard_session, has_answered
+from v4quant.hub.stopping import is_stopped, pause
 from v4quant_kernels.errors import V4QuantError
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def scrub(text: str) -> str:
 class Patience:
     """Counts tries of one piece of work and sleeps between them."""
 
-    def __init__(self, what: str, stopped: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, what: str, stopped: Callable[[], bool] = is_stopped) -> None:
         """`what` is being done, for messages; `stopped` cuts waiting short."""
         self._what, self._stopped = what, stopped
         self._tries, self._began = 0, time.monotonic()
@@ -115,21 +116,19 @@ class Patience:
                 f"{self._what}: the hub asks to wait {failure.wait / 3600:,.1f} hours; the same "
                 "command, run then, resumes where this one stopped"
             ) from None
-        pause = min(FIRST_WAIT * 2 ** (self._tries - 1), LONGEST_WAIT)
+        seconds = min(FIRST_WAIT * 2 ** (self._tries - 1), LONGEST_WAIT)
         if failure.wait is not None:
-            pause = max(pause, failure.wait)
+            seconds = max(seconds, failure.wait)
         _LOG.warning(
             "%s: %s; retrying in %.1f s (%d of %d)",
-            self._what, scrub(str(failure)), pause, -(-self._tries // failure.weight),
+            self._what, scrub(str(failure)), seconds, -(-self._tries // failure.weight),
             -(-most // failure.weight) - 1,
         )  # fmt: skip
-        end = time.monotonic() + pause
-        while (left := end - time.monotonic()) > 0 and not self._stopped():
-            time.sleep(min(left, 0.2))
+        pause(seconds, self._stopped)
 
 
 def persistently(
-    what: str, action: Callable[[], Result], stopped: Callable[[], bool] = lambda: False
+    what: str, action: Callable[[], Result], stopped: Callable[[], bool] = is_stopped
 ) -> Result:
     """Run a call of the hub client until it works or cannot. Raises HubError."""
     patience = Patience(what, stopped)
@@ -141,10 +140,12 @@ def persistently(
         except PassingFailure as error:
             failure = error
         except Exception as error:  # noqa: BLE001  (the client wraps causes in its own ways)
+            if stopped():
+                raise HubError(f"{what}: stopped") from None
             failure = _judge(what, error)
+        patience.wait(failure)
         if stopped():
             raise HubError(f"{what}: stopped")
-        patience.wait(failure)
 
 
 def _judge(what: str, error: Exception) -> PassingFailure:

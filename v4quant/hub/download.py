@@ -13,9 +13,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from v4quant.hub.errors import HubError
 from v4quant.hub.remote import Remote, RemoteFile
+from v4quant.hub.stopping import is_stopped
 from v4quant_formats.errors import OutputError, SourceChanged
 from v4quant_formats.shards import output_error
 from v4quant_formats.system import open_own
@@ -43,7 +45,7 @@ def download(
     remote: Remote,
     file: RemoteFile,
     target: Path,
-    stopped: Callable[[], bool] = lambda: False,
+    stopped: Callable[[], bool] = is_stopped,
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Bring one file to `target`, whole and checked; the same call resumes.
@@ -53,7 +55,7 @@ def download(
     """
     part = part_path(target)
     try:
-        if _is_whole(target, file, advance):
+        if _is_whole(target, file, stopped, advance):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         resumed = part.exists()
@@ -71,20 +73,28 @@ def download(
         raise output_error(target, error) from None
 
 
+def _hash_rest(file: BinaryIO, digest: _Digest, name: str, stopped: Callable[[], bool]) -> None:
+    while chunk := file.read(_CHUNK):
+        if stopped():
+            raise HubError(f"{name}: stopped")
+        digest.update(chunk)
+
+
 def part_path(target: Path) -> Path:
     """Where a download lies until it is whole."""
     return target.with_name(f"{target.name}.part")
 
 
-def _is_whole(target: Path, file: RemoteFile, advance: Callable[[int], None]) -> bool:
+def _is_whole(
+    target: Path, file: RemoteFile, stopped: Callable[[], bool], advance: Callable[[int], None]
+) -> bool:
     """Whether an earlier run brought this file; what has other bytes is removed."""
     if target.is_symlink() or not target.is_file():
         return False
     digest = _Digest(file)
     if target.stat().st_size == file.size:
         with target.open("rb") as there:
-            while chunk := there.read(_CHUNK):
-                digest.update(chunk)
+            _hash_rest(there, digest, file.name, stopped)
         if digest.matches():
             advance(file.size)
             return True
@@ -112,8 +122,7 @@ def _fetch(
                 f"{free / 1e9:.1f} GB are free on this disk; free space or lower --disk-cap"
             )
         out.seek(0)
-        while chunk := out.read(_CHUNK):
-            digest.update(chunk)
+        _hash_rest(out, digest, file.name, stopped)
         advance(at)
         for piece in remote.stream(file.name, at, file.size, stopped):
             if stopped():

@@ -2,18 +2,22 @@
 
 A timeout counts from the last byte, so a server that sends a byte of a header now and then is never
 late: `_Line` gives up an answer that has begun and then brings next to nothing while we wait for
-it. And it takes what has arrived in large pieces, which costs a fraction of the processor time:
-`read_body` reads a large body from the line itself, where the client would copy every byte five
-times.
+it. Whoever ends the work that uses a line hangs up (stopping.py). And it takes what has arrived in
+large pieces, which costs a fraction of the processor time: `read_body` reads a large body from the
+line itself, where the client would copy every byte five times.
 """
 
 from __future__ import annotations
 
 import mmap
+import socket
 import ssl
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+
+from v4quant.hub.stopping import Stop, current, refuse_stopped, register
 
 if TYPE_CHECKING:
     import httpx2
@@ -42,6 +46,7 @@ class _Backend:
         self._backend = backend
 
     def connect_tcp(self, *args: Any, **named: Any) -> _Line:
+        refuse_stopped()
         return _Line(self._backend.connect_tcp(*args, **named))
 
     def connect_unix_socket(self, *args: Any, **named: Any) -> _Line:
@@ -56,34 +61,41 @@ class _Line:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self.user: Stop | None = current()
+        register(self)
         self._begun, self._waited, self._count = False, 0.0, 0
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         started = time.monotonic()
-        data: bytes = self._stream.read(max(max_bytes, _PIECE), timeout)
+        try:
+            data: bytes = self._stream.read(max(max_bytes, _PIECE), timeout)
+        finally:
+            refuse_stopped()
         self._watch(started, len(data))
         return data
 
     @property
     def is_direct(self) -> bool:
         """Whether the socket gives the very bytes that `read` does."""
-        socket = self.get_extra_info("socket")
+        below = self.get_extra_info("socket")
         plain = self.get_extra_info("ssl_object") is None
-        return socket is not None and (plain or isinstance(socket, ssl.SSLSocket))
+        return below is not None and (plain or isinstance(below, ssl.SSLSocket))
 
     def read_into(self, view: memoryview, timeout: float | None) -> int:
         """As `read`, into memory that is there; bytes read, 0 at the end."""
         import httpx2
 
         started = time.monotonic()
-        socket = self.get_extra_info("socket")
+        below = self.get_extra_info("socket")
         try:
-            socket.settimeout(timeout)
-            count: int = socket.recv_into(view)
+            below.settimeout(timeout)
+            count: int = below.recv_into(view)
         except TimeoutError as error:
             raise httpx2.ReadTimeout(str(error)) from None
         except OSError as error:
             raise httpx2.ReadError(str(error)) from None
+        finally:
+            refuse_stopped()
         self._watch(started, count)
         return count
 
@@ -100,8 +112,20 @@ class _Line:
             self._waited, self._count = 0.0, 0
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self.user = current()
+        refuse_stopped()
         self._begun, self._waited, self._count = False, 0.0, 0
-        self._stream.write(buffer, timeout)
+        try:
+            self._stream.write(buffer, timeout)
+        finally:
+            refuse_stopped()
+
+    def hang_up(self) -> None:
+        below = self.get_extra_info("socket")
+        if isinstance(below, socket.socket):
+            with suppress(OSError):
+                # Not an SSLSocket's own, which would pull its state from under who uses it.
+                socket.socket.shutdown(below, socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._stream.close()

@@ -29,6 +29,7 @@ from v4quant.hub.errors import HubError, HubNotFound
 from v4quant.hub.lines import read_body
 from v4quant.hub.refs import HubRef
 from v4quant.hub.session import origin
+from v4quant.hub.stopping import is_stopped
 from v4quant_formats.errors import SourceChanged, UnsafePath
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class Remote:
         return bytes(data)
 
     def stream(
-        self, name: str, start: int, stop: int, stopped: Callable[[], bool] = lambda: False
+        self, name: str, start: int, stop: int, stopped: Callable[[], bool] = is_stopped
     ) -> Iterator[bytes | memoryview]:
         """Bytes `start:stop` of a file in pieces, whatever breaks on the way.
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from v4quant.hub.download import download, part_path
 from v4quant.hub.errors import HubError
 from v4quant.hub.remote import Remote
+from v4quant.hub.stopping import Stop, join_all
 from v4quant_formats.shard_files import read_whole
 from v4quant_formats.system import bytes_at, forget_cached, open_for_reading
 from v4quant_kernels.errors import V4QuantError
@@ -37,6 +38,8 @@ RANGE_SHARE = 16  # unless they have added up to this fraction of it
 _SLICES_AT_ONCE = 16
 _GAP, _LARGEST_SPAN = 16 * 2**10, 4 * 2**20  # between slices read as one, and of such a one
 _KEPT_SPAN, _KEPT_BYTES = 2**20, 16 * 2**20
+_CLOSING_SECONDS = 1.0  # for downloads that were told to end
+_GLANCE = 0.5  # seconds between looks whether to end
 _NAME = re.compile(r"[0-9a-f]{16}-[^/]+\.(safetensors|gguf)(\.part)?")
 
 
@@ -128,7 +131,8 @@ class ShardCache:
         self._reserved, self._clock = 0, 0
         self._threads: list[threading.Thread] = []
         self._error: BaseException | None = None
-        self._stopping = self._first_comes = False
+        self._first_comes = False
+        self._stop = Stop()
         self._changed = threading.Condition()
         while sum(self._left.values()) > self.cap:
             self._drop_left(next(reversed(self._left)))
@@ -245,13 +249,12 @@ class ShardCache:
     def close(self) -> None:
         """Stop fetching and close the files; reading afterwards begins anew."""
         with self._changed:
-            self._stopping = True
+            self._stop.set()
             self._queue.clear()
             self._wanted.clear()
             self._changed.notify_all()
             threads = list(self._threads)
-        for thread in threads:
-            thread.join()
+        join_all(threads, _CLOSING_SECONDS)
         with self._changed:
             for file in list(self._here):
                 if self._keep:
@@ -263,7 +266,7 @@ class ShardCache:
             self._left.clear()
             if self._lock is not None:
                 self._lock.close()
-            self._threads, self._stopping, self._error = [], False, None
+            self._threads, self._stop, self._error = [], Stop(), None
 
     # -- below, the lock is held
 
@@ -281,12 +284,12 @@ class ShardCache:
         while file not in self._here:
             if self._error is not None:
                 raise self._error
-            if self._stopping:
+            if self._stop():
                 raise HubError(f"{self._remote}: {file}: stopped")
             if file not in self._wanted and file not in self._fetching:
                 self._wanted.append(file)
                 self._start()
-            self._changed.wait()
+            self._changed.wait(_GLANCE)
         return self._here[file]
 
     def _open_cached(self, file: str) -> None:
@@ -300,47 +303,52 @@ class ShardCache:
     def _start(self) -> None:
         self._changed.notify_all()
         while len(self._threads) < DOWNLOADS:
-            thread = threading.Thread(target=self._work, name="download", daemon=True)
+            thread = threading.Thread(
+                target=self._work, args=(self._stop,), name="download", daemon=True
+            )
             self._threads.append(thread)
             thread.start()
 
-    def _work(self) -> None:
+    def _work(self, stop: Stop) -> None:
         """A downloading thread."""
+
+        def ended() -> bool:
+            return stop() or self._error is not None
+
         while True:
             with self._changed:
-                while (file := self._next()) is None:
-                    if self._stopping or self._error is not None:
+                while (file := None if ended() else self._next()) is None:
+                    if ended():
                         return
-                    self._changed.wait()
+                    self._changed.wait(_GLANCE)
                 size = self._remote.files[file].size
                 self._reserved += size
                 self._left.pop(file, None)
                 self._fetching.add(file)
             path = self._path(file)
             try:
-                download(self._remote, self._remote.files[file], path, self._stop, self.advance)
+                with stop.governs():
+                    download(self._remote, self._remote.files[file], path, ended, self.advance)
                 handle = open_for_reading(path)
             except BaseException as error:  # noqa: BLE001  (handed to whoever waits)
                 with self._changed:
                     self._fetching.discard(file)
-                    if not self._stopping:
+                    if not stop():
                         self._error = self._error or error
                     self._changed.notify_all()
                 return
             with self._changed:
+                if stop():  # closed meanwhile
+                    os.close(handle)
+                    return
                 self._fetching.discard(file)
                 self._first_comes = False
                 self._clock += 1
                 self._here[file] = _Shard(handle, path, size, used=self._clock)
                 self._changed.notify_all()
 
-    def _stop(self) -> bool:
-        return self._stopping or self._error is not None
-
     def _next(self) -> str | None:
         """The next file to fetch, room for it made; it leaves its list."""
-        if self._stopping or self._error is not None:
-            return None
         self._wanted = [f for f in self._wanted if f not in self._here and f not in self._fetching]
         if self._wanted:
             file = self._wanted[0]

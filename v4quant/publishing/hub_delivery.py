@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -27,6 +26,7 @@ from v4quant.hub.errors import HubError
 from v4quant.hub.remote import RemoteFile
 from v4quant.hub.shard_cache import DiskCapError
 from v4quant.hub.source import open_published
+from v4quant.hub.stopping import Stop, is_stopped, join_all
 from v4quant.own_folders import remove_if_empty
 from v4quant.publishing.card import CardRequest, card_files
 from v4quant.publishing.publisher import (
@@ -43,7 +43,7 @@ from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
 from v4quant_formats.shards import WrittenFile
 
 UPLOADS = 2  # at a time
-_PATIENCE = 2.0  # seconds for the upload in flight when the job was interrupted
+_CLOSING_SECONDS = 1.0  # for uploads that were told to end
 _GLANCE = 1.0  # seconds between looks at the other ranks
 _SENT, _COMMITTED = "sent", "committed"  # what ranks tell each other
 
@@ -110,8 +110,8 @@ class HubDelivery(_Repository):
         shards they finished. Checks token, owner and repository; raises HubError and its kinds
         before any work is done.
         """
-        self._stopping = threading.Event()
-        super().__init__(repo, out, cap, self._stopping.is_set)
+        self._stop = Stop()
+        super().__init__(repo, out, cap, self._stop)
         self._request, self._board = request, board
         self._publisher.preflight(private)
         self._there = self._publisher.look()
@@ -195,11 +195,9 @@ class HubDelivery(_Repository):
 
     def stop(self) -> None:
         """End the upload threads; what they are sending is sent again by the next run."""
-        self._stopping.set()
+        self._stop.set()
         self._end()
-        last = time.monotonic() + _PATIENCE
-        for thread in self._threads:
-            thread.join(max(0.0, last - time.monotonic()))
+        join_all(self._threads, _CLOSING_SECONDS)
 
     def _end(self) -> None:
         for _ in self._threads:
@@ -211,12 +209,13 @@ class HubDelivery(_Repository):
 
     def _work(self) -> None:
         """An uploading thread."""
-        while (item := self._queue.get()) is not None and not self._stopping.is_set():
+        while (item := self._queue.get()) is not None and not self._stop():
             file, mine = item
             try:
                 title = f"Add {file.name}"
                 plan = CommitPlan(title, (_repo_file(self._out, file),))
-                self._publisher.commit(plan)
+                with self._stop.governs():
+                    self._publisher.commit(plan)
                 (self._out / file.name).unlink(missing_ok=True)
             except BaseException as error:  # noqa: BLE001  (handed to the job)
                 with self._changed:
@@ -240,7 +239,7 @@ class RankDelivery(_Repository):
 
     def __init__(self, repo: str, out: Path, cap: int, board: Board) -> None:
         """As of HubDelivery, which has checked the repository. Raises HubError."""
-        super().__init__(repo, out, cap, lambda: False)
+        super().__init__(repo, out, cap, is_stopped)
         self._board = board
         self._waiting: dict[str, int] = {}
         board.listen(self._heard)

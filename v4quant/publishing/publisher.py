@@ -24,6 +24,7 @@ from v4quant.hub.download import download
 from v4quant.hub.errors import HubAccessError, HubError, HubNotFound
 from v4quant.hub.refs import HubRef
 from v4quant.hub.remote import RemoteFile, check_name, list_files, open_remote, require
+from v4quant.hub.stopping import is_stopped
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.file_hash import hash_file
 from v4quant_formats.manifest import MANIFEST_NAME
@@ -129,7 +130,7 @@ def plan_commits(files: Sequence[RepoFile], update: bool, stale: Iterable[str]) 
 class Publisher:
     """Writes to one repository."""
 
-    def __init__(self, repo: str, stopped: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, repo: str, stopped: Callable[[], bool] = is_stopped) -> None:
         """Asks nothing yet. Raises HubOffline."""
         self.repo, self._stopped = repo, stopped
         self._api: HfApi = client()
