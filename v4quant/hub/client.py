@@ -13,13 +13,20 @@ import json
 import logging
 import re
 import time
+import traceback
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.request import getproxies
 
 from v4quant import __version__
-from v4quant.hub.errors import HubAccessError, HubError, HubNotFound, HubOffline
+from v4quant.hub.errors import (
+    HubAccessError,
+    HubError,
+    HubNotFound,
+    HubOffline,
+    PassingFailure,
+)
 from v4quant.hub.session import guard_session, has_answered
 from v4quant.hub.stopping import is_stopped, pause
 from v4quant_kernels.errors import V4QuantError
@@ -40,15 +47,6 @@ _PROXY_REMEDY = "correct its address, name and password there, or name the hub's
 _LOG = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-
-class PassingFailure(Exception):
-    """A failure that another try may not meet; `wait` is what the server asked for."""
-
-    def __init__(self, text: str, wait: float | None = None, weight: int = 1) -> None:
-        """weight: as how many tries it counts."""
-        super().__init__(text)
-        self.wait, self.weight = wait, weight
 
 
 def client() -> HfApi:
@@ -155,9 +153,12 @@ def _judge(what: str, error: Exception) -> PassingFailure:
 
     cause: BaseException | None = error
     while cause is not None and not isinstance(
-        cause, HfHubHTTPError | httpx2.HTTPError | OfflineModeIsEnabled | OSError
+        cause,
+        HfHubHTTPError | httpx2.HTTPError | OfflineModeIsEnabled | OSError | PassingFailure,
     ):
         cause = cause.__cause__
+    if isinstance(cause, PassingFailure):
+        return cause
     if isinstance(cause, OfflineModeIsEnabled):
         raise HubOffline(f"{what}: HF_HUB_OFFLINE is set") from None
     response: Any = getattr(cause, "response", None)
@@ -173,9 +174,17 @@ def _judge(what: str, error: Exception) -> PassingFailure:
         return PassingFailure(str(error))  # another thread's failure closed the shared client
     if isinstance(cause, OSError):
         raise HubError(f"{what}: {scrub(str(cause))}") from None
-    if isinstance(error, ValueError | KeyError | TypeError | RecursionError | httpx2.InvalidURL):
+    if isinstance(error, httpx2.HTTPError | httpx2.InvalidURL) or _is_theirs(error):
         raise HubError(f"{what}: the hub's answer makes no sense: {scrub(str(error))}") from None
     raise error
+
+
+def _is_theirs(error: BaseException) -> bool:
+    """Whether it arose in the client's own code, which takes the hub's answers as they are."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    innermost = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    ours = innermost.partition(".")[0] == __name__.partition(".")[0]
+    return not ours and not isinstance(error, MemoryError)
 
 
 def broken(what: str, error: Exception) -> PassingFailure:

@@ -19,3 +19,12 @@ class HubNotFound(HubError):
 
 class HubOffline(HubError):
     """HF_HUB_OFFLINE is set and the local cache does not hold what is asked."""
+
+
+class PassingFailure(Exception):
+    """A failure that another try may not meet; `wait` is what the server asked for."""
+
+    def __init__(self, text: str, wait: float | None = None, weight: int = 1) -> None:
+        """weight: as how many tries it counts."""
+        super().__init__(text)
+        self.wait, self.weight = wait, weight

@@ -1,10 +1,12 @@
 """Lines: the connections under the HTTP session, watched where no other limit looks.
 
-A timeout counts from the last byte, so a server that sends a byte of a header now and then is never
-late: `_Line` gives up an answer that has begun and then brings next to nothing while we wait for
-it. Whoever ends the work that uses a line hangs up (stopping.py). And it takes what has arrived in
-large pieces, which costs a fraction of the processor time: `read_body` reads a large body from the
-line itself, where the client would copy every byte five times.
+A timeout counts from the last byte, so a server that sends a byte of a header now and then, or
+takes one of an upload, is never late: `_Line` gives up an exchange that brings next to nothing
+while we wait for it. That is an error of ours, for after those of a connection the client tries
+again by itself, and would wait as long each time. Whoever ends the work that uses a line hangs up
+(stopping.py). And it takes what has arrived in large pieces, which costs a fraction of the
+processor time: `read_body` reads a large body from the line itself, where the client would copy
+every byte five times.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from v4quant.hub.errors import PassingFailure
 from v4quant.hub.stopping import Stop, current, refuse_stopped, register
 
 if TYPE_CHECKING:
@@ -24,7 +27,10 @@ if TYPE_CHECKING:
 
 SLOW_SECONDS, SLOW_BYTES = 20.0, 20_000
 """An answer that brings fewer bytes while it is waited for so long, from its first byte on, is
-given up."""
+given up; so is a server that takes no more."""
+SLOW_WEIGHT = 5
+"""As how many tries of a broken connection one counts that was waited for as long as this."""
+_SENT = 2**16  # bytes given to the system at a time
 _PIECE = 2**18
 _DIRECT, _BUFFER = 2**22, 2**20  # bytes of a body that is read directly, and of its pieces
 _LONGEST_PIECE = 0.25  # seconds until a piece is handed on that has not become whole
@@ -67,10 +73,8 @@ class _Line:
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         started = time.monotonic()
-        try:
+        with _given_up("has not answered", timeout):
             data: bytes = self._stream.read(max(max_bytes, _PIECE), timeout)
-        finally:
-            refuse_stopped()
         self._watch(started, len(data))
         return data
 
@@ -87,38 +91,41 @@ class _Line:
 
         started = time.monotonic()
         below = self.get_extra_info("socket")
-        try:
-            below.settimeout(timeout)
-            count: int = below.recv_into(view)
-        except TimeoutError as error:
-            raise httpx2.ReadTimeout(str(error)) from None
-        except OSError as error:
-            raise httpx2.ReadError(str(error)) from None
-        finally:
-            refuse_stopped()
+        with _given_up("has sent nothing", timeout):
+            try:
+                below.settimeout(timeout)
+                count: int = below.recv_into(view)
+            except TimeoutError:
+                raise
+            except OSError as error:
+                raise httpx2.ReadError(str(error)) from None
         self._watch(started, count)
         return count
 
     def _watch(self, started: float, count: int) -> None:
-        import httpx2
-
+        """Count what an exchange has brought, or taken, and how long it was waited for."""
         if self._begun:  # a server may think before it answers; the timeout bounds that
             self._waited += time.monotonic() - started
         self._begun = True
         self._count += count
         if self._waited > SLOW_SECONDS:
-            if self._count < SLOW_BYTES and count:
-                raise httpx2.ReadTimeout(f"fewer than {SLOW_BYTES:,} bytes in {SLOW_SECONDS:.0f} s")
+            if count and self._count / self._waited < SLOW_BYTES / SLOW_SECONDS:
+                raise PassingFailure(
+                    f"fewer than {SLOW_BYTES:,} bytes in {SLOW_SECONDS:.0f} s", weight=SLOW_WEIGHT
+                )
             self._waited, self._count = 0.0, 0
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         self.user = current()
         refuse_stopped()
+        self._begun, self._waited, self._count = True, 0.0, 0
+        view = memoryview(buffer)
+        for start in range(0, len(view), _SENT):
+            started, piece = time.monotonic(), view[start : start + _SENT]
+            with _given_up("takes nothing", timeout):
+                self._stream.write(piece, timeout)
+            self._watch(started, len(piece))
         self._begun, self._waited, self._count = False, 0.0, 0
-        try:
-            self._stream.write(buffer, timeout)
-        finally:
-            refuse_stopped()
 
     def hang_up(self) -> None:
         below = self.get_extra_info("socket")
@@ -135,6 +142,23 @@ class _Line:
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
+
+
+@contextmanager
+def _given_up(how: str, timeout: float | None) -> Iterator[None]:
+    """Turn what ends an exchange into errors of ours. how: what the server is doing."""
+    from httpcore2 import TimeoutException
+
+    try:
+        yield
+    except (TimeoutException, TimeoutError):
+        refuse_stopped()
+        weight = SLOW_WEIGHT if timeout and timeout >= SLOW_SECONDS else 1
+        raise PassingFailure(f"{how} for {timeout or 0:.0f} s", weight=weight) from None
+    except Exception:
+        refuse_stopped()
+        raise
+    refuse_stopped()
 
 
 def read_body(response: httpx2.Response) -> Iterator[bytes | memoryview]:

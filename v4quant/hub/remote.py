@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from v4quant.hub.client import (
-    PassingFailure,
     Patience,
     broken,
     client,
@@ -25,8 +24,8 @@ from v4quant.hub.client import (
     persistently,
     refusal,
 )
-from v4quant.hub.errors import HubError, HubNotFound
-from v4quant.hub.lines import read_body
+from v4quant.hub.errors import HubError, HubNotFound, PassingFailure
+from v4quant.hub.lines import SLOW_WEIGHT, read_body
 from v4quant.hub.refs import HubRef
 from v4quant.hub.session import origin
 from v4quant.hub.stopping import is_stopped
@@ -42,7 +41,8 @@ _READINGS, _WIDER = 6, 64
 _MAX_PAGES = 1000
 _PROGRESS, _PROGRESS_SHARE = 2**20, 4  # bytes, or one part of what was asked for
 _SLOW_SECONDS, _SLOW_BYTES = 20.0, 20_000  # an answer slower than this is given up
-_SLOW_WEIGHT = 5
+_WRONG_WEIGHT = 4  # as how many tries of a broken connection an answer to something else counts
+_LISTING_SECONDS, _FILE_SECONDS = 45.0, 0.005  # a listing may take, and more for every file
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,9 @@ class Remote:
                 r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "")
             )
             if told is None or int(told[1]) != start:
-                raise PassingFailure("the answer holds a different range than requested")
+                raise PassingFailure(
+                    "the answer holds a different range than requested", weight=_WRONG_WEIGHT
+                )
             if told[2] not in ("*", str(self.files[name].size)):
                 raise SourceChanged(
                     f"{self}: {name}: has {told[2]} bytes, but the repository announces "
@@ -234,7 +236,7 @@ class Remote:
                 if seen - left < _SLOW_BYTES:
                     raise PassingFailure(
                         f"fewer than {_SLOW_BYTES:,} bytes in {_SLOW_SECONDS:.0f} s",
-                        weight=_SLOW_WEIGHT,
+                        weight=SLOW_WEIGHT,
                     )
                 began, seen = time.monotonic(), left
             if not left:  # ending here only when there is more keeps the connection for the next
@@ -280,7 +282,7 @@ def _pages(api: HfApi, repo: str, revision: str) -> Iterator[list[dict[str, Any]
 
     home = f"{api.endpoint}/api/models/{repo}/tree/{quote(revision, safe='')}?recursive=true"
     url: str = home
-    entries = 0
+    entries, began = 0, time.monotonic()
 
     def ask() -> tuple[list[dict[str, Any]], str]:
         headers = build_hf_headers(token=api.token, library_name="v4quant")
@@ -296,6 +298,11 @@ def _pages(api: HfApi, repo: str, revision: str) -> Iterator[list[dict[str, Any]
         entries += len(page)
         if entries > MAX_FILES:
             break
+        if time.monotonic() - began > _LISTING_SECONDS + entries * _FILE_SECONDS:
+            raise HubError(
+                f"hf://{repo}: has listed only {entries:,} files in "
+                f"{time.monotonic() - began:.0f} s; try again later"
+            )
         yield page
         if not following:
             return

@@ -27,6 +27,10 @@ MAX_ANSWER_BYTES = 64 * 2**20
 MAX_ANSWER_SECONDS = 45.0
 CONNECT_SECONDS = 4.0
 """How long a server may take to accept the first connection; until then it may not be there."""
+LONGEST_SILENCE = {"GET": 20.0, "HEAD": 20.0}
+LONGEST_WORK = 60.0
+"""Seconds a server may let a request wait for the next byte of its answer, where whoever made the
+request sets no limit, and those of others, which may be work (a commit, the end of an upload)."""
 UPLOAD_PIECE = 2**20
 _FORGOTTEN = 8 * 2**20  # bytes sent that leave the page cache at a time
 _SECRETS = ("authorization", "cookie")
@@ -89,8 +93,12 @@ def _before(request: httpx2.Request) -> None:
             request.headers.pop(name, None)
     request.headers["accept-encoding"] = "identity"
     limits = request.extensions.get("timeout")
-    if isinstance(limits, dict) and not _state["answered"]:
-        limits["connect"] = min(limits.get("connect") or CONNECT_SECONDS, CONNECT_SECONDS)
+    if isinstance(limits, dict):
+        longest = LONGEST_SILENCE.get(request.method, LONGEST_WORK)
+        for kind in ("read", "write", "connect"):
+            limits[kind] = limits.get(kind) or longest
+        if not _state["answered"]:
+            limits["connect"] = min(limits["connect"], CONNECT_SECONDS)
     # A file that is sent; the client's own pieces are so small that they cost more than the bytes.
     stream: Any = request.stream
     if isinstance(getattr(stream, "CHUNK_SIZE", None), int):

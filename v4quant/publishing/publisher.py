@@ -19,9 +19,9 @@ from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from v4quant.hub.client import PassingFailure, client, persistently
+from v4quant.hub.client import client, persistently
 from v4quant.hub.download import download
-from v4quant.hub.errors import HubAccessError, HubError, HubNotFound
+from v4quant.hub.errors import HubAccessError, HubError, HubNotFound, PassingFailure
 from v4quant.hub.refs import HubRef
 from v4quant.hub.remote import RemoteFile, check_name, list_files, open_remote, require
 from v4quant.hub.stopping import is_stopped

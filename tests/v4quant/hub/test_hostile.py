@@ -6,8 +6,10 @@ import gzip
 import hashlib
 import json
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from email.utils import formatdate
 from itertools import pairwise
 from pathlib import Path
@@ -249,6 +251,68 @@ def test_verify_takes_a_repository(
     assert [f.where for f in found.values.findings] == [shard]
     manifest = json.loads(hub.read(f"{USER}/verified", "v4quant.json"))
     assert found.values.files == len(manifest["files"])
+
+
+@pytest.mark.parametrize(
+    ("route", "does"),
+    [("info", "hangs"), ("tree", "hangs"), ("commit", "hangs"), ("lfs_put", "hangs"),
+     ("lfs_batch", "hangs"), ("lfs_put", "takes nothing"), ("tree", "lists nothing"),
+     ("info", "goes in circles"), ("tree", "goes in circles")],
+    ids=str,
+)  # fmt: skip
+def test_servers_that_never_come_to_an_end(
+    route: str, does: str, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client itself sets no limits, and tries again after its own errors without a word."""
+    silence = {"GET": 0.2, "HEAD": 0.2}
+    monkeypatch.setattr(v4quant.hub.session, "LONGEST_SILENCE", silence)
+    monkeypatch.setattr(v4quant.hub.session, "LONGEST_WORK", 0.4)
+    monkeypatch.setattr(v4quant.hub.lines, "SLOW_SECONDS", 0.2)
+    monkeypatch.setattr(v4quant.hub.remote, "_LISTING_SECONDS", 0.2)
+    pause = time.sleep.__closure__[0].cell_contents  # type: ignore[union-attr]
+    over = threading.Event()
+    link = f'<{hub.url}/api/models/{REF.repo}/tree/main>; rel="next"'
+
+    def answer(handler: Any) -> None:
+        if does == "goes in circles":
+            handler._send(302, b"", {"Location": handler.path})
+        elif does == "lists nothing":
+            pause(0.03)
+            handler._json([], headers={"Link": link})
+        else:
+            over.wait(60)
+
+    if does == "takes nothing":
+        hub.slow = lambda name: float(not over.wait(60))
+    else:
+        hub.answers[route] = answer
+    shard = tmp_path / "model.safetensors"
+    shard.write_bytes(bytes(2**24))  # more than the buffers of a connection hold
+    digest = hashlib.sha256(bytes(2**24)).hexdigest()
+    started = time.monotonic()
+    try:
+        with pytest.raises(HubError):
+            open_remote(REF)
+            push(f"{USER}/new", [RepoFile(shard.name, 2**24, digest, shard)])
+    finally:
+        over.set()
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("answer", [{}, [], None, 5, {"url": {}}, {"warnings": [3]}], ids=str)
+@pytest.mark.parametrize("route", ["whoami", "create", "yaml", "preupload", "lfs_batch", "commit"])
+def test_answers_of_another_form(route: str, answer: object, hub: FakeHub, tmp_path: Path) -> None:
+    """The client takes them as they are and fails in its own ways."""
+    hub.answers[route] = lambda handler: handler._json(answer)
+    shard = tmp_path / "model.safetensors"
+    shard.write_bytes(b"x" * 1000)
+    files = [
+        RepoFile(shard.name, 1000, hashlib.sha256(b"x" * 1000).hexdigest(), shard),
+        RepoFile("README.md", 8, hashlib.sha256(b"---\n---\n").hexdigest(), b"---\n---\n"),
+    ]
+    with suppress(HubError):
+        push(f"{USER}/new", files)
+        assert route in ("create", "yaml"), "nothing was published"
 
 
 @pytest.mark.parametrize("part", ["status", "headers"])
