@@ -24,7 +24,7 @@ import torch
 from v4quant.bench.choices import PROPAGATED, SOLVER_WIDTHS, Width
 from v4quant.bench.convert import BenchError
 from v4quant.devices import device_bytes
-from v4quant_calibration.rounding.refine import DEFAULT_SWEEPS
+from v4quant_calibration.rounding.descent import DEFAULT_SWEEPS
 from v4quant_calibration.rounding.second_moments import correction, damped, gram_sum
 from v4quant_calibration.rounding.solvers import SOLVERS, solve_batch
 from v4quant_calibration.solve.layer_solver import experts_at_once

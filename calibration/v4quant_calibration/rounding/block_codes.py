@@ -11,12 +11,13 @@ sub-block's `[B, sub-blocks, N]`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
+from v4quant_calibration.rounding.fieldwise import choose
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.ref.ggml_blocks import SHAPES, put_together, take_apart
 from v4quant_kernels.ref.ggml_fields import Blocks, BlockShape
@@ -79,22 +80,6 @@ class BlockCodes:
             cut.append(values[:, columns.start // share : columns.stop // share])
         return BlockCodes(*cut)
 
-    def select(self, index: Tensor) -> BlockCodes:
-        """The codes of some of the batch."""
-        return self._each(lambda t: t[index])
-
-    def clone(self) -> BlockCodes:
-        """A copy."""
-        return self._each(torch.clone)
-
-    def copy_(self, index: Tensor, other: BlockCodes) -> None:
-        """Put another's codes in places of the batch."""
-        for field in fields(self):
-            getattr(self, field.name)[index] = getattr(other, field.name)
-
-    def _each(self, function: Callable[[Tensor], Tensor]) -> BlockCodes:
-        return BlockCodes(*(function(getattr(self, f.name)) for f in fields(self)))
-
 
 def join(batch: Sequence[BlockCodes], dim: int = 0) -> BlockCodes:
     """Codes one after the other: members of a batch (dim 0), or blocks of the same rows (1)."""
@@ -102,13 +87,6 @@ def join(batch: Sequence[BlockCodes], dim: int = 0) -> BlockCodes:
     return BlockCodes(
         *(torch.cat([getattr(codes, name) for codes in batch], dim) for name in names)
     )
-
-
-def choose(mask: Tensor, codes: BlockCodes, others: BlockCodes) -> BlockCodes:
-    """`codes` in the rows where mask (`[B, N]`) holds, `others` elsewhere."""
-    where = mask.unsqueeze(1)
-    pairs = ((getattr(codes, f.name), getattr(others, f.name)) for f in fields(codes))
-    return BlockCodes(*(torch.where(where, a, b) for a, b in pairs))
 
 
 @dataclass(frozen=True)

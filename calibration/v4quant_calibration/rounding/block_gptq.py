@@ -20,8 +20,9 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from v4quant_calibration.rounding.block_codes import BlockCodes, choose, from_blocks, grids, join
+from v4quant_calibration.rounding.block_codes import BlockCodes, from_blocks, grids, join
 from v4quant_calibration.rounding.block_fit import fit
+from v4quant_calibration.rounding.fieldwise import choose
 from v4quant_calibration.rounding.gptq import feedback_factor, permuted
 from v4quant_kernels import ggml
 from v4quant_kernels.ref.ggml_blocks import SHAPES

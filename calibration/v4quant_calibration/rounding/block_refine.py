@@ -9,8 +9,8 @@ the error is a quadratic in the two, solved in closed form, rounded to half prec
 the rounded pair still lies lower. (Block coordinate descent as in QuantEase, arXiv 2309.01885,
 with blocks instead of single codes.)
 
-As in `refine`, the pull is carried along, computed afresh every few sweeps, every matrix of a batch
-stops for itself, and a row whose error in float64 came out higher keeps its first codes.
+`descent` has the sweeps. As in `refine` the pull is formed for a few blocks when their turn comes,
+and a row whose error in float64 came out higher keeps its first codes.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from v4quant_calibration.rounding.block_codes import BlockCodes, choose, grids
+from v4quant_calibration.rounding.block_codes import BlockCodes, grids
 from v4quant_calibration.rounding.block_fit import fit
 from v4quant_calibration.rounding.block_gptq import set_grid
+from v4quant_calibration.rounding.descent import DEFAULT_SWEEPS, Some, descend, spans
 from v4quant_calibration.rounding.gptq import feedback_factor
-from v4quant_calibration.rounding.refine import DEFAULT_SWEEPS, ENOUGH, row_errors
 from v4quant_kernels import dispatch
 from v4quant_kernels.ref.ggml_blocks import SHAPES
 from v4quant_kernels.ref.ggml_fields import BlockShape
 
 _REACH = 2
-_FRESH = 4  # sweeps between two fresh computations of the pull
 
 
 def block_refine(
@@ -39,27 +38,12 @@ def block_refine(
     The Gram-weighted error of no row rises. Arguments are left unchanged.
     """
     shape = SHAPES[name]
-    codes, part = start.clone(), start.clone()
-    active = torch.arange(len(target), device=target.device)
-    goal, moments = target, gram
     factors = _own_factors(gram, shape.sub)
-    pull = torch.empty(0)
-    for sweep in range(sweeps):
-        left = goal - part.values()
-        if sweep % _FRESH == 0:
-            pull = dispatch.float32_product(moments, left)
-        before = (left * pull).sum((1, 2))
-        _sweep(pull, moments, factors, part, shape)
-        left = goal - part.values()
-        gained = before - (left * pull).sum((1, 2)) > ENOUGH * before
-        codes.copy_(active, part)
-        active = active[gained]
-        if not len(active):
-            break
-        goal, moments, pull = goal[gained], moments[gained], pull[gained]
-        factors, part = factors[gained], part.select(gained)
-    after, before = (row_errors(target - c.values(), gram) for c in (codes, start))
-    return choose(after <= before, codes, start)
+
+    def step(some: Some, goal: Tensor, codes: BlockCodes) -> tuple[Tensor, Tensor]:
+        return _sweep(goal, some.of(gram), some.of(factors), codes, shape)
+
+    return descend(target, gram, start, step, BlockCodes.values, sweeps)
 
 
 def _own_factors(gram: Tensor, size: int) -> Tensor:
@@ -71,18 +55,30 @@ def _own_factors(gram: Tensor, size: int) -> Tensor:
 
 
 def _sweep(
-    pull: Tensor, gram: Tensor, factors: Tensor, codes: BlockCodes, shape: BlockShape
-) -> None:
-    """One pass over all blocks, in place; keeps the pull `[B, K, N]` right."""
-    for index, start in enumerate(range(0, pull.shape[1], shape.block)):
-        columns = slice(start, start + shape.block)
-        part = codes.part(columns)
-        before = part.values()
-        moments = gram[:, columns, columns]
-        inner = factors[:, index * shape.subs : (index + 1) * shape.subs]
-        own = _sub_steps(pull[:, columns].clone(), moments, inner, part, shape)
-        _scale_step(own, moments, part, shape)
-        pull.baddbmm_(gram[:, :, columns], part.values() - before, alpha=-1)
+    goal: Tensor, gram: Tensor, factors: Tensor, codes: BlockCodes, shape: BlockShape
+) -> tuple[Tensor, Tensor]:
+    """One pass over all blocks, in place.
+
+    Returns what every row gained, and its error as the blocks found it, `[B, N]` both.
+    """
+    left = goal - codes.values()
+    gained, error = torch.zeros_like(goal[:, 0]), torch.zeros_like(goal[:, 0])
+    for span, blocks in spans(goal.shape[1], shape.block):
+        pulls = dispatch.float32_product(gram[:, span], left)
+        for columns in blocks:
+            part, moments = codes.part(columns), gram[:, columns, columns]
+            before, first = left[:, columns].clone(), pulls[:, : shape.block]
+            error += (before * first).sum(1)
+            subs = slice(columns.start // shape.sub, columns.stop // shape.sub)
+            own = _sub_steps(first.clone(), moments, factors[:, subs], part, shape)
+            _scale_step(own, moments, part, shape)
+            left[:, columns] = goal[:, columns] - part.values()
+            change = before.sub_(left[:, columns])
+            moved = gram[:, columns.start : span.stop, columns] @ change
+            after = first - moved[:, : shape.block]
+            gained += after.add_(first).mul_(change).sum(1)
+            pulls = pulls[:, shape.block :].sub_(moved[:, shape.block :])
+    return gained, error
 
 
 def _sub_steps(

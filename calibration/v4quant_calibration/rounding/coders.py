@@ -18,6 +18,7 @@ from v4quant_calibration.rounding import block_codes, refine
 from v4quant_calibration.rounding.block_codes import BlockCodes
 from v4quant_calibration.rounding.block_gptq import block_gptq
 from v4quant_calibration.rounding.block_refine import block_refine
+from v4quant_calibration.rounding.fieldwise import choose
 from v4quant_calibration.rounding.gptq import Codes, Grid, gptq
 from v4quant_calibration.rounding.measure import measured
 from v4quant_kernels import codec
@@ -102,7 +103,7 @@ class IntegerCoder:
 
     def choose(self, mask: Tensor, codes: Codes, others: Codes) -> Codes:
         """As the protocol says."""
-        return refine.choose(mask, codes, others)
+        return choose(mask, codes, others)
 
     def read(self, batch: Sequence[Sequence[QTensor]], device: torch.device) -> Codes:
         """As the protocol says."""
@@ -156,7 +157,7 @@ class BlockCoder:
 
     def choose(self, mask: Tensor, codes: BlockCodes, others: BlockCodes) -> BlockCodes:
         """As the protocol says."""
-        return block_codes.choose(mask, codes, others)
+        return choose(mask, codes, others)
 
     def read(self, batch: Sequence[Sequence[QTensor]], device: torch.device) -> BlockCodes:
         """As the protocol says."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from v4quant_kernels import codec
+from v4quant_kernels import codec, dispatch
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.row_sums import losses, row_sums
 from v4quant_kernels.scale_search import QuantizedMatrix
@@ -89,6 +89,6 @@ def solved_gain(target: Tensor, values: Tensor, grams: Tensor) -> Tensor:
     """g of every row: float32 `[B, N]` from targets and codes' values `[B, K, N]`, moments
     `[B, K, K]`; 1 where it is within `NOT_WORTH_ROUNDING` of that.
     """
-    pull = grams @ target
+    pull = dispatch.float32_product(grams, target)
     gain = bounded((target * pull).sum(1), (values * pull).sum(1))
     return torch.where((gain - 1).abs() > NOT_WORTH_ROUNDING, gain, 1.0)

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from v4quant_calibration.defaults import SOLVER_NAMES
 from v4quant_calibration.rounding.coders import coder_of
+from v4quant_calibration.rounding.descent import DEFAULT_SWEEPS, rough_errors
 from v4quant_calibration.rounding.gain import solved_gain, with_gain
 from v4quant_calibration.rounding.measure import measured
-from v4quant_calibration.rounding.refine import DEFAULT_SWEEPS, rough_errors
 from v4quant_kernels import codec
 from v4quant_kernels.native.threads import side_by_side
 from v4quant_kernels.qtensor import QTensor

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from v4quant_calibration.rounding.refine import DEFAULT_SWEEPS
+from v4quant_calibration.rounding.descent import DEFAULT_SWEEPS
 from v4quant_formats.deepseek_v4 import parse_name
 from v4quant_kernels.scheme import Scheme
 

@@ -13,8 +13,8 @@ from v4quant_calibration.rounding.block_fit import fit
 from v4quant_calibration.rounding.block_gptq import block_gptq, nested_order
 from v4quant_calibration.rounding.block_refine import block_refine
 from v4quant_calibration.rounding.coders import BlockCoder
+from v4quant_calibration.rounding.descent import row_errors
 from v4quant_calibration.rounding.gptq import feedback_factor
-from v4quant_calibration.rounding.refine import row_errors
 from v4quant_calibration.rounding.second_moments import damped, gram_sum
 from v4quant_calibration.rounding.solvers import optimal, solve_batch
 from v4quant_kernels import codec

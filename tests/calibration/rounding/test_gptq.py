@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from v4quant_calibration.rounding.descent import _never_worse, rough_errors, row_errors
+from v4quant_calibration.rounding.fieldwise import choose
 from v4quant_calibration.rounding.gptq import (
     Codes,
     Grid,
@@ -14,14 +16,7 @@ from v4quant_calibration.rounding.gptq import (
     feedback_factor,
     gptq,
 )
-from v4quant_calibration.rounding.refine import (
-    _never_worse,
-    choose,
-    gram_error,
-    refine,
-    rough_errors,
-    row_errors,
-)
+from v4quant_calibration.rounding.refine import refine
 from v4quant_calibration.rounding.second_moments import correction, damped, gram_sum, pooled, shrunk
 from v4quant_calibration.rounding.solvers import optimal, solve_batch
 from v4quant_kernels import dispatch
@@ -38,6 +33,11 @@ def problem(rng: torch.Generator, tokens: int = 200) -> tuple[Tensor, Tensor]:
     rows = torch.randn(BATCH, tokens, COLUMNS, generator=rng) @ mix
     grams = [damped(gram_sum(x, x) / tokens).float() for x in rows]
     return torch.randn(BATCH, COLUMNS, ROWS, generator=rng), torch.stack(grams)
+
+
+def gram_error(target: Tensor, gram: Tensor, codes: Codes, grid: Grid) -> Tensor:
+    """Every row's error under the moments, float64 [B, N]."""
+    return row_errors(target - codes.values(grid.group), gram)
 
 
 def textbook(weights: Tensor, gram: Tensor, order: list[int], scale: Tensor, grid: Grid) -> Tensor:
@@ -204,8 +204,8 @@ def test_rows_that_stopped_may_be_left_out(
     start = gptq(weights, gram, grid)
     errors = []
     for parts, span in ((1, 16), (100, 64)):
-        monkeypatch.setattr("v4quant_calibration.rounding.refine._PARTS", parts)
-        monkeypatch.setattr("v4quant_calibration.rounding.refine._SPAN", span)
+        monkeypatch.setattr("v4quant_calibration.rounding.descent._PARTS", parts)
+        monkeypatch.setattr("v4quant_calibration.rounding.descent._SPAN", span)
         codes = refine(weights, gram, start, grid)
         errors.append(gram_error(weights, gram, codes, grid))
     every, few = errors
@@ -222,7 +222,9 @@ def test_a_doubtful_gain_is_settled_in_float64(generator: torch.Generator) -> No
     worse = Codes(start.integers.clone(), start.scale.clone())
     worse.integers[:, 3] = (worse.integers[:, 3] + 1).clamp(grid.low, grid.high)
     nothing = torch.zeros(BATCH, ROWS, dtype=torch.bool)
-    kept = _never_worse(weights, gram, worse, start, grid, nothing)
+    kept = _never_worse(
+        weights, gram, worse, start, lambda codes: codes.values(grid.group), nothing
+    )
     first, after = (gram_error(weights, gram, c, grid) for c in (start, kept))
     assert bool((after <= first).all())
     assert float((gram_error(weights, gram, worse, grid) > first).float().mean()) > 0.5

@@ -41,15 +41,25 @@ def fused(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def bits_of(typing_context: Any, a: Any) -> Any:
-    """The bits of a float32 as an int32."""
-    del typing_context, a
+def lower(typing_context: Any, best: Any, cost: Any, keep: Any, index: Any) -> Any:
+    """The lesser of the int32 `best` and (bits of the float32 `cost` & `keep`) | `index`.
+
+    Written in LLVM's terms because Numba widens every operation on int32 to 64 bits: half as many
+    lanes a vector.
+    """
+    del typing_context, best, cost, keep, index
+    word = types.int32
+    signature = word(word, types.float32, word, types.int64)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del context, signature
-        return builder.bitcast(arguments[0], ir.IntType(32))
+        best, cost, keep, index = arguments
+        kind = ir.IntType(32)
+        kept = builder.and_(builder.bitcast(cost, kind), keep)
+        key = builder.or_(kept, builder.trunc(index, kind))
+        return builder.select(builder.icmp_signed("<", key, best), key, best)
 
-    return types.int32(types.float32), code
+    return signature, code
 
 
 @compiled
@@ -71,7 +81,7 @@ def nearest_8(
         a = fused(grid[0, c], u0, fused(grid[1, c], u1, fused(grid[2, c], u2, a)))
         b = fused(grid[5, c], u5, fused(grid[6, c], u6, grid[7, c] * u7))
         cost = a + fused(grid[4, c], u4, b)
-        best = min(best, (bits_of(max(cost, ZERO)) & keep) | np.int32(c))
+        best = lower(best, max(cost, ZERO), keep, c)
     return int(best & np.int32(entries - 1))
 
 
@@ -88,7 +98,7 @@ def nearest_4(
     for c in range(entries):
         a = fused(grid[3, c], u3, fused(square, table[group, row, c], base))
         cost = fused(grid[0, c], u0, fused(grid[1, c], u1, fused(grid[2, c], u2, a)))
-        best = min(best, (bits_of(max(cost, ZERO)) & keep) | np.int32(c))
+        best = lower(best, max(cost, ZERO), keep, c)
     return int(best & np.int32(entries - 1))
 
 
@@ -112,9 +122,5 @@ def nearest_shifted(
         dot = a + fused(grid[4, c], u4, b)
         first = max(fused(square, table[group, 0, c], up) + dot, ZERO)
         second = max(fused(square, table[group, 1, c], down) + dot, ZERO)
-        key = min(
-            (bits_of(first) & keep) | np.int32(2 * c),
-            (bits_of(second) & keep) | np.int32(2 * c + 1),
-        )
-        best = min(best, key)
+        best = lower(lower(best, first, keep, 2 * c), second, keep, 2 * c + 1)
     return int(best & np.int32(2 * entries - 1))
