@@ -84,4 +84,4 @@ def plan(
     else:
         from v4quant.planner.text import answer_text  # torch, which --help can wait for
 
-        _output.data(answer_text(found.answer, found.machine, list(found.commands)))
+        _output.data(answer_text(found.answer, found.machine, list(found.commands), context))

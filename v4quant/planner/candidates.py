@@ -52,7 +52,8 @@ class Candidate:
     bytes that one token's products read. options: of the engine's server. before: commands to give
     first. notes: what else one should know. engram, dense: types of V4.1's tables and of dense
     matrices, for `allocate`. others: what more and less effort takes and loses, the longest first.
-    files: GGUF files of the model. tight: whether memory is nearly full.
+    files: GGUF files of the model. tight: whether memory is nearly full. sglang: options of
+    SGLang's server, where it serves the same files. sequences: of the asked context that fit.
     """
 
     engine: EngineName
@@ -73,6 +74,8 @@ class Candidate:
     files: int = 1
     dense: str = ""
     tight: bool = False
+    sglang: tuple[str, ...] = ()
+    sequences: int = 1
 
     @property
     def quicker(self) -> tuple[Way, ...]:
@@ -94,6 +97,7 @@ class Candidate:
             "bytes": self.size,
             "where": asdict(self.where),
             "context": self.context,
+            "sequences": self.sequences,
             "loss": asdict(self.loss),
             "hours": None if self.cost is None else self.cost.hours,
             "disk_bytes": None if self.cost is None else self.cost.disk,

@@ -63,7 +63,12 @@ def _best(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _worth_showing(ordered: Sequence[Candidate]) -> list[Candidate]:
-    """Without types below two bits, unless nothing else fits: no speed makes up for their loss."""
+    """Without types below two bits, unless nothing else fits: no speed makes up for their loss.
+
+    Where tokens wait for a disk it may, so there they stay.
+    """
+    if any(c.where.disk for c in ordered):
+        return list(ordered)
     good = [c for c in ordered if c.recipe is None or _bits(c) >= _LEAST_BITS]
     plain = [c for c in good if not c.budget]
     return good if plain else list(ordered)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from v4quant.conversion.gguf_files import part_names
 from v4quant.planner.candidates import Candidate
+from v4quant.planner.llama_cpp import RPC_PORT
 from v4quant.planner.machines import Machine
 from v4quant.recipe import Recipe
 from v4quant_formats.gguf.file_names import clean_name, quant_label
@@ -16,8 +17,9 @@ _HUB = "hf://"
 _BUILD = (
     "git clone https://github.com/ggml-org/llama.cpp",
     "cmake -S llama.cpp -B llama.cpp/build {flag}",
-    "cmake --build llama.cpp/build --config Release -j --target llama-server",
+    "cmake --build llama.cpp/build --config Release -j --target {targets}",
 )
+_REMOTE = "-DGGML_RPC=ON"
 _BACKENDS = {
     "metal": "-DGGML_METAL=ON", "vulkan": "-DGGML_VULKAN=ON", "cuda": "-DGGML_CUDA=ON",
     "": "-DGGML_CUDA=ON", "amd": "-DGGML_HIP=ON", "cpu": "-DGGML_NATIVE=ON",
@@ -26,12 +28,16 @@ _BACKENDS = {
 
 @dataclass(frozen=True)
 class Commands:
-    """Shell lines by purpose; a step that is not needed has none."""
+    """Shell lines by purpose; a step that is not needed has none.
+
+    sglang: another way to serve the same files.
+    """
 
     fetch: tuple[str, ...]
     make: tuple[str, ...]
     check: tuple[str, ...]
     serve: tuple[str, ...]
+    sglang: tuple[str, ...] = ()
 
 
 def commands_for(
@@ -47,7 +53,7 @@ def commands_for(
         line = f"v4quant verify {_q(folder)} --engine {candidate.engine}{_gpu(machine)}"
         check = [] if fetch else [line + _split(candidate)]
         serve = _serve(candidate, machine, served, model)
-        return Commands((), (), tuple(check), serve)
+        return Commands((), (), tuple(check), serve, _sglang(candidate, served))
     out = f"{name}-{_short(candidate)}"
     check = [
         f"v4quant verify {_q(out)} --source {_q(folder)}",
@@ -146,9 +152,21 @@ def _serve(candidate: Candidate, machine: Machine, out: str, name: str) -> tuple
         return (*candidate.before, f"vllm serve {_q(out)} {options}")
     backend = machine.unified or ("amd" if machine.is_amd else "")
     flag = _BACKENDS["cpu" if machine.card is None else backend]
-    build = tuple(line.format(flag=flag) for line in _BUILD)
+    targets, before = "llama-server", candidate.before
+    if any(option.startswith("--rpc ") for option in candidate.options):
+        flag, targets = f"{flag} {_REMOTE}", f"{targets} ggml-rpc-server"
+        worker = f"llama.cpp/build/bin/ggml-rpc-server --host 0.0.0.0 --port {RPC_PORT} --cache"
+        before = (*before, f"{worker}  # on every other box, after the lines above")
+    build = tuple(line.format(flag=flag, targets=targets) for line in _BUILD)
     server = f"llama.cpp/build/bin/llama-server -m {_model_file(candidate, out, name)} {options}"
-    return (*build, *candidate.before, server)
+    return (*build, *before, server)
+
+
+def _sglang(candidate: Candidate, folder: str) -> tuple[str, ...]:
+    if not candidate.sglang:
+        return ()
+    options = " ".join(candidate.sglang)
+    return (f"python -m sglang.launch_server --model-path {_q(folder)} {options}",)
 
 
 def _model_file(candidate: Candidate, out: str, name: str) -> str:

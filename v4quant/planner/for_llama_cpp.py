@@ -38,6 +38,8 @@ _TABLES = "q8_0"  # of V4.1's Engram, in a file of its own
 _UNIFIED_SIZES = (24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
 _RAM_SIZES = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # GiB, as sold
 _TIGHT = 0.03
+# Tokens a second below which a file read from disk is listed only if none is faster.
+_LEAST_RATE = 2.0
 # llama.cpp's file of a mixed recipe may come out this much larger than the estimate of its parts.
 _MIX_RESERVE = 0.995
 
@@ -61,8 +63,10 @@ def candidates(outline: Outline, request: Request) -> tuple[list[Candidate], lis
         return found, []
     for dense in _DENSE:
         level = _with_dense(outline, files, dense)
-        slow = (_gguf_candidate(outline, request, r, f, True) for r, f in level[::-1])
-        if found := [c for c in slow if c][:1]:
+        slow = [c for r, f in level if (c := _gguf_candidate(outline, request, r, f, True))]
+        if slow:
+            fastest = max(slow, key=lambda c: c.tokens_per_second)
+            found = [c for c in slow if c.tokens_per_second >= _LEAST_RATE] or [fastest]
             break
     smallest = min((f for _, f in level), key=lambda f: f.trunk)
     return found, [_llama_remedy(outline, request, smallest)]
@@ -135,8 +139,10 @@ def _gguf_candidate(
             f"{file.tables / 1e9:.0f} GB of Engram tables in {recipe.engram}, of which rows are "
             "read from the file: keep it on a fast disk (--engram chooses another type)"
         )
+    if len(placed.cards) > 1 and machine.unified:
+        notes.append(_boxes_note(len(placed.cards)))
     if disk:
-        notes.append("experts are read from disk again and again: slow, and no cure for it here")
+        notes.append(_disk_note(placed, request))
     elif _is_tight(placed, machine):
         notes.append("memory is nearly full: close other programs")
     loss = loss_of(outline, request, recipe.scheme, cost.level.solver)
@@ -151,6 +157,23 @@ def _gguf_candidate(
         files=_file_count(file, recipe), dense=recipe.dense,
         tight=not disk and _is_tight(placed, machine),
     )  # fmt: skip
+
+
+def _boxes_note(boxes: int) -> str:
+    return (
+        f"over {boxes} boxes by llama.cpp's RPC, which trusts everybody in the network: give it a "
+        "private one, and write each box's address for box2 and so on; one box after the other "
+        "computes its layers, so they are no faster than one"
+    )
+
+
+def _disk_note(placed: llama_cpp.Placement, request: Request) -> str:
+    return (
+        f"memory ends before the file does: {placed.disk / 1e9:.0f} GB of experts stay on the "
+        "disk, and almost every token waits for some of them. The speed above assumes a disk of "
+        f"{request.machine.disk_bandwidth / 1e9:.0f} GB/s and experts used evenly; below stands "
+        "what would hold the smallest file"
+    )
 
 
 def _dense_note(dense: str) -> str:
@@ -214,7 +237,7 @@ def _is_tight(placed: llama_cpp.Placement, machine: Machine) -> bool:
     if machine.unified:
         assert machine.card is not None
         room = llama_cpp.memory_room(machine.card.nbytes)
-        return sum(placed.cards) > (1 - _TIGHT) * room
+        return max(placed.cards) > (1 - _TIGHT) * room
     return placed.ram > (1 - _TIGHT) * llama_cpp.memory_room(machine.ram)
 
 
@@ -222,15 +245,16 @@ def _llama_remedy(outline: Outline, request: Request, smallest: Footprint) -> st
     """The least memory, or the fewest cards, with which the smallest file fits."""
     machine, dims = request.machine, outline.dimensions
     text = f"llama.cpp: the smallest file, {smallest.trunk / 1e9:.0f} GB, needs"
+    ways = []
     if machine.unified:
         assert machine.card is not None
         for gib in _UNIFIED_SIZES:
             larger = replace(machine, card=replace(machine.card, nbytes=gib * GIB))
             if llama_cpp.place(smallest, larger, dims, request.context):
-                return f"{text} such a machine with {gib} GB of unified memory"
-        return f"{text} more unified memory than any such machine has"
-    ways = []
-    for gib in _RAM_SIZES:
+                each = "each" if machine.count > 1 else "of unified memory"
+                ways.append(f"such a machine with {gib} GB {each}")
+                break
+    for gib in _RAM_SIZES if not machine.unified else ():
         more = replace(machine, ram=gib * GIB)
         if more.ram > machine.ram and llama_cpp.place(smallest, more, dims, request.context):
             ways.append(f"{gib} GB of memory beside these cards" if machine.card else f"{gib} GB")

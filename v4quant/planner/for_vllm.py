@@ -25,7 +25,9 @@ from v4quant.planner.footprint import Footprint, Outline, footprint
 from v4quant.planner.loss import KnownLoss
 from v4quant.planner.machines import GIB, Machine
 from v4quant.recipe import Recipe
-from v4quant_formats.engines.engine import V4_ATTENTION
+from v4quant_formats.engines.engine import V4_ATTENTION, Engine, Release
+from v4quant_formats.engines.sglang import SGLANG
+from v4quant_formats.engines.vllm import VLLM
 from v4quant_formats.layouts.table import LAYOUTS
 from v4quant_formats.model_config import ModelConfig, parse_model_config
 from v4quant_kernels.errors import V4QuantError
@@ -159,7 +161,7 @@ def vllm_candidate(
     notes: list[str] = []
     if recipe is None:
         loss, cost = KnownLoss("exact", 0.0, 1.0), None
-        notes.append("the release as it is: nothing to convert. SGLang serves it as well")
+        notes.append("the release as it is: nothing to convert")
     else:
         exact = is_exact(outline, scheme)
         cost = cost_of(
@@ -169,6 +171,8 @@ def vllm_candidate(
         notes += proof_notes(outline, scheme)
     if drafts and with_drafts is None:
         notes.append("there is no room for the draft stages: serve without speculative decoding")
+    elif drafts:
+        notes.append(_draft_note(config, drafts))
     if machine.unified and machine.count > 1:
         notes.append("over the network between the boxes: start a Ray cluster first (vLLM's docs)")
     s = placed.serving
@@ -178,15 +182,45 @@ def vllm_candidate(
         extra += (placed.tables.option,)
     options = (
         f"--tensor-parallel-size {s.gpus}", f"--max-model-len {s.context}",
-        f"--max-num-seqs {s.sequences}", f"--max-num-batched-tokens {s.batched_tokens}",
+        f"--max-num-seqs {placed.together}", f"--max-num-batched-tokens {s.batched_tokens}",
         f"--gpu-memory-utilization {s.utilization:g}", "--kv-cache-dtype fp8", *extra,
+        *_chat(VLLM, config),
     )  # fmt: skip
     return Candidate(
         "vllm", recipe, scheme, file.total,
         Where((placed.taken,) * s.gpus, placed.tables.host, 0), placed.context_fits, loss, cost,
         1 / placed.seconds, options, (), tuple(notes),
         others=() if cost is None else other_ways(outline, request, scheme, file.total, cost),
+        sglang=_sglang_options(machine, config, placed) if recipe is None else (),
+        sequences=placed.together,
     )  # fmt: skip
+
+
+def _chat(engine: Engine, config: ModelConfig) -> tuple[str, ...]:
+    release: Release = "v41" if config.v41 is not None else "v4"
+    return engine.chat_options.get(release, ())
+
+
+def _sglang_options(machine: Machine, config: ModelConfig, placed: vllm.Served) -> tuple[str, ...]:
+    """Of SGLang's server for the release as it is; () over a network, which takes more than that.
+
+    What it keeps beside the weights is not counted: it gives its cache what is left.
+    """
+    if machine.unified and placed.serving.gpus > 1:
+        return ()
+    tables = ('--engram-config \'{"placement": "cpu"}\'',) if placed.tables.host else ()
+    return (
+        f"--tp {placed.serving.gpus}", f"--context-length {placed.serving.context}", *tables,
+        *_chat(SGLANG, config),
+    )  # fmt: skip
+
+
+def _draft_note(config: ModelConfig, drafts: int) -> str:
+    method, tokens = "mtp", drafts
+    if config.dspark is not None:
+        method, tokens = "dspark", config.dspark.block_size
+    options = f'{{"method": "{method}", "num_speculative_tokens": {tokens}}}'
+    return f"room for the draft stages is counted; to use them add --speculative-config '{options}'"
 
 
 def _notes(placed: vllm.Served, gpus: int) -> Iterator[str]:
@@ -194,9 +228,9 @@ def _notes(placed: vllm.Served, gpus: int) -> Iterator[str]:
         yield f"{placed.uncut}: over {gpus} cards every card takes whole experts"
     if placed.tables.host:
         why = "" if placed.tables.option else ", rounded up to powers of two as pinned memory is"
-        yield (
-            f"the Engram's tables take {placed.tables.host / 1e9:.0f} GB of system memory{why}; "
-            "SGLang can read them from a file instead"
-        )
+        yield f"the Engram's tables take {placed.tables.host / 1e9:.0f} GB of system memory{why}"
     elif placed.tables.card:
-        yield "system memory is too small for the Engram's tables: each card holds its share"
+        yield (
+            "system memory is too small for the Engram's tables: each card holds its share. Forks "
+            "of vLLM and SGLang read them from an NVMe disk instead (not examined)"
+        )

@@ -4,8 +4,11 @@ Layers go to cards in order (`--tensor-split` counts them), each with its share 
 output matrix is with the last. `--n-cpu-moe N` leaves the routed experts of the first N layers in
 system memory, where the processor multiplies them; the token embedding is always there. What one
 more layer's gate and up, or down, still finds room for is named by `--override-tensor`. Without
-cards everything is in memory; with unified memory everything is in the one there is (of several
-boxes, in one: how llama.cpp reaches others is not planned here).
+cards everything is in memory; with unified memory everything is in the one there is. Of several
+such boxes as few as hold the file share its layers over the network (`--rpc`): llama.cpp lists
+remote devices before its own, so the first layers are theirs, and embedding and output stay with
+the box that serves. Where cards are too small for every layer's dense matrices, the first layers
+stay in system memory whole (`--n-gpu-layers` counts those that do not, and the output).
 
     card:   0.95 size - 600 MB - activations   >=  layers' rest + experts on cards + KV + output
     memory: size - max(4 GB, 6 %)              >=  experts in memory + embedding
@@ -16,7 +19,7 @@ float32; KV is the BF16 cache of one sequence. Both are estimates, and so is wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from v4quant.planner.footprint import Footprint, LayerBytes
@@ -33,6 +36,9 @@ _METAL_SHARE = {True: 0.75, False: 0.66}
 _METAL_LARGE = 36 * GIB
 # Of Linux' memory, what an integrated Radeon may take unless the kernel is told more.
 _VULKAN_SHARE = 0.5
+# A mapped file is copied to an integrated GPU page by page: read it whole instead.
+_COPYING = ("cuda", "vulkan")
+RPC_PORT = 50052
 # What stays in memory of a layer of which a card takes a part, and its share: of an expert's three
 # matrices gate and up are two. More on the card comes first.
 _PARTS = (("down", 1 / 3), ("gate|up", 2 / 3))
@@ -91,23 +97,60 @@ def _unified(
     file: Footprint, machine: Machine, config: Dimensions, context: int
 ) -> Placement | None:
     assert machine.card is not None
-    kv = kv_bytes(config, context)
-    needed, size = file.trunk + kv + own_bytes(config), machine.card.nbytes
-    room = memory_room(size)
-    if needed > room:
+    size, own = machine.card.nbytes, own_bytes(config)
+    room = memory_room(size) - own
+    per_layer = -(-kv_bytes(config, context) // len(file.layers))
+    layers = [x.experts + x.rest for x in file.layers]
+    served = file.embed + file.head + file.other
+    for boxes in range(1, machine.count + 1):
+        split = _balanced(layers, per_layer, served, [room] * boxes)
+        if split is not None:
+            break
+    else:
         return None
-    before: tuple[str, ...] = ()
-    wired = (needed + 2 * GIB) // MIB
+    taken = _loads(layers, split, per_layer, served)
+    options = ["--n-gpu-layers 99"]
+    if machine.unified in _COPYING and not file.tables:
+        options.append("--no-mmap")
+    if boxes > 1:
+        others = ",".join(f"box{n}:{RPC_PORT}" for n in range(2, boxes + 1))
+        options += [f"--rpc {others}", _tensor_split(split)]
+    cards = tuple(c + own for c in taken)
+    return Placement(
+        cards, 0, 0, _kv_room(taken, split, room, per_layer), tuple(options),
+        _limits(machine, max(cards)), _active(file) / machine.card.bandwidth,
+    )  # fmt: skip
+
+
+def _limits(machine: Machine, needed: int) -> tuple[str, ...]:
+    """What a box's owner says so that its GPU may take `needed` bytes; nothing where it may."""
+    assert machine.card is not None
+    size = machine.card.nbytes
+    most = min(needed + 2 * GIB, memory_room(size)) // MIB
     if machine.unified == "metal" and needed > _METAL_SHARE[size > _METAL_LARGE] * size:
-        before = (f"sudo sysctl iogpu.wired_limit_mb={min(wired, room // MIB)}",)
+        return (f"sudo sysctl iogpu.wired_limit_mb={most}",)
     if machine.unified == "vulkan" and needed > _VULKAN_SHARE * size:
-        pages = min(wired, room // MIB) * 256
-        before = (
+        pages = most * 256
+        return (
             f"# kernel command line, then restart: ttm.pages_limit={pages} "
             f"ttm.page_pool_size={pages}",
         )
-    seconds = _active(file) / machine.card.bandwidth
-    return Placement((needed,), 0, 0, room - needed + kv, ("--n-gpu-layers 99",), before, seconds)
+    return ()
+
+
+def _loads(layers: Sequence[int], split: Sequence[int], kv: int, last: int) -> list[int]:
+    """Bytes of each card that gets the next `split` layers, and the last one `last` besides."""
+    loads, start = [], 0
+    for count in split:
+        loads.append(sum(layers[start : start + count]) + kv * count)
+        start += count
+    loads[-1] += last
+    return loads
+
+
+def _tensor_split(split: Sequence[int]) -> str:
+    counts = [*split[:-1], split[-1] + 1]  # the output counts as a layer
+    return "--tensor-split " + ",".join(map(str, counts))
 
 
 def _memory_only(
@@ -129,28 +172,60 @@ def _cards(
     file: Footprint, machine: Machine, config: Dimensions, context: int, disk: bool
 ) -> Placement | None:
     assert machine.card is not None
-    room = int(_USABLE * machine.card.nbytes) - own_bytes(config)
-    kv = kv_bytes(config, context)
-    per_layer = -(-kv // len(file.layers))
+    own = own_bytes(config)
+    room = int(_USABLE * machine.card.nbytes) - own
+    per_layer = -(-kv_bytes(config, context) // len(file.layers))
     in_memory = memory_room(machine.ram)
-    for offloaded in range(len(file.layers) + 1):
-        held = sum(layer.experts for layer in file.layers[:offloaded]) + file.embed
+    for cut in _cuts(len(file.layers)):
+        held = _held(file, cut, per_layer)
         if held > in_memory and not disk:
             return None
-        cheap = _without_experts(file.layers, offloaded)
+        cheap = _on_cards(file.layers, cut)
         split = _balanced(cheap, per_layer, file.head + file.other, [room] * machine.count)
         if split is None:
             continue
-        found = _placed(file, machine, cheap, split, per_layer, offloaded)
-        found = _with_part(file, machine, found, room, offloaded, split)
+        found = _placed(file, machine, cut, split, per_layer)
+        found = _with_part(file, machine, found, room, cut, split)
         over = max(0, found.ram - in_memory)
-        own = own_bytes(config)
+        kv_room = _kv_room(found.cards, split, room, per_layer) * len(file.layers) // len(cheap)
+        if cut.bare:
+            beside = max(0, in_memory - held) + per_layer * cut.bare
+            kv_room = min(kv_room, beside * len(file.layers) // cut.bare)
         seconds = found.seconds + _from_disk(file, machine, over, max(found.ram, 1))
         return replace(
             found, cards=tuple(c + own for c in found.cards), disk=over, ram=found.ram - over,
-            kv_room=_kv_room(found.cards, split, room, per_layer), seconds=seconds,
+            kv_room=kv_room, seconds=seconds,
         )  # fmt: skip
     return None
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The first `bare` layers lie in memory whole, and of the first `offloaded` the experts do."""
+
+    bare: int
+    offloaded: int
+
+
+def _cuts(layers: int) -> Iterator[_Cut]:
+    """From everything on cards to a single layer there; each holds more in memory."""
+    yield from (_Cut(0, n) for n in range(layers + 1))
+    yield from (_Cut(n, layers) for n in range(1, layers))
+
+
+def _held(file: Footprint, cut: _Cut, kv: int) -> int:
+    """Bytes in system memory."""
+    experts = sum(layer.experts for layer in file.layers[: cut.offloaded])
+    return experts + sum(layer.rest + kv for layer in file.layers[: cut.bare]) + file.embed
+
+
+def _on_cards(layers: Sequence[LayerBytes], cut: _Cut) -> list[int]:
+    """Bytes on its card of every layer that has one."""
+    return [
+        x.rest + (x.experts if i >= cut.offloaded else 0)
+        for i, x in enumerate(layers)
+        if i >= cut.bare
+    ]
 
 
 def _kv_room(cards: Sequence[int], split: Sequence[int], room: int, per_layer: int) -> int:
@@ -161,11 +236,6 @@ def _kv_room(cards: Sequence[int], split: Sequence[int], room: int, per_layer: i
         for taken, count in zip(cards, split, strict=True)
         if count
     )
-
-
-def _without_experts(layers: Sequence[LayerBytes], offloaded: int) -> list[int]:
-    """Bytes of every layer on its card."""
-    return [x.rest + (x.experts if i >= offloaded else 0) for i, x in enumerate(layers)]
 
 
 def _balanced(
@@ -205,28 +275,17 @@ def _dealt(
 
 
 def _placed(
-    file: Footprint,
-    machine: Machine,
-    cheap: Sequence[int],
-    split: Sequence[int],
-    kv: int,
-    offloaded: int,
+    file: Footprint, machine: Machine, cut: _Cut, split: Sequence[int], kv: int
 ) -> Placement:
-    assert machine.card is not None
-    on_cards, start = [], 0
-    for count in split:
-        on_cards.append(sum(cheap[start : start + count]) + kv * count)
-        start += count
-    on_cards[-1] += file.head + file.other
-    ram = sum(layer.experts for layer in file.layers[:offloaded]) + file.embed
-    options = ["--n-gpu-layers 99", "--fit off"]
-    if offloaded:
-        options.append(f"--n-cpu-moe {offloaded}")
+    cards = _loads(_on_cards(file.layers, cut), split, kv, file.head + file.other)
+    on_cards = len(file.layers) - cut.bare + 1 if cut.bare else 99
+    options = [f"--n-gpu-layers {on_cards}", "--fit off"]
+    if cut.offloaded:
+        options.append(f"--n-cpu-moe {cut.offloaded}")
     if len(split) > 1:
-        counts = [*split[:-1], split[-1] + 1]  # the output counts as a layer
-        options.append("--tensor-split " + ",".join(map(str, counts)))
-    seconds = _active_parts(file, machine, offloaded)
-    return Placement(tuple(on_cards), ram, 0, 0, tuple(options), (), seconds)
+        options.append(_tensor_split(split))
+    seconds = _active_parts(file, machine, cut)
+    return Placement(tuple(cards), _held(file, cut, kv), 0, 0, tuple(options), (), seconds)
 
 
 def _with_part(
@@ -234,13 +293,13 @@ def _with_part(
     machine: Machine,
     found: Placement,
     room: int,
-    offloaded: int,
+    cut: _Cut,
     split: Sequence[int],
 ) -> Placement:
     """Room for a part of one more layer's experts, on the card that holds the layer."""
-    if not offloaded:
+    if not cut.offloaded or cut.bare:
         return found
-    layer, total, card = offloaded - 1, 0, 0
+    layer, total, card = cut.offloaded - 1, 0, 0
     for number, count in enumerate(split):
         if total <= layer < total + count:
             card = number
@@ -273,10 +332,11 @@ def _active(file: Footprint) -> float:
     return experts * file.active + rest + file.head + file.other
 
 
-def _active_parts(file: Footprint, machine: Machine, offloaded: int) -> float:
+def _active_parts(file: Footprint, machine: Machine, cut: _Cut) -> float:
     """Seconds a token takes to read its bytes, cards and memory one after another."""
     assert machine.card is not None
-    in_memory = file.active * sum(layer.experts for layer in file.layers[:offloaded])
+    in_memory = file.active * sum(layer.experts for layer in file.layers[: cut.offloaded])
+    in_memory += sum(layer.rest for layer in file.layers[: cut.bare])
     return (_active(file) - in_memory) / machine.card.bandwidth + in_memory / machine.ram_bandwidth
 
 

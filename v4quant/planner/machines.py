@@ -81,8 +81,8 @@ class Machine:
         if self.card is None:
             return f"no card, {_gib(self.ram)} of memory"
         if self.unified:
-            boxes = f"{self.count} x " if self.count > 1 else ""
-            return f"{boxes}{self.card.title}, {_gib(self.card.nbytes)} of unified memory"
+            boxes, each = (f"{self.count} x ", " each") if self.count > 1 else ("", "")
+            return f"{boxes}{self.card.title}, {_gib(self.card.nbytes)} of unified memory{each}"
         return (
             f"{self.count} x {self.card.title} ({_gib(self.card.nbytes)} each), "
             f"{_gib(self.ram)} of memory"
@@ -184,7 +184,7 @@ _HOSTS = {
     "workstation": (128, 512, 60e9),
     "server": (256, 2048, 300e9),
 }
-_CPU_BANDWIDTH = 60e9
+_CPU_BANDWIDTH = _HOSTS["desktop"][2]
 
 
 def parse_machine(name: str) -> Machine:
@@ -243,9 +243,22 @@ def with_memory(machine: Machine, ram: str | None, bandwidth: float | None) -> M
             )
         kept = tuple(a for a in machine.assumptions if not a.startswith("system memory"))
         machine = replace(machine, ram=boxed_size(ram), assumptions=kept)
+        if machine.ram > _HOSTS["desktop"][1] * GIB and bandwidth is None:
+            machine = _with_more_channels(machine)
     if bandwidth is not None:
         kept = tuple(a for a in machine.assumptions if not a.startswith("memory of"))
         machine = replace(machine, ram_bandwidth=bandwidth * 1e9, assumptions=kept)
+    return machine
+
+
+def _with_more_channels(machine: Machine) -> Machine:
+    """With a server's bandwidth, where a desktop's was assumed: it could not hold this much."""
+    server = _HOSTS["server"][2]
+    notes = list(machine.assumptions)
+    for index, note in enumerate(notes):
+        if note == _bandwidth_note(machine.ram_bandwidth) and machine.ram_bandwidth < server:
+            notes[index] = _bandwidth_note(server)
+            return replace(machine, ram_bandwidth=server, assumptions=tuple(notes))
     return machine
 
 

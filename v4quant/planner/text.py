@@ -13,15 +13,20 @@ from v4quant.planner.machines import Machine
 _TITLES = {"llama.cpp": "llama.cpp", "vllm": "vLLM"}
 
 
-def answer_text(answer: Answer, machine: Machine, commands: Sequence[Commands]) -> str:
-    """The whole answer; `commands` are those of the candidates, in their order."""
+def answer_text(
+    answer: Answer, machine: Machine, commands: Sequence[Commands], context: int
+) -> str:
+    """The whole answer; `commands` are those of the candidates, in their order.
+
+    context: tokens that were asked for.
+    """
     lines = [f"machine: {machine.title}", *(f"  ({note})" for note in machine.assumptions), ""]
     if not answer.candidates:
         lines.append("Nothing fits. What would do:")
         lines += [f"  {remedy}" for remedy in answer.remedies]
         return "\n".join(lines)
     for number, (candidate, typed) in enumerate(zip(answer.candidates, commands, strict=True), 1):
-        lines += _candidate(number, candidate, machine)
+        lines += _candidate(number, candidate, machine, context)
         lines += _commands(typed)
         lines.append("")
     if answer.remedies:
@@ -30,12 +35,12 @@ def answer_text(answer: Answer, machine: Machine, commands: Sequence[Commands]) 
     return "\n".join(lines).rstrip()
 
 
-def _candidate(number: int, candidate: Candidate, machine: Machine) -> list[str]:
+def _candidate(number: int, candidate: Candidate, machine: Machine, asked: int) -> list[str]:
     what = candidate.scheme if candidate.recipe or candidate.budget else "the release as it is"
     lines = [
         f"{number}. {what} in {_TITLES[candidate.engine]}: {_gb(candidate.size)}",
         f"   where      {_where(candidate, machine)}",
-        f"   context    {candidate.context:,} tokens fit",
+        f"   context    {_context(candidate, asked)}",
         f"   loss       {candidate.loss.sentence()}",
     ]
     if candidate.loss.published:
@@ -53,11 +58,16 @@ def _candidate(number: int, candidate: Candidate, machine: Machine) -> list[str]
     return lines
 
 
+def _context(candidate: Candidate, asked: int) -> str:
+    several = f", or {candidate.sequences} sequences of {asked:,} at once"
+    return f"{candidate.context:,} tokens fit{several if candidate.sequences > 1 else ''}"
+
+
 def _commands(typed: Commands) -> list[str]:
     lines = []
     for title, group in (
         ("fetch", typed.fetch), ("make", typed.make), ("check", typed.check),
-        ("serve", typed.serve),
+        ("serve", typed.serve), ("or", typed.sglang),
     ):  # fmt: skip
         for index, line in enumerate(group):
             lines.append(f"   {title if index == 0 else '':<7}$ {line}")
@@ -72,14 +82,15 @@ def _where(candidate: Candidate, machine: Machine) -> str:
     elif cards:
         alike = len(set(cards)) == 1 and len(cards) > 1
         room = _gb(_card_bytes(machine))
-        each = f"{_gb(cards[0])} of {room} on each of {len(cards)} cards"
-        several = f"{' + '.join(map(_gb, cards))} on the cards of {room} each"
+        what = "boxes" if machine.unified else "cards"
+        each = f"{_gb(cards[0])} of {room} on each of {len(cards)} {what}"
+        several = f"{' + '.join(map(_gb, cards))} on the {what} of {room} each"
         one = f"{_gb(cards[0])} of {room} on the card"
         parts.append(one if len(cards) == 1 else each if alike else several)
     if candidate.where.memory:
         parts.append(f"{_gb(candidate.where.memory)} of {_gb(machine.ram)} in system memory")
     if candidate.where.disk:
-        parts.append(f"{_gb(candidate.where.disk)} read from disk")
+        parts.append(f"{_gb(candidate.where.disk)} on disk only")
     return ", ".join(parts)
 
 

@@ -3,12 +3,13 @@
 The rules are `v4quant_formats/engines/vllm_memory.py` (KV cache, buffers, what CUDA takes),
 `vllm_split.py` (what is cut over cards and what every card holds) and `vllm_engram.py` (V4.1's
 tables, in the host's memory while they fit). Experts that cannot be cut by their width are dealt
-out whole. Here they are asked for batches
-from vLLM's own default down, because large batches can take more than the context does.
+out whole. Here they are asked for batches from vLLM's own default down, because large batches can
+take more than the context does; what is left then is for more sequences.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 from v4quant.planner.footprint import Footprint
@@ -17,6 +18,7 @@ from v4quant.planner.machines import Machine
 from v4quant_formats.engines.engine import V4_ATTENTION
 from v4quant_formats.engines.vllm_engram import TablePlace, table_places
 from v4quant_formats.engines.vllm_memory import (
+    UTILIZATION,
     Serving,
     buffer_bytes,
     default_batch,
@@ -28,6 +30,9 @@ from v4quant_formats.model_config import ModelConfig
 from v4quant_kernels.scheme import Scheme
 
 _BATCHES = (8192, 4096, 2048, 1024, 512)
+_SEQUENCES = (64, 32, 16, 8, 4, 2)
+# Of a memory that the system needs too: vLLM refuses to start where less than its share is free.
+_SHARED_UTILIZATION = 0.85
 _STEP = 1024
 
 
@@ -35,6 +40,7 @@ _STEP = 1024
 class Served:
     """How vLLM is started, what one card then holds, and the longest context that fits.
 
+    Bytes are for one sequence; together: how many of that length there is room for at once.
     tables: where V4.1's Engram lies. uncut: why experts are dealt out whole, "" where they are cut.
     seconds: to read what one token needs; the cards read their shares at once.
     """
@@ -48,6 +54,7 @@ class Served:
     tables: TablePlace
     uncut: str
     seconds: float
+    together: int = 1
 
     @property
     def taken(self) -> int:
@@ -98,12 +105,29 @@ def place(
     for tables in table_places(config, parts):
         if tables.host > room:
             continue
-        for batch in [usual, *(b for b in _BATCHES if b < usual)]:
-            serving = Serving(parts, context, batch, expert_parallel=bool(uncut))
+        batches = [usual, *(b for b in _BATCHES if b < usual)]
+        for batch, share in itertools.product(batches, _utilizations(machine)):
+            serving = Serving(parts, context, batch, 1, share, expert_parallel=bool(uncut))
             found = _served(file, machine, config, serving, drafts, tables)
             if found is not None:
-                return replace(found, uncut=uncut)
+                together = _together(found, machine, config, drafts)
+                return replace(found, uncut=uncut, together=together)
     return None
+
+
+def _utilizations(machine: Machine) -> tuple[float, ...]:
+    return (_SHARED_UTILIZATION, UTILIZATION) if machine.unified else (UTILIZATION,)
+
+
+def _together(found: Served, machine: Machine, config: ModelConfig, drafts: int) -> int:
+    """How many sequences of full length there is room for at once, to a power of two."""
+    assert machine.card is not None
+    usable = int(machine.card.nbytes * found.serving.utilization) - found.tables.card
+    for sequences in _SEQUENCES:
+        many = replace(found.serving, sequences=sequences)
+        if found.weights + _beside(config, many, drafts) <= usable:
+            return sequences
+    return 1
 
 
 def host_bytes(machine: Machine, config: ModelConfig) -> int:

@@ -41,6 +41,7 @@ from v4quant.publishing.serving import serving_lines
 from v4quant.recipe import recipe_from_table
 from v4quant.visible import visible
 from v4quant_formats.engines import ENGINES
+from v4quant_formats.engines.engine import Release
 from v4quant_formats.layouts.layout import Layout
 from v4quant_formats.manifest import MANIFEST_NAME
 from v4quant_formats.preflight import Preflight
@@ -335,7 +336,7 @@ def _memory(manifest: Mapping[str, Any], request: CardRequest) -> str:
 def _serving(manifest: Mapping[str, Any], request: CardRequest) -> list[str]:
     """A paragraph an engine: command and chat."""
     names = {str(row["name"]) for row in manifest["files"]}
-    release = "v41" if text(section(manifest, "source"), "release") == "V4.1" else "v4"
+    release: Release = "v41" if text(section(manifest, "source"), "release") == "V4.1" else "v4"
     place = f"{request.repo}:{request.folder}" if request.folder else request.repo
     templated = "chat_template.jinja" in names
     return serving_lines(

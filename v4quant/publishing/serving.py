@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from v4quant.evaluation.report.text import escape_markdown
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.engines import ENGINES, GPUS
+from v4quant_formats.engines.engine import Release
 from v4quant_formats.layouts.layout import Layout
 from v4quant_formats.preflight import Preflight, preflight
 from v4quant_kernels.scheme import SCHEMES
@@ -27,22 +28,17 @@ COMMANDS = {
     "tensorrt-llm": ("sh", "trtllm-serve {repo}"),
     "llama.cpp": ("sh", "llama-server -hf {repo}{chat}"),
 }
-# What chats need, by engine: options, then what they do. From the engines' recipes, not run here.
+# What an engine's options for chats do; the options are the engine's own rule.
 _VLLM = "vLLM has the release's chat format built in"
-_CHAT = {
-    ("vllm", "v4"): (
-        " --tokenizer-mode deepseek_v4 --reasoning-parser deepseek_v4 \\\n"
-        "  --tool-call-parser deepseek_v4 --enable-auto-tool-choice",
-        f"{_VLLM}; the options also take thoughts and tool calls out of the answer.",
-    ),
-    ("vllm", "v41"): (" --tokenizer-mode deepseek_v41", f"{_VLLM}, under this name for V4.1."),
+_HINTS: dict[tuple[str, Release], str] = {
+    ("vllm", "v4"): f"{_VLLM}; the options also take thoughts and tool calls out of the answer.",
+    ("vllm", "v41"): f"{_VLLM}, under this name for V4.1.",
     ("sglang", "v4"): (
-        " \\\n  --reasoning-parser deepseek-v4 --tool-call-parser deepseekv4",
         "SGLang has the release's chat format built in; the options take thoughts and tool calls "
-        "out of the answer.",
+        "out of the answer."
     ),
-    ("llama.cpp", "v4"): (" --jinja", "The file carries a chat template; `--jinja` uses it."),
-    ("llama.cpp", "v41"): (" --jinja", "The file carries a chat template; `--jinja` uses it."),
+    ("llama.cpp", "v4"): "The file carries a chat template; `--jinja` uses it.",
+    ("llama.cpp", "v41"): "The file carries a chat template; `--jinja` uses it.",
 }
 _ENCODE = (
     "transformers finds no chat template here; `encoding/`, or `v4quant encode`, turns messages "
@@ -61,7 +57,7 @@ def serving_lines(
     layout: Layout | None,
     scheme: str,
     repo: str,
-    release: str = "v4",
+    release: Release = "v4",
     templated: bool = False,
 ) -> list[str]:
     """Markdown paragraphs, one an engine; a sentence when none is known to load it.
@@ -76,7 +72,7 @@ def serving_lines(
         if found.engine not in COMMANDS:
             continue
         language, command = COMMANDS[found.engine]
-        chat, hint = _CHAT.get((found.engine, release), ("", ""))
+        chat, hint = _chat(found.engine, release), _HINTS.get((found.engine, release), "")
         lines.append(
             f"{ENGINES[found.engine].title}{_hardware(found)}:\n\n```{language}\n"
             f"{command.format(repo=repo, sglang=sglang, chat=chat)}\n```"
@@ -88,10 +84,19 @@ def serving_lines(
         notes = [f.problem for f in found.findings if f.severity == "warning"]
         lines += [f"- {escape_markdown(note)}" for note in notes[:3]]
     if not lines and layout is not None and "llama.cpp" in layout.engines:
-        chat, hint = _CHAT["llama.cpp", release]
-        command = COMMANDS["llama.cpp"][1].format(repo=repo, chat=chat)
+        hint = _HINTS["llama.cpp", release]
+        command = COMMANDS["llama.cpp"][1].format(repo=repo, chat=_chat("llama.cpp", release))
         lines += [f"llama.cpp:\n\n```sh\n{command}\n```", f"Chat: {hint}"]
     return lines or ["The preflight knows no engine that loads this repository as it is."]
+
+
+def _chat(engine: str, release: Release) -> str:
+    """An engine's options for chats, behind a command; two a line where there are several."""
+    options = ENGINES[engine].chat_options.get(release, ())
+    if len(options) == 1:
+        return f" {options[0]}"
+    lines = (" ".join(options[i : i + 2]) for i in range(0, len(options), 2))
+    return "".join(f" \\\n  {line}" for line in lines)
 
 
 def _hardware(found: Preflight) -> str:

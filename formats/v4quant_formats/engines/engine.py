@@ -120,6 +120,7 @@ class Engine:
     kv_cache(config, gpus, context) -> bytes on each GPU, where more is known than entries' sizes.
     decodes: it holds every weight in BF16, whatever the file holds.
     reads_architectures: it chooses the model class by `architectures`, not by `model_type`.
+    chat_options: of its server, by release: what chats need. From the engines' recipes, not run.
     container: what it loads; "safetensors", or a file type this package writes elsewhere.
     """
 
@@ -145,6 +146,7 @@ class Engine:
     kv_cache: Callable[[ModelConfig, int, int], int] | None = None
     decodes: bool = False
     reads_architectures: bool = True
+    chat_options: Mapping[Release, tuple[str, ...]] = field(default_factory=dict)
     container: str = "safetensors"
     advice: str = ""
     v41_name: Callable[[str, int], str] | None = None

@@ -21,6 +21,7 @@ LLAMA_CPP = Engine(
     methods=(),
     experts={"gguf": ANYWHERE},
     dense={"gguf": ANYWHERE},
+    chat_options={"v4": ("--jinja",), "v41": ("--jinja",)},
     container="gguf",
     advice="it loads GGUF files, not safetensors folders; quantize the release with --format gguf",
 )

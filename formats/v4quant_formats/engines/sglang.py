@@ -51,5 +51,6 @@ SGLANG = Engine(
     reads_linear_fp8=True,
     reads_ignore_for_nvfp4=("v4", "v41"),
     needs_nvfp4_keys=True,
+    chat_options={"v4": ("--reasoning-parser deepseek-v4", "--tool-call-parser deepseekv4")},
     advice="no attention kernels for sm80 to sm89: use llama.cpp there",
 )

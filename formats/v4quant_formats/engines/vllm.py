@@ -68,5 +68,14 @@ VLLM = Engine(
     v41_name=_v41_name,
     strict_wo_a=True,
     reads_ignore_for_nvfp4=("v41",),
+    chat_options={
+        "v4": (
+            "--tokenizer-mode deepseek_v4",
+            "--reasoning-parser deepseek_v4",
+            "--tool-call-parser deepseek_v4",
+            "--enable-auto-tool-choice",
+        ),
+        "v41": ("--tokenizer-mode deepseek_v41",),
+    },
     advice="no attention kernels for sm80 to sm89: use llama.cpp there",
 )

@@ -7,6 +7,7 @@ import re
 import shlex
 import tomllib
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from v4quant.planner.candidates import Candidate, Request
 from v4quant.planner.choose import Answer, choose
 from v4quant.planner.commands import commands_for
 from v4quant.planner.effort import cost_of
-from v4quant.planner.footprint import footprint, outline_release
+from v4quant.planner.footprint import Outline, footprint, outline_release
 from v4quant.planner.loss import Measured, known_loss, tiny_rows, with_dense
 from v4quant.planner.machines import GIB, parse_cards, parse_machine, with_generation, with_memory
 from v4quant.planner.run_file import run_file
@@ -30,11 +31,17 @@ from v4quant_formats.model_config import parse_model_config
 from v4quant_kernels.scheme import get_scheme
 
 
+@cache
+def outline_of(release: str) -> Outline:
+    return outline_release(release)
+
+
+@cache
 def ask(
     release: str, name: str, ram: str | None = None, measured: tuple[Measured, ...] = ()
 ) -> Answer:
     machine = with_memory(parse_machine(name), ram, None)
-    return choose(outline_release(release), Request(machine, 32768, "best", 16, measured=measured))
+    return choose(outline_of(release), Request(machine, 32768, "best", 16, measured=measured))
 
 
 def is_release(candidate: Candidate) -> bool:
@@ -138,6 +145,36 @@ def test_v41_in_llama_cpp_has_its_tables_in_a_file_of_their_own() -> None:
     assert done.exit_code == 0 and "--engram q8_0" in done.stdout
 
 
+def test_two_boxes_share_what_one_cannot_hold() -> None:
+    """V4.1 on two Sparks: people serve 2.9 bits per weight there, one of them holds 1.6."""
+    one, two = ask("v41", "dgx-spark").candidates[0], ask("v41", "2xdgx-spark").candidates[0]
+    assert len(one.where.cards) == 1 and len(two.where.cards) == 2
+    assert two.loss.order < one.loss.order / 5 and any("RPC" in note for note in two.notes)
+    machine = parse_machine("2xdgx-spark")
+    typed = commands_for(two, machine, "hf://a/b", "8GB").serve
+    assert any("-DGGML_RPC=ON" in line for line in typed)
+    assert "ggml-rpc-server" in typed[-2] and "--rpc box2:50052" in typed[-1]
+    assert ask("pro", "2xm3-ultra-512").candidates[0].loss.basis == "exact"
+    assert "3 x DGX Spark" in " ".join(ask("pro", "dgx-spark").remedies)
+
+
+def test_files_on_disk_are_listed_from_the_best_bearable_one() -> None:
+    """The smallest is the fastest there, but twice as bad."""
+    found = ask("v41", "4090", "64GB").candidates
+    speeds = [c.tokens_per_second for c in found]
+    assert len(found) > 1 and all(c.where.disk for c in found) and speeds == sorted(speeds)
+    assert speeds[0] >= 2 and 2 * found[0].loss.order < found[-1].loss.order
+    assert all("stay on the disk" in " ".join(c.notes) for c in found)
+
+
+def test_a_large_server_gets_as_many_sequences_as_fit() -> None:
+    best = ask("flash", "8xh100").candidates[0]
+    assert best.sequences == 64 and "--max-num-seqs 64" in best.options
+    assert "--tokenizer-mode deepseek_v4" in best.options and "--tp 8" in best.sglang
+    few = ask("flash", "dgx-spark").candidates
+    assert {c.sequences for c in few} == {1}
+
+
 def test_what_does_not_fit_is_told_what_would() -> None:
     answer = ask("pro", "2x3090", "64GB")
     assert all(c.where.disk for c in answer.candidates)
@@ -204,17 +241,22 @@ def test_auto_is_the_best_that_is_done_in_three_days() -> None:
 
 OWNERS = (
     "2x3090 64GB", "2x3090 128GB", "rtx-pro-6000 192GB", "dgx-spark", "m3-ultra-512", "m4-max-64",
-    "strix-halo", "8xh100", "4x4090 256GB", "4090 64GB", "8xmi300x",
+    "strix-halo", "8xh100", "4x4090 256GB", "4090 64GB", "8xmi300x", "2xdgx-spark",
 )  # fmt: skip
 SERVER_OPTIONS = {
     "llama.cpp/build/bin/llama-server": {
         "-m", "--n-gpu-layers", "--fit", "--n-cpu-moe", "--tensor-split", "--override-tensor",
-        "--ctx-size", "--jinja",
+        "--ctx-size", "--jinja", "--no-mmap", "--rpc",
     },
     "vllm": {
         "--tensor-parallel-size", "--max-model-len", "--max-num-seqs", "--max-num-batched-tokens",
         "--gpu-memory-utilization", "--kv-cache-dtype", "--enable-expert-parallel",
-        "--engram-config",
+        "--engram-config", "--tokenizer-mode", "--reasoning-parser", "--tool-call-parser",
+        "--enable-auto-tool-choice",
+    },
+    "python": {
+        "-m", "--model-path", "--tp", "--context-length", "--engram-config", "--reasoning-parser",
+        "--tool-call-parser",
     },
 }  # fmt: skip
 
@@ -225,9 +267,9 @@ def test_every_printed_command_parses(owner: str) -> None:
     name, _, ram = owner.partition(" ")
     machine = with_memory(parse_machine(name), ram or None, None)
     for release in ("flash", "pro", "v41"):
-        answer = choose(outline_release(release), Request(machine, 32768, "auto", 8))
+        answer = choose(outline_of(release), Request(machine, 32768, "auto", 8))
         assert answer.candidates or answer.remedies
-        plain = [c for c in answer.candidates if c.recipe is not None]
+        plain = [c for c in answer.candidates if c.recipe is not None and not c.where.disk]
         bits = [get_scheme(c.scheme).bits_per_weight for c in plain]
         assert min(bits, default=2) >= 2 or max(bits) < 2  # one bit only where nothing else fits
         for candidate in answer.candidates:
@@ -235,9 +277,10 @@ def test_every_printed_command_parses(owner: str) -> None:
             for line in (*typed.make, *typed.check):
                 _, command, *arguments = shlex.split(line)
                 cli.get_command(Context(cli), command).make_context(command, arguments)
-            server, *words = shlex.split(typed.serve[-1])
-            assert {w for w in words if w.startswith("-")} <= SERVER_OPTIONS[server]
-            assert ".gguf" in " ".join(words) or server == "vllm"
+            for served in (typed.serve[-1], *typed.sglang):
+                server, *words = shlex.split(served)
+                assert {w for w in words if w.startswith("-")} <= SERVER_OPTIONS[server]
+                assert (".gguf" in served) == (candidate.engine == "llama.cpp")
 
 
 def test_a_measurement_of_the_model_stands_before_the_tiny_ones() -> None:

@@ -75,6 +75,35 @@ def test_the_split_counts_all_layers_and_the_output() -> None:
         assert sum(map(int, split.split()[1].split(","))) == DIMS.num_hidden_layers + 1
 
 
+def test_cards_too_small_for_every_dense_matrix_take_the_last_layers() -> None:
+    pro = outline_release("pro")
+    dims, recipe = pro.dimensions, Recipe("iq2_xs", format="gguf", dense="q8_0", draft="drop")
+    file = footprint(pro, recipe)
+    machine = with_memory(parse_cards("1x16GB"), "768GB", None)
+    placed = llama_cpp.place(file, machine, dims, CONTEXT)
+    assert placed is not None and machine.card is not None and not placed.disk
+    layers = int(placed.options[0].split()[1]) - 1  # the output counts as one
+    rests = [x.rest for x in file.layers]
+    kv = -(-llama_cpp.kv_bytes(dims, CONTEXT) // len(rests))
+    on_card = sum(rests[-layers:]) + layers * kv + file.head + file.other
+    assert placed.cards == (on_card + llama_cpp.own_bytes(dims),)
+    assert placed.cards[0] + rests[-layers - 1] + kv > 0.95 * machine.card.nbytes >= placed.cards[0]
+    assert placed.ram + on_card == pytest.approx(file.trunk + len(rests) * kv, abs=1)
+    assert placed.kv_room >= llama_cpp.kv_bytes(dims, CONTEXT)
+
+
+def test_boxes_share_layers_and_no_more_of_them_than_needed() -> None:
+    file = footprint(FLASH, Recipe("mxfp4", format="gguf", dense="q8_0", draft="drop"))
+    machine = parse_machine("4xdgx-spark")
+    assert llama_cpp.place(file, parse_machine("dgx-spark"), DIMS, CONTEXT) is None
+    placed = llama_cpp.place(file, machine, DIMS, CONTEXT)
+    assert placed is not None and len(placed.cards) == 2 and machine.card is not None
+    assert max(placed.cards) <= llama_cpp.memory_room(machine.card.nbytes)
+    kv, own = llama_cpp.kv_bytes(DIMS, CONTEXT), llama_cpp.own_bytes(DIMS)
+    assert sum(placed.cards) == pytest.approx(file.trunk + kv + 2 * own, abs=len(file.layers))
+    assert "--rpc box2:50052" in placed.options and "--no-mmap" in placed.options
+
+
 def test_macs_raise_the_limit_only_when_they_must() -> None:
     small = footprint(FLASH, Recipe("q2_k", format="gguf", dense="q8_0", draft="drop"))
     roomy = llama_cpp.place(small, parse_machine("m2-ultra-192"), DIMS, CONTEXT)
