@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +19,11 @@ import pytest
 import torch
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
-# No probe of speed may decide about a test's last digits, nor write to the user's cache.
+# No probe of speed may decide about last digits, nor write to the cache of whoever runs the tests;
+# and what an earlier run left in that must not answer for other code.
 os.environ.setdefault("V4QUANT_FLOAT32", "default")
+_CACHE = tempfile.TemporaryDirectory(prefix="v4quant-tests-cache-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -32,6 +32,7 @@ from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import SCHEMES
 from v4quant_kernels.twins.bf16_product import Way, exact_product, product_of_bf16
 from v4quant_kernels.twins.onednn_product import onednn_product
+from v4quant_kernels.user_cache import cache_folder
 
 Library = Literal["default", "onednn"]
 VARIABLE = "V4QUANT_FLOAT32"
@@ -103,8 +104,7 @@ def _float32_by(multiply: Callable[[Tensor, Tensor], Tensor]) -> Callable[[int],
 
 def _kept(probe: Callable[[], Library]) -> Library:
     """What the cache folder says for this machine; else what the probe finds, written there."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    file = (Path(home) if home else Path.home() / ".cache") / "v4quant" / "float32.json"
+    file = cache_folder() / "float32.json"
     key = f"{torch.__version__} {_processor()} {torch.get_num_threads()} threads"
     known: dict[str, Library] = {}
     with suppress(OSError, ValueError, RecursionError):

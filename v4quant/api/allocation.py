@@ -56,6 +56,7 @@ from v4quant_formats.layouts.choices import NEUTRAL
 from v4quant_formats.shards import write_file_atomically
 from v4quant_kernels.errors import OptionError
 from v4quant_kernels.progress import Progress
+from v4quant_kernels.user_cache import cache_folder
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,8 @@ def allocate(
                 corpus, checkpoint, config, seq_len, tokens, DEFAULT_MODE, chat_keys, skip_bad_rows
             )
         evidence = _stats(checkpoint, path_of(stats))
-        known = Findings(Path(out), findings_key(checkpoint, options, evidence, text))
+        key = findings_key(checkpoint, options.sample, evidence, text)
+        known = Findings(Path(out), key, cache_folder())
         try:
             losses = find_losses(
                 checkpoint, costs, options, evidence, text, default_progress(progress), known
@@ -180,7 +182,7 @@ def allocate(
             raise
         found = choose(costs, losses, most)
         write_file_atomically(Path(out), recipe_toml(found, costs).encode())
-        known.forget()
+        known.finish()
         skipped = 0 if text is None else text.skipped_rows
         if cards is None:
             return AllocationResult(str(out), found, skipped_rows=skipped)

@@ -25,7 +25,6 @@ from v4quant.devices import arithmetic_threads, find_device
 from v4quant.evaluation.evaluate import (
     LogitFiles,
     Resources,
-    cache_folder,
     evaluate_checkpoint,
 )
 from v4quant.evaluation.kld_file import KldFile, is_kld
@@ -42,6 +41,7 @@ from v4quant_calibration.evaluation.evaluate import Measures
 from v4quant_calibration.evaluation.needle import make_needles
 from v4quant_kernels.errors import OptionError
 from v4quant_kernels.progress import Progress
+from v4quant_kernels.user_cache import cache_folder
 
 
 def evaluate(

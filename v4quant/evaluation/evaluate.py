@@ -7,7 +7,6 @@ manifest's weight errors) so that JSON, HTML and Markdown come from one object.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -45,6 +44,7 @@ from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.system import return_freed_memory
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress, SilentProgress
+from v4quant_kernels.user_cache import cache_folder
 
 
 class EvaluationError(V4QuantError):
@@ -313,12 +313,6 @@ def _run_key(
         sha.update(f"{number} {len(window)}:".encode())
         sha.update(window.numpy().tobytes())
     return sha.hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where files of a run lie that names no place for them."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "v4quant"
 
 
 def _add_weights(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import secrets
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,7 @@ from v4quant.allocation.allocate import (
 )
 from v4quant.allocation.budget import bits_budget, cards_budget, machine_budget
 from v4quant.allocation.costs import Costs, Options, find_costs
-from v4quant.allocation.findings import Findings
+from v4quant.allocation.findings import KEPT, Findings
 from v4quant.allocation.knapsack import BudgetError
 from v4quant.allocation.sensitivity import Sample, errors, rounded
 from v4quant.builtin import CALIBRATION, HELDOUT, TINY_V4, resolve_corpus, resolve_source
@@ -320,6 +321,7 @@ def test_a_stopped_allocation_measures_only_what_is_missing(
         "measure_kl": True, "experts": 1, "format": "compressed-tensors", "engine": "vllm",
     }  # fmt: skip
     v4quant.allocate(TINY, tmp_path / "whole.toml", **options)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     with pytest.raises(KeyboardInterrupt):
         v4quant.allocate(TINY, tmp_path / "r.toml", **options, progress=Stopping(after))
     kept = tmp_path / "r.toml.unfinished.json"
@@ -349,8 +351,64 @@ def test_findings_of_another_run_or_somebody_elses_file(tmp_path: Path) -> None:
     file.write_text("my thesis")
     other = Findings(out, "ab")
     other.add("KL of a", 0.5)
-    other.forget()
+    other.finish()
     assert file.read_text() == "my thesis"
+
+
+def test_findings_of_a_finished_recipe_serve_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other budgets measure nothing again, other options what is new; another text and sample are
+    other findings."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    np.save(tmp_path / "ids.npy", torch.arange(96).reshape(2, 48).numpy())
+    with open_checkpoint(TINY) as tiny:
+        costs = find_costs(tiny, replace(VLLM, draft="drop"))
+    least, exact = _sizes(costs)
+    measured: list[str] = []
+    for name in ("_place_errors", "measure_effects"):
+        real = getattr(sensitivity, name)
+
+        def counted(*given: Any, name: str = name, real: Any = real) -> Any:
+            if name == "_place_errors" or given[2]:
+                measured.append(name)
+            return real(*given)
+
+        monkeypatch.setattr(sensitivity, name, counted)
+
+    def allocated(name: str, share: float, **other: Any) -> v4quant.AllocationResult:
+        measured.clear()
+        options: dict[str, Any] = {
+            "budget": round(least + share * (exact - least)), "draft": "drop", "experts": 1,
+            "corpus": tmp_path / "ids.npy", "tokens": 96, "measure_kl": True,
+            "format": "compressed-tensors", "engine": "vllm", **other,
+        }  # fmt: skip
+        return v4quant.allocate(TINY, tmp_path / name, **options)
+
+    first = allocated("first.toml", 0.5)
+    assert measured.count("_place_errors") == len(costs.places)
+    other = allocated("other.toml", 0.7)
+    assert not measured and other.found.recipe != first.found.recipe
+    assert sum(other.found.losses.values()) < sum(first.found.losses.values())
+    allocated("again.toml", 0.5, draft="convert", budget="1GB")
+    assert measured == ["_place_errors"]  # of the draft stage
+    assert {f.name for f in tmp_path.glob("*.toml*")} == {"first.toml", "other.toml", "again.toml"}
+    allocated("text.toml", 0.5, tokens=48)
+    assert measured.count("_place_errors") == len(costs.places)
+    allocated("sample.toml", 0.5, experts=2)
+    assert "measure_effects" in measured
+    assert len(list((tmp_path / "cache" / "v4quant").glob("allocate-*.json"))) == 3
+
+
+def test_the_newest_findings_stay(tmp_path: Path) -> None:
+    for number in range(KEPT + 2):
+        known = Findings(tmp_path / "r.toml", f"{number}", tmp_path)
+        known.add("KL of a", float(number))
+        known.finish()
+        os.utime(tmp_path / f"allocate-{number}.json", (number, number))
+    assert "KL of a" not in Findings(None, "0", tmp_path)
+    assert Findings(None, f"{KEPT + 1}", tmp_path).number("KL of a") == KEPT + 1
+    assert len(list(tmp_path.iterdir())) == KEPT
 
 
 def test_bits_budget() -> None:
