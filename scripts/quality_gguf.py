@@ -10,7 +10,8 @@ A row has a size in bytes, that of llama.cpp's file of the type named; our files
 recipe is `allocate`'s for that size, rounded by the encoder alone and solved. llama.cpp's files are
 made by its Python package where that is installed, else the stored figures stand, with the version
 they are of. For its IQ types it gets an importance matrix of the same text, and ours are solved
-only. All are scored by our forward on the same held-out text.
+only. Where our recipe has types that are not searched without a text, that matrix is our encoder's.
+All are scored by our forward on the same held-out text.
 """
 
 from __future__ import annotations
@@ -132,18 +133,19 @@ def measure_row(name: str, old: Mapping[str, Any] | None, shared: Path) -> dict[
     """A row of the table; `old` has the recipe to use, and llama.cpp's figures without it."""
     rival, work = RIVALS[name], shared / name
     work.mkdir(exist_ok=True)
-    imatrix = _importance(shared) if rival.imatrix else None
     recipe = _allocated(rival.size, work) if old is None else _read_recipe(old)
-    peer = quantized_file(TINY, name, imatrix, work)
+    stats = _importance(shared) if recipe.asking_text("needed") else None
+    peer = quantized_file(TINY, name, _importance(shared) if rival.imatrix else None, work)
     files = {} if peer is None else {"llama.cpp": peer}
     row: dict[str, Any] = {
         "recipe": recipe.as_dict(),
         "bytes": v4quant.plan_quantize(
-            TINY, work / "planned", recipe=recipe, stats=imatrix
+            TINY, work / "planned", recipe=recipe, stats=stats
         ).bytes_out,
+        "searched_with_text": stats is not None,
         "heldout_tokens": FULL.heldout * WINDOW,
         "calibration_tokens": FULL.calibration * WINDOW,
-        **_measure(recipe, rival.ways, FULL, files, work),
+        **_measure(recipe, rival.ways, FULL, files, work, stats),
     }
     if peer is not None:
         import llama_cpp
@@ -179,18 +181,23 @@ def _allocated(budget: str, work: Path) -> Recipe:
 
 
 def _measure(
-    recipe: Recipe, ways: Sequence[str], texts: Texts, others: Mapping[str, Path], work: Path
+    recipe: Recipe,
+    ways: Sequence[str],
+    texts: Texts,
+    others: Mapping[str, Path],
+    work: Path,
+    stats: Path | None = None,
 ) -> dict[str, Any]:
-    """KL of the recipe, rounded ("searched") or solved, and of other files."""
+    """KL of the recipe, rounded ("searched", with statistics if given) or solved, and of others."""
     solution = v4quant.calibrate(
         TINY, work / "solution", recipe=recipe, corpus=CALIBRATION,
         tokens=texts.calibration * WINDOW, seq_len=WINDOW, min_tokens=1,
     )  # fmt: skip
     files = dict(others)
     for way in ways:
-        solver, stats = ("gptq", solution.path) if way == "solved" else ("optimal", None)
+        solver, known = ("gptq", solution.path) if way == "solved" else ("optimal", stats)
         wanted = replace(recipe, solver=solver)
-        v4quant.quantize(TINY, work / way, recipe=wanted, stats=stats, workers=1)
+        v4quant.quantize(TINY, work / way, recipe=wanted, stats=known, workers=1)
         files[way] = work / way
     first, *rest = files.values()
     found = v4quant.evaluate(
@@ -214,7 +221,8 @@ def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "MXFP4 file, without an importance matrix where the row does not say otherwise; then it",
         "is that of `calibrate --imatrix` on the calibration text. Ours are no larger:",
         "`allocate --dense all --measure-kl` chose a type for each place within the size,",
-        "rounded once by the encoder (searched) and once solved (`calibrate --recipe`).",
+        "rounded once by the encoder (searched; with that importance matrix where the recipe has",
+        "`iq1` types, which are refused without) and once solved (`calibrate --recipe`).",
         "All files are scored by our forward pass in float32. `scripts/quality_gguf.py`",
         "writes this page; quality-gguf.json beside it has the recipes.",
         "",
@@ -230,6 +238,8 @@ def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
         peer, ratio = row["llama.cpp"], row["solved"]["kl"] / row["llama.cpp"]["kl"]
         found = [row.get(way) for way in WAYS]
         cells = [f"{r['kl']:.5f} ± {r['kl_stderr']:.5f}" if r else "" for r in found]
+        if cells[1] and row.get("searched_with_text"):
+            cells[1] += " (imatrix)"
         told = f"{name}, imatrix" if rival.imatrix else name
         lines.append(
             f"| {told} | {peer['bytes'] / 1e6:.2f} | {cells[0]} | {row['bytes'] / 1e6:.2f} "

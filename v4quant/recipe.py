@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from v4quant.sizes import parse_size
-from v4quant.targets import EXPERTS, Place, group_of, place_name, read_places
+from v4quant.targets import EXPERTS, WHOLE, Place, group_of, place_name, read_places
 from v4quant_calibration.defaults import SOLVER_NAMES
 from v4quant_formats.errors import FormatError
 from v4quant_formats.layouts.choices import DEFAULT_SPLIT, ENGINE_CHOICES, NEUTRAL
@@ -148,6 +148,15 @@ class Recipe:
     def places(self) -> dict[Place, str]:
         """The table [schemes] by place, ranges written out."""
         return read_places(self.schemes)
+
+    def asking_text(self, how: str) -> list[str]:
+        """Its schemes whose search asks for statistics of a text: `how` is "needed" or "wanted".
+
+        Embedding and head may have any type, in llama.cpp too: a lookup has no inputs to weigh.
+        """
+        places = {name for (_, group), name in self.places.items() if group not in WHOLE}
+        asked = {self.scheme, self.dense, *places} & SCHEMES.keys()
+        return sorted(name for name in asked if SCHEMES[name].text == how)
 
     def scheme_for(self, stage: str, projection: str) -> Scheme:
         """The scheme of a stage's experts' w1, w2 or w3 (where its rows fit the scheme)."""

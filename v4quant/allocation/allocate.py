@@ -19,7 +19,7 @@ from v4quant.allocation.knapsack import BudgetError, Choice, allocate, fullest
 from v4quant.allocation.sensitivity import errors, held_as, measure_kl
 from v4quant.conversion.plan import make_plan
 from v4quant.recipe import Recipe
-from v4quant.targets import WHOLE, Place, layer_of, place_among, read_places, write_places
+from v4quant.targets import Place, layer_of, place_among, read_places, write_places
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.checkpoint import Checkpoint
@@ -27,7 +27,6 @@ from v4quant_formats.deepseek_v4 import parse_name
 from v4quant_formats.layouts.choices import NEUTRAL
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress, SilentProgress
-from v4quant_kernels.scheme import SCHEMES
 
 _FILLED = 0.995  # of the budget is as good as all
 _MOST_ROUNDS = 4  # of correction, should headers of split files differ
@@ -85,8 +84,7 @@ class Allocation:
     @property
     def needs_text(self) -> tuple[str, ...]:
         """Chosen schemes that `quantize` refuses without statistics of a text."""
-        names = {name for (_, group), name in self.chosen.items() if group not in WHOLE}
-        return tuple(sorted(n for n in names if n in SCHEMES and SCHEMES[n].text == "needed"))
+        return tuple(self.recipe.asking_text("needed"))
 
     @property
     def bits_per_weight(self) -> float:

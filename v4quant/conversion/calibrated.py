@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from v4quant.recipe import Recipe, RecipeError
-from v4quant.targets import WHOLE
 from v4quant_calibration.defaults import MIN_TOKENS
 from v4quant_calibration.solve.solution import Evidence, Solution, is_solution, load_solution
 from v4quant_calibration.statistics.imatrix import load_imatrix
@@ -59,19 +58,14 @@ def load_calibrated(
 
 
 def _check_text(recipe: Recipe) -> None:
-    """Refuse types that need a text, and warn of those that want one, where there is none.
-
-    Embedding and head may have any type, in llama.cpp too: a lookup has no inputs to weigh.
-    """
-    places = {name for (_, group), name in recipe.places.items() if group not in WHOLE}
-    asked = {recipe.scheme, recipe.dense, *places} & SCHEMES.keys()
+    """Refuse types that need a text, and warn of those that want one, where there is none."""
     remedy = (
         "run `v4quant calibrate SOURCE --out stats.v4q` and give --stats stats.v4q (in a run file, "
         "a [calibrate] table), or an importance matrix of llama.cpp's"
     )
-    for name in sorted(n for n in asked if SCHEMES[n].text == "needed"):
+    for name in recipe.asking_text("needed"):
         raise RecipeError(f"{name} has too few bits to spend them without a text: {remedy}")
-    for name in sorted(n for n in asked if SCHEMES[n].text == "wanted"):
+    for name in recipe.asking_text("wanted"):
         _LOG.warning("%s loses more than twice as much without a text: %s", name, remedy)
 
 
