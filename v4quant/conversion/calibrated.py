@@ -18,9 +18,10 @@ from v4quant_calibration.solve.solution import Evidence, Solution, is_solution, 
 from v4quant_calibration.statistics.imatrix import load_imatrix
 from v4quant_calibration.statistics.stats import Stats, StatsError, load_stats
 from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.deepseek_v4 import expert_module, trunk_stages
 from v4quant_formats.errors import FormatError
 from v4quant_formats.file_hash import hash_file
-from v4quant_formats.gguf.imatrix import looks_like_gguf
+from v4quant_formats.gguf.imatrix import looks_like_imatrix
 from v4quant_formats.model_config import parse_model_config
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import SCHEMES, Scheme
@@ -48,6 +49,7 @@ def load_calibrated(
         stats, digest = read_stats(checkpoint, path)
         if not stats.dense:
             _check_dense(path, recipe)
+        _check_layers(checkpoint, path, stats, recipe)
         return stats, digest
     solution = load_solution(path, checkpoint.digest())
     if recipe.solver == "gptq":
@@ -82,9 +84,32 @@ def _check_dense(path: Path, recipe: Recipe) -> None:
             )
 
 
+def _check_layers(checkpoint: Checkpoint, path: Path, stats: Stats, recipe: Recipe) -> None:
+    """Refuse types that need a text for layers of which the file knows nothing; warn of others."""
+    config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
+    unknown = [
+        (stage, projection)
+        for stage in trunk_stages(config)
+        for projection in ("w1", "w2")
+        if stats.importance(expert_module(stage, 0, projection)) is None
+    ]
+    if not unknown:
+        return
+    known = config.num_hidden_layers - len({stage for stage, _ in unknown})
+    told = f"{path}: knows the inputs of {known} of {config.num_hidden_layers} layers' experts"
+    for stage, projection in unknown:
+        scheme = recipe.scheme_for(stage, projection)
+        if scheme.text == "needed":
+            raise RecipeError(
+                f"{told}, and {scheme.name} for {stage} needs them: calibrate on a longer text, or "
+                "give statistics of all layers"
+            )
+    _LOG.warning("%s; the others, from %s on, are searched without a text", told, unknown[0][0])
+
+
 def read_stats(checkpoint: Checkpoint, path: Path) -> tuple[Stats, str]:
     """Statistics or an importance matrix, and what the file hashes to. Raises StatsError."""
-    if not looks_like_gguf(path):
+    if not looks_like_imatrix(path):
         return load_stats(path, checkpoint.digest()), hash_file(path)
     config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))
     try:

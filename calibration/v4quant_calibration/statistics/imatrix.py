@@ -66,8 +66,9 @@ def load_imatrix(path: Path, config: ModelConfig, source_digest: str, floor: int
             continue
         stage, _, projection = module.partition(".ffn.experts.{}.")
         source = _SOURCES[projection]
-        _check_shape(path, name, found, config, stage, source)
-        experts.setdefault(stage, {})[source] = found
+        stack = _spread(found, _shape_of(config, stage, source), floor)
+        _check_shape(path, name, stack, config, stage, source)
+        experts.setdefault(stage, {})[source] = stack
     stages = {
         stage: _stage(parts) for stage, parts in experts.items() if parts.keys() == {"w13", "w2"}
     }
@@ -78,11 +79,30 @@ def load_imatrix(path: Path, config: ModelConfig, source_digest: str, floor: int
     return Stats(source_digest, floor, stages, dense=dense)
 
 
+def _shape_of(config: ModelConfig, stage: str, source: str) -> tuple[int, int]:
+    """Experts and channels of a stack's inputs."""
+    columns = config.hidden_size if source == "w13" else config.moe_intermediate_size
+    return config.facts(stage).experts, columns
+
+
+def _spread(found: Inputs, shape: tuple[int, int], floor: int) -> Inputs:
+    """A stack that is one row, as the older form of the file has it, by experts.
+
+    How many tokens each saw is not known then, so none counts as starved but those whose values
+    are all alike, which is how that form says that an expert saw none.
+    """
+    experts, columns = shape
+    if tuple(found.sums.shape) != (1, experts * columns) or experts == 1:
+        return found
+    means = (found.sums / found.counts.clamp_min(1)).view(shape)
+    counts = torch.where(means.amin(1) < means.amax(1), float(floor), 0.0).double()
+    return Inputs(means * counts.unsqueeze(1), counts)
+
+
 def _check_shape(
     path: Path, name: str, found: Inputs, config: ModelConfig, stage: str, source: str
 ) -> None:
-    columns = config.hidden_size if source == "w13" else config.moe_intermediate_size
-    wanted = (config.facts(stage).experts, columns)
+    wanted = _shape_of(config, stage, source)
     if tuple(found.sums.shape) != wanted:
         raise StatsError(
             f"{path}: '{name}' is of {found.sums.shape[0]} experts of {found.sums.shape[1]} "

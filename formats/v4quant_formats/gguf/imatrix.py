@@ -4,8 +4,9 @@ llama.cpp's quantizer weighs the error of every weight by the mean square of the
 `llama-imatrix` writes what it needs as a GGUF file without a model: for each tensor of the model
 two more, `<name>.in_sum2`, the sums of squares over the calibration text, and `<name>.counts`, over
 how many rows they were taken. Stacks of experts have one row of sums and one count for each expert.
-Numbers are float32. (Source: llama.cpp's tools/imatrix/imatrix.cpp, and load_imatrix in
-tools/quantize/quantize.cpp; the older format `imatrix.dat` is not read.)
+Numbers are float32. A file converted from the older form (imatrix_dat.py) has one row and one
+count for a whole stack. (Source: llama.cpp's tools/imatrix/imatrix.cpp, and load_imatrix in
+tools/quantize/quantize.cpp, which overlooks tensors of other endings, as this does.)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from v4quant_formats.errors import FormatError, WrongMetadata
 from v4quant_formats.gguf.file import Field, plan_named
 from v4quant_formats.gguf.header import MAGIC, GgufHeader, GgufTensor, read_gguf_header
+from v4quant_formats.gguf.imatrix_dat import looks_like_dat, read_dat
 from v4quant_formats.shards import ShardWriter
 from v4quant_formats.spec import TensorSpec
 
@@ -45,11 +47,11 @@ def is_imatrix(header: GgufHeader) -> bool:
     return header.metadata.get("general.type") == IMATRIX
 
 
-def looks_like_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF files do."""
+def looks_like_imatrix(path: Path) -> bool:
+    """Whether a file begins as GGUF files do, or as importance matrices of the older form."""
     try:
         with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
+            return file.read(len(MAGIC)) == MAGIC or looks_like_dat(path)
     except OSError:
         return False
 
@@ -87,9 +89,16 @@ def write_imatrix(
 def read_imatrix(path: Path) -> Iterator[tuple[str, Inputs]]:
     """(llama.cpp's tensor name, what is known of its inputs), a tensor at a time, float64.
 
-    Raises WrongMetadata for a file of another kind or with half a pair, FormatError for numbers
-    that are none, and what `read_gguf_header` raises.
+    Of a stack of experts there may be one matrix, all experts' rows in a run. Raises WrongMetadata
+    for a file of another kind or with half a pair, FormatError for numbers that are none, and what
+    `read_gguf_header` and `read_dat` raise.
     """
+    if looks_like_dat(path):
+        for name, sums, calls in read_dat(path):
+            # Files of zero calls hold the means themselves.
+            count = torch.tensor([max(calls, 1)]).double()
+            yield name, Inputs(_checked(path, name, sums.unsqueeze(0)), count)
+        return
     header = read_gguf_header(path)
     if not is_imatrix(header):
         kind = str(header.metadata.get("general.architecture", "no model's"))[:80]
@@ -98,7 +107,8 @@ def read_imatrix(path: Path) -> Iterator[tuple[str, Inputs]]:
             "`llama-imatrix` or `calibrate --imatrix` wrote"
         )
     names = [n.removesuffix(_SUMS) for n in header.tensors if n.endswith(_SUMS)]
-    if not names or len(header.tensors) != 2 * len(names):
+    halves = sum(n.endswith((_SUMS, _COUNTS)) for n in header.tensors)
+    if not names or halves != 2 * len(names):
         raise WrongMetadata(f"{path}: does not hold pairs of '{_SUMS}' and '{_COUNTS}'")
     for name in names:
         sums, counts = header.tensors[name + _SUMS], header.tensors.get(name + _COUNTS)
@@ -125,7 +135,13 @@ def _read(path: Path, tensor: GgufTensor) -> Tensor:
     with path.open("rb") as file:
         file.seek(tensor.offset)
         data = bytearray(file.read(tensor.nbytes))
-    values = torch.frombuffer(data, dtype=torch.float32).reshape(tensor.shape).double()
+    return _checked(path, tensor.name, torch.frombuffer(data, dtype=torch.float32)).view(
+        tensor.shape
+    )
+
+
+def _checked(path: Path, name: str, values: Tensor) -> Tensor:
+    """The values in float64. Raises FormatError for what no sum of squares is."""
     if not bool((values.isfinite() & (values >= 0)).all()):
-        raise FormatError(f"{path}: '{tensor.name}' holds NaN, infinity or negative numbers")
-    return values
+        raise FormatError(f"{path}: '{name}' holds NaN, infinity or negative numbers")
+    return values.double()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from v4quant.checks.verify import verify
 from v4quant.conversion.calibrated import load_calibrated
 from v4quant.recipe import Recipe, RecipeError
 from v4quant_calibration.statistics.imatrix import load_imatrix
-from v4quant_calibration.statistics.stats import StatsError, write_stats
+from v4quant_calibration.statistics.stats import Stats, StatsError, write_stats
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import FormatError
 from v4quant_formats.gguf.imatrix import Inputs, read_imatrix, write_imatrix
@@ -109,6 +110,77 @@ def test_own_file_comes_back_as_statistics(
         assert ours is not None and theirs is not None
         torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=0)
     assert stats.input_amax(f"{EXPERT}.w1") is None, "llama.cpp's files have no magnitudes"
+
+
+def _as_dat(path: Path, inputs: dict[str, Inputs], calls: int) -> Path:
+    """What llama.cpp's save_imatrix_legacy writes of these."""
+    data = struct.pack("<i", len(inputs))
+    for name, found in inputs.items():
+        counts = found.counts.unsqueeze(1)
+        means = torch.where(counts > 0, found.sums / counts.clamp_min(1), 1.0)
+        values = (means * calls).float().flatten()
+        data += struct.pack("<i", len(name)) + name.encode()
+        data += struct.pack("<ii", calls, len(values)) + values.numpy().tobytes()
+    path.write_bytes(data + struct.pack("<ii", calls, 4) + b"text")
+    return path
+
+
+@pytest.mark.parametrize("form", ["dat", "converted"])
+def test_the_older_form_says_the_same(
+    form: str, made: tuple[Path, CalibrationResult], source: Checkpoint, tmp_path: Path
+) -> None:
+    """As llama.cpp wrote it, and as its tool converts it: stacks in one row, one count. Tensors of
+    other endings, which newer tools add, are overlooked."""
+    inputs = dict(read_imatrix(made[0]))
+    old = _as_dat(tmp_path / "imatrix.dat", inputs, 7)
+    if form == "converted":
+        writer = GGUFWriter(old := tmp_path / "imatrix.gguf_file", "")
+        writer.add_type("imatrix")
+        for name, found in read_imatrix(tmp_path / "imatrix.dat"):
+            assert found.sums.shape == (1, inputs[name].sums.numel())
+            for ending, values in (
+                ("in_sum2", found.sums), ("in_sum", found.sums), ("counts", found.counts[:, None]),
+            ):  # fmt: skip
+                writer.add_tensor(f"{name}.{ending}", values.float().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    stats, _ = load_calibrated(source, old, Recipe("iq1_m"))
+    assert isinstance(stats, Stats)
+    seen = made[1].stats.stages[LAYER].tokens
+    expert = f"{LAYER}.ffn.experts.{int(seen.argmax())}"
+    for module in (f"{expert}.w1", f"{expert}.w2", f"{LAYER}.attn.wo_b"):
+        ours, theirs = made[1].stats.importance(module), stats.importance(module)
+        assert ours is not None and theirs is not None
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-12)
+    tokens = stats.stages[LAYER].tokens
+    assert torch.equal(tokens > 0, seen > 0) and int(tokens.max()) == stats.floor
+
+
+def test_layers_nobody_saw(
+    made: tuple[Path, CalibrationResult], source: Checkpoint, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """A file of some layers, and experts without tokens."""
+    inputs = {n: f for n, f in read_imatrix(made[0]) if not n.startswith("blk.3.")}
+    name = "blk.2.ffn_down_exps.weight"
+    inputs[name] = replace(inputs[name], sums=inputs[name].sums * 0)
+    for matrix in ("gate", "up"):
+        counts = torch.zeros_like(inputs[f"blk.1.ffn_{matrix}_exps.weight"].counts)
+        counts[4] = 40
+        inputs[f"blk.1.ffn_{matrix}_exps.weight"] = replace(
+            inputs[f"blk.1.ffn_{matrix}_exps.weight"], counts=counts
+        )
+    write_imatrix(tmp_path / "i.gguf", inputs, ["x"], 1, 1)
+    with pytest.raises(RecipeError, match=r"5 of 6 layers' experts, and iq1_m for layers.3 needs"):
+        load_calibrated(source, tmp_path / "i.gguf", Recipe("iq1_m"))
+    other = Recipe("iq1_m", schemes=(("layers.3.experts", "q2_k"),))
+    stats, _ = load_calibrated(source, tmp_path / "i.gguf", other)
+    assert "5 of 6 layers' experts; the others, from layers.3 on" in caplog.text
+    assert stats is not None
+    pooled = stats.importance("layers.1.ffn.experts.0.w1")
+    assert pooled is not None and bool((pooled > 0).any())
 
 
 def test_somebody_elses_file_weighs_errors(
@@ -201,6 +273,13 @@ def test_bad_files_are_refused(source: Checkpoint, config: ModelConfig, tmp_path
     convert(TINY, tmp_path / "out", Recipe("mxfp4", "gguf"))
     (model,) = (tmp_path / "out").glob("tiny-*.gguf")
     refuse(model, "is not an importance matrix")
+    inputs = {"blk.0.ffn_up_exps.weight": Inputs(sums, counts)}
+    dat = _as_dat(tmp_path / "h", inputs, 3).read_bytes()
+    refuse(tmp_path / "h", "covers no layer")
+    (tmp_path / "i").write_bytes(dat[:-40])
+    refuse(tmp_path / "i", "cannot be read as an importance matrix .*values.*get the file again")
+    infinite = {"blk.0.ffn_up_exps.weight": Inputs(sums.fill_diagonal_(torch.inf), counts)}
+    refuse(_as_dat(tmp_path / "j", infinite, 3), "NaN, infinity")
     whole = _file(tmp_path / "f", sums, counts).read_bytes()
     (tmp_path / "g").write_bytes(whole[: len(whole) // 2])
     refuse(tmp_path / "g", "incomplete")
