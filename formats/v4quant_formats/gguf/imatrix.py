@@ -94,10 +94,10 @@ def read_imatrix(path: Path) -> Iterator[tuple[str, Inputs]]:
     `read_gguf_header` and `read_dat` raise.
     """
     if looks_like_dat(path):
-        for name, sums, calls in read_dat(path):
+        for name, values, calls in read_dat(path):
             # Files of zero calls hold the means themselves.
             count = torch.tensor([max(calls, 1)]).double()
-            yield name, Inputs(_checked(path, name, sums.unsqueeze(0)), count)
+            yield name, Inputs(_checked(path, name, values.unsqueeze(0)), count)
         return
     header = read_gguf_header(path)
     if not is_imatrix(header):
