@@ -4,7 +4,9 @@ A `FilePlan` says what the file will be: its header, and each tensor's place. Th
 first, then each tensor goes to its own place by positioned writes, in any order and from any
 thread. A thread of its own follows from the front, hashes what is complete and sends it to the disk
 (following.py). `close` refuses unless every planned tensor arrived, flushes to disk and renames the
-file into place; until then the bytes live under a temporary name that nothing takes for a shard.
+file into place; until then the bytes live under a temporary name that nothing takes for a shard,
+and that the next run in this folder removes. A file among other people's has no name at all until
+it is whole, where the system knows such files: what is killed then leaves nothing there.
 
 `plan_shard` plans a safetensors file. Its tensors lie in the order they are given (an expert's
 matrices and scales together), so writing and hashing run front to back. The format allows no gaps
@@ -33,7 +35,13 @@ from torch import Tensor
 from v4quant_formats.errors import OutputError
 from v4quant_formats.file_hash import IncrementalHash
 from v4quant_formats.spec import DTYPE_BITS, DTYPE_NAMES, TensorSpec, torch_dtype
-from v4quant_formats.system import create_new, sync_folder, write_at
+from v4quant_formats.system import (
+    create_nameless,
+    create_new,
+    give_name,
+    sync_folder,
+    write_at,
+)
 
 TEMPORARY_SUFFIX = ".part"
 # Part of every temporary name, so that two processes never write one file whatever locks say.
@@ -134,10 +142,13 @@ def plan_shard(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None =
 class ShardWriter:
     """Writes one file of planned tensors. Use `add` for each, then `close` (or `abort`)."""
 
-    def __init__(self, path: Path, plan: FilePlan, cached: bool = False) -> None:
+    def __init__(
+        self, path: Path, plan: FilePlan, cached: bool = False, nameless: bool = False
+    ) -> None:
         """Create the temporary file with its header. Raises OutputError.
 
-        cached: the file stays in the page cache, for somebody who reads it soon.
+        cached: the file stays in the page cache, for somebody who reads it soon. nameless: it lies
+        among other people's files, and nobody would remove what a killed process leaves.
         """
         self.path = path
         self.nbytes = plan.nbytes
@@ -146,9 +157,11 @@ class ShardWriter:
         self._missing = {s.name: s.nbytes for s in plan.specs}
         self._complete = 0  # tensors complete from the front
         self._lock = threading.Lock()
+        # Writers of one file wait for each other in the system anyway, which is busy meanwhile.
+        self._writing = threading.Lock()
         self._temporary = temporary_path(path)
         try:
-            self._handle = create_new(self._temporary)
+            self._handle, self._is_named = _create(self._temporary, nameless)
         except OSError as error:
             raise output_error(self._temporary, error) from None
         largest = max((s.nbytes for s in plan.specs), default=0)
@@ -176,7 +189,8 @@ class ShardWriter:
         assert tensor.dtype == torch_dtype(spec.dtype), (spec, tensor.dtype)
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         try:
-            _write_placed(self._handle, data.numpy(), spec, first_byte)
+            with self._writing:
+                _write_placed(self._handle, data.numpy(), spec, first_byte)
         except OSError as error:
             raise output_error(self._temporary, error) from None
         with self._lock:
@@ -200,8 +214,11 @@ class ShardWriter:
         try:
             os.fsync(self._handle)
             digest = self._hash.digest()
+            if not self._is_named:
+                _publish(self._handle, self._temporary, self.path)
             os.close(self._handle)
-            self._temporary.replace(self.path)
+            if self._is_named:
+                self._temporary.replace(self.path)
             sync_folder(self.path.parent)
         except OSError as error:
             raise output_error(self.path, error) from None
@@ -214,6 +231,21 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
 
 
+def _create(temporary: Path, nameless: bool) -> tuple[int, bool]:
+    """A handle on a new file, and whether it has its name yet. Raises OSError."""
+    handle = create_nameless(temporary.parent) if nameless else None
+    return (create_new(temporary), True) if handle is None else (handle, False)
+
+
+def _publish(handle: int, temporary: Path, path: Path) -> None:
+    """Give a file that has no name its own. Raises OSError."""
+    try:
+        give_name(handle, path)
+    except FileExistsError:  # only a file with a name can take the place of another
+        give_name(handle, temporary)
+        temporary.replace(path)
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> WrittenFile:
@@ -222,7 +254,7 @@ def write_tensors(
     Raises OutputError.
     """
     specs = [TensorSpec(k, DTYPE_NAMES[v.dtype], tuple(v.shape)) for k, v in tensors.items()]
-    writer = ShardWriter(path, plan_shard(specs, metadata))
+    writer = ShardWriter(path, plan_shard(specs, metadata), nameless=True)
     try:
         for name, value in tensors.items():
             writer.add(name, value)
@@ -242,7 +274,7 @@ def write_pieces_atomically(path: Path, pieces: Iterable[bytes]) -> WrittenFile:
     temporary, sha, size = temporary_path(path), hashlib.sha256(), 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = create_new(temporary)
+        handle, is_named = _create(temporary, nameless=True)
         try:
             try:
                 for data in pieces:
@@ -250,9 +282,12 @@ def write_pieces_atomically(path: Path, pieces: Iterable[bytes]) -> WrittenFile:
                     sha.update(data)
                     size += len(data)
                 os.fsync(handle)
+                if not is_named:
+                    _publish(handle, temporary, path)
             finally:
                 os.close(handle)
-            temporary.replace(path)
+            if is_named:
+                temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

@@ -27,6 +27,8 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _START, _WAIT = 2, 1 | 2 | 4  # sync_file_range: begin to write; write, and wait for the end of it
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EPERM)
 _NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+_HANDLES = Path("/proc/self/fd")
+_NO_NAMELESS = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EISDIR, errno.EINVAL, errno.ENOSYS}
 # mallopt's number for "blocks from this size on are mapped, and unmapped when freed".
 _M_MMAP_THRESHOLD = -3
 _RETURNED_BYTES = 2**21
@@ -55,6 +57,30 @@ def create_new(path: Path, mode: int = 0o644) -> int:
     Never opens what somebody else put there: FileExistsError, also for a symbolic link.
     """
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK | _BINARY, mode)
+
+
+def create_nameless(folder: Path, mode: int = 0o644) -> int | None:
+    """A handle, to read and write, on a new file in a folder that is gone with its last handle
+    unless `give_name` is called; None where the system has none. Raises OSError.
+    """
+    kind = getattr(os, "O_TMPFILE", 0)
+    if not kind or not _HANDLES.is_dir():
+        return None
+    try:
+        return os.open(folder, os.O_RDWR | kind, mode)
+    except OSError as error:
+        if error.errno not in _NO_NAMELESS:
+            raise
+        return None
+
+
+def give_name(handle: int, path: Path) -> None:
+    """Give a file of `create_nameless` a name that nothing has yet. Raises OSError."""
+    handles = os.open(_HANDLES, os.O_RDONLY)  # only with a folder's handle is the link followed
+    try:
+        os.link(str(handle), path, src_dir_fd=handles, follow_symlinks=True)
+    finally:
+        os.close(handles)
 
 
 def open_own(path: Path, mode: int = 0o600) -> int:

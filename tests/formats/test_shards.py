@@ -8,6 +8,7 @@ import json
 import os
 import struct
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from v4quant_formats.shards import (
     shard_header,
     shard_order,
     write_file_atomically,
+    write_pieces_atomically,
 )
 from v4quant_formats.spec import DTYPE_BITS, DTYPE_NAMES, TensorSpec
 
@@ -141,6 +143,28 @@ def test_failing_writes(
     with pytest.raises(OutputError, match=text):
         write_file_atomically(tmp_path / "config.json", b"{}")
     assert not path.exists() and not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="a system without files without names")
+def test_a_file_among_others_leaves_nothing_when_its_writer_is_killed(tmp_path: Path) -> None:
+    path, seen = tmp_path / "stats.v4q", []
+
+    def pieces() -> Iterator[bytes]:
+        yield b"half "
+        seen.append([p.name for p in tmp_path.iterdir()])
+        yield b"whole"
+
+    for _ in range(2):  # the second one takes the place of the first
+        writer = ShardWriter(path, plan_shard([TensorSpec("x", "F32", (2,))]), nameless=True)
+        writer.add("x", torch.ones(2))
+        seen.append([p.name for p in tmp_path.iterdir()])
+        assert writer.close().sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        write_pieces_atomically(path, pieces())
+        assert path.read_bytes() == b"half whole"
+    assert seen == [[], [path.name], [path.name], [path.name]]
+    writer = ShardWriter(path, plan_shard([TensorSpec("x", "F32", (2,))]), nameless=True)
+    writer.abort()
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_short_writes_are_continued(

@@ -21,7 +21,7 @@ from v4quant_formats.folder_lock import locked_folder
 
 POSIX_ONLY = (
     "pread", "preadv", "pwrite", "pwritev", "posix_fadvise", "posix_fallocate", "O_NOFOLLOW",
-    "O_NONBLOCK",
+    "O_NONBLOCK", "O_TMPFILE",
 )  # fmt: skip
 
 
@@ -88,6 +88,24 @@ def test_new_files_are_new_and_own_files_have_one_name(calls: ModuleType, tmp_pa
     handle = calls.open_own(victim)
     assert calls.bytes_at(handle, 99, 0) == b"precious"
     os.close(handle)
+
+
+def test_a_file_without_a_name_is_gone_unless_it_is_given_one(
+    calls: ModuleType, tmp_path: Path
+) -> None:
+    for named in (False, True):
+        handle = calls.create_nameless(tmp_path)
+        if handle is None:
+            assert not hasattr(os, "O_TMPFILE"), "this file system has none"
+            return
+        calls.write_at(handle, b"whole", 0)
+        assert not list(tmp_path.iterdir())
+        if named:
+            calls.give_name(handle, tmp_path / "f")
+            with pytest.raises(FileExistsError):
+                calls.give_name(handle, tmp_path / "f")
+        os.close(handle)
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"whole"]
 
 
 HOLDER = """

@@ -42,7 +42,7 @@ class KldWriter:
         size = (shape.n_chunk * shape.rows, shape.row_bytes)
         rows = TensorSpec("rows", "U8", size, offset=len(header))
         self._first = len(header)
-        self._writer = ShardWriter(path, FilePlan(header, (rows,), shape.nbytes))
+        self._writer = ShardWriter(path, FilePlan(header, (rows,), shape.nbytes), nameless=True)
         self._block = torch.empty(0)
 
     def __call__(self, piece: LogitTile) -> None:

@@ -83,7 +83,7 @@ class LogitsFile:
             specs.append(TensorSpec("top_logprobs", "F32", (count, length, top_k)))
             specs.append(TensorSpec("rest", "F32", (count, length)))
             specs.append(TensorSpec("target_logprobs", "F32", (count, length)))
-        self._writer = ShardWriter(path, plan_shard(specs))
+        self._writer = ShardWriter(path, plan_shard(specs), nameless=True)
         self._writer.add("input_ids", torch.stack(windows))
         self._writer.add(_FACTS, told)
         self._rows: Softmax | None = None

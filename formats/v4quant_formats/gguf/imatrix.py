@@ -75,7 +75,7 @@ def write_imatrix(
         matrices, columns = found.sums.shape
         specs.append(TensorSpec(name + _SUMS, "F32", (matrices, columns)))
         specs.append(TensorSpec(name + _COUNTS, "F32", (matrices, 1)))
-    writer = ShardWriter(path, plan_named(fields, specs))
+    writer = ShardWriter(path, plan_named(fields, specs), nameless=True)
     try:
         for name, found in inputs.items():
             writer.add(name + _SUMS, found.sums.float())
