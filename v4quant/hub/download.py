@@ -20,9 +20,10 @@ from v4quant.hub.remote import Remote, RemoteFile
 from v4quant.hub.stopping import is_stopped
 from v4quant_formats.errors import OutputError, SourceChanged
 from v4quant_formats.shards import output_error
-from v4quant_formats.system import open_own
+from v4quant_formats.system import begin_writing, finish_writing, open_own
 
 _CHUNK = 8 * 2**20
+_BEHIND = 64 * 2**20  # bytes that may be on their way to the disk
 
 
 class _Digest:
@@ -124,12 +125,28 @@ def _fetch(
         out.seek(0)
         _hash_rest(out, digest, file.name, stopped)
         advance(at)
+        sent = at
         for piece in remote.stream(file.name, at, file.size, stopped):
             if stopped():
                 raise HubError(f"{remote}: {file.name}: stopped")
             out.write(piece)
             digest.update(piece)
             advance(len(piece))
+            at += len(piece)
+            sent = _send_to_disk(out.fileno(), sent, at)
         out.flush()
         os.fsync(out.fileno())
     return digest.matches()
+
+
+def _send_to_disk(handle: int, sent: int, at: int) -> int:
+    """Let the disk work while bytes arrive; where it does not keep up, they wait. How far it is.
+
+    A flush of gigabytes at the end would hold the process so long that no signal could end it.
+    """
+    while at - sent >= _CHUNK:
+        begin_writing(handle, sent, _CHUNK)
+        sent += _CHUNK
+        if sent >= _BEHIND:
+            finish_writing(handle, sent - _BEHIND, _CHUNK)
+    return sent

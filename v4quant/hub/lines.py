@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SLOW_SECONDS, SLOW_BYTES = 20.0, 20_000
 """An answer that brings fewer bytes while it is waited for so long, from its first byte on, is
 given up; so is a server that takes no more."""
+_PAUSES = 4  # that count as a slow line, however short
 SLOW_WEIGHT = 5
 """As how many tries of a broken connection one counts that was waited for as long as this."""
 _SENT = 2**16  # bytes given to the system at a time
@@ -105,7 +106,8 @@ class _Line:
     def _watch(self, started: float, count: int) -> None:
         """Count what an exchange has brought, or taken, and how long it was waited for."""
         if self._begun:  # a server may think before it answers; the timeout bounds that
-            self._waited += time.monotonic() - started
+            # And it may pause, as long as the timeout allows: only many waits make a slow line.
+            self._waited += min(time.monotonic() - started, SLOW_SECONDS / _PAUSES)
         self._begun = True
         self._count += count
         if self._waited > SLOW_SECONDS:

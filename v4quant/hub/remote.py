@@ -25,7 +25,7 @@ from v4quant.hub.client import (
     refusal,
 )
 from v4quant.hub.errors import HubError, HubNotFound, PassingFailure
-from v4quant.hub.lines import SLOW_WEIGHT, read_body
+from v4quant.hub.lines import read_body
 from v4quant.hub.refs import HubRef
 from v4quant.hub.session import origin
 from v4quant.hub.stopping import is_stopped
@@ -40,7 +40,6 @@ _MAX_REDIRECTS = 5
 _READINGS, _WIDER = 6, 64
 _MAX_PAGES = 1000
 _PROGRESS, _PROGRESS_SHARE = 2**20, 4  # bytes, or one part of what was asked for
-_SLOW_SECONDS, _SLOW_BYTES = 20.0, 20_000  # an answer slower than this is given up
 _WRONG_WEIGHT = 4  # as how many tries of a broken connection an answer to something else counts
 _LISTING_SECONDS, _FILE_SECONDS = 45.0, 0.005  # a listing may take, and more for every file
 
@@ -230,15 +229,7 @@ class Remote:
                     f"{self.files[name].size:,}"
                 )
         left = stop - start
-        began, seen = time.monotonic(), left
         for chunk in read_body(response):
-            if time.monotonic() - began > _SLOW_SECONDS:
-                if seen - left < _SLOW_BYTES:
-                    raise PassingFailure(
-                        f"fewer than {_SLOW_BYTES:,} bytes in {_SLOW_SECONDS:.0f} s",
-                        weight=SLOW_WEIGHT,
-                    )
-                began, seen = time.monotonic(), left
             if not left:  # ending here only when there is more keeps the connection for the next
                 return
             piece = chunk[skip:] if skip else chunk

@@ -158,10 +158,37 @@ def test_waits_of_days_are_refused_at_once(told: str, hub: FakeHub) -> None:
     assert time.monotonic() - started < 10
 
 
+def test_a_server_may_pause(
+    hub: FakeHub, model_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than a slow line is borne, but not than the timeout, and however little came before;
+    and whoever takes the bytes may be slow, too."""
+    monkeypatch.setattr(v4quant.hub.lines, "SLOW_SECONDS", 0.2)
+    remote, data = open_remote(REF), model_files[NAME]
+    pause = time.sleep.__closure__[0].cell_contents  # type: ignore[union-attr]
+
+    def hesitate(handler: Any) -> None:
+        handler.send_response(206)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.send_header("Content-Range", f"bytes 0-{len(data) - 1}/{len(data)}")
+        handler.end_headers()
+        for start, stop in ((0, 1), (1, 2), (2, len(data))):
+            handler.wfile.write(data[start:stop])
+            pause(0.3)
+
+    hub.answers["resolve"] = hesitate
+    found = bytearray()
+    for piece in remote.stream(NAME, 0, len(data)):
+        found += piece
+        pause(0.25)
+    assert found == data
+    assert hub.count("resolve") == 1
+
+
 def test_a_few_bytes_a_second_are_no_progress(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(v4quant.hub.remote, "_SLOW_SECONDS", 0.2)
+    monkeypatch.setattr(v4quant.hub.lines, "SLOW_SECONDS", 0.2)
     remote = open_remote(REF)
     pause = time.sleep.__closure__[0].cell_contents  # type: ignore[union-attr]
 
