@@ -45,6 +45,14 @@ def number(raw: dict[str, Any], key: str, where: str) -> float:
     return float(value)
 
 
+def positive(raw: dict[str, Any], key: str, where: str) -> float:
+    """A finite number above zero. Raises ConfigError."""
+    value = number(raw, key, where)
+    if not value:
+        raise ConfigError(f"{where}: '{key}' is {short(raw[key])}, expected a number above 0")
+    return value
+
+
 def layer_ids(raw: dict[str, Any], key: str, layers: int, where: str) -> tuple[int, ...]:
     """A list of layers below `layers`. Raises ConfigError."""
     value = raw.get(key)

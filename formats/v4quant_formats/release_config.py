@@ -41,6 +41,10 @@ FIXED: Mapping[str, object] = {
 """What config.json may say in one way only: every release of V4 has this arithmetic, no other."""
 # Other tools' keys -> the release's, whose values they have.
 _ALIASES = {"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"}
+_NUMBERS = (
+    "routed_scaling_factor", "swiglu_limit", "rms_norm_eps", "hc_eps", "rope_theta",
+    "compress_rope_theta", "rope_scaling", "compress_ratios",
+)  # fmt: skip
 # What is replaced by keys of the release, and so would say everything twice.
 _REPLACED = ("layer_types", "mlp_layer_types", "compress_rates", "rope_parameters")
 
@@ -53,6 +57,7 @@ def release_config(
     Keys of the wrong kind stay, for who reads them to refuse. Raises ConfigError for two keys that
     say different things.
     """
+    _same_inside(raw, where)
     config = _flat(dict(raw))
     if config.get("model_type") == _V41 or isinstance(config.get("text_config"), dict):
         return _one_declaration(config, where)
@@ -109,6 +114,19 @@ def _same_aliases(config: Mapping[str, Any], raw: Mapping[str, Any], where: str)
     for alias, key in _ALIASES.items():
         if raw.get(alias) not in (None, config.get(key), raw.get(key)):
             raise ConfigError(f"{where}: '{alias}' and '{key}' say different things")
+
+
+def _same_inside(raw: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for what `text_config` says otherwise than the object around it."""
+    text = raw.get("text_config")
+    inside: dict[str, Any] = text if isinstance(text, dict) else {}
+    for key in (*_INTEGERS, *_NUMBERS, *FIXED):
+        inner, outer = inside.get(key), raw.get(key)
+        if None not in (inner, outer) and inner != outer:
+            raise ConfigError(
+                f"{where}: '{key}' stands twice, inside 'text_config' and beside it, and they say "
+                "different things"
+            )
 
 
 def _one_declaration(config: dict[str, Any], where: str) -> dict[str, Any]:

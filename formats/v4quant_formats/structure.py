@@ -22,6 +22,7 @@ import torch
 
 from v4quant_formats.checkpoint import SINGLE_NAME, Checkpoint
 from v4quant_formats.config_fields import short
+from v4quant_formats.declarations import false_statements
 from v4quant_formats.deepseek_v4 import (
     TensorName,
     draft_stages,
@@ -31,6 +32,7 @@ from v4quant_formats.deepseek_v4 import (
     parse_name,
     wrong_draft_count,
 )
+from v4quant_formats.defect import Defect
 from v4quant_formats.errors import FormatError, MissingTensor, UnexpectedTensor, WrongDtype
 from v4quant_formats.model_config import (
     V41,
@@ -40,9 +42,9 @@ from v4quant_formats.model_config import (
     parse_model_config,
 )
 from v4quant_formats.release_config import FIXED
+from v4quant_formats.scale_sense import odd_scales
 from v4quant_formats.spec import TensorSpec, torch_dtype
 from v4quant_formats.weights import StoredWeight, find_weight
-from v4quant_kernels.errors import V4QuantError
 
 _LOG = logging.getLogger(__name__)
 MAX_DEFECTS = 1000
@@ -66,24 +68,6 @@ _STRAYS = (
 
 
 @dataclass(frozen=True)
-class Defect:
-    """Something that is not as V4 and config.json have it.
-
-    where: the tensor or module ("" for config.json). kind: the error it is when work is to begin.
-    blocking: whether work on the checkpoint would be meaningless.
-    """
-
-    where: str
-    problem: str
-    kind: type[V4QuantError]
-    blocking: bool = True
-
-    def __str__(self) -> str:
-        named = not self.where or f"'{self.where}" in self.problem
-        return self.problem if named else f"'{self.where}' {self.problem}"
-
-
-@dataclass(frozen=True)
 class Structure:
     """A checkpoint taken apart: parsed names by tensor (None for unknown ones), the modules that
     could be read, and all defects, at most 1000."""
@@ -103,7 +87,7 @@ def find_defects(checkpoint: Checkpoint) -> Structure:
     """Take a checkpoint apart and list what is wrong with it.
 
     Routing tables, which headers say nothing about, are read as well where there is data (a few
-    megabytes).
+    megabytes), and of local files a sample of the scales.
     """
     names = {spec.name: parse_name(spec.name) for spec in checkpoint}
     defects: list[Defect] = []
@@ -127,6 +111,8 @@ def find_defects(checkpoint: Checkpoint) -> Structure:
         defects += _of_model(checkpoint, config, names, stored)
         if checkpoint.has_data:
             defects += _of_tables(checkpoint, config, stored)
+    for odd in islice(odd_scales(checkpoint, stored), MAX_DEFECTS):
+        defects.append(Defect(odd.module, odd.problem, WrongDtype, blocking=odd.beyond))
     return Structure(config, names, stored, tuple(defects[:MAX_DEFECTS]))
 
 
@@ -233,7 +219,7 @@ def _of_model(
         if not _OPTIONAL.fullmatch(name.module):
             problem = "does not fit the model config.json describes, which has no such module"
             yield Defect(tensor, problem, UnexpectedTensor)
-    yield from _of_declaration(checkpoint, stored)
+    yield from false_statements(checkpoint, stored)
     if config.v41 is not None:
         yield from _of_engram(config.v41)
 
@@ -263,11 +249,12 @@ def _of_drafts(checkpoint: Checkpoint, config: Dimensions) -> Iterator[Defect]:
             problem = f"draft stages are {', '.join(stages)}, without mtp.{number}; a chain with a "
             yield Defect(stage, problem + "hole cannot run, fetch the missing shard", MissingTensor)
             return
-    promised = config.raw.get("num_nextn_predict_layers", 0)
+    said = config.raw.get("text_config", config.raw) if config.v41 else config.raw
+    promised = said.get("num_nextn_predict_layers", 0)
     if not stages and isinstance(promised, int) and promised > 0:
         problem = f"config.json promises {promised} draft stages, and there is none"
         yield Defect("", problem, MissingTensor, blocking=False)
-    if stages and wrong_draft_count(config.raw, len(stages)):
+    if stages and wrong_draft_count(said, len(stages)):
         problem = f"config.json promises {promised or 'no'} draft stage{'s'[: promised != 1]}, and "
         problem += f"there {'is' if len(stages) == 1 else 'are'} {len(stages)}"
         yield Defect("", problem, MissingTensor, blocking=False)
@@ -284,38 +271,6 @@ def _of_module(config: Dimensions, module: str, weight: StoredWeight) -> Iterato
         yield Defect(first.name, problem + "was written wrongly", WrongDtype)
     if weight.scheme is not None and integer:
         yield Defect(first.name, "is coded, but must hold integers", WrongDtype)
-
-
-def _of_declaration(checkpoint: Checkpoint, stored: Mapping[str, StoredWeight]) -> Iterator[Defect]:
-    """A declared dtype that the bytes do not have. Engines believe it, v4quant does not."""
-    written = (checkpoint.written_config or {}).get("n_routed_experts")
-    if isinstance(written, int) and written != checkpoint.config.get("n_routed_experts"):
-        problem = f"config.json says {written} routed experts, every layer has "
-        problem += f"{checkpoint.config.get('n_routed_experts')}"
-        yield Defect("", problem, WrongDtype, blocking=False)
-    tied = (checkpoint.written_config or {}).get("tie_word_embeddings")
-    if tied is True and checkpoint.config.get("tie_word_embeddings") is False:
-        problem = "config.json ties the head to the embedding, but there is a head of its own"
-        yield Defect("", problem, ConfigError, blocking=False)
-    declared = checkpoint.config.get("quantization_config")
-    inner = declared.get("expert_dtype") if isinstance(declared, Mapping) else None
-    said = checkpoint.config.get("expert_dtype", inner)
-    elements = {"fp4": ("e2m1",), "fp8": ("e4m3",)}.get(said) if isinstance(said, str) else None
-    experts = {
-        w.scheme.element if w.scheme else w.first.dtype
-        for m, w in stored.items()
-        if ".ffn.experts." in m
-    }
-    if elements and experts and not experts & set(elements):
-        has = ", ".join(sorted(experts))
-        problem = f"config.json says expert_dtype {said!r}, but the experts are stored as {has}"
-        yield Defect("", problem, WrongDtype, blocking=False)
-    method = declared.get("quant_method") if isinstance(declared, Mapping) else None
-    if method is not None and stored and not any(w.scheme for w in stored.values()):
-        problem = (
-            f"config.json declares quant_method {str(method)[:40]!r}, but nothing is quantized"
-        )
-        yield Defect("", problem, WrongDtype, blocking=False)
 
 
 def _of_tables(

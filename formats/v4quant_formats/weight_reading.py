@@ -17,6 +17,7 @@ from v4quant_formats.integer_packs import (
     IntegerPack,
     read_values,
 )
+from v4quant_formats.scale_sense import beyond_half, said_beyond
 from v4quant_formats.spec import TensorSpec
 from v4quant_formats.weights import PLAIN_SCHEMES, SCALE_PARTS, StoredWeight, find_weight, matrix_of
 from v4quant_kernels.codec import dequantize, holds_nan
@@ -27,8 +28,6 @@ from v4quant_kernels.ref import e2m1
 from v4quant_kernels.scheme import MXFP4, SCHEMES
 
 _CPU = torch.device("cpu")
-_HALF_MAX = 65504.0
-_LARGEST = {"e2m1": 6.0, "e4m3": 448.0}
 Rows = tuple[int, int] | Tensor | None
 """Which rows of a matrix: start and stop, numbers (int64 `[n]`), or all."""
 
@@ -86,18 +85,12 @@ def read_weight(checkpoint: Checkpoint, stored: StoredWeight, rows: Rows = None)
 def _refuse_inverted(
     checkpoint: Checkpoint, stored: StoredWeight, scale: Tensor, global_scale: Tensor | None
 ) -> None:
-    """Refuse scales whose values no half-precision number could hold: they are reciprocals, as
-    tools that divide by them store them. Raises WrongDtype."""
+    """Refuse scales whose values no half-precision number could hold. Raises WrongDtype."""
     assert stored.scheme is not None
-    if (stored.scheme.scale != "f32" and global_scale is None) or not scale.numel():
-        return  # powers of two are what the release has, and nobody inverts them
-    largest = _LARGEST.get(stored.scheme.element, 1.0) * float(scale.float().abs().max())
-    largest *= 1.0 if global_scale is None else abs(float(global_scale))
-    if largest > _HALF_MAX:
-        raise WrongDtype(
-            f"{checkpoint.path / stored.first.file}: '{stored.module}' would reach {largest:.3g}, "
-            "which no weight does; its scales are stored as reciprocals, or the file is damaged"
-        )
+    largest = beyond_half(stored.scheme, scale, global_scale)
+    if largest is not None:
+        where = checkpoint.path / stored.first.file
+        raise WrongDtype(f"{where}: {said_beyond(stored.module, largest)}")
 
 
 def _read_part(checkpoint: Checkpoint, spec: TensorSpec, rows: Rows, height: int = 1) -> Tensor:

@@ -1,0 +1,103 @@
+"""What config.json declares, against what the tensors are and what every V4 release has.
+
+Engines believe these statements, v4quant does not: it decodes by dtypes and shapes. So a false one
+stops nothing here, but whoever works on the checkpoint is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.config_fields import is_integers, short
+from v4quant_formats.defect import Defect
+from v4quant_formats.errors import WrongDtype
+from v4quant_formats.model_config import ConfigError
+from v4quant_formats.weights import StoredWeight
+
+_ELEMENTS = {"fp4": ("e2m1",), "fp8": ("e4m3",)}
+_FAMILY = "deepseek_v4"
+_BOOLEANS = ("tie_word_embeddings", "use_cache")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def false_statements(
+    checkpoint: Checkpoint, stored: Mapping[str, StoredWeight]
+) -> Iterator[Defect]:
+    """Every statement of config.json that is false, or none at all."""
+    yield from _of_counts(checkpoint)
+    yield from _of_experts(checkpoint, stored)
+    yield from _of_quantization(checkpoint, stored)
+    text = checkpoint.config.get("text_config")
+    yield from _of_kinds({**(text if isinstance(text, Mapping) else {}), **checkpoint.config})
+
+
+def _note(problem: str, kind: type[WrongDtype] | type[ConfigError] = WrongDtype) -> Defect:
+    return Defect("", problem, kind, blocking=False)
+
+
+def _of_counts(checkpoint: Checkpoint) -> Iterator[Defect]:
+    """What reading has put right."""
+    written = (checkpoint.written_config or {}).get("n_routed_experts")
+    if isinstance(written, int) and written != checkpoint.config.get("n_routed_experts"):
+        problem = f"config.json says {written} routed experts, every layer has "
+        yield _note(problem + f"{checkpoint.config.get('n_routed_experts')}")
+    tied = (checkpoint.written_config or {}).get("tie_word_embeddings")
+    if tied is True and checkpoint.config.get("tie_word_embeddings") is False:
+        problem = "config.json ties the head to the embedding, but there is a head of its own"
+        yield _note(problem, ConfigError)
+
+
+def _of_experts(checkpoint: Checkpoint, stored: Mapping[str, StoredWeight]) -> Iterator[Defect]:
+    declared = checkpoint.config.get("quantization_config")
+    inner = declared.get("expert_dtype") if isinstance(declared, Mapping) else None
+    said = checkpoint.config.get("expert_dtype", inner)
+    elements = _ELEMENTS.get(said) if isinstance(said, str) else None
+    experts = {
+        w.scheme.element if w.scheme else w.first.dtype
+        for m, w in stored.items()
+        if ".ffn.experts." in m
+    }
+    if said is None or not experts or (elements and experts & set(elements)):
+        return
+    has = ", ".join(sorted(experts))
+    yield _note(f"config.json says expert_dtype {short(said)}, but the experts are stored as {has}")
+
+
+def _of_quantization(
+    checkpoint: Checkpoint, stored: Mapping[str, StoredWeight]
+) -> Iterator[Defect]:
+    declared = checkpoint.config.get("quantization_config")
+    coded = sum(1 for w in stored.values() if w.scheme and not w.base)
+    if declared is not None and not isinstance(declared, Mapping):
+        yield _note(f"config.json's quantization_config is {short(declared)}, no object")
+    elif not declared and coded and not checkpoint.container:
+        problem = f"config.json declares no quantization, but {coded:,} matrices are quantized; "
+        yield _note(problem + "engines would read their codes as weights, or stop")
+    elif declared and stored and not coded and declared.get("quant_method") is not None:
+        method = str(declared["quant_method"])[:40]
+        yield _note(f"config.json declares quant_method {method!r}, but nothing is quantized")
+
+
+def _of_kinds(config: Mapping[str, Any]) -> Iterator[Defect]:
+    """Values that are of no use to anybody, and what every release says otherwise."""
+    model = config.get("model_type")
+    if model is not None and not (isinstance(model, str) and model.startswith(_FAMILY)):
+        yield _note(f"config.json's model_type is {short(model)}, V4's is {_FAMILY}", ConfigError)
+    if config.get("rope_scaling") is None:
+        problem = "config.json has no rope_scaling, but every V4 release scales positions by YaRN; "
+        yield _note(problem + "if a tool dropped it, long texts come out wrong", ConfigError)
+    for key in _BOOLEANS:
+        if config.get(key) is not None and not isinstance(config[key], bool):
+            yield _note(f"config.json's {key} is {short(config[key])}, not true or false")
+    drafts = config.get("num_nextn_predict_layers", 0)
+    if isinstance(drafts, bool) or not isinstance(drafts, int | None) or (drafts or 0) < 0:
+        yield _note(f"config.json's num_nextn_predict_layers is {short(drafts)}, no count")
+    vocabulary = config.get("vocab_size")
+    for key in _TOKENS:
+        said = config.get(key)
+        tokens = said if isinstance(said, list) and said else [said]
+        inside = is_integers(tokens) and isinstance(vocabulary, int)
+        if said is not None and not (inside and all(0 <= t < vocabulary for t in tokens)):
+            yield _note(f"config.json's {key} is {short(said)}, no token's number", ConfigError)
