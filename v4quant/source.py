@@ -6,13 +6,16 @@ GGUF quants in a folder or repository, `:QUANT` behind the name chooses one.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 from v4quant.builtin import CHECKPOINTS
 from v4quant.builtin import resolve_source as resolve_builtin
+from v4quant.hub.adapter_source import fetch_adapter
 from v4quant.hub.refs import HubRef, could_be_repository, is_hub, parse_hub
 from v4quant.hub.source import open_hub
+from v4quant.temporary_folders import TemporaryFolder
 from v4quant_formats.adapter import with_adapter
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.gguf.quants import split_quant
@@ -63,10 +66,11 @@ def open_source(
     scratch: Path | None = None,
     cap: int | None = None,
     headers_only: bool = False,
-    adapter: Path | None = None,
+    adapter: Source | None = None,
     tokenizer: Path | None = None,
 ) -> Checkpoint:
-    """Open a source. adapter: the folder of a LoRA adapter that is merged while it is read.
+    """Open a source. adapter: the folder or repository of a LoRA adapter that is merged while it is
+    read.
     tokenizer: a tokenizer.json, or its folder, in place of the source's own. The other
     arguments are `open_hub`'s and concern repositories only.
 
@@ -78,4 +82,17 @@ def open_source(
         _check_there(source)
         opened = open_checkpoint(source)
     opened = replace(opened, tokenizer=_tokenizer(tokenizer))
-    return opened if adapter is None else with_adapter(opened, adapter)
+    return opened if adapter is None else _merged(opened, adapter)
+
+
+def _merged(checkpoint: Checkpoint, adapter: Source) -> Checkpoint:
+    if isinstance(adapter, Path):
+        return with_adapter(checkpoint, adapter)
+    temporary = TemporaryFolder()
+    try:
+        merged = with_adapter(checkpoint, fetch_adapter(adapter, temporary.path))
+    except BaseException:
+        temporary.remove()
+        raise
+    weakref.finalize(merged.deltas, temporary.remove)
+    return merged

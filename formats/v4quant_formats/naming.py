@@ -4,8 +4,11 @@ Transformers keeps a V4 model under a namespace of its own (`model.layers.3.mlp.
 and its `save_pretrained` writes half of it back. Every name that is not the release's is translated
 by the table below, piece by piece, so that mixtures are read too; a translation counts only where
 the result is a name of the release. Experts fused into one tensor [E, 2I, D] or [E, D, I] become
-slices of it. Everything that v4quant does afterwards sees official names only; what stood in the
-files is kept in `Checkpoint.renamed`.
+slices of it. So do stacks in MXFP4 as gpt-oss has them, `down_proj_blocks` [E, D, I/32, 16] with
+`down_proj_scales` [E, D, I/32]: their bytes are the release's, low nibble first, with sixteen a
+group. Rows of `gate_up_proj` are gate, then up, as in transformers' V4; gpt-oss alternates them,
+which bytes do not tell, so the check of structure names such a stack. Everything that v4quant does
+afterwards sees official names only; what stood in the files is kept in `Checkpoint.renamed`.
 
 Source: transformers' conversion_mapping ("deepseek_v4") and its state_dict.
 """
@@ -57,6 +60,13 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 _FUSED = re.compile(r"(.+\.ffn\.experts)\.(gate_up_proj|down_proj)(?:\.weight)?")
 _FUSED_DTYPES = ("BF16", "F16", "F32")
+_BLOCKS = re.compile(
+    r"(.+\.ffn\.experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)_(blocks|scales)"
+)
+_PROJECTIONS = {
+    "gate_up_proj": ("w1", "w3"), "gate_proj": ("w1",), "up_proj": ("w3",), "down_proj": ("w2",),
+}  # fmt: skip
+GATE_UP_BLOCKS = "gate_up_proj_blocks"
 MAX_EXPERTS = 99_999
 
 
@@ -116,26 +126,42 @@ def _official(where: str, spec: TensorSpec) -> Iterator[TensorSpec]:
     if name is not None:
         yield spec if name == spec.name else replace(spec, name=name)
         return
-    match = _FUSED.fullmatch(_translate(spec.name))
-    if match is None:
+    translated = _translate(spec.name)
+    if match := _FUSED.fullmatch(translated):
+        if len(spec.shape) != 3 or spec.dtype not in _FUSED_DTYPES:
+            raise _no_stack(where, spec, "[experts, out, in]")
+        yield from _slices(where, spec, match[1], match[2], "weight", spec.shape)
+    elif match := _BLOCKS.fullmatch(translated):
+        blocks = match[3] == "blocks"
+        form = "[experts, out, in / 32, 16]" if blocks else "[experts, out, in / 32]"
+        if spec.dtype != "U8" or len(spec.shape) != 3 + blocks or (blocks and spec.shape[3] != 16):
+            raise _no_stack(where, spec, f"{form} of bytes")
+        experts, rows, groups = spec.shape[:3]
+        shape, part = (experts, rows, groups * 16 if blocks else groups), "scale"
+        yield from _slices(where, spec, match[1], match[2], "weight" if blocks else part, shape)
+    else:
         yield spec
-        return
-    halves = 2 if match[2] == "gate_up_proj" else 1
-    if (
-        len(spec.shape) != 3
-        or spec.dtype not in _FUSED_DTYPES
-        or spec.shape[1] % halves
-        or not 0 < spec.shape[0] <= MAX_EXPERTS
-    ):
-        raise WrongDtype(f"{where}: '{spec}' is not a stack of expert matrices [experts, out, in]")
-    experts, rows, columns = spec.shape
-    size = spec.nbytes // experts
-    for expert in range(experts):
-        for half, projection in enumerate(("w1", "w3") if halves == 2 else ("w2",)):
-            yield TensorSpec(
-                f"{match[1]}.{expert}.{projection}.weight",
-                spec.dtype,
-                (rows // halves, columns),
-                spec.file,
-                spec.offset + expert * size + half * (size // halves),
-            )
+
+
+def _no_stack(where: str, spec: TensorSpec, form: str) -> WrongDtype:
+    return WrongDtype(f"{where}: '{spec}' is not a stack of expert matrices {form}")
+
+
+def _slices(
+    where: str, spec: TensorSpec, module: str, fused: str, part: str, shape: tuple[int, ...]
+) -> Iterator[TensorSpec]:
+    """A part of every expert in a stack of this shape, whose rows hold one projection or two."""
+    experts, rows, columns = shape
+    projections = _PROJECTIONS[fused]
+    if rows % len(projections) or not 0 < experts <= MAX_EXPERTS:
+        raise _no_stack(where, spec, "[experts, out, in]")
+    size = spec.nbytes // experts // len(projections)
+    for number in range(experts * len(projections)):
+        expert, half = divmod(number, len(projections))
+        yield TensorSpec(
+            f"{module}.{expert}.{projections[half]}.{part}",
+            spec.dtype,
+            (rows // len(projections), columns),
+            spec.file,
+            spec.offset + number * size,
+        )

@@ -31,6 +31,7 @@ MATRICES = 4096
 _SAMPLE = 4096  # bytes of scales looked at of a matrix
 HALF_MAX = 65504.0
 _PROPORTION = 16.0
+_COMMON_CODE = 6.0  # what E2M1 was cast from has no larger codes, whatever the type can hold
 _LARGEST_CODE = {"e2m1": 6.0, "e4m3": 448.0}
 
 
@@ -104,12 +105,12 @@ def _judged(checkpoint: Checkpoint, weight: StoredWeight) -> OddScales | None:
     used = scale[scale != 0].abs()
     if not used.numel():
         return None
-    typical = largest_code(scheme) * float(used.median())
+    typical = min(_COMMON_CODE, largest_code(scheme)) * float(used.median())
     typical *= 1.0 if second is None else abs(float(second))
     if typical <= _PROPORTION or not math.isfinite(typical):
         return None
-    problem = f"the largest weights of its groups are about {typical:.3g}, where trained ones are "
-    problem += "below 1; its scales may be stored as reciprocals"
+    problem = f"weights of its groups reach about {typical:.3g}, where trained ones are below 1; "
+    problem += "its scales may be stored as reciprocals"
     return OddScales(weight.module, problem, False)
 
 

@@ -41,6 +41,7 @@ from v4quant_formats.model_config import (
     parse_dimensions,
     parse_model_config,
 )
+from v4quant_formats.naming import GATE_UP_BLOCKS
 from v4quant_formats.release_config import FIXED
 from v4quant_formats.scale_sense import odd_scales
 from v4quant_formats.spec import TensorSpec, torch_dtype
@@ -169,6 +170,11 @@ def _of_folder(checkpoint: Checkpoint) -> Iterator[Defect]:
     reads them here, others may."""
     for remark in checkpoint.remarks:
         yield Defect("", remark, FormatError, blocking=False)
+    halved = next((n for n in checkpoint.renamed.values() if n.endswith(GATE_UP_BLOCKS)), None)
+    if halved is not None:
+        problem = f"{halved} is read as rows of gate, then rows of up, as transformers' V4 has them"
+        problem += "; a tool for gpt-oss may have alternated them, which no file tells"
+        yield Defect("", problem, FormatError, blocking=False)
     for name in checkpoint.beside[:MAX_DEFECTS]:
         if "adapter" in name or "lora" in name.lower():
             if checkpoint.deltas is None:

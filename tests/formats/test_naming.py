@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from tests.support.conversion import TINY, convert
-from tests.support.other_tools import decode, stored, write_with_index
+from tests.support.other_tools import decode, stored, values_of, write_with_index
 from tests.support.shard_bytes import EditableCheckpoint, StoredTensor
 from v4quant.checks.verify import verify
 from v4quant_formats.errors import DuplicateTensor, MissingShard, WrongDtype
@@ -271,3 +272,40 @@ def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
         (folder / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     with open_checkpoint(folder) as opened:
         assert find_defects(opened).defects == ()
+
+
+def as_blocks(values: torch.Tensor, scales: bytes) -> tuple[bytes, bytes]:
+    """gpt-oss's bytes of a matrix of MXFP4 values, found in its table of codes."""
+    table = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    codes = bytearray()
+    groups = values.view(-1, 32).tolist()
+    for group, exponent in zip(groups, scales, strict=True):
+        numbers = [v / 2.0 ** (exponent - 127) for v in group]
+        found = [table.index(abs(n)) + 8 * (math.copysign(1, n) < 0) for n in numbers]
+        codes += bytes(low | high << 4 for low, high in zip(found[::2], found[1::2], strict=True))
+    return bytes(codes), scales
+
+
+def test_stacks_of_mxfp4_blocks_are_read(tmp_path: Path) -> None:
+    checkpoint, stage = EditableCheckpoint.read(TINY), "layers.2.ffn.experts"
+    stacks: dict[str, tuple[str, ...]] = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+    for fused, projections in stacks.items():
+        modules = [f"{stage}.{e}.{p}" for e in range(4) for p in projections]
+        parts = [as_blocks(values_of(checkpoint, m), checkpoint[f"{m}.scale"].data)
+                 for m in modules]  # fmt: skip
+        shape = (4, 128 * len(projections), 4)
+        for name in [f"{m}.{part}" for m in modules for part in ("weight", "scale")]:
+            checkpoint.remove(name)
+        theirs = f"model.layers.2.mlp.experts.{fused}"
+        blocks, scales = (b"".join(p[i] for p in parts) for i in (0, 1))
+        checkpoint[f"{theirs}_blocks"] = StoredTensor("U8", (*shape, 16), blocks)
+        checkpoint[f"{theirs}_scales"] = StoredTensor("U8", shape, scales)
+    source = checkpoint.write(tmp_path / "source")
+    with open_checkpoint(source) as opened:
+        (note,) = find_defects(opened).notes
+        assert "gate_up_proj_blocks is read as rows of gate, then rows of up" in note
+    convert(source, tmp_path / "out", "mxfp4")
+    assert weights(tmp_path / "out") == weights(TINY)
+    checkpoint["model.layers.2.mlp.experts.down_proj_blocks"].shape = (4, 128, 2, 32)
+    with pytest.raises(WrongDtype, match=r"in / 32, 16\] of bytes"):
+        open_checkpoint(checkpoint.write(tmp_path / "other"))

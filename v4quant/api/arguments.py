@@ -40,6 +40,14 @@ def source_of(value: SourceLike) -> Source:
     return value if isinstance(value, Path | HubRef) else resolve_source(os.fspath(value))
 
 
+def adapter_of(value: SourceLike | None) -> Source | None:
+    """A folder or a repository; None stays None. Raises HubReferenceError."""
+    if value is None or isinstance(value, Path | HubRef):
+        return value
+    text = os.fspath(value)
+    return parse_hub(text) if is_hub(text) else Path(text)
+
+
 def destination_of(value: SourceLike) -> Path | HubRef:
     """A folder, or a repository's name. Raises HubReferenceError."""
     if isinstance(value, Path | HubRef):

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from v4quant.api.arguments import PathLike, SourceLike, path_of, source_of
+from v4quant.api.arguments import SourceLike, adapter_of, source_of
 from v4quant.checks.diff import DiffResult, diff_checkpoints
 from v4quant.checks.inspection import Inspection, inspect_checkpoint
 from v4quant.checks.kernel_check import check_kernels
@@ -61,7 +61,7 @@ def verify(
     out: SourceLike,
     *,
     source: SourceLike | None = None,
-    adapter: PathLike | None = None,
+    adapter: SourceLike | None = None,
     same_as: SourceLike | None = None,
     kernels: bool = False,
     engine: str | None = None,
@@ -72,11 +72,11 @@ def verify(
 ) -> Verification:
     """Check converted checkpoint `out`, a folder or a repository: hashes, structure, exactness.
 
-    source: compare every value with it. adapter: the LoRA adapter that was merged into it. same_as:
-    another conversion, whose files must have the same digests by its manifest. kernels: run the
-    Triton kernels on sampled tensors. engine: predict from headers whether it loads `out`, on `tp`
-    GPUs of kind `gpu` with `context` tokens; without `source`, `same_as` and `kernels`, nothing
-    else is checked then.
+    source: compare every value with it. adapter: the LoRA adapter that was merged into it, a folder
+    or repository. same_as: another conversion, whose files must have the same digests by its
+    manifest. kernels: run the Triton kernels on sampled tensors. engine: predict from headers
+    whether it loads `out`, on `tp` GPUs of kind `gpu` with `context` tokens; without `source`,
+    `same_as` and `kernels`, nothing else is checked then.
 
     Raises ManifestError without a readable v4quant.json, and what opening raises.
     """
@@ -87,7 +87,7 @@ def verify(
     if source is None:
         values = verify_checkpoint(place, None, shown)
     else:
-        with open_source(source_of(source), adapter=path_of(adapter)) as original:
+        with open_source(source_of(source), adapter=adapter_of(adapter)) as original:
             values = verify_checkpoint(place, original, shown)
     if same_as is not None:
         others = same_files(place, source_of(same_as))

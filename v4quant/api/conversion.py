@@ -11,6 +11,7 @@ from v4quant.api.arguments import (
     PathLike,
     Size,
     SourceLike,
+    adapter_of,
     destination_of,
     path_of,
     size_of,
@@ -106,7 +107,7 @@ def plan_quantize(
     *,
     recipe: Recipe,
     stats: PathLike | None = None,
-    adapter: PathLike | None = None,
+    adapter: SourceLike | None = None,
     tokenizer: PathLike | None = None,
     workers: int | None = None,
     max_memory: Size = None,
@@ -115,7 +116,7 @@ def plan_quantize(
 
     Raises what opening the source, planning and reading `stats` raise.
     """
-    merged, words = path_of(adapter), path_of(tokenizer)
+    merged, words = adapter_of(adapter), path_of(tokenizer)
     with open_source(
         source_of(source), headers_only=True, adapter=merged, tokenizer=words
     ) as checkpoint:
@@ -148,7 +149,7 @@ def quantize(
     engine: str | None = None,
     recipe: Recipe | PathLike | None = None,
     stats: PathLike | None = None,
-    adapter: PathLike | None = None,
+    adapter: SourceLike | None = None,
     tokenizer: PathLike | None = None,
     solver: str | None = None,
     draft: str | None = None,
@@ -170,10 +171,10 @@ def quantize(
 
     The same call again resumes. overwrite: put the result in the place of an earlier one that
     v4quant made, which stays until this one is whole. stats: what `calibrate` wrote. adapter: a
-    LoRA adapter's folder, merged while converting. tokenizer: a tokenizer.json, or its folder, that
-    goes with `out` in place of the source's, with what lies beside it. workers: threads (all).
-    disk_cap, scratch: bytes and folder for shards coming from or going to a repository. Under
-    torchrun the ranks share the work, and each returns the result.
+    LoRA adapter's folder or repository, merged while converting. tokenizer: a tokenizer.json, or
+    its folder, that goes with `out` in place of the source's, with what lies beside it. workers:
+    threads (all). disk_cap, scratch: bytes and folder for shards coming from or going to a
+    repository. Under torchrun the ranks share the work, and each returns the result.
 
     Raises V4QuantError: RecipeError and UnsupportedPair for what cannot be asked, FormatError for
     sources that cannot be read, OutputError for folders that cannot be written, HubError.
@@ -184,6 +185,7 @@ def quantize(
         split_size=split_size,
     )  # fmt: skip
     where, target, disk = source_of(source), destination_of(out), size_of(disk_cap)
+    merged = adapter_of(adapter)
     with current_ranks() as ranks, ExitStack() as stack:
         shown = default_progress(progress) if ranks.is_first else SilentProgress()
         place = target
@@ -193,7 +195,8 @@ def quantize(
                     "--overwrite is for folders; a repository's checkpoint is replaced by "
                     "`v4quant push --replace`"
                 )
-            reads = [path_of(stats), path_of(adapter), path_of(tokenizer), path_of(scratch)]
+            reads = [path_of(stats), path_of(tokenizer), path_of(scratch)]
+            reads += [merged] if isinstance(merged, Path) else []
             source_folder = where if isinstance(where, Path) else None
             place = stack.enter_context(
                 replacing(target, True, [source_folder, *reads], ranks.is_first)
@@ -202,7 +205,7 @@ def quantize(
             lambda: find_folders(where, place, path_of(scratch), ranks.rank)
         )
         checkpoint = stack.enter_context(
-            open_shared(where, places.scratch, disk, path_of(adapter), path_of(tokenizer), ranks)
+            open_shared(where, places.scratch, disk, merged, path_of(tokenizer), ranks)
         )
         refuse_inputs((), [checkpoint], (), [places.out])
         evidence, digest = load_calibrated(checkpoint, path_of(stats), chosen)

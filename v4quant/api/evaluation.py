@@ -10,6 +10,7 @@ from v4quant.api.arguments import (
     PathLike,
     Size,
     SourceLike,
+    adapter_of,
     config_of,
     forward_options,
     given_names,
@@ -48,7 +49,7 @@ def evaluate(
     source: SourceLike,
     *,
     reference: SourceLike | None = None,
-    adapter: PathLike | None = None,
+    adapter: SourceLike | None = None,
     candidates: Sequence[SourceLike] = (),
     corpus: PathLike | Sequence[PathLike] = MIXED_HELDOUT,
     tokens: int | None = None,
@@ -76,8 +77,8 @@ def evaluate(
     """Perplexity of `source`; with `reference` also KL, top-1 agreement and the noise floor.
 
     candidates: further conversions of the reference, scored in the same run. adapter: a LoRA
-    adapter's folder, merged into the reference, or without one into `source`. tokenizer: a
-    tokenizer.json for text, where the checkpoint has none of its own. weights: compare
+    adapter's folder or repository, merged into the reference, or without one into `source`.
+    tokenizer: a tokenizer.json for text, where the checkpoint has none of its own. weights: compare
     every matrix with the reference's and look for defects. floors: noise floors to run. report: a
     .html, .md or .json file to write. Finished layers are kept beside it, or in the user's cache
     folder, until the run ends well: the same call goes on behind them. threads: of products on the
@@ -102,7 +103,7 @@ def evaluate(
     limits = Resources(size_of(max_memory), path_of(scratch), find_device(device), kept)
     with ExitStack() as opened:
         opened.enter_context(arithmetic_threads(threads))
-        merged = path_of(adapter)
+        merged = adapter_of(adapter)
         own = merged if reference is None else None
         words = path_of(tokenizer)
         checkpoint = opened.enter_context(

@@ -53,6 +53,7 @@ class Choice(click.Choice):  # type: ignore[type-arg]  # generic since click 8.2
 
 SOURCE = TextType("source", (TINY_V4, "hf://"), "dir")
 OUT = TextType("out", ("hf://",), "dir")
+ADAPTER = TextType("adapter", ("hf://",), "dir")
 SCHEME = TextType("scheme", WRITABLE)
 FORMAT = TextType("format", LAYOUT_NAMES)
 RUN_FILE = TextType("recipe", tuple(sorted(p.stem for p in _PRESETS.glob("*.toml"))), "file")

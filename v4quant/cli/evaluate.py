@@ -11,7 +11,7 @@ import v4quant
 from v4quant.builtin import MIXED_HELDOUT
 from v4quant.cli import _exit, _output
 from v4quant.cli._options import corpus_options, products_option, threads_option
-from v4quant.cli._types import SOURCE
+from v4quant.cli._types import ADAPTER, SOURCE
 from v4quant_calibration.defaults import MOST_FLOORS
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 @click.option("--reference", type=SOURCE, help="Compare with this checkpoint.")
 @click.option(
     "--adapter",
-    type=click.Path(path_type=Path),
-    help="Folder of a LoRA adapter, merged into the reference (without one: into SOURCE).",
+    type=ADAPTER,
+    help="LoRA adapter, a folder or repository, merged into the reference (without one: SOURCE).",
 )
 @click.option("--candidate", "others", type=SOURCE, multiple=True, help="Another conversion to "
               "score in the same run; may be repeated.")  # fmt: skip
@@ -63,7 +63,7 @@ def evaluate(
     ctx: click.Context,
     source: str,
     reference: str | None,
-    adapter: Path | None,
+    adapter: str | None,
     others: tuple[str, ...],
     corpus: tuple[str, ...],
     tokens: int | None,

@@ -11,7 +11,7 @@ import click
 
 import v4quant
 from v4quant.cli import _output
-from v4quant.cli._types import FORMAT, OUT, SCHEME, SOURCE, Choice
+from v4quant.cli._types import ADAPTER, FORMAT, OUT, SCHEME, SOURCE, Choice
 from v4quant_calibration.defaults import SOLVER_NAMES
 from v4quant_formats.layouts.choices import ENGINE_CHOICES, LAYOUT_NAMES, WRITABLE
 
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--adapter",
-    type=click.Path(path_type=Path),
-    help="Folder of a LoRA adapter (PEFT's layout), merged while converting.",
+    type=ADAPTER,
+    help="Folder or repository of a LoRA adapter (PEFT's layout), merged while converting.",
 )
 @click.option(
     "--tokenizer",
@@ -103,7 +103,7 @@ def quantize(
     engine: str | None,
     recipe_file: Path | None,
     stats_file: Path | None,
-    adapter: Path | None,
+    adapter: str | None,
     tokenizer: Path | None,
     solver: str | None,
     draft: str | None,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 import v4quant
 from v4quant.cli import _exit, _output
-from v4quant.cli._types import SOURCE, Choice
+from v4quant.cli._types import ADAPTER, SOURCE, Choice
 from v4quant_formats.engines import ENGINES, GPUS
 
 if TYPE_CHECKING:
@@ -20,9 +19,7 @@ if TYPE_CHECKING:
 @click.command(epilog="Example: v4quant verify out --source DeepSeek-V4-Flash --kernels")
 @click.argument("out", type=SOURCE)
 @click.option("--source", type=SOURCE, help="Compare every value with this.")
-@click.option(
-    "--adapter", type=click.Path(path_type=Path), help="With --source: the adapter merged into it."
-)
+@click.option("--adapter", type=ADAPTER, help="With --source: the adapter merged into it.")
 @click.option(
     "--same-as",
     type=SOURCE,
@@ -51,7 +48,7 @@ def verify(
     ctx: click.Context,
     out: str,
     source: str | None,
-    adapter: Path | None,
+    adapter: str | None,
     same_as: str | None,
     kernels: bool,
     engine: str | None,

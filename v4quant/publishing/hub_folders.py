@@ -93,7 +93,7 @@ def open_shared(
     source: Source,
     scratch: Path | None,
     cap: int | None,
-    adapter: Path | None,
+    adapter: Source | None,
     tokenizer: Path | None,
     ranks: Ranks,
 ) -> Checkpoint:

@@ -1,9 +1,9 @@
 """Chats under other keys than `messages`, read only when asked for by name.
 
-sharegpt: `conversations`, a list of `{"from": "human" | "gpt" | "system", "value": ...}`, and
-    perhaps `system` beside it.
+sharegpt: `conversations`, a list of `{"from": "human" | "gpt" | "system", "value": ...}` or of
+    `{"role": ..., "content": ...}`, and perhaps `system` beside it.
 prompt-completion: one question and its answer, `prompt` and `completion`: two texts, or two lists
-    of messages.
+    of messages; and perhaps `system` beside them.
 
 `mode` and `tools` of the row stay what they are.
 """
@@ -31,25 +31,40 @@ def as_chat(where: str, row: Any, keys: str) -> dict[str, Any]:
 def _pair(where: str, row: dict[str, Any]) -> list[Any]:
     pair = [row.get("prompt"), row.get("completion")]
     if all(isinstance(part, list) for part in pair):
-        return [message for part in pair for message in part or ()]
+        return [*_system(where, row), *(message for part in pair for message in part or ())]
     if not all(isinstance(part, str) for part in pair):
         raise CorpusError(f'{where} has no "prompt" and "completion" strings')
-    return [{"role": r, "content": t} for r, t in zip(("user", "assistant"), pair, strict=True)]
+    roles = zip(("user", "assistant"), pair, strict=True)
+    return [*_system(where, row), *({"role": r, "content": t} for r, t in roles)]
+
+
+def _system(where: str, row: dict[str, Any]) -> list[Any]:
+    """The system message that stands beside a chat. Raises CorpusError for what is no text."""
+    text = row.get("system")
+    if text is not None and not isinstance(text, str):
+        raise CorpusError(f'{where}: "system" is no string')
+    return [{"role": "system", "content": text}] if text else []
 
 
 def _turns(where: str, row: dict[str, Any]) -> list[Any]:
-    turns, system = row.get("conversations"), row.get("system")
+    turns = row.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise CorpusError(f'{where} has no "conversations" list')
-    messages = []
-    if isinstance(system, str) and system:
-        messages.append({"role": "system", "content": system})
+    messages = _system(where, row)
     for number, turn in enumerate(turns, 1):
-        said = turn.get("from") if isinstance(turn, dict) else None
+        said, value = _said(turn)
         role = _ROLES.get(said.lower()) if isinstance(said, str) else None
         if role is None:
             raise CorpusError(f"{where}: turn {number} is of no known speaker ({str(said)[:40]!r})")
-        if not isinstance(turn.get("value"), str):
+        if not isinstance(value, str):
             raise CorpusError(f'{where}: turn {number} has no "value" string')
-        messages.append({"role": role, "content": turn["value"]})
+        messages.append({"role": role, "content": value})
     return messages
+
+
+def _said(turn: Any) -> tuple[Any, Any]:
+    """Who spoke, and what, by either pair of keys."""
+    if not isinstance(turn, dict):
+        return None, None
+    who, what = ("from", "value") if "from" in turn else ("role", "content")
+    return turn.get(who), turn.get(what)

@@ -35,7 +35,9 @@ def row_text(where: str, row: Any, mode: str, release: str, keys: str) -> RowTex
     if keys != MESSAGES:
         return _chat(where, as_chat(where, row, keys), mode, release)
     held = [k for k in ("text", "messages") if isinstance(row, dict) and row.get(k) is not None]
-    if len(held) != 1 or (held == ["text"] and not isinstance(row["text"], str)):
+    if len(held) == 2:
+        raise CorpusError(f'{where} has "text" and "messages"; which of them is meant is not clear')
+    if not held or (held == ["text"] and not isinstance(row["text"], str)):
         raise CorpusError(
             f'{where} has no "text" string, nor "messages" instead (chats under other keys: '
             "--chat-keys)"

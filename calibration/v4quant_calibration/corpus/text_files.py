@@ -24,6 +24,25 @@ MAX_CORPUS_BYTES = 4 * 2**30
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".zst")
 _BOM = "\ufeff"
+_PIECE = 1024  # bytes decompressed at a time: a hostile one makes 32 MiB of them
+# How files begin that are no text, whatever they are called; the tar's mark stands further in.
+_FOREIGN = (
+    (b"\x1f\x8b", "is compressed by gzip; call it .gz"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by Zstandard; call it .zst"),
+    (b"BZh", "is compressed by bzip2; unpack it"),
+    (b"\xfd7zXZ\0", "is compressed by xz; unpack it"),
+    (b"PK\x03\x04", "is a ZIP archive; unpack it"),
+    (b"PAR1", "is a parquet file; call it .parquet"),
+    (b"ARROW1", "is an Arrow file; save it as .parquet or .jsonl"),
+    (b"%PDF-", "is a PDF; give its text"),
+    (b"GGUF", "is a GGUF model"),
+    (b"\xff\xfe\0\0", "is UTF-32; save it as UTF-8 (iconv -f UTF-32 -t UTF-8)"),
+    (b"\0\0\xfe\xff", "is UTF-32; save it as UTF-8 (iconv -f UTF-32 -t UTF-8)"),
+    (b"\xff\xfe", "is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+    (b"\xfe\xff", "is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+)
+_TAR = (257, b"ustar")
+_HEAD = 1 << 20
 
 
 def kind_of(file: Path) -> str:
@@ -48,14 +67,32 @@ def read_text(file: Path) -> str:
     """A file's text, decompressed. Raises CorpusError naming the file and the remedy."""
     data = _bytes(file)
     try:
-        return data.decode("utf-8").removeprefix(_BOM)
+        text = data.decode("utf-8").removeprefix(_BOM)
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{file}: {_encoding(data, error)}") from None
+        raise CorpusError(f"{file}: {_foreign(data) or _encoding(data, error)}") from None
+    # A text may begin as an archive does, but it has no zero bytes.
+    if b"\0" in data[:_HEAD] and (foreign := _foreign(data)) is not None:
+        raise CorpusError(f"{file}: {foreign}")
+    return text
+
+
+def _foreign(data: bytes) -> str | None:
+    """What a file is instead of a text in UTF-8, and the remedy."""
+    for start, what in _FOREIGN:
+        if data.startswith(start):
+            return what
+    if data[_TAR[0] :].startswith(_TAR[1]):
+        return "is a tar archive; unpack it"
+    # Text in UTF-16 without its mark is valid UTF-8 as long as it is English.
+    sample = data[:_HEAD]
+    nuls = sample.count(0)
+    if nuls > len(sample) // 4:
+        order = "BE" if sample[::2].count(0) > sample[1::2].count(0) else "LE"
+        return f"is UTF-16 or no text; if it is, save it as UTF-8 (iconv -f UTF-16{order} -t UTF-8)"
+    return None
 
 
 def _encoding(data: bytes, error: UnicodeDecodeError) -> str:
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
     if error.end >= len(data) - 3 and error.reason == "unexpected end of data":
         return (
             f"ends inside a UTF-8 character (byte {error.start:,}); the download is incomplete, or "
@@ -116,22 +153,32 @@ def _inflate(file: Path) -> bytes:
             data = opened.read(MAX_CORPUS_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise CorpusError(f"{file}: cannot be decompressed ({error})") from None
-    return _bounded(file, data)
+    _bounded(file, data)
+    return data
 
 
 def _unzstd(file: Path, data: bytes) -> bytes:
+    """All frames of a file, as `cat` and parallel compressors write several; each must end."""
     module = _optional(file, "zstandard")
+    found, rest = bytearray(), memoryview(data)
     try:
-        with module.ZstdDecompressor().stream_reader(data) as opened:
-            return _bounded(file, opened.read(MAX_CORPUS_BYTES + 1))
+        while rest:
+            frame = module.ZstdDecompressor().decompressobj()
+            while rest and not frame.eof:
+                piece, rest = rest[:_PIECE], rest[_PIECE:]
+                found += frame.decompress(piece)
+                _bounded(file, found)
+            if not frame.eof:
+                raise CorpusError(f"{file}: ends inside its compressed data; download it again")
+            rest = memoryview(data)[len(data) - len(rest) - len(frame.unused_data) :]
     except module.ZstdError as error:
         raise CorpusError(f"{file}: cannot be decompressed ({error})") from None
+    return bytes(found)
 
 
-def _bounded(file: Path, data: bytes) -> bytes:
+def _bounded(file: Path, data: bytes | bytearray) -> None:
     if len(data) > MAX_CORPUS_BYTES:
         raise CorpusError(f"{file}: more than {MAX_CORPUS_BYTES >> 30} GiB of text; split it")
-    return data
 
 
 def _parquet(file: Path) -> Iterator[dict[str, Any]]:

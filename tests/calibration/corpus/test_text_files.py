@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 from pathlib import Path
@@ -139,13 +140,26 @@ def test_calls_of_tools_as_servers_write_them(tmp_path: Path) -> None:
     assert not same(load(tmp_path / "a.jsonl"), load(tmp_path / "c.jsonl"))
 
 
-def test_a_sharegpt_row_with_a_system_text(tmp_path: Path) -> None:
-    turns = [{"from": "Human", "value": "hi"}, {"from": "gpt", "value": "hello there"}]
-    rows = [{"conversations": turns, "system": "be brief", "mode": "think-high"}]
+TURNS = [{"from": "Human", "value": "hi"}, {"from": "gpt", "value": "hello there"}]
+
+
+@pytest.mark.parametrize(
+    ("keys", "row"),
+    [
+        ("sharegpt", {"conversations": TURNS}),
+        ("sharegpt", {"conversations": CHAT}),
+        ("prompt-completion", {"prompt": "hi", "completion": "hello there"}),
+        ("prompt-completion", {"prompt": CHAT[:1], "completion": CHAT[1:]}),
+    ],
+)
+def test_a_row_of_other_keys_with_a_system_text(
+    keys: str, row: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [{**row, "system": "be brief", "mode": "think-high"}]
     messages = [{"role": "system", "content": "be brief"}, *CHAT]
     (tmp_path / "a.jsonl").write_bytes(jsonl([{"messages": messages, "mode": "think-high"}]))
     (tmp_path / "b.jsonl").write_bytes(jsonl(rows))
-    request = CorpusRequest(16, None, 0, 2048, chat_keys="sharegpt")
+    request = CorpusRequest(16, None, 0, 2048, chat_keys=keys)
     found = load_corpus([tmp_path / "b.jsonl"], TOKENIZER, request)
     assert same(found.windows, load(tmp_path / "a.jsonl"))
     assert [part.name for part in found.parts] == ["b (think-high)"]
@@ -184,8 +198,14 @@ def test_chats_whose_prompt_nobody_knows_are_told_by_row(told: str, tmp_path: Pa
 def test_parquet_and_zstandard_where_their_packages_are(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS))
     zstandard = pytest.importorskip("zstandard")
-    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(jsonl(ROWS)))
-    assert same(load(tmp_path / "b.jsonl.zst"), load(tmp_path / "a.jsonl"))
+    press = zstandard.ZstdCompressor().compress
+    for frames in ([ROWS], [ROWS[:1], ROWS[1:]]):
+        data = b"".join(press(jsonl(rows)) for rows in frames)
+        (tmp_path / "b.jsonl.zst").write_bytes(data)
+        assert same(load(tmp_path / "b.jsonl.zst"), load(tmp_path / "a.jsonl"))
+        (tmp_path / "c.jsonl.zst").write_bytes(data[:-5])
+        with pytest.raises(CorpusError, match="ends inside its compressed data"):
+            load(tmp_path / "c.jsonl.zst")
 
 
 @pytest.mark.parametrize(
@@ -193,6 +213,14 @@ def test_parquet_and_zstandard_where_their_packages_are(tmp_path: Path) -> None:
     [
         ("a.txt", "caf\xe9 au lait".encode("latin-1"), "Latin-1.*iconv"),
         ("a.txt", "text".encode("utf-16"), "UTF-16"),
+        ("a.txt", "text".encode("utf-16-le"), r"UTF-16 or no text.*UTF-16LE"),
+        ("a.jsonl", jsonl(ROWS).decode().encode("utf-16-be"), r"UTF-16 or no text.*UTF-16BE"),
+        ("a.txt", "text".encode("utf-32"), "UTF-32"),
+        ("a.txt", gzip.compress(b"text"), "compressed by gzip; call it .gz"),
+        ("a.jsonl", bz2.compress(jsonl(ROWS)), "compressed by bzip2"),
+        ("a.json", b"PAR1" + bytes(20) + b"\xff", "parquet"),
+        ("a.txt", b"a.txt".ljust(257, b"\0") + b"ustar\x0000", "tar archive"),
+        ("a.jsonl", jsonl([{"text": "a", "messages": CHAT}]), "line 1 has .*which of them"),
         ("a.txt", "caf\xe9".encode()[:-1], "ends inside a UTF-8 character.*LATIN1"),
         ("a.txt.gz", b"\x1f\x8b junk", "decompressed"),
         ("a.txt.gz", gzip.compress(b"x" * 500, mtime=0)[:-9], "decompressed"),
