@@ -94,10 +94,11 @@ def _of_kinds(config: Mapping[str, Any]) -> Iterator[Defect]:
     drafts = config.get("num_nextn_predict_layers", 0)
     if isinstance(drafts, bool) or not isinstance(drafts, int | None) or (drafts or 0) < 0:
         yield _note(f"config.json's num_nextn_predict_layers is {short(drafts)}, no count")
-    vocabulary = config.get("vocab_size")
+    size = config.get("vocab_size")
+    vocabulary = size if isinstance(size, int) else 0
     for key in _TOKENS:
         said = config.get(key)
         tokens = said if isinstance(said, list) and said else [said]
-        inside = is_integers(tokens) and isinstance(vocabulary, int)
-        if said is not None and not (inside and all(0 <= t < vocabulary for t in tokens)):
+        inside = is_integers(tokens) and all(0 <= token < vocabulary for token in tokens)
+        if said is not None and not inside:
             yield _note(f"config.json's {key} is {short(said)}, no token's number", ConfigError)
