@@ -3,6 +3,7 @@
     scripts/quality_types.py iq2_xxs            searched and solved, into the stored figures
     scripts/quality_types.py iq2_xxs --ggml-lib libggml-base.so      and llama.cpp's encoder
     scripts/quality_types.py iq2_xxs --work DIR  keep statistics and solutions, and go on there
+    scripts/quality_types.py iq3_xxs --tokens 24576       score all its ways on more text
     scripts/quality_types.py --page             docs/quality-types.md and .svg from what is stored
     scripts/quality_types.py --check            a reduced row again, compared with the stored one
 
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("types", nargs="*", choices=[[], *TYPES], metavar="TYPE")
     parser.add_argument("--way", action="append", choices=WAYS[1:], help="Only this.")
     parser.add_argument("--ggml-lib", type=Path, help="Measure llama.cpp's encoder as well.")
+    parser.add_argument("--tokens", type=int, default=FULL[1] * WINDOW, help="Held-out tokens.")
     parser.add_argument("--work", type=Path, help="Keep what is made here, and go on there.")
     parser.add_argument("--reduced", action="store_true", help="Store the reduced row.")
     parser.add_argument("--check", action="store_true", help="Compare the reduced row.")
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ways = [*(["llama.cpp"] if options.ggml_lib else []), *(options.way or WAYS[1:])]
     with work_folder(options.work) as work:
         for name in options.types:
-            found = measure(name, ways, options.ggml_lib, work)
+            found = measure(name, ways, options.ggml_lib, work, options.tokens)
             stored = read_stored()
             row = {"bits": get_scheme(name).bits_per_weight, **stored["types"].get(name, {})}
             write_stored({**stored, "types": {**stored["types"], name: {**row, **found}}})
@@ -123,10 +125,10 @@ def measure_reduced() -> dict[str, Any]:
 
 
 def measure(
-    name: str, ways: Sequence[str], library: Path | None, work: Path
+    name: str, ways: Sequence[str], library: Path | None, work: Path, heldout: int
 ) -> dict[str, dict[str, Any]]:
-    """Figures of the experts in one type, by way."""
-    calibration, heldout = (count * WINDOW for count in FULL)
+    """Figures of the experts in one type, by way, on so many held-out tokens."""
+    calibration = FULL[0] * WINDOW
     first, *rest = [export(calibration, name, way, library, work) for way in ways]
     found = v4quant.evaluate(
         first, reference=TINY, candidates=rest, corpus=HELDOUT, tokens=heldout, seq_len=WINDOW,
@@ -183,10 +185,10 @@ def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "# GGUF types one by one",
         "",
         "Mean KL divergence from the source, nats per token, of the built-in tiny V4 with only its",
-        "routed experts in a type. Every figure is of 8,192 tokens of prose and code that",
-        "calibration (32,768 tokens) never saw; ± one standard error. llama.cpp: its own encoder",
-        "with the same importance (0.3.36 of its Python package). Searched: our encoder, gain",
-        "restored. Solved: error feedback, refinement, propagation, gain restored.",
+        f"routed experts in a type. Every figure is of 8,192 tokens{_longer(rows)} of prose and",
+        "code that calibration (32,768 tokens) never saw; ± one standard error. llama.cpp: its own",
+        "encoder with the same importance (0.3.36 of its Python package). Searched: our encoder,",
+        "gain restored. Solved: error feedback, refinement, propagation, gain restored.",
         "`scripts/quality_types.py` writes this page.",
         "",
         "![KL against bits per weight](quality-types.svg)",
@@ -203,6 +205,13 @@ def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
         ratio = f"{row['solved']['kl'] / row['llama.cpp']['kl']:.2f}" if both else ""
         lines.append(f"| `{name}` | {row['bits']:.4f} | " + " | ".join([*cells, ratio]) + " |")
     return "\n".join([*lines, *_integers(rows), ""])
+
+
+def _longer(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which types were scored on more text, where fewer tokens left open who is better."""
+    tokens = {n: max(r[w]["tokens"][1] for w in WAYS if w in r) for n, r in rows.items()}
+    told = [f"`{n}`: {t:,}" for n, t in tokens.items() if t > FULL[1] * WINDOW]
+    return f" ({', '.join(told)})" if told else ""
 
 
 def _integers(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
