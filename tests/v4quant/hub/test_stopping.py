@@ -22,7 +22,7 @@ from v4quant.publishing.publisher import CommitPlan, Publisher, RepoFile
 
 REPO, NAME = "maker/V4-Tiny", "model.safetensors"
 BODY = bytes(2**24)  # more than the buffers of a connection hold
-SECONDS = 5.0  # a small part of one on a machine with nothing else to do
+SECONDS = 15.0  # a small part of one on a machine with nothing else to do
 
 
 @pytest.fixture
