@@ -11,6 +11,7 @@ from typing import Any
 
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.config_fields import is_integers, short
+from v4quant_formats.deepseek_v4 import is_linear
 from v4quant_formats.defect import Defect
 from v4quant_formats.errors import WrongDtype
 from v4quant_formats.model_config import ConfigError
@@ -69,13 +70,19 @@ def _of_quantization(
     checkpoint: Checkpoint, stored: Mapping[str, StoredWeight]
 ) -> Iterator[Defect]:
     declared = checkpoint.config.get("quantization_config")
-    coded = sum(1 for w in stored.values() if w.scheme and not w.base)
+    # V4.1's tables are rows under scales wherever nothing else is quantized.
+    coded = sum(1 for w in stored.values() if w.scheme and not w.base and is_linear(w.module))
     if declared is not None and not isinstance(declared, Mapping):
         yield _note(f"config.json's quantization_config is {short(declared)}, no object")
     elif not declared and coded and not checkpoint.container:
         problem = f"config.json declares no quantization, but {coded:,} matrices are quantized; "
         yield _note(problem + "engines would read their codes as weights, or stop")
-    elif declared and stored and not coded and declared.get("quant_method") is not None:
+    elif (
+        declared
+        and stored
+        and not any(w.scheme for w in stored.values())
+        and declared.get("quant_method") is not None
+    ):
         method = str(declared["quant_method"])[:40]
         yield _note(f"config.json declares quant_method {method!r}, but nothing is quantized")
 

@@ -137,6 +137,12 @@ def parse_name(name: str) -> TensorName | None:
     return TensorName(module, part, stage, *found) if found else None
 
 
+def is_linear(module: str) -> bool:
+    """Whether a module of a release is a matrix that inputs are multiplied by."""
+    name = parse_name(f"{module}.weight")
+    return name is not None and name.is_linear
+
+
 @lru_cache(maxsize=1 << 14)
 def _classify(kind: str, below: str) -> tuple[Role, bool, int | None, str | None] | None:
     """Role, linear or not, expert and projection of a module below a stage of a kind.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.deepseek_v4 import parse_name
+from v4quant_formats.deepseek_v4 import is_linear
 from v4quant_formats.shard_files import LocalShards
 from v4quant_formats.spec import TensorSpec, torch_dtype
 from v4quant_formats.weights import SCALE_PARTS, StoredWeight
@@ -85,9 +85,7 @@ def odd_scales(checkpoint: Checkpoint, stored: Mapping[str, StoredWeight]) -> It
 
 def _is_coded(module: str, weight: StoredWeight) -> bool:
     """Whether it is a matrix under scales; tables that are looked up may hold any numbers."""
-    weight = weight.base or weight
-    name = parse_name(f"{module}.weight")
-    return weight.scheme is not None and name is not None and name.is_linear
+    return (weight.base or weight).scheme is not None and is_linear(module)
 
 
 def _judged(checkpoint: Checkpoint, weight: StoredWeight) -> OddScales | None:
