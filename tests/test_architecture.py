@@ -93,3 +93,20 @@ def test_every_module_says_what_it_is() -> None:
         if f.stat().st_size and ast.get_docstring(ast.parse(f.read_bytes())) is None
     ]
     assert not silent, silent
+
+
+def test_no_text_depends_on_the_locale_or_on_line_ends() -> None:
+    """Text is read with its encoding named and written as bytes: elsewhere UTF-8 is no default, and
+    Windows turns line ends over, after which digests and notes no longer agree."""
+    found = []
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            named = any(k.arg == "encoding" for k in node.keywords)
+            modes = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            opens = node.func.attr in ("open", "fdopen") and modes and modes[-1] in ("r", "w", "a")
+            reads = node.func.attr == "read_text" and not node.args
+            if ((opens or reads) and not named) or node.func.attr == "write_text":
+                found.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert not found, found

@@ -36,7 +36,7 @@ class TemporaryFolder:
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
             held = ExitStack()
             held.enter_context(hold_lock(self.path / _LOCK))
-            (self.path / _NOTE).write_text(_note(self.path))
+            (self.path / _NOTE).write_bytes(_note(self.path).encode())
         except OSError as error:
             raise output_error(Path(tempfile.gettempdir()), error) from None
         self._end = weakref.finalize(self, _remove, self.path, held)

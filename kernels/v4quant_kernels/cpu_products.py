@@ -126,15 +126,15 @@ def _head(file: Path) -> bytes:
 def _write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=file.parent)
-    with os.fdopen(handle, "w") as out:
-        out.write(text)
+    with os.fdopen(handle, "wb") as out:
+        out.write(text.encode())
     Path(name).replace(file)
 
 
 def _processor() -> str:
     """The processor's name, as far as the system tells."""
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -763,3 +763,16 @@ def test_python_m() -> None:
         [sys.executable, "-m", "v4quant", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("v4quant, version ") and done.stderr == ""
+
+
+def test_output_is_utf8_whatever_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file or pipe gets UTF-8; a terminal that cannot show a letter gets its number."""
+    for shown, expected in ((False, "x→y 模".encode()), (True, b"x\\u2192y \\u6a21")):
+        raw = io.BytesIO()
+        stream = io.TextIOWrapper(raw, encoding="cp1252")
+        monkeypatch.setattr(stream, "isatty", lambda shown=shown: shown)
+        monkeypatch.setattr(sys, "stdout", stream)
+        _output.speak_utf8()
+        _output.data("x→y 模")
+        stream.flush()
+        assert raw.getvalue().rstrip() == expected

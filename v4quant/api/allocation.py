@@ -42,6 +42,7 @@ from v4quant.api.arguments import (
 from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.conversion.calibrated import read_stats
 from v4quant.conversion.plan import make_plan
+from v4quant.existing import NewFiles, recipe_file, signed
 from v4quant.outputs import refuse_inputs
 from v4quant.planner.footprint import outline_checkpoint
 from v4quant.progress import default_progress
@@ -119,6 +120,7 @@ def allocate(
     tokens: int = 4096,
     seq_len: int = 256,
     experts: int = 4,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> AllocationResult:
     """Choose a scheme for every layer and projection of `source`; write the recipe to `out`.
@@ -127,11 +129,13 @@ def allocate(
     (cards like "4x24GB" that must hold it beside `context` tokens) says how large. ram: system
     memory that experts may lie in as well, for llama.cpp, with sizes as sold. measure_kl:
     measure on `corpus` what rounding each layer does to predictions, else layers count alike.
-    experts: how many of a layer are looked at. engram: as in `quantize`.
+    experts: how many of a layer are looked at. engram: as in `quantize`. overwrite: replace a
+    recipe that `allocate` wrote and nobody changed.
 
     Raises OptionError for options that contradict each other, BudgetError for a size that nothing
     fits, RecipeError, CorpusError, StatsError.
     """
+    asked = {k: v for k, v in locals().items() if k != "progress"}
     if sum(x is not None for x in (budget, bpw, fits)) != 1:
         raise OptionError("give one of --budget, --bpw and --fits")
     if ram is not None and (fits is None or engine == "vllm" or format != "gguf"):
@@ -155,6 +159,7 @@ def allocate(
     options = Options(format, engine, dense, draft, split_size, Sample(experts), parts, engram)
     with open_source(source_of(source)) as checkpoint:
         refuse_inputs([Path(out)], [checkpoint], [*listed_files(corpus), path_of(stats)])
+        files = NewFiles([recipe_file(Path(out))], overwrite, asked)
         if cards is not None:
             check_split(model_config(checkpoint), cards.serving)
         costs = find_costs(checkpoint, options)
@@ -181,8 +186,9 @@ def allocate(
             known.keep()
             raise
         found = choose(costs, losses, most)
-        write_file_atomically(Path(out), recipe_toml(found, costs).encode())
-        known.finish()
+        with files.finishing():
+            write_file_atomically(Path(out), signed(recipe_toml(found, costs), ".toml").encode())
+            known.finish()
         skipped = 0 if text is None else text.skipped_rows
         if cards is None:
             return AllocationResult(str(out), found, skipped_rows=skipped)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from v4quant.calibration.collect import calibrate_to, draw_corpus, reserve_of, s
 from v4quant.calibration.provenance import provenance_of
 from v4quant.calibration.ranks import solving_team
 from v4quant.devices import arithmetic_threads, find_device
+from v4quant.existing import NewFiles, imatrix_file, place_beside, put_in_place, statistics_file
 from v4quant.outputs import refuse_inputs
 from v4quant.progress import default_progress
 from v4quant.recipe import Recipe, read_toml, recipe_from_table
@@ -33,6 +35,7 @@ from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE
 from v4quant_calibration.corpus.chat_keys import MESSAGES
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.defaults import MIN_TOKENS
+from v4quant_calibration.statistics.collect import Calibration
 from v4quant_calibration.statistics.coverage import coverage
 from v4quant_calibration.statistics.imatrix import save_imatrix
 from v4quant_calibration.statistics.stats import Stats
@@ -83,6 +86,7 @@ def calibrate(
     threads: int | None = None,
     max_memory: Size = None,
     imatrix: PathLike | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> CalibrationResult:
     """Run a corpus through checkpoint `source`; write statistics, or a solution, to `out`.
@@ -93,11 +97,13 @@ def calibrate(
     run then resumes. propagate: later layers are solved on what the already converted ones give
     them; under torchrun the ranks divide the work of solving, and each returns the result. threads:
     of products on the CPU, by default all cores or what OMP_NUM_THREADS says. imatrix: a file to
-    write as well, what llama.cpp's quantizer reads.
+    write as well, what llama.cpp's quantizer reads. overwrite: files that `calibrate` wrote, or
+    another solution in `out`, may be replaced, once the new ones are whole.
 
     Raises OptionError, RecipeError, CorpusError, SizeError, OutputError and what opening the source
     raises.
     """
+    asked = {k: v for k, v in locals().items() if k != "progress"}
     if min_tokens < 1:
         raise OptionError(f"min_tokens is {min_tokens}; an expert that nobody saw tells nothing")
     wanted = _recipe(solve, dense, recipe)
@@ -118,6 +124,9 @@ def calibrate(
             [target, *filter(None, [matrix])], [checkpoint], listed_files(corpus),
             [target] if wanted else [],
         )  # fmt: skip
+        files = NewFiles(
+            [] if wanted else [statistics_file(target), imatrix_file(matrix)], overwrite, asked
+        )
         config = config_of(checkpoint)
         settings = solve_settings(checkpoint, wanted, propagate) if wanted else None
 
@@ -126,6 +135,16 @@ def calibrate(
                 corpus, checkpoint, config, seq_len, limit, mode, chat_keys, skip_bad_rows,
                 reserve_of(tokens), cap,
             )  # fmt: skip
+
+        @contextmanager
+        def finishing(found: Calibration) -> Iterator[None]:
+            if matrix is not None:
+                names = corpus_names(corpus)
+                save_imatrix(place_beside(matrix), found.stats, config, names, found.windows)
+            with files.finishing():
+                yield
+                if matrix is not None:
+                    put_in_place(matrix)
 
         drawn = draw_corpus(load, tokens)
         done = calibrate_to(
@@ -146,9 +165,9 @@ def calibrate(
                 chat_keys=chat_keys, skip_bad_rows=skip_bad_rows, activations=activations,
                 products=products, min_tokens=min_tokens, device=where.type,
             ),
+            overwrite=overwrite,
+            finishing=finishing,
         )  # fmt: skip
-        if matrix is not None:
-            save_imatrix(matrix, done.stats, config, corpus_names(corpus), done.windows)
     return CalibrationResult(
         str(target),
         sum(map(len, done.windows)),

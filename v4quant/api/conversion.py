@@ -196,10 +196,11 @@ def quantize(
                     "`v4quant push --replace`"
                 )
             reads = [path_of(stats), path_of(tokenizer), path_of(scratch)]
+            asked = (str(where), chosen, str(merged), *map(str, reads[:-1]))
             reads += [merged] if isinstance(merged, Path) else []
             source_folder = where if isinstance(where, Path) else None
             place = stack.enter_context(
-                replacing(target, True, [source_folder, *reads], ranks.is_first)
+                replacing(target, True, [source_folder, *reads], ranks.is_first, asked)
             )
         places = ranks.first_then_others(
             lambda: find_folders(where, place, path_of(scratch), ranks.rank)

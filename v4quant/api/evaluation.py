@@ -31,6 +31,7 @@ from v4quant.evaluation.evaluate import (
 from v4quant.evaluation.kld_file import KldFile, is_kld
 from v4quant.evaluation.report import write_report
 from v4quant.evaluation.result import Evaluation, evaluation_from_dict
+from v4quant.existing import NewFiles, logits_file, place_beside, put_in_place, report_file
 from v4quant.outputs import refuse_inputs
 from v4quant.progress import default_progress
 from v4quant.source import open_source
@@ -64,6 +65,7 @@ def evaluate(
     save_top_k: int | None = None,
     reference_logits: PathLike | None = None,
     report: PathLike | None = None,
+    overwrite: bool = False,
     weights: bool = True,
     floors: int = 1,
     draft: bool = False,
@@ -80,7 +82,8 @@ def evaluate(
     adapter's folder or repository, merged into the reference, or without one into `source`.
     tokenizer: a tokenizer.json for text, where the checkpoint has none of its own. weights: compare
     every matrix with the reference's and look for defects. floors: noise floors to run. report: a
-    .html, .md or .json file to write. Finished layers are kept beside it, or in the user's cache
+    .html, .md or .json file to write. overwrite: report and saved logits may replace earlier ones
+    that `evaluate` wrote. Finished layers are kept beside it, or in the user's cache
     folder, until the run ends well: the same call goes on behind them. threads: of products on the
     CPU, by default all cores or what OMP_NUM_THREADS says. reference_logits: what `save_logits`
     wrote, or llama.cpp's base file, whose own text is then scored. docs/evaluation.md explains the
@@ -90,6 +93,7 @@ def evaluate(
     CorpusError, EvaluationError, LogitsError, KldError, OutputError and what opening checkpoints
     raises.
     """
+    asked = {k: v for k, v in locals().items() if k != "progress"}
     if candidates and reference is None:
         raise OptionError(
             "--candidate compares conversions of one source: give --reference as well"
@@ -118,6 +122,8 @@ def evaluate(
             [checkpoint, base, *others],
             [*listed_files(corpus), path_of(reference_logits)],
         )
+        page, rows = path_of(report), path_of(save_logits)
+        files = NewFiles([report_file(page), logits_file(rows)], overwrite, asked)
         config = config_of(checkpoint)
         logits = path_of(reference_logits)
         if logits is not None and is_kld(logits):
@@ -136,15 +142,19 @@ def evaluate(
             text,
             forward_options(activations, products),
             default_progress(progress),
-            LogitFiles(path_of(save_logits), save_top_k, logits),
+            LogitFiles(rows, save_top_k, logits, rows and place_beside(rows)),
             weights,
             Measures(floors, draft, needles),
             others,
             limits,
+            opened,
         )
-    found = evaluation_from_dict({"tool": tool_facts(), **figures})
-    if (file := path_of(report)) is not None:
-        write_report(found, file)
+        found = evaluation_from_dict({"tool": tool_facts(), **figures})
+        opened.enter_context(files.finishing())  # ends when what was kept is removed
+        if page is not None:
+            write_report(found, page)
+        if rows is not None:
+            put_in_place(rows)
     return found
 
 

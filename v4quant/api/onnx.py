@@ -78,7 +78,12 @@ def export_onnx(
     """
     with (
         _planned(source, scheme, layers, kernel, stats, False) as (plan, found),
-        replacing(Path(out), overwrite, [plan.checkpoint.path, path_of(stats)]) as place,
+        replacing(
+            Path(out),
+            overwrite,
+            [plan.checkpoint.path, path_of(stats)],
+            request=(str(source), scheme, list(layers), kernel, str(stats)),
+        ) as place,
     ):
         refuse_inputs((), [plan.checkpoint], (), [place])
         threads = workers or os.cpu_count() or 1

@@ -10,6 +10,8 @@ from typing import Any
 
 from v4quant.api.arguments import PathLike, SourceLike, source_of
 from v4quant.builtin import PREFIX
+from v4quant.existing import refuse_existing, signed
+from v4quant.existing import run_file as existing_run_file
 from v4quant.hub.refs import is_hub
 from v4quant.planner.candidates import PlanError, Request
 from v4quant.planner.choices import DEFAULT_EFFORT, ENGINE_NAMES, Effort, EngineName
@@ -77,6 +79,7 @@ def plan(
     measured: Sequence[PathLike] = (),
     write: PathLike | None = None,
     choice: int = 1,
+    overwrite: bool = False,
 ) -> PlanResult:
     """The conversions of `source` that a machine can serve, from headers alone.
 
@@ -84,6 +87,7 @@ def plan(
     cards and ram by size; this machine without either. context: tokens of one sequence that must
     fit. cores: of the machine that converts. measured: what `evaluate` wrote of conversions of this
     model. write: a run file to write, for the candidate number `choice`.
+    overwrite: it may replace one that `plan` wrote and nobody changed.
 
     Raises PlanError for machines and choices that do not exist, and what opening the source raises.
     """
@@ -100,7 +104,8 @@ def plan(
         if not 1 <= choice <= len(answer.candidates):
             raise PlanError(f"--choice {choice}: the plan has {len(answer.candidates)} files")
         text = run_file(answer.candidates[choice - 1], outline.label)
-        write_file_atomically(Path(write), text.encode())
+        refuse_existing([existing_run_file(Path(write))], overwrite)
+        write_file_atomically(Path(write), signed(text, ".toml").encode())
     commands = (
         commands_for(c, asked, outline.label, _MEMORY, outline.name) for c in answer.candidates
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from v4quant.calibration.memory import (
 )
 from v4quant.checks.soundness import require_sound
 from v4quant.conversion.calibrated import solved_part
+from v4quant.conversion.overwrite import exchange, new_place, refuse_others, tidy
 from v4quant.conversion.plan import make_plan
 from v4quant.devices import CPU, device_bytes
 from v4quant.memory import Limits
@@ -49,6 +50,7 @@ from v4quant_kernels.progress import Progress
 from v4quant_kernels.scheme import SCHEMES, Scheme
 
 _RESERVE = 16
+Finishing = Callable[[Calibration], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -152,21 +154,33 @@ def calibrate_to(
     dense: bool = False,
     team: Team = ALONE,
     provenance: Provenance | None = None,
+    overwrite: bool = False,
+    finishing: Finishing | None = None,
 ) -> Calibration:
     """Calibrate, and with `settings` solve; writes file or folder `out`.
 
     max_memory: the most bytes this may take; streams then go to files beside `out` where they must.
     device: where passes run and solvers work. dense: inputs of dense matrices are in the returned
     statistics too (without `settings`). provenance: recorded with what is written. team: who solves
-    together; more text for starved experts is drawn by its first rank. Raises what `check_floor`,
-    `calibrate` and `solve` raise, and SizeError for too little memory.
+    together; more text for starved experts is drawn by its first rank. overwrite: another solution
+    in `out` is replaced by this one when it is finished. finishing: held, without `settings`, while
+    `out` is written and what was kept is removed. Raises what `check_floor`, `calibrate` and
+    `solve` raise, and SizeError for too little memory.
     """
-    targets = [] if settings is None else [SolveTarget(settings, out, provenance)]
+    targets = [] if settings is None else [solve_target(settings, out, provenance, overwrite)]
     work = _Work(
         checkpoint, config, corpus, options, floor, progress, max_memory, device, team,
-        out, targets, dense, provenance,
+        out, targets, dense, provenance, finishing,
     )  # fmt: skip
     return _calibrate_checked(work)
+
+
+def solve_target(
+    settings: SolveSettings, out: Path, provenance: Provenance | None, overwrite: bool
+) -> SolveTarget:
+    """A solution to be made in folder `out`, and with `overwrite` beside it while another one is
+    there."""
+    return SolveTarget(settings, out, provenance, new_place(out) if overwrite else None)
 
 
 def solve_several_to(
@@ -211,6 +225,7 @@ class _Work:
     targets: Sequence[SolveTarget]
     dense: bool = False
     provenance: Provenance | None = None
+    finishing: Finishing | None = None
 
 
 def _calibrate_checked(work: _Work) -> Calibration:
@@ -221,6 +236,10 @@ def _calibrate_checked(work: _Work) -> Calibration:
     require_work(work.team, settings, work.corpus.windows)
     with ExitStack() as stack:
         if work.team.is_first:
+            for target in work.targets:
+                if target.otherwise is not None:
+                    tidy(target.folder)
+                    refuse_others(target.folder)
             for place in dict.fromkeys([work.out, *(t.folder for t in work.targets)]):
                 taken = f"{place}: another v4quant process is calibrating to it; give another --out"
                 lock = f"{place.name}.lock"
@@ -281,8 +300,9 @@ def _calibrate_locked(work: _Work) -> Calibration:
                 corpus.reserve, rooms, work.device, work.dense,
             )  # fmt: skip
             if not targets:
-                write_stats(out, replace(found.stats, provenance=work.provenance))
-                kept.remove()
+                with nullcontext() if work.finishing is None else work.finishing(found):
+                    write_stats(out, replace(found.stats, provenance=work.provenance))
+                    kept.remove()
                 return found
         drawn = None if found is None else (found.windows, dict(found.stats.first))
         told = team.tell(drawn)
@@ -294,7 +314,10 @@ def _calibrate_locked(work: _Work) -> Calibration:
         checkpoint, config, windows, work.options, work.floor, fitted, work.progress, first, rooms,
         work.device, team,
     )  # fmt: skip
-    for solution in solutions:
+    for solution, target in zip(solutions, targets, strict=True):
         solution.close()
+        if team.is_first and solution.folder != target.folder:
+            exchange(target.folder)
+    team.barrier()
     kept.remove()
     return Calibration(solutions[0].stats, windows)

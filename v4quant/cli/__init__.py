@@ -126,6 +126,7 @@ def main() -> NoReturn:
     # numpy is optional to torch and absent CUDA is normal here: neither concerns the user.
     warnings.filterwarnings("ignore", module=r"torch\..*")
     _output.reset()
+    _output.speak_utf8()
     _output.tell_warnings()
     _output.manner.json = "--json" in sys.argv[1:]
     began = time.monotonic()

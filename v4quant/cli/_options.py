@@ -97,6 +97,15 @@ def row_options(command: Command) -> Command:
     return command
 
 
+def overwrite_option(what: str) -> Callable[[Command], Command]:
+    """`--overwrite`. what: of ours it replaces."""
+    return click.option(
+        "--overwrite",
+        is_flag=True,
+        help=f"Replace {what} that v4quant wrote, once the new one is whole.",
+    )
+
+
 def threads_option(command: Command) -> Command:
     """`--threads` of a forward pass."""
     return click.option(

@@ -10,6 +10,7 @@ leaves errors, `--verbose` adds what helps to understand a run, and `--log-file`
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -48,6 +49,15 @@ def reset() -> None:
     if manner.log is not None:
         manner.log.close()
     manner.__dict__.update(_Manner().__dict__)
+
+
+def speak_utf8() -> None:
+    """Write UTF-8 to files and pipes whatever the locale; a terminal of another kind gets what it
+    can show, and the rest as numbers."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            encoding = stream.encoding if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
 
 
 def stop_bars() -> None:

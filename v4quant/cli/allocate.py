@@ -11,7 +11,7 @@ import click
 import v4quant
 from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.cli import _output
-from v4quant.cli._options import row_options
+from v4quant.cli._options import overwrite_option, row_options
 from v4quant.cli._types import SOURCE, Choice
 from v4quant.targets import ALL, AUTO
 from v4quant_formats.engines.vllm_memory import UTILIZATION, Serving
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
 @click.option("--seq-len", type=int, default=256, show_default=True, help="Window length.")
 @click.option("--experts", type=click.IntRange(1), default=4, show_default=True,
               help="Experts per layer whose rounding is measured.")  # fmt: skip
+@overwrite_option("a recipe")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def allocate(
     source: str,
@@ -97,6 +98,7 @@ def allocate(
     tokens: int,
     seq_len: int,
     experts: int,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Choose a scheme for every layer and projection of SOURCE within a size.
@@ -129,6 +131,7 @@ def allocate(
         tokens=tokens,
         seq_len=seq_len,
         experts=experts,
+        overwrite=overwrite,
         progress=_output.TerminalProgress(),
     )
     if as_json:

@@ -11,7 +11,7 @@ import click
 import v4quant
 from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.cli import _output
-from v4quant.cli._options import corpus_options, products_option, threads_option
+from v4quant.cli._options import corpus_options, overwrite_option, products_option, threads_option
 from v4quant.cli._types import SCHEME, SOURCE
 from v4quant_calibration.defaults import MIN_TOKENS
 
@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Also write an importance matrix (.gguf) that llama.cpp's own quantizer reads.",
 )
+@overwrite_option("files, or another solution,")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def calibrate(
     source: str,
@@ -95,6 +96,7 @@ def calibrate(
     threads: int | None,
     max_memory: str | None,
     imatrix: Path | None,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Run a corpus through checkpoint SOURCE and record what every expert's inputs look like.
@@ -124,6 +126,7 @@ def calibrate(
         threads=threads,
         max_memory=max_memory,
         imatrix=imatrix,
+        overwrite=overwrite,
         progress=_output.TerminalProgress(),
     )
     if int(os.environ.get("RANK", "0")):

@@ -10,7 +10,7 @@ import click
 import v4quant
 from v4quant.builtin import MIXED_HELDOUT
 from v4quant.cli import _exit, _output
-from v4quant.cli._options import corpus_options, products_option, threads_option
+from v4quant.cli._options import corpus_options, overwrite_option, products_option, threads_option
 from v4quant.cli._types import ADAPTER, SOURCE
 from v4quant_calibration.defaults import MOST_FLOORS
 
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
               "become smaller.")  # fmt: skip
 @click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Keep streams "
               "in this folder; the same command continues after a crash.")  # fmt: skip
+@overwrite_option("a report and logits")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def evaluate(
@@ -86,6 +87,7 @@ def evaluate(
     threads: int | None,
     max_memory: str | None,
     scratch: Path | None,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Measure perplexity of SOURCE; with --reference also KL, top-1 and the noise floor.
@@ -118,6 +120,7 @@ def evaluate(
         threads=threads,
         max_memory=max_memory,
         scratch=scratch,
+        overwrite=overwrite,
         progress=_output.TerminalProgress(),
     )
     if as_json:

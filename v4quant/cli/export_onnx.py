@@ -9,6 +9,7 @@ import click
 
 import v4quant
 from v4quant.cli import _output
+from v4quant.cli._options import overwrite_option
 from v4quant.cli._types import SOURCE
 from v4quant_formats.onnx.kernels import KERNELS
 
@@ -30,8 +31,7 @@ _KERNELS = list(dict.fromkeys(k for kernels in KERNELS.values() for k in kernels
 @click.option("--kernel", help=f"What multiplies them: {', '.join(_KERNELS)} (default: by scheme).")
 @click.option("--stats", "stats_file", type=click.Path(path_type=Path), help="From calibrate.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads (default: all cores).")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier result of v4quant in "
-              "OUT, which stays until the new one is whole.")  # fmt: skip
+@overwrite_option("in OUT what is there")
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def export_onnx(

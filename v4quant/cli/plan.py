@@ -8,6 +8,7 @@ import click
 
 import v4quant
 from v4quant.cli import _output
+from v4quant.cli._options import overwrite_option
 from v4quant.cli._types import SOURCE, Choice
 from v4quant.planner.choices import DEFAULT_EFFORT, EFFORTS, ENGINE_NAMES, Effort, EngineName
 from v4quant_formats.engines.engine import GPUS
@@ -39,6 +40,7 @@ from v4quant_formats.engines.engine import GPUS
               "`v4quant run` that makes the choice.")  # fmt: skip
 @click.option("--choice", type=click.IntRange(1), default=1, show_default=True,
               help="Number of the file that --write is for.")  # fmt: skip
+@overwrite_option("a run file")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(
     source: str,
@@ -54,6 +56,7 @@ def plan(
     measured: tuple[Path, ...],
     run_path: Path | None,
     choice: int,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Show which conversions of SOURCE a machine can serve, and how to make and serve them.
@@ -76,6 +79,7 @@ def plan(
         measured=measured,
         write=run_path,
         choice=choice,
+        overwrite=overwrite,
     )
     if run_path is not None:
         _output.note(f"run file in {run_path}: v4quant run {run_path}")

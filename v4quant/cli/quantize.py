@@ -11,6 +11,7 @@ import click
 
 import v4quant
 from v4quant.cli import _output
+from v4quant.cli._options import overwrite_option
 from v4quant.cli._types import ADAPTER, FORMAT, OUT, SCHEME, SOURCE, Choice
 from v4quant_calibration.defaults import SOLVER_NAMES
 from v4quant_formats.layouts.choices import ENGINE_CHOICES, LAYOUT_NAMES, WRITABLE
@@ -91,8 +92,7 @@ if TYPE_CHECKING:
     help="Folder for such shards (default: inside OUT, or ./v4quant-OWNER--NAME for a hub OUT).",
 )
 @click.option("--public", is_flag=True, help="Create a hub OUT public (default: private).")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier result of v4quant in "
-              "OUT, which stays until the new one is whole.")  # fmt: skip
+@overwrite_option("in OUT what is there")
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def quantize(

@@ -9,7 +9,7 @@ import click
 
 import v4quant
 from v4quant.cli import _exit, _output
-from v4quant.cli._options import threads_option
+from v4quant.cli._options import overwrite_option, threads_option
 from v4quant.cli._types import RUN_FILE, Choice
 from v4quant.cli.calibrate import coverage_text
 from v4quant.cli.evaluate import finding_lines
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--disk-cap", help="Disk for shards coming from or going to the hub.")
 @click.option("--effort", type=Choice(EFFORTS), help="Choose solver and text by how long "
               "they may take, instead of what the file says.")  # fmt: skip
+@overwrite_option("solutions and conversions of something else")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
@@ -50,6 +51,7 @@ def run(
     max_memory: str | None,
     disk_cap: str | None,
     effort: Effort | None,
+    overwrite: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -74,6 +76,7 @@ def run(
         max_memory=max_memory,
         disk_cap=disk_cap,
         effort=effort,
+        overwrite=overwrite,
         progress=_output.TerminalProgress(),
         watcher=_Narrator(),
     )

@@ -21,6 +21,7 @@ from v4quant.conversion.finish import finish_folder, travelling_sidecars
 from v4quant.conversion.journal import (
     Journal,
     ShardFacts,
+    begun_plan,
     begun_stem,
     journal_files,
     locked_output,
@@ -191,6 +192,19 @@ def _check_earlier(journal: Journal, ranks: Ranks, threads: int, progress: Progr
     journal.refresh()
 
 
+def holds_anothers(plan: Plan, out: Path) -> bool:
+    """Whether there is something in a folder that is not this plan's, finished or begun.
+
+    Raises OutputError and what reading a manifest raises.
+    """
+    if not out.is_dir():
+        return out.exists()
+    if journal_files(out):
+        return begun_plan(out) != plan.digest
+    found = LocalDelivery().manifest(out)
+    return any(out.iterdir()) if found is None else found.get("plan") != plan.digest
+
+
 def check_folder(out: Path) -> None:
     """Create the output folder, or see that it is empty or has work to resume.
 
@@ -210,8 +224,7 @@ def check_folder(out: Path) -> None:
     if foreign and not journal_files(out):
         raise OutputError(
             f"{out}: folder is not empty ({sorted(foreign)[0]}, ...) and holds no unfinished "
-            "conversion to resume; choose a new folder (quantize --overwrite replaces one that "
-            "v4quant made)"
+            "conversion to resume; choose a new folder (--overwrite replaces what v4quant made)"
         )
 
 

@@ -121,7 +121,7 @@ class Journal:
         if lines[0].get("plan") != self._plan_digest:
             raise OutputError(
                 f"{self._out}: holds an unfinished conversion of another source, recipe or "
-                "version; choose another folder or delete this one (quantize --overwrite does)"
+                "version; choose another folder or delete this one (--overwrite does)"
             )
         for line in lines[1:]:
             mine = line.get("run") == self._run
@@ -212,6 +212,14 @@ class Journal:
                 raise output_error(self._path, error) from None
 
 
+def begun_plan(out: Path) -> str | None:
+    """The digest of the plan that an unfinished conversion in `out` began with."""
+    for path in journal_files(out):
+        if lines := _read_lines(path):
+            return str(lines[0].get("plan"))
+    return None
+
+
 def begun_stem(out: Path, scheme: str) -> str | None:
     """The stem of the names that an unfinished conversion in `out` began with; None without one.
 
@@ -265,6 +273,19 @@ def refuse_survivors(out: Path) -> None:
                 raise OutputError(_taken(out)) from None
             except OSError as error:
                 raise output_error(path, error) from None
+
+
+def refuse_writers(out: Path, *more: Path) -> None:
+    """Raise OutputError when some process holds the folder, or one of `more` lock files."""
+    for path in [*_lock_files(out), *more]:
+        if path.is_file() and path.suffix != ".holder":
+            try:
+                with hold_lock(path):
+                    pass
+            except LockHeld:
+                raise OutputError(_taken(out)) from None
+            except OSError:  # somebody else's file of that name
+                continue
 
 
 def _taken(out: Path) -> str:

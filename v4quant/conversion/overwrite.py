@@ -1,71 +1,140 @@
 """`--overwrite`: a new result in place of an earlier one, which stays until the new one is whole.
 
 Only what v4quant made is replaced: every file in the folder must be one that a manifest there lists
-with its size, or that the journal of an unfinished conversion lists. Anything else, and anything
-that is being read, is refused before work begins. The new result is made in a folder beside
-(`OUT.v4quant-new`, which the same command goes on in after a kill); then two renames exchange them,
-and of the old folder the listed files are removed.
+with its size, that the journal of an unfinished conversion lists, or that belongs to a solution.
+Anything else, and anything that is being read or written, is refused before work begins. The new
+result is made in a folder beside (`OUT.v4quant-new`, which the same command goes on in after a
+kill, also where there is nothing yet to replace); then two renames exchange them, and of the old
+folder the listed files are removed. (`v4quant.existing` is about single files.)
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from v4quant.conversion.journal import journal_files
+from v4quant.conversion.journal import journal_files, refuse_writers
 from v4quant.own_folders import FOLDER
+from v4quant_calibration.solve.solution import SOLUTION_NAME, is_own_solution, is_solution_file
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.errors import FormatError, OutputError
 from v4quant_formats.manifest import MANIFEST_NAME, ONNX_MANIFEST, read_manifest
-from v4quant_formats.shards import output_error
+from v4quant_formats.shards import all_leftovers, output_error, write_file_atomically
 from v4quant_formats.small_files import read_small
 from v4quant_formats.system import sync_folder
 
 _NEW, _OLD = ".v4quant-new", ".v4quant-old"
 _LISTS = (MANIFEST_NAME, ONNX_MANIFEST)
+_LAST = (*_LISTS, SOLUTION_NAME)
 _MAX_JOURNAL = 2**30
+_REQUEST = "request"
 
 
 @contextmanager
 def replacing(
-    out: Path, wanted: bool, reads: Iterable[Path | None] = (), first: bool = True
+    out: Path,
+    wanted: bool,
+    reads: Iterable[Path | None] = (),
+    first: bool = True,
+    request: object = None,
 ) -> Iterator[Path]:
     """Where to make what is to lie in `out`: there, or beside it until it is whole.
 
     wanted: whether an earlier result may be replaced. reads: files and folders that the work reads.
-    first: whether this is the process that exchanges the folders. Raises OutputError where `out`
-    holds what v4quant did not make, or is read.
+    first: whether this is the process that exchanges the folders. request: whose repr says what is
+    made, so that what another request left unfinished is not gone on with. Raises OutputError where
+    `out` holds what v4quant did not make, is read, or is being written.
     """
-    new, old = (out.with_name(out.name + end) for end in (_NEW, _OLD))
-    if wanted and first and old.is_dir() and new.is_dir() and not out.exists():
-        _rename(old, out)  # killed between the two renames below
-    if wanted and first and old.is_dir() and out.exists():
-        _remove(old, what_we_made(old))  # killed behind them
-    if not wanted or not out.is_dir() or not any(out.iterdir()):
+    if not wanted:
         yield out
         return
+    if first:
+        tidy(out)
+        refuse_others(out, reads)
+        _begin(new_place(out), hashlib.sha256(repr(request).encode()).hexdigest())
+    yield new_place(out)
+    if first:
+        exchange(out)
+
+
+def new_place(out: Path) -> Path:
+    """The folder in which a new result for `out` is made."""
+    return out.with_name(out.name + _NEW)
+
+
+def tidy(out: Path) -> None:
+    """Finish what a process that was killed while it exchanged folders had begun."""
+    new, old = new_place(out), out.with_name(out.name + _OLD)
+    if old.is_dir() and new.is_dir() and not out.exists():
+        _rename(old, out)  # killed between the two renames
+    if old.is_dir() and out.exists():
+        _remove(old, what_we_made(old))  # killed behind them
+
+
+def refuse_others(out: Path, reads: Iterable[Path | None] = ()) -> None:
+    """Raise OutputError unless `out` is free, or holds only what v4quant made and nobody uses."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out}: is not a folder; --overwrite replaces folders here")
     for path in reads:
         if path is not None and path.exists() and path.resolve().is_relative_to(out.resolve()):
             raise OutputError(f"{out}: holds {path}, which is read; choose another folder")
     what_we_made(out)
-    yield new
-    if first:
-        made = what_we_made(out)  # as it is now
-        _rename(out, old)
+    refuse_writers(out, out.with_name(f"{out.name}.lock"))  # of a calibration, that lies beside
+
+
+def exchange(out: Path) -> None:
+    """Put the new result, which is whole, in the place of `out`, and remove that."""
+    new, old = new_place(out), out.with_name(out.name + _OLD)
+    _forget_request(new)
+    if not out.exists():
         _rename(new, out)
-        _remove(old, made)
+        return
+    refuse_writers(out)
+    made = what_we_made(out)  # as it is now
+    _rename(out, old)
+    _rename(new, out)
+    _remove(old, made)
+
+
+def clear(folder: Path) -> None:
+    """Remove what v4quant made in a folder. Raises OutputError if it holds anything else."""
+    if folder.is_dir():
+        _remove(folder, what_we_made(folder))
+
+
+def _begin(new: Path, request: str) -> None:
+    """Go on in a folder that was begun for the same request; what another one left is removed."""
+    file = new / FOLDER / _REQUEST
+    if new.is_dir() and any(new.iterdir()):
+        if file.is_file() and read_small(file, _MAX_JOURNAL) == request.encode():
+            return
+        clear(new)
+    write_file_atomically(file, request.encode())
+
+
+def _forget_request(new: Path) -> None:
+    with suppress(OSError):
+        (new / FOLDER / _REQUEST).unlink(missing_ok=True)
+        (new / FOLDER).rmdir()
 
 
 def what_we_made(out: Path) -> list[str]:
     """The names of all files of an earlier result. Raises OutputError for any other file there."""
     if out.is_symlink():
         raise OutputError(f"{out}: is a symbolic link; --overwrite replaces folders only")
-    listed, made = _listed(out), []
+    listed, made = _listed(out), list[str]()
+    solved = is_own_solution(out)
+    torn = set(all_leftovers(out)) if solved or journal_files(out) else set()
     for path in sorted(p for p in out.rglob("*") if p.is_symlink() or not p.is_dir()):
         name = path.relative_to(out).as_posix()
         ours = name.startswith(f"{FOLDER}/") or name in listed
+        ours |= solved and is_solution_file(name)
+        ours |= path in torn
         size = listed.get(name)
         if not ours or path.is_symlink() or (size is not None and path.stat().st_size != size):
             raise OutputError(
@@ -107,7 +176,7 @@ def _remove(old: Path, made: Iterable[str]) -> None:
 
     What lists the files goes last: after a kill in between they are still known to be ours.
     """
-    for name in sorted(made, key=lambda name: (name in _LISTS, name.startswith(f"{FOLDER}/"))):
+    for name in sorted(made, key=lambda name: (name in _LAST, name.startswith(f"{FOLDER}/"))):
         with suppress(OSError):
             (old / name).unlink()
     for folder in sorted((p for p in old.rglob("*") if p.is_dir()), reverse=True):

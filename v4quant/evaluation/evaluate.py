@@ -59,11 +59,13 @@ SHARED = ("noise_floor", "coverage")
 @dataclass(frozen=True)
 class LogitFiles:
     """save: where to write the checkpoint's logits, `top_k` of them if given. reference: logits
-    saved earlier, to compare with instead of running the reference."""
+    saved earlier, to compare with instead of running the reference. place: where `save` is written,
+    if elsewhere."""
 
     save: Path | None = None
     top_k: int | None = None
     reference: Path | None = None
+    place: Path | None = None
 
 
 NO_FILES = LogitFiles()
@@ -103,12 +105,14 @@ def evaluate_checkpoint(
     measures: Measures = SCORES_ONLY,
     others: Sequence[Checkpoint] = (),
     resources: Resources = UNLIMITED,
+    until: ExitStack | None = None,
 ) -> dict[str, Any]:
     """The full evaluation object (the schema of `evaluate --json` and of reports).
 
     weights: with a reference, also compare every matrix with its source and list what does not
     fit as `findings`. others: further conversions of the reference, evaluated in the same run;
-    their figures are the entries of `others`. With `files.reference` the reference, if given, only
+    their figures are the entries of `others`. until: what was kept of finished layers goes when it
+    is closed, by default when this returns. With `files.reference` the reference, if given, only
     lends its weights for that comparison. Raises what `evaluate` and `compare_weights` raise,
     LogitsError, EvaluationError, SizeError for too little memory and OutputError for scratch files.
     """
@@ -130,7 +134,7 @@ def evaluate_checkpoint(
     with ExitStack() as opened:
         run = [*candidates, reference] if runs and reference is not None else candidates
         kind = f"{floors} {bool(files.reference)} {measures.draft} {resources.device.type}"
-        room = opened.enter_context(
+        room = (until or opened).enter_context(
             _opened_room(plan, resources, lambda: _run_key(run, ran, in_pieces, kind))
         )
         if files.reference is not None:
@@ -279,7 +283,7 @@ def _figures(
         first = candidates[0]
         facts = LogitFacts(first.digest(), str(first.path), options.activations, options.products)
         vocab_size = int(first.config["vocab_size"])
-        sink = logits_writer(files.save, corpus, vocab_size, facts, files.top_k)
+        sink = logits_writer(files.save, corpus, vocab_size, facts, files.top_k, files.place)
     try:
         if reference is None:
             found = [evaluate(candidates[0], None, corpus, options, progress, sink, measures, room)]

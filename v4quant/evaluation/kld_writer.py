@@ -27,8 +27,11 @@ _SMALLEST = np.float32(1e-30)
 class KldWriter:
     """Writes one model's logits as they are computed."""
 
-    def __init__(self, path: Path, corpus: Corpus, vocab_size: int) -> None:
-        """Plan the file. Raises KldError unless all windows have one length of at least 3."""
+    def __init__(
+        self, path: Path, corpus: Corpus, vocab_size: int, place: Path | None = None
+    ) -> None:
+        """Plan the file `path`, written to `place` if given. Raises KldError unless all windows
+        have one length of at least 3."""
         windows = corpus.windows
         lengths = sorted({len(w) for w in windows})
         if len(lengths) != 1 or lengths[0] < 3:
@@ -42,7 +45,9 @@ class KldWriter:
         size = (shape.n_chunk * shape.rows, shape.row_bytes)
         rows = TensorSpec("rows", "U8", size, offset=len(header))
         self._first = len(header)
-        self._writer = ShardWriter(path, FilePlan(header, (rows,), shape.nbytes), nameless=True)
+        self._writer = ShardWriter(
+            place or path, FilePlan(header, (rows,), shape.nbytes), nameless=True
+        )
         self._block = torch.empty(0)
 
     def __call__(self, piece: LogitTile) -> None:

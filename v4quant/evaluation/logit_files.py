@@ -26,11 +26,18 @@ def writes_whole_rows(path: Path) -> bool:
 
 
 def logits_writer(
-    path: Path, corpus: Corpus, vocab_size: int, facts: LogitFacts, top_k: int | None
+    path: Path,
+    corpus: Corpus,
+    vocab_size: int,
+    facts: LogitFacts,
+    top_k: int | None,
+    place: Path | None = None,
 ) -> LogitsFile | KldWriter:
-    """Begin a file. Raises LogitsError or KldError for what its form cannot hold."""
+    """Begin a file. path: what it is called; place: where it is written, if elsewhere.
+
+    Raises LogitsError or KldError for what its form cannot hold."""
     if not writes_whole_rows(path):
-        return LogitsFile(path, corpus, vocab_size, facts, top_k)
+        return LogitsFile(path, corpus, vocab_size, facts, top_k, place)
     if top_k is not None:
         raise LogitsError(f"{path}: llama.cpp's base files hold all tokens; leave --save-top-k out")
-    return KldWriter(path, corpus, vocab_size)
+    return KldWriter(path, corpus, vocab_size, place)

@@ -57,10 +57,16 @@ class LogitsFile:
     """Writes one model's logits as they are computed, whole or the `top_k` best of a position."""
 
     def __init__(
-        self, path: Path, corpus: Corpus, vocab_size: int, facts: LogitFacts, top_k: int | None
+        self,
+        path: Path,
+        corpus: Corpus,
+        vocab_size: int,
+        facts: LogitFacts,
+        top_k: int | None,
+        place: Path | None = None,
     ) -> None:
-        """Plan the file. Raises LogitsError unless all windows have one length, and for a K that
-        is too small or larger than the vocabulary."""
+        """Plan the file `path`, written to `place` if given. Raises LogitsError unless all windows
+        have one length, and for a K that is too small or larger than the vocabulary."""
         windows = corpus.windows
         lengths = {len(w) for w in windows}
         if len(lengths) != 1:
@@ -83,7 +89,7 @@ class LogitsFile:
             specs.append(TensorSpec("top_logprobs", "F32", (count, length, top_k)))
             specs.append(TensorSpec("rest", "F32", (count, length)))
             specs.append(TensorSpec("target_logprobs", "F32", (count, length)))
-        self._writer = ShardWriter(path, plan_shard(specs), nameless=True)
+        self._writer = ShardWriter(place or path, plan_shard(specs), nameless=True)
         self._writer.add("input_ids", torch.stack(windows))
         self._writer.add(_FACTS, told)
         self._rows: Softmax | None = None

@@ -68,7 +68,15 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_RESERVED = {"checkpoint", "source", "candidate", "solution"}
+_RESERVED = {
+    "checkpoint", "source", "candidate", "solution",
+    "stats.v4q", "evaluation.json", "report.html", "report.md", "steps.json",
+}  # fmt: skip
+# A ladder's solutions begin so, what --overwrite makes ends so, and Windows has devices so called
+# and drops a point at the end.
+_TAKEN = re.compile(
+    r"solution-.*|.*\.v4quant-(new|old)|.*\.|(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -181,6 +189,12 @@ def load_pipeline(name: str, model: str = MODELS[0]) -> Pipeline:
     )
 
 
+def _may_be_named(name: str) -> bool:
+    """Whether a conversion's folder of this name is one everywhere, and beside the others."""
+    taken = name.lower() in _RESERVED or _TAKEN.fullmatch(name)
+    return bool(_NAME.fullmatch(name)) and not taken
+
+
 def _rungs(tables: Any, path: Path) -> tuple[Rung, ...]:
     """The [quantize] table, or all of [[quantize]]; each may have a `name`, else its scheme is."""
     if isinstance(tables, dict):
@@ -192,10 +206,11 @@ def _rungs(tables: Any, path: Path) -> tuple[Rung, ...]:
         where = f"{path} [quantize]" + (f" {number}" if several else "")
         recipe = recipe_from_table({k: v for k, v in table.items() if k != "name"}, where)
         name = table.get("name", recipe.scheme)
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() in _RESERVED:
+        if not isinstance(name, str) or not _may_be_named(name):
             raise RecipeError(
                 f"{where}: name = {name!r} cannot name a folder beside the others; use letters, "
-                f"digits, '.', '_' and '-', and none of {', '.join(sorted(_RESERVED))}"
+                f"digits, '.', '_' and '-', no device of Windows and none of "
+                f"{', '.join(sorted(_RESERVED))}"
             )
         if name.lower() in {r.name.lower() for r in rungs}:
             raise RecipeError(f"{where}: two conversions are called '{name}'; give one a name")

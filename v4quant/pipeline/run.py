@@ -7,90 +7,58 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from v4quant.api.arguments import (
     PathLike,
     Size,
-    config_of,
     forward_options,
     path_of,
-    read_corpus,
     size_of,
     source_of,
     tool_facts,
 )
-from v4quant.builtin import resolve_corpus
-from v4quant.calibration.collect import (
-    calibrate_to,
-    draw_corpus,
-    reserve_of,
-    solve_settings,
-    solve_several_to,
-)
-from v4quant.calibration.provenance import provenance_of
 from v4quant.checks.kernel_check import check_kernels
 from v4quant.checks.verify import verify as verify_checkpoint
-from v4quant.conversion.calibrated import load_calibrated, solved_part
-from v4quant.conversion.job import JobResult, as_begun, check_folder, run_job
+from v4quant.conversion.job import JobResult, as_begun, check_folder, holds_anothers, run_job
+from v4quant.conversion.overwrite import refuse_others, replacing, tidy
 from v4quant.conversion.plan import make_plan
 from v4quant.conversion.workers import fit_workers
 from v4quant.devices import arithmetic_threads, find_device
 from v4quant.evaluation.evaluate import Resources, evaluate_checkpoint
 from v4quant.evaluation.report import write_report
 from v4quant.evaluation.result import Evaluation, evaluation_from_dict
+from v4quant.existing import NewFiles, report_file, statistics_file
 from v4quant.hub.refs import HubRef, parse_hub
 from v4quant.outputs import refuse_inputs
-from v4quant.own_folders import is_made_home, own_folder, remove_if_empty, remove_own_folder
+from v4quant.own_folders import (
+    is_made_home,
+    make_home,
+    own_folder,
+    remove_if_empty,
+    remove_own_folder,
+)
+from v4quant.pipeline.calibrating import calibrate_all
 from v4quant.pipeline.costs import expected_costs, with_effort
+from v4quant.pipeline.job import ALONE, STATS_NAME, Job, Target, corpus_of, key_of
 from v4quant.pipeline.recipe_file import CorpusStep, Pipeline, VerifyStep, load_pipeline
 from v4quant.pipeline.results import Conversion, RunResult, RunWatcher, SilentWatcher
-from v4quant.pipeline.step_cache import FinishedSteps, step_key
+from v4quant.pipeline.step_cache import RECORD_NAME, FinishedSteps
 from v4quant.planner.choices import Effort
 from v4quant.planner.footprint import outline_checkpoint
 from v4quant.progress import default_progress
 from v4quant.publishing.card import CardRequest, Sibling
 from v4quant.publishing.hub_folders import open_delivery, share_cap, update_card
-from v4quant.recipe import Recipe
 from v4quant.source import Source, open_source
-from v4quant_calibration.corpus.corpus import Corpus
-from v4quant_calibration.solve.solution import SOLUTION_NAME, Evidence, Solution
-from v4quant_calibration.solve.solve import SolveTarget
+from v4quant_calibration.solve.solution import Evidence, Solution
 from v4quant_calibration.statistics.coverage import coverage
-from v4quant_calibration.statistics.provenance import Provenance
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.manifest import MANIFEST_NAME
-from v4quant_formats.sidecars import TOKENIZER, place_of
 from v4quant_kernels.progress import Progress
 
-_SOURCE, _CANDIDATE, _ALONE = "source", "candidate", "checkpoint"
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What all steps of a run share."""
-
-    folder: Path
-    limits: Resources
-    progress: Progress
-    watcher: RunWatcher
-
-
-@dataclass(frozen=True)
-class _Target:
-    """A conversion and where its parts go. repo: "" for a folder."""
-
-    name: str
-    recipe: Recipe
-    folder: Path
-    solution: Path
-    repo: str
-
-    @property
-    def solves(self) -> bool:
-        """Whether calibration chooses its codes."""
-        return self.recipe.solver == "gptq"
+_REPORTS = ("report.html", "report.md")
+_SOURCE, _CANDIDATE = "source", "candidate"
 
 
 def run(
@@ -104,6 +72,7 @@ def run(
     max_memory: Size = None,
     disk_cap: Size = None,
     effort: Effort | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
     watcher: RunWatcher | None = None,
 ) -> RunResult:
@@ -115,7 +84,9 @@ def run(
     name), statistics, evaluation and report beside it. effort: choose the solver and the text to
     calibrate on by how long they may take, instead of what the file says; a conversion whose solver
     the file does not name is solved where this machine does it within a day. The same call again
-    resumes, and repeats nothing that is done except verification. workers: threads of the
+    resumes, and repeats nothing that is done except verification. overwrite: a solution or
+    conversion that v4quant made of something else is replaced, each when the new one is whole;
+    what still answers is reused. workers: threads of the
     conversion. threads: of passes and solvers.
 
     Raises RecipeError for what the file asks, and what the steps raise.
@@ -124,7 +95,7 @@ def run(
     pipeline = load_pipeline(recipe, model)
     folder = Path(out) if out is not None else Path(f"v4quant-{Path(recipe).stem}")
     limits = Resources(size_of(max_memory), None, find_device(device), folder)
-    job = _Run(folder, limits, default_progress(progress), watcher or SilentWatcher())
+    job = Job(folder, limits, default_progress(progress), watcher or SilentWatcher(), overwrite)
     disk, where = size_of(disk_cap), source_of(pipeline.source)
     scratch = own_folder(folder, _SOURCE) if isinstance(where, HubRef) else None
     words = path_of(pipeline.tokenizer or None)
@@ -136,10 +107,11 @@ def run(
         outline, cores = outline_checkpoint(source), _cores(workers)
         pipeline = with_effort(pipeline, outline, effort, cores)
         targets = _targets(pipeline, folder)
-        made = {t.name: _may_be_made(t, source) for t in targets}
+        made = {t.name: _may_be_made(t, source, overwrite and not t.repo) for t in targets}
+        _refuse_files(job, pipeline)
         for line in expected_costs(pipeline, outline, cores):
             job.watcher.note(line)
-        evidence = _calibrate_all(job, pipeline, targets, source)
+        evidence = calibrate_all(job, pipeline, targets, source)
         done, shares = [], {}
         for target, (stats, digest) in zip(targets, evidence, strict=True):
             converted, shares[target.name] = _convert(
@@ -165,6 +137,19 @@ def run(
     )  # fmt: skip
 
 
+def _refuse_files(job: Job, pipeline: Pipeline) -> None:
+    """Refuse files of others under the names of results, where no run has been; begin the record.
+
+    Raises OutputError.
+    """
+    if not (job.folder / RECORD_NAME).is_file():
+        names = ("evaluation.json", *_REPORTS) if pipeline.evaluate is not None else ()
+        files = [report_file(job.folder / name) for name in names]
+        stats = [statistics_file(job.folder / STATS_NAME)] if pipeline.calibrate else []
+        NewFiles([*files, *stats], job.overwrite)
+    FinishedSteps(job.folder).begin()
+
+
 def _cores(workers: int | None) -> int:
     return workers or os.cpu_count() or 1
 
@@ -173,13 +158,13 @@ def _candidate_folder(index: int) -> str:
     return f"{_CANDIDATE}-{index}" if index else _CANDIDATE
 
 
-def _targets(pipeline: Pipeline, folder: Path) -> list[_Target]:
+def _targets(pipeline: Pipeline, folder: Path) -> list[Target]:
     """Where every conversion goes: `checkpoint` alone, in a ladder a folder by its name each."""
     repo = parse_hub(pipeline.target).repo if pipeline.target else ""
     if not pipeline.is_ladder:
-        return [_Target(_ALONE, pipeline.recipe, folder / _ALONE, folder / "solution", repo)]
+        return [Target(ALONE, pipeline.recipe, folder / ALONE, folder / "solution", repo)]
     return [
-        _Target(
+        Target(
             rung.name, rung.recipe, folder / rung.name, folder / f"solution-{rung.name}",
             f"{repo}-{rung.name}" if repo else "",
         )
@@ -187,93 +172,25 @@ def _targets(pipeline: Pipeline, folder: Path) -> list[_Target]:
     ]  # fmt: skip
 
 
-def _may_be_made(target: _Target, source: Checkpoint) -> bool:
+def _may_be_made(target: Target, source: Checkpoint, overwrite: bool) -> bool:
     """Plan the conversion and check its folder; whether this run made the folder.
 
     What cannot be planned or written is not calibrated first.
     """
     make_plan(source, target.recipe)
-    if not (target.folder / (target.recipe.layout.index or MANIFEST_NAME)).exists():
+    if overwrite:
+        tidy(target.folder)
+        refuse_others(target.folder)
+        if not target.folder.exists():
+            make_home(target.folder)
+    elif not (target.folder / (target.recipe.layout.index or MANIFEST_NAME)).exists():
         check_folder(target.folder)
     return is_made_home(target.folder)
 
 
-def _calibrate_all(
-    job: _Run, pipeline: Pipeline, targets: Sequence[_Target], source: Checkpoint
-) -> list[tuple[Evidence | None, str]]:
-    """What is known of the text for every target: its own solution, or shared statistics.
-
-    A solution holds the statistics of the same text, so a ladder with one needs no pass for others.
-    """
-    step = pipeline.calibrate
-    if step is None:
-        return [load_calibrated(source, None, target.recipe) for target in targets]
-    solving = [t for t in targets if t.solves]
-    shared = solving[0].solution if solving else job.folder / "stats.v4q"
-    _calibrate(job, step, solving, source, shared)
-    return [load_calibrated(source, t.solution if t.solves else shared, t.recipe) for t in targets]
-
-
-def _calibrate(
-    job: _Run, step: CorpusStep, solving: Sequence[_Target], source: Checkpoint, shared: Path
-) -> None:
-    """Solve every target that is to be solved, in one forward pass of the source; without any,
-    write statistics to `shared`."""
-    names = [t.name for t in solving if t.name != _ALONE]
-    whose = f" for {', '.join(names)}" if names else ""
-    job.watcher.step(f"Calibrate{whose}: what every expert's inputs look like")
-    done = FinishedSteps(job.folder)
-    steps = [
-        (t.solution / SOLUTION_NAME, _step_key(step, source, json.dumps(solved_part(t.recipe))))
-        for t in solving
-    ] or [(shared, _step_key(step, source))]
-    todo = [i for i, (file, key) in enumerate(steps) if not done.has(key, file)]
-    for file, _ in (s for i, s in enumerate(steps) if i not in todo):
-        whole = file.parent if solving else file
-        job.watcher.note(f"{whole} is of this checkpoint, corpus and settings: reused")
-    if not todo:
-        return
-
-    def load(tokens: int | None) -> Corpus:
-        return _corpus(
-            replace(step, tokens=tokens), source, job.limits.max_memory, reserve_of(step.tokens)
-        )
-
-    corpus = draw_corpus(load, step.tokens)
-    job.watcher.note(f"{sum(map(len, corpus.windows)):,} tokens in {len(corpus.windows)} windows")
-    if corpus.skipped_rows:
-        job.watcher.note(f"{corpus.skipped_rows:,} of the rows read are unusable and were left out")
-    forward = (source, config_of(source), corpus, forward_options(step.activations))
-    where = (job.progress, job.limits.max_memory, job.limits.device)
-    if solving:
-        wanted = [
-            SolveTarget(
-                solve_settings(source, solving[i].recipe, step.propagate), solving[i].solution,
-                _provenance(job, step, solving[i].recipe),
-            )
-            for i in todo
-        ]  # fmt: skip
-        found = solve_several_to(*forward, step.min_tokens, wanted, *where)
-    else:
-        made = _provenance(job, step, None)
-        found = calibrate_to(*forward, step.min_tokens, None, shared, *where, provenance=made)
-    for i in todo:
-        file, key = steps[i]
-        done.add(key, file)
-    job.watcher.calibrated(found.stats)
-
-
-def _provenance(job: _Run, step: CorpusStep, recipe: Recipe | None) -> Provenance:
-    return provenance_of(
-        step.corpus, recipe, step.propagate, tokens=step.tokens, seq_len=step.seq_len,
-        mode=step.mode, chat_keys=step.chat_keys, skip_bad_rows=step.skip_bad_rows,
-        activations=step.activations, min_tokens=step.min_tokens, device=job.limits.device.type,
-    )  # fmt: skip
-
-
 def _convert(
-    job: _Run,
-    target: _Target,
+    job: Job,
+    target: Target,
     source: Checkpoint,
     stats: Evidence | None,
     digest: str,
@@ -282,21 +199,24 @@ def _convert(
 ) -> tuple[JobResult, int]:
     """The conversion's result, and the output's share of the disk cap."""
     recipe = target.recipe
-    plan = as_begun(make_plan(source, recipe, digest), target.folder)
-    plan = replace(plan, device=job.limits.device)
+    plan = replace(make_plan(source, recipe, digest), device=job.limits.device)
     job.watcher.step(f"Quantize to {recipe.scheme} ({recipe.format})")
     threads = fit_workers(plan, _cores(workers), job.limits.max_memory)
     share, delivery = share_cap(plan, disk, target.folder if target.repo else None), None
     if target.repo:
         request = CardRequest(target.repo)
         delivery = open_delivery(target.repo, target.folder, plan, share, True, request)
-    result = run_job(plan, target.folder, stats, threads, job.progress, delivery=delivery)
+    replaces = job.overwrite and not target.repo and holds_anothers(plan, target.folder)
+    with replacing(target.folder, replaces, request=plan.digest) as place:
+        plan = as_begun(plan, place)
+        result = run_job(plan, place, stats, threads, job.progress, delivery=delivery)
+    result = replace(result, output=str(target.folder))
     job.watcher.converted(result)
     return result, share
 
 
 def _check(
-    job: _Run, step: VerifyStep | None, target: _Target, source: Checkpoint, made: bool
+    job: Job, step: VerifyStep | None, target: Target, source: Checkpoint, made: bool
 ) -> tuple[bool, Source]:
     """Whether all holds, and where the checkpoint is. A repository was checked by its digests."""
     if not target.repo:
@@ -308,7 +228,7 @@ def _check(
     return True, place
 
 
-def _verify(job: _Run, step: VerifyStep | None, target: _Target, source: Checkpoint) -> bool:
+def _verify(job: Job, step: VerifyStep | None, target: Target, source: Checkpoint) -> bool:
     """Verify; False when something differs."""
     if step is None:
         return True
@@ -335,7 +255,7 @@ def _verify(job: _Run, step: VerifyStep | None, target: _Target, source: Checkpo
 
 
 def _evaluate_all(
-    job: _Run,
+    job: Job,
     step: CorpusStep,
     source: Checkpoint,
     places: Sequence[Source],
@@ -353,15 +273,15 @@ def _evaluate_all(
             candidates.append(opened.enter_context(open_source(place, near, cap)))
         digests = [d for c, (_, moments) in zip(candidates, evidence, strict=True)
                    for d in (c.digest(), moments)]  # fmt: skip
-        key = _step_key(step, source, *digests)
+        key = key_of(step, source, *digests)
         if done.has(key, file):
             job.watcher.note(f"{file} is of these checkpoints, corpus and settings: reused")
             result = evaluation_from_dict(json.loads(file.read_bytes()))
         else:
             figures = evaluate_checkpoint(
-                candidates[0], source, _corpus(step, source, job.limits.max_memory),
+                candidates[0], source, corpus_of(step, source, job.limits.max_memory),
                 forward_options(step.activations),
-                job.progress, others=candidates[1:], resources=job.limits,
+                job.progress, others=candidates[1:], resources=job.limits, until=opened,
             )  # fmt: skip
             if (stats := evidence[0][0]) is not None:
                 seen = stats.stats if isinstance(stats, Solution) else stats
@@ -369,7 +289,7 @@ def _evaluate_all(
             result = evaluation_from_dict({"tool": tool_facts(), **figures})
             write_report(result, file)
             done.add(key, file)
-    for name in ("report.html", "report.md"):
+    for name in _REPORTS:
         write_report(result, job.folder / name)
     return result
 
@@ -386,18 +306,3 @@ def _update_cards(places: Sequence[Source], found: Evaluation) -> None:
         if isinstance(place, HubRef):
             others = siblings if len(siblings) > 1 else ()
             update_card(place.repo, CardRequest(place.repo, one, siblings=others))
-
-
-def _corpus(
-    step: CorpusStep, source: Checkpoint, max_memory: int | None, enough: int | None = None
-) -> Corpus:
-    config = config_of(source)
-    return read_corpus(
-        step.corpus, source, config, step.seq_len, step.tokens, step.mode, step.chat_keys,
-        step.skip_bad_rows, enough, max_memory,
-    )  # fmt: skip
-
-
-def _step_key(step: CorpusStep, source: Checkpoint, *digests: str) -> str:
-    files = [*resolve_corpus(list(step.corpus)), place_of(source, TOKENIZER)]
-    return step_key(step, files, source.digest(), *digests)

@@ -48,6 +48,11 @@ class FinishedSteps:
         if isinstance(found, dict):
             self._entries = found
 
+    def begin(self) -> None:
+        """Make the record, by which a run's folder is known. Raises OutputError."""
+        if not self._path.is_file():
+            self._write()
+
     def has(self, key: str, file: Path) -> bool:
         """Whether `file` is the result of the step with this key."""
         return file.is_file() and self._entries.get(self._name(file)) == [key, hash_file(file)]
@@ -55,6 +60,9 @@ class FinishedSteps:
     def add(self, key: str, file: Path) -> None:
         """Record `file`, which is written, as the result of the step. Raises OutputError."""
         self._entries[self._name(file)] = [key, hash_file(file)]
+        self._write()
+
+    def _write(self) -> None:
         write_file_atomically(self._path, (json.dumps(self._entries, indent=1) + "\n").encode())
 
     def _name(self, file: Path) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ from v4quant_formats.shard_files import LocalShards, file_state
 from v4quant_formats.shards import (
     ShardWriter,
     all_leftovers,
+    leftovers,
     output_error,
     remove_leftovers,
     write_file_atomically,
@@ -56,6 +58,8 @@ _MAX_BYTES = 64 * 2**20
 # Names of tensors of blocks end in this and the type; safetensors has no dtype for them.
 _BLOCKS = "blocks_"
 _PROVENANCE = "provenance"
+# Of a stage, of what is solved before its experts, and a rank's part of either.
+_STAGE_FILE = re.compile(r"([a-z]+\.\d+(\.attn)?|head)\.safetensors(\.rank\d+)?")
 
 
 class SolutionError(StatsError):
@@ -218,6 +222,43 @@ def is_solution(path: Path) -> bool:
     return (path / SOLUTION_NAME).is_file()
 
 
+def is_solution_file(name: str) -> bool:
+    """Whether a file in a solution's folder, finished or not, has a name that solving gives."""
+    return name in (SOLUTION_NAME, STATS_NAME) or bool(_STAGE_FILE.fullmatch(name))
+
+
+def holds_another(folder: Path, header: Mapping[str, Any]) -> bool:
+    """Whether a folder holds something else than a solution that was begun with this header."""
+    if is_solution(folder):
+        return not _begun_with(_read(folder), header)
+    torn = set(leftovers(folder, [SOLUTION_NAME]))
+    return folder.is_dir() and any(path not in torn for path in folder.iterdir())
+
+
+def is_own_solution(folder: Path) -> bool:
+    """Whether a folder has the header of a solution, finished or not."""
+    if not is_solution(folder):
+        return False
+    try:
+        return {"version", "source_digest", "corpus_digest", "finished"} <= _read(folder).keys()
+    except SolutionError:
+        return False
+
+
+def clear_solution(folder: Path) -> None:
+    """Remove a solution's files, whatever it is of; its header last."""
+    if is_own_solution(folder):
+        names = sorted(folder.iterdir(), key=lambda path: path.name == SOLUTION_NAME)
+        torn = set(all_leftovers(folder))
+        for path in names:
+            if is_solution_file(path.name) or path in torn:
+                path.unlink(missing_ok=True)
+
+
+def _begun_with(found: Mapping[str, Any], header: Mapping[str, Any]) -> bool:
+    return {k: found.get(k) for k in header} == dict(header)
+
+
 def begin_solution(folder: Path, header: Mapping[str, Any]) -> None:
     """Create the folder, or see that what it holds was begun with the same header.
 
@@ -226,9 +267,10 @@ def begin_solution(folder: Path, header: Mapping[str, Any]) -> None:
     path = folder / SOLUTION_NAME
     if path.exists():
         found = _read(folder)
-        if {k: found.get(k) for k in header} != dict(header):
+        if not _begun_with(found, header):
             raise SolutionError(
-                f"{path}: was begun for another checkpoint, corpus or setting; choose a new folder"
+                f"{path}: was begun for another checkpoint, corpus or setting; choose a new "
+                "folder, or replace it with --overwrite"
             )
         for left in all_leftovers(folder):
             left.unlink(missing_ok=True)

@@ -48,7 +48,9 @@ from v4quant_calibration.solve.solution import (
     Solution,
     attention_file,
     begin_solution,
+    clear_solution,
     finish_solution,
+    holds_another,
     load_solution,
     stage_file,
 )
@@ -67,11 +69,16 @@ from v4quant_kernels.progress import Progress
 
 @dataclass(frozen=True)
 class SolveTarget:
-    """One solution to be made: of what, in which folder, and what is recorded of how."""
+    """One solution to be made: of what, in which folder, and what is recorded of how.
+
+    otherwise: the folder where it is made while `folder` holds another solution, which stays until
+    the caller exchanges them.
+    """
 
     settings: SolveSettings
     folder: Path
     provenance: Provenance | None = None
+    otherwise: Path | None = None
 
 
 def solve(
@@ -130,6 +137,7 @@ def solve_several(
         require_blocks(draft_blocks(windows, config))
     stages = [*trunk_stages(config), *drafts.stages]
     headers = [_header(checkpoint, windows, options, floor, t.settings) for t in targets]
+    targets = _placed(targets, headers, team)
     if team.is_first:
         for target, header in zip(targets, headers, strict=True):
             begin_solution(target.folder, header)
@@ -187,6 +195,24 @@ def solve_several(
             _finish(target.folder, header, stats, stages, target.provenance)
     team.barrier()
     return [load_solution(t.folder, checkpoint.digest()) for t in targets]
+
+
+def _placed(
+    targets: Sequence[SolveTarget], headers: Sequence[Mapping[str, Any]], team: Team
+) -> list[SolveTarget]:
+    """The targets with the folders they are made in, as the first rank finds them."""
+    folders = None
+    if team.is_first:
+        folders = [
+            t.otherwise if t.otherwise is not None and holds_another(t.folder, header) else t.folder
+            for t, header in zip(targets, headers, strict=True)
+        ]
+        for folder, target, header in zip(folders, targets, headers, strict=True):
+            if folder != target.folder and holds_another(folder, header):
+                clear_solution(folder)
+    folders = team.tell(folders)
+    assert folders is not None
+    return [replace(t, folder=folder) for t, folder in zip(targets, folders, strict=True)]
 
 
 def _joined(team: Team, found: StageStats) -> StageStats:

@@ -158,6 +158,15 @@ def write_stats(path: Path, stats: Stats) -> None:
     write_tensors(path, tensors, {"v4quant_stats": json.dumps(header)})
 
 
+def is_stats(path: Path) -> bool:
+    """Whether a file is one that `write_stats` wrote, in this version or another."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return isinstance(json.loads((file.metadata() or {})["v4quant_stats"]), dict)
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
+        return False
+
+
 def load_stats(path: Path, source_digest: str) -> Stats:
     """Read a statistics file made for the checkpoint with `source_digest`. Raises StatsError."""
     try:

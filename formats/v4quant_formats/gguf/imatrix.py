@@ -20,13 +20,14 @@ from gguf import GGUFValueType
 from torch import Tensor
 
 from v4quant_formats.errors import FormatError, WrongMetadata
-from v4quant_formats.gguf.file import Field, plan_named
+from v4quant_formats.gguf.file import ALIGNMENT, Field, plan_named
 from v4quant_formats.gguf.header import MAGIC, GgufHeader, GgufTensor, read_gguf_header
 from v4quant_formats.gguf.imatrix_dat import looks_like_dat, read_dat
 from v4quant_formats.shards import ShardWriter
 from v4quant_formats.spec import TensorSpec
 
 IMATRIX = "imatrix"
+_AUTHOR = "v4quant"
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
 
@@ -45,6 +46,17 @@ class Inputs:
 def is_imatrix(header: GgufHeader) -> bool:
     """Whether a GGUF file holds an importance matrix instead of a model."""
     return header.metadata.get("general.type") == IMATRIX
+
+
+def is_own_imatrix(path: Path) -> bool:
+    """Whether a file is an importance matrix that `write_imatrix` wrote, as long as it made it."""
+    try:
+        header, size = read_gguf_header(path), path.stat().st_size
+    except (FormatError, OSError):
+        return False
+    end = max((t.offset + t.nbytes for t in header.tensors.values()), default=size)
+    whole = 0 <= size - end < ALIGNMENT
+    return whole and is_imatrix(header) and header.metadata.get("general.author") == _AUTHOR
 
 
 def looks_like_imatrix(path: Path) -> bool:
@@ -66,6 +78,7 @@ def write_imatrix(
     """
     fields = [
         Field("general.type", GGUFValueType.STRING, IMATRIX),
+        Field("general.author", GGUFValueType.STRING, _AUTHOR),
         Field("imatrix.datasets", GGUFValueType.ARRAY, list(corpora), GGUFValueType.STRING),
         Field("imatrix.chunk_count", GGUFValueType.UINT32, windows),
         Field("imatrix.chunk_size", GGUFValueType.UINT32, window),

@@ -206,7 +206,7 @@ def index_tile(arch: int, shared: bool) -> IndexTile:
 @cache
 def _tuned_table(path: str) -> dict[str, Any]:
     try:
-        stored = json.loads(Path(path).read_text())
+        stored = json.loads(Path(path).read_bytes())
         table = {
             k: (IndexTile if k.startswith(_INDEX) else Tile)(**v)
             for k, v in stored["tiles"].items()

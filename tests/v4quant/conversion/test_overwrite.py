@@ -138,7 +138,7 @@ def test_an_unfinished_one_of_another_recipe_goes(tmp_path: Path) -> None:
     (out / "a.gguf").write_bytes(b"a")
     (tmp_path / "b").write_bytes(b"b")
     with replacing(out, True) as place:
-        place.mkdir()
+        place.mkdir(exist_ok=True)
         (place / "new").write_bytes(b"new")
     assert folder_bytes(out) == {"new": b"new"} and (tmp_path / "b").read_bytes() == b"b"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "out"]

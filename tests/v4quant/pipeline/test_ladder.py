@@ -88,6 +88,10 @@ def test_an_interrupted_ladder_ends_in_the_same_bytes(
         (('name = "small"', 'name = "int4-g128"'), "two conversions are called 'int4-g128'"),
         (('name = "small"', 'name = "../up"'), "cannot name a folder"),
         (('name = "small"', 'name = "source"'), "cannot name a folder"),
+        (('name = "small"', 'name = "Report.html"'), "cannot name a folder"),
+        (('name = "small"', 'name = "solution-mxfp4"'), "cannot name a folder"),
+        (('name = "small"', 'name = "aux.1"'), "cannot name a folder"),
+        (('name = "small"', 'name = "small."'), "cannot name a folder"),
         (('scheme = "int2-g128"', 'scheme = "int2-g128"\ndraught = "drop"'), "unknown key"),
     ],
 )

@@ -24,6 +24,7 @@ from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
 
 # The name `run` in v4quant.pipeline.run is the function.
 RUN = importlib.import_module("v4quant.pipeline.run")
+CALIBRATING = importlib.import_module("v4quant.pipeline.calibrating")
 
 FULL = """
 source = "here"
@@ -246,6 +247,13 @@ def test_a_run_solves(tmp_path: Path) -> None:
     assert (out / "solution" / "layers.0.safetensors").exists()
     again = run(file, out)
     assert again.exit_code == 0 and again.stderr.count("reused") == 1
+    asked = file.read_text()
+    file.write_text(asked.replace("min_tokens = 32", "min_tokens = 31"))
+    assert "--overwrite" in str(run(file, out).exception)
+    again = run(file, out, "--overwrite")
+    assert again.exit_code == 0, (again.output, again.exception)
+    assert json.loads((out / "solution" / "solution.json").read_bytes())["floor"] == 31
+    assert not list(out.glob("*.v4quant-*"))
     file.write_text(
         text.partition("[calibrate]")[0] + "[quantize]" + text.partition("[quantize]")[2]
     )
@@ -262,7 +270,7 @@ def test_the_second_run_repeats_nothing(
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("done again")
 
-    monkeypatch.setattr(RUN, "calibrate_to", forbidden)
+    monkeypatch.setattr(CALIBRATING, "calibrate_to", forbidden)
     monkeypatch.setattr(RUN, "evaluate_checkpoint", forbidden)
     monkeypatch.setattr("v4quant.conversion.shard_writing.convert_unit", forbidden)
     result = run(file, out)
@@ -278,9 +286,9 @@ def test_cap_and_device_reach_every_step(
 ) -> None:
     file, _, _ = first
     seen: dict[str, Any] = {}
-    calibrate, evaluate, convert = RUN.calibrate_to, RUN.evaluate_checkpoint, RUN.run_job
+    calibrate, evaluate, convert = CALIBRATING.calibrate_to, RUN.evaluate_checkpoint, RUN.run_job
     monkeypatch.setattr(
-        RUN,
+        CALIBRATING,
         "calibrate_to",
         lambda *a, **k: seen.update(calibrate=a[-2:]) or calibrate(*a, **k),
     )
@@ -330,7 +338,35 @@ def test_a_changed_run_file_is_noticed(first: tuple[Path, Path, Result], tmp_pat
     result = run(changed, tmp_path / "out")
     assert "of this checkpoint, corpus and settings" not in result.stderr
     assert isinstance(result.exception, V4QuantError)
-    assert "not empty" in str(result.exception)
+    assert "not empty" in str(result.exception) and "--overwrite" in str(result.exception)
+    notes = tmp_path / "out" / "checkpoint" / "notes.txt"
+    notes.write_text("mine")
+    result = run(changed, tmp_path / "out", "--overwrite")
+    assert "'notes.txt'" in str(result.exception)
+    notes.unlink()
+    earlier = folder_bytes(tmp_path / "out" / "checkpoint")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RUN, "verify_checkpoint", _interrupt)
+        patch.setattr("v4quant.conversion.overwrite._rename", _interrupt)
+        result = run(changed, tmp_path / "out", "--overwrite")
+    assert result.exit_code == 1 and folder_bytes(tmp_path / "out" / "checkpoint") == earlier
+    result = run(changed, tmp_path / "out", "--overwrite")
+    assert result.exit_code == 0, result.output
+    made = folder_bytes(tmp_path / "out" / "checkpoint")
+    assert made != earlier and not list((tmp_path / "out").glob("*.v4quant-*"))
+    again = run(changed, tmp_path / "out", "--overwrite")  # nothing is replaced by itself
+    assert again.exit_code == 0 and again.stderr.count("reused") == 2
+    assert folder_bytes(tmp_path / "out" / "checkpoint") == made
+
+
+def test_results_of_others_stay(tmp_path: Path) -> None:
+    file = write_run(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.md").write_text("my report")
+    for options in ((), ("--overwrite",)):
+        result = run(file, tmp_path / "out", *options)
+        assert "not a report that v4quant wrote" in str(result.exception)
+    assert (tmp_path / "out" / "report.md").read_text() == "my report"
 
 
 def test_other_evaluation_text_is_evaluated_anew(
@@ -368,7 +404,7 @@ def test_what_cannot_be_planned_is_not_calibrated(
     (tmp_path / "broken" / "config.json").write_text(json.dumps(config))
     file = write_run(tmp_path / "in")
     file.write_text(file.read_text().replace(str(TINY), str(tmp_path / "broken")))
-    monkeypatch.setattr(RUN, "calibrate_to", _interrupt)
+    monkeypatch.setattr(CALIBRATING, "calibrate_to", _interrupt)
     result = run(file, tmp_path / "out")
     assert isinstance(result.exception, V4QuantError)
     assert "config.json implies" in str(result.exception)

@@ -111,8 +111,8 @@ def write_tiles(tuned: Tuned, path: Path) -> None:
     """Write, or add to, the file that V4QUANT_TILES names."""
     content = {"device": tuned.device, "triton": tuned.triton, "tiles": {}}
     if path.exists():
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         if (stored.get("device"), stored.get("triton")) == (tuned.device, tuned.triton):
             content["tiles"] = stored["tiles"]
     content["tiles"] |= {f.key: asdict(f.tile) for f in tuned.findings}  # type: ignore[operator]
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    path.write_bytes((json.dumps(content, indent=1, sort_keys=True) + "\n").encode())

@@ -52,6 +52,7 @@ from v4quant.evaluation.report.text import (
 )
 from v4quant.evaluation.report.worst import worst_html
 from v4quant.evaluation.result import Evaluation
+from v4quant.existing import signed
 from v4quant_formats.manifest import to_json_text
 from v4quant_formats.shards import write_file_atomically
 
@@ -353,5 +354,6 @@ def write_report(found: Evaluation, path: Path) -> None:
     if path.suffix == ".json":
         shown = to_json_text(found.as_dict())
     else:
-        shown = (render_markdown if path.suffix == ".md" else render_html)(found.figures)
+        text = (render_markdown if path.suffix == ".md" else render_html)(found.figures)
+        shown = signed(text, path.suffix)
     write_file_atomically(path, shown.encode())
