@@ -220,9 +220,11 @@ def test_calibrate_quantize_with_statistics(v4quant: Command, tmp_path: Path, id
     found = one_json(ran)
     assert ran.code == 0 and found["tokens"] == 160 and found["floor"] == 80
     assert 5 <= len(found["starved"]) < 5 * 4 and len(found["layers"]) == 5
-    error = v4quant("calibrate", TINY, "--out", stats, "--corpus", ids, "--min-tokens", 81).error
+    again = ("calibrate", TINY, "--out", stats, "--corpus", ids)
+    assert "exists already (statistics)" in v4quant(*again).error
+    error = v4quant(*again, "--min-tokens", 81, "--overwrite").error
     assert "80 for each of 4 experts" in error and "lower --min-tokens" in error
-    text = v4quant("calibrate", TINY, "--out", stats, "--corpus", ids).out
+    text = v4quant(*again, "--overwrite").out
     assert "mtp.0" in text and str(stats) in text
     out = tmp_path / "out"
     ran = v4quant("quantize", TINY, out, "--scheme", "int4-g32", "--stats", stats)
