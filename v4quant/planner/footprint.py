@@ -1,7 +1,7 @@
-"""footprint: how many bytes a conversion has, layer by layer, planned from a few experts.
+"""footprint: how many bytes a conversion has, layer by layer, planned from one expert a layer.
 
-All routed experts of a layer are alike, so a checkpoint with six of them and the same headers
-otherwise plans in a tenth of a second, and its experts' bytes are multiplied by what was left out.
+All routed experts of a layer are alike, so a checkpoint with as many of them as a token takes and
+the same headers otherwise is taken apart in no time; the first expert is planned for all of them.
 The planning is the converter's own (`plan_units`), so every scheme it can write has a footprint.
 """
 
@@ -59,8 +59,9 @@ class Outline:
     """A checkpoint's headers with a few experts a layer, and how many there really are.
 
     name: of the model, in files' names, when it is converted from a folder on this disk.
-    structure: the thin checkpoint taken apart. config: the real config.json. trunk, drafts: routed
-    experts of a layer and of a draft stage. nbytes: of the whole checkpoint's tensors.
+    structure: the thin checkpoint taken apart, of its experts the first alone. config: the real
+    config.json. trunk, drafts: routed experts of a layer and of a draft stage. nbytes: of the whole
+    checkpoint's tensors.
     """
 
     label: str
@@ -225,6 +226,12 @@ def _thinned(config: Mapping[str, Any], kept: int) -> dict[str, Any]:
     return made
 
 
+def _first_experts(structure: Structure) -> Structure:
+    """Without the names of experts that stand for none, whose planning would take most time."""
+    names = {t: n for t, n in structure.names.items() if n is None or not n.expert}
+    return replace(structure, names=names)
+
+
 def _outline(
     label: str, config: dict[str, Any], tensors: dict[str, TensorSpec], path: Path
 ) -> Outline:
@@ -232,7 +239,7 @@ def _outline(
     thin_config = _thinned(config, dims.num_experts_per_tok)
     thin = Checkpoint(path, thin_config, tensors, {}, HeadersOnly())
     drafts = dims.dspark.n_routed_experts if dims.dspark is not None else dims.n_routed_experts
-    structure = check_structure(thin)
+    structure = _first_experts(check_structure(thin))
     found = Outline(
         label,
         clean_name(label.rpartition("/")[2]),
