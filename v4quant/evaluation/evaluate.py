@@ -150,7 +150,8 @@ def evaluate_checkpoint(
             )
         compared = None
         if reference is not None and weights:
-            compared = compare_weights(reference, candidates, progress)
+            written = [_recorded_errors(reference, c) for c in candidates]
+            compared = compare_weights(reference, candidates, progress, written)
     if reference is not None:
         for index, (figures, candidate) in enumerate(zip(all_figures, candidates, strict=True)):
             _add_weights(figures, None if compared is None else compared[index], candidate)
@@ -349,6 +350,20 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "scheme": ", ".join(sorted(schemes)),
         "bytes": checkpoint.file_bytes,
         "expert_bits_per_weight": 8 * nbytes / weights if weights else None,
+    }
+
+
+def _recorded_errors(reference: Checkpoint, candidate: Checkpoint) -> dict[str, float]:
+    """Relative errors by module that the candidate's conversion from `reference` wrote down."""
+    if _source_digest(candidate) != reference.digest():
+        return {}
+    manifest = read_manifest(candidate.path)
+    if not {s.file for s in candidate} <= {f["name"] for f in manifest["files"]}:
+        return {}  # another file of the same folder
+    rows = manifest["tensors"]
+    found = {r.get("module"): r.get("relative_rms", 0.0) for r in rows if isinstance(r, dict)}
+    return {
+        m: float(e) for m, e in found.items() if isinstance(m, str) and isinstance(e, int | float)
     }
 
 

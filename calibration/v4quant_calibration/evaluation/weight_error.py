@@ -5,36 +5,39 @@ rounding. Its weights do not hide. Each matrix is decoded from both files, one a
 error taken relative to its source, ||candidate - reference|| / ||reference||. Siblings (the same
 projection of all experts of a layer) are coded alike and trained alike, so their errors agree
 within some percent. A matrix is suspected when it lies far above its siblings (robust z-score) or
-far above what its scheme costs, and reported when it also exceeds what coding *this* reference
+far above what its scheme costs, or carries more or less of its source than they do
+(`weight_gains.py`), and reported when it also exceeds what coding *this* reference
 matrix by the same scheme would cost: heavy tails and unlucky exponents explain themselves that way
 and raise no alarm, and where a scheme holds the values exactly any difference is a finding. What
-the defect looks like is asked of the suspects alone (`weight_defects.py`).
+the defect looks like is asked of the suspects alone (`weight_defects.py`). What a conversion
+recorded of its own errors is measured here in the same way, so a matrix whose error is another one
+now was changed since, however small the change.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from v4quant_calibration.evaluation.coded_matrix import (
+    NEGLIGIBLE,
+    MatrixError,
+    WeightShapeError,
+    expected_error,
+    measure,
+)
+from v4quant_calibration.evaluation.odd_gains import odd_gains, schemes_of
 from v4quant_calibration.evaluation.other_tensors import differences
-from v4quant_calibration.evaluation.weight_defects import explain, ratio, squares
+from v4quant_calibration.evaluation.weight_defects import explain
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.deepseek_v4 import TensorName, expert_module, parse_name
-from v4quant_formats.spec import TORCH_DTYPES
-from v4quant_formats.weight_reading import read_dense, read_dense_rows, read_weight
-from v4quant_formats.weights import StoredWeight, find_weight
-from v4quant_kernels import codec
-from v4quant_kernels.cast import can_cast, cast_mxfp4, top_exponent
-from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
+from v4quant_formats.deepseek_v4 import TensorName, parse_name
+from v4quant_formats.weights import find_weight
 from v4quant_kernels.progress import Progress
-from v4quant_kernels.scheme import MXFP4
 
-# Differences below this are no damage: float32 rounding of two ways to decode the same value.
-NEGLIGIBLE = 1e-6
+__all__ = ["NEGLIGIBLE", "WeightShapeError", "compare_weights", "expected_error", "robust_z"]
+
 SUSPECT_Z = 6.0
 # A suspect's error over that of coding its reference by plain rounding. Searches that weigh errors
 # by importance, and GPTQ, stay below; a factor of two in a scale is far above.
@@ -43,17 +46,11 @@ _ABOVE_GROUP = 2.0
 # Errors of siblings differ by some percent without any defect, however small their MAD comes out.
 _NATURAL_SPREAD = 0.05
 _MAD_TO_SIGMA = 1.4826
+# How far an error may be from what the conversion recorded: sums in another order, on a GPU.
+_RECORDED = 1e-3
 _VOCABULARY = ("embed", "head")
-# Larger matrices (the embedding of Flash has 2^29 weights) are compared so many weights at a time,
-# in whole tiles of 128 rows. No expert is larger, so what its scales share is seen whole.
-_PIECE = 2**25
-_TILE_ROWS = 128
 # Suspects of one group that are examined: a file that is wrong throughout needs no more.
 _MOST_CHECKED = 8
-
-
-class WeightShapeError(V4QuantError):
-    """Two checkpoints whose matrices of one name differ in shape."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +59,6 @@ class Finding:
 
     where: str
     problem: str
-
-
-@dataclass(frozen=True)
-class MatrixError:
-    """Relative error of one matrix; `scheme` is how the candidate stores it."""
-
-    name: TensorName
-    scheme: str
-    relative_error: float
 
 
 @dataclass(frozen=True)
@@ -102,7 +90,10 @@ class WeightComparison:
 
 
 def compare_weights(
-    reference: Checkpoint, candidates: Sequence[Checkpoint], progress: Progress
+    reference: Checkpoint,
+    candidates: Sequence[Checkpoint],
+    progress: Progress,
+    recorded: Sequence[Mapping[str, float]] = (),
 ) -> list[WeightComparison]:
     """Compare every linear matrix of the reference, its embedding and its head, with each
     candidate's, and find what else differs (`other_tensors.py`).
@@ -110,6 +101,8 @@ def compare_weights(
     Trunk and drafts; modules a candidate lacks (dropped drafts) are passed over. Each reference
     matrix is decoded once for the measurement. Memory: one matrix of the reference and one
     candidate, or 2^25 weights of a larger one, in float32.
+    recorded: for each candidate, by module, the relative errors that its conversion from this
+    reference wrote down; nothing where it is from elsewhere.
     Raises WeightShapeError and what reading a damaged weight raises.
     """
     names = _matrices(reference)
@@ -118,46 +111,16 @@ def compare_weights(
     progress.start("Weights", len(names), "matrix")
     for name in names:
         present = [i for i, modules in enumerate(held) if name.module in modules]
-        measured = _measure(reference, [candidates[i] for i in present], name)
+        measured = measure(reference, [candidates[i] for i in present], name)
         for i, error in zip(present, measured, strict=True):
             siblings[i][_group(name)].append(error)
         progress.advance(1)
     progress.finish()
+    written = recorded or [{} for _ in candidates]
     return [
-        _judge_all(groups, reference, candidate)
-        for groups, candidate in zip(siblings, candidates, strict=True)
+        _judge_all(groups, reference, candidate, errors)
+        for groups, candidate, errors in zip(siblings, candidates, written, strict=True)
     ]
-
-
-def expected_error(reference: Checkpoint, module: str, target: StoredWeight) -> float | None:
-    """Relative error of coding the reference's matrix as `target` codes it, by plain rounding.
-
-    None when the scheme cannot be computed here.
-    """
-    error = norm = 0.0
-    try:
-        for piece in _pieces(find_weight(reference, module).shape):
-            dense = _read(reference, module, piece)
-            more, own = squares(_coded_as(reference, module, target, dense, piece), dense)
-            error, norm = error + more, norm + own
-    except UnsupportedScheme:
-        return None
-    return ratio(error, norm)
-
-
-def _coded_as(
-    reference: Checkpoint, module: str, target: StoredWeight, dense: Tensor, piece: slice | None
-) -> Tensor:
-    """`dense`, these rows of the reference's matrix, as they come back from `target`'s coding."""
-    if target.scheme is None:
-        dtype = TORCH_DTYPES[target.first.dtype]
-        return dense.to(dtype).float()
-    stored = find_weight(reference, module)
-    if stored.scheme == MXFP4 and can_cast(target.scheme):
-        q = read_weight(reference, stored, None if piece is None else (piece.start, piece.stop))
-        top = _fused_top(reference, module) if target.scheme.has_global_scale else None
-        return codec.dequantize(cast_mxfp4(q, target.scheme, top).tensor)
-    return codec.dequantize(codec.quantize(dense, target.scheme))
 
 
 def robust_z(errors: Sequence[float]) -> list[float]:
@@ -182,57 +145,46 @@ def _matrices(reference: Checkpoint) -> list[TensorName]:
     return list(modules.values())
 
 
-def _measure(
-    reference: Checkpoint, candidates: Sequence[Checkpoint], name: TensorName
-) -> list[MatrixError]:
-    """The error of one matrix in every candidate."""
-    shape = find_weight(reference, name.module).shape
-    stored = [find_weight(candidate, name.module) for candidate in candidates]
-    for candidate, weight in zip(candidates, stored, strict=True):
-        if weight.shape != shape:
-            raise WeightShapeError(
-                f"{candidate.path}: '{name.module}' is {list(weight.shape)}, the reference's is "
-                f"{list(shape)}; these are not conversions of one model"
-            )
-    sums = [(0.0, 0.0) for _ in candidates]
-    for piece in _pieces(shape):
-        dense = _read(reference, name.module, piece)
-        for i, candidate in enumerate(candidates):
-            error, norm = squares(_read(candidate, name.module, piece), dense)
-            sums[i] = (sums[i][0] + error, sums[i][1] + norm)
-    return [
-        MatrixError(name, weight.coding, ratio(*total))
-        for weight, total in zip(stored, sums, strict=True)
-    ]
-
-
-def _pieces(shape: tuple[int, ...]) -> Iterator[slice | None]:
-    """Rows of a large matrix, in order; None for all of a small one."""
-    rows, columns = shape
-    if rows * columns <= _PIECE:
-        yield None
-        return
-    step = max(1, _PIECE // columns // _TILE_ROWS) * _TILE_ROWS
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def _read(checkpoint: Checkpoint, module: str, piece: slice | None) -> Tensor:
-    if piece is None:
-        return read_dense(checkpoint, module)
-    return read_dense_rows(checkpoint, module, piece.start, piece.stop)
-
-
 def _judge_all(
-    siblings: Mapping[str, list[MatrixError]], reference: Checkpoint, candidate: Checkpoint
+    siblings: Mapping[str, list[MatrixError]],
+    reference: Checkpoint,
+    candidate: Checkpoint,
+    recorded: Mapping[str, float],
 ) -> WeightComparison:
     groups, findings = [], []
     for where, members in siblings.items():
         group, found = _judge(where, members, reference, candidate)
         groups.append(group)
         findings += found
+    named = {f.where for f in findings}
+    findings += [Finding(*told) for told in odd_gains(siblings, named, reference, candidate)]
+    named = {f.where for f in findings}
+    for where, members in siblings.items():
+        left = [m for m in members if not {where, m.name.module} & named]
+        findings += _changed(where, left, recorded)
     findings += [Finding(*told) for told in differences(reference, candidate)]
     return WeightComparison(tuple(groups), tuple(findings))
+
+
+def _changed(
+    where: str, members: Sequence[MatrixError], recorded: Mapping[str, float]
+) -> list[Finding]:
+    """Matrices whose error is not what the conversion recorded; one finding if most are."""
+    changed = [
+        (m, recorded[m.name.module])
+        for m in members
+        if m.name.module in recorded
+        and abs(m.relative_error - recorded[m.name.module])
+        > _RECORDED * recorded[m.name.module] + NEGLIGIBLE
+    ]
+    together = len(changed) > 1 and 2 * len(changed) > len(members)
+    findings = []
+    for member, was in changed[:1] if together else changed[:_MOST_CHECKED]:
+        told = f"in {len(changed)} of {len(members)} matrices, " if together else ""
+        told += f"relative weight error {member.relative_error:.5g}, its conversion recorded "
+        told += f"{was:.5g}: the file was changed since"
+        findings.append(Finding(where if together else member.name.module, told))
+    return findings
 
 
 def _group(name: TensorName) -> str:
@@ -261,7 +213,7 @@ def _judge(
     group = SiblingErrors(
         stage=members[0].name.stage,
         where=where,
-        scheme=", ".join(sorted({m.scheme for m in members})),
+        scheme=schemes_of(members),
         matrices=len(members),
         mean=statistics.fmean(errors),
         median=statistics.median_low(errors),
@@ -314,15 +266,3 @@ def _problem(group: SiblingErrors, suspect: MatrixError, own: float | None, coun
 def _expected(reference: Checkpoint, candidate: Checkpoint, member: MatrixError) -> float | None:
     module = member.name.module
     return expected_error(reference, module, find_weight(candidate, module))
-
-
-def _fused_top(reference: Checkpoint, module: str) -> int:
-    """Top exponent an NVFP4 global scale is built on: w1 and w3 share one where engines fuse."""
-    name = parse_name(f"{module}.weight")
-    tops = [top_exponent(read_weight(reference, find_weight(reference, module)))]
-    if name is not None and name.expert is not None and name.projection in ("w1", "w3"):
-        partner = expert_module(name.stage, name.expert, "w3" if name.projection == "w1" else "w1")
-        stored = find_weight(reference, partner)
-        if stored.scheme == MXFP4:
-            tops.append(top_exponent(read_weight(reference, stored)))
-    return max(tops)

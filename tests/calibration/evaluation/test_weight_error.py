@@ -12,7 +12,7 @@ import torch
 
 from tests.support.conversion import TINY
 from tests.support.shard_bytes import EditableCheckpoint
-from v4quant_calibration.evaluation import weight_error
+from v4quant_calibration.evaluation import coded_matrix
 from v4quant_calibration.evaluation.weight_defects import relative_error
 from v4quant_calibration.evaluation.weight_error import (
     NEGLIGIBLE,
@@ -269,14 +269,14 @@ def test_large_matrices_are_compared_in_pieces(
     """Piece by piece the figures are those of whole matrices, and no piece is large."""
     folder = converted(scheme)
     whole = compare(folder)
-    monkeypatch.setattr(weight_error, "_PIECE", 2**15)
+    monkeypatch.setattr(coded_matrix, "_PIECE", 2**15)
     rows: list[int] = []
 
     def watched(checkpoint: Checkpoint, module: str, start: int, stop: int) -> torch.Tensor:
         rows.append(stop - start)
         return read_dense_rows(checkpoint, module, start, stop)
 
-    monkeypatch.setattr(weight_error, "read_dense_rows", watched)
+    monkeypatch.setattr(coded_matrix, "read_dense_rows", watched)
     parts = compare(folder)
     assert rows
     assert max(rows) <= 256

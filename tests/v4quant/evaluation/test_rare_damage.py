@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,3 +103,70 @@ def test_it_is_found_and_the_row_is_named(
     assert any(re.search(told, f"{f.where}: {f.problem}") for f in found.findings), found.findings
     clean = v4quant.evaluate(TINY, reference=TINY, corpus=text, tokens=128)
     assert not clean.is_damaged
+
+
+LAYER, EXPERT = "layers.2.ffn.experts", "layers.3.ffn.experts.2.w1"
+
+
+def scaled_layer(checkpoint: EditableCheckpoint) -> tuple[str, str]:
+    """Two percent on all experts of a layer, whose codes have an error of a third."""
+    for name in checkpoint.names:
+        if name.startswith(f"{LAYER}.") and name.endswith(".weight_scale"):
+            scales = values(checkpoint[name])
+            checkpoint[name] = stored((scales.float() * 1.025).bfloat16())
+    return rf"{re.escape(LAYER)}\.\*\.w1", "looks multiplied by 1.0.* beside the other layers"
+
+
+def scaled_expert(checkpoint: EditableCheckpoint) -> tuple[str, str]:
+    name = f"{EXPERT}.weight_scale"
+    checkpoint[name] = stored((values(checkpoint[name]).float() * 1.025).bfloat16())
+    return re.escape(EXPERT), "looks multiplied by 1.0.* beside its siblings"
+
+
+def flipped_row(checkpoint: EditableCheckpoint) -> tuple[str, str]:
+    name = f"{EXPERT}.weight_scale"
+    scales = values(checkpoint[name]).clone()
+    row = secrets.randbelow(len(scales))
+    scales[row] *= -1
+    checkpoint[name] = stored(scales)
+    return re.escape(EXPERT), f"row {row} carries -.*its sign looks flipped"
+
+
+@pytest.fixture(scope="module")
+def coarse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("coarse") / "int2"
+    v4quant.quantize(TINY, out, scheme="int2-g64", format="compressed-tensors")
+    return out
+
+
+@pytest.mark.parametrize("damage", [scaled_layer, scaled_expert, flipped_row])
+def test_two_bits_hide_no_factor(
+    damage: Callable[[EditableCheckpoint], tuple[str, str]],
+    coarse: Path,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    """By what peers carry of their source; and by what the conversion recorded, where it did."""
+    edited = EditableCheckpoint.read(coarse)
+    where, told = damage(edited)
+    out = edited.write(tmp_path / "out")
+    (out / "v4quant.json").unlink(missing_ok=True)
+    found = v4quant.evaluate(out, reference=TINY, corpus=text, tokens=128, candidates=[coarse])
+    assert any(
+        re.fullmatch(where, f.where) and re.search(told, f.problem) for f in found.findings or ()
+    ), found.findings
+    assert found.is_damaged and found.figures.others[0].findings == ()
+
+
+def test_what_the_conversion_recorded_is_what_there_is(
+    coarse: Path, text: Path, tmp_path: Path
+) -> None:
+    """Half a percent on one expert is within what its peers do, and is not what was recorded."""
+    edited = EditableCheckpoint.read(coarse)
+    name = f"{EXPERT}.weight_scale"
+    edited[name] = stored((values(edited[name]).float() * 1.006).bfloat16())
+    out = edited.write(tmp_path / "out")
+    shutil.copy(coarse / "v4quant.json", out)
+    found = v4quant.evaluate(out, reference=TINY, corpus=text, tokens=128)
+    (finding,) = found.findings or ()
+    assert finding.where == EXPERT and "the file was changed since" in finding.problem
