@@ -109,6 +109,8 @@ def _check_layers(checkpoint: Checkpoint, path: Path, stats: Stats, recipe: Reci
 
 def read_stats(checkpoint: Checkpoint, path: Path) -> tuple[Stats, str]:
     """Statistics or an importance matrix, and what the file hashes to. Raises StatsError."""
+    if path.is_dir():
+        raise StatsError(f"{path}: is a folder without a solution; give a file in it")
     if not looks_like_imatrix(path):
         return load_stats(path, checkpoint.digest()), hash_file(path)
     config = parse_model_config(dict(checkpoint.config), str(checkpoint.path / "config.json"))

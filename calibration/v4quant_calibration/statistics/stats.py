@@ -187,7 +187,8 @@ def load_stats(path: Path, source_digest: str) -> Stats:
             stats = Stats(digest, floor, stages, first, {}, tables, made, path)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StatsError(
-            f"{path}: cannot be read as statistics ({error}); give what calibrate --out wrote"
+            f"{path}: cannot be read as statistics ({error}); give what calibrate --out wrote, or "
+            "an importance matrix of llama.cpp's"
         ) from None
     if stats.source_digest != source_digest:
         raise StatsError(

@@ -44,7 +44,9 @@ def read_dat(path: Path) -> Iterator[tuple[str, Tensor, int]]:
             for _ in range(_integer(file)):
                 name, calls, count = _name(file), _integer(file), _integer(file)
                 if calls < 0 or not 0 < count <= (size - file.tell()) // 4:
-                    raise ValueError(f"'{name}' is said to have {count} values")
+                    raise ValueError(
+                        f"'{name}' is said to have {count} values, not so many are left"
+                    )
                 yield (
                     name,
                     torch.frombuffer(bytearray(file.read(4 * count)), dtype=torch.float32),

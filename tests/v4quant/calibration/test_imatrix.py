@@ -278,6 +278,7 @@ def test_bad_files_are_refused(source: Checkpoint, config: ModelConfig, tmp_path
     refuse(tmp_path / "h", "covers no layer")
     (tmp_path / "i").write_bytes(dat[:-40])
     refuse(tmp_path / "i", "cannot be read as an importance matrix .*values.*get the file again")
+    refuse(tmp_path, "is a folder without a solution")
     infinite = {"blk.0.ffn_up_exps.weight": Inputs(sums.fill_diagonal_(torch.inf), counts)}
     refuse(_as_dat(tmp_path / "j", infinite, 3), "NaN, infinity")
     whole = _file(tmp_path / "f", sums, counts).read_bytes()
