@@ -69,6 +69,10 @@ class WrongDtype(FormatError):
     """A tensor's dtype or shape does not fit its partner or its role."""
 
 
+class ImplausibleScales(WrongDtype):
+    """Scales that make no weights: stored as reciprocals, or damaged."""
+
+
 class SourceChanged(FormatError):
     """A file changed after it was opened."""
 

@@ -33,7 +33,13 @@ from v4quant_formats.deepseek_v4 import (
     wrong_draft_count,
 )
 from v4quant_formats.defect import Defect
-from v4quant_formats.errors import FormatError, MissingTensor, UnexpectedTensor, WrongDtype
+from v4quant_formats.errors import (
+    FormatError,
+    ImplausibleScales,
+    MissingTensor,
+    UnexpectedTensor,
+    WrongDtype,
+)
 from v4quant_formats.model_config import (
     V41,
     ConfigError,
@@ -113,7 +119,7 @@ def find_defects(checkpoint: Checkpoint) -> Structure:
         if checkpoint.has_data:
             defects += _of_tables(checkpoint, config, stored)
     for odd in islice(odd_scales(checkpoint, stored), MAX_DEFECTS):
-        defects.append(Defect(odd.module, odd.problem, WrongDtype, blocking=odd.beyond))
+        defects.append(Defect(odd.module, odd.problem, ImplausibleScales, blocking=odd.beyond))
     return Structure(config, names, stored, tuple(defects[:MAX_DEFECTS]))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.errors import WrongDtype
+from v4quant_formats.errors import ImplausibleScales, WrongDtype
 from v4quant_formats.integer_packs import (
     IntegerPack,
     read_values,
@@ -85,12 +85,12 @@ def read_weight(checkpoint: Checkpoint, stored: StoredWeight, rows: Rows = None)
 def _refuse_inverted(
     checkpoint: Checkpoint, stored: StoredWeight, scale: Tensor, global_scale: Tensor | None
 ) -> None:
-    """Refuse scales whose values no half-precision number could hold. Raises WrongDtype."""
+    """Refuse scales whose values no half-precision number could hold. Raises ImplausibleScales."""
     assert stored.scheme is not None
     largest = beyond_half(stored.scheme, scale, global_scale)
     if largest is not None:
         where = checkpoint.path / stored.first.file
-        raise WrongDtype(f"{where}: {said_beyond(stored.module, largest)}")
+        raise ImplausibleScales(f"{where}: {said_beyond(stored.module, largest)}")
 
 
 def _read_part(checkpoint: Checkpoint, spec: TensorSpec, rows: Rows, height: int = 1) -> Tensor:
