@@ -243,7 +243,7 @@ def parse_model_config(raw: dict[str, Any], where: str = "config.json") -> Model
     text = _text(raw, where)
     values = _dimension_values(raw, where)
     values |= {k: integer(text, k, where) for k in _FORWARD_INTS}
-    values |= {k: positive(text, k, where) for k in _FORWARD_FLOATS}
+    values |= {k: positive(text, k, where) for k in (*_FLOATS, *_FORWARD_FLOATS)}
     outer = {**text, **raw}
     values["bos_token_id"] = integer(outer, "bos_token_id", where, minimum=0, default=0)
     # No part of the arithmetic, only of what engines make tables for.
@@ -311,7 +311,7 @@ def _text(raw: dict[str, Any], where: str) -> dict[str, Any]:
 def _dimension_values(raw: dict[str, Any], where: str) -> dict[str, Any]:
     v41, text = is_v41(raw), _text(raw, where)
     values: dict[str, Any] = {k: integer(text, k, where) for k in _INTS}
-    values |= {k: positive(text, k, where) for k in _FLOATS}
+    values |= {k: number(text, k, where) for k in _FLOATS}
     # V4.1 has no hash layers and no such key.
     default = 0 if v41 else None
     values["num_hash_layers"] = integer(text, "num_hash_layers", where, 0, default)
