@@ -66,12 +66,17 @@ def new_place(out: Path) -> Path:
 
 
 def tidy(out: Path) -> None:
-    """Finish what a process that was killed while it exchanged folders had begun."""
+    """Finish what a process that was killed while it exchanged folders had begun.
+
+    Raises OutputError for anything else where the old result goes meanwhile.
+    """
     new, old = new_place(out), out.with_name(out.name + _OLD)
     if old.is_dir() and new.is_dir() and not out.exists():
         _rename(old, out)  # killed between the two renames
     if old.is_dir() and out.exists():
         _remove(old, what_we_made(old))  # killed behind them
+    if old.is_symlink() or old.exists():
+        raise OutputError(f"{old}: is where the old result goes meanwhile; move it away")
 
 
 def refuse_others(out: Path, reads: Iterable[Path | None] = ()) -> None:
@@ -91,7 +96,7 @@ def exchange(out: Path) -> None:
     """Put the new result, which is whole, in the place of `out`, and remove that."""
     new, old = new_place(out), out.with_name(out.name + _OLD)
     _forget_request(new)
-    if not out.exists():
+    if not out.exists() and not out.is_symlink():
         _rename(new, out)
         return
     refuse_writers(out)
@@ -127,6 +132,8 @@ def what_we_made(out: Path) -> list[str]:
     """The names of all files of an earlier result. Raises OutputError for any other file there."""
     if out.is_symlink():
         raise OutputError(f"{out}: is a symbolic link; --overwrite replaces folders only")
+    if not out.is_dir():
+        raise OutputError(f"{out}: is not a folder; --overwrite replaces folders here")
     listed, made = _listed(out), list[str]()
     solved = is_own_solution(out)
     torn = set(all_leftovers(out)) if solved or journal_files(out) else set()

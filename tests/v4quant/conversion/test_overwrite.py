@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,32 @@ def test_the_old_one_stays_until_the_new_one_is_whole(
     overwrite(out)
     assert folder_bytes(out) == folder_bytes(made[1])
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("change", ["file", "gone", "in the way"])
+def test_what_came_there_meanwhile_is_not_touched(
+    change: str, made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out, old = tmp_path / "out", tmp_path / "out.v4quant-old"
+    shutil.copytree(made[0], out)
+    if change == "in the way":
+        old.write_text("mine")
+        with pytest.raises(OutputError, match="goes meanwhile"), replacing(out, True):
+            raise AssertionError("no work begins")
+        assert old.read_text() == "mine" and folder_bytes(out) == folder_bytes(made[0])
+        return
+    refused = pytest.raises(OutputError, match="not a folder")
+    with refused if change == "file" else nullcontext(), replacing(out, True) as new:
+        shutil.copytree(made[1], new, dirs_exist_ok=True)
+        shutil.rmtree(out)
+        if change == "file":
+            out.write_text("mine")
+    if change == "file":
+        assert out.read_text() == "mine" and not old.exists()
+        assert folder_bytes(tmp_path / "out.v4quant-new") == folder_bytes(made[1])
+    else:
+        assert folder_bytes(out) == folder_bytes(made[1])
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_killed_between_the_two_renames(made: tuple[Path, Path], tmp_path: Path) -> None:
