@@ -18,7 +18,7 @@ from v4quant.api.arguments import (
     source_of,
 )
 from v4quant.conversion.calibrated import load_calibrated
-from v4quant.conversion.job import JobResult, as_begun, run_job
+from v4quant.conversion.job import JobResult, as_begun, holds_own, run_job
 from v4quant.conversion.overwrite import replacing
 from v4quant.conversion.plan import make_plan
 from v4quant.conversion.ranks import current_ranks
@@ -210,7 +210,13 @@ def quantize(
         )
         refuse_inputs((), [checkpoint], (), [places.out])
         evidence, digest = load_calibrated(checkpoint, path_of(stats), chosen)
-        plan = as_begun(make_plan(checkpoint, chosen, digest), places.out)
+        plan = make_plan(checkpoint, chosen, digest)
+        if overwrite and isinstance(target, Path):
+            # What is there may be this conversion, finished or begun: that is no other's.
+            own = holds_own(plan, target) if ranks.is_first else False
+            if ranks.agree("own", ("y" if own else "n") if ranks.is_first else None) == "y":
+                places = replace(places, out=target)
+        plan = as_begun(plan, places.out)
         plan = replace(plan, device=find_device(device))
         threads = fit_workers(plan, workers or os.cpu_count() or 1, size_of(max_memory))
         work = places.out if places.repo is not None else None

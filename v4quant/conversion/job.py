@@ -205,6 +205,11 @@ def holds_anothers(plan: Plan, out: Path) -> bool:
     return any(out.iterdir()) if found is None else found.get("plan") != plan.digest
 
 
+def holds_own(plan: Plan, out: Path) -> bool:
+    """Whether a folder holds this plan's conversion, finished or begun."""
+    return out.is_dir() and any(out.iterdir()) and not holds_anothers(plan, out)
+
+
 def check_folder(out: Path) -> None:
     """Create the output folder, or see that it is empty or has work to resume.
 

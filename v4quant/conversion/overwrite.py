@@ -56,8 +56,10 @@ def replacing(
         refuse_others(out, reads)
         _begin(new_place(out), hashlib.sha256(repr(request).encode()).hexdigest())
     yield new_place(out)
-    if first:
+    if first and _is_made(new_place(out)):
         exchange(out)
+    elif first:  # what lies in `out` is what was asked for
+        clear(new_place(out))
 
 
 def new_place(out: Path) -> Path:
@@ -110,6 +112,10 @@ def clear(folder: Path) -> None:
     """Remove what v4quant made in a folder. Raises OutputError if it holds anything else."""
     if folder.is_dir():
         _remove(folder, what_we_made(folder))
+
+
+def _is_made(new: Path) -> bool:
+    return new.is_dir() and any(path.name != FOLDER for path in new.iterdir())
 
 
 def _begin(new: Path, request: str) -> None:

@@ -77,6 +77,29 @@ def test_what_came_there_meanwhile_is_not_touched(
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_the_same_conversion_is_not_made_again(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """Finished it is confirmed, begun it is gone on with; nothing stays beside it."""
+    out = tmp_path / "out"
+    shutil.copytree(made[1], out)
+    before = {p.name: p.stat().st_ino for p in out.iterdir()}
+    overwrite(out)
+    assert {p.name: p.stat().st_ino for p in out.iterdir()} == before
+    shutil.rmtree(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("v4quant.conversion.job.finish_folder", _die)
+        with pytest.raises(KeyboardInterrupt):
+            v4quant.quantize(TINY, out, scheme="mxfp4", workers=1)
+    shards = {p.name: p.stat().st_ino for p in out.glob("*.safetensors")}
+    overwrite(out)
+    assert {p.name: p.stat().st_ino for p in out.glob("*.safetensors")} == shards
+    assert folder_bytes(out) == folder_bytes(made[1])
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def _die(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_killed_between_the_two_renames(made: tuple[Path, Path], tmp_path: Path) -> None:
     shutil.copytree(made[0], tmp_path / "out.v4quant-old")
     shutil.copytree(made[1], tmp_path / "out.v4quant-new")
