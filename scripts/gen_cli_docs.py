@@ -40,7 +40,8 @@ Several `[[quantize]]` tables make a ladder: one calibration and one evaluation 
 folder (or a repository, whose card shows the sizes and KL of the others) for each. All that are
 solved share one forward pass of the source: each layer is read for the pass, then once more for
 every target while it is still in the page cache. Each conversion, and each verification against
-the source, reads it again; `--dry-run` counts.
+the source, reads it again; `--dry-run` counts. A repository's shards are fetched once and stay in
+`--out` until the run ends, if the disk holds them beside the results and no `--disk-cap` is given.
 
 ```toml
 source = "DeepSeek-V4-Flash"

@@ -103,7 +103,8 @@ class ShardCache:
         lock: ExitStack | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """`folder` takes the shards; cap: bytes (default three of the largest shards).
+        """`folder` takes the shards; cap: bytes (default three of the largest
+        shards, or what an earlier run left there).
 
         cached: shards that already lie on this disk, elsewhere. keep: what was fetched outlives
         `close`, for a later run. lock: closed by `close`. Raises DiskCapError.
@@ -112,7 +113,9 @@ class ShardCache:
         self._names = set(shards)
         sizes = {n: remote.files[n].size for n in sorted(self._names)}
         largest = max(sizes.values(), default=0)
-        self.cap = 3 * largest if cap is None else cap
+        self._left = {f: n for f, n in sizes.items() if f not in self._cached and self._is_left(f)}
+        # What is here takes no more disk by staying, until whoever converts sets another cap.
+        self.cap = max(3 * largest, sum(self._left.values())) if cap is None else cap
         foreign = [n for n in self._names if n not in self._cached and sizes[n] > self.cap]
         if foreign:
             raise DiskCapError(
@@ -120,8 +123,8 @@ class ShardCache:
                 f"({sizes[foreign[0]]:,} bytes); give at least {largest:,}"
             )
         self.advance, self._keep, self._lock = advance, keep, lock
+        self.stays = False  # what was fetched, although released: for a run of several passes
         self._here: dict[str, _Shard] = {}
-        self._left = {f: n for f, n in sizes.items() if f not in self._cached and self._is_left(f)}
         self._queue: deque[str] = deque()
         self._wanted: list[str] = []
         self._pinned: set[str] = set()
@@ -237,12 +240,12 @@ class ShardCache:
                 forget_cached(shard.handle, offset, count)
 
     def release(self, file: str) -> None:
-        """Delete a shard; expected ones take its place."""
+        """Delete a shard unless all stay; expected ones take its place."""
         with self._changed:
             self._pinned.discard(file)
             self._queue = deque(f for f in self._queue if f != file)
             shard = self._here.get(file)
-            if shard is not None and not shard.readers:
+            if shard is not None and not shard.readers and not self.stays:
                 self._drop(file)
             self._changed.notify_all()
 
@@ -407,6 +410,13 @@ class ShardCache:
 
     def _sweep(self, keep: set[str]) -> None:
         """Delete what an earlier run left and this one does not need soon; count the rest."""
+        if self.stays:
+            self._left |= {
+                f: self._remote.files[f].size
+                for f in self._names - {*self._here, *self._fetching}
+                if self._is_left(f)
+            }
+            return
         for file, shard in list(self._here.items()):
             if file not in keep and not shard.readers and file not in self._pinned:
                 self._drop(file)

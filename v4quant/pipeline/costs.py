@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from v4quant.api.arguments import source_of
 from v4quant.builtin import MIXED_CALIBRATION
+from v4quant.hub.refs import is_hub
 from v4quant.pipeline.recipe_file import CorpusStep, Pipeline, Rung, load_pipeline
 from v4quant.planner.candidates import is_exact
 from v4quant.planner.choices import Effort
@@ -65,6 +66,11 @@ def plan_run(
         names = [f"{pipeline.target}-{r.name}" for r in pipeline.rungs]
         steps.append(f"publish as {', '.join(names) if pipeline.is_ladder else pipeline.target}")
     steps.append(_source_reads(pipeline))
+    if is_hub(pipeline.source):
+        steps.append(
+            f"fetch the source once, where the disk of --out has {_size(outline.nbytes)} for it "
+            "beside the results; else for every step"
+        )
     facts = []
     for rung in pipeline.rungs:
         nbytes = footprint(outline, rung.recipe).total

@@ -31,6 +31,7 @@ class Job:
     progress: Progress
     watcher: RunWatcher
     overwrite: bool = False
+    kept_source: int = 0
 
 
 @dataclass(frozen=True)

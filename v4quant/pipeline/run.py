@@ -46,10 +46,10 @@ from v4quant.pipeline.recipe_file import CorpusStep, Pipeline, VerifyStep, load_
 from v4quant.pipeline.results import Conversion, RunResult, RunWatcher, SilentWatcher
 from v4quant.pipeline.step_cache import RECORD_NAME, FinishedSteps
 from v4quant.planner.choices import Effort
-from v4quant.planner.footprint import outline_checkpoint
+from v4quant.planner.footprint import Outline, footprint, outline_checkpoint
 from v4quant.progress import default_progress
 from v4quant.publishing.card import CardRequest, Sibling
-from v4quant.publishing.hub_folders import open_delivery, share_cap, update_card
+from v4quant.publishing.hub_folders import keep_source, open_delivery, share_cap, update_card
 from v4quant.source import Source, open_source
 from v4quant_calibration.solve.solution import Evidence, Solution
 from v4quant_calibration.statistics.coverage import coverage
@@ -111,6 +111,8 @@ def run(
         _refuse_files(job, pipeline)
         for line in expected_costs(pipeline, outline, cores):
             job.watcher.note(line)
+        if disk is None:
+            job = replace(job, kept_source=_keep_source(job, pipeline, source, outline))
         evidence = calibrate_all(job, pipeline, targets, source)
         done, shares = [], {}
         for target, (stats, digest) in zip(targets, evidence, strict=True):
@@ -135,6 +137,22 @@ def run(
         all(one.verified for _, one in done), first.serve, time.monotonic() - started,
         tuple(one for _, one in done) if pipeline.is_ladder else (),
     )  # fmt: skip
+
+
+def _keep_source(job: Job, pipeline: Pipeline, source: Checkpoint, outline: Outline) -> int:
+    """Let a repository's shards stay for all passes over them, if the disk has room; how many
+    bytes, else 0."""
+    if source.origin is None:
+        return 0
+    beside = sum(footprint(outline, rung.recipe).total for rung in pipeline.rungs)
+    kept, size = keep_source(source, beside), f"{source.file_bytes / 1e9:.1f} GB"
+    job.watcher.note(
+        f"the source's {size} are fetched once and stay here until the run ends"
+        if kept
+        else f"this disk has no room for the source's {size} beside the results, so every step "
+        "fetches it again"
+    )
+    return kept
 
 
 def _refuse_files(job: Job, pipeline: Pipeline) -> None:
@@ -202,7 +220,10 @@ def _convert(
     plan = replace(make_plan(source, recipe, digest), device=job.limits.device)
     job.watcher.step(f"Quantize to {recipe.scheme} ({recipe.format})")
     threads = fit_workers(plan, _cores(workers), job.limits.max_memory)
-    share, delivery = share_cap(plan, disk, target.folder if target.repo else None), None
+    share, delivery = (
+        share_cap(plan, disk, target.folder if target.repo else None, keep=job.kept_source),
+        None,
+    )
     if target.repo:
         request = CardRequest(target.repo)
         delivery = open_delivery(target.repo, target.folder, plan, share, True, request)

@@ -118,11 +118,27 @@ def open_shared(
     return opened
 
 
-def share_cap(plan: Plan, cap: int | None, work: Path | None, ranks: int = 1) -> int:
+def keep_source(checkpoint: Checkpoint, beside: int) -> int:
+    """Let all shards of a repository stay on this disk, if it holds them and `beside` bytes more.
+
+    How many bytes these are; 0 where they cannot stay, or come from no repository.
+    """
+    cache = checkpoint.shards
+    if not isinstance(cache, ShardCache):
+        return 0
+    total = sum(state.size for state in checkpoint.files.values())
+    if _room(cache.folder) < total + beside:
+        return 0
+    cache.cap, cache.stays = max(cache.cap, total), True
+    return total
+
+
+def share_cap(plan: Plan, cap: int | None, work: Path | None, ranks: int = 1, keep: int = 0) -> int:
     """Divide the cap; set the source's share, return the output's. Raises DiskCapError.
 
     work: the folder of output shards on their way to the hub, None for a conversion that stays.
-    ranks: processes that share this disk; what is divided is one's part. Without a cap it is three
+    ranks: processes that share this disk; what is divided is one's part. keep: what `keep_source`
+    said, where there is no cap. Without a cap it is three
     shards a side, of large files what they take and 50 GB, or what the disk has and an earlier run
     left here.
     """
@@ -157,7 +173,7 @@ def share_cap(plan: Plan, cap: int | None, work: Path | None, ranks: int = 1) ->
     mine = cap * source // (source + output) if remote else 0
     mine = min(max(mine, source), cap - output)
     if isinstance(cache, ShardCache):
-        cache.cap = mine
+        cache.cap = max(mine, keep)
     return cap - mine
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 import v4quant
-from tests.support.conversion import TINY, folder_bytes
+from tests.support.conversion import TINY, convert, folder_bytes
+from tests.support.fake_hub import FakeHub
 from v4quant.cli import cli
+from v4quant.hub import shard_cache
 from v4quant.pipeline.costs import expected_costs, with_effort
 from v4quant.pipeline.recipe_file import load_pipeline
 from v4quant.planner.footprint import outline_release
-from v4quant.recipe import RecipeError
+from v4quant.recipe import Recipe, RecipeError
 
 RUN = importlib.import_module("v4quant.pipeline.run")
 LADDER = """
@@ -139,3 +142,58 @@ def test_effort_chooses_the_solver_by_the_hours_it_takes(tmp_path: Path) -> None
     quick = with_effort(pipeline, flash, "hours", 64).calibrate
     assert best is not None and quick is not None
     assert best.propagate and not quick.propagate and (best.tokens or 0) > (quick.tokens or 0)
+
+
+FROM_A_HUB = """
+source = "hf://maker/V4-Tiny"
+[[quantize]]
+scheme = "int4-g32"
+solver = "rtn"
+[[quantize]]
+scheme = "int8-g32"
+solver = "rtn"
+[[quantize]]
+scheme = "mxfp4"
+[verify]
+kernels = false
+"""
+
+
+def test_a_ladder_fetches_its_source_once(
+    plain_hub: FakeHub,
+    model_files: dict[str, bytes],
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Interrupted twice and resumed; six passes over seven shards, of which three usually stay."""
+    plain_hub.add_repo("maker/V4-Tiny", model_files, license="mit")
+    (tmp_path / "ladder.toml").write_text(FROM_A_HUB)
+    fetched, download = Counter[str](), shard_cache.download
+
+    def counted(remote: Any, file: Any, path: Path, *rest: Any) -> None:
+        fetched[path.name.partition("-")[2]] += not path.exists()
+        download(remote, file, path, *rest)
+
+    monkeypatch.setattr(shard_cache, "download", counted)
+    verify, calls = RUN.verify_checkpoint, list[int]()
+
+    def stop(*given: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) in (1, 3):
+            raise KeyboardInterrupt
+        return verify(*given)
+
+    monkeypatch.setattr(RUN, "verify_checkpoint", stop)
+    done = [run(tmp_path / "ladder.toml", tmp_path / "out") for _ in range(3)]
+    assert [one.exit_code for one in done] == [1, 1, 0], done[-1].output
+    assert "are fetched once" in done[0].stderr
+    shards = [name for name in model_files if name.endswith(".safetensors")]
+    assert len(shards) > 3 and fetched == dict.fromkeys(shards, 1)
+    for scheme in ("int4-g32", "int8-g32", "mxfp4"):
+        convert(model_folder, tmp_path / scheme, Recipe(scheme, solver="rtn"))
+        made, expected = folder_bytes(tmp_path / "out" / scheme), folder_bytes(tmp_path / scheme)
+        assert {n: d for n, d in made.items() if n != "v4quant.json"} == {
+            n: d for n, d in expected.items() if n != "v4quant.json"
+        }
+    assert not (tmp_path / "out" / ".v4quant").exists()
