@@ -11,16 +11,19 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from v4quant_kernels.native import compiled
+from v4quant_kernels.native import compiled, inlined
+from v4quant_kernels.native.ggml.codebook_scan import fused
 from v4quant_kernels.native.ggml.codebook_vectors import (
     EITHER_SHIFT,
     FLIPS,
     NO_SHIFT,
+    OVER,
     ROWS,
     E,
     Q,
     V,
     code_group,
+    inner,
 )
 from v4quant_kernels.native.ggml.scan import F32, ZERO
 from v4quant_kernels.native.threads import over_rows
@@ -89,7 +92,7 @@ def _fit(  # type: ignore[no-untyped-def]
         cost[n] = least
 
 
-@compiled
+@inlined
 def spread(  # type: ignore[no-untyped-def]
     inverse, factor, g, w, codes, missed, work
 ):
@@ -97,15 +100,18 @@ def spread(  # type: ignore[no-untyped-def]
     start = 8 * g
     for j in range(8):
         codes[start + j] = w[Q, j]
-        missed[start + j] = ZERO
-    for i in range(8):
+        w[OVER, j] = ZERO
+    for i in range(8):  # the inverse is upper: half of these are zeros, and whole rows are faster
         error = w[E, i]
         for j in range(8):
-            missed[start + j] += error * inverse[g, i, j]
-    cost = ZERO
-    for i in range(8):
-        z = missed[start + i]
-        cost += z * z
-        for k in range(start + 8, len(work)):
-            work[k] -= z * factor[start + i, k]
-    return cost
+            w[OVER, j] = fused(error, inverse[g, i, j], w[OVER, j])
+    a, b, c, d = w[OVER, 0], w[OVER, 1], w[OVER, 2], w[OVER, 3]
+    e, f, h, k = w[OVER, 4], w[OVER, 5], w[OVER, 6], w[OVER, 7]
+    for j in range(8):
+        missed[start + j] = w[OVER, j]
+    for n in range(start + 8, len(work)):
+        t = fused(-a, factor[start, n], fused(-b, factor[start + 1, n], work[n]))
+        t = fused(-c, factor[start + 2, n], fused(-d, factor[start + 3, n], t))
+        t = fused(-e, factor[start + 4, n], fused(-f, factor[start + 5, n], t))
+        work[n] = fused(-h, factor[start + 6, n], fused(-k, factor[start + 7, n], t))
+    return inner(8, w, OVER, OVER)

@@ -20,7 +20,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from v4quant_kernels.native import compiled
+from v4quant_kernels.native import inlined
 from v4quant_kernels.native.ggml.scan import F32, ZERO
 
 
@@ -62,7 +62,7 @@ def lower(typing_context: Any, best: Any, cost: Any, keep: Any, index: Any) -> A
     return signature, code
 
 
-@compiled
+@inlined
 def nearest_8(
     grid: F32, table: F32, group: int, row: int, w: F32, u: int, square: np.float32,
     base: np.float32,
@@ -85,7 +85,7 @@ def nearest_8(
     return int(best & np.int32(entries - 1))
 
 
-@compiled
+@inlined
 def nearest_4(
     grid: F32, table: F32, group: int, row: int, w: F32, u: int, square: np.float32,
     base: np.float32,
@@ -102,7 +102,7 @@ def nearest_4(
     return int(best & np.int32(entries - 1))
 
 
-@compiled
+@inlined
 def nearest_shifted(
     grid: F32, table: F32, group: int, w: F32, u: int, square: np.float32, up: np.float32,
     down: np.float32,

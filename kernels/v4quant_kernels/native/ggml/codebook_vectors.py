@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from v4quant_kernels.native import compiled
+from v4quant_kernels.native import inlined
 from v4quant_kernels.native.ggml.codebook_scan import nearest_4, nearest_8, nearest_shifted
 from v4quant_kernels.native.ggml.scan import F32, I64, ONE, ZERO
 
@@ -29,14 +29,53 @@ V, SV, U, Q, E = 0, 1, 2, 3, 4
 """Weights; S v; what a search multiplies the grid with; the points chosen; v - step q."""
 TRIED_Q, TRIED_E, GRADIENT, MOVE, GAIN = 5, 6, 7, 8, 9
 HALF_V, HALF_Q, HALF_E, FIRST_Q, FIRST_E = 10, 11, 12, 13, 14
-ROWS = 15
+POINT, OVER = 15, 16
+"""The point found, before its signs; errors over the pivots."""
+ROWS = 17
+
+SIGNS = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, -1, 1).astype(np.float32)
+"""A row of signs for each mask of eight bits."""
 
 TWO = np.float32(2.0)
 HUGE = np.float32(3e38)
 LEAST_GAIN = np.float32(1e-5)
 
 
-@compiled
+# Rows are read as wholes before they are written, in constant lengths: one vector instruction each,
+# and no branch that depends on a sign.
+@inlined
+def turn_row(n: int, factor: np.float32, mask: int, w: F32, source: int, result: int) -> None:
+    """factor times a row under the signs of `mask`."""
+    a, b, c, d = w[source, 0], w[source, 1], w[source, 2], w[source, 3]
+    if n == 8:
+        e, f, g, h = w[source, 4], w[source, 5], w[source, 6], w[source, 7]
+        w[result, 4], w[result, 5] = factor * e * SIGNS[mask, 4], factor * f * SIGNS[mask, 5]
+        w[result, 6], w[result, 7] = factor * g * SIGNS[mask, 6], factor * h * SIGNS[mask, 7]
+    w[result, 0], w[result, 1] = factor * a * SIGNS[mask, 0], factor * b * SIGNS[mask, 1]
+    w[result, 2], w[result, 3] = factor * c * SIGNS[mask, 2], factor * d * SIGNS[mask, 3]
+
+
+@inlined
+def leave(n: int, step: np.float32, w: F32, v: int, q: int, e: int) -> None:
+    """What a point leaves of a row: v - step q into row e."""
+    for i in range(n):
+        w[e, i] = w[v, i] - step * w[q, i]
+
+
+@inlined
+def inner(n: int, w: F32, one: int, other: int) -> np.float32:
+    """The inner product of two rows, in pairs: a chain of eight sums would take as long as a search
+    of fifty points."""
+    a = w[one, 0] * w[other, 0] + w[one, 1] * w[other, 1]
+    b = w[one, 2] * w[other, 2] + w[one, 3] * w[other, 3]
+    if n == 8:
+        a += w[one, 4] * w[other, 4] + w[one, 5] * w[other, 5]
+        b += w[one, 6] * w[other, 6] + w[one, 7] * w[other, 7]
+    result: np.float32 = a + b
+    return result
+
+
+@inlined
 def weigh(s: F32, group: int, n: int, w: F32, source: int, result: int) -> np.float32:
     """S v of row `source` into row `result`; returns v S v."""
     if n == 8:  # constant lengths: whole rows are one vector instruction
@@ -53,13 +92,10 @@ def weigh(s: F32, group: int, n: int, w: F32, source: int, result: int) -> np.fl
             v = w[source, j]
             for i in range(4):
                 w[result, i] += s[group, j, i] * v
-    total = ZERO
-    for i in range(n):
-        total += w[result, i] * w[source, i]
-    return total
+    return inner(n, w, result, source)
 
 
-@compiled
+@inlined
 def negative(n: int, step: np.float32, w: F32, row: int) -> int:
     """A bit for each number of a row that is negative in units of the step."""
     mask = 0
@@ -69,7 +105,7 @@ def negative(n: int, step: np.float32, w: F32, row: int) -> int:
     return mask
 
 
-@compiled
+@inlined
 def odd(mask: int) -> bool:
     """Whether an odd number of eight bits is set."""
     mask ^= mask >> 4
@@ -78,7 +114,7 @@ def odd(mask: int) -> bool:
     return (mask & 1) == 1
 
 
-@compiled
+@inlined
 def cheapest(s: F32, group: int, n: int, w: F32, row: int, order: I64) -> None:
     """The `FLIPS` weights whose sign costs least to turn, by S_ii v_i^2, into order."""
     taken = 0
@@ -93,14 +129,14 @@ def cheapest(s: F32, group: int, n: int, w: F32, row: int, order: I64) -> None:
         taken |= 1 << order[k]
 
 
-@compiled
+@inlined
 def copy_row(n: int, w: F32, source: int, result: int) -> None:
     """One row of the scratch into another."""
     for i in range(n):
         w[result, i] = w[source, i]
 
 
-@compiled
+@inlined
 def search_point(
     grid: F32, table: F32, group: int, n: int, step: np.float32, mask: int, base: np.float32,
     w: F32, v: int, q: int, e: int,
@@ -109,9 +145,7 @@ def search_point(
 
     Row SV has S v, and base = v S v.
     """
-    factor = TWO * step
-    for i in range(n):
-        w[U, i] = -factor * w[SV, i] if (mask >> i) & 1 else factor * w[SV, i]
+    turn_row(n, TWO * step, mask, w, SV, U)
     row = 0
     if table.shape[1] > 1:  # q S q is the same for opposite signs
         top = 1 << (n - 1)
@@ -119,18 +153,18 @@ def search_point(
     square = step * step
     if n == 8:
         index = nearest_8(grid, table, group, row, w, U, square, base)
+        for i in range(8):
+            w[POINT, i] = grid[i, index]
     else:
         index = nearest_4(grid, table, group, row, w, U, square, base)
-    cost: np.float32 = base + square * table[group, row, index]
-    for i in range(n):
-        p = grid[i, index]
-        cost -= w[U, i] * p
-        w[q, i] = -p if (mask >> i) & 1 else p
-        w[e, i] = w[v, i] - step * w[q, i]
-    return cost
+        for i in range(4):
+            w[POINT, i] = grid[i, index]
+    turn_row(n, ONE, mask, w, POINT, q)
+    leave(n, step, w, v, q, e)
+    return base + square * table[group, row, index] - inner(n, w, U, POINT)
 
 
-@compiled
+@inlined
 def best_turn(s: F32, group: int, n: int, step: np.float32, w: F32, q: int, e: int) -> int:
     """The one or two signs of row q whose turning lowers the cost most, as a mask; or 0."""
     present = weigh(s, group, n, w, e, GRADIENT)
@@ -153,7 +187,7 @@ def best_turn(s: F32, group: int, n: int, step: np.float32, w: F32, q: int, e: i
     return found
 
 
-@compiled
+@inlined
 def turn_signs(
     grid: F32, table: F32, s: F32, group: int, n: int, step: np.float32, mask: int,
     base: np.float32, cost: np.float32, w: F32, v: int, q: int, e: int,
@@ -173,7 +207,7 @@ def turn_signs(
     return cost
 
 
-@compiled
+@inlined
 def search_signs(
     grid: F32, table: F32, s: F32, group: int, n: int, step: np.float32, mask: int, flips: int,
     base: np.float32, w: F32, v: int, q: int, e: int, order: I64,
@@ -196,7 +230,7 @@ def search_signs(
     return cost, best
 
 
-@compiled
+@inlined
 def code_eight(
     grid: F32, table: F32, s: F32, group: int, step: np.float32, even: bool, w: F32, order: I64
 ) -> np.float32:
@@ -212,7 +246,7 @@ def code_eight(
     return turn_signs(grid, table, s, group, 8, step, mask, base, cost, w, V, Q, E)
 
 
-@compiled
+@inlined
 def code_half(
     grid: F32, table: F32, s: F32, half: int, step: np.float32, mask: int, flips: int, even: bool,
     w: F32, order: I64,
@@ -229,7 +263,7 @@ def code_half(
     )  # fmt: skip
 
 
-@compiled
+@inlined
 def code_fours(
     grid: F32, table: F32, s: F32, carry: F32, group: int, step: np.float32, even: bool, w: F32,
     order: I64, first: I64,
@@ -267,7 +301,7 @@ def code_fours(
     return least
 
 
-@compiled
+@inlined
 def code_shifted(
     grid: F32, table: F32, s: F32, group: int, step: np.float32, shift: int, w: F32
 ) -> np.float32:
@@ -297,7 +331,7 @@ def code_shifted(
     return cost
 
 
-@compiled
+@inlined
 def code_group(
     grid: F32, table: F32, s: F32, carry: F32, group: int, step: np.float32, vector: int,
     even: bool, shift: int, w: F32, order: I64, first: I64,
