@@ -45,7 +45,9 @@ def test_twins_agree(name: str, generator: torch.Generator) -> None:
     same = (ours[1] == twin[1]).all(1)
     assert float(same.float().mean()) > 0.97  # costs may be as good as equal
     torch.testing.assert_close(ours[2].mT[same], twin[2].mT[same], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(ours[3], twin[3], rtol=5e-3, atol=1e-5)
+    torch.testing.assert_close(ours[3][same], twin[3][same], rtol=1e-4, atol=1e-5)
+    # Where a tie fell the other way, all that comes after it in the row differs.
+    torch.testing.assert_close(ours[3].sum(), twin[3].sum(), rtol=1e-2, atol=0)
 
 
 @EACH

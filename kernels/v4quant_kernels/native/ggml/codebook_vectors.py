@@ -161,7 +161,8 @@ def search_point(
             w[POINT, i] = grid[i, index]
     turn_row(n, ONE, mask, w, POINT, q)
     leave(n, step, w, v, q, e)
-    return base + square * table[group, row, index] - inner(n, w, U, POINT)
+    cost: np.float32 = base + square * table[group, row, index] - inner(n, w, U, POINT)
+    return cost
 
 
 @inlined
