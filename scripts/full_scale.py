@@ -9,8 +9,9 @@ what is uploaded, so neither side needs room; the conversion is the unmodified c
 unmodified client, a process of its own under a disk cap. It is killed with SIGKILL when a third of
 the output has arrived, and the same command finishes. Then every sampled module is decoded from
 both sides by the independent decoder and compared with what the manifest says of it. At full size
-the source's hashes take some minutes before the first request. The JSON on stdout holds seconds,
-CPU seconds, peak memory, the most disk seen, bytes and requests; exit code 1 means a difference.
+the source's hashes take some minutes before the first request; `--hashes FILE` keeps them for the
+next run. The JSON on stdout holds seconds, CPU seconds, peak memory, the most disk seen, bytes and
+requests; exit code 1 means a difference.
 """
 
 from __future__ import annotations
@@ -82,7 +83,6 @@ def convert(hub: ReleaseHub, options: argparse.Namespace, kill_after: int | None
     environment = {
         **os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(options.out / "home"), "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DOWNLOAD_TIMEOUT": "120",  # the hub makes large tensors while the client waits
     }  # fmt: skip
     started = time.monotonic()
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
@@ -111,7 +111,7 @@ def check(hub: ReleaseHub, folder: Path) -> tuple[int, list[str]]:
         if row["name"] not in files or files[row["name"]].size != row["bytes"]
         or files[row["name"]].sha256 not in ("", row["sha256"])
     ]  # fmt: skip
-    kept: dict[str, tuple[TensorSpec, bytes]] = {}
+    kept: dict[str, tuple[TensorSpec, bytes | memoryview]] = {}
     for entry in files.values():
         if entry.sha256:
             uploaded = hub.objects[entry.sha256]
@@ -137,7 +137,7 @@ def check(hub: ReleaseHub, folder: Path) -> tuple[int, list[str]]:
 
 
 def _checkpoint(
-    folder: Path, config: bytes, tensors: dict[str, tuple[TensorSpec, bytes]]
+    folder: Path, config: bytes, tensors: dict[str, tuple[TensorSpec, bytes | memoryview]]
 ) -> Checkpoint:
     """A folder that holds these tensors and nothing else."""
     folder.mkdir(parents=True)
@@ -181,14 +181,15 @@ def main() -> int:
     add("--samples", type=int, default=4, help="modules checked in each output shard")
     add("--no-kill", action="store_true", help="one run from end to end, for its figures")
     add("--seed", type=int, help="which modules are checked (default: random)")
+    add("--hashes", type=Path, help="file of the source's hashes; written if absent")
     add("--out", type=Path, required=True, help="folder for work files (absent)")
     options = parser.parse_args()
     options.out.mkdir(parents=True)
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**32)
     overrides = {k: int(v) for k, _, v in (item.partition("=") for item in options.set)}
-    release = Release(options.release, overrides, options.tiny)
+    release = Release(options.release, overrides, options.tiny, options.out / "large")
     nbytes = sum(plan.nbytes for plan in release.plans.values())
-    with ReleaseHub(release, seed, options.samples) as hub:
+    with ReleaseHub(release, seed, options.samples, options.hashes) as hub:
         killed = None if options.no_kill else convert(hub, options, nbytes // 3)
         finished = convert(hub, options, None)
         problems = [] if finished["code"] == 0 else ["the conversion did not end well"]

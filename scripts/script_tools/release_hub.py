@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import mmap
 import random
 import re
 import struct
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -36,6 +38,7 @@ from v4quant_formats.spec import TensorSpec
 TOKEN, USER = "hf_TokenOfTheReleaseHub", "tester"
 SOURCE = "maker/release"
 _KEPT = 8  # tensors in memory: neighbours are asked for together
+_LARGE = 256 << 20  # bytes of a tensor that is made before the first request: clients do not wait
 _AT_ONCE = 2  # tensors being made
 _CHUNK = 2**20
 
@@ -63,8 +66,13 @@ class Uploaded:
 class Release:
     """A release's files, made on demand."""
 
-    def __init__(self, release: str, overrides: dict[str, int], tiny: bool) -> None:
-        """overrides: integer fields of config.json. tiny: the layout in small."""
+    def __init__(
+        self, release: str, overrides: dict[str, int], tiny: bool, folder: Path | None = None
+    ) -> None:
+        """overrides: integer fields of config.json. tiny: the layout in small.
+
+        folder: where the few large tensors are kept; needed if there are any.
+        """
         self.config = make_config(release, tiny, overrides, None)
         self.experts = int(self.config.get("n_routed_experts", 0))
         chosen = shards_of(release, self.config)
@@ -82,9 +90,26 @@ class Release:
         self._making: dict[str, threading.Lock] = {}
         self._makers = threading.BoundedSemaphore(_AT_ONCE)
         self._lock = threading.Lock()
+        self._large: dict[str, memoryview] = {}
+        for spec in (s for plan in self.plans.values() for s in plan.specs):
+            if spec.nbytes >= _LARGE:
+                assert folder is not None, f"{spec.name} needs a folder"
+                self._keep(spec, folder)
 
-    def tensor(self, spec: TensorSpec) -> bytes:
+    def _keep(self, spec: TensorSpec, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / hashlib.sha1(spec.name.encode()).hexdigest()
+        with path.open("w+b") as file:
+            for piece in pieces(spec, 0, self.experts, Faults()):
+                file.write(piece.view(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._large[spec.name] = memoryview(data)
+
+    def tensor(self, spec: TensorSpec) -> bytes | memoryview:
         """A tensor's bytes."""
+        if spec.name in self._large:
+            return self._large[spec.name]
         with self._lock:
             making = self._making.setdefault(spec.name, threading.Lock())
         # Slices of one tensor are asked for side by side; it is made once, and few at a time.
@@ -101,7 +126,7 @@ class Release:
                         self._made.popitem(last=False)
         return found
 
-    def read(self, file: str, start: int, stop: int) -> Iterator[bytes]:
+    def read(self, file: str, start: int, stop: int) -> Iterator[bytes | memoryview]:
         """Bytes `start:stop` of a shard."""
         plan, at = self.plans[file], 0
         for piece, offset, nbytes in [
@@ -113,8 +138,17 @@ class Release:
                 data = plan.header if piece is None else self.tensor(piece)
                 yield data[max(0, start - offset) : stop - offset]
 
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of every shard: all of the release is made once."""
+    def digests(self, kept: Path | None = None) -> dict[str, str]:
+        """SHA-256 of every shard: all of the release is made once.
+
+        kept: a file of digests found before, which the same release reads; written if absent.
+        """
+        headers = {f: hashlib.sha256(p.header).hexdigest() for f, p in self.plans.items()}
+        if kept is not None and kept.is_file():
+            known = json.loads(kept.read_text(encoding="utf-8"))
+            if known["headers"] == headers:
+                digests: dict[str, str] = known["digests"]
+                return digests
 
         def digest(file: str) -> str:
             sha = hashlib.sha256()
@@ -123,7 +157,11 @@ class Release:
             return sha.hexdigest()
 
         with ThreadPoolExecutor(2) as pool:
-            return dict(zip(self.plans, pool.map(digest, self.plans), strict=True))
+            found = dict(zip(self.plans, pool.map(digest, self.plans), strict=True))
+        if kept is not None:
+            text = json.dumps({"headers": headers, "digests": found})
+            kept.write_text(text, encoding="utf-8")
+        return found
 
 
 class _Server(ThreadingHTTPServer):
@@ -136,9 +174,12 @@ class _Server(ThreadingHTTPServer):
 class ReleaseHub:
     """The server and what it holds; use as a context manager. seed: which modules are kept."""
 
-    def __init__(self, release: Release, seed: int, samples: int) -> None:
+    def __init__(
+        self, release: Release, seed: int, samples: int, hashes: Path | None = None
+    ) -> None:
+        """hashes: as `Release.digests` keeps them."""
         self.release, self.seed, self.samples = release, seed, samples
-        shas = release.digests()
+        shas = release.digests(hashes)
         files = {n: Entry(p.nbytes, "0" * 40, shas[n]) for n, p in release.plans.items()}
         files |= {n: Entry(len(d), _blob(d)) for n, d in release.small.items()}
         self.repos: dict[str, dict[str, Entry]] = {SOURCE: files}
@@ -310,7 +351,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _content(
         self, repo: str, name: str, entry: Entry, start: int, stop: int
-    ) -> Iterator[bytes]:
+    ) -> Iterator[bytes | memoryview]:
         if repo == SOURCE and name in self.hub.release.plans:
             yield from self.hub.release.read(name, start, stop)
         elif not entry.sha256:
