@@ -176,11 +176,6 @@ def scaled(ways: Sequence[Way], before: KnownLoss, after: KnownLoss) -> tuple[Wa
     return tuple(replace(way, kl=None if way.kl is None else way.kl * factor) for way in ways)
 
 
-def draft_count(outline: Outline) -> int:
-    stages = {n.split(".")[1] for n in outline.thin.tensors if n.startswith("mtp.")}
-    return len(stages)
-
-
 def longest_context(outline: Outline) -> int:
     text = outline.config.get("text_config", outline.config)
     longest = text.get("max_position_embeddings", 2**20) if isinstance(text, Mapping) else 2**20

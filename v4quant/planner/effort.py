@@ -5,10 +5,11 @@
     best      GPTQ with refinement and propagation, however long
     auto      the best of all these that is done within three days
 
-Processor time of a Flash expert is measured (docs/calibration.md, `v4quant bench solver`); other
-shapes follow from 2 N K^2, and the block types of GGUF from the tiny model, where they take twice
-an integer's time. Forward passes are counted at 2 operations per weight in use and 50 GFLOP/s per
-core. No GPU has been timed.
+Processor time of a Flash expert is measured (docs/calibration.md, `v4quant bench solver`). Of a
+solver's, one part goes with the weights (choosing each code, which GGUF's block types and codebooks
+make dearer) and one with matrix products, 2 N K^2; the tiny model and one of 1,024 channels tell
+them apart. Forward passes are counted at 2 operations per weight in use and 50 GFLOP/s per core.
+Held against whole runs in docs/costs.md. No GPU has been timed.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from v4quant_kernels.scheme import Scheme
 class Level:
     """A way to find codes: its name in quality.json, tokens of text, core-seconds a Flash expert.
 
-    words: for people. passes: models that stream through all the text. options: of `calibrate`.
-    solves: whether `calibrate --solve` runs. A level that reads text and does not solve takes the
-    text's statistics as weights.
+    product_seconds: of those, in matrix products. words: for people. passes: models that stream
+    through all the text. options: of `calibrate`. solves: whether `calibrate --solve` runs. A level
+    that reads text and does not solve takes the text's statistics as weights.
     """
 
     solver: str
@@ -39,6 +40,7 @@ class Level:
     passes: int
     options: tuple[str, ...] = ()
     solves: bool = False
+    product_seconds: float = 0.0
 
     @property
     def weighs(self) -> bool:
@@ -49,8 +51,8 @@ class Level:
 _CAST = Level("optimal", "a cast", 0, 0.0, 0)
 _PLAIN = Level("searched", "searched scales, no text", 0, 0.2, 0)
 _WEIGHED = Level("optimal", "searched scales, weighed by a text", 32768, 0.2, 1)
-_REFINED = Level("refined", "GPTQ, refined", 32768, 36.0, 1, ("--no-propagate",), solves=True)
-_BEST = Level("propagated", "GPTQ, refined and propagated", 131072, 45.0, 2, solves=True)
+_REFINED = Level("refined", "GPTQ, refined", 32768, 36.0, 1, ("--no-propagate",), True, 18.0)
+_BEST = Level("propagated", "GPTQ, refined and propagated", 131072, 45.0, 2, (), True, 27.0)
 # Best first, and the hours within which one must be done unless it is the last.
 LEVELS: dict[Effort, tuple[tuple[Level, ...], float]] = {
     "minutes": ((_PLAIN,), math.inf),
@@ -61,7 +63,9 @@ LEVELS: dict[Effort, tuple[tuple[Level, ...], float]] = {
 
 _FLASH_WORK = 2 * 2048 * 4096**2 + 4096 * 2048**2  # N K^2 of w1, w3 and w2
 _FLASH_MATRIX = 2048 * 4096
-_BLOCK_FACTOR = 2.0
+# What choosing a code takes beside an integer's: the K-types, and points of a codebook.
+_BLOCK_FACTOR, _CODEBOOK_FACTOR = 2.0, 5.5
+_START_SECONDS = 3.0  # core-seconds of a command before its work
 _CORE_FLOPS = 50e9
 # Core-seconds a GB of source: casts that keep the nibbles, and a search for scales.
 _CAST_SECONDS, _SEARCH_SECONDS = 4.0, 12.0
@@ -142,18 +146,27 @@ def cost_at(
     disk_seconds = (outline.nbytes + output) / _DISK_BYTES_A_SECOND
     seconds = max(convert / cores, disk_seconds)
     seconds += level.passes * level.tokens * 2 * _active_weights(outline) / _CORE_FLOPS / cores
+    seconds += _START_SECONDS * (1 + bool(level.tokens))
     experts = dims.n_routed_experts * dims.num_hidden_layers
+    if not scheme.block_bytes:  # in GGUF they are left out
+        experts += outline.drafts * outline.draft_stages
+    weights = dims.moe_intermediate_size * dims.hidden_size / _FLASH_MATRIX
     if scheme.block_bytes and not level.solves and not exact:
-        weights = dims.moe_intermediate_size * dims.hidden_size / _FLASH_MATRIX
         search = _CODEBOOK_SECONDS if has_codebook(scheme.name) else _BLOCK_SECONDS
         seconds += experts * search * weights / cores
     if level.solves:
-        factor = _BLOCK_FACTOR if scheme.block_bytes else 1.0
+        choosing = (level.expert_seconds - level.product_seconds) * _factor(scheme) * weights
         work = 2 * dims.moe_intermediate_size * dims.hidden_size**2
         work += dims.hidden_size * dims.moe_intermediate_size**2
-        seconds += experts * level.expert_seconds * factor * work / _FLASH_WORK / cores
+        seconds += experts * (choosing + level.product_seconds * work / _FLASH_WORK) / cores
     solution = output if level.solves else 0
     return Cost(level, seconds / 3600, cores, outline.nbytes + output + solution)
+
+
+def _factor(scheme: Scheme) -> float:
+    if has_codebook(scheme.name):
+        return _CODEBOOK_FACTOR
+    return _BLOCK_FACTOR if scheme.block_bytes else 1.0
 
 
 def _active_weights(outline: Outline) -> float:
@@ -172,7 +185,9 @@ def _attention_weights(dims: Dimensions) -> int:
 
 
 def hours_text(hours: float) -> str:
-    """`40 minutes`, `9 hours`, `6 days`."""
+    """`40 seconds`, `40 minutes`, `9 hours`, `6 days`."""
+    if hours < 0.02:
+        return f"{max(1, round(3600 * hours))} seconds"
     if hours < 1.5:
         return f"{max(1, round(60 * hours))} minutes"
     return f"{hours:.0f} hours" if hours < 60 else f"{hours / 24:.0f} days"

@@ -79,6 +79,11 @@ class Outline:
         """Experts of a layer that the thin checkpoint has."""
         return min(self.trunk, self.dimensions.num_experts_per_tok)
 
+    @property
+    def draft_stages(self) -> int:
+        """How many stages draft."""
+        return len({n.split(".")[1] for n in self.thin.tensors if n.startswith("mtp.")})
+
     def experts_of(self, name: TensorName) -> tuple[int, int]:
         """(real, kept) number of experts of a tensor's layer."""
         real = self.drafts if name.is_draft else self.trunk

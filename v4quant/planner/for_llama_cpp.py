@@ -11,7 +11,6 @@ from v4quant.planner.candidates import (
     Candidate,
     Request,
     Where,
-    draft_count,
     has_fp4,
     is_exact,
     longest_context,
@@ -96,7 +95,7 @@ def _with_dense(
 
 def _gguf_files(outline: Outline) -> Iterator[tuple[Recipe, Footprint]]:
     """Every GGUF worth having, largest first: exact ones only up to the smallest exact one."""
-    drop = "drop" if draft_count(outline) else "convert"
+    drop = "drop" if outline.draft_stages else "convert"
     exact_bits = [
         SCHEMES[s].bits_per_weight for s in LAYOUTS["gguf"].schemes if SCHEMES[s].holds_mxfp4
     ]

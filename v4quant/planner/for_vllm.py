@@ -10,7 +10,6 @@ from v4quant.planner.candidates import (
     Candidate,
     Request,
     Where,
-    draft_count,
     has_fp4,
     is_exact,
     loss_of,
@@ -151,7 +150,7 @@ def vllm_candidate(
     recipe: Recipe | None,
     file: Footprint,
 ) -> Candidate | None:
-    machine, drafts = request.machine, draft_count(outline)
+    machine, drafts = request.machine, outline.draft_stages
     scheme = _scheme_of(outline, recipe)
     row, context = SCHEMES[scheme], request.context
     with_drafts = vllm.place(file, machine, config, row, context, drafts) if drafts else None
