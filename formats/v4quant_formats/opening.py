@@ -10,6 +10,7 @@ from pathlib import Path
 from v4quant_formats.checkpoint import Checkpoint, check_link, read_structure
 from v4quant_formats.errors import FormatError
 from v4quant_formats.gguf.checkpoint import is_gguf, open_gguf
+from v4quant_formats.gguf.quants import almost_gguf
 from v4quant_formats.naming import understood
 from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shard_files import (
@@ -32,8 +33,10 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
     if is_gguf(folder):
         return open_gguf(folder)
+    _refuse_pieces(folder)
     if not folder.is_dir():
-        raise FormatError(f"{folder}: no such folder; give the folder that holds config.json")
+        what = "is a file, no folder" if folder.is_file() else "no such folder"
+        raise FormatError(f"{folder}: {what}; give the folder that holds config.json")
     files: dict[str, FileState] = {}
 
     def header_of(name: str) -> dict[str, TensorSpec]:
@@ -56,3 +59,16 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         written_config=written,
         beside=tuple(sorted(set(found) - files.keys())),
     )
+
+
+def _refuse_pieces(path: Path) -> None:
+    """Raise FormatError for what would be a GGUF model if it were whole, or called as one."""
+    if path.is_file():
+        names = [path.name]
+    elif path.is_dir() and not (path / "config.json").exists():
+        names = sorted(p.name for p in path.iterdir())
+    else:
+        return
+    for name in names:
+        if (problem := almost_gguf(name)) is not None:
+            raise FormatError(f"{path if path.is_dir() else path.parent}: {problem}")

@@ -116,10 +116,14 @@ def _header_length(path: Path, prefix: bytes, size: int) -> int:
     return length
 
 
+def foreign_kind(prefix: bytes) -> str | None:
+    """What a file is that begins so, where it is something that is taken for a model."""
+    return next((what for magic, what in _FOREIGN_MAGIC.items() if prefix.startswith(magic)), None)
+
+
 def _refuse_foreign(path: Path, prefix: bytes) -> None:
-    for magic, what in _FOREIGN_MAGIC.items():
-        if prefix.startswith(magic):
-            raise NotSafetensors(f"{path}: not a safetensors file but {what}")
+    if (what := foreign_kind(prefix)) is not None:
+        raise NotSafetensors(f"{path}: not a safetensors file but {what}")
     if prefix[:1] == b"\x80" and len(prefix) > 1 and prefix[1] in range(2, 6):
         raise NotSafetensors(f"{path}: not a safetensors file but a Python pickle; refused")
 

@@ -33,6 +33,7 @@ from v4quant_formats.errors import (
     UnknownDtype,
     WrongMetadata,
 )
+from v4quant_formats.safetensors_header import foreign_kind
 from v4quant_kernels.ggml_types import BY_ID
 
 MAGIC = b"GGUF"
@@ -45,6 +46,7 @@ MAX_NAME = 1024
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
 
+_OLD_MAGIC = (b"lmgg", b"fmgg", b"tjgg")
 # GGUF value type -> struct format; 8 is a string, 9 an array.
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -150,6 +152,11 @@ def _read(cursor: _Cursor) -> GgufHeader:
     path = cursor.path
     magic = cursor.take(4) if cursor.size >= 4 else b""
     if magic != MAGIC:
+        what = foreign_kind(magic + cursor.take(min(12, cursor.size - len(magic))))
+        if what is not None:
+            raise NotGguf(f"{path}: not a GGUF file but {what}")
+        if magic in _OLD_MAGIC:
+            raise NotGguf(f"{path}: is GGML from before GGUF, which no V4 model was written in")
         raise NotGguf(f"{path}: is not a GGUF file (begins with {magic!r})")
     version = cursor.number("I")
     if version not in VERSIONS:

@@ -18,6 +18,13 @@ from v4quant_formats.errors import FormatError, MissingShard
 SUFFIX = ".gguf"
 MAX_FILES = 1000
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+# Parts as others number them, which neither llama.cpp nor anybody else joins.
+_ODD_PART = re.compile(r".+[-._]\d+[-_.]?of[-_.]?\d+\.gguf", re.IGNORECASE)
+# A file cut in pieces, or not yet whole: what stands behind `.gguf`.
+_PIECE = re.compile(r".+\.gguf[-.](?:part|split|\d|[a-z]{1,2}$).*", re.IGNORECASE)
+_UNFINISHED = re.compile(
+    r".+\.gguf(?:\.[0-9a-f]{8})?\.(?:crdownload|incomplete|part|download|tmp)", re.IGNORECASE
+)
 _QUANT = (
     r"(?:UD-)?(?:I?Q\d+(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP\d(?:_[A-Z0-9]+)*|NVFP\d|BF16|FP?16|FP?32|FP8)"
 )
@@ -110,10 +117,27 @@ def choose(names: Sequence[str], quant: str, where: str) -> list[str]:
     if len(chosen) != 1:
         said = f"'{quant}' is none" if not chosen else f"'{quant}' means several"
         problem = f"{said} of its quants" if quant else "holds several quants"
+        odd = [f for v in chosen or models for f in v.files if _ODD_PART.fullmatch(f)]
+        if odd and not _PART.fullmatch(PurePosixPath(odd[0]).name):
+            raise FormatError(
+                f"{where}: {odd[0]} looks like one of several parts; they are read by llama.cpp's "
+                "names only (NAME-00001-of-00003.gguf), rename them"
+            )
         if not models:
             raise FormatError(f"{where}: has no .gguf files, so there is no ':{quant}' to choose")
         raise FormatError(f"{where}: {problem}; choose one: {_listed(chosen or models)}")
     return _whole([*chosen[0].files, *_drafts(found, chosen[0], where)], names, where)
+
+
+def almost_gguf(name: str) -> str | None:
+    """What a file is that is nearly a GGUF file by its name, and the remedy; None for others."""
+    if _UNFINISHED.fullmatch(name):
+        return f"{name} is not whole yet; finish the download, or what writes it"
+    if _PIECE.fullmatch(name):
+        return f"{name} is a piece of a file; join all pieces in order (cat) into one .gguf file"
+    if name.lower().endswith(SUFFIX) and not name.endswith(SUFFIX):
+        return f"{name} must end in {SUFFIX}, in small letters; rename it"
+    return None
 
 
 def _whole(chosen: list[str], names: Sequence[str], where: str) -> list[str]:

@@ -10,8 +10,9 @@ import pytest
 
 import v4quant
 from tests.support.conversion import TINY, convert
+from tests.support.gguf_bytes import gguf_bytes, string
 from v4quant.recipe import Recipe
-from v4quant_formats.errors import FormatError, MissingShard
+from v4quant_formats.errors import FormatError, MissingShard, NotGguf
 from v4quant_formats.gguf.quants import choose, split_quant
 from v4quant_formats.opening import open_checkpoint
 
@@ -131,3 +132,38 @@ def test_commands_take_a_folder_near_by(quants: Path, monkeypatch: pytest.Monkey
     near = quants.relative_to(quants.parent.parent)
     for word in ("mxfp4", "Q8_0", "small"):
         assert not v4quant.inspect(f"{near}:{word}").defects
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (("m.Q4_K_M.gguf.part1of2", "m.Q4_K_M.gguf.part2of2"), r"part1of2 is a piece .*join"),
+        (("m.gguf-split-a", "m.gguf-split-b"), "split-a is a piece"),
+        (("m.gguf.crdownload",), "is not whole yet"),
+        (("m.gguf.0a1b2c3d.part",), "is not whole yet"),
+        (("M.GGUF",), r"must end in \.gguf, in small letters"),
+        (("m-1-of-2.gguf", "m-2-of-2.gguf"), r"m-1-of-2\.gguf looks like one of several parts"),
+        (("m.00001of00002.gguf", "m.00002of00002.gguf"), "looks like one of several parts"),
+    ],
+)
+def test_what_is_nearly_a_model_is_told(names: tuple[str, ...], text: str, tmp_path: Path) -> None:
+    for name in names:
+        pairs = [("general.architecture", string("deepseek4"))]
+        (tmp_path / name).write_bytes(gguf_bytes(pairs=pairs))
+    with pytest.raises(FormatError, match=text):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"tjgg" + bytes(60), "before GGUF"),
+        (b"", "begins with b''"),
+    ],
+)
+def test_what_is_no_model_is_told(data: bytes, text: str, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(NotGguf, match=text):
+        open_checkpoint(tmp_path)
