@@ -187,11 +187,17 @@ def _rename(path: Path, name: Path) -> None:
 def _remove(old: Path, made: Iterable[str]) -> None:
     """Remove the files that v4quant made and the folders that are empty then, and nothing else.
 
-    What lists the files goes last: after a kill in between they are still known to be ours.
+    What lists the files goes last: after a kill in between they are still known to be ours, and so
+    are those that could not be removed.
     """
+    stays = False
     for name in sorted(made, key=lambda name: (name in _LAST, name.startswith(f"{FOLDER}/"))):
-        with suppress(OSError):
-            (old / name).unlink()
+        if stays and (name in _LAST or name.startswith(f"{FOLDER}/")):
+            break
+        try:
+            (old / name).unlink(missing_ok=True)
+        except OSError:
+            stays = True
     for folder in sorted((p for p in old.rglob("*") if p.is_dir()), reverse=True):
         with suppress(OSError):
             folder.rmdir()

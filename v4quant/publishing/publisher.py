@@ -146,14 +146,15 @@ class Publisher:
         user = self._ask("checking the token", self._api.whoami)
         if not isinstance(user, dict) or not isinstance(user.get("name"), str):
             raise HubError(f"{self}: the hub does not say whose token this is")
-        token = user.get("auth", {}).get("accessToken", {})
-        if token.get("role") == "read":
+        if _inside(_inside(user.get("auth")).get("accessToken")).get("role") == "read":
             raise HubAccessError(
                 f"{self}: the token of '{user['name']}' may only read; make one with write access "
                 "and `hf auth login` with it"
             )
         owner = self.repo.partition("/")[0]
-        orgs = {o.get("name"): o.get("roleInOrg") for o in user.get("orgs", [])}
+        told = user.get("orgs")
+        each = map(_inside, told if isinstance(told, list) else ())
+        orgs = {str(o.get("name")): o.get("roleInOrg") for o in each}
         if owner != user["name"] and (owner not in orgs or orgs[owner] == "read"):
             raise HubAccessError(
                 f"{self}: '{user['name']}', whose token this is, may not write for '{owner}'; use "
@@ -279,6 +280,11 @@ class Publisher:
 
     def _ask(self, what: str, action: Callable[[], Any]) -> Any:
         return persistently(f"{self}: {what}", action, self._stopped)
+
+
+def _inside(value: object) -> dict[str, Any]:
+    """An object of the hub's answer; empty where it is something else."""
+    return value if isinstance(value, dict) else {}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -98,6 +99,26 @@ def test_the_same_conversion_is_not_made_again(made: tuple[Path, Path], tmp_path
 
 def _die(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_what_cannot_be_removed_now_is_removed_later(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, old = tmp_path / "out", tmp_path / "out.v4quant-old"
+    shutil.copytree(made[0], out)
+    real = Path.unlink
+
+    def fail(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "config.json" and path.parent == old:
+            raise OSError(errno.EIO, "Input/output error")
+        real(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", fail)
+        overwrite(out)
+    assert (old / "config.json").exists() and folder_bytes(out) == folder_bytes(made[1])
+    overwrite(out)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_killed_between_the_two_renames(made: tuple[Path, Path], tmp_path: Path) -> None:
