@@ -114,11 +114,11 @@ def run(
         if disk is None:
             job = replace(job, kept_source=_keep_source(job, pipeline, source, outline))
         evidence = calibrate_all(job, pipeline, targets, source)
-        done, shares = [], {}
+        done, caps = [], list[int]()
         for target, (stats, digest) in zip(targets, evidence, strict=True):
-            converted, shares[target.name] = _convert(
-                job, target, source, stats, digest, workers, disk
-            )
+            converted, cap, largest = _convert(job, target, source, stats, digest, workers, disk)
+            # All are evaluated side by side, and without a cap each has room for its largest file.
+            caps.append(max(cap // len(targets), largest if disk is None else 0))
             verified, place = _check(job, pipeline.verify, target, source, made[target.name])
             path = place.repo if isinstance(place, HubRef) else str(place)
             serve = target.recipe.layout.serve.format(path=path, file=converted.first_file)
@@ -126,8 +126,7 @@ def run(
         found = None
         if pipeline.evaluate is not None:
             places = [place for place, _ in done]
-            cap = min(shares.values()) // len(targets)
-            found = _evaluate_all(job, pipeline.evaluate, source, places, evidence, cap)
+            found = _evaluate_all(job, pipeline.evaluate, source, places, evidence, caps)
             _update_cards(places, found)
     for name in (_SOURCE, *(_candidate_folder(i) for i in range(len(done)))):
         remove_own_folder(folder, name)
@@ -214,8 +213,8 @@ def _convert(
     digest: str,
     workers: int | None,
     disk: int | None,
-) -> tuple[JobResult, int]:
-    """The conversion's result, and the output's share of the disk cap."""
+) -> tuple[JobResult, int, int]:
+    """The conversion's result, the output's share of the disk cap, and the largest file's bytes."""
     recipe = target.recipe
     plan = replace(make_plan(source, recipe, digest), device=job.limits.device)
     job.watcher.step(f"Quantize to {recipe.scheme} ({recipe.format})")
@@ -233,7 +232,7 @@ def _convert(
         result = run_job(plan, place, stats, threads, job.progress, delivery=delivery)
     result = replace(result, output=str(target.folder))
     job.watcher.converted(result)
-    return result, share
+    return result, share, max(s.nbytes for s in plan.shards)
 
 
 def _check(
@@ -281,14 +280,14 @@ def _evaluate_all(
     source: Checkpoint,
     places: Sequence[Source],
     evidence: Sequence[tuple[Evidence | None, str]],
-    cap: int,
+    caps: Sequence[int],
 ) -> Evaluation:
     """All conversions beside the source, in one pass; the first one's figures, others beside."""
     job.watcher.step("Evaluate: perplexity and KL against the source, with a noise floor")
     file, done = job.folder / "evaluation.json", FinishedSteps(job.folder)
     with ExitStack() as opened:
         candidates = []
-        for index, place in enumerate(places):
+        for index, (place, cap) in enumerate(zip(places, caps, strict=True)):
             hub = isinstance(place, HubRef)
             near = own_folder(job.folder, _candidate_folder(index)) if hub else None
             candidates.append(opened.enter_context(open_source(place, near, cap)))

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 import v4quant
+from tests.support import fake_hub
 from tests.support.conversion import TINY, convert, folder_bytes
 from tests.support.fake_hub import FakeHub
 from v4quant.cli import cli
@@ -197,3 +199,36 @@ def test_a_ladder_fetches_its_source_once(
             n: d for n, d in expected.items() if n != "v4quant.json"
         }
     assert not (tmp_path / "out" / ".v4quant").exists()
+
+
+SIBLINGS = """
+source = "hf://maker/V4-Tiny"
+target = "hf://USER/V4-Tiny"
+[[quantize]]
+scheme = "mxfp4"
+format = "gguf"
+name = "gguf"
+[[quantize]]
+scheme = "mxfp4"
+[evaluate]
+corpus = ["FOLDER/heldout.safetensors"]
+"""
+
+
+def test_siblings_of_one_large_file_and_many_small_ones_are_evaluated(
+    plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A third of what small shards need does not hold the large file, which is read beside them."""
+    files = {name: data for name, data in model_files.items() if name != "tokenizer.json"}
+    plain_hub.add_repo("maker/V4-Tiny", files, license="mit")
+    file = write(tmp_path, SIBLINGS.replace("USER", fake_hub.USER))
+    done = run(file, tmp_path / "out")
+    assert done.exit_code == 0, (done.output, done.exception)
+    names = [f"{fake_hub.USER}/V4-Tiny-{name}" for name in ("gguf", "mxfp4")]
+    for name, sibling in zip(names, reversed(names), strict=True):
+        card = plain_hub.files(name)["README.md"].decode()
+        assert sibling in card
+        facts = yaml.safe_load(card.split("---\n")[1])
+        assert facts["base_model"] and all(
+            value not in (None, "", [], {}) for value in facts.values()
+        )
