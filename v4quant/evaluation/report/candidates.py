@@ -145,10 +145,10 @@ def sizes_plot(
     ]
     for value, _ in limits:
         parts.append(svg.line(frame.left, axis(value), frame.right, axis(value), "anchor"))
-    taken = []
+    words, taken = [], []
     for value, meaning in (*told, *limits):
         y = axis(value) - 5
-        parts.append(svg.label(frame.right, y, meaning, "legend", "end"))
+        words.append(svg.label(frame.right, y, meaning, "legend", "end"))
         taken.append((frame.right - len(meaning) * svg.CHARACTER_WIDTH, frame.right, y))
     line = [
         (place(x), axis(y) if y > 0 else BOTTOM - 10)
@@ -157,7 +157,7 @@ def sizes_plot(
     ]
     if len(line) > 1:
         parts.append(svg.polyline(line, "front"))
-    parts += _marks(points, axis, place, frame, taken)
+    parts += words + _marks(points, axis, place, frame, taken)
     return svg.figure(frame.width, BOTTOM + 52, "Size against mean KL of every candidate", parts)
 
 

@@ -46,8 +46,9 @@ th{font-weight:600;font-size:13px;color:var(--soft);vertical-align:bottom}
 .name+.name{min-width:6em}
 td:not(.name){white-space:nowrap}
 pre{background:var(--panel);padding:12px 16px;white-space:pre-wrap;overflow-wrap:anywhere}
-svg{display:block;width:100%;height:auto;fill:var(--ink);font-size:12px}
-text{fill:var(--ink)}.tick{fill:var(--soft)}.axis{fill:var(--ink);font-size:13px}
+svg{display:block;width:100%;height:auto;fill:var(--ink);font-size:12px;overflow:visible}
+text{fill:var(--ink);paint-order:stroke;stroke:var(--page);stroke-width:3px;stroke-linejoin:round}
+.tick{fill:var(--soft)}.axis{fill:var(--ink);font-size:13px}
 .alarm{fill:var(--alarm);font-weight:600}
 .grid{stroke:var(--rule)}.frame{stroke:var(--soft)}
 .break{stroke:var(--soft);stroke-dasharray:2 4}
