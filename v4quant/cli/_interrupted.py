@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-_LAYERS = "finished layers are kept"
+# A copy of the streams costs time, so the work since the last one, at most twenty times what it
+# costs, is done again.
+_COPIED = "finished layers are kept up to the last copy"
 _SHARDS = "finished shards are kept"
 _KEPT = {
     "allocate": "finished measurements are kept",
-    "calibrate": f"{_LAYERS}, and with --solve solved ones",
-    "evaluate": _LAYERS,
-    "export-onnx": _LAYERS,
+    "calibrate": f"{_COPIED}, and with --solve solved ones",
+    "evaluate": _COPIED,
+    "export-onnx": "finished layers are kept",
     "push": "files that were sent are kept in the repository",
     "quantize": _SHARDS,
     "run": "finished steps are kept, of the one that was running finished layers or shards",
