@@ -37,6 +37,8 @@ CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _TORCH_NAME = "adapter_model.bin"
 _NAME = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _FLOATS = ("F32", "BF16", "F16")
+# Matrices that no release codes, but PEFT finds under the names of others (`kv_proj`, `gate_proj`).
+_MULTIPLIED = re.compile(r"\.compressor\.(wkv|wgate)$|\.indexer\.weights_proj$")
 # Ways to begin A and B that leave the base as it is; PiSSA, OLoRA, LoftQ and others take part of it
 # away, and such an adapter fits what is left only.
 _PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal")
@@ -185,7 +187,7 @@ def _module_of(folder: Path, name: str) -> tuple[str, str]:
     bare = match[1].removeprefix("base_model.model.")
     official = official_name(f"{bare}.weight")
     parsed = parse_name(official) if official else None
-    if parsed is None or not parsed.is_linear:
+    if parsed is None or not (parsed.is_linear or _MULTIPLIED.search(parsed.module)):
         raise UnexpectedTensor(
             f"{folder / WEIGHTS_NAME}: {bare[:120]!r} is not a linear layer of DeepSeek-V4"
         )

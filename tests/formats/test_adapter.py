@@ -26,8 +26,9 @@ from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import SilentProgress
 
 RANK, ALPHA = 4, 6.0
-MODULES = ("layers.0.attn.wq_a", "layers.2.attn.wo_b", "layers.1.ffn.shared_experts.w2",
-           "layers.2.ffn.experts.1.w1", "layers.2.ffn.experts.3.w2")  # fmt: skip
+MODULES = ("layers.0.attn.wq_a", "layers.2.attn.wo_b", "layers.1.attn.compressor.wkv",
+           "layers.1.ffn.shared_experts.w2", "layers.2.ffn.experts.1.w1",
+           "layers.2.ffn.experts.3.w2")  # fmt: skip
 
 
 class Lora:
