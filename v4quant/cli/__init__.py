@@ -49,6 +49,7 @@ COMMANDS = {
 
 
 _LONGEST_ERROR = 2000
+_CALLS_BACK = "llvmlite"
 
 
 class _Terminated(BaseException):
@@ -199,12 +200,27 @@ def _tell_costs(began: float) -> None:
 
 def _on_interrupt(signum: int, frame: FrameType | None) -> None:
     _stop_work()
-    raise KeyboardInterrupt
+    _raise_outside(KeyboardInterrupt, frame)
 
 
 def _on_terminate(signum: int, frame: FrameType | None) -> None:
     _stop_work()
-    raise _Terminated
+    _raise_outside(_Terminated, frame)
+
+
+def _raise_outside(end: type[BaseException], frame: FrameType | None) -> None:
+    """Raise where it is heard: what a callback of the compiler raises is printed and forgotten."""
+    above = frame
+    while above is not None and not _calls_back(above):
+        above = above.f_back
+    if above is None or sys.platform == "win32":
+        raise end
+    signal.signal(signal.SIGALRM, lambda _, later: _raise_outside(end, later))
+    signal.setitimer(signal.ITIMER_REAL, 0.02)
+
+
+def _calls_back(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == _CALLS_BACK
 
 
 def _stop_work() -> None:
