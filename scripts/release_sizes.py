@@ -8,7 +8,7 @@ largest type that fits, and as many of the first layers as still fit in the next
 says how many bytes that is, from a few experts a layer. Then the whole release, true headers over
 sparse files (69,187 tensors of Flash, 145,116 of Pro), goes through `quantize --dry-run` with that
 recipe; it must accept it, and its size may differ by the files' own headers only. One-bit types
-need an importance matrix to be accepted: one of a single layer, of ones.
+need an importance matrix of all layers to be accepted: one of ones.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ BUDGETS = {
 """Gigabytes, and the type of dense matrices that leaves room for them."""
 HEADERS = 64 * 10**6
 """More than metadata, tensor tables and alignment of any of these files take."""
-LAYER = 3  # the first that is routed by scores
 
 Row = tuple[str, int, str, str, int, str, int]
 
@@ -92,16 +91,20 @@ def dry_run(source: Path, recipe: Recipe, text: Path) -> int:
 
 
 def make_source(folder: Path, release: str, experts: int | None = None) -> tuple[Path, Path]:
-    """A release's headers over sparse files, and an importance matrix of one layer for it."""
+    """A release's headers over sparse files, and an importance matrix for it."""
     few = (("n_routed_experts", experts),) if experts else ()
     source, text = folder / release, folder / f"{release}-imatrix.gguf"
     write_checkpoint(source, Request(release, False, few, headers_only=True))
     dims = make_config(release, False, dict(few))
     count, hidden = dims["n_routed_experts"], dims["hidden_size"]
     widths = {"gate": hidden, "up": hidden, "down": dims["moe_intermediate_size"]}
+    alike = {
+        name: Inputs(torch.ones(count, width), torch.ones(count)) for name, width in widths.items()
+    }
     ones = {
-        f"blk.{LAYER}.ffn_{name}_exps.weight": Inputs(torch.ones(count, width), torch.ones(count))
-        for name, width in widths.items()
+        f"blk.{layer}.ffn_{name}_exps.weight": inputs
+        for layer in range(dims["num_hidden_layers"])
+        for name, inputs in alike.items()
     }
     write_imatrix(text, ones, ["ones"], 1, 1)
     return source, text
