@@ -498,7 +498,7 @@ def test_long_chats_are_cut_with_one_bos_each(tmp_path: Path) -> None:
         ({"messages": [assistant()]}, "line 2: message 1 .assistant. stands where a user"),
         ({"messages": [user(BOS)]}, "line 2: message 1 .user.: 'content' holds"),
         ({"messages": [user()], "tools": "x"}, "line 2: tools must be a list"),
-        ({"messages": [user()], "text": "x"}, 'line 2 has no "text" string, nor "messages"'),
+        ({"messages": [user()], "text": "x"}, 'line 2 has "text" and "messages"'),
     ],
 )
 def test_bad_chat_rows_are_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
