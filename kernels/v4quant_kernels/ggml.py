@@ -71,20 +71,16 @@ def _put_together(blocks: Blocks, type_name: str) -> Tensor:
     return put_together(blocks, type_name, join)
 
 
-def search_blocks(
-    x: Tensor, type_name: str, importance: Tensor | None, scales_only: bool = False
-) -> Blocks:
+def search_blocks(x: Tensor, type_name: str, importance: Tensor | None) -> Blocks:
     """The blocks `encode` chooses for a finite float32 matrix of whole blocks, before packing.
 
-    scales_only: codes are not asked for, and a codebook's are left zero.
     Half-precision scales of weights that are too large are infinite.
     """
     if not native.available():
         return ggml_plain.round_blocks(x.view(-1, SHAPES[type_name].block), type_name)
     from v4quant_kernels.native.ggml.search import search
 
-    weights = None if importance is None else importance.cpu()
-    return search(x.cpu(), type_name, weights, scales_only)
+    return search(x.cpu(), type_name, None if importance is None else importance.cpu())
 
 
 def decode(data: Tensor, type_name: str) -> Tensor:

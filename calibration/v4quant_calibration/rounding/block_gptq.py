@@ -114,11 +114,11 @@ def set_grid(codes: BlockCodes, sub: int, chosen: tuple[Tensor, Tensor, Tensor, 
 
 
 def _searched(work: Tensor, cost: Tensor, name: str, shape: BlockShape) -> BlockCodes:
-    """The scales of the encoder's own search of one block `[B, block, N]`, weighed by cost."""
+    """What the encoder's own search makes of one block `[B, block, N]`, weighed by cost."""
     found = []
     for values, weights in zip(work, cost, strict=True):
         rows = values.mT.cpu().contiguous()
-        blocks = ggml.search_blocks(rows, name, weights.cpu(), scales_only=True)
+        blocks = ggml.search_blocks(rows, name, weights.cpu())
         found.append(from_blocks(blocks, rows.shape[0], shape.block, shape, work.device))
     return join(found)
 

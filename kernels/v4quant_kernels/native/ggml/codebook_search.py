@@ -9,9 +9,6 @@ Points, signs, scales and d together make the weighted squared error small, in t
    costs are here those of a diagonal). Then d in closed form and the sub-blocks again, kept where
    that is better.
 
-A solver, which codes every sub-block itself under the multiples around its scale, needs the first
-two steps only; its errors after refinement are the same, and the third takes a quarter of its time.
-
 The columns of one block are searched for all rows together: importance is by column, and so are
 the tables of costs.
 """
@@ -44,7 +41,6 @@ _FAMILY = {
 _TOPS = 40
 """Values of d tried: the largest step is from 1.02 to 0.4 of the largest multiple of it."""
 _SMALLEST_HALF = 2.0**-24
-_HARDLY_THERE = 2.0**-20
 REACH = 2
 
 
@@ -54,17 +50,13 @@ def _family(name: str) -> F32:
     return (1 / np.linspace(first, last, count)).astype(np.float32)
 
 
-def search(x: Tensor, name: str, weights: Tensor, scales_only: bool = False) -> Blocks:
-    """Blocks from finite float32 `[rows, K]`; weights: positive float32 `[blocks a row, 256]`.
-
-    scales_only: leave out the third step, and q zero.
-    """
+def search(x: Tensor, name: str, weights: Tensor) -> Blocks:
+    """Blocks from finite float32 `[rows, K]`; weights: positive float32 `[blocks a row, 256]`."""
     shape = SHAPES[name]
-    search_one = search_block_scales if scales_only else search_block
     found = []
     for index, start in enumerate(range(0, x.shape[1], shape.block)):
         part = x[:, start : start + shape.block].mT.contiguous()
-        found.append(search_one(part, weights[index % len(weights)], name))
+        found.append(search_block(part, weights[index % len(weights)], name))
     q, d, sc = (torch.stack(parts, 1) for parts in zip(*found, strict=True))
     return Blocks(
         q.reshape(-1, shape.block), d.reshape(-1), sc.reshape(-1, shape.subs), unit=shape.unit
@@ -146,16 +138,6 @@ def search_block(x: Tensor, weights: Tensor, name: str) -> tuple[Tensor, Tensor,
     # No code is zero: weights below the smallest step there is are nearer to a block of zeros.
     d = torch.where(cost > (x.square() * weights[:, None]).sum(0), 0.0, d)
     return q.to(torch.int8).mT, d.half(), sc.to(torch.int8).mT
-
-
-def search_block_scales(x: Tensor, weights: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """As `search_block` without codes: q is 0, and d is where steps lie best near their optima."""
-    d, sc = _search_scales(x, weights, _weighings(weights, SHAPES[name]), name)
-    # Where d hardly exists, errors decide whether a block is better off as zeros.
-    if bool((tiny := (d > 0) & (d < _HARDLY_THERE)).any()):
-        _, exact, fitted = search_block(x[:, tiny].contiguous(), weights, name)
-        d[tiny], sc[:, tiny] = exact.float(), fitted.mT.float()
-    return torch.zeros(x.mT.shape, dtype=torch.int8), d.half(), sc.to(torch.int8).mT
 
 
 def _fit_block(

@@ -70,7 +70,7 @@ def _window() -> F32:
     return np.stack([p.reshape(-1) for p in pairs]).astype(np.float32)
 
 
-def search(x: Tensor, name: str, importance: Tensor | None, scales_only: bool = False) -> Blocks:
+def search(x: Tensor, name: str, importance: Tensor | None) -> Blocks:
     """Blocks from finite float32 `[rows, K]`, K a multiple of the block.
 
     `importance`: float32 `[K]`, not negative. Half-precision scales overflow to infinity.
@@ -78,7 +78,7 @@ def search(x: Tensor, name: str, importance: Tensor | None, scales_only: bool = 
     shape = SHAPES[name]
     weights = _weights(importance, shape.block)
     if shape.codebook is not None:
-        return codebook_search.search(x, name, torch.from_numpy(weights), scales_only)
+        return codebook_search.search(x, name, torch.from_numpy(weights))
     blocks = x.reshape(-1, shape.block).numpy()
     count = blocks.shape[0]
     q = np.empty((count, shape.block), np.int8)

@@ -85,18 +85,3 @@ def test_steps_below_half_precision(name: str, generator: torch.Generator) -> No
         assert bool(back.isfinite().all())
         assert bool(((back - x * size).norm(dim=1) <= 1.001 * (x * size).norm(dim=1)).all())
     assert bool((ggml.decode(ggml.encode(x * 2.0**-40, name), name) == 0).all())
-
-
-@pytest.mark.parametrize("name", ["iq2_xxs", "iq3_s", "iq1_m"])
-def test_scales_alone_are_those_of_the_search(name: str, generator: torch.Generator) -> None:
-    """Nearly: the search ends with a d in closed form for the codes it found."""
-    x = torch.randn(16, 512, generator=generator)
-    importance = torch.rand(512, generator=generator) + 0.1
-    x[3, :256], x[4, :256] = 0, x[4, :256] * 2.0**-40
-    whole = ggml.search_blocks(x, name, importance)
-    alone = ggml.search_blocks(x, name, importance, scales_only=True)
-    assert alone.sc is not None and whole.sc is not None and not alone.q.any()
-    steps, wanted = (b.sc.float() * b.d.float()[:, None] for b in (alone, whole))
-    assert torch.equal(alone.d == 0, whole.d == 0) and int((whole.d == 0).sum()) == 2
-    there = whole.d > 0
-    assert 0.9 < float((steps[there] / wanted[there]).median()) < 1.1
