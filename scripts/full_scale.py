@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,10 @@ class Watch(threading.Thread):
 
 def _shards_in(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*.safetensors*"):
-        try:
-            total += path.stat().st_size
-        except OSError:
-            continue
+    with suppress(OSError):  # files come and go, in the end the folder too
+        for path in folder.rglob("*.safetensors*"):
+            with suppress(OSError):
+                total += path.stat().st_size
     return total
 
 
