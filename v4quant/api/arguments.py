@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from v4quant import __version__
 from v4quant.builtin import resolve_corpus
 from v4quant.hub.refs import HubRef, is_hub, parse_hub
+from v4quant.shell import command_line
 from v4quant.sizes import parse_size
 from v4quant.source import Source, resolve_source
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_RELEASE
@@ -157,6 +157,6 @@ def tool_facts() -> dict[str, str]:
         "version": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "command": shlex.join(["v4quant", *sys.argv[1:]]) if own else "",
+        "command": command_line(["v4quant", *sys.argv[1:]]) if own else "",
         **({"float32_products": library} if library else {}),
     }

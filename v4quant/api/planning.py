@@ -34,6 +34,7 @@ from v4quant.planner.machines import (
     with_memory,
 )
 from v4quant.planner.run_file import run_file
+from v4quant.shell import Shell, own_shell
 from v4quant.source import open_source
 from v4quant_formats.shards import write_file_atomically
 from v4quant_kernels.errors import OptionError
@@ -79,6 +80,7 @@ def plan(
     measured: Sequence[PathLike] = (),
     write: PathLike | None = None,
     choice: int = 1,
+    shell: Shell | None = None,
     overwrite: bool = False,
 ) -> PlanResult:
     """The conversions of `source` that a machine can serve, from headers alone.
@@ -87,6 +89,7 @@ def plan(
     cards and ram by size; this machine without either. context: tokens of one sequence that must
     fit. cores: of the machine that converts. measured: what `evaluate` wrote of conversions of this
     model. write: a run file to write, for the candidate number `choice`.
+    shell: that the commands are for; None: this system's, but `sh` for a Mac or a DGX Spark.
     overwrite: it may replace one that `plan` wrote and nobody changed.
 
     Raises PlanError for machines and choices that do not exist, and what opening the source raises.
@@ -106,10 +109,17 @@ def plan(
         text = run_file(answer.candidates[choice - 1], outline.label)
         refuse_existing([existing_run_file(Path(write))], overwrite)
         write_file_atomically(Path(write), signed(text, ".toml").encode())
+    reader = shell or _shell_of(asked)
     commands = (
-        commands_for(c, asked, outline.label, _MEMORY, outline.name) for c in answer.candidates
+        commands_for(c, asked, outline.label, _MEMORY, outline.name, reader)
+        for c in answer.candidates
     )
     return PlanResult(asked, answer, tuple(commands))
+
+
+def _shell_of(machine: Machine) -> Shell:
+    """The shell of a machine: `sh` where its kind runs no Windows, else this system's."""
+    return "sh" if machine.unified in ("metal", "cuda") else own_shell()
 
 
 def _machine(

@@ -7,7 +7,6 @@ They are added when a command is loaded, so that no command can lack or redefine
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +15,7 @@ import click
 
 from v4quant import __version__
 from v4quant.cli import _output
+from v4quant.shell import command_line
 from v4quant_formats.errors import OutputError
 
 _FIRST_LINE = "# v4quant log"
@@ -71,7 +71,7 @@ def _log_file(ctx: click.Context, parameter: click.Parameter, value: Path | None
     if value is None:
         return
     _output.manner.log = _open_log(value)
-    _output.detail(f"v4quant {__version__}: {shlex.join(['v4quant', *sys.argv[1:]])}")
+    _output.detail(f"v4quant {__version__}: {command_line(['v4quant', *sys.argv[1:]])}")
 
 
 def _open_log(path: Path) -> TextIO:

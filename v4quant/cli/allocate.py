@@ -13,6 +13,7 @@ from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.cli import _output
 from v4quant.cli._options import overwrite_option, row_options
 from v4quant.cli._types import SOURCE, Choice
+from v4quant.shell import command_line
 from v4quant.targets import ALL, AUTO
 from v4quant_formats.engines.vllm_memory import UTILIZATION, Serving
 from v4quant_formats.layouts.choices import ENGINE_CHOICES, LAYOUT_NAMES, NEUTRAL, dense_types
@@ -185,9 +186,10 @@ def _rows(found: Allocation, out: Path) -> list[tuple[str, str]]:
     ]
     if found.needs_text:
         names = ", ".join(found.needs_text)
+        solve = ["v4quant", "calibrate", "SOURCE", "--recipe", str(out), "--out", "solved"]
         rows.append(
-            ("before quantize", f"v4quant calibrate SOURCE --recipe {out} --out solved, and then "
-             f"--stats solved: {names} is refused without a text")
+            ("before quantize", f"{command_line(solve)}, and then --stats solved: {names} is "
+             "refused without a text")
         )  # fmt: skip
     if found.room_left:
         rows.append(("room left", found.room_left))

@@ -11,6 +11,7 @@ from v4quant.cli import _output
 from v4quant.cli._options import overwrite_option
 from v4quant.cli._types import SOURCE, Choice
 from v4quant.planner.choices import DEFAULT_EFFORT, EFFORTS, ENGINE_NAMES, Effort, EngineName
+from v4quant.shell import SHELLS, Shell, command_line
 from v4quant_formats.engines.engine import GPUS
 
 
@@ -40,6 +41,8 @@ from v4quant_formats.engines.engine import GPUS
               "`v4quant run` that makes the choice.")  # fmt: skip
 @click.option("--choice", type=click.IntRange(1), default=1, show_default=True,
               help="Number of the file that --write is for.")  # fmt: skip
+@click.option("--shell", type=Choice(SHELLS), help="Shell that the commands are quoted for "
+              "(default: this system's).")  # fmt: skip
 @overwrite_option("a run file")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(
@@ -56,6 +59,7 @@ def plan(
     measured: tuple[Path, ...],
     run_path: Path | None,
     choice: int,
+    shell: Shell | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -79,10 +83,11 @@ def plan(
         measured=measured,
         write=run_path,
         choice=choice,
+        shell=shell,
         overwrite=overwrite,
     )
     if run_path is not None:
-        _output.note(f"run file in {run_path}: v4quant run {run_path}")
+        _output.note(f"run file in {run_path}: {command_line(['v4quant', 'run', str(run_path)])}")
     if as_json:
         _output.emit(found.as_dict())
     else:

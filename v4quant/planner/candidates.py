@@ -49,11 +49,12 @@ class Candidate:
     recipe: what to convert to; None for the release as it is, and where `budget` is given: bytes
     that `allocate` may fill with a mixture. scheme: in words. size: bytes of the model's files.
     context: tokens of one sequence that fit at most. tokens_per_second: an upper bound, from the
-    bytes that one token's products read. options: of the engine's server. before: commands to give
-    first. notes: what else one should know. engram, dense: types of V4.1's tables and of dense
-    matrices, for `allocate`. others: what more and less effort takes and loses, the longest first.
-    files: GGUF files of the model. tight: whether memory is nearly full. sglang: options of
-    SGLang's server, where it serves the same files. sequences: of the asked context that fit.
+    bytes that one token's products read. options: of the engine's server, each `--name value`
+    unquoted. before: commands to give first. notes: what else one should know. engram, dense: types
+    of V4.1's tables and of dense matrices, for `allocate`. others: what more and less effort takes
+    and loses, the longest first. files: GGUF files of the model. tight: whether memory is nearly
+    full. sglang: options of SGLang's server, where it serves the same files. sequences: how many
+    of the asked context fit.
     """
 
     engine: EngineName

@@ -1,8 +1,12 @@
-"""The commands that make, check and serve a candidate, as one would type them."""
+"""The commands that make, check and serve a candidate, as one would type them.
+
+Lists of words until the end, when `v4quant.shell` quotes them for the shell of the system they are
+for. vLLM and SGLang run on Linux only, so what starts them is for `sh` whatever the rest is for.
+"""
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from v4quant.conversion.gguf_files import part_names
@@ -10,15 +14,14 @@ from v4quant.planner.candidates import Candidate
 from v4quant.planner.llama_cpp import RPC_PORT
 from v4quant.planner.machines import Machine
 from v4quant.recipe import Recipe
+from v4quant.shell import Shell, command_line, quoted
 from v4quant_formats.gguf.file_names import clean_name, quant_label
 from v4quant_formats.layouts.choices import DEFAULT_SPLIT
 
 _HUB = "hf://"
-_BUILD = (
-    "git clone https://github.com/ggml-org/llama.cpp",
-    "cmake -S llama.cpp -B llama.cpp/build {flag}",
-    "cmake --build llama.cpp/build --config Release -j --target {targets}",
-)
+_CLONE = "git clone https://github.com/ggml-org/llama.cpp"
+_CONFIGURE = "cmake -S llama.cpp -B llama.cpp/build"
+_BUILD = "cmake --build llama.cpp/build --config Release -j --target"
 _REMOTE = "-DGGML_RPC=ON"
 _BACKENDS = {
     "metal": "-DGGML_METAL=ON", "vulkan": "-DGGML_VULKAN=ON", "cuda": "-DGGML_CUDA=ON",
@@ -41,41 +44,55 @@ class Commands:
 
 
 def commands_for(
-    candidate: Candidate, machine: Machine, source: str, max_memory: str, model: str = ""
+    candidate: Candidate,
+    machine: Machine,
+    source: str,
+    max_memory: str,
+    model: str = "",
+    shell: Shell = "sh",
 ) -> Commands:
     """What to type. source: a folder or `hf://` repository, which is downloaded first. model: the
     name that GGUF files get, where it is not the folder's."""
     folder, fetch = _local(source)
     name = folder.rstrip("/\\").replace("\\", "/").rpartition("/")[2].replace(":", "-")
     model = model or clean_name(name)
+    loads = ["--engine", candidate.engine, *_gpu(machine), *_split(candidate)]
     if candidate.recipe is None and not candidate.budget:
-        served = source.removeprefix(_HUB).partition("@")[0] if fetch else folder
-        line = f"v4quant verify {_q(folder)} --engine {candidate.engine}{_gpu(machine)}"
-        check = [] if fetch else [line + _split(candidate)]
-        serve = _serve(candidate, machine, served, model)
-        return Commands((), (), tuple(check), serve, _sglang(candidate, served))
-    out = f"{name}-{_short(candidate)}"
-    check = [
-        f"v4quant verify {_q(out)} --source {_q(folder)}",
-        f"v4quant verify {_q(out)} --engine {candidate.engine}{_gpu(machine)}{_split(candidate)}",
-    ]
-    if candidate.loss.basis != "exact":
-        check.append(
-            f"v4quant evaluate {_q(out)} --reference {_q(folder)} --tokens 8192 "
-            f"--max-memory {max_memory} --report {_q(out)}.html"
-        )
-    make = tuple(_make(candidate, folder, out, max_memory))
-    return Commands(fetch, make, tuple(check), _serve(candidate, machine, out, model))
+        out = source.removeprefix(_HUB).partition("@")[0] if fetch else folder
+        check = [] if fetch else [["v4quant", "verify", folder, *loads]]
+        fetch, make = [], []
+    else:
+        out = f"{name}-{_short(candidate)}"
+        check = [
+            ["v4quant", "verify", out, "--source", folder],
+            ["v4quant", "verify", out, *loads],
+        ]
+        if candidate.loss.basis != "exact":
+            check.append(
+                ["v4quant", "evaluate", out, "--reference", folder, "--tokens", "8192",
+                 "--max-memory", max_memory, "--report", f"{out}.html"]
+            )  # fmt: skip
+        make = _make(candidate, folder, out, max_memory)
+    fetched, made, checked = (
+        tuple(command_line(words, shell) for words in group) for group in (fetch, make, check)
+    )
+    if candidate.engine == "llama.cpp":
+        serve = _llama_server(candidate, machine, out, model, shell)
+    else:
+        server = ["vllm", "serve", out, *_words(candidate.options)]
+        linux = () if shell == "sh" else (_remark("# in WSL: vLLM runs on Linux only", shell),)
+        serve = (*candidate.before, *linux, command_line(server, "sh"))
+    return Commands(fetched, made, checked, serve, _sglang(candidate, out))
 
 
-def _local(source: str) -> tuple[str, tuple[str, ...]]:
+def _local(source: str) -> tuple[str, list[list[str]]]:
     """The folder a source is read from, and how it gets there."""
     if not source.startswith(_HUB):
-        return source, ()
+        return source, []
     repo, _, revision = source.removeprefix(_HUB).partition("@")
     folder = repo.rpartition("/")[2]
-    at = f" --revision {_q(revision)}" if revision else ""
-    return folder, (f"hf download {_q(repo)}{at} --local-dir {_q(folder)}",)
+    at = ["--revision", revision] if revision else []
+    return folder, [["hf", "download", repo, *at, "--local-dir", folder]]
 
 
 def _short(candidate: Candidate) -> str:
@@ -85,107 +102,137 @@ def _short(candidate: Candidate) -> str:
     return "mixed" if candidate.engine == "vllm" else "mixed-GGUF"
 
 
-def _make(candidate: Candidate, folder: str, out: str, max_memory: str) -> list[str]:
-    memory = f" --max-memory {max_memory}"
+def _make(candidate: Candidate, folder: str, out: str, max_memory: str) -> list[list[str]]:
+    memory = ["--max-memory", max_memory]
     level = candidate.cost.level if candidate.cost is not None else None
     solves = level is not None and level.solves
-    stats = f" --stats {_q(out)}-solved" if solves else ""
+    stats = ["--stats", f"{out}-solved"] if solves else []
     lines = []
     if level is not None and level.weighs:
-        stats = f" --stats {_q(out)}.v4q"
+        stats = ["--stats", f"{out}.v4q"]
         lines.append(
-            f"v4quant calibrate {_q(folder)} --out {_q(out)}.v4q --tokens {level.tokens}{memory}"
-        )
-    weighed = stats if not solves else ""
+            ["v4quant", "calibrate", folder, "--out", f"{out}.v4q", "--tokens", str(level.tokens),
+             *memory]
+        )  # fmt: skip
     if candidate.recipe is None:
-        recipe = f"--recipe {_q(out)}.toml"
+        recipe = ["--recipe", f"{out}.toml"]
         lines.append(
-            f"v4quant allocate {_q(folder)} --out {_q(out)}.toml --budget {candidate.budget} "
-            f"{_allocation(candidate)} --measure-kl{weighed}"
-        )
+            ["v4quant", "allocate", folder, "--out", f"{out}.toml", "--budget",
+             str(candidate.budget), *_allocation(candidate), "--measure-kl",
+             *([] if solves else stats)]
+        )  # fmt: skip
     else:
         recipe = _recipe_options(candidate.recipe)
     if solves:
         assert level is not None
         solve = recipe if candidate.recipe is None else _solve_options(candidate.recipe)
-        extra = "".join(f" {o}" for o in level.options)
         lines.append(
-            f"v4quant calibrate {_q(folder)} --out {_q(out)}-solved {solve} "
-            f"--tokens {level.tokens}{extra}{memory}"
-        )
-    lines.append(f"v4quant quantize {_q(folder)} {_q(out)} {recipe}{stats}{memory}")
+            ["v4quant", "calibrate", folder, "--out", f"{out}-solved", *solve, "--tokens",
+             str(level.tokens), *level.options, *memory]
+        )  # fmt: skip
+    lines.append(["v4quant", "quantize", folder, out, *recipe, *stats, *memory])
     return lines
 
 
-def _allocation(candidate: Candidate) -> str:
+def _allocation(candidate: Candidate) -> list[str]:
     if candidate.engine == "llama.cpp":
-        tables = f" --engram {candidate.engram}" if candidate.engram else ""
-        return f"--format gguf --dense {candidate.dense}{tables} --draft drop"
-    return f"--format compressed-tensors --engine vllm{_drafts(candidate)}"
+        tables = ["--engram", candidate.engram] if candidate.engram else []
+        return ["--format", "gguf", "--dense", candidate.dense, *tables, "--draft", "drop"]
+    drafts = any("draft stages" in note for note in candidate.notes)
+    engine = ["--format", "compressed-tensors", "--engine", "vllm"]
+    return [*engine, *(["--draft", "drop"] if drafts else [])]
 
 
-def _drafts(candidate: Candidate) -> str:
-    return " --draft drop" if any("draft stages" in note for note in candidate.notes) else ""
+def _recipe_options(recipe: Recipe) -> list[str]:
+    told = {
+        "scheme": recipe.scheme,
+        "format": recipe.format,
+        "engine": recipe.engine if recipe.engine != "neutral" else "",
+        "dense": recipe.dense,
+        "engram": recipe.engram,
+        "draft": recipe.draft if recipe.draft != "convert" else "",
+    }
+    return [word for key, value in told.items() if value for word in (f"--{key}", value)]
 
 
-def _recipe_options(recipe: Recipe) -> str:
-    options = [f"--scheme {recipe.scheme}", f"--format {recipe.format}"]
-    if recipe.engine != "neutral":
-        options.append(f"--engine {recipe.engine}")
-    if recipe.dense:
-        options.append(f"--dense {recipe.dense}")
-    if recipe.engram:
-        options.append(f"--engram {recipe.engram}")
-    if recipe.draft != "convert":
-        options.append(f"--draft {recipe.draft}")
-    return " ".join(options)
+def _solve_options(recipe: Recipe) -> list[str]:
+    return ["--solve", recipe.scheme, *(["--dense", recipe.dense] if recipe.dense else [])]
 
 
-def _solve_options(recipe: Recipe) -> str:
-    dense = f" --dense {recipe.dense}" if recipe.dense else ""
-    return f"--solve {recipe.scheme}{dense}"
+def _words(options: Sequence[str]) -> list[str]:
+    """`--option value` as two words; a value may hold spaces."""
+    return [word for option in options for word in option.split(" ", 1)]
 
 
-def _serve(candidate: Candidate, machine: Machine, out: str, name: str) -> tuple[str, ...]:
-    options = " ".join(candidate.options)
-    if candidate.engine == "vllm":
-        return (*candidate.before, f"vllm serve {_q(out)} {options}")
+def _llama_server(
+    candidate: Candidate, machine: Machine, out: str, name: str, shell: Shell
+) -> tuple[str, ...]:
+    """To build llama.cpp, what its system must be told first, and the server."""
     backend = machine.unified or ("amd" if machine.is_amd else "")
-    flag = _BACKENDS["cpu" if machine.card is None else backend]
-    targets, before = "llama-server", candidate.before
+    flags = [_BACKENDS["cpu" if machine.card is None else backend]]
+    targets, before = ["llama-server"], [_remark(line, shell) for line in candidate.before]
     if any(option.startswith("--rpc ") for option in candidate.options):
-        flag, targets = f"{flag} {_REMOTE}", f"{targets} ggml-rpc-server"
-        worker = f"llama.cpp/build/bin/ggml-rpc-server --host 0.0.0.0 --port {RPC_PORT} --cache"
-        before = (*before, f"{worker}  # on every other box, after the lines above")
-    build = tuple(line.format(flag=flag, targets=targets) for line in _BUILD)
-    server = f"llama.cpp/build/bin/llama-server -m {_model_file(candidate, out, name)} {options}"
-    return (*build, *before, server)
+        flags.append(_REMOTE)
+        targets.append("ggml-rpc-server")
+        worker = [_program("ggml-rpc-server", shell), "--host", "0.0.0.0", "--port", str(RPC_PORT)]
+        before += [
+            _remark("# on every other box, after the lines above:", shell),
+            command_line([*worker, "--cache"], shell),
+            _remark("# and on the box that serves:", shell),
+        ]
+    build = (_CLONE, " ".join([_CONFIGURE, *flags]), " ".join([_BUILD, *targets]))
+    server = command_line([_program("llama-server", shell), "-m"], shell)
+    rest = command_line(_words(candidate.options), shell)
+    if candidate.recipe is not None:
+        model = quoted(_joined((out, _model_file(candidate, name)), shell), shell)
+        return (*build, *before, f"{server} {model} {rest}")
+    # Of a mixture the name of the file is not known: it ends in the scheme that most of it has.
+    part = "-00001-of-*" if candidate.size > DEFAULT_SPLIT else ""
+    return (*build, *before, _with_found_file(server, out, f"{name}-*{part}.gguf", rest, shell))
+
+
+def _with_found_file(server: str, out: str, pattern: str, rest: str, shell: Shell) -> str:
+    """The server with the file of `out` that a pattern means, which only `sh` puts in itself."""
+    found = _joined((out, pattern), shell)
+    if shell == "powershell":
+        return f"{server} (Resolve-Path {quoted(found, shell)}) {rest}"
+    if shell == "cmd":
+        return f'for %f in ("{found}") do {server} "%f" {rest}'
+    return f"{server} {quoted(f'{out}/', shell)}{pattern} {rest}"
+
+
+def _remark(line: str, shell: Shell) -> str:
+    """A line that may be a remark, in the shell's own form."""
+    return f"rem{line[1:]}" if shell == "cmd" and line.startswith("#") else line
+
+
+def _program(name: str, shell: Shell) -> str:
+    """Where llama.cpp's build puts a program; Visual Studio's has a folder a configuration."""
+    parts = ("llama.cpp", "build", "bin")
+    return _joined((*parts, name) if shell == "sh" else (*parts, "Release", f"{name}.exe"), shell)
+
+
+def _joined(parts: Sequence[str], shell: Shell) -> str:
+    return ("/" if shell == "sh" else "\\").join(parts)
 
 
 def _sglang(candidate: Candidate, folder: str) -> tuple[str, ...]:
     if not candidate.sglang:
         return ()
-    options = " ".join(candidate.sglang)
-    return (f"python -m sglang.launch_server --model-path {_q(folder)} {options}",)
+    start = ["python", "-m", "sglang.launch_server", "--model-path", folder]
+    return (command_line([*start, *_words(candidate.sglang)], "sh"),)
 
 
-def _model_file(candidate: Candidate, out: str, name: str) -> str:
-    """The file that llama.cpp is given; of a mixture, as which it will be chosen is not known."""
-    if candidate.recipe is None:
-        part = "-00001-of-*" if candidate.size > DEFAULT_SPLIT else ""
-        return f"{_q(out)}/{_q(name)}-*{part}.gguf"
-    stem = f"{name}-{quant_label(candidate.recipe.scheme)}"
-    return _q(f"{out}/{part_names(stem, candidate.files)[0]}")
+def _model_file(candidate: Candidate, name: str) -> str:
+    """The file that llama.cpp is given: the first part."""
+    assert candidate.recipe is not None
+    return part_names(f"{name}-{quant_label(candidate.recipe.scheme)}", candidate.files)[0]
 
 
-def _gpu(machine: Machine) -> str:
-    return f" --gpu {machine.generation}" if machine.generation else ""
+def _gpu(machine: Machine) -> list[str]:
+    return ["--gpu", machine.generation] if machine.generation else []
 
 
-def _split(candidate: Candidate) -> str:
+def _split(candidate: Candidate) -> list[str]:
     cards = len(candidate.where.cards)
-    return f" --tp {cards}" if candidate.engine == "vllm" and cards > 1 else ""
-
-
-def _q(text: str) -> str:
-    return shlex.quote(text)
+    return ["--tp", str(cards)] if candidate.engine == "vllm" and cards > 1 else []

@@ -207,7 +207,7 @@ def _sglang_options(machine: Machine, config: ModelConfig, placed: vllm.Served) 
     """
     if machine.unified and placed.serving.gpus > 1:
         return ()
-    tables = ('--engram-config \'{"placement": "cpu"}\'',) if placed.tables.host else ()
+    tables = ('--engram-config {"placement": "cpu"}',) if placed.tables.host else ()
     return (
         f"--tp {placed.serving.gpus}", f"--context-length {placed.serving.context}", *tables,
         *_chat(SGLANG, config),

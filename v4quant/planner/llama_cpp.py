@@ -132,7 +132,7 @@ def _limits(machine: Machine, needed: int) -> tuple[str, ...]:
     if machine.unified == "vulkan" and needed > _VULKAN_SHARE * size:
         pages = most * 256
         return (
-            f"# kernel command line, then restart: ttm.pages_limit={pages} "
+            f"# Linux' kernel command line, then restart: ttm.pages_limit={pages} "
             f"ttm.page_pool_size={pages}",
         )
     return ()
@@ -316,7 +316,7 @@ def _with_part(
         options = [o for o in found.options if not o.startswith("--n-cpu-moe")]
         if layer:
             options.insert(2, f"--n-cpu-moe {layer}")
-        options.append(f"--override-tensor '{pattern}'")
+        options.append(f"--override-tensor {pattern}")
         saved = file.active * experts * share
         seconds = found.seconds - saved / machine.ram_bandwidth + saved / machine.card.bandwidth
         return replace(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +23,7 @@ from v4quant.evaluation.report.text import code_span, escape_markdown
 from v4quant.hub.refs import HubReferenceError, parse_hub
 from v4quant.publishing.publisher import RepoFile
 from v4quant.recipe import recipe_from_table
+from v4quant.shell import command_line, quoted
 from v4quant.visible import visible
 from v4quant_calibration.statistics.provenance import (
     DEFAULTS,
@@ -104,11 +104,10 @@ def _commands(
     adapter = ' --adapter "$ADAPTER"' if manifest.get("adapter") else ""
     convert = f"v4quant quantize {source} out --recipe {_PLACE}/{within}{RECIPE_NAME}{adapter}"
     commands = [
-        f"hf download {shlex.quote(repo)} {' '.join(map(shlex.quote, fetched))} "
-        f"--local-dir {_PLACE}",
+        command_line(["hf", "download", repo, *fetched, "--local-dir", _PLACE], "sh"),
         calibrate,
         convert + (f" --stats {stats}" if stats else ""),
-        f"v4quant verify out --same-as {shlex.quote(published)}",
+        command_line(["v4quant", "verify", "out", "--same-as", published], "sh"),
     ]
     if calibrate:
         notes.append(
@@ -152,7 +151,7 @@ def _what_is_solved(manifest: Mapping[str, Any], made: Provenance, recipe: str) 
 def _corpus_name(text: CorpusText) -> str:
     if text.name.startswith(PREFIX) and re.fullmatch(r"[a-z0-9:-]{1,60}", text.name):
         return text.name
-    return shlex.quote(visible(text.name).replace("`", "").replace("/", ""))
+    return quoted(visible(text.name).replace("`", "").replace("/", ""), "sh")
 
 
 def _texts(made: Provenance) -> list[str]:

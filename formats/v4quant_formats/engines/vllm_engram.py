@@ -34,8 +34,8 @@ def table_places(config: Dimensions, gpus: int) -> list[TablePlace]:
     card = max(sum(codes + scales for codes, scales in share) for share in shares)
     return [
         TablePlace(pinned, 0, ""),
-        TablePlace(bare, 0, "--engram-config '{\"use_thp\": true}'"),
-        TablePlace(0, card, "--engram-config '{\"cpu_offload\": false}'"),
+        TablePlace(bare, 0, '--engram-config {"use_thp": true}'),
+        TablePlace(0, card, '--engram-config {"cpu_offload": false}'),
     ]
 
 

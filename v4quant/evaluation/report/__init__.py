@@ -31,13 +31,13 @@ from v4quant.evaluation.report.tables import (
     SUMMARY_METRICS,
     Table,
     checkpoint_table,
-    command_line,
     confidence_table,
     corpus_table,
     distribution_table,
     findings_table,
     floors_table,
     metric,
+    recorded_command,
     run_table,
     summary_table,
     verdict_text,
@@ -132,7 +132,7 @@ def render_html(result: Figures) -> str:
         if (t := build(result)) is not None
     ]
     parts.append(_glossary(result))
-    command = command_line(result)
+    command = recorded_command(result)
     if command:
         parts.append(f"<section>\n<h2>Command</h2>\n<pre>{escape_html(command)}</pre>\n</section>")
     body = "\n".join(part for part in parts if part)
@@ -211,7 +211,7 @@ def render_markdown(result: Figures) -> str:
         table = build(result)
         if table is not None:
             parts.append(_table_markdown(table))
-    command = command_line(result)
+    command = recorded_command(result)
     if command:
         fence = "`" * (_longest_run(command, "`") + 3)
         parts.append(f"{fence}\n{command}\n{fence}")

@@ -10,7 +10,6 @@ knows how much of it the arithmetic produces on its own.
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -24,6 +23,7 @@ from v4quant.evaluation.report.text import (
     text,
     with_error,
 )
+from v4quant.shell import command_line
 from v4quant.visible import visible
 
 
@@ -241,10 +241,10 @@ def run_table(result: Figures) -> Table | None:
     return build_table("How this was measured", ("", ""), rows, text_columns=2)
 
 
-def command_line(result: Figures) -> str:
+def recorded_command(result: Figures) -> str:
     """The exact command, quoted for a shell when it was recorded as a list; empty when absent."""
     command = result.tool.command
-    return visible(command if isinstance(command, str) else shlex.join(command))
+    return visible(command if isinstance(command, str) else command_line(command, "sh"))
 
 
 def named(result: Figures) -> tuple[str, str]:
