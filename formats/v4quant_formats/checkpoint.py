@@ -66,8 +66,8 @@ class Deltas(Protocol):
 
     def __contains__(self, module: object) -> bool: ...
 
-    def delta(self, module: str) -> Tensor:
-        """float64 [out, in] of a module that is contained."""
+    def delta(self, module: str, rows: slice | Tensor) -> Tensor:
+        """float64: rows (by number int64 [n]) of [out, in], of a module that is contained."""
 
 
 @dataclass(frozen=True)

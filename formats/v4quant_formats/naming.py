@@ -74,11 +74,12 @@ def official_name(name: str) -> str | None:
     """The release's name of a tensor under another tool's; None where there is none."""
     if parse_name(name) is not None:
         return name
-    translated = _translate(name)
+    translated = translate(name)
     return translated if parse_name(translated) is not None else None
 
 
-def _translate(name: str) -> str:
+def translate(name: str) -> str:
+    """A name in the release's terms, whether or not the release has such a tensor."""
     for form, new in _RULES:
         name = form.sub(new, name)
     return name
@@ -97,7 +98,7 @@ def understood(
     found: dict[str, TensorSpec] = {}
     renamed: dict[str, str] = {}
     for name, spec in tensors.items():
-        for official in _official(where, _as_bytes(spec)):
+        for official in official_specs(where, _as_bytes(spec)):
             if official.name in found:
                 first = renamed.get(official.name, official.name)
                 raise DuplicateTensor(
@@ -121,12 +122,16 @@ def _as_bytes(spec: TensorSpec) -> TensorSpec:
     return replace(spec, dtype="U8", shape=shape, is_f4=True)
 
 
-def _official(where: str, spec: TensorSpec) -> Iterator[TensorSpec]:
+def official_specs(where: str, spec: TensorSpec) -> Iterator[TensorSpec]:
+    """The release's tensors that a stored one is: itself, or slices of a stack of experts.
+
+    A name without a meaning stays. Raises WrongDtype for a stack that is none.
+    """
     name = official_name(spec.name)
     if name is not None:
         yield spec if name == spec.name else replace(spec, name=name)
         return
-    translated = _translate(spec.name)
+    translated = translate(spec.name)
     if match := _FUSED.fullmatch(translated):
         if len(spec.shape) != 3 or spec.dtype not in _FUSED_DTYPES:
             raise _no_stack(where, spec, "[experts, out, in]")

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import is_linear
-from v4quant_formats.shard_files import LocalShards
 from v4quant_formats.spec import TensorSpec, torch_dtype
 from v4quant_formats.weights import SCALE_PARTS, StoredWeight
 from v4quant_kernels.scheme import Scheme
@@ -73,7 +72,7 @@ def odd_scales(checkpoint: Checkpoint, stored: Mapping[str, StoredWeight]) -> It
 
     Only of files that lie here: a repository is not asked for thousands of pieces.
     """
-    if not isinstance(checkpoint.shards, LocalShards):
+    if not checkpoint.shards.is_local:
         return
     coded = [
         weight.base or weight for module, weight in stored.items() if _is_coded(module, weight)

@@ -61,6 +61,10 @@ class Origin:
 class ShardFiles(Protocol):
     """Reads bytes of shards by file name. Thread-safe."""
 
+    @property
+    def is_local(self) -> bool:
+        """Whether reading a few bytes anywhere costs next to nothing."""
+
     def read_into(self, file: str, view: memoryview, offset: int, what: str) -> None:
         """Fill `view` from byte `offset` on; `what` is read, for messages.
 
@@ -92,6 +96,8 @@ class HeadersOnly:
     Whoever needs bytes to decide asks `Checkpoint.has_data` before.
     """
 
+    is_local = False
+
     def read_into(self, file: str, view: memoryview, offset: int, what: str) -> None:
         """There is nothing to read."""
         raise AssertionError(f"{file}: only headers are known, not {what}")
@@ -118,6 +124,8 @@ class HeadersOnly:
 
 class LocalShards:
     """Shards that lie in a folder."""
+
+    is_local = True
 
     def __init__(self, folder: Path, states: Mapping[str, FileState]) -> None:
         """`states`: every file's identity when its header was read."""

@@ -123,16 +123,26 @@ def read_matrix(
 def _read_merged(checkpoint: Checkpoint, base: StoredWeight, rows: Rows) -> QTensor:
     """A matrix with an adapter's delta: added in float64, rounded once to float32."""
     assert checkpoint.deltas is not None
-    delta = checkpoint.deltas.delta(base.module)
     if isinstance(rows, Tensor):
-        whole = _read_merged(checkpoint, base, None)
-        return _plain_matrix(whole.codes[rows])
+        delta = checkpoint.deltas.delta(base.module, rows)
+        return _plain_matrix((_rows_at(checkpoint, base, rows).double() + delta).float())
     start, stop = rows or (0, base.shape[0])
     height = 1 if base.scheme is None else base.scheme.block[0]
     first, last = start // height * height, min(-(-stop // height) * height, base.shape[0])
     values = dequantize(read_matrix(checkpoint, base, (first, last))).double()
-    merged = values[start - first : stop - first] + delta[start:stop]
-    return _plain_matrix(merged.float())
+    delta = checkpoint.deltas.delta(base.module, slice(start, stop))
+    return _plain_matrix((values[start - first : stop - first] + delta).float())
+
+
+def _rows_at(
+    checkpoint: Checkpoint, stored: StoredWeight, rows: Tensor, device: torch.device = _CPU
+) -> Tensor:
+    """float32 rows of a matrix by number."""
+    if stored.scheme is not None:
+        return dequantize(read_weight(checkpoint, stored, rows).to(device))
+    value = _read_part(checkpoint, stored.first, rows)
+    check_finite(checkpoint, stored.first, value)
+    return value.to(device).float()
 
 
 def _plain_matrix(values: Tensor) -> QTensor:
@@ -275,10 +285,4 @@ def read_dense_at(
     rows: int64 `[n]`; sorted ones are read in the file's order. Raises IndexError for a row that
     is not there.
     """
-    stored = find_weight(checkpoint, module)
-    if stored.scheme is not None:
-        return dequantize(read_weight(checkpoint, stored, rows).to(device))
-    spec = stored.first
-    value = _read_part(checkpoint, spec, rows)
-    check_finite(checkpoint, spec, value)
-    return value.to(device).float()
+    return _rows_at(checkpoint, find_weight(checkpoint, module), rows, device)

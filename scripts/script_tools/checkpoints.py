@@ -133,9 +133,14 @@ def _packed(pack: Pack, method: Mapping[str, object], source: Path, folder: Path
 
 
 def _adapter(folder: Path) -> Path:
-    """A LoRA adapter of rank 4 in PEFT's layout, for a dense and an expert matrix."""
+    """A LoRA adapter of rank 4 in PEFT's layout: a dense and an expert matrix, a layer's experts in
+    one parameter, and a whole norm.
+    """
     folder.mkdir()
-    tensors = {}
+    tensors = {"base_model.model.model.norm.weight": torch.ones(128)}
+    for half, shape in (("A", (16, 128)), ("B", (256, 16))):
+        name = f"base_model.model.model.layers.1.mlp.experts.lora_{half}.weight"
+        tensors[name] = torch.full(shape, 0.01)
     for module in ("layers.1.attn.wq_a", f"{_EXPERTS}1.w2"):
         for half, shape in (("A", (4, 128)), ("B", (128, 4))):
             tensors[f"base_model.model.{module}.lora_{half}.weight"] = torch.full(shape, 0.01)

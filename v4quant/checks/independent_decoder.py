@@ -53,7 +53,7 @@ def decode_rows(checkpoint: Checkpoint, stored: StoredWeight, start: int, stop: 
     parts = stored.parts
     if stored.base is not None:
         assert checkpoint.deltas is not None
-        delta: Array = checkpoint.deltas.delta(stored.module)[start:stop].numpy()
+        delta: Array = checkpoint.deltas.delta(stored.module, slice(start, stop)).numpy()
         return _float32(decode_rows(checkpoint, stored.base, start, stop) + delta)
     if stored.pack is not None:
         return _decode_pack(checkpoint, stored, stored.pack)[start:stop]

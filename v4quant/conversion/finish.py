@@ -146,12 +146,15 @@ def _manifest(
 
 
 def _adapter(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The adapter that was merged, with the Frobenius norm of what it added to each matrix."""
+    """The adapter that was merged, with the Frobenius norm of what it added to each matrix and the
+    modules it replaced."""
     deltas = checkpoint.deltas
     if not isinstance(deltas, Adapter):
         return {}
     norms = {m: float(f"{n:.6g}") for m, n in deltas.norms().items()}
     facts = {"name": deltas.name, "digest": deltas.digest, "norms": norms}
+    if deltas.replaced:
+        facts["replaced"] = list(deltas.replaced)
     return {"adapter": facts}
 
 

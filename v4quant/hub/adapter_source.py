@@ -14,7 +14,8 @@ from v4quant.hub.download import download
 from v4quant.hub.errors import HubError, HubOffline
 from v4quant.hub.refs import HubRef, HubReferenceError
 from v4quant.hub.remote import open_remote, require
-from v4quant_formats.adapter import CONFIG_NAME, WEIGHTS_NAME
+from v4quant_formats.adapter import WEIGHTS_NAME
+from v4quant_formats.adapter.settings import CONFIG_NAME
 from v4quant_formats.model_config import MAX_CONFIG_BYTES
 
 

@@ -92,6 +92,8 @@ def remove_shards(folder: Path) -> None:
 class ShardCache:
     """Implements `ShardFiles` for a repository. Use as long as the checkpoint; then `close`."""
 
+    is_local = False
+
     def __init__(
         self,
         remote: Remote,

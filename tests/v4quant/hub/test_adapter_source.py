@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.formats.test_adapter import Lora
 from tests.support.conversion import TINY, folder_bytes
 from tests.support.fake_hub import FakeHub
+from tests.support.lora import Lora
 from v4quant.hub.errors import HubNotFound
 from v4quant.hub.refs import HubReferenceError, parse_hub
 from v4quant.source import open_source
