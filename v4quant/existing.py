@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from v4quant_calibration.statistics.stats import is_stats
 from v4quant_formats.errors import FormatError, OutputError
 from v4quant_formats.gguf.imatrix import is_own_imatrix
 from v4quant_formats.safetensors_header import read_header
@@ -100,6 +99,8 @@ def refuse_existing(files: Iterable[NewFile], overwrite: bool) -> None:
 
 def statistics_file(path: Path) -> NewFile:
     """What `calibrate` writes."""
+    from v4quant_calibration.statistics.stats import is_stats  # torch, which plans do without
+
     return NewFile(path, "statistics", is_stats)
 
 

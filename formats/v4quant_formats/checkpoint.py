@@ -15,10 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from v4quant_formats.errors import (
     DuplicateTensor,
@@ -43,6 +40,10 @@ from v4quant_formats.shard_files import (
     ShardFiles,
 )
 from v4quant_formats.spec import TensorSpec, torch_dtype
+from v4quant_kernels.late import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 PACK_CONFIG_NAME = "quantize_config.json"

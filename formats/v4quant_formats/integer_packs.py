@@ -23,14 +23,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from v4quant_formats.errors import WrongDtype
 from v4quant_formats.spec import TensorSpec
+from v4quant_kernels.late import torch
 from v4quant_kernels.ref.pack import WIDTHS, unpack_bits
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Tool = Literal["compressed-tensors", "int8", "gptq", "awq"]
 

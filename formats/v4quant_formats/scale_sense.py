@@ -16,15 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import is_linear
 from v4quant_formats.spec import TensorSpec, torch_dtype
 from v4quant_formats.weights import SCALE_PARTS, StoredWeight
+from v4quant_kernels.late import torch
 from v4quant_kernels.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MATRICES = 4096
 _SAMPLE = 4096  # bytes of scales looked at of a matrix

@@ -27,14 +27,11 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from v4quant_formats.errors import OutputError
 from v4quant_formats.file_hash import IncrementalHash
-from v4quant_formats.spec import DTYPE_BITS, DTYPE_NAMES, TensorSpec, torch_dtype
+from v4quant_formats.spec import DTYPE_BITS, TensorSpec, stored_dtype, torch_dtype
 from v4quant_formats.system import (
     create_nameless,
     create_new,
@@ -42,6 +39,10 @@ from v4quant_formats.system import (
     sync_folder,
     write_at,
 )
+from v4quant_kernels.late import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEMPORARY_SUFFIX = ".part"
 # Part of every temporary name, so that two processes never write one file whatever locks say.
@@ -253,7 +254,7 @@ def write_tensors(
 
     Raises OutputError.
     """
-    specs = [TensorSpec(k, DTYPE_NAMES[v.dtype], tuple(v.shape)) for k, v in tensors.items()]
+    specs = [TensorSpec(k, stored_dtype(v.dtype), tuple(v.shape)) for k, v in tensors.items()]
     writer = ShardWriter(path, plan_shard(specs, metadata), nameless=True)
     try:
         for name, value in tensors.items():

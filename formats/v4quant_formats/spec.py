@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-
 from v4quant_kernels.ggml_types import block_type
+from v4quant_kernels.late import torch
 
 # Bits per element of every dtype the safetensors format defines.
 DTYPE_BITS: dict[str, int] = {
@@ -19,16 +18,14 @@ DTYPE_BITS: dict[str, int] = {
     "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
 
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-    "U8": torch.uint8, "BOOL": torch.bool,
+# What torch calls those that it can hold.
+TORCH_NAMES: dict[str, str] = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U16": "uint16", "U32": "uint32", "U64": "uint64", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-
-DTYPE_NAMES: dict[torch.dtype, str] = {v: k for k, v in TORCH_DTYPES.items()}
+_STORED = {v: k for k, v in TORCH_NAMES.items()}
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
@@ -37,7 +34,14 @@ def torch_dtype(dtype: str) -> torch.dtype:
     A matrix [N, K] in a block type of GGUF is bytes [N, bytes of a row], whose meaning the type
     says. No safetensors file may use such a dtype.
     """
-    return torch.uint8 if block_type(dtype) else TORCH_DTYPES[dtype]
+    found = getattr(torch, "uint8" if block_type(dtype) else TORCH_NAMES[dtype])
+    assert isinstance(found, torch.dtype), dtype
+    return found
+
+
+def stored_dtype(dtype: torch.dtype) -> str:
+    """What a tensor of a dtype is stored as. Raises KeyError."""
+    return _STORED[str(dtype).removeprefix("torch.")]
 
 
 @dataclass(frozen=True)

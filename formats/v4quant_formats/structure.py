@@ -18,8 +18,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-import torch
-
 from v4quant_formats.checkpoint import SINGLE_NAME, Checkpoint
 from v4quant_formats.config_fields import short
 from v4quant_formats.declarations import false_statements
@@ -52,6 +50,7 @@ from v4quant_formats.release_config import FIXED
 from v4quant_formats.scale_sense import odd_scales
 from v4quant_formats.spec import TensorSpec, torch_dtype
 from v4quant_formats.weights import StoredWeight, find_weight
+from v4quant_kernels.late import torch
 
 _LOG = logging.getLogger(__name__)
 MAX_DEFECTS = 1000

@@ -26,7 +26,7 @@ from v4quant_formats.shards import (
     write_file_atomically,
     write_pieces_atomically,
 )
-from v4quant_formats.spec import DTYPE_BITS, DTYPE_NAMES, TensorSpec
+from v4quant_formats.spec import DTYPE_BITS, TensorSpec, stored_dtype
 
 
 def tensors(generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -43,7 +43,7 @@ def tensors(generator: torch.Generator) -> dict[str, torch.Tensor]:
 
 
 def specs(made: dict[str, torch.Tensor]) -> list[TensorSpec]:
-    return [TensorSpec(n, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in made.items()]
+    return [TensorSpec(n, stored_dtype(t.dtype), tuple(t.shape)) for n, t in made.items()]
 
 
 def test_the_library_reads_what_we_write(tmp_path: Path, generator: torch.Generator) -> None:

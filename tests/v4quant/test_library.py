@@ -142,6 +142,26 @@ def test_a_start_loads_nothing_heavy(arguments: list[str]) -> None:
     assert done.stdout.rstrip().endswith("loaded: []"), done.stdout[-200:]
 
 
+def test_plans_are_made_without_torch(tmp_path: Path) -> None:
+    """Of a release, of a folder, of GGUF files: its import would take longer than all the rest."""
+    gguf = tmp_path / "gguf"
+    v4quant.quantize(TINY, gguf, scheme="q4_k", format="gguf")
+    code = (
+        "import sys\nsys.modules['torch'] = None\n"
+        "from v4quant.cli import cli\n"
+        "words = ['--machine', '2x3090', '--ram', '128GB', '--context', '4096']\n"
+        f"for source in ('flash', {str(TINY)!r}, {str(gguf)!r}):\n"
+        "    cli(['plan', source, *words], standalone_mode=False)\n"
+        f"write = ['--write', {str(tmp_path / 'run.toml')!r}, '--engine', 'llama.cpp']\n"
+        f"cli(['plan', {str(TINY)!r}, *words, *write], standalone_mode=False)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("machine: 2 x RTX 3090") == 4 and (tmp_path / "run.toml").exists()
+
+
 def completed(words: str, incomplete: str) -> str:
     """What bash's completion offers."""
     done = subprocess.run(

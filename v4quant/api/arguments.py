@@ -1,4 +1,7 @@
-"""Arguments as people write them, and what they mean: sources, sizes, corpora, arithmetic."""
+"""Arguments as people write them, and what they mean: sources, sizes, corpora, arithmetic.
+
+What needs torch is imported where it is used: `plan` reads a source's name here, and no more.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from v4quant import __version__
 from v4quant.builtin import resolve_corpus
@@ -16,16 +18,15 @@ from v4quant.hub.refs import HubRef, is_hub, parse_hub
 from v4quant.shell import command_line
 from v4quant.sizes import parse_size
 from v4quant.source import Source, resolve_source
-from v4quant_calibration.corpus.chat_dialects import DEFAULT_RELEASE
 from v4quant_calibration.corpus.chat_keys import CHAT_KEYS, MESSAGES
-from v4quant_calibration.corpus.corpus import Corpus, CorpusRequest, load_corpus
-from v4quant_calibration.corpus.tokenizer import tokenizer_of
-from v4quant_calibration.forward.checkpoint_params import model_config
-from v4quant_calibration.model.options import ACTIVATIONS, ForwardOptions
-from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.model_config import ModelConfig
-from v4quant_kernels import cpu_products
 from v4quant_kernels.errors import OptionError
+from v4quant_kernels.late import torch
+
+if TYPE_CHECKING:
+    from v4quant_calibration.corpus.corpus import Corpus
+    from v4quant_calibration.model.options import ForwardOptions
+    from v4quant_formats.checkpoint import Checkpoint
+    from v4quant_formats.model_config import ModelConfig
 
 PathLike = str | os.PathLike[str]
 SourceLike = PathLike | HubRef
@@ -68,6 +69,8 @@ def size_of(value: Size) -> int | None:
 
 def config_of(checkpoint: Checkpoint) -> ModelConfig:
     """The checkpoint's config.json, complete enough to run the model. Raises ConfigError."""
+    from v4quant_calibration.forward.checkpoint_params import model_config  # torch
+
     return model_config(checkpoint)
 
 
@@ -92,6 +95,10 @@ def read_corpus(
     enough: tokens of a long text that will do, where not `tokens`. max_memory: of the process.
     Raises BuiltinError, OptionError, CorpusError or TokenizerError.
     """
+    from v4quant_calibration.corpus.chat_dialects import DEFAULT_RELEASE  # torch
+    from v4quant_calibration.corpus.corpus import CorpusRequest, load_corpus
+    from v4quant_calibration.corpus.tokenizer import tokenizer_of
+
     files = listed_files(names)
     release = "v41" if checkpoint.config.get("model_type") == "deepseek_v41" else DEFAULT_RELEASE
     request = CorpusRequest(
@@ -142,6 +149,8 @@ def corpus_names(names: PathLike | Sequence[PathLike]) -> list[str]:
 def forward_options(activations: str, products: str = "f32") -> ForwardOptions:
     """How the forward pass multiplies: activations "plain", "kv" or "official"; products "f32",
     "bf16" or "kernels"."""
+    from v4quant_calibration.model.options import ACTIVATIONS, ForwardOptions  # torch
+
     return ForwardOptions(
         activations=activations if activations in ACTIVATIONS else "plain",
         matmul_dtype=torch.float32 if products == "f32" else torch.bfloat16,
@@ -151,6 +160,8 @@ def forward_options(activations: str, products: str = "f32") -> ForwardOptions:
 
 def tool_facts() -> dict[str, str]:
     """Versions and the command (empty in a Python program), for reports."""
+    from v4quant_kernels import cpu_products  # torch
+
     library = cpu_products.decided()
     own = Path(sys.argv[0]).name in ("v4quant", "__main__.py") if sys.argv else False
     return {

@@ -25,7 +25,7 @@ from v4quant_calibration.rounding.solvers import optimal
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.errors import WrongDtype
 from v4quant_formats.shards import ShardWriter
-from v4quant_formats.spec import TORCH_DTYPES
+from v4quant_formats.spec import torch_dtype
 from v4quant_formats.weight_reading import check_finite, read_matrix
 from v4quant_formats.weights import StoredWeight, scale_part
 from v4quant_kernels import codec
@@ -58,7 +58,7 @@ def recast(
     """The same numbers in another dtype: wider floats, or expert numbers in 32 bits."""
     stored, wanted = unit.sources[0], unit.outputs[0]
     spec = stored.first
-    dtype = TORCH_DTYPES[wanted.dtype]
+    dtype = torch_dtype(wanted.dtype)
     altered, position = 0, 0
     for _, piece in plan.checkpoint.read_chunks(spec.name):
         check_finite(plan.checkpoint, spec, piece)
@@ -135,7 +135,7 @@ def widen_to_bf16(
 ) -> list[TensorRecord]:
     """Any matrix in BF16 (or float32): FP8 exactly but for scales near 2^-127, others rounded."""
     stored, wanted = unit.sources[0], unit.outputs[0]
-    columns, dtype = stored.shape[1], TORCH_DTYPES[wanted.dtype]
+    columns, dtype = stored.shape[1], torch_dtype(wanted.dtype)
     if dtype == torch.bfloat16 and _widens_exactly(plan, stored):
         hints: dict[int, int] = {}
         for start, q in coded_rows(plan, stored):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from v4quant.conversion.exactness import inexact_stages
 from v4quant.conversion.units import Action, Dropped, Unit
 from v4quant.recipe import Recipe
 from v4quant.targets import check_places, place_of, places_of
@@ -23,7 +22,7 @@ from v4quant_formats.deepseek_v4 import (
 from v4quant_formats.errors import UnsupportedPair, WrongDtype
 from v4quant_formats.layouts.deepseek import DEEPSEEK
 from v4quant_formats.model_config import Dimensions
-from v4quant_formats.spec import TORCH_DTYPES, TensorSpec
+from v4quant_formats.spec import TORCH_NAMES, TensorSpec
 from v4quant_formats.structure import Structure, check_structure
 from v4quant_formats.weights import StoredWeight, scale_part
 from v4quant_kernels.ggml_types import GGML_TYPES, fitting_type, get_type
@@ -59,6 +58,8 @@ def plan_units(
     assert config is not None
     kept: tuple[str, ...] = ()
     if recipe.on_inexact == "keep":
+        from v4quant.conversion.exactness import inexact_stages  # reads data, so it needs torch
+
         experts = {(n.stage, n.expert) for n in names.values() if n and n.expert is not None}
         scheme = recipe.expert_scheme.tiled(config.fp8_tile)
         kept = inexact_stages(checkpoint, scheme, sorted(experts))
@@ -114,7 +115,7 @@ class _Planner:
         name = self.by_module.get(module)
         if name is None:
             spec = self.checkpoint.spec(module)
-            if spec.dtype not in TORCH_DTYPES:
+            if spec.dtype not in TORCH_NAMES:
                 raise WrongDtype(
                     f"{self.checkpoint.path / spec.file}: unknown tensor '{spec}' has a dtype that "
                     "cannot be copied; remove it from the source"

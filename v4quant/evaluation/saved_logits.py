@@ -30,7 +30,7 @@ from v4quant_calibration.forward.logits import LogitTile
 from v4quant_formats.errors import FormatError
 from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shards import ShardWriter, plan_shard
-from v4quant_formats.spec import TORCH_DTYPES, TensorSpec
+from v4quant_formats.spec import TensorSpec, torch_dtype
 from v4quant_formats.system import bytes_at, open_for_reading
 from v4quant_kernels.errors import V4QuantError
 
@@ -217,7 +217,7 @@ class SavedLogits:
     def read(self, name: str, first: int, count: int) -> Tensor:
         """`count` elements of a tensor from its element `first` on."""
         spec = self._specs[name]
-        dtype = TORCH_DTYPES[spec.dtype]
+        dtype = torch_dtype(spec.dtype)
         return self._bytes(spec, first * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
     def _bytes(self, spec: TensorSpec, first: int, count: int) -> Tensor:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from v4quant_formats.spec import TORCH_DTYPES, TensorSpec
+from v4quant_formats.spec import TensorSpec, torch_dtype
 
 DEFAULT_MODULE = "layers.0.ffn.experts.0.w1"
 _PIECE = 4 * 2**20  # elements made at a time
@@ -96,7 +96,7 @@ def _random(spec: TensorSpec, rng: np.random.Generator, count: int) -> Tensor:
     if spec.dtype in ("I8", "F8_E4M3"):
         drawn = rng.integers(0, 65536, count, dtype=np.uint16)
         table = _fp4_pairs() if spec.dtype == "I8" else _fp8_codes()
-        return torch.from_numpy(table[drawn]).view(TORCH_DTYPES[spec.dtype])
+        return torch.from_numpy(table[drawn]).view(torch_dtype(spec.dtype))
     if spec.dtype == "F8_E8M0" or (spec.dtype == "F32" and spec.name.endswith(".scale")):
         is_expert = ".ffn.experts." in spec.name and spec.dtype == "F8_E8M0"
         table = _by_weight(_FP4_SCALES if is_expert else _FP8_SCALES)
@@ -106,7 +106,7 @@ def _random(spec: TensorSpec, rng: np.random.Generator, count: int) -> Tensor:
         return torch.ldexp(torch.ones(count), data.int() - 127)
     normal = torch.from_numpy(rng.standard_normal(count, dtype=np.float32))
     mean, deviation = _mean_and_deviation(spec.name)
-    return normal.mul_(deviation).add_(mean).to(TORCH_DTYPES[spec.dtype])
+    return normal.mul_(deviation).add_(mean).to(torch_dtype(spec.dtype))
 
 
 def _mean_and_deviation(name: str) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from v4quant_calibration.evaluation.weight_defects import ratio, squares
 from v4quant_calibration.evaluation.weight_gains import Gain, GainSums
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import TensorName, expert_module, parse_name
-from v4quant_formats.spec import TORCH_DTYPES
+from v4quant_formats.spec import torch_dtype
 from v4quant_formats.weight_reading import read_dense, read_dense_rows, read_weight
 from v4quant_formats.weights import StoredWeight, find_weight
 from v4quant_kernels import codec
@@ -111,7 +111,7 @@ def coded_as(
 ) -> Tensor:
     """`dense`, these rows of the reference's matrix, as they come back from `target`'s coding."""
     if target.scheme is None:
-        dtype = TORCH_DTYPES[target.first.dtype]
+        dtype = torch_dtype(target.first.dtype)
         return dense.to(dtype).float()
     stored = find_weight(reference, module)
     if stored.scheme == MXFP4 and can_cast(target.scheme):

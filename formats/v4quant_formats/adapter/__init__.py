@@ -17,9 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from v4quant_formats.adapter.experts import FusedPair, expert_products
 from v4quant_formats.adapter.factors import Factor, Product
@@ -34,6 +32,10 @@ from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shard_files import LocalShards, file_state
 from v4quant_formats.spec import TensorSpec
 from v4quant_formats.weights import PLAIN_SCHEMES, find_weight
+from v4quant_kernels.late import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _TORCH_NAME = "adapter_model.bin"

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from v4quant_formats.shard_files import LocalShards
 from v4quant_formats.spec import TensorSpec, torch_dtype
+from v4quant_kernels.late import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PIECE = 32 * 2**20
 

@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from gguf import GGUFValueType
-from torch import Tensor
 
 from v4quant_formats.errors import FormatError, WrongMetadata
 from v4quant_formats.gguf.file import ALIGNMENT, Field, plan_named
@@ -25,6 +24,10 @@ from v4quant_formats.gguf.header import MAGIC, GgufHeader, GgufTensor, read_gguf
 from v4quant_formats.gguf.imatrix_dat import looks_like_dat, read_dat
 from v4quant_formats.shards import ShardWriter
 from v4quant_formats.spec import TensorSpec
+from v4quant_kernels.late import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMATRIX = "imatrix"
 _AUTHOR = "v4quant"

@@ -12,12 +12,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, BinaryIO
 
 from v4quant_formats.errors import FormatError
+from v4quant_kernels.late import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MOST_ENTRIES = 1 << 20
 _LONGEST_NAME = 256

@@ -29,17 +29,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from v4quant_formats.deepseek_v4 import TensorName
 from v4quant_formats.layouts.deepseek import QUANTIZATION_CONFIG, V41_CONFIG
 from v4quant_formats.layouts.layout import DenseRule, Layout, Parts
 from v4quant_formats.model_config import Dimensions, is_v41
+from v4quant_kernels.late import torch
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import SCHEMES, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXPERT_TARGET = r"re:.*\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj)$"
 DENSE_TARGETS = (

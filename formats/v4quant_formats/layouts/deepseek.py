@@ -13,17 +13,17 @@ config.json says.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from v4quant_formats.deepseek_v4 import TensorName
 from v4quant_formats.layouts.layout import DenseRule, Layout, Parts
 from v4quant_formats.model_config import Dimensions, is_v41
+from v4quant_kernels.late import torch
 from v4quant_kernels.qtensor import QTensor
-from v4quant_kernels.ref import e8m0
 from v4quant_kernels.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QUANTIZATION_CONFIG: dict[str, Any] = {
     "activation_scheme": "dynamic",
@@ -55,6 +55,8 @@ def _expert_tensors(q: QTensor, input_amax: float) -> dict[str, Tensor]:
     assert q.scale is not None
     if q.scheme.element == "e2m1":
         return {"weight": q.codes.view(torch.int8), "scale": q.scale}
+    from v4quant_kernels.ref import e8m0  # torch, which plans do without
+
     scale = q.scale if q.scale.dtype == torch.float32 else e8m0.decode(q.scale)
     return {"weight": q.codes, "scale": scale}
 

@@ -10,9 +10,7 @@ not meet rounded activations), expert numbers of the hash layers become I32, all
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from v4quant_formats.deepseek_v4 import TensorName
 from v4quant_formats.errors import UnsupportedPair
@@ -20,10 +18,12 @@ from v4quant_formats.layouts.choices import NEUTRAL, dense_types, table_types
 from v4quant_formats.layouts.layout import DenseRule, Layout, Parts
 from v4quant_formats.model_config import Dimensions
 from v4quant_formats.spec import TensorSpec
-from v4quant_kernels.ggml import repack_mxfp4
 from v4quant_kernels.ggml_types import fitting_type, get_type
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _expert_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:
@@ -37,6 +37,8 @@ def _expert_tensors(q: QTensor, input_amax: float) -> dict[str, Tensor]:
     if q.scheme.is_block_type:
         return {"weight": q.codes}
     assert q.scale is not None, q.scheme
+    from v4quant_kernels.ggml import repack_mxfp4  # torch, which plans do without
+
     return {"weight": repack_mxfp4(q.codes, q.scale)}
 
 

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from v4quant_formats.deepseek_v4 import TensorName
 from v4quant_formats.layouts.choices import NEUTRAL
@@ -24,6 +22,9 @@ from v4quant_formats.model_config import Dimensions
 from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import SCHEMES, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Suffix -> (safetensors dtype, shape).
 Parts = dict[str, tuple[str, tuple[int, ...]]]

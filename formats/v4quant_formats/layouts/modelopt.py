@@ -14,17 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from v4quant_formats.deepseek_v4 import TensorName
 from v4quant_formats.layouts.deepseek import native_config
 from v4quant_formats.layouts.layout import DenseRule, Layout, Parts
 from v4quant_formats.model_config import Dimensions
+from v4quant_kernels.late import torch
 from v4quant_kernels.qtensor import QTensor
 from v4quant_kernels.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NVFP4_MAX = 6.0 * 448.0
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import gcd
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
+from v4quant_kernels.late import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WIDTHS = (2, 3, 4, 8)
 """The supported numbers of bits."""
@@ -55,7 +57,7 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
     elements, step = _period(bits)
     unsigned = values.to(torch.uint8) + offset  # wraps modulo 256, as wanted for negative values
     if columns % elements:
-        unsigned = pad(unsigned, (0, -columns % elements))
+        unsigned = torch.nn.functional.pad(unsigned, (0, -columns % elements))
     used = unsigned.shape[1] // elements * step
     width = packed_bytes(columns, bits)
     packed = unsigned.new_zeros(rows, max(used, width))
@@ -75,7 +77,7 @@ def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
     elements, step = _period(bits)
     periods = -(-columns // elements)
     if packed.shape[1] < periods * step:
-        packed = pad(packed, (0, periods * step - packed.shape[1]))
+        packed = torch.nn.functional.pad(packed, (0, periods * step - packed.shape[1]))
     stream = packed[:, : periods * step]
     values = packed.new_empty(packed.shape[0], periods * elements)
     for element, byte, shift in _places(bits):
