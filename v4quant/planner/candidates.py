@@ -85,8 +85,11 @@ class Candidate:
 
     @property
     def better(self) -> tuple[Way, ...]:
-        """What more effort takes and loses, the longest first."""
-        return tuple(w for w in self.others if w not in self.quicker)
+        """What more effort takes and loses, the longest first, where it is known to lose less."""
+        return tuple(w for w in self.others if w not in self.quicker and self._gains(w))
+
+    def _gains(self, way: Way) -> bool:
+        return way.kl is None or self.loss.kl is None or way.kl < self.loss.kl
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

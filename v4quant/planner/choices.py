@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-EngineName = Literal["llama.cpp", "vllm"]
-ENGINE_NAMES: tuple[EngineName, ...] = ("llama.cpp", "vllm")
+EngineName = Literal["llama.cpp", "vllm", "sglang"]
+ENGINE_NAMES: tuple[EngineName, ...] = ("llama.cpp", "vllm", "sglang")
 
 Effort = Literal["minutes", "hours", "best", "auto"]
 EFFORTS: tuple[Effort, ...] = ("minutes", "hours", "best", "auto")

@@ -7,9 +7,9 @@ an engine takes it as it is. One is kept unless a better one is about as fast.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from v4quant.planner import for_llama_cpp, for_vllm
+from v4quant.planner import for_llama_cpp, for_sglang, for_vllm
 from v4quant.planner.candidates import Candidate, Request
 from v4quant.planner.footprint import Outline
 from v4quant_kernels.scheme import SCHEMES
@@ -19,7 +19,11 @@ _MOST = 5
 # and so on where there are too many.
 _FASTER = (1.25, 1.5, 2.0, 3.0)
 _LEAST_BITS = 2.0
-_ENGINES = {"llama.cpp": for_llama_cpp.candidates, "vllm": for_vllm.candidates}
+_ENGINES = {
+    "llama.cpp": for_llama_cpp.candidates,
+    "vllm": for_vllm.candidates,
+    "sglang": for_sglang.candidates,
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,17 @@ def choose(outline: Outline, request: Request) -> Answer:
         kept, missing = _ENGINES[engine](outline, request)
         found += kept
         remedies += missing
-    return Answer(tuple(_best(found)), tuple(remedies))
+    return Answer(tuple(_best(_joined(found))), tuple(remedies))
+
+
+def _joined(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Without SGLang's where vLLM serves the release as well: its options then stand beside."""
+    release = {c.engine: c for c in candidates if c.recipe is None and not c.budget}
+    if "vllm" not in release or "sglang" not in release:
+        return list(candidates)
+    both = replace(release["vllm"], sglang=release["sglang"].options)
+    gone = (release["vllm"], release["sglang"])
+    return [both, *(c for c in candidates if c not in gone)]
 
 
 def _best(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -73,16 +73,19 @@ def commands_for(
                  "--max-memory", max_memory, "--report", f"{out}.html"]
             )  # fmt: skip
         make = _make(candidate, folder, out, max_memory)
+    also = (_sglang(candidate.sglang, out),) if candidate.sglang else ()
     fetched, made, checked = (
         tuple(command_line(words, shell) for words in group) for group in (fetch, make, check)
     )
     if candidate.engine == "llama.cpp":
         serve = _llama_server(candidate, machine, out, model, shell)
     else:
-        server = ["vllm", "serve", out, *_words(candidate.options)]
-        linux = () if shell == "sh" else (_remark("# in WSL: vLLM runs on Linux only", shell),)
-        serve = (*candidate.before, *linux, command_line(server, "sh"))
-    return Commands(fetched, made, checked, serve, _sglang(candidate, out))
+        server = command_line(["vllm", "serve", out, *_words(candidate.options)], "sh")
+        if candidate.engine == "sglang":
+            server = _sglang(candidate.options, out)
+        linux = () if shell == "sh" else (_remark("# in WSL, as it runs on Linux only", shell),)
+        serve = (*candidate.before, *linux, server)
+    return Commands(fetched, made, checked, serve, also)
 
 
 def _local(source: str) -> tuple[str, list[list[str]]]:
@@ -216,11 +219,12 @@ def _joined(parts: Sequence[str], shell: Shell) -> str:
     return ("/" if shell == "sh" else "\\").join(parts)
 
 
-def _sglang(candidate: Candidate, folder: str) -> tuple[str, ...]:
-    if not candidate.sglang:
-        return ()
+def _sglang(options: Sequence[str], folder: str) -> str:
+    """SGLang's server, behind the variables of the environment among its options."""
+    variables = [o for o in options if not o.startswith("--")]
     start = ["python", "-m", "sglang.launch_server", "--model-path", folder]
-    return (command_line([*start, *_words(candidate.sglang)], "sh"),)
+    rest = _words([o for o in options if o.startswith("--")])
+    return command_line([*variables, *start, *rest], "sh")
 
 
 def _model_file(candidate: Candidate, name: str) -> str:
@@ -235,4 +239,4 @@ def _gpu(machine: Machine) -> list[str]:
 
 def _split(candidate: Candidate) -> list[str]:
     cards = len(candidate.where.cards)
-    return ["--tp", str(cards)] if candidate.engine == "vllm" and cards > 1 else []
+    return ["--tp", str(cards)] if candidate.engine != "llama.cpp" and cards > 1 else []

@@ -10,7 +10,6 @@ from v4quant.planner.candidates import (
     Candidate,
     Request,
     Where,
-    has_fp4,
     is_exact,
     loss_of,
     mixed_loss,
@@ -20,33 +19,35 @@ from v4quant.planner.candidates import (
     scaled,
 )
 from v4quant.planner.effort import cost_of
-from v4quant.planner.footprint import Footprint, Outline, footprint
+from v4quant.planner.footprint import Footprint, Outline
 from v4quant.planner.loss import KnownLoss
-from v4quant.planner.machines import GIB, Machine
+from v4quant.planner.machines import GIB
+from v4quant.planner.safetensors import (
+    chat_options,
+    files_for,
+    has_attention,
+    no_attention,
+    parts_of,
+    scheme_of,
+)
 from v4quant.recipe import Recipe
-from v4quant_formats.engines.engine import V4_ATTENTION, Engine, Release
-from v4quant_formats.engines.sglang import SGLANG
 from v4quant_formats.engines.vllm import VLLM
-from v4quant_formats.layouts.table import LAYOUTS
 from v4quant_formats.model_config import ModelConfig, parse_model_config
-from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.scheme import SCHEMES, Scheme, get_scheme
 
-# A lossy file must be this much smaller than the exact release to be worth its loss.
-_SMALLER = 0.97
-# Containers of safetensors that hold what is smaller than a release, and the variant for vLLM.
 _MIX_RESERVE = 0.995
+# Containers of safetensors that hold what is smaller than a release, and the variant for vLLM.
 _FORMATS = (("compressed-tensors", "vllm"),)
 
 
 def candidates(outline: Outline, request: Request) -> tuple[list[Candidate], list[str]]:
     machine = request.machine
-    if machine.card is None or not vllm.has_attention(machine):
-        return [], [_no_attention(machine)]
+    if machine.card is None or not has_attention(machine):
+        return [], [no_attention(machine, "vllm")]
     config = parse_model_config(dict(outline.config), f"{outline.label}: config.json")
-    if not vllm.parts_of(machine, config):
+    if not parts_of(machine, config):
         return [], ["vllm: this model divides over 1, 2, 4 or 8 cards"]
-    files = sorted(_vllm_files(outline), key=lambda entry: -entry[1].trunk)
+    files = files_for(outline, _FORMATS)
     smallest = files[-1][1]
     found = [c for r, f in files if (c := vllm_candidate(outline, request, config, r, f))]
     if found:
@@ -57,26 +58,10 @@ def candidates(outline: Outline, request: Request) -> tuple[list[Candidate], lis
     beside = f", with {host / GIB:.0f} GB of memory free for the Engram's tables" if host else ""
     return [], [
         f"vllm: the smallest file, {smallest.trunk / 1e9:.0f} GB, needs cards of "
-        f"{size / GIB:.0f} GB, {vllm.parts_of(machine, config)} of them"
-        f"{_more_cards(request, config, smallest, SCHEMES[_scheme_of(outline, files[-1][0])])}"
+        f"{size / GIB:.0f} GB, {parts_of(machine, config)} of them"
+        f"{_more_cards(request, config, smallest, SCHEMES[scheme_of(outline, files[-1][0])])}"
         f"{beside}"
     ]
-
-
-def _no_attention(machine: Machine) -> str:
-    if machine.is_amd:
-        return (
-            "vllm, sglang: not examined on AMD's cards; their ROCm builds may serve the release as "
-            "it is, with nothing to convert: see their documents first"
-        )
-    return f"vllm: has attention kernels for DeepSeek-V4 on {', '.join(V4_ATTENTION)} only"
-
-
-def _scheme_of(outline: Outline, recipe: Recipe | None) -> str:
-    """The experts' scheme; of the release itself where there is no recipe."""
-    if recipe is not None:
-        return recipe.scheme
-    return "mxfp4" if has_fp4(outline) else "fp8"
 
 
 def _mixed_candidate(
@@ -94,7 +79,7 @@ def _mixed_candidate(
     machine, context = request.machine, request.context
     lower, upper = files[at][0], files[at - 1][0]
     coarser = max(
-        (SCHEMES[_scheme_of(outline, r)] for r in (lower, upper)), key=lambda s: s.group_size
+        (SCHEMES[scheme_of(outline, r)] for r in (lower, upper)), key=lambda s: s.group_size
     )
     found = mixture(
         files[at][1],
@@ -106,7 +91,7 @@ def _mixed_candidate(
     share, file = found
     made = vllm_candidate(outline, request, config, lower, file)
     assert made is not None and made.cost is not None
-    name = _scheme_of(outline, upper)
+    name = scheme_of(outline, upper)
     next_up = loss_of(outline, request, name, made.cost.level.solver)
     loss = mixed_loss(largest.loss, next_up, share)
     return replace(
@@ -125,24 +110,6 @@ def _more_cards(request: Request, config: ModelConfig, file: Footprint, scheme: 
     return ""
 
 
-def _vllm_files(outline: Outline) -> Iterator[tuple[Recipe | None, Footprint]]:
-    """The release itself, then every scheme smaller than it (no exact one is)."""
-    native = Recipe("mxfp4" if has_fp4(outline) else "fp8")
-    release = footprint(outline, native)
-    yield None, release
-    for format_, engine in _FORMATS:
-        for scheme in LAYOUTS[format_].schemes:
-            if SCHEMES[scheme].bits_per_weight >= SCHEMES[native.scheme].bits_per_weight:
-                continue
-            try:
-                recipe = Recipe(scheme, format=format_, engine=engine)
-                file = footprint(outline, recipe)
-            except V4QuantError:
-                continue
-            if file.trunk < _SMALLER * release.trunk:
-                yield recipe, file
-
-
 def vllm_candidate(
     outline: Outline,
     request: Request,
@@ -151,7 +118,7 @@ def vllm_candidate(
     file: Footprint,
 ) -> Candidate | None:
     machine, drafts = request.machine, outline.draft_stages
-    scheme = _scheme_of(outline, recipe)
+    scheme = scheme_of(outline, recipe)
     row, context = SCHEMES[scheme], request.context
     with_drafts = vllm.place(file, machine, config, row, context, drafts) if drafts else None
     placed = with_drafts or vllm.place(file, machine, config, row, context, 0)
@@ -183,34 +150,14 @@ def vllm_candidate(
         f"--tensor-parallel-size {s.gpus}", f"--max-model-len {s.context}",
         f"--max-num-seqs {placed.together}", f"--max-num-batched-tokens {s.batched_tokens}",
         f"--gpu-memory-utilization {s.utilization:g}", "--kv-cache-dtype fp8", *extra,
-        *_chat(VLLM, config),
+        *chat_options(VLLM, config),
     )  # fmt: skip
     return Candidate(
         "vllm", recipe, scheme, file.total,
         Where((placed.taken,) * s.gpus, placed.tables.host, 0), placed.context_fits, loss, cost,
         1 / placed.seconds, options, (), tuple(notes),
         others=() if cost is None else other_ways(outline, request, scheme, file.total, cost),
-        sglang=_sglang_options(machine, config, placed) if recipe is None else (),
         sequences=placed.together,
-    )  # fmt: skip
-
-
-def _chat(engine: Engine, config: ModelConfig) -> tuple[str, ...]:
-    release: Release = "v41" if config.v41 is not None else "v4"
-    return engine.chat_options.get(release, ())
-
-
-def _sglang_options(machine: Machine, config: ModelConfig, placed: vllm.Served) -> tuple[str, ...]:
-    """Of SGLang's server for the release as it is; () over a network, which takes more than that.
-
-    What it keeps beside the weights is not counted: it gives its cache what is left.
-    """
-    if machine.unified and placed.serving.gpus > 1:
-        return ()
-    tables = ('--engram-config {"placement": "cpu"}',) if placed.tables.host else ()
-    return (
-        f"--tp {placed.serving.gpus}", f"--context-length {placed.serving.context}", *tables,
-        *_chat(SGLANG, config),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from v4quant.planner.commands import Commands
 from v4quant.planner.effort import hours_text
 from v4quant.planner.machines import Machine
 
-_TITLES = {"llama.cpp": "llama.cpp", "vllm": "vLLM"}
+_TITLES = {"llama.cpp": "llama.cpp", "vllm": "vLLM", "sglang": "SGLang"}
 
 
 def answer_text(

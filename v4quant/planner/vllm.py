@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from v4quant.planner.footprint import Footprint
 from v4quant.planner.llama_cpp import memory_room
 from v4quant.planner.machines import Machine
-from v4quant_formats.engines.engine import V4_ATTENTION
+from v4quant.planner.safetensors import parts_of
 from v4quant_formats.engines.vllm_engram import TablePlace, table_places
 from v4quant_formats.engines.vllm_memory import (
     UTILIZATION,
@@ -25,7 +25,7 @@ from v4quant_formats.engines.vllm_memory import (
     kv_cache_bytes,
     runtime_estimate,
 )
-from v4quant_formats.engines.vllm_split import share_refusal, split_refusals, tile_refusals
+from v4quant_formats.engines.vllm_split import share_refusal
 from v4quant_formats.model_config import ModelConfig
 from v4quant_kernels.scheme import Scheme
 
@@ -60,25 +60,6 @@ class Served:
     def taken(self) -> int:
         """Bytes of a card."""
         return self.weights + self.kv_cache + self.buffers + self.runtime + self.tables.card
-
-
-def has_attention(machine: Machine) -> bool:
-    """Whether vLLM has attention kernels for DeepSeek-V4 on these cards."""
-    return machine.generation in V4_ATTENTION
-
-
-def parts_of(machine: Machine, config: ModelConfig) -> int:
-    """The most of the cards that a model can be cut over; 0 for none."""
-    return max(
-        (
-            n
-            for n in (1 << i for i in range(8))
-            if n <= machine.count
-            and not any(split_refusals(config, n))
-            and not any(tile_refusals(config, n))
-        ),
-        default=0,
-    )
 
 
 def place(

@@ -37,6 +37,7 @@ _HINTS: dict[tuple[str, Release], str] = {
         "SGLang has the release's chat format built in; the options take thoughts and tool calls "
         "out of the answer."
     ),
+    ("sglang", "v41"): "SGLang has the release's chat format built in, under this name for V4.1.",
     ("llama.cpp", "v4"): "The file carries a chat template; `--jinja` uses it.",
     ("llama.cpp", "v41"): "The file carries a chat template; `--jinja` uses it.",
 }

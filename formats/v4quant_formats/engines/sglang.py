@@ -21,6 +21,8 @@ def _module_name(module: str, layers: int) -> str:
     return f"{path}.{_PROJECTIONS.get(last, last)}" if "experts." in path + "." else name
 
 
+FP4_PROBE_OFF = "SGLANG_DSV4_FP4_EXPERTS=0"
+"""For packed integers: the files have none of the tensors by which SGLang tells FP4 experts."""
 _EXPERTS = ("plain", "mxfp4", "fp8", "ct-nvfp4", "ct-fp8-block", "ct-fp8-channel", "int4", "int8")
 
 SGLANG = Engine(
@@ -51,6 +53,9 @@ SGLANG = Engine(
     reads_linear_fp8=True,
     reads_ignore_for_nvfp4=("v4", "v41"),
     needs_nvfp4_keys=True,
-    chat_options={"v4": ("--reasoning-parser deepseek-v4", "--tool-call-parser deepseekv4")},
+    chat_options={
+        "v4": ("--reasoning-parser deepseek-v4", "--tool-call-parser deepseekv4"),
+        "v41": ("--reasoning-parser deepseek-v41", "--tool-call-parser deepseekv41"),
+    },
     advice="no attention kernels for sm80 to sm89: use llama.cpp there",
 )

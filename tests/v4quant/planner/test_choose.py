@@ -139,6 +139,33 @@ def test_v41_in_llama_cpp_has_its_tables_in_a_file_of_their_own() -> None:
     assert done.exit_code == 0 and "--engram q8_0" in done.stdout
 
 
+def test_sglang_is_an_engine_of_its_own() -> None:
+    """What fits by its own rule, its options, and refusals where it refuses."""
+
+    def ask_sglang(release: str, name: str, ram: str | None = None) -> Answer:
+        machine = with_memory(parse_machine(name), ram, None)
+        return choose(outline_of(release), Request(machine, 32768, "best", 16, ("sglang",)))
+
+    for release, name in (("flash", "8xh100"), ("pro", "8xh200"), ("flash", "2xrtx-pro-6000")):
+        best = ask_sglang(release, name).candidates[0]
+        assert best.engine == "sglang" and is_release(best) and best.loss.basis == "exact"
+        share = float(next(o for o in best.options if "--mem-fraction" in o).split()[1])
+        assert max(best.where.cards) < share * parse_machine(name).card.nbytes  # type: ignore
+    tables = ask_sglang("v41", "8xh100", "512GB").candidates[0]
+    assert tables.options[0] == "SGLANG_ENABLE_DSV41_ENGRAM_HOST_TABLE=1"
+    assert tables.where.memory == pytest.approx(202.8e9, rel=1e-3)
+    on_cards = ask_sglang("v41", "8xh200", "128GB").candidates[0]
+    assert not on_cards.where.memory and on_cards.where.cards[0] > tables.where.cards[0] + 25e9
+    assert "2 and 3 bits" in ask_sglang("flash", "rtx-pro-6000").remedies[0]
+    assert "sm90" in ask_sglang("flash", "2x3090").remedies[0]
+    lossy = ask_sglang("flash-base", "2xrtx-pro-6000").candidates
+    assert lossy and not any(is_release(c) for c in lossy)
+    for candidate in lossy:
+        assert get_scheme(candidate.scheme).bits >= 4
+        packed = "SGLANG_DSV4_FP4_EXPERTS=0" in candidate.options
+        assert packed == get_scheme(candidate.scheme).is_packed_integer
+
+
 def test_two_boxes_share_what_one_cannot_hold() -> None:
     """V4.1 on two Sparks: people serve 2.9 bits per weight there, one of them holds 1.6."""
     one, two = ask("v41", "dgx-spark").candidates[0], ask("v41", "2xdgx-spark").candidates[0]

@@ -17,6 +17,7 @@ from v4quant.builtin import TINY_V4, resolve_source
 from v4quant.cli import cli
 from v4quant.pipeline.recipe_file import load_pipeline
 from v4quant.planner.candidates import Request
+from v4quant.planner.choices import ENGINE_NAMES
 from v4quant.planner.choose import choose
 from v4quant.planner.commands import commands_for
 from v4quant.planner.footprint import Outline, outline_release
@@ -46,8 +47,9 @@ SERVER_OPTIONS = {
         "--enable-auto-tool-choice",
     },
     "python": {
-        "-m", "--model-path", "--tp", "--context-length", "--engram-config", "--reasoning-parser",
-        "--tool-call-parser",
+        "-m", "--model-path", "--tp", "--context-length", "--max-running-requests",
+        "--chunked-prefill-size", "--mem-fraction-static", "--ep-size", "--nnodes", "--node-rank",
+        "--dist-init-addr", "--reasoning-parser", "--tool-call-parser",
     },
 }  # fmt: skip
 
@@ -58,18 +60,21 @@ def test_every_printed_command_parses(owner: str) -> None:
     name, _, ram = owner.partition(" ")
     machine = with_memory(parse_machine(name), ram or None, None)
     for release in ("flash", "pro", "v41"):
-        answer = choose(outline_of(release), Request(machine, 32768, "auto", 8))
+        answers = [choose(outline_of(release), Request(machine, 32768, "auto", 8, engines))
+                   for engines in (ENGINE_NAMES, ("sglang",))]  # fmt: skip
+        answer = answers[0]
         assert answer.candidates or answer.remedies
         plain = [c for c in answer.candidates if c.recipe is not None and not c.where.disk]
         bits = [get_scheme(c.scheme).bits_per_weight for c in plain]
         assert min(bits, default=2) >= 2 or max(bits) < 2  # one bit only where nothing else fits
-        for candidate in answer.candidates:
+        for candidate in (c for a in answers for c in a.candidates):
             typed = commands_for(candidate, machine, "hf://maker/Model", "8GB")
             for line in (*typed.make, *typed.check):
                 _, command, *arguments = shlex.split(line)
                 cli.get_command(Context(cli), command).make_context(command, arguments)
             for served in (typed.serve[-1], *typed.sglang):
-                server, *words = shlex.split(served)
+                words = shlex.split(served)
+                server, *words = [w for w in words if not w.startswith("SGLANG_")]
                 known = SERVER_OPTIONS[server.rpartition("/")[2]]
                 assert {w for w in words if w.startswith("-")} <= known
                 assert (".gguf" in served) == (candidate.engine == "llama.cpp")

@@ -1,0 +1,90 @@
+"""Files that vLLM and SGLang load: the release itself, and conversions of it that are smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from v4quant.planner.candidates import has_fp4
+from v4quant.planner.footprint import Footprint, Outline, footprint
+from v4quant.planner.machines import Machine
+from v4quant.recipe import Recipe
+from v4quant_formats.engines.engine import V4_ATTENTION, Engine, Release
+from v4quant_formats.engines.vllm_split import split_refusals, tile_refusals
+from v4quant_formats.layouts.table import LAYOUTS
+from v4quant_formats.model_config import ModelConfig
+from v4quant_kernels.errors import V4QuantError
+from v4quant_kernels.scheme import SCHEMES
+
+# A lossy file must be this much smaller than the exact release to be worth its loss.
+_SMALLER = 0.97
+
+
+def has_attention(machine: Machine) -> bool:
+    """Whether vLLM and SGLang have attention kernels for DeepSeek-V4 on these cards."""
+    return machine.generation in V4_ATTENTION
+
+
+def no_attention(machine: Machine, engine: str) -> str:
+    """Why an engine is not for these cards."""
+    if machine.is_amd:
+        return (
+            f"{engine}: not examined on AMD's cards; its ROCm build may serve the release as it "
+            "is, with nothing to convert: see its documents first"
+        )
+    return f"{engine}: has attention kernels for DeepSeek-V4 on {', '.join(V4_ATTENTION)} only"
+
+
+def parts_of(machine: Machine, config: ModelConfig) -> int:
+    """The most of the cards that a model can be cut over; 0 for none."""
+    return max(
+        (
+            n
+            for n in (1 << i for i in range(8))
+            if n <= machine.count
+            and not any(split_refusals(config, n))
+            and not any(tile_refusals(config, n))
+        ),
+        default=0,
+    )
+
+
+def files_for(
+    outline: Outline, formats: Sequence[tuple[str, str]]
+) -> list[tuple[Recipe | None, Footprint]]:
+    """The release itself (no recipe), then every scheme smaller than it, the largest first.
+
+    formats: containers, and the engine they are written for.
+    """
+    return sorted(_files(outline, formats), key=lambda entry: -entry[1].trunk)
+
+
+def _files(
+    outline: Outline, formats: Sequence[tuple[str, str]]
+) -> Iterator[tuple[Recipe | None, Footprint]]:
+    native = Recipe("mxfp4" if has_fp4(outline) else "fp8")
+    release = footprint(outline, native)
+    yield None, release
+    for format_, engine in formats:
+        for scheme in LAYOUTS[format_].schemes:
+            if SCHEMES[scheme].bits_per_weight >= SCHEMES[native.scheme].bits_per_weight:
+                continue
+            try:
+                recipe = Recipe(scheme, format=format_, engine=engine)
+                file = footprint(outline, recipe)
+            except V4QuantError:
+                continue
+            if file.trunk < _SMALLER * release.trunk:
+                yield recipe, file
+
+
+def scheme_of(outline: Outline, recipe: Recipe | None) -> str:
+    """The experts' scheme; of the release itself where there is no recipe."""
+    if recipe is not None:
+        return recipe.scheme
+    return "mxfp4" if has_fp4(outline) else "fp8"
+
+
+def chat_options(engine: Engine, config: ModelConfig) -> tuple[str, ...]:
+    """What an engine's server needs for chats."""
+    release: Release = "v41" if config.v41 is not None else "v4"
+    return engine.chat_options.get(release, ())
