@@ -21,6 +21,16 @@ _ELEMENTS = {"fp4": ("e2m1",), "fp8": ("e4m3",)}
 _FAMILY = "deepseek_v4"
 _BOOLEANS = ("tie_word_embeddings", "use_cache")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Numbers of the arithmetic in which no two releases of a family differ; nothing in the tensors
+# tells them. V4.1's norms have another epsilon.
+_CONSTANTS: Mapping[str, tuple[float, ...]] = {
+    "rms_norm_eps": (1e-6, 1e-20),
+    "hc_eps": (1e-6,),
+    "hc_sinkhorn_iters": (20,),
+    "rope_theta": (10_000,),
+    "compress_rope_theta": (160_000,),
+}
+_YARN_CONSTANTS: Mapping[str, tuple[float, ...]] = {"beta_fast": (32,), "beta_slow": (1,)}
 
 
 def false_statements(
@@ -31,7 +41,11 @@ def false_statements(
     yield from _of_experts(checkpoint, stored)
     yield from _of_quantization(checkpoint, stored)
     text = checkpoint.config.get("text_config")
-    yield from _of_kinds({**(text if isinstance(text, Mapping) else {}), **checkpoint.config})
+    said = {**(text if isinstance(text, Mapping) else {}), **checkpoint.config}
+    yield from _of_kinds(said)
+    yield from _of_constants(said, _CONSTANTS)
+    yarn = said.get("rope_scaling")
+    yield from _of_constants(yarn if isinstance(yarn, Mapping) else {}, _YARN_CONSTANTS)
 
 
 def _note(problem: str, kind: type[WrongDtype] | type[ConfigError] = WrongDtype) -> Defect:
@@ -109,3 +123,14 @@ def _of_kinds(config: Mapping[str, Any]) -> Iterator[Defect]:
         inside = is_integers(tokens) and all(0 <= token < vocabulary for token in tokens)
         if said is not None and not inside:
             yield _note(f"config.json's {key} is {short(said)}, no token's number", ConfigError)
+
+
+def _of_constants(
+    config: Mapping[str, Any], constants: Mapping[str, tuple[float, ...]]
+) -> Iterator[Defect]:
+    """Numbers that are the same in every release, and others here."""
+    for key, usual in constants.items():
+        said = config.get(key)
+        if said is not None and said not in usual:
+            problem = f"config.json's {key} is {short(said)}, every V4 release has {usual[0]:g}; "
+            yield _note(problem + "right only for a model that was trained so", ConfigError)

@@ -5,6 +5,7 @@ Holds no clock time and no absolute path, so the same conversion gives the same 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ MANIFEST_NAME = "v4quant.json"
 ONNX_MANIFEST = "v4quant-onnx.json"
 """That of a folder of graphs, which lists layers in place of tensors."""
 MANIFEST_VERSION = 1
+SEAL = "digest"
 MAX_MANIFEST_BYTES = 512 * 2**20
 
 
@@ -37,6 +39,17 @@ def to_json(value: Mapping[str, Any]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode(errors="backslashreplace")
 
 
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with its own digest, by which a later change of it is seen."""
+    return {**manifest, SEAL: seal_of(manifest)}
+
+
+def seal_of(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a manifest says but this, as JSON with sorted keys."""
+    said = {key: value for key, value in manifest.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(folder: Path, name: str = MANIFEST_NAME) -> dict[str, Any]:
     """Read and check a manifest, `folder/v4quant.json`. Raises ManifestError."""
     path = folder / name
@@ -48,10 +61,9 @@ def read_manifest(folder: Path, name: str = MANIFEST_NAME) -> dict[str, Any]:
         raise ManifestError(str(error)) from None
     if table.get("manifest_version") != MANIFEST_VERSION:
         raise ManifestError(f"{path}: manifest version {table.get('manifest_version')!r} unknown")
-    for key in ("files", "tensors" if name == MANIFEST_NAME else "layers"):
-        if not isinstance(table.get(key), list) or not all(
-            isinstance(row, dict) for row in table[key]
-        ):
+    for key in ("files", "tensors" if name == MANIFEST_NAME else "layers", "dropped"):
+        rows = table.get(key, [] if key == "dropped" else None)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ManifestError(f"{path}: '{key}' must be a list of objects")
     for row in table["files"]:
         kinds = [type(row.get(k)) for k in ("name", "bytes", "sha256")]

@@ -7,6 +7,8 @@ something else, and a converted checkpoint should contain nothing its maker did 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Collection
 from pathlib import Path
 
 from v4quant_formats.checkpoint import Checkpoint, link_root
@@ -35,6 +37,12 @@ ALLOWED_FILES = (
 )
 ALLOWED_FOLDERS = {"encoding": (".py", ".md", ".json", ".txt", ".jinja")}
 MAX_SIDECAR_BYTES = 256 * 2**20
+# What loaders look for by name besides, and what v4quant never writes.
+_LOADED = re.compile(
+    r"(quantize|hf_quant|adapter|processor|quantization)_config\.json|params\.json|chat_template\.json"
+    r"|tokenizer\.model|.+\.safetensors|.+\.safetensors\.index\.json|pytorch_model.*\.bin(\.index\.json)?"
+    r"|(configuration|modeling|tokenization)_.+\.py"
+)
 
 
 def find_sidecars(folder: Path) -> list[str]:
@@ -48,6 +56,15 @@ def find_sidecars(folder: Path) -> list[str]:
                 if p.suffix in suffixes and _is_sidecar(folder, p)
             ]
     return sorted(found)
+
+
+def strangers(folder: Path, known: Collection[str]) -> list[str]:
+    """Files of a checkpoint folder that are not among the `known` ones, and that programs which
+    load such folders read: weights, configurations, tokenizers, templates.
+    """
+    loaded = {*ALLOWED_FILES} - {n for n in ALLOWED_FILES if n.startswith("LICENSE")}
+    names = sorted(p.name for p in folder.iterdir() if p.is_file())
+    return [n for n in names if n not in known and (n in loaded or _LOADED.fullmatch(n))]
 
 
 def travelling(checkpoint: Checkpoint) -> list[str]:

@@ -23,6 +23,9 @@ from v4quant_formats.structure import find_defects
         ("rope_scaling", None, "no rope_scaling"),
         ("eos_token_id", 5000, "no token's number"),
         ("num_nextn_predict_layers", True, "no count"),
+        ("rope_theta", 15000, "rope_theta is 15000, every V4 release has 10000"),
+        ("hc_sinkhorn_iters", 21, "every V4 release has 20"),
+        ("rms_norm_eps", 1e-5, "every V4 release has 1e-06"),
     ],
 )
 def test_statements_that_are_false_are_named(

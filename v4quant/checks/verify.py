@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from v4quant.checks.independent_decoder import decode_rows
+from v4quant.checks.remade import differences
 from v4quant.checks.soundness import unknown_of
 from v4quant.conversion.records import TensorRecord, record_from_dict
 from v4quant.hub.download import download
@@ -35,11 +36,13 @@ from v4quant_formats.gguf.quants import home_of
 from v4quant_formats.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
+    SEAL,
     ManifestError,
     read_manifest,
+    seal_of,
 )
 from v4quant_formats.opening import open_checkpoint
-from v4quant_formats.sidecars import MAX_SIDECAR_BYTES
+from v4quant_formats.sidecars import MAX_SIDECAR_BYTES, strangers
 from v4quant_formats.structure import find_defects
 from v4quant_formats.weights import find_weight
 from v4quant_kernels.errors import V4QuantError
@@ -116,6 +119,9 @@ def _check_values(
         opened = nullcontext(source) if isinstance(source, Checkpoint) else open_source(source)
         with opened as original:
             findings += _check_identity(original, manifest)
+            findings += (
+                Finding(*told) for told in differences(original, output, manifest, records)
+            )
             compared, exact, more = _compare_all(original, output, records, manifest, progress)
             findings += more
     return VerifyResult(len(manifest["files"]), len(records), compared, exact, tuple(findings))
@@ -179,6 +185,8 @@ def _check_listed(
 
 def _check_claims(manifest: dict[str, Any], records: dict[str, TensorRecord]) -> Iterator[Finding]:
     """What the manifest says twice must agree."""
+    if manifest.get(SEAL) != seal_of(manifest):
+        yield Finding(MANIFEST_NAME, "is not as it was written: its digest is that of other words")
     if len(records) != len(manifest["tensors"]):
         yield Finding(MANIFEST_NAME, "names a module twice")
     for row in manifest["tensors"]:
@@ -199,6 +207,8 @@ def _check_files(out: Path, manifest: dict[str, Any], progress: Progress) -> Ite
             yield Finding(name, "bytes differ from the manifest (size or SHA-256)")
         progress.advance(entry["bytes"])
     progress.finish()
+    for name in strangers(out, {entry["name"] for entry in manifest["files"]}):
+        yield Finding(name, "is not in the manifest, but programs that load the folder read it")
 
 
 def _recorded_as(name: str) -> str:

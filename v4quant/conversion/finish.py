@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import detect_release
 from v4quant_formats.errors import SourceChanged, UnknownTokenizer
 from v4quant_formats.file_hash import file_pieces, hash_file
-from v4quant_formats.manifest import MANIFEST_NAME, MANIFEST_VERSION, index_json, to_json
+from v4quant_formats.manifest import MANIFEST_NAME, MANIFEST_VERSION, index_json, sealed, to_json
 from v4quant_formats.shards import WrittenFile, write_file_atomically, write_pieces_atomically
-from v4quant_formats.sidecars import small_file, travelling
+from v4quant_formats.sidecars import small_file, tokenizer_digest, travelling
 
 STATISTICS_NAME = "v4quant-statistics.v4q"
 MOST_STATISTICS_BYTES = 10**9  # Flash's are 0.6 GB as stored
@@ -91,7 +92,7 @@ def finish_folder(
             )
         files.append(sidecar)
     files.append(write_file_atomically(out / "config.json", to_json(plan.output_config())))
-    index = _index(plan)
+    index = index_of(plan)
     if index:
         name = plan.recipe.layout.index
         files.append(WrittenFile(name, len(index), hashlib.sha256(index).hexdigest()))
@@ -102,7 +103,8 @@ def finish_folder(
     return manifest
 
 
-def _index(plan: Plan) -> bytes:
+def index_of(plan: Plan) -> bytes:
+    """The output's index; empty where its layout has none."""
     if not plan.recipe.layout.index:
         return b""
     specs = [(spec, shard.file) for shard in plan.shards for spec in shard.outputs]
@@ -113,31 +115,42 @@ def _manifest(
     plan: Plan, files: list[WrittenFile], records: list[TensorRecord], stats: Evidence | None
 ) -> dict[str, Any]:
     made = stats.provenance.as_dict() if stats is not None and stats.provenance else None
-    experts = {s.first.dtype for u in plan.units if u.action == "experts" for s in u.sources}
-    release = detect_release(
-        plan.checkpoint.tensors, experts, str(plan.checkpoint.config.get("model_type", ""))
-    )
-    return {
+    tool = {
+        "v4quant": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **source_commit(),
+    }
+    listed = [{"name": f.name, "bytes": f.nbytes, "sha256": f.sha256} for f in files]
+    facts = {
         "manifest_version": MANIFEST_VERSION,
-        "tool": {
-            "v4quant": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            **source_commit(),
-        },
+        "tool": tool,
+        **manifest_facts(plan, records),
+        **({"calibration": made} if made else {}),
+    }
+    last = {key: facts.pop(key) for key in ("experts", "classes", "dropped", "tensors")}
+    return sealed({**facts, "files": listed, **last})
+
+
+def manifest_facts(plan: Plan, records: Iterable[TensorRecord]) -> dict[str, Any]:
+    """What a manifest says that follows from the plan and what became of every tensor."""
+    checkpoint, records = plan.checkpoint, list(records)
+    experts = {s.first.dtype for u in plan.units if u.action == "experts" for s in u.sources}
+    kind = str(checkpoint.config.get("model_type", ""))
+    given = checkpoint.tokenizer is not None
+    return {
         "source": {
-            **_source_name(plan.checkpoint),
-            "release": release,
+            **_source_name(checkpoint),
+            "release": detect_release(checkpoint.tensors, experts, kind),
             "digest": plan.source_digest,
-            "tensors": len(plan.checkpoint.tensors),
-            "bytes": plan.checkpoint.nbytes,
+            "tensors": len(checkpoint.tensors),
+            "bytes": checkpoint.nbytes,
         },
-        **_adapter(plan.checkpoint),
+        **({"tokenizer": tokenizer_digest(checkpoint)} if given else {}),
+        **_adapter(checkpoint),
         "recipe": plan.recipe.as_dict(),
         "stats": plan.stats_digest or None,
-        **({"calibration": made} if made else {}),
         "plan": plan.digest,
-        "files": [{"name": f.name, "bytes": f.nbytes, "sha256": f.sha256} for f in files],
         "experts": _expert_kinds(records),
         "classes": [vars(c) for c in byte_classes(plan)],
         "dropped": [{"name": d.name, "reason": d.reason} for d in plan.dropped],

@@ -10,7 +10,7 @@ generation_config.json. Files that lie beside the .gguf are better, and come fir
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -156,7 +156,9 @@ def _tokenizer_json(metadata: Mapping[str, Any], where: str) -> bytes:
         "trim_offsets": True,
         "use_regex": False,
     }
-    pairs = [_pair(merge, where) for merge in merges]
+    pairs = [_pair(merge, where, vocabulary) for merge in merges]
+    if len({*tokens}) != len(tokens):
+        raise UnknownTokenizer(f"{where}: it has a token twice; {remedy}")
     return _json(
         {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
@@ -175,9 +177,9 @@ def _tokenizer_json(metadata: Mapping[str, Any], where: str) -> bytes:
     )  # fmt: skip
 
 
-def _pair(merge: str, where: str) -> list[str]:
+def _pair(merge: str, where: str, vocabulary: Container[str]) -> list[str]:
     pair = merge.split(" ")
-    if len(pair) != 2 or not all(pair):
+    if len(pair) != 2 or not all(token in vocabulary for token in (*pair, "".join(pair))):
         raise UnknownTokenizer(f"{where}: its merge {merge[:80]!r} is not a pair of tokens")
     return pair
 

@@ -40,6 +40,7 @@ from v4quant_formats.gguf.names import (
     meaning_of,
     tensor_name,
 )
+from v4quant_formats.gguf.pairs import odd_pairs
 from v4quant_formats.gguf.quants import (
     MAX_FILES,
     SUFFIX,
@@ -264,7 +265,8 @@ def _listed_layers(metadata: Mapping[str, Any], blocks: int) -> int:
 def _remarks(folder: Path, model: _Model) -> tuple[str, ...]:
     """Numbers of the metadata that its tensors contradict."""
     counted = _counted(model)
-    return (*_unsaid(folder, model), *_contradicted(folder, model, counted))
+    odd = (f"{_where(folder, model)}: {problem}" for problem in odd_pairs(model.metadata))
+    return (*_unsaid(folder, model), *odd, *_contradicted(folder, model, counted))
 
 
 def _unsaid(folder: Path, model: _Model) -> Iterator[str]:

@@ -225,6 +225,15 @@ def _check_fixed(metadata: Mapping[str, Any], where: str) -> None:
     length, other = (metadata.get(f"{ARCHITECTURE}.attention.{k}_length") for k in ("key", "value"))
     if other not in (None, length):
         raise WrongMetadata(f"{where}: key_length and value_length differ; V4's are one vector")
+    width, lanes = (
+        metadata.get(f"{ARCHITECTURE}.{k}") for k in ("embedding_length", "hyper_connection.count")
+    )
+    out = metadata.get(f"{ARCHITECTURE}.embedding_length_out", width)
+    if type(width) is int and type(lanes) is int and out not in (width, width * lanes):
+        raise WrongMetadata(
+            f"{where}: '{ARCHITECTURE}.embedding_length_out' is {str(out)[:40]!r}, but V4's is "
+            f"{width * lanes}, {lanes} streams of {width}"
+        )
 
 
 def _clamp(metadata: Mapping[str, Any], where: str) -> float:

@@ -20,7 +20,7 @@ from v4quant.checks.independent_decoder import decode_rows
 from v4quant.checks.verify import Finding, verify
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.deepseek_v4 import split_part
-from v4quant_formats.manifest import ManifestError
+from v4quant_formats.manifest import ManifestError, sealed
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.weights import find_weight
 from v4quant_kernels.progress import SilentProgress
@@ -77,10 +77,11 @@ def test_missing_file(file: str, copy: Callable[[str], Path]) -> None:
 
 
 def edit_manifest(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest, and its own digest with it."""
     path = out / "v4quant.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(sealed(manifest)))
 
 
 def row(manifest: dict[str, Any], module: str) -> dict[str, Any]:
