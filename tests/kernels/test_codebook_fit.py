@@ -117,6 +117,26 @@ def test_the_best_step_wins(name: str, generator: torch.Generator) -> None:
 
 
 @EACH
+def test_a_bound_leaves_what_costs_less_as_it_is(name: str, generator: torch.Generator) -> None:
+    values, factor, steps = problem(name, generator)
+    weighing = ref.weigh(factor, book_of(name))
+    for free, fit in (
+        (ref.fit(values, weighing, steps), lambda b: ref.fit(values, weighing, steps, b)),
+        (codebook_fit.fit(values, factor, steps, book_of(name)),
+         lambda b: codebook_fit.fit(values, factor, steps, book_of(name), b)),
+    ):  # fmt: skip
+        bound = free[3] * torch.tensor([1.01, 1.0]).repeat(ROWS // 2)
+        wanted = free[3] < bound
+        bound_before = bound.clone()
+        choice, q, errors, cost = fit(bound)
+        assert torch.equal(bound, bound_before)
+        assert torch.equal(cost, free[3].masked_fill(~wanted, torch.inf))
+        assert torch.equal(choice, free[0] * wanted)
+        for ours, known in ((q, free[1]), (errors, free[2])):
+            assert torch.equal(ours, known * wanted.unsqueeze(1))
+
+
+@EACH
 def test_a_step_of_zero_costs_the_weights(name: str, generator: torch.Generator) -> None:
     """What a block of zeros has; the codes are some that exist."""
     values, factor, steps = problem(name, generator)

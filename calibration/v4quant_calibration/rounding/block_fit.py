@@ -29,14 +29,22 @@ class Fit(NamedTuple):
     cost: Tensor
 
 
-def fit(values: Tensor, factor: Tensor, step: Tensor, lowest: Tensor, shape: BlockShape) -> Fit:
+def fit(
+    values: Tensor,
+    factor: Tensor,
+    step: Tensor,
+    lowest: Tensor,
+    shape: BlockShape,
+    bound: Tensor | None = None,
+) -> Fit:
     """Round values `[B, size, N]` to the best of grids step * q + lowest with the type's q.
 
     factor: `[B, size, size]`, upper; step, lowest: `[B, grids, N]`, lowest of a type with a
-    codebook is 0. Values are left unchanged.
+    codebook is 0. Values are left unchanged. Where no grid costs less than `bound`, `[B, N]`, the
+    cost is infinite or what it is: a search over a codebook, which is dear, ends early there.
     """
     if shape.codebook is not None:
-        return Fit(*codebook_fit.fit(values, factor, step, shape.codebook))
+        return Fit(*codebook_fit.fit(values, factor, step, shape.codebook, bound))
     cost = values.new_full((values.shape[0], values.shape[2]), torch.inf)
     choice = torch.zeros_like(cost, dtype=torch.int64)
     if dispatch.uses_loops(values):

@@ -92,8 +92,9 @@ def _sub_steps(
         factor = factors[:, sub]
         wish = factor @ own[:, place]
         goal = (old + factor.mT @ wish).contiguous()
-        found = fit(goal, factor, tried.step, tried.lowest, shape)
-        better = found.cost < wish.square().sum(1)
+        present = wish.square().sum(1)
+        found = fit(goal, factor, tried.step, tried.lowest, shape, present)
+        better = found.cost < present
         sc, m, d, dmin = tried.take(found.choice)
         codes.q[:, place] = torch.where(better.unsqueeze(1), found.integers, codes.q[:, place])
         keep = (codes.sc[:, sub], codes.m[:, sub], codes.d[:, 0], codes.dmin[:, 0])

@@ -271,13 +271,24 @@ def _shifted(weighing: Weighing, group: int, v: Tensor, step: Tensor, shift: int
     return _Point(search.base + least, q, v - step.unsqueeze(2) * q)
 
 
-def fit(values: Tensor, weighing: Weighing, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def bounds(values: Tensor, bound: Tensor | None) -> Tensor:
+    """`[B, N]` of one's own: the costs below which a fit of values `[B, size, N]` is wanted."""
+    if bound is not None:
+        return bound.clone()
+    return values.new_full((values.shape[0], values.shape[2]), torch.inf)
+
+
+def fit(
+    values: Tensor, weighing: Weighing, step: Tensor, bound: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Round values `[B, size, N]` to the best of steps `[B, steps, N]`.
 
     Returns the step chosen, int64 `[B, N]`; q and the errors over the pivots, `[B, size, N]`; what
-    it costs, `[B, N]`. The first of equals wins.
+    it costs, `[B, N]`. The first of equals wins. Rows that no step serves for less than `bound`
+    have infinite cost, and 0 for the rest.
     """
-    cost = values.new_full((values.shape[0], values.shape[2]), torch.inf)
+    cost = bounds(values, bound)
+    served = torch.zeros_like(cost, dtype=torch.bool)
     choice = torch.zeros_like(cost, dtype=torch.int64)
     q, errors = torch.zeros_like(values), torch.zeros_like(values)
     shared = weighing.codebook.shift > 8
@@ -285,11 +296,12 @@ def fit(values: Tensor, weighing: Weighing, step: Tensor) -> tuple[Tensor, Tenso
         codes, missed = _coded(values, weighing, step[:, k], shift)
         total = missed.square().sum(1)
         better = total < cost
+        served |= better
         cost = torch.where(better, total, cost)
         choice = choice.masked_fill(better, k)
         wide = better.unsqueeze(1)
         q, errors = torch.where(wide, codes, q), torch.where(wide, missed, errors)
-    return choice, q, errors, cost
+    return choice, q, errors, cost.masked_fill(~served, torch.inf)
 
 
 def _coded(

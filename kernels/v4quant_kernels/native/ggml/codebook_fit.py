@@ -1,7 +1,7 @@
 """Sub-blocks onto a codebook with error feedback: the loop of `ref.codebook_fit` over rows.
 
 Rows are independent. A row's groups of eight are coded in turn under every candidate of its step;
-a candidate is given up as soon as it costs more than the best so far.
+a candidate is given up as soon as it costs more than the best so far, or than a bound.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def fit(
     """For every row the best of its steps, into the last four arguments.
 
     values: `[size, N]`; step: `[steps, N]`; choice, cost: `[N]`; q, errors (over the pivots):
-    `[size, N]`. The first of equals wins. member: of the batch that `weighing` is of.
+    `[size, N]`. The first of equals wins. member: of the batch that `weighing` is of. cost holds
+    bounds before: it becomes infinite where no step costs less, and the rest of the row is 0.
     """
     book = weighing.codebook
     shifts: tuple[int, ...] = (NO_SHIFT,)
@@ -68,7 +69,8 @@ def _fit(  # type: ignore[no-untyped-def]
         np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32),
     )  # fmt: skip
     for n in range(start, stop):
-        least = np.float32(np.inf)
+        least, served = cost[n], False
+        choice[n] = 0
         for k in range(step.shape[0] * shifts.size):
             unit, shift = step[k // shifts.size, n], shifts[k % shifts.size]
             for i in range(size):
@@ -84,12 +86,12 @@ def _fit(  # type: ignore[no-untyped-def]
                 if not total < least:
                     break
             if total < least:
-                least = total
+                least, served = total, True
                 choice[n] = k // shifts.size
                 for i in range(size):
                     q[n, i] = codes[i]
                     errors[n, i] = missed[i]
-        cost[n] = least
+        cost[n] = least if served else np.float32(np.inf)
 
 
 @inlined

@@ -29,19 +29,21 @@ from v4quant_kernels.ref.ggml_codebooks import SHAPES
 from v4quant_kernels.ref.ggml_fields import Blocks, BlockShape
 
 _FAMILY = {
-    "iq1_s": (8.0, 22.0, 8),
-    "iq1_m": (8.0, 22.0, 8),
-    "iq2_xxs": (26.0, 58.0, 8),
-    "iq2_xs": (26.0, 58.0, 8),
-    "iq2_s": (26.0, 58.0, 8),
-    "iq3_xxs": (40.0, 76.0, 8),
-    "iq3_s": (9.0, 18.0, 8),
+    "iq1_s": (8.0, 22.0, 6),
+    "iq1_m": (8.0, 22.0, 6),
+    "iq2_xxs": (26.0, 58.0, 6),
+    "iq2_xs": (26.0, 58.0, 6),
+    "iq2_s": (26.0, 58.0, 6),
+    "iq3_xxs": (40.0, 76.0, 6),
+    "iq3_s": (9.0, 18.0, 6),
 }
 """The largest magnitude over the step: first, last, how many."""
 _TOPS = 40
 """Values of d tried: the largest step is from 1.02 to 0.4 of the largest multiple of it."""
 _SMALLEST_HALF = 2.0**-24
 REACH = 2
+LEAST_MOVE = 3e-3
+"""Change of d below which a block isn't coded again: such blocks have a tenth of what it gains."""
 
 
 @cache
@@ -123,21 +125,31 @@ def search_block(x: Tensor, weights: Tensor, name: str) -> tuple[Tensor, Tensor,
     weighings = _weighings(weights, shape)
     d, sc = _search_scales(x, weights, weighings, name)
     q, sc, cost = _fit_block(x, weighings, d, sc, REACH, shape)
+    rows = torch.arange(len(d))
     for _ in range(2):
-        wide = q * sc.repeat_interleave(shape.sub, 0) * shape.unit
-        heavy = wide * weights[:, None]
-        ideal = (heavy * x).sum(0) / (heavy * wide).sum(0).clamp_min(1e-30)
-        other = torch.where(d > 0, ideal, d).half().float()
-        other = torch.where((other > 0) & other.isfinite(), other, d)
-        again = _fit_block(x, weighings, other, sc, 1, shape)
-        better = again[2] < cost
-        q, sc, cost, d = (
-            torch.where(better, new, old)
-            for new, old in zip((*again, other), (q, sc, cost, d), strict=True)
-        )
+        part = x[:, rows]
+        other = _best_d(part, weights, q[:, rows], sc[:, rows], d[rows], shape)
+        moved = (other - d[rows]).abs() > LEAST_MOVE * d[rows]
+        rows, other = rows[moved], other[moved]
+        again = _fit_block(part[:, moved], weighings, other, sc[:, rows], 1, shape)
+        better = again[2] < cost[rows]
+        rows = rows[better]
+        for old, new in zip((q, sc, cost, d), (*again, other), strict=True):
+            old[..., rows] = new[..., better]
     # No code is zero: weights below the smallest step there is are nearer to a block of zeros.
     d = torch.where(cost > (x.square() * weights[:, None]).sum(0), 0.0, d)
     return q.to(torch.int8).mT, d.half(), sc.to(torch.int8).mT
+
+
+def _best_d(
+    x: Tensor, weights: Tensor, q: Tensor, sc: Tensor, d: Tensor, shape: BlockShape
+) -> Tensor:
+    """d `[N]` of half precision that serves codes best; as it is where that is no positive one."""
+    wide = q * sc.repeat_interleave(shape.sub, 0) * shape.unit
+    heavy = wide * weights[:, None]
+    ideal = (heavy * x).sum(0) / (heavy * wide).sum(0).clamp_min(1e-30)
+    found = torch.where(d > 0, ideal, d).half().float()
+    return torch.where((found > 0) & found.isfinite(), found, d)
 
 
 def _fit_block(
@@ -153,6 +165,7 @@ def _fit_block(
         own = slice(sub * shape.sub, (sub + 1) * shape.sub)
         tried = (sc[sub] + 2 * offsets).clamp_(*shape.sc)
         steps = tried * shape.unit * d
+        cost.fill_(torch.inf)
         codebook_fit.fit(
             x[own].numpy(), weighing, 0, steps.numpy(), choice.numpy(), q[own].numpy(),
             errors.numpy(), cost.numpy(),
