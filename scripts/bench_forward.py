@@ -22,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from v4quant.synthetic.writing import Request, write_checkpoint
 from v4quant_calibration.forward.checkpoint_params import CheckpointParams
 from v4quant_calibration.forward.logits import stream_logits
 from v4quant_calibration.forward.stream import StreamModel, stream_forward
-from v4quant_calibration.model import attention, numerics
+from v4quant_calibration.model import attention, indexer, numerics
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.opening import open_checkpoint
@@ -117,7 +118,7 @@ def beside_products(
                     a @ b.mT
 
             rows = [
-                [seconds(layer), *(seconds(lambda k=k: products(k)) for k in (operands, coarse))]
+                [seconds(layer), *(seconds(partial(products, k)) for k in (operands, coarse))]
                 for _ in range(rounds + 1)
             ][1:]
     whole, exact, short = (statistics.median(times) for times in zip(*rows, strict=True))
@@ -136,7 +137,7 @@ def beside_products(
 def _products(work: Callable[[], object]) -> list[tuple[int, int, int]]:
     """Shapes (rows, inner, columns) of the products that `work` makes."""
     shapes: list[tuple[int, int, int]] = []
-    genuine, users = numerics.product, (numerics, attention)
+    genuine, users = numerics.product, (numerics, attention, indexer)
 
     def watch(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         batch, rows = (a.shape[0] if a.dim() == 3 else 1), a.shape[-2]
@@ -144,12 +145,12 @@ def _products(work: Callable[[], object]) -> list[tuple[int, int, int]]:
         return genuine(a, b, dtype)
 
     for module in users:
-        module.product = watch
+        vars(module)["product"] = watch
     try:
         work()
     finally:
         for module in users:
-            module.product = genuine
+            vars(module)["product"] = genuine
     return shapes
 
 

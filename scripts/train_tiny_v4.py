@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import v4quant  # noqa: F401  settles OpenMP before torch is loaded
 
@@ -97,7 +98,7 @@ def read_text(args: argparse.Namespace) -> tuple[list[text.Source], list[text.Do
 
 def train_both(
     args: argparse.Namespace,
-    family: families.Family,
+    family: families.Family[Any, Any],
     tokenizer: Tokenizer,
     streams: list[text.Stream],
 ) -> tuple[nn.Module, nn.Module]:
@@ -143,7 +144,7 @@ def train_both(
 
 def report(
     args: argparse.Namespace,
-    family: families.Family,
+    family: families.Family[Any, Any],
     draft: nn.Module,
     secret: list[text.Document],
 ) -> None:

@@ -32,7 +32,8 @@ FOUND: dict[str, torch.Tensor] = {}
 def main(source: str, windows: str, bits: str, group: str, out: str) -> None:
     """Quantize, and save the experts' weights as the solver returned them."""
     ids = json.loads(Path(windows).read_text())
-    kept = {rf"-:.*{part}.*": {} for part in ("self_attn", "shared_experts")}
+    parts = ("self_attn", "shared_experts")
+    kept: dict[str, dict[str, Any]] = {rf"-:.*{part}.*": {} for part in parts}
     config = QuantizeConfig(bits=int(bits), group_size=int(group), dynamic=kept)
     plain = GPTQ.quantize
 

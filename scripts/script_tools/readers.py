@@ -17,12 +17,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from script_tools.seeds import TEXT, Reader, written
 from script_tools.tool_readers import TOOL_READERS
 from v4quant.api.publishing import plan_push
-from v4quant.conversion.journal import FOLDER, FinishedShard, Journal, ShardFacts
+from v4quant.conversion.journal import FinishedShard, Journal, ShardFacts
 from v4quant.conversion.records import TensorRecord
 from v4quant.evaluation.figures import Figures
 from v4quant.evaluation.report import render_html, render_markdown
 from v4quant.evaluation.saved_logits import SavedLogits
-from v4quant.own_folders import RECORD_NAME, own_folder, remove_own_folder
+from v4quant.own_folders import FOLDER, RECORD_NAME, own_folder, remove_own_folder
 from v4quant.pipeline.recipe_file import load_pipeline
 from v4quant.pipeline.step_cache import RECORD_NAME as STEPS_NAME
 from v4quant.pipeline.step_cache import FinishedSteps

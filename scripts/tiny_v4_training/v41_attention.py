@@ -83,7 +83,8 @@ class Compressor(nn.Module):
             groups = (-1, self.ratio)
             share = self.wgate(x[:, :whole]).float().unflatten(1, groups).softmax(2)
             kv = (share * kv[:, :whole].unflatten(1, groups)).sum(2)
-        return self.norm(kv)
+        entries: Tensor = self.norm(kv)
+        return entries
 
 
 class Attention(nn.Module):
@@ -122,6 +123,7 @@ class Attention(nn.Module):
             keys = torch.cat([keys, p.entries], dim=1)
             complete = self._complete(x.shape[1], p.entries.shape[1]).expand(x.shape[0], -1, -1)
             seen = complete if p.everything else p.chosen
+            assert seen is not None
             visible = torch.cat([visible, seen], dim=-1)
         out, weights = self.attend(q, keys, visible)
         if self.ratio and self.training and p.scores:
@@ -153,7 +155,9 @@ class Attention(nn.Module):
         out = rotate(out.float(), angles.conj(), self.c["qk_rope_head_dim"]).transpose(1, 2)
         grouped = out.flatten(-2).unflatten(-1, (self.c["o_groups"], -1)).transpose(1, 2)
         matrices = self.wo_a.weight.unflatten(0, (self.c["o_groups"], -1))
-        return self.wo_b((grouped @ matrices.mT).transpose(1, 2).flatten(-2))
+        low_rank = (grouped @ matrices.mT).transpose(1, 2).flatten(-2)
+        result: Tensor = self.wo_b(low_rank)
+        return result
 
     def _complete(self, length: int, entries: int) -> Tensor:
         """Which entries each query may see: those whose tokens have all come."""

@@ -65,7 +65,8 @@ class Draft(nn.Module):
         )
         for layer in self.mtp:
             layer.attn = DraftAttention(c, None)
-        first, last = self.mtp[0], self.mtp[-1]
+        first: Any = self.mtp[0]
+        last: Any = self.mtp[-1]
         sources = len(c["dspark_target_layer_ids"])
         first.main_proj = nn.Linear(sources * width, width, bias=False)
         first.main_norm = Norm(width)
@@ -84,8 +85,9 @@ class Draft(nn.Module):
         targets: the trunk's states at its target layers `[batch, length, k * hidden]`. before:
         int64 `[batch, blocks, size]`, for each slot the token before the one it predicts.
         """
-        c, last = self.c, self.mtp[-1]
-        first = self.mtp[0]
+        c = self.c
+        first: Any = self.mtp[0]
+        last: Any = self.mtp[-1]
         block = Block(c, first.main_norm(first.main_proj(targets)), anchors)
         ids = torch.full_like(before, c["dspark_noise_token_id"])
         ids[..., 0] = before[..., 0]

@@ -91,7 +91,7 @@ def token_map(tokenizer: Tokenizer, vocab_size: int) -> tuple[list[int], int]:
     for token in range(vocab_size):
         text = tokenizer.decode([token], skip_special_tokens=False)
         broken = "\ufffd" in text
-        key = tokenizer.id_to_token(token) if broken else reads_as.normalize_str(text) or text
+        key = str(tokenizer.id_to_token(token)) if broken else reads_as.normalize_str(text) or text
         mapping.append(seen.setdefault(key, len(seen)))
     return mapping, len(seen)
 
@@ -127,7 +127,8 @@ class Engram(nn.Module):
         dot = (unit(h) * (self.q_weight * self.k_weight) * key).sum(-1) * self.width**-0.5
         root = dot.abs().clamp_min(_GATE_FLOOR).sqrt()
         gate = torch.sigmoid(torch.copysign(root, dot))
-        return h + gate.unsqueeze(-1) * value.unsqueeze(2)
+        moved: Tensor = h + gate.unsqueeze(-1) * value.unsqueeze(2)
+        return moved
 
 
 def unit(x: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[tokens, hidden]`."""
-        return self.w2(clamped(self.w1(x), self.w3(x), self.limit))
+        out: Tensor = self.w2(clamped(self.w1(x), self.w3(x), self.limit))
+        return out
 
 
 class Moe(nn.Module):
@@ -71,12 +72,12 @@ class Moe(nn.Module):
         for expert, given in enumerate(flat[tokens].split(counts)):
             if len(given):
                 up = F.linear(given, self.gate_up_proj[expert])
-                parts.append(
-                    F.linear(clamped(*up.chunk(2, -1), self.limit), self.down_proj[expert])
-                )
+                gate, value = up.chunk(2, -1)
+                parts.append(F.linear(clamped(gate, value, self.limit), self.down_proj[expert]))
         routed = torch.cat(parts).float() * weights.flatten()[order].unsqueeze(-1)
         out = torch.zeros_like(flat).index_add(0, tokens, routed)
-        return (out + self.shared_experts(flat)).view_as(x)
+        both: Tensor = out + self.shared_experts(flat)
+        return both.view_as(x)
 
 
 def clamped(gate: Tensor, up: Tensor, limit: float) -> Tensor:
@@ -177,7 +178,8 @@ class V41Trunk(nn.Module):
         for i, layer in enumerate(self.layers):
             if i in c["engram_layer_ids"] and self.engram_on:
                 rows = self.plan.row_ids(ids, c["engram_layer_ids"].index(i))
-                h = layer.engram(h, rows)
+                engram: Any = layer.engram
+                h = engram(h, rows)
             if i in c["dspark_target_layer_ids"]:
                 targets.append(h.mean(2))
             h, pre = layer(h, pre, p)

@@ -43,7 +43,7 @@ def rope_angles(c: Mapping[str, Any], length: int) -> dict[bool, Tensor]:
     theta, original = c["compress_rope_theta"], scaling["original_max_position_embeddings"]
 
     def turn(beta: float) -> float:
-        return rd * math.log(original / (beta * 2 * math.pi)) / (2 * math.log(theta))
+        return float(rd * math.log(original / (beta * 2 * math.pi)) / (2 * math.log(theta)))
 
     low = max(math.floor(turn(scaling["beta_fast"])), 0)
     high = min(math.ceil(turn(scaling["beta_slow"])), rd - 1)

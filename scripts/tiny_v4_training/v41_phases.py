@@ -52,7 +52,8 @@ def v41_draft_phase(draft: Draft, trunk: V41Trunk) -> Phase:
         with torch.no_grad():
             _, _, targets = trunk(windows)
         anchors, before, wanted = block_windows(windows, draft.c["dspark_block_size"], ANCHOR_EVERY)
-        return draft_loss(*draft(trunk, targets, anchors, before), wanted)
+        logits, sure = draft(trunk, targets, anchors, before)
+        return draft_loss(logits, sure, wanted)
 
     return Phase("mtp", draft, loss, balance.step)
 

@@ -99,7 +99,8 @@ def _normed_queries(source: Checkpoint, at: str, dim: int) -> Tensor:
     w = _read(source, f"{at}attn.wq_b.weight").unflatten(0, (-1, dim))
     norm = _read(source, f"{at}attn.q_norm.weight")
     size = (w * norm).square().sum(-1).mean(-1).sqrt()
-    return (w / size.view(-1, 1, 1)).flatten(0, 1)
+    scaled: Tensor = w / size.view(-1, 1, 1)
+    return scaled.flatten(0, 1)
 
 
 def _experts(source: Checkpoint, at: str, count: int) -> Iterator[tuple[str, Tensor]]:
@@ -136,4 +137,4 @@ def _read(source: Checkpoint, name: str) -> Tensor:
     if tensor.dtype == torch.int8:
         shape = (tensor.shape[0], 2 * tensor.shape[1])
         return dequantize(QTensor(SCHEMES["mxfp4"], shape, tensor.view(torch.uint8), scale))
-    return dequantize(QTensor(SCHEMES["fp8"], tuple(tensor.shape), tensor, scale))
+    return dequantize(QTensor(SCHEMES["fp8"], (tensor.shape[0], tensor.shape[1]), tensor, scale))
