@@ -76,7 +76,7 @@ def their_methods(folder: Path, schedule: SimpleNamespace) -> tuple[type, Any]:
 
 def their_bytes(pools: type, layout: Any, config: ModelConfig, serving: Serving) -> float:
     """What SGLang's methods say that the caches of `serving` take."""
-    theirs = object.__new__(pools)
+    theirs: Any = object.__new__(pools)
     owners: defaultdict[int, list[int]] = defaultdict(list)
     for layer in config.layers:
         if layer.makes_entries:
