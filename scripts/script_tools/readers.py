@@ -28,7 +28,7 @@ from v4quant.pipeline.step_cache import RECORD_NAME as STEPS_NAME
 from v4quant.pipeline.step_cache import FinishedSteps
 from v4quant.publishing.card import CardRequest, render_card
 from v4quant.recipe import read_toml, recipe_from_table
-from v4quant_calibration.corpus.chat_messages import BOS
+from v4quant_calibration.corpus.chat_marks import BOS
 from v4quant_calibration.corpus.corpus import CorpusRequest, load_corpus
 from v4quant_calibration.solve.solution import SOLUTION_NAME, load_solution
 from v4quant_calibration.statistics.stats import StageStats, Stats, load_stats, write_stats

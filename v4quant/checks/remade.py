@@ -30,8 +30,10 @@ from v4quant_formats.small_files import read_small
 from v4quant_formats.spec import TensorSpec
 from v4quant_kernels.errors import V4QuantError
 
-_MOVED = {"source": ("name", "repo", "revision", "license"), "adapter": ("name",)}
-"""What another copy of the same source, or of the same adapter, may say otherwise."""
+_NAMED = ("source", "adapter")
+_MOVED = ("repo", "revision", "license")
+"""What another copy of the same source, or of the same adapter, may say otherwise or not at all,
+beside its name."""
 
 _PIECE = 32 * 2**20
 
@@ -108,9 +110,10 @@ def _of_manifest(
 
 def _still(key: str, value: object) -> object:
     """A fact of a manifest without what a copy of the source says otherwise."""
-    if not isinstance(value, dict):
+    if key not in _NAMED or not isinstance(value, dict):
         return value
-    return {k: v for k, v in value.items() if k not in _MOVED.get(key, ())}
+    named = {**value, "name": isinstance(value.get("name"), str)}
+    return {k: v for k, v in named.items() if k not in _MOVED}
 
 
 def _of_json(path: Path, wanted: Mapping[str, Any]) -> Iterator[Told]:

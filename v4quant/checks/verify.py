@@ -50,6 +50,9 @@ from v4quant_kernels.progress import Progress
 from v4quant_kernels.scheme import SCHEMES
 
 _ROWS = 512  # compared at a time; a multiple of every tile height
+# Both sides add the same float64 numbers, perhaps in another order. One changed code of 8 million
+# moves an error by 6e-8 of it.
+_SAME_SUM = 1e-9
 
 
 @dataclass(frozen=True)
@@ -280,6 +283,10 @@ def _compare_all(
 def _compare(original: Checkpoint, output: Checkpoint, record: TensorRecord) -> str | None:
     """Compare one module; the problem in words, or None."""
     a, b = find_weight(original, record.module), find_weight(output, record.module)
+    if a.coding != record.source:
+        return f"is {a.coding} in the source, the manifest says {record.source[:40]!r}"
+    if record.target in SCHEMES and not b.coding.startswith(record.target):  # or in tiles
+        return f"is {b.coding}, the manifest says {record.target}"
     if math.prod(a.shape) != record.elements:
         return f"has {math.prod(a.shape)} elements, the manifest says {record.elements}"
     if a.scheme is None and b.scheme is None and record.disposition == "copied":
@@ -303,10 +310,10 @@ def _compare(original: Checkpoint, output: Checkpoint, record: TensorRecord) -> 
         return f"declared exact, but {altered} elements differ (largest by {largest:.3g})"
     if not record.exact:
         rms = (squared / norm) ** 0.5 if norm else 0.0
-        if abs(rms - record.relative_rms) > 1e-4 * rms + 1e-12:
-            return f"relative RMS error is {rms:.6g}, the manifest says {record.relative_rms:.6g}"
-        if abs(largest - record.max_error) > 1e-6 * largest:
-            return f"largest error is {largest:.6g}, the manifest says {record.max_error:.6g}"
+        if abs(rms - record.relative_rms) > _SAME_SUM * rms:
+            return f"relative RMS error is {rms:.12g}, the manifest says {record.relative_rms:.12g}"
+        if abs(largest - record.max_error) > _SAME_SUM * largest:
+            return f"largest error is {largest:.12g}, the manifest says {record.max_error:.12g}"
         if record.disposition == "cast" and altered != record.altered:
             return f"{altered} elements differ, the manifest says {record.altered}"
     return None

@@ -14,7 +14,7 @@ from v4quant.cli import _output
 from v4quant.cli._options import MODE_NAMES, checked_mode
 from v4quant.cli._types import Choice
 from v4quant_calibration.corpus.chat_dialects import RELEASES
-from v4quant_calibration.corpus.chat_messages import EncodingError
+from v4quant_calibration.corpus.chat_marks import EncodingError
 
 MAX_MESSAGES_BYTES = 2**28
 

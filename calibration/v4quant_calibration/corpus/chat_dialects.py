@@ -15,13 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from v4quant_calibration.corpus.chat_messages import (
-    DSML,
-    END_THINK,
-    SYSTEM,
-    THINK,
-    EncodingError,
-)
+from v4quant_calibration.corpus.chat_marks import DSML, END_THINK, SYSTEM, THINK, EncodingError
 from v4quant_kernels.near_names import did_you_mean
 
 NON_THINK = "non-think"

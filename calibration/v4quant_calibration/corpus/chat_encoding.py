@@ -33,7 +33,7 @@ from v4quant_calibration.corpus.chat_dialects import (
     dialect_of,
     tools_text,
 )
-from v4quant_calibration.corpus.chat_messages import (
+from v4quant_calibration.corpus.chat_marks import (
     ASSISTANT,
     BOS,
     END_THINK,
@@ -42,16 +42,18 @@ from v4quant_calibration.corpus.chat_messages import (
     TASKS,
     THINK,
     USER,
-    Ask,
-    Conversation,
     EncodingError,
-    Reply,
-    System,
-    ToolCall,
     plain,
-    read_conversation,
     to_json,
 )
+from v4quant_calibration.corpus.chat_messages import (
+    Ask,
+    Conversation,
+    Reply,
+    System,
+    read_conversation,
+)
+from v4quant_calibration.corpus.chat_tools import ToolCall
 
 _RESPONSE_FORMAT = (
     "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"

@@ -12,28 +12,21 @@ behind the first.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
-from v4quant_kernels.errors import V4QuantError
+from v4quant_calibration.corpus.chat_marks import (
+    END_THINK,
+    TASKS,
+    THINK,
+    EncodingError,
+    kind,
+    plain,
+    to_json,
+)
+from v4quant_calibration.corpus.chat_tools import ToolCall, read_calls, read_tools
 
-BOS = "<｜begin▁of▁sentence｜>"
-EOS = "<｜end▁of▁sentence｜>"
-USER = "<｜User｜>"
-ASSISTANT = "<｜Assistant｜>"
-SYSTEM = "<｜System｜>"
-REMINDER = "<｜latest_reminder｜>"
-IMAGE = "<｜deepseek_image｜>"
-THINK, END_THINK = "<think>", "</think>"
-DSML = "｜DSML｜"
-TASKS = {"action": "<｜action｜>"}
-
-# Inside a text these would be read as structure: the prompt would say what no message said.
-_STRUCTURE = (BOS, EOS, USER, ASSISTANT, SYSTEM, REMINDER, IMAGE, DSML, *TASKS.values())
-
-_TOOL = "function"
 _KEYS = {
     "system": ("content", "tools", "response_format"),
     "developer": ("content", "tools"),
@@ -43,10 +36,6 @@ _KEYS = {
     "assistant": ("content", "reasoning_content", "tool_calls", "mask"),
     "tool": ("content", "tool_call_id"),
 }
-
-
-class EncodingError(V4QuantError):
-    """A conversation that is malformed, or whose prompt nothing that is known determines."""
 
 
 class Roles(Protocol):
@@ -67,15 +56,6 @@ class Roles(Protocol):
     @property
     def response_format(self) -> bool:
         """A schema for the reply in a system message."""
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A call: its parameters in the order given, and the id its result names, if any."""
-
-    name: str
-    arguments: dict[str, Any]
-    id: str | None
 
 
 @dataclass(frozen=True)
@@ -142,15 +122,24 @@ class _Message:
         return f"message {self.number} ({self.role})"
 
     def text(self, key: str = "content") -> str:
-        value = self.values.get(key)
+        value = _only_part(self.values.get(key))
         if value is None:
             raise EncodingError(f"{self} has no {key}; give it as a string")
         if not isinstance(value, str):
             raise EncodingError(
-                f"{self}: '{key}' is {_kind(value)}, but must be one string; content in parts "
-                "(images included) is not supported"
+                f"{self}: '{key}' is {kind(value)}, but must be one string; content in "
+                "several parts (images included) is not supported"
             )
         return plain(value, f"{self}: '{key}'")
+
+
+def _only_part(value: object) -> object:
+    """Content of one part is that part's text; how several are joined, no example shows."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
+        part = dict(value[0])
+        if part.keys() == {"type", "text"} and part["type"] == "text":
+            return part["text"]
+    return value
 
 
 def read_conversation(
@@ -180,48 +169,10 @@ def read_conversation(
     return Conversation(system, schemas, reminder, exchanges)
 
 
-def plain(text: str, where: str) -> str:
-    """The text itself. Raises EncodingError when it holds a token of the prompt's structure."""
-    for token in _STRUCTURE:
-        if token in text:
-            raise EncodingError(
-                f"{where} holds {token}, which the model would read as structure of the prompt; "
-                "give messages, not an encoded prompt, or take the token out"
-            )
-    return text
-
-
-def to_json(value: object, where: str) -> str:
-    """One line of JSON with the separators and unescaped characters of the examples."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise EncodingError(f"{where} cannot be written as JSON ({error})") from None
-    return plain(text, where)
-
-
-def read_tools(tools: object, where: str) -> tuple[str, ...]:
-    """Schemas of tools in the API's form (`type` and `function`), a JSON text each."""
-    if tools is None:
-        return ()
-    schemas = []
-    for number, tool in enumerate(_objects(tools, where), 1):
-        name = f"{where}: number {number}"
-        if set(tool) != {"type", "function"} or tool["type"] != "function":
-            raise EncodingError(
-                f'{name} must be {{"type": "function", "function": {{...}}}} and nothing else'
-            )
-        function = tool["function"]
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise EncodingError(f"{name}: its function has no name")
-        schemas.append(to_json(dict(function), name))
-    return tuple(schemas)
-
-
 def _message(number: int, message: object) -> _Message:
     where = f"message {number}"
     if not isinstance(message, Mapping):
-        raise EncodingError(f"{where} is {_kind(message)}, but must be an object with a 'role'")
+        raise EncodingError(f"{where} is {kind(message)}, but must be an object with a 'role'")
     role = message.get("role")
     if not isinstance(role, str) or role not in _KEYS:
         known = ", ".join(_KEYS)
@@ -339,12 +290,7 @@ def _in_order(blocks: list[Block], order: dict[str, int]) -> tuple[Block, ...]:
 
 
 def _reply(message: _Message) -> Reply:
-    calls = tuple(
-        _call(c, f"{message}: tool call {i}")
-        for i, c in enumerate(
-            _objects(message.values.get("tool_calls", []), f"{message}: tool_calls"), 1
-        )
-    )
+    calls = read_calls(message.values.get("tool_calls", []), str(message))
     # Who only calls tools need not say anything.
     content = message.text() if "content" in message.values or not calls else ""
     has_reasoning = "reasoning_content" in message.values
@@ -357,46 +303,9 @@ def _reply(message: _Message) -> Reply:
     return Reply(message.number, content, reasoning, calls)
 
 
-def _call(call: Mapping[str, Any], where: str) -> ToolCall:
-    function = call.get("function")
-    # `index` is a call's place in a streamed answer; the list has it in place already.
-    if set(call) - {"id", "type", "function", "index"} or call.get("type", _TOOL) != _TOOL:
-        raise EncodingError(f"{where} must have 'type' \"function\", 'function', and perhaps 'id'")
-    if not isinstance(function, Mapping) or not {"name"} <= set(function) <= {"name", "arguments"}:
-        raise EncodingError(f"{where}: its function must have a name and arguments, nothing else")
-    arguments = function.get("arguments", {})
-    if arguments is None or arguments == "":  # a function without parameters
-        arguments = {}
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            raise EncodingError(f"{where}: its arguments are not JSON") from None
-    if not isinstance(arguments, Mapping):
-        raise EncodingError(f"{where}: its arguments must be a JSON object")
-    for name in (function["name"], *arguments):
-        if not isinstance(name, str) or not name or set(name) & set('"<>\n'):
-            raise EncodingError(f"{where}: {name!r} cannot stand as a name in the call's markup")
-        plain(name, where)
-    identity = call.get("id")
-    if identity is not None and not isinstance(identity, str):
-        raise EncodingError(f"{where}: its id is {_kind(identity)}, but must be a string")
-    return ToolCall(function["name"], dict(arguments), identity)
-
-
 def _one_set(
     beside: tuple[str, ...], inside: tuple[str, ...], message: _Message
 ) -> tuple[str, ...]:
     if beside and inside:
         raise EncodingError(f"tools are given beside the messages and again in {message}")
     return beside or inside
-
-
-def _objects(value: object, where: str) -> list[Mapping[str, Any]]:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(v, Mapping) for v in value):
-        raise EncodingError(f"{where} must be a list of objects")
-    return cast(list[Mapping[str, Any]], list(value))
-
-
-def _kind(value: object) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"

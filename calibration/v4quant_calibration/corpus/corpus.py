@@ -24,7 +24,7 @@ from torch import Tensor
 
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE, DEFAULT_RELEASE
 from v4quant_calibration.corpus.chat_keys import MESSAGES
-from v4quant_calibration.corpus.chat_messages import BOS
+from v4quant_calibration.corpus.chat_marks import BOS
 from v4quant_calibration.corpus.errors import CorpusError
 from v4quant_calibration.corpus.row_text import RowText, row_text
 from v4quant_calibration.corpus.sampling import (

@@ -11,7 +11,7 @@ from typing import Any
 
 from v4quant_calibration.corpus.chat_encoding import encode_messages
 from v4quant_calibration.corpus.chat_keys import MESSAGES, as_chat
-from v4quant_calibration.corpus.chat_messages import EncodingError
+from v4quant_calibration.corpus.chat_marks import EncodingError
 from v4quant_calibration.corpus.errors import CorpusError
 
 

@@ -1,9 +1,9 @@
 """Text files as they are found: compressed, marked, with rows as lines, a list or columns.
 
 A file's *kind* is its name's last suffix but one for compression: `.jsonl` and `.ndjson` (a row a
-line), `.json` (a list of rows), `.parquet` (a row a record), anything else plain text. `.gz` is
-read by the standard library, `.zst` where Python or the package `zstandard` can, `.parquet` where
-`pyarrow` is installed. Line ends are content of a plain text and stay as they are.
+line), `.json` (a list of rows, or of texts), `.parquet` (a row a record), anything else plain text.
+`.gz` is read by the standard library, `.zst` where Python or the package `zstandard` can,
+`.parquet` where `pyarrow` is installed. Line ends are content of a plain text and stay as they are.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, Any]]:
         if not isinstance(rows, list):
             raise CorpusError(f"{file}: must be a JSON list of rows")
         for number, row in enumerate(rows, 1):
-            yield f"{file}: row {number}", row
+            yield f"{file}: row {number}", {"text": row} if isinstance(row, str) else row
         return
     # Not splitlines: JSON strings may hold U+2028 and other characters it would break lines at.
     for number, line in enumerate(text.split("\n"), 1):

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from v4quant.cli import cli
 from v4quant_calibration.corpus.chat_dialects import DIALECTS, MAX_EFFORT
 from v4quant_calibration.corpus.chat_encoding import encode_messages
-from v4quant_calibration.corpus.chat_messages import (
+from v4quant_calibration.corpus.chat_marks import (
     ASSISTANT,
     BOS,
     DSML,
@@ -196,7 +196,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "role of another type": ([{"role": ["user"], "content": "x"}], r"message 1 has the role \["),
     "no content": ([{"role": "user"}], r"message 1 \(user\) has no content"),
     "null content": ([user(), assistant(None)], r"message 2 \(assistant\) has no content"),
-    "content in parts": ([user([{"type": "text", "text": "x"}])], "is a list.*one string"),  # type: ignore[arg-type]
+    "content in parts": ([user([{"type": "text", "text": "x"}] * 2)], "is a list.*one string"),  # type: ignore[arg-type]
     "content a number": ([user(3)], "is a int"),  # type: ignore[arg-type]
     "unknown key": ([user(name="Ann")], "has 'name', whose effect"),
     "other reasoning key": ([user(), assistant(reasoning="x")], "has 'reasoning'"),
@@ -580,3 +580,15 @@ def test_command_refuses_wrong_usage(tmp_path: Path) -> None:
         assert re.search("cannot be read", str(ran.exception))
     ran = run(file, "--mode", "non-think", "--ids", "--tokenizer", tmp_path)
     assert re.search(r"tokenizer\.json: missing", str(ran.exception))
+
+
+def test_what_data_sets_write_otherwise_is_the_same_prompt() -> None:
+    """Content of one part; tools and calls as JSON text, which columns of one type need."""
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    answer = {"role": "tool", "content": "r"}
+    plain = [user("x"), assistant(tool_calls=[call]), answer, assistant("y")]
+    others = [user([{"type": "text", "text": "x"}]), assistant(tool_calls=json.dumps([call])),  # type: ignore[arg-type]
+              answer, assistant([{"type": "text", "text": "y"}])]  # type: ignore[arg-type]  # fmt: skip
+    wanted = encode_messages(plain, "non-think", tools=[tool])
+    assert encode_messages(others, "non-think", tools=json.dumps([tool])) == wanted

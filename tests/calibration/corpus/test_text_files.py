@@ -44,6 +44,7 @@ CHATS = [{"messages": CHAT}] * 2
         ("b.jsonl.gz", gzip.compress(jsonl(ROWS), mtime=0), ROWS),
         ("b.json", json.dumps(ROWS).encode(), ROWS),
         ("b.json", json.dumps(CHATS).encode(), CHATS),
+        ("b.json", json.dumps([r["text"] for r in ROWS]).encode(), ROWS),
         ("b.jsonl", jsonl([{**r, "messages": None} for r in ROWS]), ROWS),
         ("b.jsonl", jsonl([{**r, "text": None} for r in CHATS]), CHATS),
     ],
@@ -175,7 +176,7 @@ def test_a_pair_of_lists_of_messages(tmp_path: Path) -> None:
 
 U = "user"
 BAD_CHATS = {
-    "content in parts": [{"role": U, "content": [{"type": "text", "text": "x"}]}],
+    "content in several parts": [{"role": U, "content": [{"type": "text", "text": "x"}] * 2}],
     "system message comes first": [*CHAT, {"role": "system", "content": "s"}, *CHAT],
     "stands where a user": [CHAT[1], *CHAT],
     "holds <think>": [HI, {"role": "assistant", "content": "<think>a</think>b"}],
