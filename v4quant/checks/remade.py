@@ -10,18 +10,23 @@ say some of it otherwise: only what this one wrote is judged.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from v4quant import __version__
+from v4quant.conversion.experts import input_amax
 from v4quant.conversion.finish import STATISTICS_NAME, index_of, manifest_facts
 from v4quant.conversion.plan import Plan, make_plan, under_stem
 from v4quant.conversion.records import TensorRecord
 from v4quant.conversion.units import ShardPlan
 from v4quant.recipe import recipe_from_table
 from v4quant_formats.checkpoint import MAX_INDEX_BYTES, Checkpoint
+from v4quant_formats.layouts.modelopt import NVFP4_MAX
 from v4quant_formats.manifest import MANIFEST_NAME
 from v4quant_formats.model_config import read_json_object
 from v4quant_formats.shards import FilePlan
@@ -65,6 +70,8 @@ def differences(
         yield from _of_json(folder / plan.recipe.layout.index, json.loads(index))
     told = manifest.get("tokenizer")
     yield from _of_small_files(plan, output, folder, told)
+    if plan.recipe.layout.stores_input_scale:
+        yield from _of_input_scales(plan, output)
     if told is None and not plan.recipe.layout.index:
         yield from _of_gguf_files(plan.shards, output)
 
@@ -146,6 +153,26 @@ def _of_small_files(plan: Plan, output: Checkpoint, folder: Path, told: object) 
             yield name, "is missing, which the source has"
         elif wanted is not None and read_small(path, MAX_SIDECAR_BYTES) != wanted:
             yield name, "is not the source's"
+
+
+def _of_input_scales(plan: Plan, output: Checkpoint) -> Iterator[Told]:
+    """Scales of activations, which no weight tells: the bound that is proven, or, where statistics
+    measured them, one number for the two matrices that engines fuse.
+    """
+    for unit in plan.units:
+        places = [f"{stored.module}.input_scale" for stored in unit.sources]
+        if unit.action != "experts" or not all(place in output for place in places):
+            continue
+        found = [float(output.read(place)) for place in places]
+        wanted = found[:]
+        if plan.stats_digest:
+            wanted[1] = wanted[0]
+        else:
+            bounds = (input_amax(plan, stored, None) for stored in unit.sources)
+            wanted = [float(torch.tensor(bound / NVFP4_MAX).float()) for bound in bounds]
+        for place, value, right in zip(places, found, wanted, strict=True):
+            if value != right or not 0 < value < math.inf:
+                yield place, f"is {value:.6g}, where source and recipe give {right:.6g}"
 
 
 def _of_gguf_files(shards: Sequence[ShardPlan], output: Checkpoint) -> Iterator[Told]:

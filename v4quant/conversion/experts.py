@@ -60,7 +60,7 @@ def convert_experts(
         result, record = _convert_matrix(plan, stored, q, scheme, stats, top)
         if q.scheme == MXFP4 and record.source != MXFP4.name:
             record = replace(record, grid=MXFP4.name)
-        amax = _input_amax(plan, stored, stats) if layout.stores_input_scale else 0.0
+        amax = input_amax(plan, stored, stats) if layout.stores_input_scale else 0.0
         for suffix, tensor in layout.expert_tensors(result, amax).items():
             writer.add(f"{stored.module}.{suffix}", tensor.cpu())
         records.append(record)
@@ -225,7 +225,7 @@ def _quantize_floats(x: Tensor, scheme: Scheme, top: _Top) -> QuantizedMatrix:
     return measured(x, codec.quantize(x, scheme, **extra))
 
 
-def _input_amax(plan: Plan, stored: StoredWeight, stats: Evidence | None) -> float:
+def input_amax(plan: Plan, stored: StoredWeight, stats: Evidence | None) -> float:
     """Largest input magnitude an expert matrix must expect: measured, or a proven bound.
 
     w1 and w3 see an RMS-normalised row times the norm's weight, so |x_i| <= sqrt(d) * max|w|. w2
