@@ -79,8 +79,8 @@ class Checkpoint:
     tools call otherwise, `written_config` the config.json as it stands, where that differs.
     `deltas` is an adapter that is merged while matrices are read. `carried` makes the small files
     (tokenizer.json, ...) that a GGUF file holds as metadata, each when it is called. `beside` are
-    .safetensors files that lie there too and belong to no part of it. `container` holds the
-    headers, by file, of a container that describes itself (GGUF), `remarks` what its opener saw
+    .safetensors and .gguf files that lie there too and belong to no part of it. `container` holds
+    the headers, by file, of a container that describes itself (GGUF), `remarks` what its opener saw
     contradicted there.
     `tokenizer` is a tokenizer.json from elsewhere, in place of its own.
     """
@@ -298,9 +298,9 @@ def files_without_index(folder: Path, names: Collection[str]) -> list[str]:
     """The shards of a checkpoint that has no index. Raises MissingShard where that is not clear."""
     if SINGLE_NAME in names:
         return [SINGLE_NAME]
-    series = {m[1]: int(m[3]) for n in names if (m := _SERIES.fullmatch(n))}
+    series = {(m[1], int(m[3])) for n in names if (m := _SERIES.fullmatch(n))}
     if len(series) == 1:
-        ((stem, count),) = series.items()
+        ((stem, count),) = series
         parts = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         if missing := [p for p in parts if p not in names]:
             raise MissingShard(f"{folder / missing[0]}: missing; all {count} parts are needed")
@@ -308,7 +308,7 @@ def files_without_index(folder: Path, names: Collection[str]) -> list[str]:
     if len(names) == 1:
         return list(names)
     raise MissingShard(
-        f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}, nor the parts of one model"
+        f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}, nor the parts of one model alone"
     )
 
 

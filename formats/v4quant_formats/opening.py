@@ -10,7 +10,7 @@ from pathlib import Path
 from v4quant_formats.checkpoint import Checkpoint, check_link, read_structure
 from v4quant_formats.errors import FormatError
 from v4quant_formats.gguf.checkpoint import is_gguf, open_gguf
-from v4quant_formats.gguf.quants import almost_gguf
+from v4quant_formats.gguf.quants import almost_gguf, files_below
 from v4quant_formats.naming import understood
 from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shard_files import (
@@ -45,7 +45,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         files[name] = file_state((folder / name).stat())
         return header
 
-    found = [p.name for p in folder.glob("*.safetensors")]
+    # macOS leaves a `._name` beside every file it copies to other file systems.
+    found = [p.name for p in folder.glob("*.safetensors") if not p.name.startswith("._")]
     written, stored = read_structure(folder, header_of, found)
     config, tensors, renamed = understood(str(folder / "config.json"), written, stored)
     shards = LocalShards(folder, files)
@@ -57,8 +58,14 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         shards,
         renamed=renamed,
         written_config=written,
-        beside=tuple(sorted(set(found) - files.keys())),
+        beside=tuple(sorted({*found, *_other_models(folder)} - files.keys())),
     )
+
+
+def _other_models(folder: Path) -> list[str]:
+    """GGUF files but those that are called companions of a model."""
+    names = (name for name in files_below(folder) if "/" not in name)
+    return [n for n in names if "imatrix" not in n.lower() and "mmproj" not in n.lower()]
 
 
 def _refuse_pieces(path: Path) -> None:

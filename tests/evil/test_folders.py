@@ -103,6 +103,13 @@ def test_dangling_link_loop_and_missing_shard(folder: Path) -> None:
     refuse(folder, errors.MissingShard, B)
 
 
+def test_two_models_of_one_name_without_an_index(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    for name in ("model-00001-of-00001", "model-00001-of-00002", "model-00002-of-00002"):
+        (folder / f"{name}.safetensors").write_bytes((folder / B).read_bytes())
+    refuse(folder, errors.MissingShard, "the parts of one model alone")
+
+
 def test_shard_and_index_must_agree(folder: Path) -> None:
     set_map(folder, {"a": A, "b": B, "c": B})
     refuse(folder, errors.MissingTensor, B, "'c'")

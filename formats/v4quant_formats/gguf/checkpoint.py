@@ -112,7 +112,7 @@ def open_gguf(path: Path) -> Checkpoint:
     if folder.is_file():
         folder, names = folder.parent, _whole_model(folder)
     else:
-        names = sorted(p.name for p in folder.glob("*" + SUFFIX))
+        names = sorted(n for n in files_below(folder) if "/" not in n)
         if quant or not names:
             names = choose(files_below(folder), quant, str(folder))
     return open_gguf_files(folder, names)
@@ -156,6 +156,11 @@ def assemble_gguf(
     for missing in {name for group in groups for name in group} - set(names):
         raise MissingShard(f"{folder / missing}: missing; all parts are needed")
     models = [_open_model(folder, group, header_of) for group in groups]
+    for adapter in (m for m in models if m.metadata.get("general.type") == "adapter"):
+        raise UnexpectedTensor(
+            f"{_where(folder, adapter)}: is an adapter that was not merged; merge it with "
+            "llama.cpp, or move it away"
+        )
     models = [m for m in models if not m.is_beside]
     if not models:
         raise FormatError(

@@ -224,6 +224,7 @@ def files_below(folder: Path) -> list[str]:
         p.relative_to(folder).as_posix()
         for pattern in (f"*{SUFFIX}", f"*/*{SUFFIX}")
         for p in folder.glob(pattern)
+        if not p.name.startswith("._")  # which macOS leaves beside a file it copies
     )
     if len(found) > MAX_FILES:
         raise FormatError(f"{folder}: holds more than {MAX_FILES} .gguf files")

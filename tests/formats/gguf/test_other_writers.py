@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 
 from tests.support.conversion import TINY, convert
 from tests.support.rewritten_gguf import rewrite
@@ -179,3 +179,25 @@ def test_no_other_type_is_called_damaged(dtype: str, wide: Path, tmp_path: Path)
     told = f"{dtype}, which is not readable here"
     with open_checkpoint(source) as opened, pytest.raises(WrongDtype, match=told):
         require_sound(opened)
+
+
+def test_what_lies_beside_a_model(lone: Path, tmp_path: Path) -> None:
+    """An adapter is named, copies of a file system's own are no files, big-endian is refused."""
+    model = tmp_path / lone.name
+    model.write_bytes(lone.read_bytes())
+    (tmp_path / f"._{lone.name}").write_bytes(b"\0\5\26\7" + bytes(60))
+    with open_checkpoint(tmp_path) as opened:
+        assert list(opened.files) == [lone.name]
+    writer = GGUFWriter(tmp_path / "lora.gguf", "deepseek4")
+    writer.add_string("general.type", "adapter")
+    writer.add_tensor("blk.0.attn_q_a.weight.lora_a", np.ones((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnexpectedTensor, match="adapter that was not merged"):
+        open_checkpoint(tmp_path)
+    data = lone.read_bytes()
+    model.write_bytes(data[:4] + data[4:8][::-1] + data[8:])
+    with pytest.raises(FormatError, match="big-endian"):
+        open_checkpoint(model)
