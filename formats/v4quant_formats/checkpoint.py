@@ -27,12 +27,8 @@ from v4quant_formats.errors import (
     UnknownDtype,
     UnsafePath,
 )
-from v4quant_formats.model_config import (
-    ConfigError,
-    Dimensions,
-    parse_dimensions,
-    read_json_object,
-)
+from v4quant_formats.json_object import read_json_object
+from v4quant_formats.model_config import ConfigError, Dimensions, parse_dimensions
 from v4quant_formats.shard_files import (
     FileState,
     HeadersOnly,

@@ -3,8 +3,8 @@
 Official names carry no `model.` prefix. A *stage* is a trunk layer (`layers.N`) or a draft stage
 (`mtp.N`). A *module* (or base name) is a tensor name without its part: `layers.3.attn.wq_a` has the
 parts `weight` and `scale`. Tensors without a part (`attn_sink`, `ape`, `tid2eid`, `gate.bias`,
-`hc_*`) are modules of their own. To teach v4quant a new release, add its modules to the tables here
-and its mark to `detect_release`.
+`hc_*`) are modules of their own. To teach v4quant a new release, add its modules to the tables
+here, their shapes to `module_shapes.py` and its mark to `detect_release`.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ _TOP_MODULES: list[tuple[str, Role, str]] = [
     (r"image_(start|end|newline|pad)", "vision", _PLAIN),
 ]
 
-_STAGE = re.compile(r"(layers|mtp)\.(0|[1-9][0-9]{0,3})\.(.+)")
-_EXPERT = re.compile(r"ffn\.experts\.(0|[1-9][0-9]{0,4})\.(w[123])")
+STAGE = re.compile(r"(layers|mtp)\.(0|[1-9][0-9]{0,3})\.(.+)")
+EXPERT = re.compile(r"ffn\.experts\.(0|[1-9][0-9]{0,4})\.(w[123])")
 _STAGE_TABLE = [(re.compile(p), r, k) for p, r, k in _STAGE_MODULES]
 _DRAFT_TABLE = [(re.compile(p), r, k) for p, r, k in _DRAFT_MODULES]
 _TOP_TABLE = [(re.compile(p), r, k) for p, r, k in _TOP_MODULES]
@@ -131,7 +131,7 @@ def parse_name(name: str) -> TensorName | None:
     """Take an official tensor name apart; None when no V4 release has such a tensor."""
     module, part = split_part(name)
     stage, kind, below = "", "", module
-    if match := _STAGE.fullmatch(module):
+    if match := STAGE.fullmatch(module):
         stage, kind, below = f"{match[1]}.{match[2]}", match[1], match[3]
     found = _classify(kind, below)
     return TensorName(module, part, stage, *found) if found else None
@@ -153,7 +153,7 @@ def _classify(kind: str, below: str) -> tuple[Role, bool, int | None, str | None
     for table in tables[kind]:
         for pattern, role, form in table:
             if pattern.fullmatch(below):
-                expert = _EXPERT.fullmatch(below)
+                expert = EXPERT.fullmatch(below)
                 number, projection = (int(expert[1]), expert[2]) if expert else (None, None)
                 return role, form == _LINEAR, number, projection
     return None
@@ -171,7 +171,7 @@ def trunk_stages(config: Dimensions) -> list[str]:
 
 def draft_stages(names: Iterable[str]) -> list[str]:
     """Stage names of the draft stages present, in order (config's count is unreliable)."""
-    found = {int(m[2]) for n in names if (m := _STAGE.match(n)) and m[1] == "mtp"}
+    found = {int(m[2]) for n in names if (m := STAGE.match(n)) and m[1] == "mtp"}
     return [f"mtp.{i}" for i in sorted(found)]
 
 
@@ -299,123 +299,6 @@ def detect_release(names: Iterable[str], expert_dtypes: set[str], model_type: st
     if expert_dtypes == {"I8"}:
         return "V4"
     return "V4, converted"
-
-
-def module_shape(config: Dimensions, module: str) -> tuple[int, ...] | None:
-    """Logical shape of a known module ([out, in] for matrices); None if not tabled."""
-    match = _STAGE.fullmatch(module)
-    if match is None:
-        return _top_shapes(config).get(module)
-    draft, below = match[1] == "mtp", match[3]
-    if not draft and int(match[2]) >= config.num_hidden_layers:
-        return None
-    facts = config.facts(f"{match[1]}.{match[2]}")
-    if expert := _EXPERT.fullmatch(below):
-        below = f"ffn.shared_experts.{expert[2]}"
-    if config.v41 is None and ".compressor." in below:
-        return _compressor_shape(config, below, facts)
-    if below == "engram.embed":
-        return _engram_shape(config, facts)
-    return _stage_shapes(config, draft).get(below)
-
-
-@lru_cache(maxsize=8)
-def _stage_shapes(c: Dimensions, draft: bool) -> dict[str, tuple[int, ...]]:
-    """Shapes of a stage's modules that do not depend on the layer."""
-    streams, mixes = c.hc_mult * c.hidden_size, c.hc_mult * (2 + c.hc_mult)
-    experts = c.facts("mtp.0" if draft else "layers.0").experts
-    d, heads, inner = c.hidden_size, c.num_attention_heads * c.head_dim, c.moe_intermediate_size
-    table: dict[str, tuple[int, ...]] = {
-        "attn.wq_a": (c.q_lora_rank, d),
-        "attn.wq_b": (heads, c.q_lora_rank),
-        "attn.wkv": (c.head_dim, d),
-        "attn.wo_a": (c.o_groups * c.o_lora_rank, heads // c.o_groups),
-        "attn.wo_b": (d, c.o_groups * c.o_lora_rank),
-        "attn.attn_sink": (c.num_attention_heads,),
-        "attn.q_norm": (c.q_lora_rank,),
-        "attn.kv_norm": (c.head_dim,),
-        "attn.indexer.wq_b": (c.index_n_heads * c.index_head_dim, c.q_lora_rank),
-        "attn.indexer.weights_proj": (c.index_n_heads, d),
-        "ffn.gate": (experts, d),
-        "ffn.gate.bias": (experts,),
-        "ffn.gate.bias_vl": (experts,),
-        "ffn.gate.tid2eid": (c.vocab_size, c.num_experts_per_tok),
-        "ffn.shared_experts.w1": (inner, d),
-        "ffn.shared_experts.w3": (inner, d),
-        "ffn.shared_experts.w2": (d, inner),
-    }
-    for sub in ("attn", "ffn"):
-        table |= {
-            f"{sub}_norm": (d,),
-            f"hc_{sub}_fn": (mixes, streams),
-            f"hc_{sub}_base": (mixes,),
-            f"hc_{sub}_scale": (3,),
-        }
-    return table | _v41_shapes(c) | (_draft_shapes(c) if draft else {})
-
-
-def _v41_shapes(c: Dimensions) -> dict[str, tuple[int, ...]]:
-    if c.v41 is None:
-        return {}
-    d, gates = c.hidden_size, (c.hc_mult, c.hidden_size)
-    return {
-        "attn.compressor.wkv": (c.head_dim, d),
-        "attn.compressor.wgate": (c.head_dim, d),
-        "attn.compressor.norm": (c.head_dim,),
-        "attn.indexer.wk": (c.index_head_dim, c.head_dim),
-        "attn.indexer.k_norm": (c.index_head_dim,),
-        "engram.wkv": ((c.hc_mult + 1) * d, c.v41.engram_columns * c.v41.engram_head_dim),
-        "engram.q_weight": gates,
-        "engram.k_weight": gates,
-    }
-
-
-def _draft_shapes(c: Dimensions) -> dict[str, tuple[int, ...]]:
-    d, embedding = c.hidden_size, (c.vocab_size, c.hidden_size)
-    table: dict[str, tuple[int, ...]] = {"e_proj": (d, d), "h_proj": (d, d)}
-    table |= {"emb.tok_emb": embedding, "head": embedding}
-    table |= dict.fromkeys(("enorm", "hnorm", "norm", "main_norm"), (d,))
-    table |= {k: v for k, v in _top_shapes(c).items() if k.startswith("hc_head_")}
-    if c.dspark is not None:
-        rank = c.dspark.markov_rank
-        table["main_proj"] = (d, len(c.dspark.target_layer_ids) * d)
-        table["confidence_head.proj"] = (1, d + rank)
-        markov = ("markov_w1", "markov_w2", "embed", "head")
-        table |= dict.fromkeys((f"markov_head.{m}" for m in markov), (c.vocab_size, rank))
-    return table
-
-
-@lru_cache(maxsize=8)
-def _top_shapes(c: Dimensions) -> dict[str, tuple[int, ...]]:
-    images = ("image_start", "image_end", "image_newline", "image_pad")
-    return {
-        "embed": (c.vocab_size, c.hidden_size),
-        "head": (c.vocab_size, c.hidden_size),
-        "norm": (c.hidden_size,),
-        "hc_head_fn": (c.hc_mult, c.hc_mult * c.hidden_size),
-        "hc_head_base": (c.hc_mult,),
-        "hc_head_scale": (1,),
-        **dict.fromkeys(images, (c.hidden_size,)),
-    }
-
-
-def _engram_shape(c: Dimensions, facts: LayerFacts) -> tuple[int, ...] | None:
-    if c.v41 is None or facts.engram is None:
-        return None
-    return (c.v41.engram_num_embeddings[facts.engram], c.v41.engram_head_dim)
-
-
-def _compressor_shape(c: Dimensions, below: str, facts: LayerFacts) -> tuple[int, ...] | None:
-    if facts.draft:
-        return None
-    width = c.index_head_dim if below.startswith("attn.indexer.") else c.head_dim
-    channels = 2 * width if facts.overlaps else width
-    return {
-        "ape": (facts.ratio, channels),
-        "wkv": (channels, c.hidden_size),
-        "wgate": (channels, c.hidden_size),
-        "norm": (width,),
-    }.get(below.rpartition(".")[2])
 
 
 def role_of(parsed: TensorName | None) -> str:

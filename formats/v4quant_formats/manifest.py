@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from v4quant_formats.errors import FormatError
-from v4quant_formats.model_config import ConfigError, read_json_object
+from v4quant_formats.json_object import read_json_object
+from v4quant_formats.model_config import ConfigError
 
 MANIFEST_NAME = "v4quant.json"
 ONNX_MANIFEST = "v4quant-onnx.json"

@@ -11,7 +11,6 @@ guessing would give fluent nonsense.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -30,12 +29,7 @@ from v4quant_formats.config_fields import (
     raise_first,
     short,
 )
-from v4quant_formats.json_limits import (
-    MAX_JSON_DEPTH,
-    MAX_JSON_VALUES,
-    has_too_many_values,
-    is_too_deep,
-)
+from v4quant_formats.json_object import read_json_object
 from v4quant_formats.layer_facts import (
     CSA_RATIO,
     HCA_RATIO,
@@ -59,10 +53,7 @@ __all__ = [
     "load_model_config",
     "parse_dimensions",
     "parse_model_config",
-    "read_json_object",
 ]
-
-MAX_CONFIG_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -261,38 +252,6 @@ def parse_model_config(raw: dict[str, Any], where: str = "config.json") -> Model
 def load_model_config(folder: Path) -> ModelConfig:
     """Read `folder/config.json`. Raises ConfigError when it is absent, too large or wrong."""
     return parse_model_config(read_json_object(folder / "config.json"), str(folder / "config.json"))
-
-
-def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """Read a JSON file that must hold one object. Raises ConfigError with file and reason."""
-    try:
-        # A size proves nothing for a device or a pipe, so what is read is bounded too.
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"{path}: is not a regular file")
-        with path.open("rb") as file:
-            data = b"" if path.stat().st_size > limit else file.read(limit + 1)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: file is missing; download it beside the shards") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from None
-    if not data or len(data) > limit:
-        raise ConfigError(f"{path}: is empty or above this file's limit of {limit:,} bytes")
-    return json_object(data, path)
-
-
-def json_object(data: bytes, path: Path) -> dict[str, Any]:
-    """The one object that JSON text from `path` must hold. Raises ConfigError."""
-    if has_too_many_values(data):
-        raise ConfigError(f"{path}: holds more than {MAX_JSON_VALUES:,} values; not our file")
-    try:
-        value = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: holds {type(value).__name__}, expected a JSON object")
-    if is_too_deep(value):
-        raise ConfigError(f"{path}: is nested deeper than {MAX_JSON_DEPTH} levels")
-    return value
 
 
 def is_v41(raw: Mapping[str, Any]) -> bool:

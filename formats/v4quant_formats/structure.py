@@ -25,7 +25,6 @@ from v4quant_formats.deepseek_v4 import (
     TensorName,
     draft_stages,
     expected_modules,
-    module_shape,
     other_release,
     parse_name,
     wrong_draft_count,
@@ -45,6 +44,7 @@ from v4quant_formats.model_config import (
     parse_dimensions,
     parse_model_config,
 )
+from v4quant_formats.module_shapes import module_shape
 from v4quant_formats.naming import GATE_UP_BLOCKS
 from v4quant_formats.release_config import FIXED
 from v4quant_formats.scale_sense import odd_scales

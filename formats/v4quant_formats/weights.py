@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.deepseek_v4 import PARTS, module_shape
+from v4quant_formats.deepseek_v4 import PARTS
 from v4quant_formats.errors import MissingTensor, WrongDtype
 from v4quant_formats.integer_packs import (
     COMPRESSED_PARTS,
@@ -21,6 +21,7 @@ from v4quant_formats.integer_packs import (
     find_gptq,
     find_plain,
 )
+from v4quant_formats.module_shapes import module_shape
 from v4quant_formats.spec import DTYPE_BITS, TensorSpec
 from v4quant_kernels.ggml_types import block_type
 from v4quant_kernels.scheme import MXFP4, SCHEMES, ScaleFormat, Scheme

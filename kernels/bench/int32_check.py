@@ -5,9 +5,9 @@
 
 The sizes: 384 experts of 7168 x 3072, eight choices for each of 131,072 tokens, an indexer's
 262,144 keys (a million tokens of context) for 4,096 tokens, and one key for 131,072 tokens. The
-proof is `int32_offsets.py`'s. At twice these sizes it holds for every kernel but `place_kernel` and
-`collect_kernel`: it sees no relation between numbers, so the counts of a histogram, which add up to
-what was counted, are each as large as that.
+proof is `int32_offsets.py`'s, on the numbers of `intervals.py`. At twice these sizes it holds for
+every kernel but `place_kernel` and `collect_kernel`: it sees no relation between numbers, so the
+counts of a histogram, which add up to what was counted, are each as large as that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from dataclasses import replace
 from typing import Any
 
 from compile_grid import Job, launch_of, special_jobs
-from int32_offsets import Value, wrapped_addresses
+from int32_offsets import wrapped_addresses
+from intervals import Value
 from specialisations import first_form
 
 from v4quant_kernels.gpu.tiles import SIZES

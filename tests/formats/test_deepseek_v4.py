@@ -13,11 +13,11 @@ from v4quant_formats.deepseek_v4 import (
     draft_stages,
     expected_modules,
     expert_module,
-    module_shape,
     parse_name,
     split_part,
 )
 from v4quant_formats.model_config import load_model_config, parse_model_config
+from v4quant_formats.module_shapes import module_shape
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.weights import find_weight
 

@@ -11,12 +11,8 @@ import pytest
 
 from tests.support.configs import FLASH, PRO
 from tests.support.conversion import TINY
-from v4quant_formats.model_config import (
-    ConfigError,
-    load_model_config,
-    parse_model_config,
-    read_json_object,
-)
+from v4quant_formats.json_object import read_json_object
+from v4quant_formats.model_config import ConfigError, load_model_config, parse_model_config
 
 
 def test_flash_and_pro() -> None:

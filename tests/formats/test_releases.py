@@ -29,11 +29,12 @@ from v4quant.conversion.plan import make_plan
 from v4quant.conversion.records import InexactCast
 from v4quant.recipe import Recipe
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.deepseek_v4 import expected_modules, module_shape, parse_name
+from v4quant_formats.deepseek_v4 import expected_modules, parse_name
 from v4quant_formats.errors import WrongDtype
 from v4quant_formats.layouts.table import LAYOUTS
 from v4quant_formats.manifest import read_manifest
 from v4quant_formats.model_config import ConfigError, parse_dimensions, parse_model_config
+from v4quant_formats.module_shapes import module_shape
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.preflight import preflight
 from v4quant_formats.weights import find_weight

@@ -26,9 +26,9 @@ from v4quant.conversion.records import TensorRecord
 from v4quant.conversion.units import ShardPlan
 from v4quant.recipe import recipe_from_table
 from v4quant_formats.checkpoint import MAX_INDEX_BYTES, Checkpoint
+from v4quant_formats.json_object import read_json_object
 from v4quant_formats.layouts.modelopt import NVFP4_MAX
 from v4quant_formats.manifest import MANIFEST_NAME
-from v4quant_formats.model_config import read_json_object
 from v4quant_formats.shards import FilePlan
 from v4quant_formats.sidecars import MAX_SIDECAR_BYTES, small_file, tokenizer_digest, travelling
 from v4quant_formats.small_files import read_small

@@ -16,7 +16,7 @@ from v4quant.hub.refs import HubRef, HubReferenceError
 from v4quant.hub.remote import open_remote, require
 from v4quant_formats.adapter import WEIGHTS_NAME
 from v4quant_formats.adapter.settings import CONFIG_NAME
-from v4quant_formats.model_config import MAX_CONFIG_BYTES
+from v4quant_formats.json_object import MAX_CONFIG_BYTES
 
 
 def fetch_adapter(ref: HubRef, into: Path) -> Path:

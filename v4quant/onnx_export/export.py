@@ -30,8 +30,9 @@ from v4quant.own_folders import FOLDER
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.errors import OutputError
 from v4quant_formats.file_hash import hash_file
+from v4quant_formats.json_object import read_json_object
 from v4quant_formats.manifest import to_json
-from v4quant_formats.model_config import ConfigError, read_json_object
+from v4quant_formats.model_config import ConfigError
 from v4quant_formats.onnx.check import OnnxError, read_model
 from v4quant_formats.onnx.indexer import indexer_model
 from v4quant_formats.onnx.moe import experts_model, moe_model

@@ -17,10 +17,11 @@ from functools import cached_property
 
 from v4quant import __version__
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.deepseek_v4 import PROJECTIONS, expert_module, module_shape
+from v4quant_formats.deepseek_v4 import PROJECTIONS, expert_module
 from v4quant_formats.errors import UnsupportedPair, WrongDtype
 from v4quant_formats.manifest import ONNX_MANIFEST
 from v4quant_formats.model_config import ConfigError, Dimensions, parse_dimensions
+from v4quant_formats.module_shapes import module_shape
 from v4quant_formats.onnx.decode import TILE
 from v4quant_formats.onnx.experts import ExpertBlock, check_block, choose_kernel, expert_specs
 from v4quant_formats.onnx.graph import OPSET, require_onnx

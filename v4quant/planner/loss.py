@@ -20,7 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from v4quant_formats.model_config import read_json_object
+from v4quant_formats.json_object import read_json_object
 from v4quant_kernels.ggml_types import has_codebook
 from v4quant_kernels.scheme import SCHEMES
 

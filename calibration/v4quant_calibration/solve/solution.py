@@ -31,8 +31,9 @@ from v4quant_calibration.statistics.table_use import RowUse
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import parse_name
 from v4quant_formats.file_hash import hash_file
+from v4quant_formats.json_object import read_json_object
 from v4quant_formats.manifest import to_json
-from v4quant_formats.model_config import ConfigError, read_json_object
+from v4quant_formats.model_config import ConfigError
 from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shard_files import LocalShards, file_state
 from v4quant_formats.shards import (

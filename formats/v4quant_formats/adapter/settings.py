@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from v4quant_formats.errors import FormatError, WrongDtype
-from v4quant_formats.model_config import read_json_object
+from v4quant_formats.json_object import read_json_object
 
 CONFIG_NAME = "adapter_config.json"
 # Ways to begin A and B that leave the base as it is; PiSSA, OLoRA, LoftQ and others take part of it

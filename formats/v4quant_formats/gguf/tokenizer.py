@@ -21,7 +21,7 @@ from gguf import GGUFValueType, TokenType
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import UnknownTokenizer
 from v4quant_formats.gguf.file import Field
-from v4quant_formats.model_config import json_object
+from v4quant_formats.json_object import json_object
 from v4quant_formats.sidecars import CHAT_TEMPLATE, TOKENIZER, place_of, small_file
 
 V4_CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")

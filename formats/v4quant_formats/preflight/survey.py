@@ -11,11 +11,11 @@ from v4quant_formats.deepseek_v4 import (
     PROJECTIONS,
     TensorName,
     expert_module,
-    module_shape,
     parse_name,
     split_part,
 )
 from v4quant_formats.model_config import Dimensions, parse_dimensions
+from v4quant_formats.module_shapes import module_shape
 from v4quant_formats.preflight.declared import Declaration, Declared
 from v4quant_formats.preflight.storage import Storage
 from v4quant_formats.spec import TensorSpec

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 
 from v4quant_formats.checkpoint import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME
-from v4quant_formats.model_config import ConfigError, read_json_object
+from v4quant_formats.json_object import read_json_object
+from v4quant_formats.model_config import ConfigError
 from v4quant_formats.preflight.survey import Check, Finding, Survey
 
 _REWRITE = "convert it with v4quant quantize (--scheme mxfp4 keeps every value)"

@@ -34,6 +34,7 @@ def run(script: str, *arguments: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def offsets() -> ModuleType:
+    sys.path.insert(0, str(BENCH))  # scripts there import one another
     spec = importlib.util.spec_from_file_location("int32_offsets", BENCH / "int32_offsets.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
