@@ -7,7 +7,6 @@ manifest's weight errors) so that JSON, HTML and Markdown come from one object.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from v4quant.devices import CPU, device_bytes
 from v4quant.evaluation.logit_files import SavedFile, logits_writer, open_saved, writes_whole_rows
 from v4quant.evaluation.memory import MemoryPlan, plan_evaluation, work_of
 from v4quant.evaluation.saved_logits import LogitFacts, LogitsError
+from v4quant.evaluation.weight_figures import add_weights, recorded_errors, source_digest
 from v4quant.evaluation.worst_stretches import worst_stretches
 from v4quant.memory import Limits
 from v4quant_calibration.corpus.corpus import Corpus
@@ -34,12 +34,11 @@ from v4quant_calibration.evaluation.evaluate import (
     evaluate_all,
     evaluate_saved,
 )
-from v4quant_calibration.evaluation.weight_error import WeightComparison, compare_weights
+from v4quant_calibration.evaluation.weight_error import compare_weights
 from v4quant_calibration.forward.kept import UNFINISHED, KeptStore
 from v4quant_calibration.forward.scratch import PREFIX, Scratch
 from v4quant_calibration.model.options import ForwardOptions
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
 from v4quant_formats.model_config import parse_model_config
 from v4quant_formats.system import return_freed_memory
 from v4quant_kernels.errors import V4QuantError
@@ -150,11 +149,11 @@ def evaluate_checkpoint(
             )
         compared = None
         if reference is not None and weights:
-            written = [_recorded_errors(reference, c) for c in candidates]
+            written = [recorded_errors(reference, c) for c in candidates]
             compared = compare_weights(reference, candidates, progress, written)
     if reference is not None:
         for index, (figures, candidate) in enumerate(zip(all_figures, candidates, strict=True)):
-            _add_weights(figures, None if compared is None else compared[index], candidate)
+            add_weights(figures, None if compared is None else compared[index], candidate)
     tokenizer = tokenizer_of(checkpoint)
     for figures in all_figures:
         if "verdict" in figures:
@@ -240,7 +239,7 @@ def _check_saved(
         )
     sources = {
         "the --reference": reference.digest() if reference is not None else None,
-        "the source this was converted from": _source_digest(checkpoint),
+        "the source this was converted from": source_digest(checkpoint),
     }
     for what, digest in sources.items():
         if digest is not None and facts.checkpoint not in (digest, checkpoint.digest()):
@@ -248,14 +247,6 @@ def _check_saved(
                 f"{saved.path}: these logits are of {facts.path}, which is not {what}; save the "
                 "logits of the right checkpoint"
             )
-
-
-def _source_digest(checkpoint: Checkpoint) -> str | None:
-    if not (checkpoint.path / MANIFEST_NAME).exists():
-        return None
-    source = read_manifest(checkpoint.path).get("source")
-    digest = source.get("digest") if isinstance(source, dict) else None
-    return digest if isinstance(digest, str) else None
 
 
 def _saved_facts(saved: SavedFile) -> dict[str, Any]:
@@ -320,26 +311,6 @@ def _run_key(
     return sha.hexdigest()
 
 
-def _add_weights(
-    figures: dict[str, Any], compared: WeightComparison | None, checkpoint: Checkpoint
-) -> None:
-    """Weight errors by group, their mean and worst by layer, and the findings."""
-    if compared is None:
-        means = _manifest_errors(checkpoint)
-        for row in figures["layers"]:
-            row["weight_relative_rms"] = means.get(row["name"])
-        return
-    figures["findings"] = [vars(finding) for finding in compared.findings]
-    figures["weights"] = [vars(group) for group in compared.groups]
-    for row in figures.get("layers", []):
-        experts = [g for g in compared.groups if g.stage == row["name"] and "*" in g.where]
-        matrices = sum(g.matrices for g in experts)
-        worst = max(experts, key=lambda g: g.largest)
-        row["weight_relative_rms"] = sum(g.mean * g.matrices for g in experts) / matrices
-        row["weight_largest"] = worst.largest
-        row["weight_worst"] = worst.worst.rpartition(".ffn.experts.")[2]
-
-
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     found = inspect_checkpoint(checkpoint, SilentProgress())
     experts = [c for c in found.classes if "routed experts" in c.role]
@@ -351,29 +322,3 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.file_bytes,
         "expert_bits_per_weight": 8 * nbytes / weights if weights else None,
     }
-
-
-def _recorded_errors(reference: Checkpoint, candidate: Checkpoint) -> dict[str, float]:
-    """Relative errors by module that the candidate's conversion from `reference` wrote down."""
-    if _source_digest(candidate) != reference.digest():
-        return {}
-    manifest = read_manifest(candidate.path)
-    if not {s.file for s in candidate} <= {f["name"] for f in manifest["files"]}:
-        return {}  # another file of the same folder
-    rows = manifest["tensors"]
-    found = {r.get("module"): r.get("relative_rms", 0.0) for r in rows if isinstance(r, dict)}
-    return {
-        m: float(e) for m, e in found.items() if isinstance(m, str) and isinstance(e, int | float)
-    }
-
-
-def _manifest_errors(checkpoint: Checkpoint) -> dict[str, float]:
-    """Mean relative RMS of the expert matrices of each stage, from the manifest if there is one."""
-    if not (checkpoint.path / MANIFEST_NAME).exists():
-        return {}
-    by_stage: defaultdict[str, list[float]] = defaultdict(list)
-    for row in read_manifest(checkpoint.path)["tensors"]:
-        stage, found, _ = str(row.get("module")).partition(".ffn.experts.")
-        if found:
-            by_stage[stage].append(float(row.get("relative_rms", 0.0)))
-    return {stage: sum(v) / len(v) for stage, v in by_stage.items()}

@@ -166,6 +166,8 @@ class LayerFigures:
     expert_output_median: Number = None
     expert_output_largest: Number = None
     expert_output_worst: str = ""
+    expert_gain: Number = None
+    expert_gain_stderr: Number = None
 
 
 @dataclass(frozen=True)

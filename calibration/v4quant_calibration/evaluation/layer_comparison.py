@@ -16,6 +16,7 @@ from v4quant_calibration.evaluation.layer_recorder import (
     LayerRecorder,
     expert_errors,
     index_agreement,
+    output_gain,
     router_agreement,
 )
 from v4quant_calibration.forward.stream import LayerResult, StreamModel, StreamStore
@@ -34,7 +35,7 @@ class LayerRow:
     index_agreement: the same for the entries the indexer chose; None where it had no choice.
     expert_output_median, expert_output_largest, expert_output_worst: relative errors of the
     experts' outputs on the reference's input, on a sample of tokens, and the expert with the
-    largest; None when no token was common.
+    largest; None when no token was common. expert_gain, expert_gain_stderr: `output_gain` of them.
     """
 
     name: str
@@ -46,6 +47,8 @@ class LayerRow:
     expert_output_median: float | None
     expert_output_largest: float | None
     expert_output_worst: int | None
+    expert_gain: float | None = None
+    expert_gain_stderr: float | None = None
 
 
 class LayerComparison:
@@ -85,7 +88,7 @@ def _layer_row(
     assert result.local is not None
     watches = (original.observer, candidate.observer, candidate.local_observer)
     base, own, beside = (watch_of(w) for w in watches)
-    errors = expert_errors(base, beside)
+    errors, gain = expert_errors(base, beside), output_gain(base, beside)
     worst = max(errors, key=errors.__getitem__, default=None)
     size = distance(result.reference, None)
     added = distance(result.reference, result.before)
@@ -99,6 +102,8 @@ def _layer_row(
         expert_output_median=statistics.median_low(errors.values()) if errors else None,
         expert_output_largest=None if worst is None else errors[worst],
         expert_output_worst=worst,
+        expert_gain=None if gain is None else gain.value,
+        expert_gain_stderr=None if gain is None else gain.stderr,
     )
     for watch in (own, beside):
         watch.forget()

@@ -10,14 +10,19 @@ A watch holds one layer; `forget` it before the next. Only token counts live on.
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from v4quant_calibration.evaluation.output_gains import OutputGain
 from v4quant_calibration.model.observer import SilentObserver
 
 SAMPLE_ROWS = 32
+_FEWEST_EXPERTS = 8  # whose gains tell how far their median may be off
+_MEDIAN_STDERR = 1.2533  # of a median, in standard errors of the mean
 
 
 class LayerRecorder(SilentObserver):
@@ -110,14 +115,37 @@ def expert_errors(reference: LayerRecorder, other: LayerRecorder) -> dict[int, f
 
     ||other - reference|| / ||reference|| by expert; experts without a common token are absent.
     """
-    errors = {}
+    return {
+        expert: float((mine - right).norm() / right.norm())
+        for expert, right, mine in _common_outputs(reference, other)
+    }
+
+
+def output_gain(reference: LayerRecorder, other: LayerRecorder) -> OutputGain | None:
+    """The median over experts of <other, reference> / <reference, reference> of sampled outputs.
+
+    The median, because one loud expert would decide a mean. None where few experts had a token in
+    common.
+    """
+    gains = [
+        float((mine * right).sum() / right.square().sum())
+        for _, right, mine in _common_outputs(reference, other)
+    ]
+    if len(gains) < _FEWEST_EXPERTS:
+        return None
+    stderr = _MEDIAN_STDERR * statistics.stdev(gains) / len(gains) ** 0.5
+    return OutputGain(statistics.median(gains), stderr)
+
+
+def _common_outputs(
+    reference: LayerRecorder, other: LayerRecorder
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Experts with both sides' outputs in float64, of the sampled tokens that both sent there."""
     for expert, (tokens, y) in reference.outputs.items():
         found = other.outputs.get(expert)
         if found is None:
             continue
         rows, columns = (tokens.unsqueeze(1) == found[0]).nonzero(as_tuple=True)
         right = y[rows].double()
-        norm = float(right.norm())
-        if norm > 0:
-            errors[expert] = float((found[1][columns].double() - right).norm()) / norm
-    return errors
+        if float(right.norm()) > 0:
+            yield expert, right, found[1][columns].double()

@@ -22,6 +22,7 @@ from v4quant_calibration.evaluation.weight_gains import (
     gain_of,
     is_odd,
     is_odd_row,
+    odd_layers,
     odd_ones,
     peers,
 )
@@ -66,7 +67,7 @@ def _odd_layers(
     middles = [statistics.median(m.gain.value for m in members) for members in groups.values()]
     for alike in peers(places):
         usual = statistics.median(middles[i] for i in alike)
-        for i in (alike[k] for k in odd_ones([middles[k] for k in alike])):
+        for i in (alike[k] for k in odd_layers([middles[k] for k in alike])):
             where = places[i][0]
             first = groups[where][0]
             if is_odd(first.gain.value, _own_gain(reference, candidate, first).value):

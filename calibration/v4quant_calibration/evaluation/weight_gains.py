@@ -25,6 +25,8 @@ _MAD_TO_SIGMA = 1.4826
 _ODD_Z = 8.0
 _ODD_GAIN = 0.01
 _LEAST_SIGMA = 5e-4
+# Layers differ by this share of what they lost, because a solver weighs columns as its text asks.
+_LAYERS_SHARE = 0.25
 _FEWEST_PEERS = 4
 _ODD_ROW_Z, _ODD_ROW_GAIN = 12.0, 0.4
 # Rows this much smaller than the usual one share scales with others and may vanish beside them.
@@ -73,13 +75,22 @@ def gain_of(mine: Tensor, right: Tensor) -> Gain:
     return sums.result()
 
 
-def odd_ones(gains: Sequence[float]) -> list[int]:
-    """Which of some peers have a gain unlike the others'; none where there are few."""
+def odd_layers(gains: Sequence[float]) -> list[int]:
+    """Which layers have a gain unlike the others'; `output_gains` sees what solving hides here."""
+    lost = abs(1 - statistics.median(gains)) if gains else 0.0
+    return odd_ones(gains, _LAYERS_SHARE * lost)
+
+
+def odd_ones(gains: Sequence[float], natural: float = 0.0) -> list[int]:
+    """Which of some peers have a gain unlike the others'; none where there are few.
+
+    natural: how far apart they are without a reason to worry.
+    """
     if len(gains) < _FEWEST_PEERS:
         return []
     median = statistics.median(gains)
     mad = statistics.median(abs(g - median) for g in gains)
-    least = max(_ODD_Z * max(_MAD_TO_SIGMA * mad, _LEAST_SIGMA), _ODD_GAIN)
+    least = max(_ODD_Z * max(_MAD_TO_SIGMA * mad, _LEAST_SIGMA), _ODD_GAIN, natural)
     return [i for i, g in enumerate(gains) if abs(g - median) > least]
 
 

@@ -16,6 +16,7 @@ import v4quant
 from tests.support.conversion import TINY
 from tests.support.other_tools import stored
 from tests.support.shard_bytes import EditableCheckpoint, StoredTensor
+from v4quant_kernels.errors import V4QuantError
 
 WINDOWS, LENGTH, TOKEN = 8, 64, 371
 
@@ -81,6 +82,42 @@ def other_route(checkpoint: EditableCheckpoint) -> str:
     return f"{name}.*1 of its entries"
 
 
+def silent_head(checkpoint: EditableCheckpoint) -> str:
+    """The queries of one attention head are nothing."""
+    name = "layers.1.attn.wq_b"
+    codes = checkpoint[f"{name}.weight"]
+    rows = codes.shape[0] // checkpoint.config["num_attention_heads"]
+    data = bytearray(codes.data)
+    data[rows * codes.shape[1] : 2 * rows * codes.shape[1]] = bytes(rows * codes.shape[1])
+    checkpoint[f"{name}.weight"] = StoredTensor(codes.dtype, codes.shape, bytes(data))
+    return f"{name}.*relative weight error"
+
+
+def noisy_indexer(checkpoint: EditableCheckpoint) -> str:
+    """No window is long enough for the indexer to leave anything out."""
+    name = "layers.1.attn.indexer.compressor.wkv.weight"
+    weight = values(checkpoint[name]).float()
+    noise = 0.02 * weight.std() * torch.randn(weight.shape)
+    checkpoint[name] = stored((weight + noise).to(values(checkpoint[name]).dtype))
+    return f"{name}.*relative error 0.0"
+
+
+def moved_bias(checkpoint: EditableCheckpoint) -> str:
+    name = "layers.3.ffn.gate.bias"
+    bias = values(checkpoint[name]).clone()
+    bias[2] += 1e-3 * bias.std()
+    checkpoint[name] = stored(bias)
+    return name
+
+
+def noisy_last_layer(checkpoint: EditableCheckpoint) -> str:
+    last = checkpoint.config["num_hidden_layers"] - 1
+    name = f"layers.{last}.ffn_norm.weight"
+    weight = values(checkpoint[name]).float()
+    checkpoint[name] = stored((weight * (1 + 0.01 * torch.randn(weight.shape))).bfloat16())
+    return name
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -90,6 +127,10 @@ def other_route(checkpoint: EditableCheckpoint) -> str:
         scaled_norm,
         swapped_experts_of_the_router,
         other_route,
+        silent_head,
+        noisy_indexer,
+        moved_bias,
+        noisy_last_layer,
     ],
 )
 def test_it_is_found_and_the_row_is_named(
@@ -103,6 +144,20 @@ def test_it_is_found_and_the_row_is_named(
     assert any(re.search(told, f"{f.where}: {f.problem}") for f in found.findings), found.findings
     clean = v4quant.evaluate(TINY, reference=TINY, corpus=text, tokens=128)
     assert not clean.is_damaged
+
+
+@pytest.mark.parametrize(
+    "key, factor",
+    [("rope_theta", 1.001), ("compress_rope_theta", 2), ("routed_scaling_factor", 1.01)],
+)
+def test_another_config_is_another_model(
+    key: str, factor: float, text: Path, tmp_path: Path
+) -> None:
+    """A wrong RoPE base shows at long context only; here it is refused before anything runs."""
+    edited = EditableCheckpoint.read(TINY)
+    edited.config[key] *= factor
+    with pytest.raises(V4QuantError, match=f"different models: '{key}'"):
+        v4quant.evaluate(edited.write(tmp_path / "out"), reference=TINY, corpus=text, tokens=64)
 
 
 LAYER, EXPERT = "layers.2.ffn.experts", "layers.3.ffn.experts.2.w1"
