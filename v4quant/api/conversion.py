@@ -18,7 +18,8 @@ from v4quant.api.arguments import (
     source_of,
 )
 from v4quant.conversion.calibrated import load_calibrated
-from v4quant.conversion.job import JobResult, as_begun, holds_own, run_job
+from v4quant.conversion.job import JobResult, run_job
+from v4quant.conversion.output_folder import as_begun, holds_own
 from v4quant.conversion.overwrite import replacing
 from v4quant.conversion.plan import make_plan
 from v4quant.conversion.ranks import current_ranks

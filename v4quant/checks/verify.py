@@ -8,19 +8,16 @@ every element, and the error of quantized matrices must be what the manifest say
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from v4quant.checks.independent_decoder import decode_rows
 from v4quant.checks.remade import differences
 from v4quant.checks.soundness import unknown_of
+from v4quant.checks.values import Values, Written, compare_values, recorded_as
 from v4quant.conversion.records import TensorRecord, record_from_dict
 from v4quant.hub.download import download
 from v4quant.hub.refs import HubRef
@@ -29,7 +26,6 @@ from v4quant.hub.shard_cache import ShardCache
 from v4quant.source import Source, open_source
 from v4quant.temporary_folders import TemporaryFolder
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.deepseek_v4 import parse_name, split_part
 from v4quant_formats.errors import ImplausibleScales
 from v4quant_formats.file_hash import hash_file
 from v4quant_formats.gguf.quants import home_of
@@ -44,15 +40,8 @@ from v4quant_formats.manifest import (
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.sidecars import MAX_SIDECAR_BYTES, strangers
 from v4quant_formats.structure import find_defects
-from v4quant_formats.weights import find_weight
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress
-from v4quant_kernels.scheme import SCHEMES
-
-_ROWS = 512  # compared at a time; a multiple of every tile height
-# Both sides add the same float64 numbers, perhaps in another order. One changed code of 8 million
-# moves an error by 6e-8 of it.
-_SAME_SUM = 1e-9
 
 
 @dataclass(frozen=True)
@@ -81,53 +70,91 @@ def verify(out: Source, source: Source | Checkpoint | None, progress: Progress) 
     of either, one of its GGUF quants. Raises ManifestError without a readable v4quant.json, and
     V4QuantError for a bad source.
     """
+    return verify_all([out], source, progress)[0]
+
+
+def verify_all(
+    outs: Sequence[Source], source: Source | Checkpoint | None, progress: Progress
+) -> list[VerifyResult]:
+    """As `verify`, of several conversions of one source, which is read and decoded once."""
+    with ExitStack() as stack:
+        found = [_open(out, stack, progress) for out in outs]
+        for one in found:
+            one.findings += _check_claims(one.manifest, one.records)
+            if one.output is None:
+                one.findings.append(Finding(*one.unreadable))
+            else:
+                one.findings += _check_structure(one.output, one.records)
+        values = dict[int, Values]()
+        if source is not None:
+            original = (
+                source
+                if isinstance(source, Checkpoint)
+                else stack.enter_context(open_source(source))
+            )
+            whole = {
+                i: Written(one.output, one.records, one.dropped)
+                for i, one in enumerate(found)
+                if one.output is not None
+            }
+            for i, written in whole.items():
+                one = found[i]
+                one.findings += _check_identity(original, one.manifest)
+                told = differences(original, written.output, one.manifest, one.records)
+                one.findings += (Finding(*what) for what in told)
+            compared = compare_values(original, list(whole.values()), progress) if whole else []
+            values = dict(zip(whole, compared, strict=True))
+    return [_result(one, values.get(i, Values())) for i, one in enumerate(found)]
+
+
+@dataclass
+class _Conversion:
+    """A conversion while it is verified. output: None where it cannot be opened; `unreadable` says
+    where and why."""
+
+    output: Checkpoint | None
+    manifest: dict[str, Any]
+    findings: list[Finding]
+    unreadable: tuple[str, str] = ("", "")
+
+    @cached_property
+    def records(self) -> dict[str, TensorRecord]:
+        """What the manifest says of each module."""
+        return {r.module: r for r in map(record_from_dict, self.manifest["tensors"])}
+
+    @property
+    def dropped(self) -> set[str]:
+        """Tensors that the conversion left out."""
+        return {str(d.get("name")) for d in self.manifest.get("dropped", [])}
+
+
+def _open(out: Source, stack: ExitStack, progress: Progress) -> _Conversion:
+    """Open a conversion and check its files."""
     if isinstance(out, HubRef):
-        with open_source(out) as published:
-            if not isinstance(published.shards, ShardCache):  # the hub's cache has all of it
-                manifest = read_manifest(published.path)
-                findings = list(_check_files(published.path, manifest, progress))
-                return _check_values(published, manifest, findings, source, progress)
-            remote = published.shards.remote
-            manifest = _published_manifest(remote)
-            findings = list(_check_listed(remote, manifest, progress))
-            return _check_values(published, manifest, findings, source, progress)
+        published = stack.enter_context(open_source(out))
+        if not isinstance(published.shards, ShardCache):  # the hub's cache has all of it
+            manifest = read_manifest(published.path)
+            findings = list(_check_files(published.path, manifest, progress))
+            return _Conversion(published, manifest, findings)
+        remote = published.shards.remote
+        manifest = _published_manifest(remote)
+        return _Conversion(published, manifest, list(_check_listed(remote, manifest, progress)))
     folder = home_of(out)
     manifest = read_manifest(folder)
     findings = list(_check_files(folder, manifest, progress))
     try:
-        output = open_checkpoint(out)
+        output = stack.enter_context(open_checkpoint(out))
     except V4QuantError as error:
-        records = _records(manifest)
-        findings += [*_check_claims(manifest, records), Finding(str(out), str(error))]
-        return VerifyResult(len(manifest["files"]), len(records), 0, 0, tuple(findings))
-    with output:
-        return _check_values(output, manifest, findings, source, progress)
+        return _Conversion(None, manifest, findings, (str(out), str(error)))
+    return _Conversion(output, manifest, findings)
 
 
-def _records(manifest: dict[str, Any]) -> dict[str, TensorRecord]:
-    return {r.module: r for r in map(record_from_dict, manifest["tensors"])}
-
-
-def _check_values(
-    output: Checkpoint,
-    manifest: dict[str, Any],
-    findings: list[Finding],
-    source: Source | Checkpoint | None,
-    progress: Progress,
-) -> VerifyResult:
-    """What an open checkpoint is, beside what was found in its files."""
-    records, compared, exact = _records(manifest), 0, 0
-    findings = [*findings, *_check_claims(manifest, records), *_check_structure(output, records)]
-    if source is not None:
-        opened = nullcontext(source) if isinstance(source, Checkpoint) else open_source(source)
-        with opened as original:
-            findings += _check_identity(original, manifest)
-            findings += (
-                Finding(*told) for told in differences(original, output, manifest, records)
-            )
-            compared, exact, more = _compare_all(original, output, records, manifest, progress)
-            findings += more
-    return VerifyResult(len(manifest["files"]), len(records), compared, exact, tuple(findings))
+def _result(one: _Conversion, values: Values) -> VerifyResult:
+    findings = [*one.findings, *(Finding(*what) for what in values.problems)]
+    return VerifyResult(
+        len(one.manifest["files"]), len(one.records), values.compared, values.exact,
+        tuple(findings),
+    )  # fmt: skip
 
 
 def same_files(out: Source, other: Source) -> tuple[Finding, ...]:
@@ -214,13 +241,8 @@ def _check_files(out: Path, manifest: dict[str, Any], progress: Progress) -> Ite
         yield Finding(name, "is not in the manifest, but programs that load the folder read it")
 
 
-def _recorded_as(name: str) -> str:
-    """What a manifest calls the module of a tensor; one that no release has, by its own name."""
-    return split_part(name)[0] if parse_name(name) is not None else name
-
-
 def _check_structure(output: Checkpoint, records: dict[str, TensorRecord]) -> Iterator[Finding]:
-    modules = {_recorded_as(spec.name) for spec in output}
+    modules = {recorded_as(spec.name) for spec in output}
     found = find_defects(output)
     copies = unknown_of(output) == "copy"
     for defect in found.defects:
@@ -244,90 +266,3 @@ def _check_identity(original: Checkpoint, manifest: dict[str, Any]) -> Iterator[
         yield Finding(MANIFEST_NAME, f"the source has {facts[0]} tensors of {facts[1]:,} bytes")
     if said.get("digest") != original.digest():
         yield Finding(str(original.path), "is not the checkpoint the manifest names as its source")
-
-
-def _compare_all(
-    original: Checkpoint,
-    output: Checkpoint,
-    records: dict[str, TensorRecord],
-    manifest: dict[str, Any],
-    progress: Progress,
-) -> tuple[int, int, list[Finding]]:
-    findings: list[Finding] = []
-    dropped = {str(d.get("name")) for d in manifest.get("dropped", [])}
-    by_module: dict[str, int] = {}
-    for spec in original:
-        if spec.name not in dropped:
-            module = _recorded_as(spec.name)
-            by_module[module] = by_module.get(module, 0) + spec.nbytes
-    progress.start("Comparing", sum(by_module.values()), "B")
-    exact = 0
-    for module, nbytes in by_module.items():
-        record = records.get(module)
-        if record is None:
-            findings.append(Finding(module, "is in the source, but nothing says what became of it"))
-            continue
-        try:
-            problem = _compare(original, output, record)
-        except V4QuantError as error:
-            problem = str(error)
-        if problem:
-            findings.append(Finding(module, problem))
-        elif record.exact:
-            exact += 1
-        progress.advance(nbytes)
-    progress.finish()
-    return len(by_module), exact, findings
-
-
-def _compare(original: Checkpoint, output: Checkpoint, record: TensorRecord) -> str | None:
-    """Compare one module; the problem in words, or None."""
-    a, b = find_weight(original, record.module), find_weight(output, record.module)
-    if a.coding != record.source:
-        return f"is {a.coding} in the source, the manifest says {record.source[:40]!r}"
-    if record.target in SCHEMES and not b.coding.startswith(record.target):  # or in tiles
-        return f"is {b.coding}, the manifest says {record.target}"
-    if math.prod(a.shape) != record.elements:
-        return f"has {math.prod(a.shape)} elements, the manifest says {record.elements}"
-    if a.scheme is None and b.scheme is None and record.disposition == "copied":
-        return _compare_bytes(original, output, a.parts, b.parts)
-    if a.shape != b.shape:
-        return f"shape {list(b.shape)} differs from the source's {list(a.shape)}"
-    target = SCHEMES.get(record.target)  # none: plain numbers, which keep their signs
-    signed = target is None or target.keeps_negative_zero
-    altered, squared, norm, largest = 0, 0.0, 0.0, 0.0
-    for start in range(0, a.shape[0], _ROWS):
-        stop = min(start + _ROWS, a.shape[0])
-        x = decode_rows(original, a, start, stop)
-        y = decode_rows(output, b, start, stop)
-        differ = (x != y) | (signed & (np.signbit(x) != np.signbit(y)) & record.exact)
-        altered += int(differ.sum())
-        error = y - x
-        squared += float((error * error).sum())
-        norm += float((x * x).sum())
-        largest = max(largest, float(np.abs(error).max()))
-    if record.exact and altered:
-        return f"declared exact, but {altered} elements differ (largest by {largest:.3g})"
-    if not record.exact:
-        rms = (squared / norm) ** 0.5 if norm else 0.0
-        if abs(rms - record.relative_rms) > _SAME_SUM * rms:
-            return f"relative RMS error is {rms:.12g}, the manifest says {record.relative_rms:.12g}"
-        if abs(largest - record.max_error) > _SAME_SUM * largest:
-            return f"largest error is {largest:.12g}, the manifest says {record.max_error:.12g}"
-        if record.disposition == "cast" and altered != record.altered:
-            return f"{altered} elements differ, the manifest says {record.altered}"
-    return None
-
-
-def _compare_bytes(
-    original: Checkpoint, output: Checkpoint, a: dict[str, Any], b: dict[str, Any]
-) -> str | None:
-    for part, spec in a.items():
-        other = b.get(part)
-        if other is None or (other.dtype, other.shape) != (spec.dtype, spec.shape):
-            return f"'{spec.name}' was to be copied, but dtype or shape differ"
-        pieces = zip(original.read_chunks(spec.name), output.read_chunks(other.name), strict=True)
-        for (at, x), (_, y) in pieces:
-            if not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
-                return f"'{spec.name}' was to be copied, but bytes differ after byte {at}"
-    return None

@@ -1,9 +1,9 @@
 """Job: a Plan being carried out, safe against kill, full disks and changing sources.
 
-Shards are written one after the other (shard_writing.py). A shard counts once it is renamed and
-journaled; the index is written last and makes the folder a checkpoint. The same plan gives the same
-bytes whatever the number of workers or interruptions, because every unit is computed alone, in
-fixed pieces.
+Several jobs on one source run side by side; of each, shards are written one after the other
+(shard_writing.py). A shard counts once it is renamed and journaled; the index is written last and
+makes the folder a checkpoint. The same plan gives the same bytes whatever the number of workers or
+interruptions, and whatever runs beside it, because every unit is computed alone, in fixed pieces.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import os
 import shutil
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from v4quant.conversion.delivery import Delivery, LocalDelivery
@@ -21,28 +22,22 @@ from v4quant.conversion.finish import finish_folder, travelling_sidecars
 from v4quant.conversion.journal import (
     Journal,
     ShardFacts,
-    begun_plan,
-    begun_stem,
-    journal_files,
     locked_output,
     refuse_survivors,
     remove_work,
 )
-from v4quant.conversion.plan import Plan, under_stem
+from v4quant.conversion.output_folder import complete_records
+from v4quant.conversion.plan import Plan
 from v4quant.conversion.ranks import Ranks
-from v4quant.conversion.records import TensorRecord, record_from_dict
-from v4quant.conversion.shard_writing import write_shards
+from v4quant.conversion.records import TensorRecord
+from v4quant.conversion.shard_writing import Writing, write_shards
 from v4quant.conversion.size_by_role import warn_of_growth
+from v4quant.conversion.units import ShardPlan
 from v4quant.conversion.words import warn_of_lost_words
-from v4quant.own_folders import FOLDER, make_home
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.errors import OutputError
-from v4quant_formats.manifest import (
-    MANIFEST_NAME,
-)
-from v4quant_formats.shards import (
-    remove_leftovers,
-)
+from v4quant_formats.manifest import MANIFEST_NAME
+from v4quant_formats.shards import WrittenFile, remove_leftovers
 from v4quant_formats.system import peak_rss_bytes
 from v4quant_kernels.progress import Progress, SilentProgress
 
@@ -76,6 +71,19 @@ class JobResult:
     peak_rss_bytes: int
 
 
+@dataclass(frozen=True)
+class Request:
+    """A plan to be carried out into folder `out`; with a delivery, shards leave it when finished.
+
+    stats: what calibration found, if it did.
+    """
+
+    plan: Plan
+    out: Path
+    stats: Evidence | None = None
+    delivery: Delivery = field(default_factory=LocalDelivery)
+
+
 def run_job(
     plan: Plan,
     out: Path,
@@ -85,70 +93,119 @@ def run_job(
     ranks: Ranks | None = None,
     delivery: Delivery | None = None,
 ) -> JobResult:
-    """Carry a plan out into folder `out`; the same call again resumes or confirms.
+    """Carry one plan out; see `run_jobs`."""
+    request = Request(plan, out, stats, delivery or LocalDelivery())
+    return run_jobs([request], workers, progress, ranks)[0]
 
-    With several ranks each calls this with the same plan and folder, and writes its share. With a
-    `delivery` the shards leave `out` as they are finished. Raises OutputError (not empty, locked,
-    full, not writable), what `convert_unit` raises and what the delivery raises.
+
+def run_jobs(
+    requests: Sequence[Request],
+    workers: int = 2,
+    progress: Progress | None = None,
+    ranks: Ranks | None = None,
+) -> list[JobResult]:
+    """Carry plans of one source out, side by side; the same call again resumes or confirms.
+
+    workers: threads that all of them share. With several ranks each calls this with the same plans
+    and folders, and writes its share. Raises OutputError (not empty, locked, full, not writable),
+    what `convert_unit` raises and what the deliveries raise.
     """
     started = time.monotonic()
     progress = progress or SilentProgress()
-    delivery = delivery or LocalDelivery()
     ranks = ranks or Ranks()
     with ExitStack() as stack:
-        stack.callback(delivery.stop)
-        complete = _enter(plan, out, delivery, ranks, stack)
-        if complete is not None:
+        for request in requests:
+            stack.callback(request.delivery.stop)
+        jobs = [_begin(request, workers, progress, ranks, stack) for request in requests]
+        open_jobs = [job for job in jobs if job.journal is not None]
+        _check_space(open_jobs)
+        # Every rank divides the same lists: nobody may finish a shard before all have read them.
+        ranks.barrier()
+        for job in open_jobs:
             if ranks.is_first:
-                # Left when the run that finished was killed between its last two steps.
-                remove_work(out)
-            return _result(plan, out, complete, started)
-        if ranks.is_first:
-            warn_of_growth(plan)
-            warn_of_lost_words(plan)
-        sidecars = travelling_sidecars(plan, stats)
-        facts = {s.file: ShardFacts(s.nbytes, s.recorded) for s in plan.shards}
-        journal = Journal(out, plan.digest, facts, ranks.run, ranks.rank, delivery.has, plan.stem)
-        if ranks.is_first:
-            small = ("config.json", plan.recipe.layout.index or MANIFEST_NAME, MANIFEST_NAME)
-            remove_leftovers(out, [*facts, *(s.name for s in sidecars), *small])
-        _check_earlier(journal, ranks, workers, progress)
-        todo = [s for s in plan.shards if s.file not in journal.finished]
-        _check_space(out, delivery.space([s.nbytes for s in todo]))
-        # Every rank divides the same list: nobody may finish a shard before all have read it.
-        ranks.barrier()
-        if ranks.is_first:
-            for shard in todo:  # renamed but not journaled when the run was killed: made again
-                (out / shard.file).unlink(missing_ok=True)
-            _deliver_again(out, journal, delivery)
-        ranks.barrier(delivery.check)  # what lay here before is within rank 0's share of the disk
-        write_shards(plan, ranks.share(todo), out, stats, workers, journal, delivery, progress)
-        delivery.settle()
-        ranks.barrier(delivery.check)
-        delivery.look()
-        journal.refresh()
-        shards = [journal.finished[s.file] for s in plan.shards]
-        ranks.barrier(delivery.check)  # the journals go below, when all have read them
-        if ranks.is_first:
-            delivery.finish(out, finish_folder(plan, out, shards, sidecars, stats))
-            journal.remove()
-        ranks.barrier()
-    return _result(plan, out, [r for s in shards for r in s.records], started)
+                _clear(job)
+            # What lay here before is within rank 0's share of the disk.
+            ranks.barrier(job.request.delivery.check)
+        if open_jobs:
+            write_shards([job.writing(ranks) for job in open_jobs], workers, progress)
+        records = [_finish(job, ranks) for job in jobs]
+    return [_result(job.request, found, started) for job, found in zip(jobs, records, strict=True)]
 
 
-def as_begun(plan: Plan, out: Path) -> Plan:
-    """The plan under the names that this conversion has in `out`, if it was begun there.
+@dataclass(frozen=True)
+class _Job:
+    """A request whose folder is held. journal: None where `complete`, the records, is known."""
 
-    Its source may have been moved or renamed since. Raises OutputError for a damaged journal.
-    """
-    if not plan.stem:
-        return plan
-    stem = begun_stem(out, plan.recipe.scheme)
-    if stem is None and (found := LocalDelivery().manifest(out)) is not None:
-        tail = plan.shards[0].file.removeprefix(plan.stem)
-        if found.get("plan") == plan.digest:
-            stem = str(found["files"][0]["name"]).removesuffix(tail)
-    return under_stem(plan, stem) if stem else plan
+    request: Request
+    complete: tuple[TensorRecord, ...] = ()
+    journal: Journal | None = None
+    sidecars: tuple[WrittenFile, ...] = ()
+
+    @property
+    def todo(self) -> list[ShardPlan]:
+        """Shards that are not finished."""
+        assert self.journal is not None
+        return [s for s in self.request.plan.shards if s.file not in self.journal.finished]
+
+    def writing(self, ranks: Ranks) -> Writing:
+        """This rank's part of what is to be written."""
+        asked = self.request
+        assert self.journal is not None
+        mine = tuple(ranks.share(self.todo))
+        return Writing(asked.plan, mine, asked.out, asked.stats, self.journal, asked.delivery)
+
+
+def _begin(
+    request: Request, workers: int, progress: Progress, ranks: Ranks, stack: ExitStack
+) -> _Job:
+    """Hold the folder, and see what is done in it. `stack` lets go of it."""
+    plan, out, delivery = request.plan, request.out, request.delivery
+    complete = _enter(plan, out, delivery, ranks, stack)
+    if complete is not None:
+        if ranks.is_first:
+            # Left when the run that finished was killed between its last two steps.
+            remove_work(out)
+        return _Job(request, tuple(complete))
+    if ranks.is_first:
+        warn_of_growth(plan)
+        warn_of_lost_words(plan)
+    sidecars = travelling_sidecars(plan, request.stats)
+    facts = {s.file: ShardFacts(s.nbytes, s.recorded) for s in plan.shards}
+    journal = Journal(out, plan.digest, facts, ranks.run, ranks.rank, delivery.has, plan.stem)
+    if ranks.is_first:
+        small = ("config.json", plan.recipe.layout.index or MANIFEST_NAME, MANIFEST_NAME)
+        remove_leftovers(out, [*facts, *(s.name for s in sidecars), *small])
+    _check_earlier(journal, ranks, workers, progress)
+    return _Job(request, (), journal, tuple(sidecars))
+
+
+def _clear(job: _Job) -> None:
+    """Remove what was renamed but not journaled when a run was killed: it is made again. Hand over
+    what was finished but not delivered."""
+    for shard in job.todo:
+        (job.request.out / shard.file).unlink(missing_ok=True)
+    assert job.journal is not None
+    _deliver_again(job.request.out, job.journal, job.request.delivery)
+
+
+def _finish(job: _Job, ranks: Ranks) -> Sequence[TensorRecord]:
+    """All shards are written: what makes them a checkpoint. The records of all modules."""
+    journal, delivery = job.journal, job.request.delivery
+    if journal is None:
+        return job.complete
+    delivery.settle()
+    ranks.barrier(delivery.check)
+    delivery.look()
+    journal.refresh()
+    plan, out = job.request.plan, job.request.out
+    shards = [journal.finished[s.file] for s in plan.shards]
+    ranks.barrier(delivery.check)  # the journals go below, when all have read them
+    if ranks.is_first:
+        manifest = finish_folder(plan, out, shards, list(job.sidecars), job.request.stats)
+        delivery.finish(out, manifest)
+        journal.remove()
+    ranks.barrier()
+    return [record for shard in shards for record in shard.records]
 
 
 def _enter(
@@ -159,25 +216,16 @@ def _enter(
     The folder is looked at before anything is made in it, and again when nobody else can change it.
     """
     if ranks.is_first:
-        _complete(plan, out, delivery)
+        complete_records(plan, out, delivery)
         stack.enter_context(locked_output(out))
         refuse_survivors(out)
     ranks.barrier()
     if not ranks.is_first:
         stack.enter_context(locked_output(out, ranks.rank))
-    complete = _complete(plan, out, delivery)
+    complete = complete_records(plan, out, delivery)
     # Nobody changes the folder before all have looked.
     ranks.barrier()
     return complete
-
-
-def _complete(plan: Plan, out: Path, delivery: Delivery) -> list[TensorRecord] | None:
-    """The records of a checkpoint that this plan made. Raises OutputError for another's folder."""
-    found = None if journal_files(out) else delivery.manifest(out)
-    if found is not None and found.get("plan") == plan.digest:
-        return [record_from_dict(row) for row in found["tensors"]]
-    check_folder(out)
-    return None
 
 
 def _check_earlier(journal: Journal, ranks: Ranks, threads: int, progress: Progress) -> None:
@@ -192,54 +240,19 @@ def _check_earlier(journal: Journal, ranks: Ranks, threads: int, progress: Progr
     journal.refresh()
 
 
-def holds_anothers(plan: Plan, out: Path) -> bool:
-    """Whether there is something in a folder that is not this plan's, finished or begun.
-
-    Raises OutputError and what reading a manifest raises.
-    """
-    if not out.is_dir():
-        return out.exists()
-    if journal_files(out):
-        return begun_plan(out) != plan.digest
-    found = LocalDelivery().manifest(out)
-    return any(out.iterdir()) if found is None else found.get("plan") != plan.digest
-
-
-def holds_own(plan: Plan, out: Path) -> bool:
-    """Whether a folder holds this plan's conversion, finished or begun."""
-    return out.is_dir() and any(out.iterdir()) and not holds_anothers(plan, out)
-
-
-def check_folder(out: Path) -> None:
-    """Create the output folder, or see that it is empty or has work to resume.
-
-    Raises OutputError.
-    """
-    if not out.exists():
-        make_home(out)
-    if not out.is_dir():
-        raise OutputError(f"{out}: is not a folder")
-    entries = list(out.iterdir())
-    for path in entries:
-        if path.is_symlink():
+def _check_space(jobs: Sequence[_Job]) -> None:
+    """Refuse what their disks have no room for. Raises OutputError."""
+    needs: dict[int, int] = {}
+    for job in jobs:
+        out = job.request.out
+        disk = out.stat().st_dev
+        needs[disk] = needs.get(disk, 0) + job.request.delivery.space([s.nbytes for s in job.todo])
+        free = shutil.disk_usage(out).free
+        if needs[disk] > free:
             raise OutputError(
-                f"{path}: is a symbolic link, which no conversion makes; choose another folder"
+                f"{out}: needs {needs[disk] / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free "
+                "on this disk; free space or choose another folder"
             )
-    foreign = [p.name for p in entries if p.name != FOLDER]
-    if foreign and not journal_files(out):
-        raise OutputError(
-            f"{out}: folder is not empty ({sorted(foreign)[0]}, ...) and holds no unfinished "
-            "conversion to resume; choose a new folder (--overwrite replaces what v4quant made)"
-        )
-
-
-def _check_space(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise OutputError(
-            f"{out}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on this "
-            "disk; free space or choose another folder"
-        )
 
 
 def _deliver_again(out: Path, journal: Journal, delivery: Delivery) -> None:
@@ -250,12 +263,13 @@ def _deliver_again(out: Path, journal: Journal, delivery: Delivery) -> None:
             delivery.take(shard.file)
 
 
-def _result(plan: Plan, out: Path, records: list[TensorRecord], started: float) -> JobResult:
+def _result(request: Request, records: Sequence[TensorRecord], started: float) -> JobResult:
+    plan = request.plan
     kinds = Counter("copied" if r.disposition == "copied" else r.exact for r in records)
     losses = [r.relative_rms for r in records if not r.exact]
     tables = [r for r in records if r.module.endswith(".engram.embed")]
     return JobResult(
-        output=os.fspath(out),
+        output=os.fspath(request.out),
         first_file=plan.shards[0].file,
         format=plan.recipe.format,
         scheme=plan.recipe.scheme,

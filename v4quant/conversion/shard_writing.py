@@ -1,16 +1,22 @@
-"""Writing the shards of a plan: units in parallel, and one shard's end beside the next one's work.
+"""Writing the shards of plans: units in parallel, and one shard's end beside the next one's work.
 
-Units of a shard run on worker threads (torch releases the GIL), each single-threaded, and write to
-their planned places. Every shard is hashed by a thread of its own while it is written; flushing and
-the rest of the hash go on while the next ones are computed. So a machine with many cores hashes
-several shards at once, and the speed of SHA-256 on one core bounds nothing.
+Units run on worker threads (torch releases the GIL), each single-threaded, and write to their
+planned places. Every shard is hashed by a thread of its own while it is written; flushing and the
+rest of the hash go on while the next ones are computed. So a machine with many cores hashes several
+shards at once, and the speed of SHA-256 on one core bounds nothing.
+
+Several conversions of one source go through it in step: the next unit is always one of the
+conversion that has come least far. So the first to read a tensor brings it into the page cache, the
+others find it there, and the disk reads the source once, whatever its size. Workers are shared, so
+memory and the number of open shards are what bounds this, as for one conversion.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,110 +26,150 @@ from v4quant.conversion.delivery import Delivery
 from v4quant.conversion.journal import FinishedShard, Journal
 from v4quant.conversion.plan import Plan
 from v4quant.conversion.records import TensorRecord
+from v4quant.conversion.shared_source import SharedSource
 from v4quant.conversion.unit import convert_unit
 from v4quant.conversion.units import ShardPlan, Unit
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.shards import ShardWriter, temporary_path
 from v4quant_kernels.progress import Progress
 
-_CLOSING = 2  # shards being flushed and hashed beside the one being computed
+_CLOSING = 2  # shards of a conversion being flushed and hashed beside the one being computed
+_QUEUED = 256  # units of a conversion handed to the workers before the oldest is waited for
 
 
-def write_shards(
-    plan: Plan,
-    shards: list[ShardPlan],
-    out: Path,
-    stats: Evidence | None,
-    workers: int,
-    journal: Journal,
-    delivery: Delivery,
-    progress: Progress,
-) -> None:
-    """Convert shards in order; each is closed, journaled and handed over beside the next ones.
+@dataclass(frozen=True)
+class Writing:
+    """Shards of a plan that are to be written to the folder `out`, in order."""
 
-    Raises what `convert_unit`, the writer and the delivery raise.
+    plan: Plan
+    shards: tuple[ShardPlan, ...]
+    out: Path
+    stats: Evidence | None
+    journal: Journal
+    delivery: Delivery
+
+
+@dataclass(frozen=True)
+class _Shop:
+    """What all conversions share."""
+
+    source: SharedSource
+    workers: ThreadPoolExecutor
+    finishers: ThreadPoolExecutor
+    progress: Progress
+
+
+def write_shards(conversions: Sequence[Writing], workers: int, progress: Progress) -> None:
+    """Convert shards of one source, all conversions in step.
+
+    Each shard is closed, journaled and handed over beside the next ones. Raises what
+    `convert_unit`, the writer and the delivery raise.
     """
+    shards = [shard for one in conversions for shard in one.shards]
     progress.start("Converting", sum(u.bytes_in for s in shards for u in s.units), "B")
-    pool = ThreadPoolExecutor(workers, "convert", initializer=_one_thread)
-    finisher = ThreadPoolExecutor(_CLOSING, "finish")
-    closing: deque[Future[None]] = deque()
-    sources, needed = plan.checkpoint.shards, _last_use(shards)
-    last_readers = _last_readers(shards)
-    sources.expect(list(needed))
+    shop = _Shop(
+        SharedSource(conversions[0].plan.checkpoint.shards, shards),
+        ThreadPoolExecutor(workers, "convert", initializer=_one_thread),
+        ThreadPoolExecutor(_CLOSING * len(conversions), "finish"),
+        progress,
+    )
+    turns = [_write(one, shop) for one in conversions]
+    shop.source.expect()
     try:
-        for number, shard in enumerate(shards):
-            while len(closing) > _CLOSING or (closing and not delivery.has_room(shard.nbytes)):
-                closing.popleft().result()
-            delivery.make_room(shard.nbytes)
-            sources.acquire(shard.source_files)
-            writer = ShardWriter(out / shard.file, shard.file_plan(), delivery.reads_again)
-            try:
-                records = _convert_shard(plan, shard, writer, stats, pool, progress, last_readers)
-            except BaseException:
-                writer.abort()
-                raise
-            for file in shard.source_files:
-                if needed[file] == number:
-                    sources.release(file)
-            closing.append(finisher.submit(_close_shard, writer, records, journal, delivery))
-        for future in closing:
-            future.result()
+        _take_turns(turns)
     except BaseException:
-        pool.shutdown(cancel_futures=True)
-        finisher.shutdown()
+        shop.workers.shutdown(cancel_futures=True)
+        for turn in turns:
+            turn.close()
+        shop.finishers.shutdown()
         # An interrupt may fall between a file's creation and the writer that would remove it.
-        for shard in shards:
-            temporary_path(out / shard.file).unlink(missing_ok=True)
+        for one in conversions:
+            for shard in one.shards:
+                temporary_path(one.out / shard.file).unlink(missing_ok=True)
         raise
     finally:
-        pool.shutdown()
-        finisher.shutdown()
+        shop.workers.shutdown()
+        shop.finishers.shutdown()
         progress.finish()
 
 
-def _last_use(shards: list[ShardPlan]) -> dict[str, int]:
-    """Source shards in the order they are first needed, and who needs each last."""
-    return {file: number for number, shard in enumerate(shards) for file in shard.source_files}
+def _take_turns(turns: Sequence[Iterator[int]]) -> None:
+    """Let whoever has come least far go on, until all are through."""
+    places = dict.fromkeys(range(len(turns)), 0)
+    while places:
+        last = min(places, key=lambda i: places[i])
+        place = next(turns[last], None)
+        if place is None:
+            del places[last]
+        else:
+            places[last] = place
 
 
-def _last_readers(shards: list[ShardPlan]) -> dict[str, tuple[str, Unit]]:
-    """Who reads a source tensor last: the output file, and the unit of it."""
-    units = ((shard.file, unit) for shard in shards for unit in shard.units)
-    return {p.name: (file, u) for file, u in units for s in u.sources for p in s.parts.values()}
+def _write(one: Writing, shop: _Shop) -> Generator[int, None, None]:
+    """Write one conversion's shards; before each unit, how many bytes of the source lie behind."""
+    closing: deque[Future[None]] = deque()
+    begins = _begins(one.plan)
+    for shard in one.shards:
+        while len(closing) > _CLOSING or (closing and not one.delivery.has_room(shard.nbytes)):
+            closing.popleft().result()
+        one.delivery.make_room(shard.nbytes)
+        shop.source.acquire(shard)
+        writer = ShardWriter(one.out / shard.file, shard.file_plan(), one.delivery.reads_again)
+        try:
+            records = yield from _convert_units(one, shop, shard, begins[shard.file], writer)
+        except BaseException:
+            writer.abort()
+            raise
+        shop.source.leave(shard)
+        closing.append(shop.finishers.submit(_close_shard, writer, records, one))
+    for future in closing:
+        future.result()
 
 
-def _close_shard(
-    writer: ShardWriter, records: list[TensorRecord], journal: Journal, delivery: Delivery
-) -> None:
+def _begins(plan: Plan) -> dict[str, int]:
+    """How many bytes of the source a plan has read before each of its shards."""
+    begins, place = dict[str, int](), 0
+    for shard in plan.shards:
+        begins[shard.file] = place
+        place += sum(unit.bytes_in for unit in shard.units)
+    return begins
+
+
+def _close_shard(writer: ShardWriter, records: list[TensorRecord], one: Writing) -> None:
     """Flush, rename, journal, hand over: in this order, beside the next shard's conversion."""
     written = writer.close()
-    journal.add(FinishedShard(written, tuple(records)))
-    delivery.take(written)
+    one.journal.add(FinishedShard(written, tuple(records)))
+    one.delivery.take(written)
 
 
-def _convert_shard(
-    plan: Plan,
-    shard: ShardPlan,
-    writer: ShardWriter,
-    stats: Evidence | None,
-    pool: ThreadPoolExecutor,
-    progress: Progress,
-    last_readers: dict[str, tuple[str, Unit]],
-) -> list[TensorRecord]:
-    futures = [pool.submit(convert_unit, plan, u, writer, stats) for u in shard.units]
+def _convert_units(
+    one: Writing, shop: _Shop, shard: ShardPlan, place: int, writer: ShardWriter
+) -> Generator[int, None, list[TensorRecord]]:
+    """Hand a shard's units to the workers, one a turn; `place` is where the first begins."""
+    running: deque[tuple[Unit, Future[list[TensorRecord]]]] = deque()
     records: list[TensorRecord] = []
+
+    def collect() -> None:
+        unit, future = running[0]
+        done = future.result()
+        running.popleft()
+        records.extend([] if unit.again else done)
+        shop.progress.advance(unit.bytes_in)
+        shop.source.read(unit)
+
     try:
-        for unit, future in zip(shard.units, futures, strict=True):
-            done = future.result()
-            records += [] if unit.again else done
-            progress.advance(unit.bytes_in)
-            for part in (p for s in unit.sources for p in s.parts.values()):
-                file, last = last_readers[part.name]
-                if file == shard.file and last is unit and not part.stride:
-                    plan.checkpoint.shards.spent(part.file, part.offset, part.nbytes)
+        for unit in shard.units:
+            yield place
+            place += unit.bytes_in
+            done = shop.workers.submit(convert_unit, one.plan, unit, writer, one.stats)
+            running.append((unit, done))
+            while running and (len(running) > _QUEUED or running[0][1].done()):
+                collect()
+        while running:
+            collect()
     except BaseException:
         # Nothing may still write when the caller removes the file.
-        _cancel(futures)
+        _cancel(future for _, future in running)
         raise
     return records
 

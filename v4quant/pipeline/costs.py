@@ -94,16 +94,16 @@ def _together(pipeline: Pipeline) -> str:
 
 def _source_reads(pipeline: Pipeline) -> str:
     """How often a run reads the source's tensors, and for what; more text for starved experts
-    takes further passes."""
-    each, step = len(pipeline.rungs), pipeline.calibrate
+    takes further passes. All conversions are made, verified and evaluated side by side."""
+    step = pipeline.calibrate
     solves = any(rung.recipe.solver == "gptq" for rung in pipeline.rungs)
     reads = []
     if step is not None:
         # With a number of tokens, a first pass sees which experts need more text.
         reads.append((1 + bool(solves and step.tokens), "to calibrate"))
-    reads.append((each, "to convert"))
+    reads.append((1, "to convert"))
     if pipeline.verify is not None and pipeline.verify.source:
-        reads.append((each, "to verify"))
+        reads.append((1, "to verify"))
     if pipeline.evaluate is not None:
         reads.append((1, "to evaluate"))
     told = ", ".join(f"{count} {what}" for count, what in reads)

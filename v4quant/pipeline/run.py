@@ -19,12 +19,9 @@ from v4quant.api.arguments import (
     source_of,
     tool_facts,
 )
-from v4quant.checks.kernel_check import check_kernels
-from v4quant.checks.verify import verify as verify_checkpoint
-from v4quant.conversion.job import JobResult, as_begun, check_folder, holds_anothers, run_job
-from v4quant.conversion.overwrite import refuse_others, replacing, tidy
+from v4quant.conversion.output_folder import check_folder
+from v4quant.conversion.overwrite import refuse_others, tidy
 from v4quant.conversion.plan import make_plan
-from v4quant.conversion.workers import fit_workers
 from v4quant.devices import arithmetic_threads, find_device
 from v4quant.evaluation.evaluate import Resources, evaluate_checkpoint
 from v4quant.evaluation.report import write_report
@@ -36,20 +33,21 @@ from v4quant.own_folders import (
     is_made_home,
     make_home,
     own_folder,
-    remove_if_empty,
     remove_own_folder,
 )
 from v4quant.pipeline.calibrating import calibrate_all
+from v4quant.pipeline.checking import check_all
+from v4quant.pipeline.converting import convert_all
 from v4quant.pipeline.costs import expected_costs, with_effort
 from v4quant.pipeline.job import ALONE, STATS_NAME, Job, Target, corpus_of, key_of
-from v4quant.pipeline.recipe_file import CorpusStep, Pipeline, VerifyStep, load_pipeline
+from v4quant.pipeline.recipe_file import CorpusStep, Pipeline, load_pipeline
 from v4quant.pipeline.results import Conversion, RunResult, RunWatcher, SilentWatcher
 from v4quant.pipeline.step_cache import RECORD_NAME, FinishedSteps
 from v4quant.planner.choices import Effort
 from v4quant.planner.footprint import Outline, footprint, outline_checkpoint
 from v4quant.progress import default_progress
 from v4quant.publishing.card import CardRequest, Sibling
-from v4quant.publishing.hub_folders import keep_source, open_delivery, share_cap, update_card
+from v4quant.publishing.hub_folders import keep_source, update_card
 from v4quant.source import Source, open_source
 from v4quant_calibration.solve.solution import Evidence, Solution
 from v4quant_calibration.statistics.coverage import coverage
@@ -107,25 +105,24 @@ def run(
         outline, cores = outline_checkpoint(source), _cores(workers)
         pipeline = with_effort(pipeline, outline, effort, cores)
         targets = _targets(pipeline, folder)
-        made = {t.name: _may_be_made(t, source, overwrite and not t.repo) for t in targets}
+        made = [_may_be_made(t, source, overwrite and not t.repo) for t in targets]
         _refuse_files(job, pipeline)
         for line in expected_costs(pipeline, outline, cores):
             job.watcher.note(line)
         if disk is None:
             job = replace(job, kept_source=_keep_source(job, pipeline, source, outline))
         evidence = calibrate_all(job, pipeline, targets, source)
-        done, caps = [], list[int]()
-        for target, (stats, digest) in zip(targets, evidence, strict=True):
-            converted, cap, largest = _convert(job, target, source, stats, digest, workers, disk)
-            # All are evaluated side by side, and without a cap each has room for its largest file.
-            caps.append(max(cap // len(targets), largest if disk is None else 0))
-            verified, place = _check(job, pipeline.verify, target, source, made[target.name])
+        converted = convert_all(job, targets, source, evidence, workers, disk)
+        done = []
+        checked = check_all(job, pipeline.verify, targets, source, made)
+        for target, one, (verified, place) in zip(targets, converted, checked, strict=True):
             path = place.repo if isinstance(place, HubRef) else str(place)
-            serve = target.recipe.layout.serve.format(path=path, file=converted.first_file)
-            done.append((place, Conversion(target.name, str(place), converted, verified, serve)))
+            serve = target.recipe.layout.serve.format(path=path, file=one.result.first_file)
+            done.append((place, Conversion(target.name, str(place), one.result, verified, serve)))
         found = None
         if pipeline.evaluate is not None:
             places = [place for place, _ in done]
+            caps = [one.cap for one in converted]
             found = _evaluate_all(job, pipeline.evaluate, source, places, evidence, caps)
             _update_cards(places, found)
     for name in (_SOURCE, *(_candidate_folder(i) for i in range(len(done)))):
@@ -203,75 +200,6 @@ def _may_be_made(target: Target, source: Checkpoint, overwrite: bool) -> bool:
     elif not (target.folder / (target.recipe.layout.index or MANIFEST_NAME)).exists():
         check_folder(target.folder)
     return is_made_home(target.folder)
-
-
-def _convert(
-    job: Job,
-    target: Target,
-    source: Checkpoint,
-    stats: Evidence | None,
-    digest: str,
-    workers: int | None,
-    disk: int | None,
-) -> tuple[JobResult, int, int]:
-    """The conversion's result, the output's share of the disk cap, and the largest file's bytes."""
-    recipe = target.recipe
-    plan = replace(make_plan(source, recipe, digest), device=job.limits.device)
-    job.watcher.step(f"Quantize to {recipe.scheme} ({recipe.format})")
-    threads = fit_workers(plan, _cores(workers), job.limits.max_memory)
-    share, delivery = (
-        share_cap(plan, disk, target.folder if target.repo else None, keep=job.kept_source),
-        None,
-    )
-    if target.repo:
-        request = CardRequest(target.repo)
-        delivery = open_delivery(target.repo, target.folder, plan, share, True, request)
-    replaces = job.overwrite and not target.repo and holds_anothers(plan, target.folder)
-    with replacing(target.folder, replaces, request=plan.digest) as place:
-        plan = as_begun(plan, place)
-        result = run_job(plan, place, stats, threads, job.progress, delivery=delivery)
-    result = replace(result, output=str(target.folder))
-    job.watcher.converted(result)
-    return result, share, max(s.nbytes for s in plan.shards)
-
-
-def _check(
-    job: Job, step: VerifyStep | None, target: Target, source: Checkpoint, made: bool
-) -> tuple[bool, Source]:
-    """Whether all holds, and where the checkpoint is. A repository was checked by its digests."""
-    if not target.repo:
-        return _verify(job, step, target, source), target.folder
-    if made:
-        remove_if_empty(target.folder)
-    place = HubRef(target.repo)
-    job.watcher.note(f"{place} holds every file with the digest the manifest says")
-    return True, place
-
-
-def _verify(job: Job, step: VerifyStep | None, target: Target, source: Checkpoint) -> bool:
-    """Verify; False when something differs."""
-    if step is None:
-        return True
-    job.watcher.step("Verify: hashes, every value against the source, kernels on real tensors")
-    result = verify_checkpoint(target.folder, source if step.source else None, job.progress)
-    for finding in result.findings:
-        job.watcher.note(f"{finding.where}: {finding.problem}")
-    if not result.findings:
-        job.watcher.note(
-            f"{result.files} files and {result.modules} modules are as the manifest says; "
-            f"{result.exact} hold exactly the source's values"
-        )
-    checks = []
-    if step.kernels:
-        with open_source(target.folder) as output:
-            checks = check_kernels(output, job.progress)
-    for check in checks:
-        verdict = "ok" if check.ok else "DIFFERS"
-        job.watcher.note(
-            f"kernel {check.name} on {check.scheme}: error {check.max_abs_error:.2e} within "
-            f"{check.bound:.2e}: {verdict}"
-        )
-    return not result.findings and all(c.ok for c in checks)
 
 
 def _evaluate_all(

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from v4quant.conversion.job import check_folder
 from v4quant.conversion.journal import SOURCE_FOLDER, journal_files
+from v4quant.conversion.output_folder import check_folder
 from v4quant.conversion.plan import Plan
 from v4quant.conversion.ranks import Ranks
 from v4quant.hub.refs import HubRef, HubReferenceError
@@ -133,12 +133,14 @@ def keep_source(checkpoint: Checkpoint, beside: int) -> int:
     return total
 
 
-def share_cap(plan: Plan, cap: int | None, work: Path | None, ranks: int = 1, keep: int = 0) -> int:
+def share_cap(
+    plan: Plan, cap: int | None, work: Path | None, sharers: int = 1, keep: int = 0
+) -> int:
     """Divide the cap; set the source's share, return the output's. Raises DiskCapError.
 
     work: the folder of output shards on their way to the hub, None for a conversion that stays.
-    ranks: processes that share this disk; what is divided is one's part. keep: what `keep_source`
-    said, where there is no cap. Without a cap it is three
+    sharers: processes, or conversions, that share this disk at one time; what is divided is one's
+    part. keep: what `keep_source` said, where there is no cap. Without a cap it is three
     shards a side, of large files what they take and 50 GB, or what the disk has and an earlier run
     left here.
     """
@@ -148,11 +150,11 @@ def share_cap(plan: Plan, cap: int | None, work: Path | None, ranks: int = 1, ke
     remote = isinstance(cache, ShardCache)
     source = max(sum(sizes[f] for f in s.source_files) for s in plan.shards) if remote else 0
     output = max(s.nbytes for s in plan.shards) if target else 0
-    each = f"for each of {ranks} processes, " if ranks > 1 else ""
+    each = f"for each of the {sharers} that share the disk, " if sharers > 1 else ""
     if cap is None:
         cap = sum(min(_AT_ONCE * part, part + _AHEAD) for part in (source, output))
         room = [
-            _room(p) // ranks
+            _room(p) // sharers
             for p in (work, cache.folder if isinstance(cache, ShardCache) else None)
             if p
         ]
@@ -164,10 +166,10 @@ def share_cap(plan: Plan, cap: int | None, work: Path | None, ranks: int = 1, ke
                 "disk"
             )
     else:
-        cap //= ranks
+        cap //= sharers
     if cap < source + output:
         raise DiskCapError(
-            f"--disk-cap {cap * ranks:,} bytes is too little: {each}one source shard and one "
+            f"--disk-cap {cap * sharers:,} bytes is too little: {each}one source shard and one "
             f"output shard need {source + output:,}"
         )
     mine = cap * source // (source + output) if remote else 0

@@ -11,7 +11,8 @@ import pytest
 
 from tests.support.conversion import TINY, convert, folder_bytes
 from tests.support.rewritten_gguf import rewrite
-from v4quant.conversion.job import as_begun, run_job
+from v4quant.conversion.job import run_job
+from v4quant.conversion.output_folder import as_begun
 from v4quant.conversion.plan import make_plan
 from v4quant.recipe import Recipe
 from v4quant_formats.errors import OutputError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from tests.support import fake_hub
 from tests.support.conversion import TINY, convert, folder_bytes
 from tests.support.fake_hub import FakeHub
 from v4quant.cli import cli
+from v4quant.conversion import shard_writing
+from v4quant.conversion.plan import Plan
 from v4quant.hub import shard_cache
 from v4quant.pipeline.costs import expected_costs, with_effort
 from v4quant.pipeline.recipe_file import load_pipeline
 from v4quant.planner.footprint import outline_release
 from v4quant.recipe import Recipe, RecipeError
 
-RUN = importlib.import_module("v4quant.pipeline.run")
+CHECKING = importlib.import_module("v4quant.pipeline.checking")
 LADDER = """
 source = "SOURCE"
 [calibrate]
@@ -62,17 +65,20 @@ def test_an_interrupted_ladder_ends_in_the_same_bytes(
     file, out = write(tmp_path), tmp_path / "out"
     whole = run(file, tmp_path / "whole")
     assert whole.exit_code == 0, whole.output
-    convert, calls = RUN.run_job, list[str]()
+    convert, calls = shard_writing.convert_unit, list[str]()
 
-    def stop_at_the_second(plan: Any, *rest: Any, **more: Any) -> Any:
+    def stop_in_the_middle(plan: Plan, *rest: Any) -> Any:
         calls.append(plan.recipe.scheme)
-        if len(calls) == 2:
+        if len(calls) == stop:
             raise KeyboardInterrupt
-        return convert(plan, *rest, **more)
+        return convert(plan, *rest)
 
-    monkeypatch.setattr(RUN, "run_job", stop_at_the_second)
+    stop = random.randrange(1, 320)
+    print("units begun before the interrupt", stop)
+    monkeypatch.setattr(shard_writing, "convert_unit", stop_in_the_middle)
     assert run(file, out).exit_code != 0
-    monkeypatch.setattr(RUN, "run_job", convert)
+    assert set(calls[: stop - 1]) == {"int4-g128", "int2-g128"} or stop < 3
+    monkeypatch.setattr(shard_writing, "convert_unit", convert)
     calibrated = (out / "stats.v4q").stat().st_mtime_ns
     again = run(file, out)
     assert again.exit_code == 0 and (out / "stats.v4q").stat().st_mtime_ns == calibrated
@@ -161,6 +167,10 @@ kernels = false
 """
 
 
+def _interrupt(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
 def test_a_ladder_fetches_its_source_once(
     plain_hub: FakeHub,
     model_files: dict[str, bytes],
@@ -168,7 +178,7 @@ def test_a_ladder_fetches_its_source_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Interrupted twice and resumed; six passes over seven shards, of which three usually stay."""
+    """Interrupted twice and resumed; two passes over seven shards, of which three usually stay."""
     plain_hub.add_repo("maker/V4-Tiny", model_files, license="mit")
     (tmp_path / "ladder.toml").write_text(FROM_A_HUB)
     fetched, download = Counter[str](), shard_cache.download
@@ -178,16 +188,20 @@ def test_a_ladder_fetches_its_source_once(
         download(remote, file, path, *rest)
 
     monkeypatch.setattr(shard_cache, "download", counted)
-    verify, calls = RUN.verify_checkpoint, list[int]()
+    convert_unit, calls = shard_writing.convert_unit, list[int]()
 
     def stop(*given: Any) -> Any:
         calls.append(len(calls))
-        if len(calls) in (1, 3):
+        if len(calls) == 200:
             raise KeyboardInterrupt
-        return verify(*given)
+        return convert_unit(*given)
 
-    monkeypatch.setattr(RUN, "verify_checkpoint", stop)
-    done = [run(tmp_path / "ladder.toml", tmp_path / "out") for _ in range(3)]
+    monkeypatch.setattr(shard_writing, "convert_unit", stop)
+    done = [run(tmp_path / "ladder.toml", tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(CHECKING, "verify_all", _interrupt)
+        done.append(run(tmp_path / "ladder.toml", tmp_path / "out"))
+    done.append(run(tmp_path / "ladder.toml", tmp_path / "out"))
     assert [one.exit_code for one in done] == [1, 1, 0], done[-1].output
     assert "are fetched once" in done[0].stderr
     shards = [name for name in model_files if name.endswith(".safetensors")]

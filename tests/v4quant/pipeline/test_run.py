@@ -17,13 +17,15 @@ from tests.support.conversion import TINY, convert, folder_bytes
 from v4quant.cli import cli
 from v4quant.evaluation.evaluate import Resources
 from v4quant.pipeline.recipe_file import PRESETS, CorpusStep, VerifyStep, load_pipeline
-from v4quant.pipeline.step_cache import FinishedSteps, step_key
+from v4quant.pipeline.step_cache import FinishedSteps
 from v4quant.recipe import RecipeError
 from v4quant_formats.errors import UnsupportedPair
 from v4quant_kernels.errors import UnsupportedScheme, V4QuantError
 
 # The name `run` in v4quant.pipeline.run is the function.
 RUN = importlib.import_module("v4quant.pipeline.run")
+CHECKING = importlib.import_module("v4quant.pipeline.checking")
+CONVERTING = importlib.import_module("v4quant.pipeline.converting")
 CALIBRATING = importlib.import_module("v4quant.pipeline.calibrating")
 
 FULL = """
@@ -138,24 +140,6 @@ def test_schemes_are_checked_before_work(tmp_path: Path) -> None:
         load(tmp_path, 'source = "x"\n[quantize]\nscheme = "int5"')
     with pytest.raises(UnsupportedPair, match="modelopt"):
         load(tmp_path, SHORT + 'format = "modelopt"')
-
-
-def test_step_keys_know_settings_files_and_digests(tmp_path: Path) -> None:
-    text = tmp_path / "a.txt"
-    text.write_text("one")
-    step = CorpusStep(("a.txt",))
-    first = step_key(step, [text], "d")
-    assert step_key(step, [text], "d") == first
-    others = {
-        step_key(CorpusStep(("a.txt",), min_tokens=9), [text], "d"),
-        step_key(CorpusStep(("a.txt",), mode="think-high"), [text], "d"),
-        step_key(step, [], "d"),
-        step_key(step, [text], "e"),
-        step_key(step, [tmp_path / "absent"], "d"),
-    }
-    text.write_text("two")
-    others.add(step_key(step, [text], "d"))
-    assert len(others | {first}) == 7
 
 
 @pytest.mark.parametrize(
@@ -286,7 +270,11 @@ def test_cap_and_device_reach_every_step(
 ) -> None:
     file, _, _ = first
     seen: dict[str, Any] = {}
-    calibrate, evaluate, convert = CALIBRATING.calibrate_to, RUN.evaluate_checkpoint, RUN.run_job
+    calibrate, evaluate, convert = (
+        CALIBRATING.calibrate_to,
+        RUN.evaluate_checkpoint,
+        CONVERTING.run_jobs,
+    )
     monkeypatch.setattr(
         CALIBRATING,
         "calibrate_to",
@@ -298,7 +286,9 @@ def test_cap_and_device_reach_every_step(
         lambda *a, **k: seen.update(evaluate=k["resources"]) or evaluate(*a, **k),
     )
     monkeypatch.setattr(
-        RUN, "run_job", lambda plan, *a, **k: seen.update(job=plan.device) or convert(plan, *a, **k)
+        CONVERTING,
+        "run_jobs",
+        lambda jobs, *a: seen.update(job=jobs[0].plan.device) or convert(jobs, *a),
     )
     result = run(file, tmp_path / "out", "--max-memory", "3GB", "--device", "cpu")
     assert result.exit_code == 0, (result.output, result.exception)
@@ -346,7 +336,7 @@ def test_a_changed_run_file_is_noticed(first: tuple[Path, Path, Result], tmp_pat
     notes.unlink()
     earlier = folder_bytes(tmp_path / "out" / "checkpoint")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RUN, "verify_checkpoint", _interrupt)
+        patch.setattr(CHECKING, "verify_all", _interrupt)
         patch.setattr("v4quant.conversion.overwrite._rename", _interrupt)
         result = run(changed, tmp_path / "out", "--overwrite")
     assert result.exit_code == 1 and folder_bytes(tmp_path / "out" / "checkpoint") == earlier
