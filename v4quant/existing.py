@@ -46,24 +46,25 @@ class NewFiles:
     request they are, and the same command, after it was killed there, may replace what it finds.
     """
 
-    def __init__(
-        self, files: Iterable[NewFile | None], overwrite: bool, request: object = None
-    ) -> None:
-        """files: None stands for an option that was not given. request: whose repr says what is
-        asked. Raises OutputError for a file that is there, unless it is ours and may be replaced.
+    def __init__(self, files: Iterable[NewFile | None], overwrite: bool, request: str = "") -> None:
+        """files: None stands for an option that was not given. request: its key. Raises OutputError
+        for a file that is there, unless it is ours and may be replaced.
         """
         self._files = [file for file in files if file is not None]
-        self._request = hashlib.sha256(repr(request).encode()).hexdigest().encode()
+        self._request = request.encode()
         refuse_existing(self._files, overwrite or self._was_finishing())
 
     @contextmanager
-    def finishing(self) -> Iterator[None]:
-        """To be held while the files are put in place, and what was kept for them is removed."""
+    def finishing(self, then: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """To be held while the files are put in place, and what was kept for them is removed.
+
+        then: called when they are there."""
         if not self._files:
             yield
             return
         write_file_atomically(self._note, self._request)
         yield
+        then()
         with suppress(OSError):
             self._note.unlink()
 

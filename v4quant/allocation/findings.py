@@ -16,17 +16,13 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import v4quant
-import v4quant_calibration
-import v4quant_formats
-import v4quant_kernels
+from v4quant.own_code import own_code
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.forward.kept import UNFINISHED
 from v4quant_calibration.statistics.stats import Stats
@@ -122,7 +118,7 @@ def findings_key(
     checkpoint: Checkpoint, sample: object, stats: Stats | None, corpus: Corpus | None
 ) -> str:
     """Digest of all that decides findings. sample: whose repr says what is looked at."""
-    sha = hashlib.sha256(_code())
+    sha = hashlib.sha256(own_code().encode())
     sha.update(repr((torch.__version__, checkpoint.digest(), sample)).encode())
     for name, tensors in _inputs(stats):
         sha.update(f"{name}\0".encode())
@@ -141,17 +137,6 @@ def _inputs(stats: Stats | None) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
         yield f"{name} floor {stats.floor}", (stage.tokens, *stage.sums.values())
     for module, seen in stats.dense.items():
         yield f"{module} rows {seen.rows}", (seen.sums,)
-
-
-@cache
-def _code() -> bytes:
-    """Digest of this program: another version, or a changed clone, may measure otherwise."""
-    sha = hashlib.sha256()
-    for package in (v4quant_kernels, v4quant_formats, v4quant_calibration, v4quant):
-        folder = Path(package.__path__[0])
-        for file in sorted(folder.rglob("*.py")):
-            sha.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
-    return sha.digest()
 
 
 def _is_finding(value: object, several: bool) -> bool:

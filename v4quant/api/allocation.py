@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from v4quant.api.arguments import (
     PathLike,
     Size,
     SourceLike,
+    asked_of,
     config_of,
     listed_files,
     path_of,
@@ -40,24 +41,28 @@ from v4quant.api.arguments import (
     source_of,
 )
 from v4quant.builtin import MIXED_CALIBRATION
-from v4quant.conversion.calibrated import read_stats
+from v4quant.conversion.calibrated import stats_of
 from v4quant.conversion.plan import make_plan
 from v4quant.existing import NewFiles, recipe_file, signed
+from v4quant.finished import request_of
 from v4quant.outputs import refuse_inputs
 from v4quant.planner.footprint import outline_checkpoint
 from v4quant.progress import default_progress
+from v4quant.recipe import recipe_from_table
 from v4quant.source import open_source
 from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE
 from v4quant_calibration.corpus.chat_keys import MESSAGES
-from v4quant_calibration.solve.solution import is_solution, load_solution
-from v4quant_calibration.statistics.stats import Stats
+from v4quant_calibration.solve.solution import SOLUTION_NAME, is_solution
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.engines.vllm_memory import UTILIZATION, Serving, default_batch
 from v4quant_formats.layouts.choices import NEUTRAL
 from v4quant_formats.shards import write_file_atomically
+from v4quant_formats.sidecars import TOKENIZER, place_of
 from v4quant_kernels.errors import OptionError
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.user_cache import cache_folder
+
+_BY_PLACE = ("chosen", "losses")
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ def allocate(
     Raises OptionError for options that contradict each other, BudgetError for a size that nothing
     fits, RecipeError, CorpusError, StatsError.
     """
-    asked = {k: v for k, v in locals().items() if k != "progress"}
+    asked = asked_of("allocate", locals())
     if sum(x is not None for x in (budget, bpw, fits)) != 1:
         raise OptionError("give one of --budget, --bpw and --fits")
     if ram is not None and (fits is None or engine == "vllm" or format != "gguf"):
@@ -159,7 +164,15 @@ def allocate(
     options = Options(format, engine, dense, draft, split_size, Sample(experts), parts, engram)
     with open_source(source_of(source)) as checkpoint:
         refuse_inputs([Path(out)], [checkpoint], [*listed_files(corpus), path_of(stats)])
-        files = NewFiles([recipe_file(Path(out))], overwrite, asked)
+        request = request_of(
+            asked,
+            [*listed_files(corpus), *_stats_files(stats), place_of(checkpoint, TOKENIZER)],
+            [checkpoint.digest()],
+            [Path(out)],
+        )
+        if not overwrite and (told := request.answer()) is not None:
+            return _result(out, _allocation_from(told), told["skipped_rows"], checkpoint, cards)
+        files = NewFiles([recipe_file(Path(out))], overwrite, request.key)
         if cards is not None:
             check_split(model_config(checkpoint), cards.serving)
         costs = find_costs(checkpoint, options)
@@ -175,7 +188,7 @@ def allocate(
             text = read_corpus(
                 corpus, checkpoint, config, seq_len, tokens, DEFAULT_MODE, chat_keys, skip_bad_rows
             )
-        evidence = _stats(checkpoint, path_of(stats))
+        evidence = None if stats is None else stats_of(checkpoint, Path(stats))
         key = findings_key(checkpoint, options.sample, evidence, text)
         known = Findings(Path(out), key, cache_folder())
         try:
@@ -186,14 +199,40 @@ def allocate(
             known.keep()
             raise
         found = choose(costs, losses, most)
-        with files.finishing():
+        skipped = 0 if text is None else text.skipped_rows
+        told = {**_allocation_told(found), "skipped_rows": skipped}
+        with files.finishing(lambda: request.remember(told)):
             write_file_atomically(Path(out), signed(recipe_toml(found, costs), ".toml").encode())
             known.finish()
-        skipped = 0 if text is None else text.skipped_rows
-        if cards is None:
-            return AllocationResult(str(out), found, skipped_rows=skipped)
-        memory = card_memory(make_plan(checkpoint, found.recipe), cards)
-        return AllocationResult(str(out), found, memory, cards.serving, skipped)
+        return _result(out, found, skipped, checkpoint, cards)
+
+
+def _result(
+    out: PathLike, found: Allocation, skipped: int, checkpoint: Checkpoint, cards: Cards | None
+) -> AllocationResult:
+    if cards is None:
+        return AllocationResult(str(out), found, skipped_rows=skipped)
+    memory = card_memory(make_plan(checkpoint, found.recipe), cards)
+    return AllocationResult(str(out), found, memory, cards.serving, skipped)
+
+
+def _allocation_told(found: Allocation) -> dict[str, Any]:
+    """JSON form of an allocation."""
+    places = {k: [[*place, v] for place, v in getattr(found, k).items()] for k in _BY_PLACE}
+    return {**vars(found), **places, "recipe": found.recipe.as_dict()}
+
+
+def _allocation_from(told: Mapping[str, Any]) -> Allocation:
+    """Inverse of `_allocation_told`."""
+    places = {k: {(a, b): v for a, b, v in told[k]} for k in _BY_PLACE}
+    recipe = recipe_from_table(told["recipe"], "the recipe of an earlier request")
+    plain = {f.name: told[f.name] for f in fields(Allocation)}
+    return Allocation(**{**plain, **places, "recipe": recipe})
+
+
+def _stats_files(stats: PathLike | None) -> list[Path | None]:
+    path = path_of(stats)
+    return [path / SOLUTION_NAME if path is not None and is_solution(path) else path]
 
 
 def _assumed_dense(dense: str) -> str:
@@ -217,13 +256,3 @@ def _most(
     if fits is not None:
         return cards_budget(fits, context, costs.base.config) + table_bytes(costs.base)
     return size_of(budget) or 0
-
-
-def _stats(checkpoint: Checkpoint, path: Path | None) -> Stats | None:
-    if path is None:
-        return None
-    if not is_solution(path):
-        return read_stats(checkpoint, path)[0]
-    solution = load_solution(path, checkpoint.digest())
-    solution.close()
-    return solution.stats

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +72,24 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
     from v4quant_calibration.forward.checkpoint_params import model_config  # torch
 
     return model_config(checkpoint)
+
+
+_CHANGE_NOTHING = ("progress", "overwrite", "threads", "max_memory", "scratch")
+
+
+def asked_of(command: str, given: Mapping[str, object]) -> dict[str, object]:
+    """What a command is asked, from its arguments by name (`locals()` before anything else): those
+    that decide its result, alike however they were written."""
+    wanted = {k: _plain(v) for k, v in given.items() if k not in _CHANGE_NOTHING}
+    return {"command": command, **wanted}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, os.PathLike | HubRef):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value
 
 
 # What a process holds before it reads a text.

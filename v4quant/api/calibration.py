@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from v4quant.api.arguments import (
     PathLike,
     Size,
     SourceLike,
+    asked_of,
     config_of,
     corpus_names,
     forward_options,
@@ -22,11 +25,19 @@ from v4quant.api.arguments import (
     source_of,
 )
 from v4quant.builtin import MIXED_CALIBRATION
-from v4quant.calibration.collect import calibrate_to, draw_corpus, reserve_of, solve_settings
+from v4quant.calibration.collect import (
+    DrawnCorpus,
+    calibrate_to,
+    draw_corpus,
+    reserve_of,
+    solve_settings,
+)
 from v4quant.calibration.provenance import provenance_of
 from v4quant.calibration.ranks import solving_team
+from v4quant.conversion.calibrated import solved_part, stats_of
 from v4quant.devices import arithmetic_threads, find_device
 from v4quant.existing import NewFiles, imatrix_file, place_beside, put_in_place, statistics_file
+from v4quant.finished import request_of
 from v4quant.outputs import refuse_inputs
 from v4quant.progress import default_progress
 from v4quant.recipe import Recipe, read_toml, recipe_from_table
@@ -35,10 +46,12 @@ from v4quant_calibration.corpus.chat_dialects import DEFAULT_MODE
 from v4quant_calibration.corpus.chat_keys import MESSAGES
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.defaults import MIN_TOKENS
+from v4quant_calibration.solve.solution import SOLUTION_NAME
 from v4quant_calibration.statistics.collect import Calibration
 from v4quant_calibration.statistics.coverage import coverage
 from v4quant_calibration.statistics.imatrix import save_imatrix
 from v4quant_calibration.statistics.stats import Stats
+from v4quant_formats.sidecars import TOKENIZER, place_of
 from v4quant_kernels.errors import OptionError
 from v4quant_kernels.progress import Progress, SilentProgress
 
@@ -103,7 +116,7 @@ def calibrate(
     Raises OptionError, RecipeError, CorpusError, SizeError, OutputError and what opening the source
     raises.
     """
-    asked = {k: v for k, v in locals().items() if k != "progress"}
+    asked = asked_of("calibrate", locals())
     if min_tokens < 1:
         raise OptionError(f"min_tokens is {min_tokens}; an expert that nobody saw tells nothing")
     wanted = _recipe(solve, dense, recipe)
@@ -124,8 +137,24 @@ def calibrate(
             [target, *filter(None, [matrix])], [checkpoint], listed_files(corpus),
             [target] if wanted else [],
         )  # fmt: skip
+        result = target / SOLUTION_NAME if wanted else target
+        request = request_of(
+            {**asked, "recipe": None if wanted is None else solved_part(wanted)},
+            [*listed_files(corpus), place_of(checkpoint, TOKENIZER)],
+            [checkpoint.digest()],
+            [result, matrix],
+        )
+        known = request.answer() if team.is_first and not overwrite else None
+        if (told := team.tell(known)) is not None:
+            stats = stats_of(checkpoint, target)
+            return CalibrationResult(
+                str(target), told["tokens"], wanted is not None, coverage(stats), stats,
+                told["skipped_rows"],
+            )  # fmt: skip
         files = NewFiles(
-            [] if wanted else [statistics_file(target), imatrix_file(matrix)], overwrite, asked
+            [] if wanted else [statistics_file(target), imatrix_file(matrix)],
+            overwrite,
+            request.key,
         )
         config = config_of(checkpoint)
         settings = solve_settings(checkpoint, wanted, propagate) if wanted else None
@@ -141,7 +170,7 @@ def calibrate(
             if matrix is not None:
                 names = corpus_names(corpus)
                 save_imatrix(place_beside(matrix), found.stats, config, names, found.windows)
-            with files.finishing():
+            with files.finishing(lambda: request.remember(_told(found.windows, drawn))):
                 yield
                 if matrix is not None:
                     put_in_place(matrix)
@@ -168,6 +197,8 @@ def calibrate(
             overwrite=overwrite,
             finishing=finishing,
         )  # fmt: skip
+        if wanted and team.is_first:
+            request.remember(_told(done.windows, drawn))
     return CalibrationResult(
         str(target),
         sum(map(len, done.windows)),
@@ -176,6 +207,11 @@ def calibrate(
         done.stats,
         drawn.skipped_rows,
     )
+
+
+def _told(windows: Sequence[Tensor], drawn: DrawnCorpus) -> dict[str, Any]:
+    """What is remembered of a calibration beside its files."""
+    return {"tokens": sum(map(len, windows)), "skipped_rows": drawn.skipped_rows}
 
 
 def _recipe(scheme: str | None, dense: str, given: Recipe | PathLike | None) -> Recipe | None:

@@ -11,6 +11,7 @@ from v4quant.api.arguments import (
     Size,
     SourceLike,
     adapter_of,
+    asked_of,
     config_of,
     forward_options,
     given_names,
@@ -32,6 +33,7 @@ from v4quant.evaluation.kld_file import KldFile, is_kld
 from v4quant.evaluation.report import write_report
 from v4quant.evaluation.result import Evaluation, evaluation_from_dict
 from v4quant.existing import NewFiles, logits_file, place_beside, put_in_place, report_file
+from v4quant.finished import request_of
 from v4quant.outputs import refuse_inputs
 from v4quant.progress import default_progress
 from v4quant.source import open_source
@@ -41,6 +43,7 @@ from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.corpus.tokenizer import tokenizer_of
 from v4quant_calibration.evaluation.evaluate import Measures
 from v4quant_calibration.evaluation.needle import make_needles
+from v4quant_formats.sidecars import TOKENIZER, place_of
 from v4quant_kernels.errors import OptionError
 from v4quant_kernels.progress import Progress
 from v4quant_kernels.user_cache import cache_folder
@@ -93,7 +96,7 @@ def evaluate(
     CorpusError, EvaluationError, LogitsError, KldError, OutputError and what opening checkpoints
     raises.
     """
-    asked = {k: v for k, v in locals().items() if k != "progress"}
+    asked = asked_of("evaluate", locals())
     if candidates and reference is None:
         raise OptionError(
             "--candidate compares conversions of one source: give --reference as well"
@@ -123,9 +126,17 @@ def evaluate(
             [*listed_files(corpus), path_of(reference_logits)],
         )
         page, rows = path_of(report), path_of(save_logits)
-        files = NewFiles([report_file(page), logits_file(rows)], overwrite, asked)
-        config = config_of(checkpoint)
         logits = path_of(reference_logits)
+        request = request_of(
+            asked,
+            [*listed_files(corpus), logits, place_of(checkpoint, TOKENIZER)],
+            [one.digest() for one in (checkpoint, base, *others) if one is not None],
+            [page, rows],
+        )
+        if not overwrite and (known := request.answer()) is not None:
+            return evaluation_from_dict(dict(known))
+        files = NewFiles([report_file(page), logits_file(rows)], overwrite, request.key)
+        config = config_of(checkpoint)
         if logits is not None and is_kld(logits):
             text = _text_of(logits, corpus, seq_len, tokens, config.bos_token_id)
         else:
@@ -150,7 +161,8 @@ def evaluate(
             opened,
         )
         found = evaluation_from_dict({"tool": tool_facts(), **figures})
-        opened.enter_context(files.finishing())  # ends when what was kept is removed
+        # Ends when what was kept is removed.
+        opened.enter_context(files.finishing(lambda: request.remember(found.as_dict())))
         if page is not None:
             write_report(found, page)
         if rows is not None:

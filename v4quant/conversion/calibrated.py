@@ -9,6 +9,7 @@ where they do not count are refused without one.
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +138,17 @@ def _check_recipe(path: Path, solution: Solution, recipe: Recipe) -> None:
             f"{path}: was solved for other dense types or [schemes] than the recipe's; calibrate "
             "with --recipe and the same file, or --solve and the same --dense"
         )
+
+
+def stats_of(checkpoint: Checkpoint, path: Path) -> Stats:
+    """The statistics that a file, an importance matrix or a solution's folder holds.
+
+    Raises StatsError or SolutionError.
+    """
+    if not is_solution(path):
+        return read_stats(checkpoint, path)[0]
+    with closing(load_solution(path, checkpoint.digest())) as solution:
+        return solution.stats
 
 
 def solved_part(recipe: Recipe) -> dict[str, object]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from v4quant.api.arguments import config_of, read_corpus
 from v4quant.builtin import resolve_corpus
 from v4quant.evaluation.evaluate import Resources
+from v4quant.finished import request_key
 from v4quant.pipeline.recipe_file import CorpusStep
 from v4quant.pipeline.results import RunWatcher
-from v4quant.pipeline.step_cache import step_key
 from v4quant.recipe import Recipe
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_formats.checkpoint import Checkpoint
@@ -62,4 +62,4 @@ def corpus_of(
 
 def key_of(step: CorpusStep, source: Checkpoint, *digests: str) -> str:
     files = [*resolve_corpus(list(step.corpus)), place_of(source, TOKENIZER)]
-    return step_key(step, files, source.digest(), *digests)
+    return request_key(astuple(step), files, source.digest(), *digests)

@@ -1,20 +1,15 @@
 """Steps: which results of an earlier `run` still answer what is asked now.
 
-A result is reused when two things hold: its key, a digest of everything it depends on (settings,
-corpus bytes, checkpoints, version), is the one recorded with it, and its file has the recorded
-hash. Anything else, a record that cannot be read included, means the step is done again.
+A result is reused when two things hold: its key (`v4quant.finished`), a digest of everything it
+depends on, is the one recorded with it, and its file has the recorded hash. Anything else, a record
+that cannot be read included, means the step is done again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import astuple
 from pathlib import Path
 
-from v4quant import __version__
-from v4quant.pipeline.recipe_file import CorpusStep
 from v4quant_formats.errors import FormatError
 from v4quant_formats.file_hash import hash_file
 from v4quant_formats.shards import write_file_atomically
@@ -22,16 +17,6 @@ from v4quant_formats.small_files import read_small
 
 RECORD_NAME = "steps.json"
 _MAX_BYTES = 2**20
-
-
-def step_key(step: CorpusStep, files: Sequence[Path], *digests: str) -> str:
-    """Identity of a step: settings, the bytes of `files`, digests of checkpoints, the version.
-
-    A file that is not there counts as such; whoever reads it for the step says so properly.
-    """
-    contents = [hash_file(file) if file.is_file() else "absent" for file in files]
-    facts = [__version__, astuple(step), contents, digests]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 class FinishedSteps:
