@@ -27,18 +27,20 @@ _made: list[weakref.finalize[..., TemporaryFolder]] = []
 
 
 class TemporaryFolder:
-    """A folder in TMPDIR that this process holds. Use as a context manager, or `remove` it."""
+    """A folder that this process holds. Use as a context manager, or `remove` it."""
 
-    def __init__(self) -> None:
-        """Remove what killed processes left, and make a new one. Raises OutputError."""
-        remove_abandoned()
+    def __init__(self, inside: Path | None = None) -> None:
+        """Remove what killed processes left, and make a new one, in TMPDIR where nothing else is
+        said. Raises OutputError."""
+        inside = inside or Path(tempfile.gettempdir())
+        remove_abandoned(inside)
         try:
-            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=inside))
             held = ExitStack()
             held.enter_context(hold_lock(self.path / _LOCK))
             (self.path / _NOTE).write_bytes(_note(self.path).encode())
         except OSError as error:
-            raise output_error(Path(tempfile.gettempdir()), error) from None
+            raise output_error(inside, error) from None
         self._end = weakref.finalize(self, _remove, self.path, held)
         _made[:] = [*(end for end in _made if end.alive), self._end]
 
@@ -59,10 +61,10 @@ def remove_all() -> None:
         remove()
 
 
-def remove_abandoned() -> None:
+def remove_abandoned(inside: Path) -> None:
     """Remove the temporary folders of processes that are gone."""
     with suppress(OSError):
-        for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        for path in inside.glob(f"{_PREFIX}*"):
             with suppress(OSError, FormatError, LockHeld):
                 if _is_ours(path):
                     with hold_lock(path / _LOCK):

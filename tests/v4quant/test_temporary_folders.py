@@ -14,9 +14,9 @@ import pytest
 from v4quant.temporary_folders import TemporaryFolder, remove_abandoned
 
 KILLED = """
-import os, signal
+import os, pathlib, signal, sys
 from v4quant.temporary_folders import TemporaryFolder
-folder = TemporaryFolder()
+folder = TemporaryFolder(*map(pathlib.Path, sys.argv[1:]))
 (folder.path / "shards").mkdir()
 (folder.path / "shards" / "a.safetensors").write_bytes(b"1")
 os.kill(os.getpid(), signal.SIGKILL)
@@ -30,14 +30,19 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_a_killed_process_left_goes(place: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED], check=False)
+@pytest.mark.parametrize("named", [False, True])
+def test_what_a_killed_process_left_goes(named: bool, place: Path) -> None:
+    inside = place
+    if named:
+        (inside := place / "large-disk").mkdir()
+    given = [inside] if named else []
+    done = subprocess.run([sys.executable, "-c", KILLED, *map(str, given)], check=False)
     assert done.returncode == -signal.SIGKILL
-    (left,) = place.iterdir()
+    (left,) = inside.iterdir()
     assert (left / "shards" / "a.safetensors").exists()
-    with TemporaryFolder() as mine:
-        assert [p.name for p in place.iterdir()] == [mine.name]
-    assert not list(place.iterdir())
+    with TemporaryFolder(*given) as mine:
+        assert [p.name for p in inside.iterdir()] == [mine.name]
+    assert not list(inside.iterdir())
 
 
 def test_folders_in_use_and_those_of_others_stay(place: Path, tmp_path: Path) -> None:
@@ -50,7 +55,7 @@ def test_folders_in_use_and_those_of_others_stay(place: Path, tmp_path: Path) ->
         (place / "v4quant-odd").mkdir()
         (place / "v4quant-odd" / ".made-by-v4quant").mkdir()
         before = sorted(p.name for p in place.iterdir())
-        remove_abandoned()
+        remove_abandoned(place)
         assert sorted(p.name for p in place.iterdir()) == before
         assert (mine / "a").exists()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -60,11 +59,12 @@ def convert(
 ) -> None:
     """Convert a synthetic full-width layer to each scheme and compare with a plain file copy."""
     from v4quant.bench.convert import bench_convert  # torch, which --help can wait for
+    from v4quant.temporary_folders import TemporaryFolder
 
     chosen = schemes or SCHEMES
-    with tempfile.TemporaryDirectory(dir=folder, prefix="v4quant-bench-") as work:
+    with TemporaryFolder(folder) as work:
         result = bench_convert(
-            Path(work),
+            work,
             width,
             experts,
             chosen,
