@@ -71,7 +71,7 @@ def test_the_same_request_is_answered(
     when = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert "done already" not in caplog.text
     with monkeypatch.context() as patch:
-        patch.setattr("v4quant.api.arguments.load_corpus", _forbidden)
+        patch.setattr("v4quant_calibration.corpus.corpus.load_corpus", _forbidden)
         more = {} if do is _recipe else {"threads": 1}
         again = do(tmp_path, **more)
     assert "done already, by the same request" in caplog.text
