@@ -19,6 +19,7 @@ from v4quant.hub.shard_cache import DiskCapError
 from v4quant.publishing.reproduction import RECIPE_NAME
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.errors import OutputError
+from v4quant_formats.manifest import SEAL, seal_of
 from v4quant_kernels.errors import V4QuantError
 
 SOURCE = "maker/V4-Tiny"
@@ -48,6 +49,7 @@ def same_checkpoint(found: dict[str, bytes], expected: dict[str, bytes], commit:
     for name in expected.keys() - {"v4quant.json"}:
         assert found[name] == expected[name], name
     ours, theirs = (json.loads(x["v4quant.json"]) for x in (found, expected))
+    assert all(manifest.pop(SEAL) == seal_of(manifest) for manifest in (ours, theirs))
     told = ours.pop("source")
     assert (told.pop("repo"), told.pop("revision"), told.pop("license")) == (SOURCE, commit, "mit")
     assert told == theirs.pop("source") and ours == theirs
