@@ -154,6 +154,8 @@ def _given_up(how: str, timeout: float | None) -> Iterator[None]:
         yield
     except (TimeoutException, TimeoutError):
         refuse_stopped()
+        if timeout and timeout < 1 and (patience := current_patience()):
+            raise patience.nothing() from None
         raise PassingFailure(f"{how} for {timeout or 0:.0f} s") from None
     except Exception:
         refuse_stopped()

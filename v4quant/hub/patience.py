@@ -79,7 +79,7 @@ class Patience:
         if seconds is None:
             seconds = patience_seconds() if within is None else within.left()
         self._seconds = seconds
-        self._what, self._stopped = what, stopped
+        self.what, self._stopped = what, stopped
         self._enough = min(ENOUGH_BYTES, nbytes // _SHARE + 1) if nbytes else ENOUGH_BYTES
         self._began = self._quiet_since = time.monotonic()
         self._lost, self._tries, self._flow, self._gain = 0.0, 0, 0, 0
@@ -93,6 +93,10 @@ class Patience:
         self._flow += count
         if self._flow >= self._enough:
             self.answered()
+
+    def nothing(self) -> PassingFailure:
+        """The failure of what comes too slowly, or not at all, until the time is over."""
+        return PassingFailure(f"fewer than {self._enough:,} bytes came")
 
     def answered(self) -> None:
         """A server has answered as it should: nothing is silent."""
@@ -140,7 +144,7 @@ class Patience:
         if failure.wait is not None:
             if failure.wait > left - SHORTEST_TRY:
                 raise HubError(
-                    f"{self._what}: the hub asks to wait {_told(failure.wait)}; the same command, "
+                    f"{self.what}: the hub asks to wait {_told(failure.wait)}; the same command, "
                     f"run then, resumes where this one stopped ({VARIABLE} bears longer waits)"
                 ) from None
             seconds = max(seconds, failure.wait)
@@ -148,7 +152,7 @@ class Patience:
         if not has_answered():
             so_far = f"{self._tries} of {FIRST_TRIES - 1}"
         _LOG.warning(
-            "%s: %s; retrying in %.1f s (%s)", self._what, scrub(str(failure)), seconds, so_far
+            "%s: %s; retrying in %.1f s (%s)", self.what, scrub(str(failure)), seconds, so_far
         )
         pause(seconds, self._stopped)
         self._lost += seconds
@@ -158,7 +162,7 @@ class Patience:
         times = f"{self._tries} times in a row" if self._tries > 1 else "once"
         longer = f" ({VARIABLE} waits longer)" if has_answered() else ""
         return HubError(
-            f"{self._what} failed {times}, without progress in {self._lost:.0f} s: "
+            f"{self.what} failed {times}, without progress in {self._lost:.0f} s: "
             f"{scrub(str(failure))}; the same command resumes where this one stopped{longer}"
         )
 
@@ -176,7 +180,7 @@ def allowed(timeout: float | None) -> float | None:
         return timeout
     left = patience.left()
     if left <= 0:
-        raise PassingFailure(f"fewer than {ENOUGH_BYTES:,} bytes came")
+        raise patience.nothing()
     return left if timeout is None else min(timeout, left)
 
 

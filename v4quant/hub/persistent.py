@@ -51,7 +51,9 @@ class _Transport:
         file = _file_of(request)
         if file is None:
             return self._once(request)
-        patience = Patience(f"sending to {address(request)}")
+        within = current_patience()
+        what = within.what if within else f"{request.method} {address(request)}"
+        patience = Patience(f"{what} (to {request.url.host})")
         while True:
             try:
                 with patience.governs():

@@ -21,7 +21,7 @@ from v4quant.hub.client import client, persistently
 from v4quant.hub.errors import HubError, HubNotFound, PassingFailure
 from v4quant.hub.failures import broken, refusal
 from v4quant.hub.lines import read_body
-from v4quant.hub.patience import VARIABLE, Patience, patience_seconds
+from v4quant.hub.patience import SHORTEST_TRY, VARIABLE, Patience, patience_seconds
 from v4quant.hub.refs import HubRef
 from v4quant.hub.session import origin
 from v4quant.hub.stopping import is_stopped
@@ -279,7 +279,7 @@ def _pages(api: HfApi, repo: str, revision: str) -> list[list[dict[str, Any]]]:
     entries, began, seconds = 0, time.monotonic(), patience_seconds()
     for _ in range(_MAX_PAGES):
         left = began + seconds - time.monotonic()
-        if left <= 0:
+        if left <= SHORTEST_TRY:
             raise HubError(
                 f"hf://{repo}: has listed only {entries:,} files within {seconds:.0f} s; try again "
                 f"later ({VARIABLE} waits longer)"
