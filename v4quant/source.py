@@ -90,7 +90,7 @@ def _merged(checkpoint: Checkpoint, adapter: Source) -> Checkpoint:
         return with_adapter(checkpoint, adapter)
     temporary = TemporaryFolder()
     try:
-        merged = with_adapter(checkpoint, fetch_adapter(adapter, temporary.path))
+        merged = with_adapter(checkpoint, *fetch_adapter(adapter, temporary.path))
     except BaseException:
         temporary.remove()
         raise

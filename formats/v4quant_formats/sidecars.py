@@ -26,10 +26,11 @@ _VOCABULARY = (
     "vocab.json",
     "merges.txt",
 )
+WORDS = (*_VOCABULARY, CHAT_TEMPLATE)
+"""What says what text means: what `--tokenizer` gives in place of the source's."""
 ALLOWED_FILES = (
     "generation_config.json",
-    *_VOCABULARY,
-    CHAT_TEMPLATE,
+    *WORDS,
     "preprocessor_config.json",
     "LICENSE",
     "LICENSE.txt",
@@ -74,7 +75,7 @@ def travelling(checkpoint: Checkpoint) -> list[str]:
     names = {*find_sidecars(checkpoint.path), *checkpoint.carried}
     given = checkpoint.tokenizer
     if given is not None:
-        beside = [n for n in (*_VOCABULARY, CHAT_TEMPLATE) if (given.parent / n).is_file()]
+        beside = [n for n in WORDS if (given.parent / n).is_file()]
         names = names - set(_VOCABULARY) | {TOKENIZER, *beside}
     return sorted(names)
 
@@ -100,7 +101,7 @@ def place_of(checkpoint: Checkpoint, name: str) -> Path:
     given = checkpoint.tokenizer
     if given is not None and name == TOKENIZER:
         return given
-    elsewhere = given is not None and (name in _VOCABULARY or name == CHAT_TEMPLATE)
+    elsewhere = given is not None and name in WORDS
     if given is not None and elsewhere:
         beside = given.parent / name
         if name != CHAT_TEMPLATE or beside.is_file():
@@ -111,7 +112,7 @@ def place_of(checkpoint: Checkpoint, name: str) -> Path:
 def tokenizer_digest(checkpoint: Checkpoint) -> str:
     """SHA-256 of everything that says what text means. Raises FormatError."""
     sha = hashlib.sha256()
-    for name in (*_VOCABULARY, CHAT_TEMPLATE):
+    for name in WORDS:
         data = small_file(checkpoint, name)
         sha.update(f"{name} {-1 if data is None else len(data)}\n".encode() + (data or b""))
     return sha.hexdigest()

@@ -13,7 +13,8 @@ from v4quant.evaluation.figures import Figures, ResultError, figures_from_dict
 from v4quant.hub.errors import HubError
 from v4quant.hub.refs import SCHEME, HubRef, parse_hub
 from v4quant.progress import default_progress
-from v4quant.publishing.card import CardRequest, Sibling, card_files, license_of, shard_bytes
+from v4quant.publishing.card import CardRequest, card_files, license_of, shard_bytes
+from v4quant.publishing.card_ladder import Sibling
 from v4quant.publishing.publisher import (
     CommitPlan,
     PushResult,

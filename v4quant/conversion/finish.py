@@ -165,7 +165,9 @@ def _adapter(checkpoint: Checkpoint) -> dict[str, Any]:
     if not isinstance(deltas, Adapter):
         return {}
     norms = {m: float(f"{n:.6g}") for m, n in deltas.norms().items()}
-    facts = {"name": deltas.name, "digest": deltas.digest, "norms": norms}
+    origin = deltas.origin
+    where = {} if origin is None else {"repo": origin.repo, "revision": origin.revision}
+    facts = {"name": deltas.name, **where, "digest": deltas.digest, "norms": norms}
     if deltas.replaced:
         facts["replaced"] = list(deltas.replaced)
     return {"adapter": facts}

@@ -17,10 +17,12 @@ from v4quant.hub.remote import open_remote, require
 from v4quant_formats.adapter import WEIGHTS_NAME
 from v4quant_formats.adapter.settings import CONFIG_NAME
 from v4quant_formats.json_object import MAX_CONFIG_BYTES
+from v4quant_formats.shard_files import Origin
 
 
-def fetch_adapter(ref: HubRef, into: Path) -> Path:
-    """The folder, below `into` or in the hub's cache, that holds a repository's adapter.
+def fetch_adapter(ref: HubRef, into: Path) -> tuple[Path, Origin]:
+    """The folder, below `into` or in the hub's cache, that holds a repository's adapter, and the
+    commit it is of.
 
     It is called as the repository is, whatever `into` is called. Raises HubError and its kinds,
     SourceChanged or OutputError.
@@ -37,11 +39,11 @@ def fetch_adapter(ref: HubRef, into: Path) -> Path:
         )
     for file in files:
         download(remote, file, folder / file.name)
-    return folder
+    return folder, Origin(ref.repo, remote.commit)
 
 
-def _cached(ref: HubRef) -> Path:
-    """The commit's folder in the local hub cache. Raises HubOffline."""
+def _cached(ref: HubRef) -> tuple[Path, Origin]:
+    """The commit's folder in the local hub cache, which is called as it. Raises HubOffline."""
     from huggingface_hub import try_to_load_from_cache
 
     revision = ref.revision or "main"
@@ -54,4 +56,5 @@ def _cached(ref: HubRef) -> Path:
             f"{ref}: HF_HUB_OFFLINE is set and the local cache does not hold this adapter; unset "
             "it, or download the repository first"
         )
-    return Path(str(found[0])).parent
+    folder = Path(str(found[0])).parent
+    return folder, Origin(ref.repo, folder.name)

@@ -46,7 +46,8 @@ from v4quant.pipeline.step_cache import RECORD_NAME, FinishedSteps
 from v4quant.planner.choices import Effort
 from v4quant.planner.footprint import Outline, footprint, outline_checkpoint
 from v4quant.progress import default_progress
-from v4quant.publishing.card import CardRequest, Sibling
+from v4quant.publishing.card import CardRequest
+from v4quant.publishing.card_ladder import Sibling
 from v4quant.publishing.hub_folders import keep_source, update_card
 from v4quant.source import Source, open_source
 from v4quant_calibration.solve.solution import Evidence, Solution

@@ -16,10 +16,7 @@ from typing import Any
 
 from v4quant.conversion.records import TensorRecord, record_from_dict
 from v4quant.evaluation.figures import Figures
-from v4quant.evaluation.report import svg
-from v4quant.evaluation.report.candidates import SizePoint, sizes_plot
 from v4quant.evaluation.report.probes import draft_table
-from v4quant.evaluation.report.style import STYLE
 from v4quant.evaluation.report.tables import (
     Table,
     distribution_table,
@@ -28,43 +25,35 @@ from v4quant.evaluation.report.tables import (
 )
 from v4quant.evaluation.report.text import code_span, count, escape_markdown
 from v4quant.hub.errors import HubError
+from v4quant.publishing.card_facts import (
+    format_of,
+    layout_of,
+    markdown_table,
+    scheme_of,
+    section,
+    size_text,
+    text,
+)
+from v4quant.publishing.card_ladder import CHART_NAME, Sibling, other_sizes, sizes_chart
 from v4quant.publishing.needs import memory_table
 from v4quant.publishing.publisher import RepoFile, card_file
 from v4quant.publishing.reproduction import (
     RECIPE_NAME,
+    adapter_option,
     recipe_file,
     recipe_toml,
     reproduction,
     source_argument,
 )
 from v4quant.publishing.serving import serving_lines
-from v4quant.recipe import recipe_from_table
 from v4quant.visible import visible
 from v4quant_formats.engines import ENGINES
 from v4quant_formats.engines.engine import Release
-from v4quant_formats.layouts.layout import Layout
 from v4quant_formats.manifest import MANIFEST_NAME
 from v4quant_formats.preflight import Preflight
-from v4quant_kernels.errors import V4QuantError
 
 PROJECT = "v4quant"
-CHART_NAME = "v4quant-sizes.svg"
 _LICENSES = {"MIT License": "mit", "Apache License": "apache-2.0"}
-
-
-@dataclass(frozen=True)
-class Sibling:
-    """Another conversion of the same source, evaluated in the same run.
-
-    repo: its repository, "" where it is not known to be published.
-    """
-
-    repo: str
-    scheme: str
-    nbytes: int
-    kl: float
-    top1: float
-    grade: str
 
 
 @dataclass(frozen=True)
@@ -92,7 +81,7 @@ def card_files(manifest: Mapping[str, Any], request: CardRequest) -> list[RepoFi
     Raises what `render_card` raises.
     """
     files = [card_file(render_card(manifest, request)), recipe_file(manifest)]
-    if drawing := _chart(request):
+    if drawing := sizes_chart(request.siblings, request.evaluation):
         data = drawing.encode()
         files.append(RepoFile(CHART_NAME, len(data), hashlib.sha256(data).hexdigest(), data))
     return files
@@ -118,12 +107,13 @@ def _render(manifest: Mapping[str, Any], request: CardRequest) -> str:
     if evaluation is not None:
         check_evaluation(manifest, evaluation)
     records = [record_from_dict(row) for row in manifest["tensors"]]
+    charted = bool(sizes_chart(request.siblings, evaluation))
     parts = [
         f"# {escape_markdown(request.repo.partition('/')[2])}",
         _summary(manifest, request),
         "## Sizes",
         _classes(manifest),
-        _siblings(request),
+        other_sizes(request.siblings, request.repo, charted),
         "## Quality",
         _quality(evaluation),
         "## What was done",
@@ -145,7 +135,7 @@ def front_matter(manifest: Mapping[str, Any], request: CardRequest) -> str:
     """The YAML block, through huggingface_hub's own ModelCardData."""
     from huggingface_hub import ModelCardData
 
-    scheme, container = _scheme(manifest), _format(manifest)
+    scheme, container = scheme_of(manifest), format_of(manifest)
     base, license = _base(manifest, request), _license(manifest, request)
     library = {"gguf": "gguf", "onnx": "onnx"}.get(container, "transformers")
     family = re.split(r"[-_]", scheme.lower())[0]
@@ -193,14 +183,14 @@ def _summary(manifest: Mapping[str, Any], request: CardRequest) -> str:
         ("Converted from", name),
         ("Source commit", code_span(text(source, "revision"))),
         ("Release", escape_markdown(text(source, "release"))),
-        ("Routed experts", code_span(_scheme(manifest))),
-        ("Container", code_span(_format(manifest))),
-        ("Download", f"{_bytes(total)} in {len(manifest['files']):,} files"),
-        ("Tensor data before", _bytes(source.get("bytes"))),
+        ("Routed experts", code_span(scheme_of(manifest))),
+        ("Container", code_span(format_of(manifest))),
+        ("Download", f"{size_text(total)} in {len(manifest['files']):,} files"),
+        ("Tensor data before", size_text(source.get("bytes"))),
         ("Loads in", ", ".join(ENGINES[e.engine].title for e in request.engines)),
         ("Made with", f"{PROJECT} {escape_markdown(text(section(manifest, 'tool'), PROJECT))}"),
     ]
-    return _table(("", ""), [r for r in rows if r[1] and r[1] != "``"])
+    return markdown_table(("", ""), [r for r in rows if r[1] and r[1] != "``"])
 
 
 def _classes(manifest: Mapping[str, Any]) -> str:
@@ -208,39 +198,11 @@ def _classes(manifest: Mapping[str, Any]) -> str:
     for row in manifest.get("classes") or []:
         weights, before, after = (int(row[k]) for k in ("weights", "bytes_in", "bytes_out"))
         bits = f"{8 * after / weights:.3f}" if weights else ""
-        rows.append(
-            (escape_markdown(str(row["role"])), f"{weights:,}", _bytes(before), _bytes(after), bits)
-        )
+        sizes = (size_text(before), size_text(after))
+        rows.append((escape_markdown(str(row["role"])), f"{weights:,}", *sizes, bits))
     if not rows:
         return "The manifest of this conversion does not tell sizes by class."
-    return _table(("Tensors", "Weights", "Before", "After", "Bits per weight"), rows)
-
-
-def _siblings(request: CardRequest) -> str:
-    """The whole ladder, smallest first: what each size costs."""
-    if len(request.siblings) < 2:
-        return ""
-    rows = []
-    for one in sorted(request.siblings, key=lambda s: s.nbytes):
-        name = escape_markdown(one.repo.rpartition("/")[2])
-        link = f"[{name}](https://huggingface.co/{one.repo})" if one.repo else "not published"
-        shown = f"**{name}** (this one)" if one.repo == request.repo else link
-        figures = (f"{one.kl:.2e}", f"{100 * one.top1:.2f} %", escape_markdown(one.grade))
-        rows.append((shown, code_span(one.scheme), _bytes(one.nbytes), *figures))
-    columns = ("Repository", "Experts", "Size", "Mean KL (nats)", "Same top-1 token", "Verdict")
-    table = _table(columns, rows)
-    chart = f"\n\n![Size against mean KL of every size]({CHART_NAME})" if _chart(request) else ""
-    return f"Other sizes, measured in the same run on the same text:\n\n{table}{chart}"
-
-
-def _chart(request: CardRequest) -> str:
-    """All sizes as an SVG file; empty for fewer than two."""
-    points = [
-        SizePoint(one.repo.rpartition("/")[2] or one.scheme, one.nbytes, one.kl)
-        for one in request.siblings
-    ]
-    floor = request.evaluation.noise_floor.kl_mean if request.evaluation else None
-    return svg.standalone(sizes_plot(points, floor or 0.0), STYLE)
+    return markdown_table(("Tensors", "Weights", "Before", "After", "Bits per weight"), rows)
 
 
 def _quality(evaluation: Figures | None) -> str:
@@ -283,6 +245,13 @@ def _done(manifest: Mapping[str, Any], records: Sequence[TensorRecord]) -> str:
             f"weights: {sum(losses) / len(losses):.4f} on average, {max(losses):.4f} at worst."
         )
     lines.append(exact)
+    if adapter := section(manifest, "adapter"):
+        name = text(adapter, "repo") or text(adapter, "name")
+        lines.append(
+            f"The LoRA adapter {code_span(name)} was merged into "
+            f"{len(section(adapter, 'norms')):,} matrices while they were read; errors are against "
+            "the merged weights."
+        )
     if digest := manifest.get("stats"):
         solved = section(manifest, "recipe").get("solver") == "gptq"
         how = (
@@ -329,8 +298,8 @@ def _limits(
 
 
 def _memory(manifest: Mapping[str, Any], request: CardRequest) -> str:
-    gguf, classes = _format(manifest) == "gguf", manifest.get("classes") or []
-    return memory_table(request.engines, classes, gguf, _bytes, _table)
+    gguf, classes = format_of(manifest) == "gguf", manifest.get("classes") or []
+    return memory_table(request.engines, classes, gguf, size_text, markdown_table)
 
 
 def _serving(manifest: Mapping[str, Any], request: CardRequest) -> list[str]:
@@ -340,7 +309,7 @@ def _serving(manifest: Mapping[str, Any], request: CardRequest) -> list[str]:
     place = f"{request.repo}:{request.folder}" if request.folder else request.repo
     templated = "chat_template.jinja" in names
     return serving_lines(
-        request.engines, _layout(manifest), _scheme(manifest), place, release, templated
+        request.engines, layout_of(manifest), scheme_of(manifest), place, release, templated
     )
 
 
@@ -350,23 +319,9 @@ def _check(manifest: Mapping[str, Any], request: CardRequest) -> str:
     place = f"hf://{request.repo}" + (f":{request.folder}" if request.folder else "")
     return (
         "To compare every published value with the source instead:\n\n"
-        f"```sh\nv4quant verify {place} --source {source}\n```"
+        f"```sh\nv4quant verify {place} --source {source}"
+        f"{adapter_option(manifest)}\n```"
     )
-
-
-def _layout(manifest: Mapping[str, Any]) -> Layout | None:
-    try:
-        return recipe_from_table(section(manifest, "recipe"), "v4quant.json").layout
-    except (V4QuantError, TypeError):
-        return None
-
-
-def _scheme(manifest: Mapping[str, Any]) -> str:
-    return text(section(manifest, "recipe"), "scheme")
-
-
-def _format(manifest: Mapping[str, Any]) -> str:
-    return text(section(manifest, "recipe"), "format")
 
 
 def _base(manifest: Mapping[str, Any], request: CardRequest) -> str:
@@ -383,35 +338,4 @@ def _report_table(table: Table) -> str:
     rows = [tuple(map(escape_markdown, row)) for row in table.rows]
     notes = "".join(f"\n\n{escape_markdown(note)}" for note in table.notes)
     columns = tuple(map(escape_markdown, table.columns))
-    return f"{escape_markdown(table.title)}:\n\n{_table(columns, rows)}{notes}"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    marks = ["---"] + ["---:" if len(columns) > 2 else "---"] * (len(columns) - 1)
-    lines = [columns, marks, *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _bytes(count: Any) -> str:
-    if not isinstance(count, int) or isinstance(count, bool):
-        return ""
-    size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{count:,} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} TB"
-
-
-def section(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The manifest's object under `key`, empty when absent. Raises TypeError for other kinds."""
-    value = manifest.get(key)
-    if value is not None and not isinstance(value, Mapping):
-        raise TypeError(f"'{key}' is not an object")
-    return value or {}
-
-
-def text(table: Mapping[str, Any], key: str) -> str:
-    """The value under `key` as visible text, empty when absent."""
-    value = table.get(key)
-    return "" if value is None else visible(str(value))
+    return f"{escape_markdown(table.title)}:\n\n{markdown_table(columns, rows)}{notes}"

@@ -31,6 +31,7 @@ from v4quant_calibration.statistics.provenance import (
     Provenance,
     provenance_from,
 )
+from v4quant_formats.sidecars import WORDS
 from v4quant_kernels.errors import V4QuantError
 
 RECIPE_NAME = "v4quant-recipe.toml"
@@ -69,7 +70,8 @@ def reproduction(manifest: Mapping[str, Any], repo: str, folder: str = "") -> st
     where = source_argument(manifest)
     made = provenance_from(manifest.get("calibration"))
     commands, notes = _commands(manifest, made, where, repo, folder)
-    variables = [line for line in (_source_line(where), _adapter_line(manifest)) if line]
+    lines = (_source_line(where), _adapter_line(manifest), _tokenizer_line(manifest))
+    variables = [line for line in lines if line]
     block = "\n".join([*variables, *commands])
     return "\n\n".join(
         [
@@ -101,8 +103,13 @@ def _commands(
             "manifest does not say how it was made (SHA-256 "
             f"{code_span(manifest['stats'], _MOST)})."
         )
-    adapter = ' --adapter "$ADAPTER"' if manifest.get("adapter") else ""
-    convert = f"v4quant quantize {source} out --recipe {_PLACE}/{within}{RECIPE_NAME}{adapter}"
+    words = ""
+    if manifest.get("tokenizer"):
+        there = [within + name for name in WORDS if name in names]
+        fetched += there
+        words = f" --tokenizer {_PLACE}/{within}" if there else ' --tokenizer "$TOKENIZER"'
+    convert = f"v4quant quantize {source} out --recipe {_PLACE}/{within}{RECIPE_NAME}"
+    convert += adapter_option(manifest) + words
     commands = [
         command_line(["hf", "download", repo, *fetched, "--local-dir", _PLACE], "sh"),
         calibrate,
@@ -169,15 +176,25 @@ def _texts(made: Provenance) -> list[str]:
 
 def source_argument(manifest: Mapping[str, Any]) -> str:
     """The source as a command names it: repository and commit, or a variable."""
-    table = manifest.get("source")
+    return _pinned(manifest.get("source")) or '"$SOURCE"'
+
+
+def adapter_option(manifest: Mapping[str, Any]) -> str:
+    """The option that names the adapter that was merged, with a space before it; "" for none."""
+    adapter = manifest.get("adapter")
+    return f""" --adapter {_pinned(adapter) or '"$ADAPTER"'}""" if adapter else ""
+
+
+def _pinned(table: Any) -> str:
+    """Repository and commit as a command names them; "" where they are not known."""
     table = table if isinstance(table, Mapping) else {}
     repo, revision = str(table.get("repo") or ""), str(table.get("revision") or "")
-    if _HASH.fullmatch(revision):
-        try:
-            return str(parse_hub(f"hf://{repo}@{revision}"))
-        except HubReferenceError:
-            pass
-    return '"$SOURCE"'
+    if not _HASH.fullmatch(revision):
+        return ""
+    try:
+        return str(parse_hub(f"hf://{repo}@{revision}"))
+    except HubReferenceError:
+        return ""
 
 
 def _source_line(source: str) -> str:
@@ -188,11 +205,20 @@ def _source_line(source: str) -> str:
 
 def _adapter_line(manifest: Mapping[str, Any]) -> str:
     adapter = manifest.get("adapter")
-    if not isinstance(adapter, Mapping):
+    if not isinstance(adapter, Mapping) or _pinned(adapter):
         return ""
-    digest = str(adapter.get("digest"))
+    name, digest = str(adapter.get("name")), str(adapter.get("digest"))
+    called = f", called {name}" if re.fullmatch(r"[\w.-]{1,100}", name, re.ASCII) else ""
     told = f", digest {digest[:16]}" if _HASH.fullmatch(digest) else ""
-    return f"ADAPTER=...  # the folder of the LoRA adapter that was merged{told}"
+    return f"ADAPTER=...  # the folder of the LoRA adapter that was merged{called}{told}"
+
+
+def _tokenizer_line(manifest: Mapping[str, Any]) -> str:
+    digest, names = manifest.get("tokenizer"), {str(r.get("name")) for r in manifest["files"]}
+    if not digest or any(name in names for name in WORDS):
+        return ""
+    told = f", digest {digest[:16]}" if _HASH.fullmatch(str(digest)) else ""
+    return f"TOKENIZER=...  # the folder of the tokenizer.json that was given{told}"
 
 
 def _program(manifest: Mapping[str, Any]) -> str:

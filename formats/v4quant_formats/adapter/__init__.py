@@ -29,7 +29,7 @@ from v4quant_formats.errors import MissingTensor, UnexpectedTensor, WrongDtype
 from v4quant_formats.model_config import parse_dimensions
 from v4quant_formats.naming import official_name, translate
 from v4quant_formats.safetensors_header import read_header
-from v4quant_formats.shard_files import LocalShards, file_state
+from v4quant_formats.shard_files import LocalShards, Origin, file_state
 from v4quant_formats.spec import TensorSpec
 from v4quant_formats.weights import PLAIN_SCHEMES, find_weight
 from v4quant_kernels.late import torch
@@ -50,17 +50,23 @@ _MULTIPLIED = re.compile(
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter adds, by official module name, and which modules it replaces."""
+    """What an adapter adds, by official module name, and which modules it replaces.
+
+    origin: the repository it was fetched from, None for a folder.
+    """
 
     path: Path
     products: Mapping[str, Product]
     replaced: tuple[str, ...]
     digest: str
     _shards: LocalShards = field(repr=False, compare=False)
+    origin: Origin | None = None
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """Its repository's name, or its folder's."""
+        if self.origin is not None:
+            return self.origin.repo.rpartition("/")[2]
         return self.path.resolve().name
 
     def __contains__(self, module: object) -> bool:
@@ -87,8 +93,8 @@ class _Contents:
     whole: list[TensorSpec] = field(default_factory=list)
 
 
-def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """The checkpoint as the adapter changes it.
+def with_adapter(checkpoint: Checkpoint, folder: Path, origin: Origin | None = None) -> Checkpoint:
+    """The checkpoint as the adapter in `folder`, fetched from `origin`, changes it.
 
     Raises AdapterError for what is not plain LoRA, ConfigError, and MissingTensor, UnexpectedTensor
     or WrongDtype for one that is another model's.
@@ -108,7 +114,7 @@ def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
                 f"{folder / WEIGHTS_NAME}: changes a matrix {list(product.shape)} '{module}', but "
                 f"the model's is {list(shape)}; the adapter is another model's"
             )
-    adapter = Adapter(folder, products, replaced, _digest(folder), shards)
+    adapter = Adapter(folder, products, replaced, _digest(folder), shards, origin)
     return replace(changed, deltas=adapter)
 
 

@@ -6,16 +6,20 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.conversion import TINY, folder_bytes
 from tests.support.fake_hub import USER, FakeHub
+from tests.support.lora import Lora
+from v4quant.builtin import resolve_source
 from v4quant.cli import cli
 from v4quant.cli._exit import DIFFERENT
 from v4quant.conversion.finish import STATISTICS_NAME
@@ -111,6 +115,97 @@ def test_a_stranger_follows_the_card(
     digest = json.loads(told)["files"][0]["sha256"]
     (other / "v4quant.json").write_text(told.replace(digest, "0" * 64))
     assert v4quant("verify", "out", "--same-as", str(other)) == DIFFERENT
+
+
+@pytest.mark.parametrize("container", ["deepseek", "gguf"])
+def test_a_merged_adapter_and_a_given_tokenizer_are_followed_too(
+    container: str,
+    plain_hub: FakeHub,
+    model_files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    generator: torch.Generator,
+) -> None:
+    """By their commits, and by the tokenizer that was published."""
+    (tmp_path / "words").mkdir()
+    words = json.loads((Path(resolve_source("builtin:tiny-v4")) / "tokenizer.json").read_bytes())
+    kept = {word: number for word, number in words["model"]["vocab"].items() if number < 384}
+    words["model"] |= {"vocab": kept, "merges": []}
+    (tmp_path / "words" / "tokenizer.json").write_text(json.dumps(words))
+    plain = {name: data for name, data in model_files.items() if name != "tokenizer.json"}
+    revision = plain_hub.add_repo(SOURCE, plain, license="mit")
+    lora = folder_bytes(Lora(generator).write(tmp_path / "files"))
+    pinned = plain_hub.add_repo("maker/lora-v4", lora)
+    maker, stranger = tmp_path / "maker", tmp_path / "stranger"
+    maker.mkdir()
+    stranger.mkdir()
+    monkeypatch.chdir(maker)
+    scheme = ["--scheme", "q4_k", "--format", "gguf"] if container == "gguf" else []
+    v4quant("quantize", f"hf://{SOURCE}@{revision}", "out", *(scheme or ["--scheme", "fp8"]),
+            "--adapter", "hf://maker/lora-v4", "--tokenizer", str(tmp_path / "words"))  # fmt: skip
+    v4quant("push", "out", REPO)
+    card = plain_hub.files(REPO)["README.md"].decode()
+    assert "`maker/lora-v4` was merged into 6 matrices" in card
+    monkeypatch.chdir(stranger)
+    assert f"--adapter hf://maker/lora-v4@{pinned}" in card
+    assert follow(card, plain_hub) == ["hf download", "v4quant quantize", "v4quant verify"]
+    assert folder_bytes(stranger / "out") == folder_bytes(maker / "out")
+    compared = card.split("To compare every published value")[1].split("```sh\n")[1]
+    (command,) = [shlex.split(line) for line in compared.split("```")[0].splitlines()]
+    assert v4quant(*command[1:]) is None
+
+
+LADDER = """
+source = "hf://SOURCE"
+target = "hf://USER/V4-Tiny"
+[calibrate]
+corpus = ["my ids.safetensors"]
+seq_len = 32
+min_tokens = 2
+propagate = false
+[[quantize]]
+scheme = "int4-g64"
+solver = "gptq"
+[[quantize]]
+scheme = "q4_k"
+format = "gguf"
+dense = "q6_k"
+solver = "optimal"
+[[quantize]]
+scheme = "mxfp4"
+[evaluate]
+corpus = ["my ids.safetensors"]
+[verify]
+kernels = false
+"""
+
+
+def test_every_card_of_a_ladder_is_followed(
+    plain_hub: FakeHub,
+    model_files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three sizes of one run: solved, weighed by statistics, and recoded."""
+    plain = {name: data for name, data in model_files.items() if name != "tokenizer.json"}
+    plain_hub.add_repo(SOURCE, plain, license="mit")
+    maker = tmp_path / "maker"
+    maker.mkdir()
+    ids = corpus(maker)
+    monkeypatch.chdir(maker)
+    Path("ladder.toml").write_text(LADDER.replace("SOURCE", SOURCE).replace("USER", USER))
+    assert v4quant("run", "ladder.toml", "--out", "out") is None
+    for size in ("int4-g64", "q4_k", "mxfp4"):
+        stranger = tmp_path / size
+        stranger.mkdir()
+        shutil.copy(ids, stranger)
+        monkeypatch.chdir(stranger)
+        published = plain_hub.files(f"{USER}/V4-Tiny-{size}")
+        card = published["README.md"].decode()
+        assert all(f"V4-Tiny-{other}" in card for other in ("int4-g64", "q4_k", "mxfp4"))
+        follow(card, plain_hub)
+        made = folder_bytes(stranger / "out")
+        assert {n: d for n, d in published.items() if n in made} == made, size
 
 
 def manifest(**more: Any) -> dict[str, Any]:
