@@ -7,6 +7,7 @@ manifest's weight errors) so that JSON, HTML and Markdown come from one object.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -19,12 +20,14 @@ from v4quant import __version__
 from v4quant.checks.inspection import inspect_checkpoint
 from v4quant.checks.soundness import require_sound
 from v4quant.devices import CPU, device_bytes
+from v4quant.evaluation.cost import evaluation_hours
 from v4quant.evaluation.logit_files import SavedFile, logits_writer, open_saved, writes_whole_rows
 from v4quant.evaluation.memory import MemoryPlan, plan_evaluation, work_of
 from v4quant.evaluation.saved_logits import LogitFacts, LogitsError
 from v4quant.evaluation.weight_figures import add_weights, recorded_errors, source_digest
 from v4quant.evaluation.worst_stretches import worst_stretches
 from v4quant.memory import Limits
+from v4quant.planner.effort import hours_text
 from v4quant_calibration.corpus.corpus import Corpus
 from v4quant_calibration.corpus.tokenizer import tokenizer_of
 from v4quant_calibration.evaluation.evaluate import (
@@ -44,6 +47,8 @@ from v4quant_formats.system import return_freed_memory
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress, SilentProgress
 from v4quant_kernels.user_cache import cache_folder
+
+_LOG = logging.getLogger(__name__)
 
 
 class EvaluationError(V4QuantError):
@@ -136,6 +141,13 @@ def evaluate_checkpoint(
         room = (until or opened).enter_context(
             _opened_room(plan, resources, lambda: _run_key(run, ran, in_pieces, kind))
         )
+        if resources.device.type == "cpu":  # no other has been timed
+            left = 1 - room.store.finished / config.num_hidden_layers
+            others_run = len(candidates) if runs else 0
+            cores = torch.get_num_threads()
+            hours = evaluation_hours(config, ran.tokens, others_run, floors, weights, left, cores)
+            on = f"{cores} cores" if cores > 1 else "one core"
+            _LOG.info("about %s expected, on %s", hours_text(hours), on)
         if files.reference is not None:
             saved = open_saved(files.reference)
             opened.callback(saved.close)

@@ -65,8 +65,8 @@ _FLASH_WORK = 2 * 2048 * 4096**2 + 4096 * 2048**2  # N K^2 of w1, w3 and w2
 _FLASH_MATRIX = 2048 * 4096
 # What choosing a code takes beside an integer's: the K-types, and points of a codebook.
 _BLOCK_FACTOR, _CODEBOOK_FACTOR = 2.0, 5.5
-_START_SECONDS = 3.0  # core-seconds of a command before its work
-_CORE_FLOPS = 50e9
+START_SECONDS = 3.0  # core-seconds of a command before its work
+CORE_FLOPS = 50e9
 # Core-seconds a GB of source: casts that keep the nibbles, and a search for scales.
 _CAST_SECONDS, _SEARCH_SECONDS = 4.0, 12.0
 # Core-seconds a Flash expert whose codes are searched in a codebook: 31 (iq2_xxs) to 60 (iq3_xxs)
@@ -93,7 +93,7 @@ class Cost:
 def hours_with_text(outline: Outline, cost: Cost, tokens: int) -> float:
     """The hours of `cost` with so many tokens of text instead of its level's."""
     more = cost.level.passes * (tokens - cost.level.tokens)
-    seconds = more * 2 * _active_weights(outline) / _CORE_FLOPS / cost.cores
+    seconds = more * 2 * active_weights(outline.dimensions) / CORE_FLOPS / cost.cores
     return max(0.0, cost.hours + seconds / 3600)
 
 
@@ -145,8 +145,9 @@ def cost_at(
     convert = outline.nbytes / 1e9 * (_CAST_SECONDS if exact else _SEARCH_SECONDS)
     disk_seconds = (outline.nbytes + output) / _DISK_BYTES_A_SECOND
     seconds = max(convert / cores, disk_seconds)
-    seconds += level.passes * level.tokens * 2 * _active_weights(outline) / _CORE_FLOPS / cores
-    seconds += _START_SECONDS * (1 + bool(level.tokens))
+    products = level.passes * level.tokens * 2 * active_weights(dims)
+    seconds += products / CORE_FLOPS / cores
+    seconds += START_SECONDS * (1 + bool(level.tokens))
     experts = dims.n_routed_experts * dims.num_hidden_layers
     if not scheme.block_bytes:  # in GGUF they are left out
         experts += outline.drafts * outline.draft_stages
@@ -169,9 +170,8 @@ def _factor(scheme: Scheme) -> float:
     return _BLOCK_FACTOR if scheme.block_bytes else 1.0
 
 
-def _active_weights(outline: Outline) -> float:
+def active_weights(dims: Dimensions) -> float:
     """Parameters one token's products use: its experts, and everything else but the embedding."""
-    dims = outline.dimensions
     expert = 3 * dims.moe_intermediate_size * dims.hidden_size
     per_layer = (dims.num_experts_per_tok + 1) * expert + _attention_weights(dims)
     return float(dims.num_hidden_layers * per_layer + dims.vocab_size * dims.hidden_size)
