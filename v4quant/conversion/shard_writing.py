@@ -24,6 +24,7 @@ import torch
 
 from v4quant.conversion.delivery import Delivery
 from v4quant.conversion.journal import FinishedShard, Journal
+from v4quant.conversion.pace import Pace
 from v4quant.conversion.plan import Plan
 from v4quant.conversion.records import TensorRecord
 from v4quant.conversion.shared_source import SharedSource
@@ -56,6 +57,7 @@ class _Shop:
     source: SharedSource
     workers: ThreadPoolExecutor
     finishers: ThreadPoolExecutor
+    pace: Pace
     progress: Progress
 
 
@@ -66,11 +68,13 @@ def write_shards(conversions: Sequence[Writing], workers: int, progress: Progres
     `convert_unit`, the writer and the delivery raise.
     """
     shards = [shard for one in conversions for shard in one.shards]
-    progress.start("Converting", sum(u.bytes_in for s in shards for u in s.units), "B")
+    pace = Pace((one.plan, unit) for one in conversions for s in one.shards for unit in s.units)
+    progress.start("Converting", pace.total, "B")
     shop = _Shop(
         SharedSource(conversions[0].plan.checkpoint.shards, shards),
         ThreadPoolExecutor(workers, "convert", initializer=_one_thread),
         ThreadPoolExecutor(_CLOSING * len(conversions), "finish"),
+        pace,
         progress,
     )
     turns = [_write(one, shop) for one in conversions]
@@ -154,7 +158,7 @@ def _convert_units(
         done = future.result()
         running.popleft()
         records.extend([] if unit.again else done)
-        shop.progress.advance(unit.bytes_in)
+        shop.progress.advance(shop.pace.done(one.plan, unit))
         shop.source.read(unit)
 
     try:
