@@ -30,7 +30,8 @@ from typing import Any
 
 import numpy as np
 import psutil
-from script_tools.release_hub import SOURCE, TOKEN, USER, Release, ReleaseHub
+from script_tools.release_hub import SOURCE, TOKEN, USER, ReleaseHub
+from script_tools.releases import Release
 
 from v4quant.checks.independent_decoder import decode_rows
 from v4quant.conversion.records import record_from_dict

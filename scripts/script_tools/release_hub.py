@@ -1,9 +1,8 @@
 """A hub on loopback that serves a release nobody has on disk, and drops what is uploaded.
 
-Source shards are made when their bytes are asked for: header and tensors of the synthetic release,
-the same bytes at every request, their SHA-256 in the listing. Of an uploaded shard the hub keeps
-size, hash and header, and a few modules cut out of the stream as it passes; small files it keeps
-whole. It knows the routes that huggingface_hub and v4quant use, and one token.
+Source shards are made when their bytes are asked for (releases.py), their SHA-256 is in the
+listing. Of an uploaded shard the hub keeps size, hash and header, and a few modules (uploads.py);
+small files it keeps whole. It knows the routes that huggingface_hub and v4quant use, and one token.
 """
 
 from __future__ import annotations
@@ -11,35 +10,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import mmap
-import random
 import re
-import struct
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import torch
-
-from v4quant.synthetic.configs import make_config
-from v4quant.synthetic.inventory import shards_of
-from v4quant.synthetic.values import Faults, pieces
-from v4quant_formats.checkpoint import INDEX_NAME
-from v4quant_formats.manifest import index_json
-from v4quant_formats.shards import FilePlan, plan_shard
-from v4quant_formats.spec import TensorSpec
+from script_tools.releases import Release
+from script_tools.uploads import Uploaded, UploadStream
 
 TOKEN, USER = "hf_TokenOfTheReleaseHub", "tester"
 SOURCE = "maker/release"
-_KEPT = 8  # tensors in memory: neighbours are asked for together
-_LARGE = 256 << 20  # bytes of a tensor that is made before the first request: clients do not wait
-_AT_ONCE = 2  # tensors being made
 _CHUNK = 2**20
 
 
@@ -50,118 +34,6 @@ class Entry:
     size: int
     blob: str
     sha256: str = ""
-
-
-@dataclass
-class Uploaded:
-    """What is kept of an uploaded object: its size, its header (and that with its length, as
-    bytes), and some tensors by name."""
-
-    size: int
-    front: bytes = b""
-    header: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, bytes] = field(default_factory=dict)
-
-
-class Release:
-    """A release's files, made on demand."""
-
-    def __init__(
-        self, release: str, overrides: dict[str, int], tiny: bool, folder: Path | None = None
-    ) -> None:
-        """overrides: integer fields of config.json. tiny: the layout in small.
-
-        folder: where the few large tensors are kept; needed if there are any.
-        """
-        self.config = make_config(release, tiny, overrides, None)
-        self.experts = int(self.config.get("n_routed_experts", 0))
-        chosen = shards_of(release, self.config)
-        self.plans: dict[str, FilePlan] = {
-            f"model-{i:05d}-of-{len(chosen):05d}.safetensors": plan_shard(specs)
-            for i, specs in enumerate(chosen, 1)
-        }
-        where = {s.name: file for file, plan in self.plans.items() for s in plan.specs}
-        total = sum(s.nbytes for plan in self.plans.values() for s in plan.specs)
-        self.small = {
-            "config.json": json.dumps(self.config).encode(),
-            INDEX_NAME: index_json(where, total),
-        }
-        self._made: OrderedDict[str, bytes] = OrderedDict()
-        self._making: dict[str, threading.Lock] = {}
-        self._makers = threading.BoundedSemaphore(_AT_ONCE)
-        self._lock = threading.Lock()
-        self._large: dict[str, memoryview] = {}
-        for spec in (s for plan in self.plans.values() for s in plan.specs):
-            if spec.nbytes >= _LARGE:
-                assert folder is not None, f"{spec.name} needs a folder"
-                self._keep(spec, folder)
-
-    def _keep(self, spec: TensorSpec, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / hashlib.sha1(spec.name.encode()).hexdigest()
-        with path.open("w+b") as file:
-            for piece in pieces(spec, 0, self.experts, Faults()):
-                file.write(piece.view(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._large[spec.name] = memoryview(data)
-
-    def tensor(self, spec: TensorSpec) -> bytes | memoryview:
-        """A tensor's bytes."""
-        if spec.name in self._large:
-            return self._large[spec.name]
-        with self._lock:
-            making = self._making.setdefault(spec.name, threading.Lock())
-        # Slices of one tensor are asked for side by side; it is made once, and few at a time.
-        with making:
-            with self._lock:
-                found = self._made.get(spec.name)
-            if found is None:
-                with self._makers:
-                    parts = pieces(spec, 0, self.experts, Faults())
-                    found = b"".join(p.view(-1).view(torch.uint8).numpy().tobytes() for p in parts)
-                with self._lock:
-                    self._made[spec.name] = found
-                    while len(self._made) > _KEPT:
-                        self._made.popitem(last=False)
-        return found
-
-    def read(self, file: str, start: int, stop: int) -> Iterator[bytes | memoryview]:
-        """Bytes `start:stop` of a shard."""
-        plan, at = self.plans[file], 0
-        for piece, offset, nbytes in [
-            (None, 0, len(plan.header)), *((s, s.offset, s.nbytes) for s in plan.specs)
-        ]:  # fmt: skip
-            assert offset == at, "planned shards have no gaps"
-            at += nbytes
-            if offset < stop and at > start:
-                data = plan.header if piece is None else self.tensor(piece)
-                yield data[max(0, start - offset) : stop - offset]
-
-    def digests(self, kept: Path | None = None) -> dict[str, str]:
-        """SHA-256 of every shard: all of the release is made once.
-
-        kept: a file of digests found before, which the same release reads; written if absent.
-        """
-        headers = {f: hashlib.sha256(p.header).hexdigest() for f, p in self.plans.items()}
-        if kept is not None and kept.is_file():
-            known = json.loads(kept.read_text(encoding="utf-8"))
-            if known["headers"] == headers:
-                digests: dict[str, str] = known["digests"]
-                return digests
-
-        def digest(file: str) -> str:
-            sha = hashlib.sha256()
-            for data in self.read(file, 0, self.plans[file].nbytes):
-                sha.update(data)
-            return sha.hexdigest()
-
-        with ThreadPoolExecutor(2) as pool:
-            found = dict(zip(self.plans, pool.map(digest, self.plans), strict=True))
-        if kept is not None:
-            text = json.dumps({"headers": headers, "digests": found})
-            kept.write_text(text, encoding="utf-8")
-        return found
 
 
 class _Server(ThreadingHTTPServer):
@@ -201,50 +73,6 @@ class ReleaseHub:
     def commit_of(self, repo: str) -> str:
         """A name for the state of a repository."""
         return hashlib.sha1(repr(sorted(self.repos[repo].items())).encode()).hexdigest()
-
-    def wanted(self, header: dict[str, Any]) -> set[str]:
-        """Tensors of a shard's header that are kept: whole modules, by the seed."""
-        modules = sorted({n.rpartition(".")[0] for n in header if n != "__metadata__"})
-        rng = random.Random(f"{self.seed}|{modules[:1]}|{len(modules)}")
-        chosen = set(rng.sample(modules, min(self.samples, len(modules))))
-        return {n for n in header if n.rpartition(".")[0] in chosen and n != "__metadata__"}
-
-
-class _Stream:
-    """An uploaded shard passing by: hashed, counted, samples cut out."""
-
-    def __init__(self, hub: ReleaseHub) -> None:
-        self.hub, self.sha, self.kept = hub, hashlib.sha256(), Uploaded(0)
-        self._front = b""
-        self._cuts: list[tuple[int, int, str]] = []
-        self._parts: dict[str, bytearray] = {}
-
-    def add(self, data: bytes) -> None:
-        self.sha.update(data)
-        start, self.kept.size = self.kept.size, self.kept.size + len(data)
-        if not self.kept.header:
-            self._front += data
-            if len(self._front) < 8 or len(self._front) < 8 + self._length():
-                return
-            length = self._length()
-            self.kept.front = self._front[: 8 + length]
-            self.kept.header = json.loads(self.kept.front[8:])
-            for name in self.hub.wanted(self.kept.header):
-                first, last = self.kept.header[name]["data_offsets"]
-                self._cuts.append((8 + length + first, 8 + length + last, name))
-                self._parts[name] = bytearray()
-            start, data, self._front = 0, self._front, b""
-        for first, last, name in self._cuts:
-            if first < start + len(data) and last > start:
-                self._parts[name] += data[max(0, first - start) : last - start]
-
-    def _length(self) -> int:
-        length: int = struct.unpack("<Q", self._front[:8])[0]
-        return length
-
-    def end(self) -> Uploaded:
-        self.kept.tensors = {name: bytes(part) for name, part in self._parts.items()}
-        return self.kept
 
 
 def _blob(data: bytes) -> str:
@@ -382,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"transfer": "basic", "objects": rows})
 
     def put(self, oid: str) -> None:
-        stream = _Stream(self.hub)
+        stream = UploadStream(self.hub.seed, self.hub.samples)
         for data in self._body():
             stream.add(data)
             self.hub.received += len(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def test_a_small_release_from_hub_to_hub(tmp_path: Path) -> None:
 
 def test_the_source_is_the_same_at_every_request() -> None:
     load_script("full_scale")  # makes script_tools known
-    from script_tools.release_hub import Release
+    from script_tools.releases import Release
 
     release = Release("flash", {"num_hidden_layers": 1, "n_routed_experts": 2}, True)
     file, plan = max(release.plans.items(), key=lambda item: item[1].nbytes)
@@ -42,7 +43,9 @@ def test_the_source_is_the_same_at_every_request() -> None:
 
 def test_a_changed_tensor_is_noticed(tmp_path: Path) -> None:
     script = load_script("full_scale")
-    from script_tools.release_hub import Entry, Release, ReleaseHub, Uploaded
+    from script_tools.release_hub import Entry, ReleaseHub
+    from script_tools.releases import Release
+    from script_tools.uploads import Uploaded
 
     release = Release("flash", {"num_hidden_layers": 1, "n_routed_experts": 2}, True)
     file, spec = next(
@@ -73,11 +76,14 @@ def test_a_changed_tensor_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", [1, 2])
 def test_samples_are_whole_modules(seed: int) -> None:
     load_script("full_scale")
-    from script_tools.release_hub import Release, ReleaseHub
+    from script_tools.uploads import UploadStream
 
-    release = Release("flash", {"num_hidden_layers": 1, "n_routed_experts": 2}, True)
-    with ReleaseHub(release, seed, 2) as hub:
-        names = {"a.w1.weight": {}, "a.w1.scale": {}, "b.weight": {}, "c.weight": {}}
-        wanted = hub.wanted(names)
+    names = ["a.w1.weight", "a.w1.scale", "b.weight", "c.weight"]
+    header = json.dumps({n: {"data_offsets": [i, i + 1]} for i, n in enumerate(names)}).encode()
+    stream = UploadStream(seed, 2)
+    for byte in struct.pack("<Q", len(header)) + header + b"abcd":
+        stream.add(bytes([byte]))
+    wanted = stream.end().tensors
     assert len({n.rpartition(".")[0] for n in wanted}) == 2
     assert ("a.w1.weight" in wanted) == ("a.w1.scale" in wanted)
+    assert all(data == b"abcd"[names.index(n) :][:1] for n, data in wanted.items())

@@ -16,10 +16,8 @@ from __future__ import annotations
 import os
 import re
 import threading
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from pathlib import Path
 from v4quant.hub.download import download, part_path
 from v4quant.hub.errors import HubError
 from v4quant.hub.remote import Remote
+from v4quant.hub.slices import RemoteSlices
 from v4quant.hub.stopping import Stop, join_all
 from v4quant_formats.shard_files import read_whole
 from v4quant_formats.system import bytes_at, forget_cached, open_for_reading
@@ -35,9 +34,6 @@ from v4quant_kernels.errors import V4QuantError
 DOWNLOADS = 2  # at a time
 RANGE_BYTES = 64 * 2**10  # reads up to this size need not fetch a shard,
 RANGE_SHARE = 16  # unless they have added up to this fraction of it
-_SLICES_AT_ONCE = 16
-_GAP, _LARGEST_SPAN = 16 * 2**10, 4 * 2**20  # between slices read as one, and of such a one
-_KEPT_SPAN, _KEPT_BYTES = 2**20, 16 * 2**20
 _CLOSING_SECONDS = 1.0  # for downloads that were told to end
 _GLANCE = 0.5  # seconds between looks whether to end
 _NAME = re.compile(r"[0-9a-f]{16}-[^/]+\.(safetensors|gguf)(\.part)?")
@@ -56,23 +52,6 @@ class _Shard:
     size: int
     readers: int = 0
     used: int = 0
-
-
-def merge_slices(offsets: Sequence[int], count: int, size: int) -> list[tuple[int, int]]:
-    """Spans (start, stop) of a file of `size` bytes that hold `count` bytes at each offset.
-
-    Slices that are close to each other share a span: a request costs more than a few kilobytes that
-    nobody needs. Sorted, disjoint.
-    """
-    spans: list[tuple[int, int]] = []
-    for start in sorted(set(offsets)):
-        stop = min(start + count, size)
-        first, last = spans[-1] if spans else (start, start)
-        if spans and start - last <= _GAP and stop - first <= _LARGEST_SPAN:
-            spans[-1] = first, max(last, stop)
-        else:
-            spans.append((start, stop))
-    return spans
 
 
 def remove_shards(folder: Path) -> None:
@@ -132,7 +111,7 @@ class ShardCache:
         self._pinned: set[str] = set()
         self._fetching: set[str] = set()
         self._ranged: dict[str, int] = {}
-        self._spans: dict[tuple[str, int, int], bytes] = {}
+        self._slices = RemoteSlices(remote)
         self._reserved, self._clock = 0, 0
         self._threads: list[threading.Thread] = []
         self._error: BaseException | None = None
@@ -188,26 +167,7 @@ class ShardCache:
             finally:
                 with self._changed:
                     shard.readers -= 1
-        spans = merge_slices(offsets, count, self._remote.files[file].size)
-        with ThreadPoolExecutor(_SLICES_AT_ONCE) as pool:
-            read = dict(zip(spans, pool.map(lambda s: self._span(file, *s), spans), strict=True))
-        starts = [start for start, _ in spans]
-        found = []
-        for offset in offsets:
-            span = spans[bisect_right(starts, offset) - 1]
-            found.append(read[span][offset - span[0] :][:count])
-        return found
-
-    def _span(self, file: str, start: int, stop: int) -> bytes:
-        """Bytes over the network; short ones are kept, for whoever asks again (each engine)."""
-        data = self._spans.get((file, start, stop))
-        if data is None:
-            data = self._remote.read(file, start, stop - start)
-            with self._changed:
-                kept = sum(map(len, self._spans.values()))
-                if len(data) <= _KEPT_SPAN and kept + len(data) <= _KEPT_BYTES:
-                    self._spans[file, start, stop] = data
-        return data
+        return self._slices.read(file, offsets, count)
 
     def expect(self, files: Sequence[str]) -> None:
         """Begin to fetch these, in this order; everything else in the cache makes room."""

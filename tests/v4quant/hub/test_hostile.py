@@ -27,7 +27,7 @@ from tests.support.fake_hub import TOKEN, USER, FakeHub
 from v4quant.hub.errors import HubError
 from v4quant.hub.refs import HubRef
 from v4quant.hub.remote import open_remote
-from v4quant.hub.shard_cache import merge_slices
+from v4quant.hub.slices import merge_slices
 from v4quant.hub.source import open_hub
 from v4quant.publishing.publisher import RepoFile, push
 from v4quant_formats.errors import SourceChanged
