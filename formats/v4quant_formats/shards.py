@@ -306,6 +306,7 @@ def output_error(path: Path, error: OSError) -> OutputError:
         errno.EROFS: "the file system is read-only; choose another output folder",
         errno.EACCES: "permission denied; choose a folder you may write to",
         errno.EPERM: "permission denied; choose a folder you may write to",
+        errno.ENOENT: "its folder was deleted or moved meanwhile; run the same command again",
     }
     why = remedies.get(error.errno or 0, error.strerror or str(error))
     return OutputError(f"{path}: cannot be written: {why}")

@@ -23,6 +23,7 @@ import click
 from v4quant import __version__
 from v4quant.cli import _exit, _output
 from v4quant.cli._common import add_common
+from v4quant.cli._folders import explained, require_working_folder
 from v4quant.cli._interrupted import stopped
 from v4quant.cli._termination import end, is_watched, watch_signals
 from v4quant.hub.stopping import end_network
@@ -132,6 +133,7 @@ def main() -> NoReturn:
     _output.manner.json = "--json" in sys.argv[1:]
     began = time.monotonic()
     try:
+        require_working_folder()
         code = cli.main(prog_name="v4quant", standalone_mode=False)
         _tell_costs(began)
         sys.exit(code if isinstance(code, int) else 0)
@@ -163,7 +165,8 @@ def _fail(error: Exception) -> NoReturn:
     if os.environ.get("V4QUANT_DEBUG") == "1":
         raise error
     _output.detail("".join(traceback.format_exception(error)))
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = explained(error) if isinstance(error, OSError) else str(error)
+    text = " ".join(text.split()) or type(error).__name__
     if len(text) > _LONGEST_ERROR:  # a file may hold a name of a megabyte
         text = f"{text[:_LONGEST_ERROR]} ..."
     code = error.exit_code if isinstance(error, V4QuantError) else _exit.FAILED

@@ -1,0 +1,68 @@
+"""Folders that vanish before or under a command: named, with what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import v4quant
+from tests.support.conversion import TINY
+from v4quant.cli._folders import explained
+from v4quant_formats.errors import OutputError
+
+IN_A_GONE_FOLDER = """
+import os, sys
+os.chdir(sys.argv.pop(1))
+os.rmdir(os.getcwd())
+from v4quant.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_a_working_folder_that_is_gone(command: str, tmp_path: Path) -> None:
+    """As a process: libraries load their parts from where it was started."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_GONE_FOLDER, gone, command, TINY],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "has been deleted; change into one that exists" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("where", "work"),
+    [("conversion.job", lambda out: v4quant.quantize(TINY, out, scheme="int4-g32")),
+     ("onnx_export.export",
+      lambda out: v4quant.export_onnx(TINY, out, scheme="int4-g32", layers=["1"]))],
+    ids=["quantize", "export-onnx"],
+)  # fmt: skip
+def test_an_output_folder_that_vanishes(
+    where: str, work: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "home" / "out"
+    monkeypatch.setattr(f"v4quant.{where}._check_space", lambda *_: shutil.rmtree(out.parent))
+    with pytest.raises((OutputError, OSError)) as caught:
+        work(out)
+    error = caught.value
+    said = explained(error) if isinstance(error, OSError) else str(error)
+    assert os.fspath(tmp_path / "home") in said and "was deleted or moved" in said
+    assert "Errno" not in said
+
+
+def test_what_vanished_is_the_highest_folder_that_did(tmp_path: Path) -> None:
+    lost = FileNotFoundError(errno.ENOENT, "no such file", os.fspath(tmp_path / "a" / "b" / "c"))
+    assert explained(lost).startswith(f"{tmp_path / 'a'}: was deleted or moved")
+    assert "run it again" in explained(FileNotFoundError(errno.ENOENT, "no such file"))
+    full = OSError(errno.ENOSPC, "no space", "x")
+    assert explained(full) == str(full)
