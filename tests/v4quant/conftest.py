@@ -13,7 +13,7 @@ from huggingface_hub.utils import close_session
 from tests.support.conversion import TINY
 from tests.support.fake_hub import TOKEN, FakeHub
 from tests.support.shard_bytes import EditableCheckpoint
-from v4quant.hub import client, lines
+from v4quant.hub import lines, patience
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[FakeHub
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(client, "LONGEST_WAIT", 0.02)
+        monkeypatch.setattr(patience, "pause", lambda seconds, stopped: time.sleep(seconds))
         monkeypatch.setattr(lines, "_DIRECT", 2**14)  # whole shards of the tests are large bodies
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         sleep = time.sleep

@@ -24,7 +24,7 @@ class HubOffline(HubError):
 class PassingFailure(Exception):
     """A failure that another try may not meet; `wait` is what the server asked for."""
 
-    def __init__(self, text: str, wait: float | None = None, weight: int = 1) -> None:
-        """weight: as how many tries it counts."""
+    def __init__(self, text: str, wait: float | None = None) -> None:
+        """wait: seconds."""
         super().__init__(text)
-        self.wait, self.weight = wait, weight
+        self.wait = wait

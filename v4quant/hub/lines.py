@@ -20,17 +20,16 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from v4quant.hub.errors import PassingFailure
+from v4quant.hub.patience import ENOUGH_BYTES, allowed, current_patience
 from v4quant.hub.stopping import Stop, current, refuse_stopped, register
 
 if TYPE_CHECKING:
     import httpx2
 
-SLOW_SECONDS, SLOW_BYTES = 20.0, 20_000
-"""An answer that brings fewer bytes while it is waited for so long, from its first byte on, is
-given up; so is a server that takes no more."""
+SLOW_SECONDS = 20.0
+"""An answer that brings fewer than `ENOUGH_BYTES` while it is waited for so long, from its first
+byte on, is given up; so is a server that takes no more."""
 _PAUSES = 4  # that count as a slow line, however short
-SLOW_WEIGHT = 5
-"""As how many tries of a broken connection one counts that was waited for as long as this."""
 _SENT = 2**16  # bytes given to the system at a time
 _PIECE = 2**18
 _DIRECT, _BUFFER = 2**22, 2**20  # bytes of a body that is read directly, and of its pieces
@@ -73,7 +72,7 @@ class _Line:
         self._begun, self._waited, self._count = False, 0.0, 0
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        started = time.monotonic()
+        started, timeout = time.monotonic(), allowed(timeout)
         with _given_up("has not answered", timeout):
             data: bytes = self._stream.read(max(max_bytes, _PIECE), timeout)
         self._watch(started, len(data))
@@ -90,7 +89,7 @@ class _Line:
         """As `read`, into memory that is there; bytes read, 0 at the end."""
         import httpx2
 
-        started = time.monotonic()
+        started, timeout = time.monotonic(), allowed(timeout)
         below = self.get_extra_info("socket")
         with _given_up("has sent nothing", timeout):
             try:
@@ -110,11 +109,11 @@ class _Line:
             self._waited += min(time.monotonic() - started, SLOW_SECONDS / _PAUSES)
         self._begun = True
         self._count += count
+        if patience := current_patience():
+            patience.flowed(count)
         if self._waited > SLOW_SECONDS:
-            if count and self._count / self._waited < SLOW_BYTES / SLOW_SECONDS:
-                raise PassingFailure(
-                    f"fewer than {SLOW_BYTES:,} bytes in {SLOW_SECONDS:.0f} s", weight=SLOW_WEIGHT
-                )
+            if count and self._count / self._waited < ENOUGH_BYTES / SLOW_SECONDS:
+                raise PassingFailure(f"fewer than {ENOUGH_BYTES:,} bytes in {SLOW_SECONDS:.0f} s")
             self._waited, self._count = 0.0, 0
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
@@ -123,9 +122,9 @@ class _Line:
         self._begun, self._waited, self._count = True, 0.0, 0
         view = memoryview(buffer)
         for start in range(0, len(view), _SENT):
-            started, piece = time.monotonic(), view[start : start + _SENT]
-            with _given_up("takes nothing", timeout):
-                self._stream.write(piece, timeout)
+            started, piece, limit = time.monotonic(), view[start : start + _SENT], allowed(timeout)
+            with _given_up("takes nothing", limit):
+                self._stream.write(piece, limit)
             self._watch(started, len(piece))
         self._begun, self._waited, self._count = False, 0.0, 0
 
@@ -155,8 +154,9 @@ def _given_up(how: str, timeout: float | None) -> Iterator[None]:
         yield
     except (TimeoutException, TimeoutError):
         refuse_stopped()
-        weight = SLOW_WEIGHT if timeout and timeout >= SLOW_SECONDS else 1
-        raise PassingFailure(f"{how} for {timeout or 0:.0f} s", weight=weight) from None
+        if timeout and timeout < 1 and (patience := current_patience()):
+            raise patience.nothing() from None
+        raise PassingFailure(f"{how} for {timeout or 0:.0f} s") from None
     except Exception:
         refuse_stopped()
         raise

@@ -12,20 +12,16 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urljoin, urlsplit
 
-from v4quant.hub.client import (
-    Patience,
-    broken,
-    client,
-    passing,
-    persistently,
-    refusal,
-)
+from v4quant.hub.client import client, persistently
 from v4quant.hub.errors import HubError, HubNotFound, PassingFailure
+from v4quant.hub.failures import broken, refusal
 from v4quant.hub.lines import read_body
+from v4quant.hub.patience import SHORTEST_TRY, VARIABLE, Patience, patience_seconds
 from v4quant.hub.refs import HubRef
 from v4quant.hub.session import origin
 from v4quant.hub.stopping import is_stopped
@@ -39,9 +35,6 @@ MAX_FILE_BYTES = 2**44
 _MAX_REDIRECTS = 5
 _READINGS, _WIDER = 6, 64
 _MAX_PAGES = 1000
-_PROGRESS, _PROGRESS_SHARE = 2**20, 4  # bytes, or one part of what was asked for
-_WRONG_WEIGHT = 4  # as how many tries of a broken connection an answer to something else counts
-_LISTING_SECONDS, _FILE_SECONDS = 45.0, 0.005  # a listing may take, and more for every file
 
 
 @dataclass(frozen=True)
@@ -138,27 +131,26 @@ class Remote:
         import httpx2
 
         at = start
-        patience = Patience(f"{self}: reading {name}", stopped)
+        patience = Patience(f"{self}: reading {name}", stopped, stop - start)
         while at < stop:
             if stopped():
                 raise HubError(f"{self}: reading {name}: stopped")
-            began, enough = at, min(_PROGRESS, (stop - at) // _PROGRESS_SHARE + 1)
+            pieces = self._request(name, at, stop)
             try:
-                for piece in self._request(name, at, stop):
+                while True:
+                    with patience.governs():
+                        piece = next(pieces, None)
+                    if piece is None:
+                        break
                     at += len(piece)
-                    # A line of a few bytes a second is not progress.
-                    if at - began >= enough:
-                        patience.progressed()
-                    yield piece
+                    patience.gained(len(piece))
+                    with patience.stands_still():
+                        yield piece
                 failure = PassingFailure(f"the answer ended at byte {at:,} of {stop:,}")
             except PassingFailure as error:
                 failure = error
             except httpx2.TransportError as error:
                 failure = broken(f"{self}: reading {name}", error)
-            except RuntimeError as error:  # the shared client was closed after a failure elsewhere
-                if "closed" not in str(error):
-                    raise
-                failure = PassingFailure(str(error))
             if at < stop:
                 patience.wait(failure)
 
@@ -200,8 +192,6 @@ class Remote:
         return target
 
     def _check(self, name: str, elsewhere: bool, response: Any) -> None:
-        if failure := passing(response):
-            raise failure
         if response.status_code in (200, 206):
             return
         # A signed link that ran out; the next try asks for a new one.
@@ -220,9 +210,7 @@ class Remote:
                 r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "")
             )
             if told is None or int(told[1]) != start:
-                raise PassingFailure(
-                    "the answer holds a different range than requested", weight=_WRONG_WEIGHT
-                )
+                raise PassingFailure("the answer holds a different range than requested")
             if told[2] not in ("*", str(self.files[name].size)):
                 raise SourceChanged(
                     f"{self}: {name}: has {told[2]} bytes, but the repository announces "
@@ -257,7 +245,8 @@ def open_remote(ref: HubRef, commit: str | None = None) -> Remote:
 
 def list_files(api: HfApi, repo: str, revision: str) -> dict[str, RemoteFile]:
     """All files of a revision by name, checked. Raises HubError or UnsafePath."""
-    files = [file for page in _pages(api, repo, revision) for file in map(_listed, page) if file]
+    pages = _pages(api, repo, revision)
+    files = [file for file in map(_listed, chain.from_iterable(pages)) if file]
     for file in files:
         check_name(repo, file.name)
         whole = isinstance(file.size, int) and 0 <= file.size <= MAX_FILE_BYTES
@@ -266,14 +255,17 @@ def list_files(api: HfApi, repo: str, revision: str) -> dict[str, RemoteFile]:
     return {f.name: f for f in files}
 
 
-def _pages(api: HfApi, repo: str, revision: str) -> Iterator[list[dict[str, Any]]]:
-    """The pages of a listing, each asked for until it comes. Raises HubError when it has no end."""
+def _pages(api: HfApi, repo: str, revision: str) -> list[list[dict[str, Any]]]:
+    """The pages of a listing, within the time that one answer may take.
+
+    Raises HubError when they have no end.
+    """
     from huggingface_hub import get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
     home = f"{api.endpoint}/api/models/{repo}/tree/{quote(revision, safe='')}?recursive=true"
     url: str = home
-    entries, began = 0, time.monotonic()
+    pages: list[list[dict[str, Any]]] = []
 
     def ask() -> tuple[list[dict[str, Any]], str]:
         headers = build_hf_headers(token=api.token, library_name="v4quant")
@@ -284,19 +276,21 @@ def _pages(api: HfApi, repo: str, revision: str) -> Iterator[list[dict[str, Any]
             raise HubError(f"hf://{repo}: the hub's listing does not have the expected form")
         return page, str(answer.links.get("next", {}).get("url", ""))
 
+    entries, began, seconds = 0, time.monotonic(), patience_seconds()
     for _ in range(_MAX_PAGES):
-        page, following = persistently(f"hf://{repo}: listing files", ask)
+        left = began + seconds - time.monotonic()
+        if left <= SHORTEST_TRY:
+            raise HubError(
+                f"hf://{repo}: has listed only {entries:,} files within {seconds:.0f} s; try again "
+                f"later ({VARIABLE} waits longer)"
+            )
+        page, following = persistently(f"hf://{repo}: listing files", ask, seconds=left)
+        pages.append(page)
         entries += len(page)
         if entries > MAX_FILES:
             break
-        if time.monotonic() - began > _LISTING_SECONDS + entries * _FILE_SECONDS:
-            raise HubError(
-                f"hf://{repo}: has listed only {entries:,} files in "
-                f"{time.monotonic() - began:.0f} s; try again later"
-            )
-        yield page
         if not following:
-            return
+            return pages
         url = urljoin(url, following)
         if origin(url) != origin(home):
             raise HubError(f"hf://{repo}: its listing goes on at another host; refused")

@@ -8,8 +8,6 @@ bytes and seconds. Nothing is accepted compressed: a small answer could then fil
 
 from __future__ import annotations
 
-import io
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from v4quant.hub.errors import HubError
+from v4quant.hub.failures import broken
 from v4quant.hub.lines import watch_lines
-from v4quant_formats.system import forget_cached
+from v4quant.hub.patience import allowed, has_answered, note_answer
+from v4quant.hub.persistent import address, leave_retries_to_us, send_in_large_pieces
 
 if TYPE_CHECKING:
     import httpx2
@@ -31,11 +31,9 @@ LONGEST_SILENCE = {"GET": 20.0, "HEAD": 20.0}
 LONGEST_WORK = 60.0
 """Seconds a server may let a request wait for the next byte of its answer, where whoever made the
 request sets no limit, and those of others, which may be work (a commit, the end of an upload)."""
-UPLOAD_PIECE = 2**20
-_FORGOTTEN = 8 * 2**20  # bytes sent that leave the page cache at a time
 _SECRETS = ("authorization", "cookie")
 _guarded = threading.Lock()
-_state = {"guarded": False, "answered": False}
+_guard = {"on": False}
 
 
 def guard_session() -> None:
@@ -43,7 +41,7 @@ def guard_session() -> None:
     from huggingface_hub.utils import _http, close_session, set_client_factory
 
     with _guarded:
-        if _state["guarded"]:
+        if _guard["on"]:
             return
         before: Callable[[], httpx2.Client] = getattr(
             _http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory
@@ -58,6 +56,7 @@ def guard_session() -> None:
                     "HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE"
                 ) from None
             watch_lines(client)
+            leave_retries_to_us(client)
             hooks = client.event_hooks
             client.event_hooks = {
                 "request": [*hooks.get("request", ()), _before],
@@ -67,12 +66,7 @@ def guard_session() -> None:
 
         set_client_factory(guarded)
         close_session()
-        _state["guarded"] = True
-
-
-def has_answered() -> bool:
-    """Whether any server has answered this process; until then a hub may not be there at all."""
-    return _state["answered"]
+        _guard["on"] = True
 
 
 def origin(url: str) -> tuple[str, str, int | None]:
@@ -97,43 +91,16 @@ def _before(request: httpx2.Request) -> None:
         longest = LONGEST_SILENCE.get(request.method, LONGEST_WORK)
         for kind in ("read", "write", "connect"):
             limits[kind] = limits.get(kind) or longest
-        if not _state["answered"]:
+        if not has_answered():
             limits["connect"] = min(limits["connect"], CONNECT_SECONDS)
-    # A file that is sent; the client's own pieces are so small that they cost more than the bytes.
-    stream: Any = request.stream
-    if isinstance(getattr(stream, "CHUNK_SIZE", None), int):
-        stream.CHUNK_SIZE = UPLOAD_PIECE
-        stream._stream = _sent(stream._stream)
-
-
-class _Sent:
-    """A file that is sent; what is gone of it leaves the page cache, so that what is fetched
-    meanwhile takes memory that is warm."""
-
-    def __init__(self, stream: Any, file: Any) -> None:
-        """`file`: what is open below `stream`."""
-        self._stream, self._file, self._start = stream, file, file.tell()
-
-    def read(self, count: int) -> bytes:
-        end = self._file.tell()
-        if end - self._start >= _FORGOTTEN:
-            forget_cached(self._file.fileno(), self._start, end - self._start)
-            self._start = end
-        data: bytes = self._stream.read(count)
-        return data
-
-
-def _sent(stream: Any) -> Any:
-    """What reads as `stream` does, a file or a slice of one; anything else is left as it is."""
-    file = getattr(stream, "fileobj", stream)
-    return _Sent(stream, file) if isinstance(file, io.BufferedReader) else stream
+    send_in_large_pieces(request)
 
 
 def _after(response: httpx2.Response) -> None:
     import httpx2
 
-    _state["answered"] = True
-    what = re.sub(r"\?.*", "", str(response.request.url))[:200]
+    note_answer()
+    what = address(response.request)
     if response.headers.get("content-encoding", "identity").lower() != "identity":
         raise HubError(f"{what}: answers compressed, which was not asked for; refused")
     if "range" in response.request.headers:  # a file; its reader knows how long it is
@@ -146,17 +113,21 @@ def _after(response: httpx2.Response) -> None:
             self._stream = stream
 
         def __iter__(self) -> Iterator[bytes]:
-            count, end = 0, time.monotonic() + MAX_ANSWER_SECONDS
-            for piece in self._stream:
-                count += len(piece)
-                if count > MAX_ANSWER_BYTES:
-                    raise HubError(f"{what}: answers with more than {MAX_ANSWER_BYTES:,} bytes")
-                if time.monotonic() > end:
-                    raise HubError(
-                        f"{what}: has not answered in full after {MAX_ANSWER_SECONDS:.0f} s; try "
-                        "again later"
-                    )
-                yield piece
+            seconds = allowed(MAX_ANSWER_SECONDS) or 0.0
+            count, end = 0, time.monotonic() + seconds
+            try:
+                for piece in self._stream:
+                    count += len(piece)
+                    if count > MAX_ANSWER_BYTES:
+                        raise HubError(f"{what}: answers with more than {MAX_ANSWER_BYTES:,} bytes")
+                    if time.monotonic() > end:
+                        raise HubError(
+                            f"{what}: has not answered in full after {seconds:.0f} s; try again "
+                            "later"
+                        )
+                    yield piece
+            except httpx2.TransportError as error:
+                raise broken(what, error) from None
 
         def close(self) -> None:
             self._stream.close()

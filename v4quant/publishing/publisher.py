@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from pathlib import Path
@@ -22,15 +23,16 @@ from typing import TYPE_CHECKING, Any
 from v4quant.hub.client import client, persistently
 from v4quant.hub.download import download
 from v4quant.hub.errors import HubAccessError, HubError, HubNotFound, PassingFailure
+from v4quant.hub.patience import current_patience
 from v4quant.hub.refs import HubRef
 from v4quant.hub.remote import RemoteFile, check_name, list_files, open_remote, require
-from v4quant.hub.stopping import is_stopped
+from v4quant.hub.stopping import Stop, current, is_stopped
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.file_hash import hash_file
 from v4quant_formats.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
 CARD_NAME = "README.md"
 SHARD_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".onnx_data")
@@ -213,8 +215,7 @@ class Publisher:
                 add.upload_info.sha256 = bytes.fromhex(file.sha256)
                 operations.append(add)
             sent = sum(p.size for p in todo)
-            adds = [o for o in operations if isinstance(o, CommitOperationAdd)]
-            self._api.preupload_lfs_files(self.repo, adds, num_threads=_UPLOADS)
+            self._send([o for o in operations if isinstance(o, CommitOperationAdd)])
             with self._committing:  # bytes travel side by side, commits follow one another
                 parent, there = self._head()  # other commits came while the bytes travelled
                 self._refuse_changes(plan, within, there)
@@ -225,6 +226,35 @@ class Publisher:
             self._made |= {p.name: p for p in plan.files}
             self._made |= dict.fromkeys(plan.deletions)
         return sent
+
+    def _send(self, adds: Sequence[CommitOperationAdd]) -> None:
+        """Bring the bytes of large files to the hub, each tried again by itself."""
+        stop = current() or Stop()
+
+        def send(some: Sequence[CommitOperationAdd]) -> None:
+            with stop.governs():
+                self._ask(
+                    f"sending {some[0].path_in_repo}",
+                    lambda: self._api.preupload_lfs_files(self.repo, list(some), num_threads=1),
+                )
+
+        alone = [add for add in adds if add.path_in_repo.endswith(SHARD_SUFFIXES)]
+        rest = [add for add in adds if add not in alone]
+        groups = [[add] for add in alone] + ([rest] if rest else [])
+        if len(groups) == 1:
+            send(groups[0])
+            return
+        with ThreadPoolExecutor(_UPLOADS) as pool:
+            sendings = [pool.submit(send, group) for group in groups]
+            try:
+                for sending in as_completed(sendings):
+                    sending.result()
+            except BaseException:
+                stop.set()  # what else is being sent would be for nothing
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        if patience := current_patience():
+            patience.answered()
 
     def _create(self, title: str, operations: list[Any], parent: str) -> None:
         from huggingface_hub.errors import HfHubHTTPError

@@ -21,6 +21,7 @@ from huggingface_hub.utils import close_session
 
 import v4quant.hub.client
 import v4quant.hub.lines
+import v4quant.hub.patience
 import v4quant.hub.remote
 import v4quant.hub.session
 from tests.support.fake_hub import TOKEN, USER, FakeHub
@@ -52,6 +53,13 @@ def two_hosts(
         hub.add_repo(REF.repo, model_files)
         yield hub
     close_session()
+
+
+def a_shard(folder: Path, count: int) -> RepoFile:
+    """A file of zeros that goes into large storage."""
+    shard = folder / "model.safetensors"
+    shard.write_bytes(bytes(count))
+    return RepoFile(shard.name, count, hashlib.sha256(bytes(count)).hexdigest(), shard)
 
 
 def hosts_with_token(hub: FakeHub) -> set[str]:
@@ -145,17 +153,23 @@ def test_redirects_to_what_is_no_address(location: str, hub: FakeHub) -> None:
         remote.read(NAME, 0, 8)
 
 
+@pytest.mark.parametrize("route", ["info", "tree", "resolve", "lfs_batch", "lfs_put", "commit"])
 @pytest.mark.parametrize(
     "told",
     ["9999999", "9" * 400, formatdate(time.time() + 1e6, usegmt=True)],
     ids=["seconds", "digits", "date"],  # a name with the time in it differs between workers
 )
-def test_waits_of_days_are_refused_at_once(told: str, hub: FakeHub) -> None:
-    hub.answers["info"] = lambda handler: handler._send(429, b"", {"Retry-After": told})
+def test_waits_of_days_are_refused_at_once(
+    told: str, route: str, hub: FakeHub, tmp_path: Path
+) -> None:
+    """Also where the client itself would sleep for as long."""
+    hub.answers[route] = lambda handler: handler._send(429, b"", {"Retry-After": told})
     started = time.monotonic()
     with pytest.raises(HubError, match=r"asks to wait [0-9,.]+ hours"):
-        open_remote(REF)
+        open_remote(REF).read(NAME, 0, 8)
+        push(f"{USER}/new", [a_shard(tmp_path, 1000)])
     assert time.monotonic() - started < 10
+    assert hub.count(route) == 1
 
 
 def test_a_server_may_pause(
@@ -214,7 +228,7 @@ def test_a_hub_that_is_not_there_is_told_soon(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ten tries are for a hub that has answered before."""
-    monkeypatch.setitem(v4quant.hub.session._state, "answered", False)
+    monkeypatch.setitem(v4quant.hub.patience._state, "answered", False)
     hub.fail("info", "drop", 50)
     with pytest.raises(HubError, match="failed 3 times"):
         open_remote(REF)
@@ -295,7 +309,7 @@ def test_servers_that_never_come_to_an_end(
     monkeypatch.setattr(v4quant.hub.session, "LONGEST_SILENCE", silence)
     monkeypatch.setattr(v4quant.hub.session, "LONGEST_WORK", 0.4)
     monkeypatch.setattr(v4quant.hub.lines, "SLOW_SECONDS", 0.2)
-    monkeypatch.setattr(v4quant.hub.remote, "_LISTING_SECONDS", 0.2)
+    monkeypatch.setattr(v4quant.hub.patience, "DEFAULT_SECONDS", 2.0)
     pause = time.sleep.__closure__[0].cell_contents  # type: ignore[union-attr]
     over = threading.Event()
     link = f'<{hub.url}/api/models/{REF.repo}/tree/main>; rel="next"'
@@ -313,14 +327,12 @@ def test_servers_that_never_come_to_an_end(
         hub.slow = lambda name: float(not over.wait(60))
     else:
         hub.answers[route] = answer
-    shard = tmp_path / "model.safetensors"
-    shard.write_bytes(bytes(2**24))  # more than the buffers of a connection hold
-    digest = hashlib.sha256(bytes(2**24)).hexdigest()
+    shard = a_shard(tmp_path, 2**24)  # more than the buffers of a connection hold
     started = time.monotonic()
     try:
         with pytest.raises(HubError):
             open_remote(REF)
-            push(f"{USER}/new", [RepoFile(shard.name, 2**24, digest, shard)])
+            push(f"{USER}/new", [shard])
     finally:
         over.set()
     assert time.monotonic() - started < 20

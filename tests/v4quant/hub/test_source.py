@@ -316,10 +316,10 @@ def test_refusals_are_clear_and_at_once(
     with pytest.raises(HubNotFound):
         open_hub(HubRef(REF.repo, "no-such-branch"))
     plain_hub.fail("info", "503", 20)
-    with pytest.raises(HubError, match=r"10 times in a row.*503"):
+    with pytest.raises(HubError, match=r"failed \d+ times in a row.*503"):
         open_hub(REF)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(HubError, match="10 times in a row"):
+    with pytest.raises(HubError, match=r"failed \d+ times in a row.*refused"):
         open_hub(REF)
 
 
