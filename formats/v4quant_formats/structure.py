@@ -35,6 +35,7 @@ from v4quant_formats.errors import (
     ImplausibleScales,
     MissingTensor,
     UnexpectedTensor,
+    UnknownTokenizer,
     WrongDtype,
 )
 from v4quant_formats.model_config import (
@@ -49,6 +50,7 @@ from v4quant_formats.naming import GATE_UP_BLOCKS
 from v4quant_formats.release_config import FIXED
 from v4quant_formats.scale_sense import odd_scales
 from v4quant_formats.spec import TensorSpec, torch_dtype
+from v4quant_formats.vocabulary_files import odd_vocabulary
 from v4quant_formats.weights import StoredWeight, find_weight
 from v4quant_kernels.late import torch
 
@@ -117,6 +119,8 @@ def find_defects(checkpoint: Checkpoint) -> Structure:
         defects += _of_model(checkpoint, config, names, stored)
         if checkpoint.has_data:
             defects += _of_tables(checkpoint, config, stored)
+    for problem in islice(odd_vocabulary(checkpoint), MAX_DEFECTS):
+        defects.append(Defect("", problem, UnknownTokenizer, blocking=False))
     for odd in islice(odd_scales(checkpoint, stored), MAX_DEFECTS):
         defects.append(Defect(odd.module, odd.problem, ImplausibleScales, blocking=odd.beyond))
     return Structure(config, names, stored, tuple(defects[:MAX_DEFECTS]))
