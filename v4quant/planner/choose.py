@@ -42,7 +42,16 @@ def choose(outline: Outline, request: Request) -> Answer:
         kept, missing = _ENGINES[engine](outline, request)
         found += kept
         remedies += missing
-    return Answer(tuple(_best(_joined(found))), tuple(remedies))
+    return Answer(tuple(_best(_joined(found))), tuple(_said_once(remedies)))
+
+
+def _said_once(remedies: Sequence[str]) -> list[str]:
+    """What several engines say alike, in one line: `vllm, sglang: ...`."""
+    engines: dict[str, list[str]] = {}
+    for remedy in remedies:
+        engine, _, told = remedy.partition(": ")
+        engines.setdefault(told, []).append(engine)
+    return [f"{', '.join(names)}: {told}" for told, names in engines.items()]
 
 
 def _joined(candidates: Sequence[Candidate]) -> list[Candidate]:

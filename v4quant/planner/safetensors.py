@@ -28,10 +28,10 @@ def no_attention(machine: Machine, engine: str) -> str:
     """Why an engine is not for these cards."""
     if machine.is_amd:
         return (
-            f"{engine}: not examined on AMD's cards; its ROCm build may serve the release as it "
-            "is, with nothing to convert: see its documents first"
+            f"{engine}: not examined on AMD's cards; a ROCm build may serve the release as it is, "
+            "with nothing to convert: see its documents first"
         )
-    return f"{engine}: has attention kernels for DeepSeek-V4 on {', '.join(V4_ATTENTION)} only"
+    return f"{engine}: attention kernels for DeepSeek-V4 exist on {', '.join(V4_ATTENTION)} only"
 
 
 def parts_of(machine: Machine, config: ModelConfig) -> int:
