@@ -29,6 +29,7 @@ from v4quant_calibration.evaluation.verdict import CLEAR, SMALL
 
 TOP, BOTTOM = 44.0, 330.0
 _LABEL_HEIGHT = 14.0
+_MOST_STEPS = 24  # lines that a name may move
 
 
 def candidates(result: Figures) -> list[Figures]:
@@ -170,8 +171,8 @@ def _marks(
 ) -> list[str]:
     """Dots with their names, from above: on the right of a dot, in the right half on its left.
 
-    A name that would touch another, a dot, or what is `taken` (x from, to, baseline), moves down,
-    or up at the foot of the plot.
+    A name that would touch another, a dot, or what is `taken` (x from, to, baseline), goes to the
+    nearest free place on either side.
     """
 
     def height_of(y: float) -> float:
@@ -184,15 +185,28 @@ def _marks(
         name = svg.shorten(whole, 16 if frame.is_narrow else 20)
         tip = f"{whole}: {size(x)}, mean KL {plain(y, 3)} nats"
         parts.append(svg.circle(at, height, 5, "local", tip))
-        side, width = (-1 if at > frame.middle else 1), 10 + len(name) * svg.CHARACTER_WIDTH
-        first, last = sorted((at + 8 * side, at + side * width))
-        line = height + 4
-        while any(first < b and a < last and abs(line - h) < _LABEL_HEIGHT for a, b, h in taken):
-            line += _LABEL_HEIGHT if height < BOTTOM - 4 * _LABEL_HEIGHT else -_LABEL_HEIGHT
-        taken.append((first, last, line))
+        side, line = _free_place(at, height, len(name) * svg.CHARACTER_WIDTH, frame, taken)
         anchor = "start" if side > 0 else "end"
-        parts.append(svg.label(at + 10 * side, max(line, 10), name, "legend", anchor))
+        parts.append(svg.label(at + 10 * side, line, name, "legend", anchor))
     return parts
+
+
+def _free_place(
+    at: float, height: float, width: float, frame: Frame, taken: list[tuple[float, float, float]]
+) -> tuple[int, float]:
+    """(side, baseline) of a name of `width` beside a dot, which is then `taken`."""
+    usual = -1 if at > frame.middle else 1
+    steps = sorted(range(-_MOST_STEPS, _MOST_STEPS + 1), key=lambda step: (abs(step), -step))
+    for step, side in ((step, side) for step in steps for side in (usual, -usual)):
+        line = height + 4 + step * _LABEL_HEIGHT
+        first, last = sorted((at + 8 * side, at + side * (10 + width)))
+        inside = frame.left <= first and last <= frame.right and 10 <= line <= BOTTOM
+        if inside and not any(
+            first < b and a < last and abs(line - h) < _LABEL_HEIGHT for a, b, h in taken
+        ):
+            break
+    taken.append((first, last, line))
+    return side, line
 
 
 def _grid(axis: svg.LogAxis, ticks: Sequence[float], place: Any, frame: Frame) -> list[str]:

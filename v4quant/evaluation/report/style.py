@@ -1,8 +1,9 @@
 """The report's style sheet: one set of colour names, a value for light and one for dark each.
 
 The two series differ in shape as well as in colour, and alarms carry a word or a sign, so that
-nothing depends on seeing red. Every plot is there twice: a narrow screen shows the one that was
-drawn for it, so that no label shrinks and nothing scrolls sideways.
+nothing depends on seeing red. A table that is wider than the page has a shadow where it goes on.
+Every plot is there twice: a narrow screen shows the one that was drawn for it, so that no label
+shrinks and nothing scrolls sideways.
 """
 
 from __future__ import annotations
@@ -38,9 +39,14 @@ margin:16px 0;font-size:17px;max-width:none;overflow-wrap:anywhere}
 margin:16px 0}
 .findings h2{color:var(--alarm);margin:10px 0 6px}.findings td:last-child{white-space:normal}
 .clean{color:var(--same)}
-.wide{overflow-x:auto}
+.wide{overflow-x:auto;background:linear-gradient(90deg,var(--page) 30%,transparent),
+linear-gradient(270deg,var(--page) 30%,transparent) 100% 0,
+radial-gradient(farthest-side at 0 50%,var(--soft),transparent),
+radial-gradient(farthest-side at 100% 50%,var(--soft),transparent) 100% 0;
+background-repeat:no-repeat;background-size:40px 100%,40px 100%,10px 100%,10px 100%;
+background-attachment:local,local,scroll,scroll}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:5px 10px;border-bottom:1px solid var(--rule);vertical-align:top}
+th,td{text-align:right;padding:5px 8px;border-bottom:1px solid var(--rule);vertical-align:top}
 th{font-weight:600;font-size:13px;color:var(--soft);vertical-align:bottom}
 .name{text-align:left;min-width:8em;overflow-wrap:break-word}
 .name+.name{min-width:6em}
