@@ -30,7 +30,7 @@ SLOW_SECONDS = 20.0
 """An answer that brings fewer than `ENOUGH_BYTES` while it is waited for so long, from its first
 byte on, is given up; so is a server that takes no more."""
 _PAUSES = 4  # that count as a slow line, however short
-_SENT = 2**16  # bytes given to the system at a time
+_SENT = 2**16  # bytes given to an encrypted line at a time
 _PIECE = 2**18
 _DIRECT, _BUFFER = 2**22, 2**20  # bytes of a body that is read directly, and of its pieces
 _LONGEST_PIECE = 0.25  # seconds until a piece is handed on that has not become whole
@@ -121,12 +121,30 @@ class _Line:
         refuse_stopped()
         self._begun, self._waited, self._count = True, 0.0, 0
         view = memoryview(buffer)
-        for start in range(0, len(view), _SENT):
-            started, piece, limit = time.monotonic(), view[start : start + _SENT], allowed(timeout)
+        while view:
+            started, limit = time.monotonic(), allowed(timeout)
             with _given_up("takes nothing", limit):
-                self._stream.write(piece, limit)
-            self._watch(started, len(piece))
+                count = self._write_some(view, limit)
+            self._watch(started, count)
+            view = view[count:]
         self._begun, self._waited, self._count = False, 0.0, 0
+
+    def _write_some(self, view: memoryview, timeout: float | None) -> int:
+        """Give the system what it takes now; how many bytes that was."""
+        from httpcore2 import WriteError
+
+        below = self.get_extra_info("socket")
+        if self.get_extra_info("ssl_object") is not None or not isinstance(below, socket.socket):
+            piece = view[:_SENT]  # an encrypted line takes all of it, however long that lasts
+            self._stream.write(piece, timeout)
+            return len(piece)
+        try:
+            below.settimeout(timeout)
+            return below.send(view)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise WriteError(str(error)) from None
 
     def hang_up(self) -> None:
         below = self.get_extra_info("socket")
