@@ -19,7 +19,7 @@ from pathlib import Path
 from v4quant_formats.errors import FormatError, OutputError
 from v4quant_formats.gguf.imatrix import is_own_imatrix
 from v4quant_formats.safetensors_header import read_header
-from v4quant_formats.shards import output_error, write_file_atomically
+from v4quant_formats.shards import leftovers, output_error, write_file_atomically
 from v4quant_formats.small_files import read_small
 from v4quant_formats.system import sync_folder
 
@@ -82,6 +82,7 @@ class NewFiles:
 def refuse_existing(files: Iterable[NewFile], overwrite: bool) -> None:
     """Raise OutputError for a file that is there, unless it is ours and may be replaced."""
     for file in files:
+        _remove_unnamed(file)
         if not (file.path.exists() or file.path.is_symlink()):
             continue
         if file.path.is_dir():
@@ -96,6 +97,15 @@ def refuse_existing(files: Iterable[NewFile], overwrite: bool) -> None:
                 f"{file.path}: exists already ({file.what}); choose another name, or replace it "
                 "with --overwrite"
             )
+
+
+def _remove_unnamed(file: NewFile) -> None:
+    """Remove whole files that a process killed between their last two steps left beside this one:
+    under a temporary name of ours, and of the kind that it would have replaced."""
+    with suppress(OSError):
+        for path in leftovers(file.path.parent, [file.path.name]):
+            if not path.is_symlink() and path.is_file() and file.is_ours(path):
+                path.unlink()
 
 
 def statistics_file(path: Path) -> NewFile:

@@ -24,6 +24,7 @@ from v4quant.existing import (
     statistics_file,
 )
 from v4quant_formats.errors import OutputError
+from v4quant_formats.shards import write_file_atomically
 from v4quant_kernels.user_cache import cache_folder
 
 Make = Callable[[Path, Path, bool], object]
@@ -224,3 +225,33 @@ def test_a_solution_is_replaced_when_the_new_one_is_whole(
     (out / "sub" / "mine").write_text("mine")
     with pytest.raises(OutputError, match="mine"):
         solve(overwrite=True)
+
+
+def test_what_a_kill_between_the_last_two_steps_left_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file takes the place of another by a name of its own, which outlives a kill there."""
+    path = tmp_path / "stats.v4q"
+    _statistics(tmp_path, path, False)
+    first = path.read_bytes()
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", kill)
+        patched.setattr(Path, "unlink", kill)  # nothing cleans up after a kill
+        with pytest.raises(Killed):
+            write_file_atomically(path, first)
+    (left,) = (p for p in tmp_path.iterdir() if p.name.endswith(".part"))
+    assert left.read_bytes() == first
+    theirs = [tmp_path / "stats.v4q.0123abcd.part", tmp_path / "other.v4q.01234567.part"]
+    for place, data in zip(theirs, (b"not ours", first), strict=True):
+        place.write_bytes(data)
+    with pytest.raises(OutputError, match="exists already"):
+        refuse_existing([statistics_file(path)], False)
+    assert not left.exists() and all(place.exists() for place in theirs)
+    assert path.read_bytes() == first
