@@ -62,7 +62,7 @@ def run(file: Path, out: Path, *more: str) -> Result:
 def test_an_interrupted_ladder_ends_in_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, out = write(tmp_path), tmp_path / "out"
+    file, out = write(tmp_path), tmp_path / "my models"
     whole = run(file, tmp_path / "whole")
     assert whole.exit_code == 0, whole.output
     convert, calls = shard_writing.convert_unit, list[str]()
@@ -86,6 +86,7 @@ def test_an_interrupted_ladder_ends_in_the_same_bytes(
         assert folder_bytes(out / name) == folder_bytes(tmp_path / "whole" / name)
     found = json.loads(again.stdout)
     assert [one["name"] for one in found["ladder"]] == ["int4-g128", "small"]
+    assert found["ladder"][1]["serve"] == f"vllm serve '{out / 'small'}'"
     (other,) = found["evaluation"]["others"]
     assert other["candidate"]["scheme"] == "int2-g128"
     assert other["kl_mean"] > found["evaluation"]["kl_mean"]
