@@ -49,7 +49,7 @@ from v4quant.progress import default_progress
 from v4quant.publishing.card import CardRequest
 from v4quant.publishing.card_ladder import Sibling
 from v4quant.publishing.hub_folders import keep_source, update_card
-from v4quant.shell import command_line
+from v4quant.publishing.serving import serve_command
 from v4quant.source import Source, open_source
 from v4quant_calibration.solve.solution import Evidence, Solution
 from v4quant_calibration.statistics.coverage import coverage
@@ -119,7 +119,8 @@ def run(
         checked = check_all(job, pipeline.verify, targets, source, made)
         for target, one, (verified, place) in zip(targets, converted, checked, strict=True):
             path = place.repo if isinstance(place, HubRef) else str(place)
-            serve = _serve_command(target.recipe.layout.serve, path, one.result.first_file)
+            layout, model = target.recipe.layout, one.result.first_file
+            serve = serve_command(layout, path, model, isinstance(place, HubRef))
             done.append((place, Conversion(target.name, str(place), one.result, verified, serve)))
         found = None
         if pipeline.evaluate is not None:
@@ -135,11 +136,6 @@ def run(
         all(one.verified for _, one in done), first.serve, time.monotonic() - started,
         tuple(one for _, one in done) if pipeline.is_ladder else (),
     )  # fmt: skip
-
-
-def _serve_command(form: str, path: str, file: str) -> str:
-    """form: words with places for the checkpoint and its first file."""
-    return command_line([word.format(path=path, file=file) for word in form.split()])
 
 
 def _keep_source(job: Job, pipeline: Pipeline, source: Checkpoint, outline: Outline) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from v4quant.evaluation.report.text import escape_markdown
+from v4quant.shell import command_line
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.engines import ENGINES, GPUS
 from v4quant_formats.engines.engine import Release
@@ -51,6 +52,16 @@ def accepted_engines(checkpoint: Checkpoint) -> tuple[Preflight, ...]:
     """What the preflight says of every engine that it thinks will load a checkpoint."""
     found = (preflight(checkpoint, name, every_split=True) for name in ENGINES)
     return tuple(f for f in found if f.loads)
+
+
+def serve_command(layout: Layout, place: str, file: str, published: bool) -> str:
+    """The command that serves a conversion: a folder `place` whose first file is `file`, or a
+    repository. vLLM and SGLang run on Linux only, so theirs is for `sh`."""
+    if "{file}" not in layout.serve:
+        return command_line([w.format(path=place) for w in layout.serve.split()], "sh")
+    if published:
+        return command_line(["llama-server", "-hf", place])
+    return command_line([w.format(path=place, file=file) for w in layout.serve.split()])
 
 
 def serving_lines(
