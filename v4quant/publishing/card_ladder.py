@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from v4quant.evaluation.figures import Figures
 from v4quant.evaluation.report import svg
 from v4quant.evaluation.report.candidates import SizePoint, sizes_plot
+from v4quant.evaluation.report.decision import grade_text
 from v4quant.evaluation.report.style import STYLE
 from v4quant.evaluation.report.text import code_span, escape_markdown
 from v4quant.publishing.card_facts import markdown_table, size_text
@@ -42,7 +43,11 @@ def other_sizes(siblings: Sequence[Sibling], repo: str, charted: bool) -> str:
         name = escape_markdown(one.repo.rpartition("/")[2])
         link = f"[{name}](https://huggingface.co/{one.repo})" if one.repo else "not published"
         shown = f"**{name}** (this one)" if one.repo == repo else link
-        figures = (f"{one.kl:.2e}", f"{100 * one.top1:.2f} %", escape_markdown(one.grade))
+        figures = (
+            f"{one.kl:.2e}",
+            f"{100 * one.top1:.2f} %",
+            escape_markdown(grade_text(one.grade)),
+        )
         rows.append((shown, code_span(one.scheme), size_text(one.nbytes), *figures))
     columns = ("Repository", "Experts", "Size", "Mean KL (nats)", "Same top-1 token", "Verdict")
     table = markdown_table(columns, rows)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 from v4quant_formats.engines.engine import V4_ATTENTION, Engine
+from v4quant_formats.engines.sglang_memory import Serving, pool_bytes
+from v4quant_formats.model_config import ModelConfig
 
 _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _TOP = {"embed": "model.embed_tokens", "head": "lm_head", "norm": "model.norm"}
@@ -19,6 +21,13 @@ def _module_name(module: str, layers: int) -> str:
     name = name.replace(".attn.", ".self_attn.").replace(".ffn.", ".mlp.")
     path, _, last = name.rpartition(".")
     return f"{path}.{_PROJECTIONS.get(last, last)}" if "experts." in path + "." else name
+
+
+_CHUNK = 8192  # its default on cards of 60 to 160 GB
+
+
+def _kv_cache(config: ModelConfig, gpus: int, context: int) -> int:
+    return pool_bytes(config, Serving(gpus, context, _CHUNK))
 
 
 FP4_PROBE_OFF = "SGLANG_DSV4_FP4_EXPERTS=0"
@@ -53,6 +62,7 @@ SGLANG = Engine(
     reads_linear_fp8=True,
     reads_ignore_for_nvfp4=("v4", "v41"),
     needs_nvfp4_keys=True,
+    kv_cache=_kv_cache,
     chat_options={
         "v4": ("--reasoning-parser deepseek-v4", "--tool-call-parser deepseekv4"),
         "v41": ("--reasoning-parser deepseek-v41", "--tool-call-parser deepseekv41"),

@@ -156,7 +156,7 @@ def test_memory_counts_shares_and_context(converted: Converted) -> None:
     with open_checkpoint(folder) as checkpoint:
         assert one.weights == checkpoint.nbytes
     assert one.weights / 2 < two.weights < one.weights
-    short, longer = (check(folder, "sglang", context=n).memory for n in (8192, 16384))
+    short, longer = (check(folder, "tensorrt-llm", context=n).memory for n in (8192, 16384))
     assert short is not None and longer is not None and longer.weights == one.weights
     assert longer.kv_cache - short.kv_cache == 8192 * (128 * 2 // 4 * 2 + 128 * 2 // 128 + 2 * 64)
     decoded = check(folder, "transformers").memory

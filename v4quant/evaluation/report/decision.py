@@ -27,6 +27,12 @@ SHORT: dict[Grade, str] = {
 }
 
 
+def grade_text(grade: str) -> str:
+    """A grade in few words; one of another version as it stands."""
+    told = text(grade)
+    return next((SHORT[g] for g in GRADES if g == told), told)
+
+
 @dataclass(frozen=True)
 class Decision:
     """One candidate. grade: in words; sentence: why. size, kl: infinite where not known.
@@ -77,8 +83,7 @@ def _decision(part: Figures, name: str) -> Decision:
     verdict, facts = part.verdict, part.candidate
     nbytes, kl = facts.bytes, part.kl_mean
     defects = len(part.findings or ())
-    told = text(verdict.grade)
-    grade = next((SHORT[g] for g in GRADES if g == told), told)
+    grade = grade_text(verdict.grade)
     sentence = text(verdict.text)
     if defects:
         grade = "suspected defects"

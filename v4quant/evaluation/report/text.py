@@ -17,7 +17,7 @@ import re
 from v4quant.visible import visible
 from v4quant_kernels.errors import V4QuantError
 
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]!|~:@$]|(?<=www)\.)", re.IGNORECASE)
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]!|~@$]|:(?=\S)|(?<=www)\.)", re.IGNORECASE)
 
 
 class ReportError(V4QuantError):
