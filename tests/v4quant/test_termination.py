@@ -106,3 +106,28 @@ def test_ended_while_a_library_is_loaded(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == -signal.SIGTERM
         assert time.monotonic() - started < 10
+
+
+BEGINNING = """
+import os, runpy, signal, sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module("v4quant", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot interrupt itself alone")
+@pytest.mark.parametrize("module", ["v4quant.cli", "click", "v4quant.cli._termination"])
+def test_ended_before_the_command_line_is_there(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BEGINNING, module], cwd=ROOT, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGINT and not done.stderr

@@ -119,7 +119,7 @@ def _read_environment(command: click.Command, prefix: str) -> None:
 def main() -> NoReturn:
     """Entry point of the `v4quant` command."""
     signal.signal(signal.SIGTERM, _on_terminate)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):
         signal.signal(signal.SIGINT, _on_interrupt)
     watch_signals(stopped("Terminated", _command()), stopped("Interrupted", _command()))
     if os.environ.get("V4QUANT_DEBUG") != "1":

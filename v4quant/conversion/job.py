@@ -48,7 +48,8 @@ class JobResult:
 
     first_file: of the output's shards; for GGUF the one that llama.cpp is given.
     engram_relative_rms: of the worst of V4.1's tables; _in_use: with every row weighted by how
-    often the calibration text used it, 0 where that is not known.
+    often the calibration text used it, 0 where that is not known. seconds, peak_rss_bytes: of this
+    process, with all conversions that ran side by side.
     """
 
     output: str

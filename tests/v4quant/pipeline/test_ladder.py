@@ -247,3 +247,32 @@ def test_siblings_of_one_large_file_and_many_small_ones_are_evaluated(
         assert facts["base_model"] and all(
             value not in (None, "", [], {}) for value in facts.values()
         )
+
+
+TO_A_HUB = """
+source = "SOURCE"
+target = "hf://USER/V4-Tiny"
+[[quantize]]
+scheme = "nvfp4"
+[[quantize]]
+scheme = "mxfp4"
+"""
+
+
+@pytest.mark.parametrize("cap", [None, "6MB", "3MB"])
+def test_targets_share_the_disk_or_take_turns(
+    cap: str | None, plain_hub: FakeHub, tmp_path: Path
+) -> None:
+    """A cap that holds a shard of one target only makes them one after the other."""
+    text = TO_A_HUB.replace("SOURCE", str(TINY)).replace("USER", fake_hub.USER)
+    (tmp_path / "ladder.toml").write_text(text)
+    options = [] if cap is None else ["--disk-cap", cap]
+    done = run(tmp_path / "ladder.toml", tmp_path / "out", *options)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert ("side by side from one read" in done.stderr) == (cap != "3MB")
+    for scheme in ("nvfp4", "mxfp4"):
+        convert(TINY, tmp_path / scheme, scheme)
+        found = plain_hub.files(f"{fake_hub.USER}/V4-Tiny-{scheme}")
+        for name, data in folder_bytes(tmp_path / scheme).items():
+            assert found[name] == data or name == "v4quant.json", name
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
