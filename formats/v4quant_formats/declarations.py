@@ -6,6 +6,7 @@ stops nothing here, but whoever works on the checkpoint is told.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,11 @@ from v4quant_formats.model_config import ConfigError
 from v4quant_formats.weights import StoredWeight
 
 _ELEMENTS = {"fp4": ("e2m1",), "fp8": ("e4m3",)}
-_FAMILY = "deepseek_v4"
+_FAMILY = re.compile(r"deepseek_v4(1)?(_[a-z]+)?")
+_CLASSES = re.compile(r"DeepseekV4(1)?[A-Za-z]*For(CausalLM|ConditionalGeneration)")
+_DTYPES = ("bfloat16", "float16", "float32", "auto")
+# What goes with blocks of FP8 in every release and in every engine.
+_BLOCK_FP8 = {"fmt": "e4m3", "activation_scheme": "dynamic"}
 _BOOLEANS = ("tie_word_embeddings", "use_cache")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Numbers of the arithmetic in which no two releases of a family differ; nothing in the tensors
@@ -29,8 +34,14 @@ _CONSTANTS: Mapping[str, tuple[float, ...]] = {
     "hc_sinkhorn_iters": (20,),
     "rope_theta": (10_000,),
     "compress_rope_theta": (160_000,),
+    "swiglu_limit": (10,),
 }
-_YARN_CONSTANTS: Mapping[str, tuple[float, ...]] = {"beta_fast": (32,), "beta_slow": (1,)}
+_YARN_CONSTANTS: Mapping[str, tuple[float, ...]] = {
+    "beta_fast": (32,),
+    "beta_slow": (1,),
+    "factor": (16,),
+    "original_max_position_embeddings": (65_536,),
+}
 
 
 def false_statements(
@@ -40,6 +51,7 @@ def false_statements(
     yield from _of_counts(checkpoint)
     yield from _of_experts(checkpoint, stored)
     yield from _of_quantization(checkpoint, stored)
+    yield from _of_block_fp8(checkpoint, stored)
     text = checkpoint.config.get("text_config")
     said = {**(text if isinstance(text, Mapping) else {}), **checkpoint.config}
     yield from _of_kinds(said)
@@ -101,11 +113,40 @@ def _of_quantization(
         yield _note(f"config.json declares quant_method {method!r}, but nothing is quantized")
 
 
+def _of_block_fp8(checkpoint: Checkpoint, stored: Mapping[str, StoredWeight]) -> Iterator[Defect]:
+    """What `quant_method: fp8` says of dense matrices in blocks, which engines believe."""
+    declared = checkpoint.config.get("quantization_config")
+    if not isinstance(declared, Mapping) or declared.get("quant_method") != "fp8":
+        return
+    coded = [w.scheme for m, w in stored.items() if w.scheme and is_linear(m) and not w.base]
+    blocks = {s.block for s in coded if s.element == "e4m3" and s.block[0] > 1}
+    said = declared.get("weight_block_size")
+    if said is not None and blocks and said not in [list(block) for block in blocks]:
+        has = " and ".join(f"{block[0]} x {block[1]}" for block in sorted(blocks))
+        yield _note(f"config.json's weight_block_size is {short(said)}, the blocks are {has}")
+    for key, wanted in _BLOCK_FP8.items():
+        if declared.get(key, wanted) != wanted:
+            yield _note(
+                f"config.json's quantization says {key} {short(declared[key])}, not {wanted}"
+            )
+
+
+def _is_class(name: object) -> bool:
+    return isinstance(name, str) and _CLASSES.fullmatch(name) is not None
+
+
 def _of_kinds(config: Mapping[str, Any]) -> Iterator[Defect]:
     """Values that are of no use to anybody, and what every release says otherwise."""
     model = config.get("model_type")
-    if model is not None and not (isinstance(model, str) and model.startswith(_FAMILY)):
-        yield _note(f"config.json's model_type is {short(model)}, V4's is {_FAMILY}", ConfigError)
+    if model is not None and not (isinstance(model, str) and _FAMILY.fullmatch(model)):
+        yield _note(f"config.json's model_type is {short(model)}, V4's is deepseek_v4", ConfigError)
+    classes = config.get("architectures")
+    named = isinstance(classes, list) and classes and all(map(_is_class, classes))
+    if classes is not None and not named:
+        yield _note(f"config.json's architectures is {short(classes)}, none of V4's", ConfigError)
+    for key in ("dtype", "torch_dtype"):
+        if config.get(key) is not None and config[key] not in _DTYPES:
+            yield _note(f"config.json's {key} is {short(config[key])}, no dtype of weights")
     if config.get("rope_scaling") is None:
         problem = "config.json has no rope_scaling, but every V4 release scales positions by YaRN; "
         yield _note(problem + "if a tool dropped it, long texts come out wrong", ConfigError)

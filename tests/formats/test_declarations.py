@@ -23,6 +23,10 @@ from v4quant_formats.structure import find_defects
         ("rope_scaling", None, "no rope_scaling"),
         ("eos_token_id", 5000, "no token's number"),
         ("num_nextn_predict_layers", True, "no count"),
+        ("model_type", "deepseek_v4x", "model_type is 'deepseek_v4x'"),
+        ("architectures", ["LlamaForCausalLM"], "none of V4's"),
+        ("torch_dtype", 7, "no dtype of weights"),
+        ("swiglu_limit", 7.0, "every V4 release has 10"),
         ("rope_theta", 15000, "rope_theta is 15000, every V4 release has 10000"),
         ("hc_sinkhorn_iters", 21, "every V4 release has 20"),
         ("rms_norm_eps", 1e-5, "every V4 release has 1e-06"),
@@ -33,6 +37,21 @@ def test_statements_that_are_false_are_named(
 ) -> None:
     checkpoint = EditableCheckpoint.read(TINY)
     checkpoint.config[key] = value
+    with open_checkpoint(checkpoint.write(tmp_path)) as opened:
+        assert any(text in note for note in find_defects(opened).notes), find_defects(opened).notes
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("weight_block_size", [64, 64], r"the blocks are 128 x 128"),
+        ("fmt", "e5m2", "says fmt 'e5m2', not e4m3"),
+        ("activation_scheme", "static", "not dynamic"),
+    ],
+)
+def test_what_is_said_of_blocks(key: str, value: object, text: str, tmp_path: Path) -> None:
+    checkpoint = EditableCheckpoint.read(TINY)
+    checkpoint.config["quantization_config"][key] = value
     with open_checkpoint(checkpoint.write(tmp_path)) as opened:
         assert any(text in note for note in find_defects(opened).notes), find_defects(opened).notes
 
