@@ -25,6 +25,34 @@ _TOKEN_NAME = ".made-by-v4quant"
 _MAX_BYTES = 2**16
 
 
+class SameFolder:
+    """A folder that work goes on in for hours: when another one, or a link to one, has taken its
+    place, nothing more is written there."""
+
+    def __init__(self, path: Path) -> None:
+        """Looks at nothing yet."""
+        self._path = path
+        self._known: tuple[int, int] | None = None
+
+    def require(self) -> None:
+        """Make the folder at the first call, if need be; later ones find that very folder.
+
+        Raises OutputError.
+        """
+        try:
+            if self._known is None:
+                self._path.mkdir(parents=True, exist_ok=True)
+            found = self._path.stat()
+        except OSError as error:
+            raise output_error(self._path, error) from None
+        self._known = self._known or (found.st_dev, found.st_ino)
+        if self._known != (found.st_dev, found.st_ino):
+            raise OutputError(
+                f"{self._path}: another folder has taken its place while the command ran; nothing "
+                "more was written there; put it back, or choose another, and run the command again"
+            )
+
+
 def make_home(home: Path) -> None:
     """Make a folder for results, and record that it was not there before. Raises OutputError."""
     try:

@@ -16,6 +16,7 @@ import v4quant
 from tests.support.conversion import TINY
 from v4quant.cli._folders import explained
 from v4quant_formats.errors import OutputError
+from v4quant_formats.shards import ShardWriter
 
 IN_A_GONE_FOLDER = """
 import os, sys
@@ -66,3 +67,31 @@ def test_what_vanished_is_the_highest_folder_that_did(tmp_path: Path) -> None:
     assert "run it again" in explained(FileNotFoundError(errno.ENOENT, "no such file"))
     full = OSError(errno.ENOSPC, "no space", "x")
     assert explained(full) == str(full)
+
+
+@pytest.mark.parametrize("moment", range(2))
+def test_a_folder_that_took_the_place_of_the_output_gets_nothing(
+    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").write_text("mine")
+    real, calls = ShardWriter.close, iter(range(100))
+
+    def close(writer: ShardWriter) -> Any:
+        written = real(writer)
+        if next(calls) == moment:
+            out.rename(tmp_path / "moved")
+            out.symlink_to(other)
+        return written
+
+    monkeypatch.setattr(ShardWriter, "close", close)
+    with pytest.raises(OutputError, match=r"taken its place|deleted or moved"):
+        v4quant.quantize(TINY, out, scheme="int4-g32")
+    # What was under way at that moment may come to its end, and no more.
+    assert {p.name for p in other.iterdir()} <= {"mine.txt", ".v4quant"}
+    assert not list(other.rglob("*.safetensors*"))
+    out.unlink()
+    (tmp_path / "moved").rename(out)
+    monkeypatch.undo()
+    v4quant.quantize(TINY, out, scheme="int4-g32")

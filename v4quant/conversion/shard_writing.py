@@ -30,6 +30,7 @@ from v4quant.conversion.records import TensorRecord
 from v4quant.conversion.shared_source import SharedSource
 from v4quant.conversion.unit import convert_unit
 from v4quant.conversion.units import ShardPlan, Unit
+from v4quant.own_folders import SameFolder
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.shards import ShardWriter, temporary_path
 from v4quant_kernels.progress import Progress
@@ -113,11 +114,14 @@ def _write(one: Writing, shop: _Shop) -> Generator[int, None, None]:
     """Write one conversion's shards; before each unit, how many bytes of the source lie behind."""
     closing: deque[Future[None]] = deque()
     begins = _begins(one.plan)
+    home = SameFolder(one.out)
+    home.require()
     for shard in one.shards:
         while len(closing) > _CLOSING or (closing and not one.delivery.has_room(shard.nbytes)):
             closing.popleft().result()
         one.delivery.make_room(shard.nbytes)
         shop.source.acquire(shard)
+        home.require()
         writer = ShardWriter(one.out / shard.file, shard.file_plan(), one.delivery.reads_again)
         try:
             records = yield from _convert_units(one, shop, shard, begins[shard.file], writer)
@@ -128,6 +132,7 @@ def _write(one: Writing, shop: _Shop) -> Generator[int, None, None]:
         closing.append(shop.finishers.submit(_close_shard, writer, records, one))
     for future in closing:
         future.result()
+    home.require()
 
 
 def _begins(plan: Plan) -> dict[str, int]:

@@ -27,6 +27,7 @@ from v4quant.hub.errors import HubError
 from v4quant.hub.remote import Remote
 from v4quant.hub.slices import RemoteSlices
 from v4quant.hub.stopping import Stop, join_all
+from v4quant.own_folders import SameFolder
 from v4quant_formats.shard_files import read_whole
 from v4quant_formats.system import bytes_at, forget_cached, open_for_reading
 from v4quant_kernels.errors import V4QuantError
@@ -84,13 +85,13 @@ class ShardCache:
         lock: ExitStack | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """`folder` takes the shards; cap: bytes (default three of the largest
-        shards, or what an earlier run left there).
+        """`folder` takes the shards; cap: bytes (default three of the largest, or what is there).
 
         cached: shards that already lie on this disk, elsewhere. keep: what was fetched outlives
         `close`, for a later run. lock: closed by `close`. Raises DiskCapError.
         """
         self._remote, self._folder, self._cached = remote, folder, dict(cached)
+        self._home = SameFolder(folder)
         self._names = set(shards)
         sizes = {n: remote.files[n].size for n in sorted(self._names)}
         largest = max(sizes.values(), default=0)
@@ -292,6 +293,7 @@ class ShardCache:
                 self._fetching.add(file)
             path = self._path(file)
             try:
+                self._home.require()
                 with stop.governs():
                     download(self._remote, self._remote.files[file], path, ended, self.advance)
                 handle = open_for_reading(path)
