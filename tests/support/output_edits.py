@@ -21,6 +21,8 @@ from v4quant_formats.manifest import MANIFEST_NAME, SEAL, sealed
 Edit = Callable[[random.Random, Path], str | None]
 _UNSAID = ("tool", SEAL)
 """What no source and recipe tell: only the manifest's own digest holds it."""
+_FREE = ("source", "name")
+"""A folder's name, which may change at any time."""
 
 
 def reseal(folder: Path) -> None:
@@ -62,7 +64,7 @@ def edit_json(rng: random.Random, path: Path, spared: tuple[str, ...] = ()) -> s
     """Drop, change, retype or add one value anywhere in a JSON file."""
     table = json.loads(path.read_text())
     top = rng.choice([key for key in table if key not in spared])
-    place = rng.choice([p for p in _places(table) if p[0] == top])
+    place = rng.choice([p for p in _places(table) if p[0] == top and p != _FREE])
     parent = table
     for key in place[:-1]:
         parent = parent[key]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -75,6 +75,8 @@ def record_from_dict(table: Any) -> TensorRecord:
     for key in ("module", "disposition", "source", "target"):
         if key not in values:
             raise ManifestError(f"{MANIFEST_NAME}: a record lacks '{key}'")
+    if values["disposition"] not in get_args(Disposition):
+        raise ManifestError(f"{MANIFEST_NAME}: a record's 'disposition' is none that there is")
     return TensorRecord(**values)
 
 
