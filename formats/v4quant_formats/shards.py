@@ -217,9 +217,11 @@ class ShardWriter:
             digest = self._hash.digest()
             if not self._is_named:
                 _publish(self._handle, self._temporary, self.path)
+            written = os.fstat(self._handle)
             os.close(self._handle)
             if self._is_named:
                 self._temporary.replace(self.path)
+            require_same(self.path, written)
             sync_folder(self.path.parent)
         except OSError as error:
             raise output_error(self.path, error) from None
@@ -230,6 +232,17 @@ class ShardWriter:
         self._hash.stop()
         os.close(self._handle)
         self._temporary.unlink(missing_ok=True)
+
+
+def require_same(path: Path, written: os.stat_result) -> None:
+    """Raise OutputError unless a name belongs to the file that was written, and hashed: somebody
+    may have put another one, or a link, in its place meanwhile. Raises OSError."""
+    found = path.lstat()
+    if (found.st_dev, found.st_ino) != (written.st_dev, written.st_ino):
+        raise OutputError(
+            f"{path}: another file was put in its place while it was written; run the same command "
+            "again"
+        )
 
 
 def _create(temporary: Path, nameless: bool) -> tuple[int, bool]:

@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import v4quant
 from tests.support.conversion import TINY
+from tests.support.fake_hub import FakeHub
 from v4quant.cli._folders import explained
+from v4quant.hub.download import download, part_path
+from v4quant.hub.refs import HubRef
+from v4quant.hub.remote import open_remote
 from v4quant_formats.errors import OutputError
-from v4quant_formats.shards import ShardWriter
+from v4quant_formats.shards import ShardWriter, plan_shard, temporary_path
+from v4quant_formats.spec import TensorSpec
 
 IN_A_GONE_FOLDER = """
 import os, sys
@@ -95,3 +101,40 @@ def test_a_folder_that_took_the_place_of_the_output_gets_nothing(
     (tmp_path / "moved").rename(out)
     monkeypatch.undo()
     v4quant.quantize(TINY, out, scheme="int4-g32")
+
+
+def test_a_file_that_took_the_place_of_one_being_written_is_not_taken(tmp_path: Path) -> None:
+    """What was hashed is what gets the name."""
+    theirs = tmp_path / "theirs.safetensors"
+    theirs.write_bytes(b"precious")
+    specs = [TensorSpec("a", "F32", (4,))]
+    for swap in (lambda path: path.symlink_to(theirs), lambda path: path.write_bytes(b"other")):
+        writer = ShardWriter(tmp_path / "out.safetensors", plan_shard(specs))
+        writer.add("a", torch.ones(4))
+        temporary = temporary_path(tmp_path / "out.safetensors")
+        temporary.unlink()
+        swap(temporary)
+        with pytest.raises(OutputError, match="another file was put in its place"):
+            writer.close()
+    assert theirs.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_part_that_was_exchanged_while_it_arrived_is_not_taken(
+    kind: str, plain_hub: FakeHub, tmp_path: Path
+) -> None:
+    data = bytes(2**20)
+    plain_hub.add_repo("maker/m", {"model.safetensors": data, "config.json": b"{}"})
+    remote = open_remote(HubRef("maker/m"))
+    target, theirs = tmp_path / "model.safetensors", tmp_path / "theirs"
+    theirs.write_bytes(bytes(2**19) + b"x" * 2**19)
+
+    def exchange(count: int) -> None:
+        part = part_path(target)
+        if count and not part.is_symlink() and part.stat().st_size != theirs.stat().st_size:
+            part.unlink()
+            part.symlink_to(theirs) if kind == "link" else shutil.copy(theirs, part)
+
+    with pytest.raises(OutputError, match="another file was put in its place"):
+        download(remote, remote.files["model.safetensors"], target, advance=exchange)
+    assert not target.exists() and theirs.stat().st_size == 2**20

@@ -19,7 +19,7 @@ from v4quant.hub.errors import HubError
 from v4quant.hub.remote import Remote, RemoteFile
 from v4quant.hub.stopping import is_stopped
 from v4quant_formats.errors import OutputError, SourceChanged
-from v4quant_formats.shards import output_error
+from v4quant_formats.shards import output_error, require_same
 from v4quant_formats.system import begin_writing, finish_writing, open_own
 
 _CHUNK = 8 * 2**20
@@ -136,6 +136,7 @@ def _fetch(
             sent = _send_to_disk(out.fileno(), sent, at)
         out.flush()
         os.fsync(out.fileno())
+        require_same(part, os.fstat(out.fileno()))
     return digest.matches()
 
 
