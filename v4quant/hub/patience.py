@@ -25,7 +25,7 @@ from v4quant.hub.failures import scrub
 from v4quant.hub.stopping import is_stopped, pause
 
 VARIABLE = "V4QUANT_PATIENCE"
-DEFAULT_SECONDS = 50.0
+DEFAULT_SECONDS = 45.0  # and a command takes some to start, and to end
 ENOUGH_BYTES = 20_000
 """Fewer are neither a flow nor progress, unless no more was asked for."""
 _SHARE = 4  # of what was asked for, one part is progress

@@ -34,6 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(v4quant.hub.patience.time, "monotonic", lambda: clock.now)
     monkeypatch.setattr(v4quant.hub.patience, "pause", clock.pass_by)
+    monkeypatch.setattr(v4quant.hub.patience, "DEFAULT_SECONDS", 50.0)
     monkeypatch.setitem(v4quant.hub.patience._state, "answered", True)
     return clock
 
@@ -66,7 +67,11 @@ def test_whatever_fails_a_minute_is_enough(clock: Clock) -> None:
         assert clock.now - began < 51
 
 
-def test_a_server_that_is_busy_for_a_while_is_waited_for(clock: Clock) -> None:
+def test_a_server_that_is_busy_for_a_while_is_waited_for(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(v4quant.hub.patience, "DEFAULT_SECONDS", 45.0)
+
     def busy() -> str:
         if clock.now < 1030:
             raise PassingFailure("HTTP 503")
@@ -123,7 +128,7 @@ def test_a_part_of_other_work_has_no_more_time_than_that(clock: Clock) -> None:
     assert outer.left() == pytest.approx(40)
 
 
-@pytest.mark.parametrize(("told", "seconds"), [("", 50), ("90", 90), ("90s", 90), ("10min", 600)])
+@pytest.mark.parametrize(("told", "seconds"), [("", 45), ("90", 90), ("90s", 90), ("10min", 600)])
 def test_the_variable(told: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("V4QUANT_PATIENCE", told)
     assert patience_seconds() == seconds
