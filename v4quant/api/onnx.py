@@ -40,7 +40,7 @@ def plan_export_onnx(
     out: PathLike,
     *,
     scheme: str,
-    layers: Sequence[str] = (),
+    layers: Sequence[str | int] = (),
     kernel: str | None = None,
     stats: PathLike | None = None,
 ) -> PlannedExport:
@@ -63,7 +63,7 @@ def export_onnx(
     out: PathLike,
     *,
     scheme: str,
-    layers: Sequence[str] = (),
+    layers: Sequence[str | int] = (),
     kernel: str | None = None,
     stats: PathLike | None = None,
     workers: int | None = None,
@@ -73,7 +73,7 @@ def export_onnx(
     """Write expert layers of `source` as ONNX graphs into folder `out`; again resumes.
 
     overwrite: put them in the place of an earlier result that v4quant made, once they are whole.
-    layers: like "0" or "mtp.0" (default: all of the trunk). kernel: what multiplies the experts
+    layers: like 0 or "mtp.0" (default: all of the trunk). kernel: what multiplies the experts
     (default: by scheme). stats: what `calibrate` wrote. Raises what planning and writing raise.
     """
     with (
@@ -82,7 +82,7 @@ def export_onnx(
             Path(out),
             overwrite,
             [plan.checkpoint.path, path_of(stats)],
-            request=(str(source), scheme, list(layers), kernel, str(stats)),
+            request=(str(source), scheme, [str(n) for n in layers], kernel, str(stats)),
         ) as place,
     ):
         refuse_inputs((), [plan.checkpoint], (), [place])
@@ -95,7 +95,7 @@ def export_onnx(
 def _planned(
     source: SourceLike,
     scheme: str,
-    layers: Sequence[str],
+    layers: Sequence[str | int],
     kernel: str | None,
     stats: PathLike | None,
     headers_only: bool,
@@ -104,4 +104,4 @@ def _planned(
         found, digest = None, ""
         if (file := path_of(stats)) is not None:
             found, digest = read_stats(checkpoint, file)
-        yield make_onnx_plan(checkpoint, scheme, list(layers), kernel, digest), found
+        yield make_onnx_plan(checkpoint, scheme, [str(n) for n in layers], kernel, digest), found

@@ -57,7 +57,7 @@ def test_overwrite_puts_one_in_the_place_of_another(tmp_path: Path) -> None:
     out, plain = tmp_path / "out", tmp_path / "plain"
     export(TINY, out, "mxfp4", "0")
     export(TINY, plain, "int4-g32", "1")
-    wanted = {"scheme": "int4-g32", "layers": ["1"]}
+    wanted = {"scheme": "int4-g32", "layers": [1]}
     with pytest.raises(OutputError, match="--overwrite"):
         v4quant.export_onnx(TINY, out, **wanted)
     (out / "mine.txt").write_text("mine")
