@@ -63,15 +63,16 @@ LEVELS: dict[Effort, tuple[tuple[Level, ...], float]] = {
 
 _FLASH_WORK = 2 * 2048 * 4096**2 + 4096 * 2048**2  # N K^2 of w1, w3 and w2
 _FLASH_MATRIX = 2048 * 4096
-# What choosing a code takes beside an integer's: the K-types, and points of a codebook.
-_BLOCK_FACTOR, _CODEBOOK_FACTOR = 2.0, 5.5
+# What choosing a code takes beside an integer's: the K-types, and points of a codebook (3.3 for
+# iq2_xxs to 4.7 for iq3_xxs).
+_BLOCK_FACTOR, _CODEBOOK_FACTOR = 2.0, 4.0
 START_SECONDS = 3.0  # core-seconds of a command before its work
 CORE_FLOPS = 50e9
 # Core-seconds a GB of source: casts that keep the nibbles, and a search for scales.
 _CAST_SECONDS, _SEARCH_SECONDS = 4.0, 12.0
-# Core-seconds a Flash expert whose codes are searched in a codebook: 31 (iq2_xxs) to 60 (iq3_xxs)
-# on a busy machine; and one in another block type of GGUF: 1.5 (q3_k), 1.6 (q2_k).
-_CODEBOOK_SECONDS, _BLOCK_SECONDS = 45.0, 1.5
+# Core-seconds a Flash expert whose codes are searched in a codebook: 15 (iq2_xxs) to 47 (iq1_m);
+# and one in another block type of GGUF: 1.5 (q3_k), 1.6 (q2_k).
+_CODEBOOK_SECONDS, _BLOCK_SECONDS = 27.0, 1.5
 _TABLE_SECONDS = 24.0  # core-seconds a GB of V4.1's Engram tables in q8_0 (docs/formats.md)
 _DISK_BYTES_A_SECOND = 0.5e9
 
