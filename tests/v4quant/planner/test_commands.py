@@ -59,6 +59,8 @@ def test_every_printed_command_parses(owner: str) -> None:
     """Ours by our own parser, servers' by the options that they have."""
     name, _, ram = owner.partition(" ")
     machine = with_memory(parse_machine(name), ram or None, None)
+    # A command keeps the help option of its first context, so that must have its parent's settings.
+    parent = Context(cli, **cli.context_settings)
     for release in ("flash", "pro", "v41"):
         answers = [choose(outline_of(release), Request(machine, 32768, "auto", 8, engines))
                    for engines in (ENGINE_NAMES, ("sglang",))]  # fmt: skip
@@ -71,7 +73,7 @@ def test_every_printed_command_parses(owner: str) -> None:
             typed = commands_for(candidate, machine, "hf://maker/Model", "8GB")
             for line in (*typed.make, *typed.check):
                 _, command, *arguments = shlex.split(line)
-                cli.get_command(Context(cli), command).make_context(command, arguments)
+                cli.get_command(parent, command).make_context(command, arguments, parent)
             for served in (typed.serve[-1], *typed.sglang):
                 words = shlex.split(served)
                 server, *words = [w for w in words if not w.startswith("SGLANG_")]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from click import Context
 
 from v4quant.bench.kernels import cells as module
 from v4quant.bench.kernels import indexer, moe
@@ -151,9 +152,12 @@ def test_a_session_survives_its_steps(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda s: s.name)
 def test_the_steps_are_commands(step: Step) -> None:
+    from v4quant.cli import cli
     from v4quant.cli.bench import bench
 
     name, *arguments = step.arguments
-    command = bench.commands[name]
-    context = command.make_context(name, [*arguments, "--append", "x", "--minutes", "1"])
+    parent = Context(cli, **cli.context_settings)  # a command keeps the help option it first had
+    context = bench.commands[name].make_context(
+        name, [*arguments, "--append", "x", "--minutes", "1"], parent
+    )
     assert context.params["append"] == Path("x")
