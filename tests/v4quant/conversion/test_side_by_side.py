@@ -86,8 +86,7 @@ def test_one_that_fails_leaves_what_the_others_finished(
     released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folders hold no torn file, and the same call ends in the same bytes."""
-    convert_together(released, tmp_path / "whole", CASES)
-    close, closed = ShardWriter.close, list[Path]()
+    close, closed, stop = ShardWriter.close, list[Path](), 0
 
     def fail(self: ShardWriter) -> WrittenFile:
         closed.append(self.path)
@@ -95,9 +94,11 @@ def test_one_that_fails_leaves_what_the_others_finished(
             raise OutputError(f"{self.path}: cannot be written: the disk is full")
         return close(self)
 
-    stop = random.randrange(1, 17)
-    print("the shard that fails", stop)
     monkeypatch.setattr(ShardWriter, "close", fail)
+    convert_together(released, tmp_path / "whole", CASES)
+    stop = random.randint(1, len(closed))
+    print("the shard that fails", stop, "of", len(closed))
+    closed.clear()
     with pytest.raises(OutputError, match="the disk is full"):
         convert_together(released, tmp_path / "again", CASES)
     assert not list((tmp_path / "again").rglob("*.part"))
