@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from v4quant.planner import sglang
 from v4quant.planner.candidates import (
     Candidate,
     Request,
-    Way,
     Where,
-    is_exact,
-    loss_of,
-    other_ways,
-    proof_notes,
 )
-from v4quant.planner.effort import cost_of
 from v4quant.planner.footprint import Footprint, Outline
-from v4quant.planner.loss import KnownLoss
-from v4quant.planner.machines import GIB
 from v4quant.planner.safetensors import (
     chat_options,
     files_for,
     has_attention,
+    made_of,
+    needed,
     no_attention,
     parts_of,
     scheme_of,
@@ -30,7 +22,7 @@ from v4quant.planner.safetensors import (
 from v4quant.recipe import Recipe
 from v4quant_formats.engines.sglang import FP4_PROBE_OFF, SGLANG
 from v4quant_formats.model_config import ModelConfig, parse_model_config
-from v4quant_kernels.scheme import SCHEMES, get_scheme
+from v4quant_kernels.scheme import SCHEMES
 
 # Containers it reads; a recipe refuses the schemes that SGLang does not load in them.
 _FORMATS = (("deepseek", "neutral"), ("compressed-tensors", "sglang"), ("modelopt", "sglang"))
@@ -49,23 +41,14 @@ def candidates(outline: Outline, request: Request) -> tuple[list[Candidate], lis
     if found:
         return found, []
     recipe, smallest = files[-1]
-    size = sglang.smallest_card(smallest, machine, config, request.context)
-    more = ""
-    for count in (2, 4, 8, 16):
-        larger = replace(machine, count=count)
-        scheme = SCHEMES[scheme_of(outline, recipe)]
-        if count > machine.count and sglang.place(
-            smallest, larger, config, scheme, request.context
-        ):
-            more = f", or {count} of these"
-            break
-    host = sglang.host_bytes(machine, config)
-    beside = f", with {host / GIB:.0f} GB of memory free for the Engram's tables" if host else ""
-    return [], [
-        f"sglang: the smallest file it loads, {smallest.trunk / 1e9:.0f} GB, needs cards of "
-        f"{size / GIB:.0f} GB, {parts_of(machine, config)} of them{more}{beside}; packed integers "
-        "of 2 and 3 bits are for vLLM"
-    ]
+    scheme, context = SCHEMES[scheme_of(outline, recipe)], request.context
+    told = needed(
+        "sglang: the smallest file it loads", smallest, machine, config,
+        sglang.smallest_card(smallest, machine, config, context),
+        sglang.host_bytes(machine, config),
+        lambda more: sglang.place(smallest, more, config, scheme, context) is not None,
+    )  # fmt: skip
+    return [], [f"{told}; packed integers of 2 and 3 bits are for vLLM"]
 
 
 def _candidate(
@@ -80,26 +63,16 @@ def _candidate(
     placed = sglang.place(file, request.machine, config, row, request.context)
     if placed is None:
         return None
-    cost, others = None, tuple[Way, ...]()
-    if recipe is None:
-        loss = KnownLoss("exact", 0.0, 1.0)
-        notes = ["the release as it is: nothing to convert"]
-    else:
-        exact = is_exact(outline, scheme)
-        cost = cost_of(
-            outline, get_scheme(scheme), file.total, request.effort, request.cores, exact
-        )
-        loss = loss_of(outline, request, scheme, cost.level.solver)
-        notes = list(proof_notes(outline, scheme))
-        others = other_ways(outline, request, scheme, file.total, cost)
+    made = made_of(outline, request, recipe, file)
     boxes = request.machine.unified != "" and placed.serving.gpus > 1
-    notes += _notes(config, placed, outline.draft_stages, boxes)
+    notes = (*made.notes, *_notes(config, placed, outline.draft_stages, boxes))
     gpus = placed.serving.gpus
     return Candidate(
         "sglang", recipe, scheme, file.total,
         Where((placed.weights + placed.pools,) * gpus, placed.tables, 0), placed.context_fits,
-        loss, cost, 1 / placed.seconds, _options(config, placed, row.is_packed_integer, boxes), (),
-        tuple(notes), others=others, sequences=placed.serving.sequences,
+        made.loss, made.cost, 1 / placed.seconds,
+        _options(config, placed, row.is_packed_integer, boxes), (), notes,
+        others=made.others, sequences=placed.serving.sequences,
     )  # fmt: skip
 
 

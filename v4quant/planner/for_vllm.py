@@ -10,22 +10,18 @@ from v4quant.planner.candidates import (
     Candidate,
     Request,
     Where,
-    is_exact,
     loss_of,
     mixed_loss,
     mixture,
-    other_ways,
-    proof_notes,
     scaled,
 )
-from v4quant.planner.effort import cost_of
 from v4quant.planner.footprint import Footprint, Outline
-from v4quant.planner.loss import KnownLoss
-from v4quant.planner.machines import GIB
 from v4quant.planner.safetensors import (
     chat_options,
     files_for,
     has_attention,
+    made_of,
+    needed,
     no_attention,
     parts_of,
     scheme_of,
@@ -33,7 +29,7 @@ from v4quant.planner.safetensors import (
 from v4quant.recipe import Recipe
 from v4quant_formats.engines.vllm import VLLM
 from v4quant_formats.model_config import ModelConfig, parse_model_config
-from v4quant_kernels.scheme import SCHEMES, Scheme, get_scheme
+from v4quant_kernels.scheme import SCHEMES
 
 _MIX_RESERVE = 0.995
 # Containers of safetensors that hold what is smaller than a release, and the variant for vLLM.
@@ -53,15 +49,13 @@ def candidates(outline: Outline, request: Request) -> tuple[list[Candidate], lis
     if found:
         mixed = _mixed_candidate(outline, request, config, files, found[0])
         return found + ([mixed] if mixed is not None else []), []
-    size = vllm.smallest_card(smallest, machine, config, request.context)
-    host = vllm.host_bytes(machine, config)
-    beside = f", with {host / GIB:.0f} GB of memory free for the Engram's tables" if host else ""
-    return [], [
-        f"vllm: the smallest file, {smallest.trunk / 1e9:.0f} GB, needs cards of "
-        f"{size / GIB:.0f} GB, {parts_of(machine, config)} of them"
-        f"{_more_cards(request, config, smallest, SCHEMES[scheme_of(outline, files[-1][0])])}"
-        f"{beside}"
-    ]
+    scheme, context = SCHEMES[scheme_of(outline, files[-1][0])], request.context
+    told = needed(
+        "vllm: the smallest file", smallest, machine, config,
+        vllm.smallest_card(smallest, machine, config, context), vllm.host_bytes(machine, config),
+        lambda more: vllm.place(smallest, more, config, scheme, context, 0) is not None,
+    )  # fmt: skip
+    return [], [told]
 
 
 def _mixed_candidate(
@@ -101,15 +95,6 @@ def _mixed_candidate(
     )  # fmt: skip
 
 
-def _more_cards(request: Request, config: ModelConfig, file: Footprint, scheme: Scheme) -> str:
-    machine, context = request.machine, request.context
-    for count in (2, 4, 8, 16):
-        more = replace(machine, count=count)
-        if count > machine.count and vllm.place(file, more, config, scheme, context, 0):
-            return f", or {count} of these"
-    return ""
-
-
 def vllm_candidate(
     outline: Outline,
     request: Request,
@@ -124,17 +109,8 @@ def vllm_candidate(
     placed = with_drafts or vllm.place(file, machine, config, row, context, 0)
     if placed is None:
         return None
-    notes: list[str] = []
-    if recipe is None:
-        loss, cost = KnownLoss("exact", 0.0, 1.0), None
-        notes.append("the release as it is: nothing to convert")
-    else:
-        exact = is_exact(outline, scheme)
-        cost = cost_of(
-            outline, get_scheme(scheme), file.total, request.effort, request.cores, exact
-        )
-        loss = loss_of(outline, request, scheme, cost.level.solver)
-        notes += proof_notes(outline, scheme)
+    made = made_of(outline, request, recipe, file)
+    notes = [*made.notes]
     if drafts and with_drafts is None:
         notes.append("there is no room for the draft stages: serve without speculative decoding")
     elif drafts:
@@ -154,10 +130,9 @@ def vllm_candidate(
     )  # fmt: skip
     return Candidate(
         "vllm", recipe, scheme, file.total,
-        Where((placed.taken,) * s.gpus, placed.tables.host, 0), placed.context_fits, loss, cost,
-        1 / placed.seconds, options, (), tuple(notes),
-        others=() if cost is None else other_ways(outline, request, scheme, file.total, cost),
-        sequences=placed.together,
+        Where((placed.taken,) * s.gpus, placed.tables.host, 0), placed.context_fits, made.loss,
+        made.cost, 1 / placed.seconds, options, (), tuple(notes),
+        others=made.others, sequences=placed.together,
     )  # fmt: skip
 
 

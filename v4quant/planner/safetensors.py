@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from v4quant.planner.candidates import has_fp4
+from v4quant.planner.candidates import (
+    Request,
+    Way,
+    has_fp4,
+    is_exact,
+    loss_of,
+    other_ways,
+    proof_notes,
+)
+from v4quant.planner.effort import Cost, cost_of
 from v4quant.planner.footprint import Footprint, Outline, footprint
-from v4quant.planner.machines import Machine
+from v4quant.planner.loss import KnownLoss
+from v4quant.planner.machines import GIB, Machine
 from v4quant.recipe import Recipe
 from v4quant_formats.engines.engine import V4_ATTENTION, Engine, Release
-from v4quant_formats.engines.vllm_split import split_refusals, tile_refusals
+from v4quant_formats.engines.vllm_split import share_refusal, split_refusals, tile_refusals
 from v4quant_formats.layouts.table import LAYOUTS
 from v4quant_formats.model_config import ModelConfig
 from v4quant_kernels.errors import V4QuantError
-from v4quant_kernels.scheme import SCHEMES
+from v4quant_kernels.scheme import SCHEMES, Scheme, get_scheme
 
 # A lossy file must be this much smaller than the exact release to be worth its loss.
 _SMALLER = 0.97
@@ -45,6 +56,68 @@ def parts_of(machine: Machine, config: ModelConfig) -> int:
             and not any(tile_refusals(config, n))
         ),
         default=0,
+    )
+
+
+def cut(machine: Machine, config: ModelConfig, scheme: Scheme) -> tuple[int, str] | None:
+    """The cards that a model is cut over, and why experts of `scheme` are dealt out whole there
+    (empty: they are cut); None where neither can be."""
+    parts = parts_of(machine, config)
+    if not parts:
+        return None
+    uncut = share_refusal(config, parts, scheme)
+    if uncut and config.n_routed_experts % parts:
+        return None
+    return parts, uncut
+
+
+def needed(
+    what: str,
+    file: Footprint,
+    machine: Machine,
+    config: ModelConfig,
+    size: int,
+    host: int,
+    holds: Callable[[Machine], bool],
+) -> str:
+    """What would serve `file`, the smallest there is, where this machine does not.
+
+    what: the engine and the file, in words. size: bytes of a card that would do. host: of system
+    memory for V4.1's tables. holds: whether such a machine does, with more of these cards.
+    """
+    larger = (replace(machine, count=n) for n in (2, 4, 8, 16) if n > machine.count)
+    enough = next((one for one in larger if holds(one)), None)
+    more = f", or {enough.count} of these" if enough is not None else ""
+    beside = f", with {host / GIB:.0f} GB of memory free for the Engram's tables" if host else ""
+    return (
+        f"{what}, {file.trunk / 1e9:.0f} GB, needs cards of {size / GIB:.0f} GB, "
+        f"{parts_of(machine, config)} of them{more}{beside}"
+    )
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a file loses and costs; for the release itself nothing has to be made."""
+
+    loss: KnownLoss
+    cost: Cost | None
+    notes: tuple[str, ...]
+    others: tuple[Way, ...] = ()
+
+
+def made_of(outline: Outline, request: Request, recipe: Recipe | None, file: Footprint) -> Made:
+    """What making `file` by a recipe loses and costs; without one it is the release."""
+    if recipe is None:
+        told = "the release as it is: nothing to convert"
+        return Made(KnownLoss("exact", 0.0, 1.0), None, (told,))
+    scheme = recipe.scheme
+    exact = is_exact(outline, scheme)
+    cost = cost_of(outline, get_scheme(scheme), file.total, request.effort, request.cores, exact)
+    return Made(
+        loss_of(outline, request, scheme, cost.level.solver),
+        cost,
+        tuple(proof_notes(outline, scheme)),
+        tuple(other_ways(outline, request, scheme, file.total, cost)),
     )
 
 

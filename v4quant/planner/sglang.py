@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from v4quant.planner.footprint import Footprint
 from v4quant.planner.llama_cpp import memory_room
 from v4quant.planner.machines import Machine
-from v4quant.planner.safetensors import parts_of
+from v4quant.planner.safetensors import cut, parts_of
 from v4quant_formats.engines.sglang_memory import (
     Serving,
     default_chunk,
@@ -23,7 +23,6 @@ from v4quant_formats.engines.sglang_memory import (
     widened_bytes,
 )
 from v4quant_formats.engines.vllm_engram import table_places
-from v4quant_formats.engines.vllm_split import share_refusal
 from v4quant_formats.model_config import ModelConfig
 from v4quant_kernels.scheme import Scheme
 
@@ -59,12 +58,10 @@ def place(
     file: Footprint, machine: Machine, config: ModelConfig, scheme: Scheme, context: int
 ) -> Served | None:
     """How SGLang serves `file` on `machine`; None: it cannot. scheme: of the experts."""
-    parts = parts_of(machine, config)
-    if not parts:
+    parts_and_why = cut(machine, config, scheme)
+    if parts_and_why is None:
         return None
-    uncut = share_refusal(config, parts, scheme)
-    if uncut and config.n_routed_experts % parts:
-        return None
+    parts, uncut = parts_and_why
     for host, on_card in _tables(config, parts):
         if host > memory_room(machine.ram):
             continue

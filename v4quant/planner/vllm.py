@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from v4quant.planner.footprint import Footprint
 from v4quant.planner.llama_cpp import memory_room
 from v4quant.planner.machines import Machine
-from v4quant.planner.safetensors import parts_of
+from v4quant.planner.safetensors import cut, parts_of
 from v4quant_formats.engines.vllm_engram import TablePlace, table_places
 from v4quant_formats.engines.vllm_memory import (
     UTILIZATION,
@@ -25,7 +25,6 @@ from v4quant_formats.engines.vllm_memory import (
     kv_cache_bytes,
     runtime_estimate,
 )
-from v4quant_formats.engines.vllm_split import share_refusal
 from v4quant_formats.model_config import ModelConfig
 from v4quant_kernels.scheme import Scheme
 
@@ -76,12 +75,10 @@ def place(
     their bytes out.
     """
     assert machine.card is not None
-    parts = parts_of(machine, config)
-    if not parts:
+    parts_and_why = cut(machine, config, scheme)
+    if parts_and_why is None:
         return None
-    uncut = share_refusal(config, parts, scheme)
-    if uncut and config.n_routed_experts % parts:
-        return None
+    parts, uncut = parts_and_why
     usual, room = default_batch(machine.card.nbytes), memory_room(machine.ram)
     for tables in table_places(config, parts):
         if tables.host > room:

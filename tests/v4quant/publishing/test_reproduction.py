@@ -68,6 +68,12 @@ def follow(card: str, hub: FakeHub) -> list[str]:
     return ran
 
 
+def publish_source(hub: FakeHub, files: dict[str, bytes]) -> str:
+    """The model on the hub, without its tokenizer; returns the commit."""
+    ids_only = {name: data for name, data in files.items() if name != "tokenizer.json"}
+    return hub.add_repo(SOURCE, ids_only, license="mit")
+
+
 @pytest.mark.parametrize("kind", ["solved", "statistics, beside other quants"])
 def test_a_stranger_follows_the_card(
     kind: str,
@@ -76,8 +82,7 @@ def test_a_stranger_follows_the_card(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ids_only = {name: data for name, data in model_files.items() if name != "tokenizer.json"}
-    revision = plain_hub.add_repo(SOURCE, ids_only, license="mit")
+    revision = publish_source(plain_hub, model_files)
     source, maker, stranger = f"hf://{SOURCE}@{revision}", tmp_path / "maker", tmp_path / "stranger"
     maker.mkdir()
     stranger.mkdir()
@@ -132,8 +137,7 @@ def test_a_merged_adapter_and_a_given_tokenizer_are_followed_too(
     kept = {word: number for word, number in words["model"]["vocab"].items() if number < 384}
     words["model"] |= {"vocab": kept, "merges": []}
     (tmp_path / "words" / "tokenizer.json").write_text(json.dumps(words))
-    plain = {name: data for name, data in model_files.items() if name != "tokenizer.json"}
-    revision = plain_hub.add_repo(SOURCE, plain, license="mit")
+    revision = publish_source(plain_hub, model_files)
     lora = folder_bytes(Lora(generator).write(tmp_path / "files"))
     pinned = plain_hub.add_repo("maker/lora-v4", lora)
     maker, stranger = tmp_path / "maker", tmp_path / "stranger"
@@ -187,8 +191,7 @@ def test_every_card_of_a_ladder_is_followed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three sizes of one run: solved, weighed by statistics, and recoded."""
-    plain = {name: data for name, data in model_files.items() if name != "tokenizer.json"}
-    plain_hub.add_repo(SOURCE, plain, license="mit")
+    publish_source(plain_hub, model_files)
     maker = tmp_path / "maker"
     maker.mkdir()
     ids = corpus(maker)
