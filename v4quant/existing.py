@@ -21,7 +21,7 @@ from v4quant_formats.gguf.imatrix import is_own_imatrix
 from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shards import leftovers, output_error, write_file_atomically
 from v4quant_formats.small_files import read_small
-from v4quant_formats.system import sync_folder
+from v4quant_formats.system import sync_folder, take_place
 
 _MAX_TEXT = 2**27
 _COMMENTS = {".html": ("<!-- ", " -->"), ".md": ("<!-- ", " -->"), ".toml": ("# ", "")}
@@ -167,7 +167,7 @@ def place_beside(path: Path) -> Path:
 def put_in_place(path: Path) -> None:
     """Give a file that was written to `place_beside(path)` its name. Raises OutputError."""
     try:
-        place_beside(path).replace(path)
+        take_place(place_beside(path), path)
         sync_folder(path.parent)
     except OSError as error:
         raise output_error(path, error) from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -15,14 +16,20 @@ LOCK_NAME = "lock"
 
 @contextmanager
 def locked_folder(
-    folder: Path, taken: str, name: str = LOCK_NAME, stays: bool = True
+    folder: Path,
+    taken: str,
+    name: str = LOCK_NAME,
+    stays: bool = True,
+    look: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Make the folder if need be and hold its lock.
 
     taken: what to tell the user when another process has it. stays: whether the lock's file is left
-    behind. Raises OutputError.
+    behind. look() is called as soon as the lock is held: where it raises, because the folder is
+    none to work in after all, what was made for the lock goes again. Raises OutputError.
     """
     lock = folder / name
+    made = [path for path in (lock, folder) if not os.path.lexists(path)]
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -32,9 +39,19 @@ def locked_folder(
         except LockHeld:
             raise OutputError(taken) from None
         try:
+            look()
+        except BaseException:
+            _remove(made)
+            raise
+        try:
             yield
         finally:
             if not stays:
-                # Where an open file cannot be removed it stays; it locks nobody out.
-                with suppress(PermissionError):
-                    lock.unlink(missing_ok=True)
+                _remove([lock])
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    """Where an open file cannot be removed it stays; it locks nobody out."""
+    for path in paths:
+        with suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)

@@ -37,6 +37,7 @@ from v4quant_formats.system import (
     create_new,
     give_name,
     sync_folder,
+    take_place,
     write_at,
 )
 from v4quant_kernels.late import torch
@@ -220,7 +221,7 @@ class ShardWriter:
             written = os.fstat(self._handle)
             os.close(self._handle)
             if self._is_named:
-                self._temporary.replace(self.path)
+                take_place(self._temporary, self.path)
             require_same(self.path, written)
             sync_folder(self.path.parent)
         except OSError as error:
@@ -257,7 +258,7 @@ def _publish(handle: int, temporary: Path, path: Path) -> None:
         give_name(handle, path)
     except FileExistsError:  # only a file with a name can take the place of another
         give_name(handle, temporary)
-        temporary.replace(path)
+        take_place(temporary, path)
 
 
 def write_tensors(
@@ -301,7 +302,7 @@ def write_pieces_atomically(path: Path, pieces: Iterable[bytes]) -> WrittenFile:
             finally:
                 os.close(handle)
             if is_named:
-                temporary.replace(path)
+                take_place(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

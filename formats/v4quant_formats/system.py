@@ -78,9 +78,32 @@ def give_name(handle: int, path: Path) -> None:
     """Give a file of `create_nameless` a name that nothing has yet. Raises OSError."""
     handles = os.open(_HANDLES, os.O_RDONLY)  # only with a folder's handle is the link followed
     try:
-        os.link(str(handle), path, src_dir_fd=handles, follow_symlinks=True)
+        while True:
+            try:
+                os.link(str(handle), path, src_dir_fd=handles, follow_symlinks=True)
+            except InterruptedError:  # by a file system on the network, perhaps when it was done
+                if not _is_named(handle, path):
+                    continue
+            return
     finally:
         os.close(handles)
+
+
+def _is_named(handle: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), path.lstat())
+    return False
+
+
+def take_place(path: Path, name: Path) -> None:
+    """Give a file a name, in the place of the file that has it. Raises OSError."""
+    while True:
+        try:
+            path.replace(name)
+        except InterruptedError:  # as above
+            if os.path.lexists(path):
+                continue
+        return
 
 
 def open_own(path: Path, mode: int = 0o600) -> int:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import psutil
 import pytest
@@ -106,6 +107,38 @@ def test_a_file_without_a_name_is_gone_unless_it_is_given_one(
                 calls.give_name(handle, tmp_path / "f")
         os.close(handle)
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"whole"]
+
+
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("call", ["link", "rename"])
+def test_names_given_while_a_signal_comes(
+    call: str, done: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File systems on the network may be interrupted, before or after the work is done."""
+    name = "link" if call == "link" else "replace"
+    real, calls = getattr(os, name), []
+
+    def interrupted(*args: Any, **named: Any) -> None:
+        calls.append(args)
+        if done or len(calls) > 2:
+            real(*args, **named)
+        if len(calls) <= 2:
+            raise InterruptedError
+
+    monkeypatch.setattr(os, name, interrupted)
+    if call == "link":
+        handle = system.create_nameless(tmp_path)
+        if handle is None:
+            return
+        system.write_at(handle, b"whole", 0)
+        system.give_name(handle, tmp_path / "f")
+        os.close(handle)
+    else:
+        (tmp_path / "part").write_bytes(b"whole")
+        (tmp_path / "f").write_bytes(b"old")
+        system.take_place(tmp_path / "part", tmp_path / "f")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"f": b"whole"}
+    assert len(calls) == (1 if done else 3)
 
 
 HOLDER = """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,13 @@ from v4quant.planner.machines import (
 from v4quant.planner.run_file import run_file
 from v4quant.shell import Shell, own_shell
 from v4quant.source import open_source
+from v4quant_formats.errors import FormatError
 from v4quant_formats.shards import write_file_atomically
+from v4quant_formats.small_files import read_small
 from v4quant_kernels.errors import OptionError
 from v4quant_kernels.near_names import did_you_mean
 
+_LOGGER = logging.getLogger(__name__)
 _MEMORY = "8GB"
 
 
@@ -106,15 +111,24 @@ def plan(
     if write is not None:
         if not 1 <= choice <= len(answer.candidates):
             raise PlanError(f"--choice {choice}: the plan has {len(answer.candidates)} files")
-        text = run_file(answer.candidates[choice - 1], outline.label)
-        refuse_existing([existing_run_file(Path(write))], overwrite)
-        write_file_atomically(Path(write), signed(text, ".toml").encode())
+        _write(Path(write), run_file(answer.candidates[choice - 1], outline.label), overwrite)
     reader = shell or _shell_of(asked)
     commands = (
         commands_for(c, asked, outline.label, _MEMORY, outline.name, reader)
         for c in answer.candidates
     )
     return PlanResult(asked, answer, tuple(commands))
+
+
+def _write(path: Path, text: str, overwrite: bool) -> None:
+    """Write a run file, or find that the same request wrote it before. Raises OutputError."""
+    data = signed(text, ".toml").encode()
+    with suppress(FormatError):
+        if read_small(path, len(data)) == data:
+            _LOGGER.info("%s: done already, by the same request", path)
+            return
+    refuse_existing([existing_run_file(path)], overwrite)
+    write_file_atomically(path, data)
 
 
 def _shell_of(machine: Machine) -> Shell:

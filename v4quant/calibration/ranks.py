@@ -2,7 +2,7 @@
 
 A rank that dies closes its connections, and the others notice at once. A network that dies says
 nothing, and a layer may take hours, so waiting alone tells nothing either: every rank gives a sign
-of life each second (conversion/board.py), and one that hears none for two minutes ends, whatever
+of life each second (conversion/board.py), and one that hears none for its patience ends, whatever
 its main thread waits for in the library underneath. The same command then goes on.
 """
 

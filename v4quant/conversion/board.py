@@ -18,7 +18,9 @@ from typing import Any, Protocol
 
 from v4quant_kernels.errors import V4QuantError
 
-PATIENCE = 110.0  # seconds without a sign of life; whoever misses it ends within two minutes
+# Seconds without a sign of life. With them, the 30 that torchrun gives a stopped process to end
+# and some to spare, a command ends within two minutes.
+PATIENCE = 80.0
 _BEAT = 1.0
 _HURRY = 0.02  # between looks while somebody waits
 _GOODBYE = 5.0

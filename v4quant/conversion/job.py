@@ -128,7 +128,7 @@ def run_jobs(
             # What lay here before is within rank 0's share of the disk.
             ranks.barrier(job.request.delivery.check)
         if open_jobs:
-            write_shards([job.writing(ranks) for job in open_jobs], workers, progress)
+            write_shards([job.writing(ranks) for job in open_jobs], workers, progress, ranks.check)
         records = [_finish(job, ranks) for job in jobs]
     return [_result(job.request, found, started) for job, found in zip(jobs, records, strict=True)]
 
@@ -218,8 +218,12 @@ def _enter(
     """
     if ranks.is_first:
         complete_records(plan, out, delivery)
-        stack.enter_context(locked_output(out))
-        refuse_survivors(out)
+
+        def look() -> None:
+            refuse_survivors(out)
+            complete_records(plan, out, delivery)
+
+        stack.enter_context(locked_output(out, look=look))
     ranks.barrier()
     if not ranks.is_first:
         stack.enter_context(locked_output(out, ranks.rank))

@@ -31,7 +31,7 @@ from v4quant_formats.errors import FormatError, OutputError
 from v4quant_formats.file_hash import hash_file
 from v4quant_formats.folder_lock import LOCK_NAME, locked_folder
 from v4quant_formats.gguf.file_names import OLDER
-from v4quant_formats.shards import WrittenFile, output_error
+from v4quant_formats.shards import WrittenFile, output_error, write_file_atomically
 from v4quant_formats.small_files import read_small
 from v4quant_formats.system import LockHeld, hold_lock, open_own, sync_folder, write_at
 
@@ -212,6 +212,14 @@ class Journal:
                 raise output_error(self._path, error) from None
 
 
+def begin_journal(out: Path, plan_digest: str, names: Iterable[str]) -> None:
+    """Say that a folder is this plan's, and these files in it, for work that finds by itself how
+    far it is. Raises OutputError."""
+    lines = [{"plan": plan_digest, "stem": ""}, *({"file": {"name": name}} for name in names)]
+    data = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    write_file_atomically(out / FOLDER / "journal-0.jsonl", data)
+
+
 def begun_plan(out: Path) -> str | None:
     """The digest of the plan that an unfinished conversion in `out` began with."""
     for path in journal_files(out):
@@ -251,12 +259,15 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def locked_output(out: Path, rank: int = 0) -> AbstractContextManager[None]:
+def locked_output(
+    out: Path, rank: int = 0, look: Callable[[], None] = lambda: None
+) -> AbstractContextManager[None]:
     """Hold the output folder for this process; each rank has a lock of its own.
 
-    Raises OutputError when another one has it.
+    look: see `locked_folder`. Raises OutputError when another process has it.
     """
-    return locked_folder(out / FOLDER, _taken(out), f"{LOCK_NAME}-{rank}" if rank else LOCK_NAME)
+    name = f"{LOCK_NAME}-{rank}" if rank else LOCK_NAME
+    return locked_folder(out / FOLDER, _taken(out), name, look=look)
 
 
 def refuse_survivors(out: Path) -> None:

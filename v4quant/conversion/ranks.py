@@ -53,6 +53,11 @@ class Ranks:
         if self.board is not None:
             self.board.meet(check)
 
+    def check(self) -> None:
+        """Raise RankLost when another rank has failed or cannot be reached."""
+        if self.board is not None:
+            self.board.check()
+
     def first_then_others(self, action: Callable[[], Result]) -> Result:
         """Do something on rank 0, and when that is done on the others."""
         if not self.is_first:

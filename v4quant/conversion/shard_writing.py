@@ -14,7 +14,7 @@ memory and the number of open shards are what bounds this, as for one conversion
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +62,16 @@ class _Shop:
     progress: Progress
 
 
-def write_shards(conversions: Sequence[Writing], workers: int, progress: Progress) -> None:
+def write_shards(
+    conversions: Sequence[Writing],
+    workers: int,
+    progress: Progress,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Convert shards of one source, all conversions in step.
 
-    Each shard is closed, journaled and handed over beside the next ones. Raises what
-    `convert_unit`, the writer and the delivery raise.
+    Each shard is closed, journaled and handed over beside the next ones. check() is called before
+    every unit. Raises what it, `convert_unit`, the writer and the delivery raise.
     """
     shards = [shard for one in conversions for shard in one.shards]
     pace = Pace((one.plan, unit) for one in conversions for s in one.shards for unit in s.units)
@@ -81,7 +86,7 @@ def write_shards(conversions: Sequence[Writing], workers: int, progress: Progres
     turns = [_write(one, shop) for one in conversions]
     shop.source.expect()
     try:
-        _take_turns(turns)
+        _take_turns(turns, check)
     except BaseException:
         shop.workers.shutdown(cancel_futures=True)
         for turn in turns:
@@ -98,10 +103,11 @@ def write_shards(conversions: Sequence[Writing], workers: int, progress: Progres
         progress.finish()
 
 
-def _take_turns(turns: Sequence[Iterator[int]]) -> None:
+def _take_turns(turns: Sequence[Iterator[int]], check: Callable[[], None]) -> None:
     """Let whoever has come least far go on, until all are through."""
     places = dict.fromkeys(range(len(turns)), 0)
     while places:
+        check()
         last = min(places, key=lambda i: places[i])
         place = next(turns[last], None)
         if place is None:

@@ -20,7 +20,7 @@ from v4quant.hub.remote import Remote, RemoteFile
 from v4quant.hub.stopping import is_stopped
 from v4quant_formats.errors import OutputError, SourceChanged
 from v4quant_formats.shards import output_error, require_same
-from v4quant_formats.system import begin_writing, finish_writing, open_own
+from v4quant_formats.system import begin_writing, finish_writing, open_own, take_place
 
 _CHUNK = 8 * 2**20
 _BEHIND = 64 * 2**20  # bytes that may be on their way to the disk
@@ -69,7 +69,7 @@ def download(
                     f"{remote}: {file.name}: the bytes received do not have the digest the "
                     "repository announces; nothing of them was kept, run the same command again"
                 )
-        part.replace(target)
+        take_place(part, target)
     except OSError as error:
         raise output_error(target, error) from None
 

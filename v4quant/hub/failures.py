@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.request import getproxies
@@ -16,7 +17,10 @@ from urllib.request import getproxies
 from v4quant.hub.errors import HubAccessError, HubError, HubNotFound, PassingFailure
 
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+_TOO_MANY = 429
 _LONGEST_MESSAGE = 600
+_LONGEST_HEADER = 2000
+_LIMIT = re.compile(r"(?:^|[;,\s])(r|t|reset)\s*=\s*(\d{1,9})(?![\w.])")
 
 _PROXY_NAMES = "HTTPS_PROXY, HTTP_PROXY or ALL_PROXY"
 _PROXY_REFUSES = f"the proxy of {_PROXY_NAMES} refuses"
@@ -56,8 +60,23 @@ def passing(response: Any) -> PassingFailure | None:
     """A failure worth another try, if an HTTP response is one."""
     if response.status_code not in PASSING:
         return None
-    told = str(response.headers.get("Retry-After", ""))
-    return PassingFailure(f"HTTP {response.status_code}", _seconds(told))
+    wait = _seconds(str(response.headers.get("Retry-After", "")))
+    if wait is None and response.status_code == _TOO_MANY:
+        wait = _until_reset(response.headers)
+    return PassingFailure(f"HTTP {response.status_code}", wait)
+
+
+def _until_reset(headers: Mapping[str, str]) -> float | None:
+    """Seconds until requests are allowed again, as `RateLimit` of the IETF's drafts tells them.
+
+    Today `"policy";r=LEFT;t=SECONDS`, a policy after the other, of which those count that have
+    nothing left; before, `limit=100, remaining=0, reset=SECONDS`, or `RateLimit-Reset: SECONDS`.
+    """
+    told = str(headers.get("RateLimit", ""))[:_LONGEST_HEADER]
+    items = [dict(_LIMIT.findall(item)) for item in told.split(",")]
+    waits = [_seconds(item["t"]) for item in items if "t" in item and int(item.get("r", 0)) == 0]
+    older = dict(_LIMIT.findall(told)).get("reset", str(headers.get("RateLimit-Reset", "")))
+    return max((wait for wait in [*waits, _seconds(older)] if wait is not None), default=None)
 
 
 def _seconds(told: str) -> float | None:

@@ -13,12 +13,14 @@ and tell it what they brought.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 
 from v4quant.hub.errors import HubError, PassingFailure
 from v4quant.hub.failures import scrub
@@ -32,6 +34,7 @@ _SHARE = 4  # of what was asked for, one part is progress
 FIRST_WAIT, LONGEST_WAIT, SHORTEST_TRY = 0.5, 16.0, 1.0
 FIRST_TRIES = 3  # while no server has answered at all
 FIRST_SECONDS = 7.0  # and no new try begins later than this
+_LONGEST_TOLD = 3e9  # seconds, so that the date is one
 _UNITS = {"": 1.0, "s": 1.0, "min": 60.0, "h": 3600.0}
 _LOG = logging.getLogger(__name__)
 
@@ -143,10 +146,7 @@ class Patience:
         seconds = min(FIRST_WAIT * 2 ** (self._tries - 1), LONGEST_WAIT, left / 2)
         if failure.wait is not None:
             if failure.wait > left - SHORTEST_TRY:
-                raise HubError(
-                    f"{self.what}: the hub asks to wait {_told(failure.wait)}; the same command, "
-                    f"run then, resumes where this one stopped ({VARIABLE} bears longer waits)"
-                ) from None
+                raise self._too_long(failure) from None
             seconds = max(seconds, failure.wait)
         so_far = f"no progress for {self._lost:.0f} of {self._seconds:.0f} s"
         if not has_answered():
@@ -157,6 +157,16 @@ class Patience:
         pause(seconds, self._stopped)
         self._lost += seconds
         self._quiet_since = time.monotonic()
+
+    def _too_long(self, failure: PassingFailure) -> HubError:
+        wait = failure.wait or 0.0
+        back = datetime.now().astimezone() + timedelta(seconds=min(wait, _LONGEST_TOLD))
+        patience = math.ceil((self._seconds - self.left() + wait + 2 * SHORTEST_TRY) / 60)
+        return HubError(
+            f"{self.what}: {scrub(str(failure))}; the hub asks to wait {_told(wait)}, until "
+            f"{back:%d %B, %H:%M:%S}; the same command, run then, resumes where this one stopped "
+            f"(with {VARIABLE}={patience}min it waits by itself)"
+        )
 
     def _over(self, failure: PassingFailure) -> HubError:
         times = f"{self._tries} times in a row" if self._tries > 1 else "once"

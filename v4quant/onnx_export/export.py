@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from v4quant import __version__
-from v4quant.conversion.journal import locked_output, remove_work
+from v4quant.conversion.journal import begin_journal, begun_plan, locked_output, remove_work
 from v4quant.conversion.records import TensorRecord
 from v4quant.onnx_export.convert import write_dense, write_expert
 from v4quant.onnx_export.plan import INDEXER, MANIFEST, LayerPlan, OnnxPlan
@@ -100,8 +101,9 @@ def export_onnx(
     started = time.monotonic()
     progress = progress or SilentProgress()
     _check_folder(plan, out)
-    with locked_output(out):
-        _check_folder(plan, out)  # again, now that nobody else can change it
+    # Again, now that nobody else can change it.
+    with locked_output(out, look=lambda: _check_folder(plan, out)):
+        begin_journal(out, plan.digest, plan.files)
         remove_leftovers(out, plan.files)
         reports = {p.layer.stage: _finished(plan, p, out) for p in plan.layers}
         todo = [p for p in plan.layers if reports[p.layer.stage] is None]
@@ -117,29 +119,33 @@ def export_onnx(
 
 
 def _check_folder(plan: OnnxPlan, out: Path) -> None:
-    """Create the folder, or see that it holds nothing but this export's files."""
+    """Create the folder, or see that it is empty or holds what this export made.
+
+    A name tells nothing: what a folder without this export's journal or manifest holds is a user's.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise output_error(out, error) from None
-    known = {FOLDER, *plan.files, *(path.name for path in leftovers(out, plan.files))}
+    begun = begun_plan(out)
+    ours = _is_made(plan, out) if begun is None else begun == plan.digest
+    known = {FOLDER}
+    if ours:
+        known |= {*plan.files, *(path.name for path in leftovers(out, plan.files))}
     foreign = sorted(p.name for p in out.iterdir() if p.name not in known)
-    if foreign or _other_export(plan, out):
+    if foreign or (begun is not None and not ours):
         what = f"'{foreign[0]}'" if foreign else "another export"
         raise OutputError(
-            f"{out}: holds {what}, which this export would not write; choose a new folder, the "
+            f"{out}: holds {what}, which this export did not make; choose a new folder, the "
             "same source, scheme and layers to resume, or --overwrite to replace what v4quant made"
         )
 
 
-def _other_export(plan: OnnxPlan, out: Path) -> bool:
-    """Whether a finished manifest is there and states another plan."""
-    if not (out / MANIFEST).exists():
-        return False
-    try:
-        return read_json_object(out / MANIFEST).get("plan") != plan.digest
-    except ConfigError:
-        return True
+def _is_made(plan: OnnxPlan, out: Path) -> bool:
+    """Whether a finished manifest is there and states this plan."""
+    with suppress(ConfigError):
+        return bool(read_json_object(out / MANIFEST).get("plan") == plan.digest)
+    return False
 
 
 def _check_space(out: Path, needed: int) -> None:

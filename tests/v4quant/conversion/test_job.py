@@ -267,17 +267,36 @@ def test_the_folder_is_looked_at_under_its_lock(
     out = tmp_path / "out"
     real = v4quant.conversion.job.locked_output
 
-    def late(out: Path, rank: int = 0) -> AbstractContextManager[None]:
+    def late(out: Path, *rest: int, **named: Callable[[], None]) -> AbstractContextManager[None]:
         monkeypatch.setattr(v4quant.conversion.job, "locked_output", real)
         convert(many_shards, out, "mxfp4")
-        return real(out, rank)
+        return real(out, *rest, **named)
 
     monkeypatch.setattr(v4quant.conversion.job, "locked_output", late)
     with pytest.raises(OutputError, match="not empty"):
         convert(many_shards, out, "int4-g64")
     convert(many_shards, tmp_path / "alone", "mxfp4")
-    found = {k: v for k, v in folder_bytes(out).items() if FOLDER not in k}
-    assert found == folder_bytes(tmp_path / "alone")
+    assert folder_bytes(out) == folder_bytes(tmp_path / "alone")  # and no lock of ours
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_folder_swapped_before_its_lock_stays_as_it_is(
+    link: bool, many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, users = tmp_path / "out", tmp_path / "users"
+    users.mkdir()
+    (users / "thesis.txt").write_text("mine")
+    real = v4quant.conversion.job.locked_output
+
+    def late(out: Path, *rest: int, **named: Callable[[], None]) -> AbstractContextManager[None]:
+        out.rename(tmp_path / "ours")
+        out.symlink_to(users) if link else users.rename(out)
+        return real(out, *rest, **named)
+
+    monkeypatch.setattr(v4quant.conversion.job, "locked_output", late)
+    with pytest.raises(OutputError, match="not empty"):
+        convert(many_shards, out, "int4-g64")
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.parametrize("change", ["vanishes", "changes"])

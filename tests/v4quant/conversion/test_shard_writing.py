@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.conversion import TINY, convert, folder_bytes
+from v4quant.conversion.board import RankLost
+from v4quant.conversion.job import run_job
+from v4quant.conversion.plan import make_plan
+from v4quant.conversion.ranks import Ranks
+from v4quant.recipe import Recipe
 from v4quant_formats import file_hash
+from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.shard_files import LocalShards
 
 
@@ -62,3 +69,29 @@ def test_what_is_spent_was_read_before_and_is_not_read_again(
     assert len(set(spent)) == len(spent) > 100
     assert {file for file, _, _ in spent} == {p.name for p in TINY.glob("*.safetensors")}
     assert {s[:2] for s in spent} <= {r[:2] for r in seen}
+
+
+class _Gone:
+    """A board on which another rank is lost while this one converts, and waits for nobody."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def meet(self, check: Callable[[], None]) -> None:
+        """All are there."""
+
+    def check(self) -> None:
+        self.looks += 1
+        if self.looks > 20:
+            raise RankLost("process 1 of this run gave no sign")
+
+
+def test_who_converts_notices_that_another_rank_is_lost(model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ranks = Ranks(board=_Gone())  # type: ignore[arg-type]
+    with open_checkpoint(model_folder) as checkpoint, pytest.raises(RankLost):
+        run_job(make_plan(checkpoint, Recipe("int4-g64")), out, workers=1, ranks=ranks)
+    assert not list(out.glob("*.part"))
+    convert(model_folder, out, "int4-g64")
+    convert(model_folder, tmp_path / "expected", "int4-g64")
+    assert folder_bytes(out) == folder_bytes(tmp_path / "expected")

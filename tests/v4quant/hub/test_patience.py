@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 import v4quant.hub.patience
 from tests.support.fake_hub import USER, FakeHub
 from v4quant.hub.client import persistently
 from v4quant.hub.errors import HubError, PassingFailure
+from v4quant.hub.failures import passing
 from v4quant.hub.patience import Patience, patience_seconds
 from v4quant.publishing.publisher import RepoFile, push
 
@@ -78,8 +81,42 @@ def test_a_server_that_is_busy_for_a_while_is_waited_for(
         return "done"
 
     assert persistently("work", busy) == "done"
-    with pytest.raises(HubError, match=r"asks to wait 60 seconds; .*V4QUANT_PATIENCE"):
+    told = r"HTTP 503; the hub asks to wait 60 seconds, until .*; .*V4QUANT_PATIENCE=(\d+min) it"
+    with pytest.raises(HubError, match=told) as caught:
         failing(clock, lambda: 0.0, 60.0)
+    found = re.search(told, str(caught.value))
+    assert found
+    monkeypatch.setenv("V4QUANT_PATIENCE", found[1])
+    began = clock.now
+    Patience("work").wait(PassingFailure("HTTP 503", 60.0))
+    assert clock.now == began + 60
+
+
+@pytest.mark.parametrize("wait", [3600.0, 9.9e8])
+def test_waits_of_hours_and_years_are_told(wait: float, clock: Clock) -> None:
+    with pytest.raises(HubError, match="hours, until"):
+        Patience("work").wait(PassingFailure("HTTP 429", wait))
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "seconds"),
+    [
+        (429, {"Retry-After": "3", "RateLimit": '"api";r=0;t=30'}, 3),
+        (429, {"RateLimit": '"api";r=0;t=55'}, 55),
+        (429, {"RateLimit": '"pages";r=0;t=20, "api"; r=0; t=30, "files";r=9;t=100'}, 30),
+        (429, {"RateLimit": "limit=100, remaining=0, reset=50"}, 50),
+        (429, {"RateLimit-Reset": "17"}, 17),
+        (429, {"RateLimit": '"api";r=3;t=9'}, None),
+        (429, {"RateLimit": '"api";r=0;t=5.5'}, None),
+        (429, {"RateLimit": '"api";r=0;t=99999999999999999999'}, None),
+        (429, {"RateLimit": "\x1b[31m;;t=,=r=0" + ",t=" * 10**5}, None),
+        (429, {"RateLimit-Reset": "soon"}, None),
+        (503, {"RateLimit": '"api";r=0;t=55'}, None),
+    ],
+)
+def test_when_a_limit_ends(status: int, headers: dict[str, str], seconds: float | None) -> None:
+    failure = passing(httpx2.Response(status, headers=headers))
+    assert failure is not None and failure.wait == seconds
 
 
 def test_a_line_that_breaks_but_brings_something_goes_on(clock: Clock) -> None:

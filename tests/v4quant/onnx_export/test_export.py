@@ -16,6 +16,7 @@ from tests.support.conversion import TINY, folder_bytes
 from tests.support.shard_bytes import EditableCheckpoint
 from tests.support.synthetic import RELEASES, make_small
 from v4quant.cli import cli
+from v4quant.conversion.journal import begin_journal
 from v4quant.onnx_export.export import OnnxResult, export_onnx
 from v4quant.onnx_export.plan import MANIFEST, make_onnx_plan
 from v4quant_formats.errors import MissingTensor, OutputError, UnsupportedPair, WrongDtype
@@ -123,20 +124,24 @@ def test_again_changes_nothing_and_repairs_what_is_damaged(tmp_path: Path) -> No
         assert folder_bytes(out) == before
 
 
-@pytest.mark.parametrize("how", ["foreign", "finished", "unfinished"])
+@pytest.mark.parametrize(
+    "how", ["thesis.txt", "indexer.onnx", "layers.0.moe.onnx", MANIFEST, "finished", "unfinished"]
+)
 def test_folders_of_others(how: str, tmp_path: Path) -> None:
+    """Also a user's file under the very name that this export would give it."""
     out = tmp_path / "out"
-    if how == "foreign":
+    if how not in ("finished", "unfinished"):
         out.mkdir()
-        (out / "thesis.txt").write_text("mine")
+        (out / how).write_text("mine")
     else:
         export(TINY, out, "int8-g32", "0")
         if how == "unfinished":
             (out / MANIFEST).unlink()
-    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
-    with pytest.raises(OutputError, match=r"thesis\.txt|another"):
+            begin_journal(out, "another plan", ["layers.0.moe.onnx"])
+    before = folder_bytes(out)
+    with pytest.raises(OutputError, match="which this export did not make"):
         export(TINY, out, "mxfp4", "0")
-    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    assert folder_bytes(out) == before
 
 
 @pytest.mark.parametrize("layer", ["4", "-1", "", "x", "layers.9", "mtp.1", "1.0", "²", "0 1"])
