@@ -182,8 +182,16 @@ def local_expert_ids(expert_ids: Tensor, num_experts: int, expert_map: Tensor | 
     return ids.where(inside, -1).int()
 
 
+_SIGNED = {torch.int8, torch.int16, torch.int32, torch.int64}
+"""What ids may be: -1 must be one of the numbers."""
+
+
 def check_moe_inputs(
-    x: Tensor, expert_ids: Tensor, expert_weights: Tensor, experts: StackedExperts
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    experts: StackedExperts,
+    expert_map: Tensor | None = None,
 ) -> None:
     """Raise V4QuantError unless shapes and dtypes are those `moe` documents."""
     if x.dtype != torch.bfloat16 or x.ndim != 2 or x.shape[1] != experts.hidden_size:
@@ -191,10 +199,16 @@ def check_moe_inputs(
             f"moe: x must be bfloat16 [tokens, {experts.hidden_size}], "
             f"not {x.dtype} {list(x.shape)}"
         )
-    if expert_ids.ndim != 2 or expert_ids.shape[0] != x.shape[0] or expert_ids.is_floating_point():
+    ids = expert_ids
+    if ids.ndim != 2 or ids.shape[0] != x.shape[0] or ids.dtype not in _SIGNED:
         raise V4QuantError(
-            f"moe: expert_ids must be integers [{x.shape[0]}, top_k], "
-            f"not {expert_ids.dtype} {list(expert_ids.shape)}"
+            f"moe: expert_ids must be signed integers [{x.shape[0]}, top_k], "
+            f"not {ids.dtype} {list(ids.shape)}"
+        )
+    if expert_map is not None and (expert_map.ndim != 1 or expert_map.dtype not in _SIGNED):
+        raise V4QuantError(
+            "moe: expert_map must be signed integers [experts of the model], "
+            f"not {expert_map.dtype} {list(expert_map.shape)}"
         )
     if expert_weights.shape != expert_ids.shape or expert_weights.dtype != torch.float32:
         raise V4QuantError(

@@ -56,6 +56,13 @@ def random_experts(
     return stack_experts([expert() for _ in range(count)])
 
 
+def moved(x: Tensor, apart: int) -> Tensor:
+    """The same numbers from the second place of a buffer on, `apart` places from one to another."""
+    buffer = torch.zeros(1 + x.numel() * apart, dtype=x.dtype, device=x.device)
+    view = buffer[1:].view(*x.shape, apart)[..., 0]
+    return view.copy_(x)
+
+
 @contextmanager
 def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything `torch.empty` returns starts as NaN (0x7F bytes) between guard bands."""

@@ -70,9 +70,15 @@ class Keys:
     factors: Tensor
 
 
+def as_words(rows: Tensor) -> Tensor:
+    """int32 words of bytes `[..., 4 n]`; a copy where these lie apart or begin inside a word."""
+    rows = rows.view(torch.uint8).contiguous()
+    return (rows.clone() if rows.storage_offset() % 4 else rows).view(torch.int32)
+
+
 def prepare_keys(k_packed: Tensor, how: How) -> Keys:
     """Keys as the kernels read them; expanding them is worth it when many tokens share them."""
-    packed = k_packed.contiguous().view(torch.int32)
+    packed = as_words(k_packed)
     if how.operand == "native":
         return Keys(packed, packed.view(torch.uint8), packed)
     if not how.shared or packed.shape[0] == 0:
@@ -99,8 +105,8 @@ class Queries:
 def prepare_queries(q_codes: Tensor, q_scale: Tensor, head_weights: Tensor, how: How) -> Queries:
     """Queries expanded, unless tensor cores take them as they are; tokens rounded up."""
     tokens, heads, _ = q_codes.shape
-    words = q_codes.contiguous().view(torch.int32)
-    scales = q_scale.view(torch.uint8).contiguous().view(torch.int32)
+    words = as_words(q_codes)
+    scales = as_words(q_scale)
     weights = head_weights.float().contiguous()
     raw = words, scales, weights
     padded = max(16, triton.next_power_of_2(heads))

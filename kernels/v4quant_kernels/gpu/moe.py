@@ -91,10 +91,10 @@ def moe(
 
     `experts` should be prepared once (`runtime.prepare_experts`); ExpertWeights are prepared anew
     in every call. Weights prepared for FP8 or block-scaled operands take activations="e4m3" only.
-    `arch` (90 for sm_90) chooses tiles. `tile`, `split` and `compute` are for tests and tuning; a
+    `arch` (90 for sm_90) chooses tiles. `tile`, `split` and `compute` are for tests and tuning.
     Nothing is read on the host.
     """
-    check_moe_inputs(x, expert_ids, expert_weights, experts)
+    check_moe_inputs(x, expert_ids, expert_weights, experts, expert_map)
     if isinstance(experts, ExpertWeights):
         experts = prepare_experts(experts)
     for matrix in (experts.gate_up, experts.down):
@@ -104,7 +104,8 @@ def moe(
     if num_slots == 0:
         return out.zero_()
     limit, compute = float(swiglu_limit), compute or compute_type()  # an integer is another type
-    who = Routed(expert_ids.contiguous().view(-1), expert_map, experts.num_experts)
+    local = None if expert_map is None else expert_map.contiguous()
+    who = Routed(expert_ids.contiguous().view(-1), local, experts.num_experts)
     routing = expert_weights.contiguous()
     per_expert = num_slots / experts.num_experts
     first = tile or choose_tile(arch, experts.gate_up, per_expert, fused=True)

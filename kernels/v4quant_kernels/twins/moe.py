@@ -55,14 +55,14 @@ def moe(
 ) -> Tensor:
     """Mixture of the routed experts, bfloat16 `[T, hidden]`.
 
-    x: bfloat16 `[T, hidden]`. expert_ids: integer `[T, top_k]`. expert_weights: float32
+    x: bfloat16 `[T, hidden]`. expert_ids: signed integer `[T, top_k]`. expert_weights: float32
     `[T, top_k]`. swiglu_limit: the clamp (10 in every release; `math.inf` for none).
-    expert_map: integer `[all experts]`, the local row of each global expert or -1: slots of foreign
-    experts add nothing. way: how products are taken, or who says so for each. multiply: takes those
-    in float32.
+    expert_map: signed integer `[all experts]`, the local row of each global expert or -1: slots of
+    foreign experts add nothing. way: how products are taken, or who says so for each. multiply:
+    takes those in float32.
     Raises V4QuantError for other shapes or dtypes.
     """
-    check_moe_inputs(x, expert_ids, expert_weights, experts)
+    check_moe_inputs(x, expert_ids, expert_weights, experts, expert_map)
     ids = local_expert_ids(expert_ids, experts.num_experts, expert_map).flatten()
     routing = expert_weights.flatten()
     tokens, top_k = expert_ids.shape

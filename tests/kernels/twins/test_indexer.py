@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.kernel_tools import interprets_block_scaled, poisoned_allocations
+from tests.kernels.kernel_tools import interprets_block_scaled, moved, poisoned_allocations
 from v4quant_kernels import dispatch
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.reference64 import e2m1_values, e4m3_table, e8m0_values, indexer64
@@ -228,6 +228,28 @@ def test_factors_mark_what_does_not_fit(device: str, generator: torch.Generator)
         decoded = e4m3_table()[codes.view(torch.uint8).cpu().long()] * factors.cpu()[:, None]
         scales = e8m0_values(packed[:, 64:].contiguous()).repeat_interleave(32, -1)
         assert torch.equal(decoded[~found], (e2m1_values(packed[:, :64]) * scales)[~found])
+
+
+@pytest.mark.parametrize("operand", OPERANDS)
+@pytest.mark.parametrize("apart", [1, 3])
+def test_arguments_may_lie_anywhere(
+    apart: int, operand: Any, gpu: Any, device: str, generator: torch.Generator
+) -> None:
+    """Bytes that begin inside a word, and numbers with others between them."""
+    runs_here(operand, device)
+    arguments = [t.to(device) for t in vectors(5, 3, 20, generator)]
+    ragged = {"first_key": torch.randint(10, (5,), generator=generator).to(device), "num_keys": 10}
+    for own in ({}, ragged):
+        here, there = (
+            gpu.indexer_logits(
+                *(f(t) for t in arguments),
+                **{k: f(v) if isinstance(v, Tensor) else v for k, v in own.items()},
+                operand=operand,
+                tile=small_tile(step=1),
+            )
+            for f in (lambda t: t, lambda t: moved(t, apart))
+        )
+        assert torch.equal(here, there)
 
 
 def test_nan_scale_stays_visible(gpu: Any, device: str, generator: torch.Generator) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.kernels import kernel_tools
 from tests.kernels.kernel_tools import (
     interprets_block_scaled,
+    moved,
     poisoned_allocations,
     random_experts,
     random_qtensor,
@@ -253,6 +254,24 @@ def test_expert_parallel_ranks_add_up(
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("ids_type", [torch.int8, torch.int16, torch.int32])
+def test_arguments_may_lie_anywhere(
+    backend: Any, ids_type: torch.dtype, device: str, generator: torch.Generator
+) -> None:
+    """With others between their numbers, such as a column of all ranks' maps."""
+    experts = to_device(random_experts("mxfp4", 3, 64, 32, generator), device)
+    x, ids, routing = inputs(random_experts("mxfp4", 5, 64, 32, generator), 4, 3, generator)
+    expert_map = torch.tensor([2, -1, 0, 1, -1])
+    arguments = [t.to(device) for t in (x, ids, routing)]
+    expected = dispatch.moe(*arguments, experts, LIMIT, expert_map.to(device), backend=backend)
+    for apart in (1, 3):
+        x, ids, routing = (moved(t, apart) for t in arguments)
+        there = moved(expert_map.to(ids_type).to(device), apart)
+        found = dispatch.moe(x, ids.to(ids_type), routing, experts, LIMIT, there, backend=backend)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_extreme_scales(backend: Any, device: str, generator: torch.Generator) -> None:
     """Scale bytes 254 (2^127) before tiny tokens, and 1 (2^-126) behind."""
     experts = random_experts("mxfp4", 1, 64, 32, generator)
@@ -350,9 +369,13 @@ def test_wrong_inputs_are_refused(generator: torch.Generator) -> None:
     for wrong, message in (
         ((x.float(), ids, routing), "x must be bfloat16"),
         ((x[:, :32], ids, routing), r"\[tokens, 64\]"),
-        ((x, ids.float(), routing), "expert_ids must be integers"),
+        ((x, ids.float(), routing), "expert_ids must be signed integers"),
+        ((x, ids.to(torch.uint8), routing), "expert_ids must be signed integers"),
         ((x, ids, routing.double()), "expert_weights must be float32"),
         ((x, ids, routing[:1]), "expert_weights"),
     ):
         with pytest.raises(V4QuantError, match=message):
             dispatch.moe(*wrong, experts, LIMIT)
+    for wrong_map in (torch.zeros(1, 2, dtype=torch.int64), torch.zeros(2)):
+        with pytest.raises(V4QuantError, match="expert_map must be signed integers"):
+            dispatch.moe(x, ids, routing, experts, LIMIT, wrong_map)
