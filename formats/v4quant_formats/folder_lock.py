@@ -14,6 +14,11 @@ from v4quant_formats.system import LockHeld, hold_lock
 LOCK_NAME = "lock"
 
 
+def lock_beside(path: Path) -> Path:
+    """The lock of a result that lies among other people's files, whose locks are theirs."""
+    return path.with_name(f"{path.name}.v4quant-lock")
+
+
 @contextmanager
 def locked_folder(
     folder: Path,

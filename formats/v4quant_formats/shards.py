@@ -24,7 +24,7 @@ import re
 import secrets
 import struct
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -77,9 +77,10 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.{_RUN}{TEMPORARY_SUFFIX}")
 
 
-def all_leftovers(folder: Path) -> list[Path]:
-    """What processes that were killed left in a folder that is v4quant's altogether."""
-    return [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
+def all_leftovers(folder: Path, is_ours: Callable[[str], bool] = lambda name: True) -> list[Path]:
+    """What processes that were killed left in a folder of files whose names are ours."""
+    found = ((path, _TEMPORARY.fullmatch(path.name)) for path in folder.iterdir())
+    return [path for path, match in found if match and is_ours(match[1])]
 
 
 def leftovers(folder: Path, names: Iterable[str]) -> list[Path]:

@@ -228,7 +228,8 @@ def hold_lock(path: Path) -> Iterator[None]:
 def _refuse_foreign(path: Path) -> None:
     with suppress(FileNotFoundError):
         found = path.lstat()
-        if stat.S_ISREG(found.st_mode) and found.st_size:
+        plain = stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode)  # told by who opens it
+        if not plain or (stat.S_ISREG(found.st_mode) and found.st_size):
             raise OSError(errno.EEXIST, "exists and is no lock of v4quant; move it away", str(path))
 
 

@@ -205,3 +205,7 @@ def test_a_users_file_of_that_name_is_no_lock(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no lock of v4quant"), held:
         pass
     assert lock.read_text() == "a thesis about locks"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="no lock of v4quant"), system.hold_lock(pipe):
+        pass

@@ -13,6 +13,7 @@ import pytest
 import v4quant
 from tests.support.conversion import TINY, folder_bytes
 from v4quant.outputs import refuse_inputs
+from v4quant_calibration.solve.solution import SolutionError
 from v4quant_formats.errors import OutputError
 from v4quant_formats.folder_lock import locked_folder
 from v4quant_formats.opening import open_checkpoint
@@ -90,13 +91,49 @@ def test_nothing_new_becomes_part_of_a_source(source: Path, tmp_path: Path) -> N
         refuse_inputs([tmp_path / "models" / "r.html"], [lone], (), [tmp_path / "models" / "out"])
 
 
+def test_results_without_a_name_of_their_own(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`.`, `..` and what ends in them are folders by other words; `/` is nobody's name."""
+    made = tmp_path / "made"
+    v4quant.quantize(source, made, scheme="mxfp4", workers=1)
+    (tmp_path / "x").mkdir()
+    ways = ("x/../made", "made/sub/..", "made/../made", "made/.")
+    for number, spelled in enumerate(ways):
+        (made / "sub").mkdir()
+        scheme = ("int8-g32", "mxfp4")[number % 2]
+        v4quant.quantize(source, f"{tmp_path}/{spelled}", scheme=scheme, overwrite=True, workers=1)
+        assert {p.name for p in tmp_path.iterdir()} == {"made", "source", "x"}
+    text = {"corpus": tmp_path / "ids.npy"}
+    numpy.save(tmp_path / "ids.npy", numpy.arange(64) % 100)
+    before = folder_bytes(tmp_path)
+    monkeypatch.chdir(made)
+    for spelled, overwrite in ((".", True), ("..", True), (".", False), ("/", False), ("/", True)):
+        for make in (
+            lambda out, **named: v4quant.quantize(source, out, scheme="fp8", **named),
+            lambda out, **named: v4quant.export_onnx(source, out, scheme="mxfp4", **named),
+            lambda out, **named: v4quant.calibrate(source, out, solve="int4-g32", **text, **named),
+            lambda out, **named: v4quant.calibrate(source, out, **text, **named),
+            lambda out, **named: v4quant.evaluate(source, report=out, **text, **named),
+            lambda out, **named: v4quant.evaluate(source, save_logits=out, **text, **named),
+            lambda out, **named: v4quant.allocate(source, out, budget="1GB", **named),
+            lambda out, **named: v4quant.plan(source, cards="2x24GB", write=out, **named),
+        ):
+            with pytest.raises((OutputError, SolutionError)):
+                make(spelled, overwrite=overwrite)
+    assert folder_bytes(tmp_path) == before
+
+
 def test_two_calibrations_to_one_file(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "stats.v4q"
     text = tmp_path / "ids.npy"
     numpy.save(text, numpy.arange(200) % 100)
     with (
-        locked_folder(tmp_path, "", "stats.v4q.lock", stays=False),
+        locked_folder(tmp_path, "", "stats.v4q.v4quant-lock", stays=False),
         pytest.raises(OutputError, match="is calibrating to it"),
     ):
         v4quant.calibrate(source, out, corpus=text, min_tokens=1)
-    assert not (tmp_path / "stats.v4q.lock").exists()
+    assert not (tmp_path / "stats.v4q.v4quant-lock").exists()
+    (tmp_path / "stats.v4q.lock").touch()  # another program's, which is empty while it is held
+    v4quant.calibrate(source, out, corpus=text, min_tokens=1)
+    assert {p.name for p in tmp_path.glob("stats*")} == {"stats.v4q", "stats.v4q.lock"}

@@ -35,6 +35,7 @@ from v4quant.api.arguments import (
     asked_of,
     config_of,
     listed_files,
+    output_of,
     path_of,
     read_corpus,
     size_of,
@@ -162,17 +163,18 @@ def allocate(
         )
     parts = 1 if cards is None or expert_parallel else cards.serving.gpus
     options = Options(format, engine, dense, draft, split_size, Sample(experts), parts, engram)
+    place = output_of(out)
     with open_source(source_of(source)) as checkpoint:
-        refuse_inputs([Path(out)], [checkpoint], [*listed_files(corpus), path_of(stats)])
+        refuse_inputs([place], [checkpoint], [*listed_files(corpus), path_of(stats)])
         request = request_of(
             asked,
             [*listed_files(corpus), *_stats_files(stats), place_of(checkpoint, TOKENIZER)],
             [checkpoint.digest()],
-            [Path(out)],
+            [place],
         )
         if not overwrite and (told := request.answer()) is not None:
             return _result(out, _allocation_from(told), told["skipped_rows"], checkpoint, cards)
-        files = NewFiles([recipe_file(Path(out))], overwrite, request.key)
+        files = NewFiles([recipe_file(place)], overwrite, request.key)
         if cards is not None:
             check_split(model_config(checkpoint), cards.serving)
         costs = find_costs(checkpoint, options)
@@ -190,7 +192,7 @@ def allocate(
             )
         evidence = None if stats is None else stats_of(checkpoint, Path(stats))
         key = findings_key(checkpoint, options.sample, evidence, text)
-        known = Findings(Path(out), key, cache_folder())
+        known = Findings(place, key, cache_folder())
         try:
             losses = find_losses(
                 checkpoint, costs, options, evidence, text, default_progress(progress), known
@@ -202,7 +204,7 @@ def allocate(
         skipped = 0 if text is None else text.skipped_rows
         told = {**_allocation_told(found), "skipped_rows": skipped}
         with files.finishing(lambda: request.remember(told)):
-            write_file_atomically(Path(out), signed(recipe_toml(found, costs), ".toml").encode())
+            write_file_atomically(place, signed(recipe_toml(found, costs), ".toml").encode())
             known.finish()
         return _result(out, found, skipped, checkpoint, cards)
 

@@ -19,6 +19,7 @@ from v4quant.shell import command_line
 from v4quant.sizes import parse_size
 from v4quant.source import Source, resolve_source
 from v4quant_calibration.corpus.chat_keys import CHAT_KEYS, MESSAGES
+from v4quant_formats.errors import OutputError
 from v4quant_kernels.errors import OptionError
 from v4quant_kernels.late import torch
 
@@ -51,15 +52,26 @@ def adapter_of(value: SourceLike | None) -> Source | None:
 
 def destination_of(value: SourceLike) -> Path | HubRef:
     """A folder, or a repository's name. Raises HubReferenceError."""
-    if isinstance(value, Path | HubRef):
+    if isinstance(value, HubRef):
         return value
     text = os.fspath(value)
-    return parse_hub(text) if is_hub(text) else Path(text)
+    return parse_hub(text) if is_hub(text) else output_of(text)
 
 
 def path_of(value: PathLike | None) -> Path | None:
     """None stays None."""
     return None if value is None else Path(value)
+
+
+def output_of(value: PathLike) -> Path:
+    """Where something is to be written; `.` and `x/..` by the names they lead to, for files and
+    folders beside are named after it. Raises OutputError where there is no name."""
+    path = Path(value)
+    if path.name in ("", ".."):
+        path = Path(os.path.realpath(path))
+    if not path.name or "\0" in str(path):
+        raise OutputError(f"{str(path)!r}: cannot be a result's name; give another one")
+    return path
 
 
 def size_of(value: Size) -> int | None:

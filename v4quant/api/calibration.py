@@ -19,6 +19,7 @@ from v4quant.api.arguments import (
     forward_options,
     given_names,
     listed_files,
+    output_of,
     path_of,
     read_corpus,
     size_of,
@@ -121,8 +122,7 @@ def calibrate(
         raise OptionError(f"min_tokens is {min_tokens}; an expert that nobody saw tells nothing")
     wanted = _recipe(solve, dense, recipe)
     where, cap = find_device(device), size_of(max_memory)
-    target, matrix = path_of(out), path_of(imatrix)
-    assert target is not None
+    target, matrix = output_of(out), None if imatrix is None else output_of(imatrix)
     if matrix is not None and wanted is not None:
         raise OptionError(
             "--imatrix does not go with --solve: what a solved layer sees are the converted "

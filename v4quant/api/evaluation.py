@@ -16,6 +16,7 @@ from v4quant.api.arguments import (
     forward_options,
     given_names,
     listed_files,
+    output_of,
     path_of,
     read_corpus,
     size_of,
@@ -105,7 +106,9 @@ def evaluate(
         raise OptionError("--save-logits writes one checkpoint's logits: leave --candidate out")
     if save_top_k is not None and save_logits is None:
         raise OptionError("--save-top-k says how --save-logits writes: give that, too")
-    beside = path_of(report) or path_of(save_logits)
+    page = None if report is None else output_of(report)
+    rows = None if save_logits is None else output_of(save_logits)
+    beside = page or rows
     kept = beside.absolute().parent if beside is not None else cache_folder()
     limits = Resources(size_of(max_memory), path_of(scratch), find_device(device), kept)
     with ExitStack() as opened:
@@ -121,11 +124,10 @@ def evaluate(
             base = opened.enter_context(open_source(source_of(reference), adapter=merged))
         others = [opened.enter_context(open_source(source_of(other))) for other in candidates]
         refuse_inputs(
-            [path_of(save_logits), path_of(report)],
+            [rows, page],
             [checkpoint, base, *others],
             [*listed_files(corpus), path_of(reference_logits)],
         )
-        page, rows = path_of(report), path_of(save_logits)
         logits = path_of(reference_logits)
         request = request_of(
             asked,

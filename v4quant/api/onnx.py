@@ -6,9 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from v4quant.api.arguments import PathLike, SourceLike, path_of, source_of
+from v4quant.api.arguments import PathLike, SourceLike, output_of, path_of, source_of
 from v4quant.conversion.calibrated import read_stats
 from v4quant.conversion.overwrite import replacing
 from v4quant.onnx_export.export import OnnxResult
@@ -79,7 +78,7 @@ def export_onnx(
     with (
         _planned(source, scheme, layers, kernel, stats, False) as (plan, found),
         replacing(
-            Path(out),
+            output_of(out),
             overwrite,
             [plan.checkpoint.path, path_of(stats)],
             request=(str(source), scheme, [str(n) for n in layers], kernel, str(stats)),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from v4quant.api.arguments import PathLike, SourceLike, source_of
+from v4quant.api.arguments import PathLike, SourceLike, output_of, source_of
 from v4quant.builtin import PREFIX
 from v4quant.existing import refuse_existing, signed
 from v4quant.existing import run_file as existing_run_file
@@ -111,7 +111,7 @@ def plan(
     if write is not None:
         if not 1 <= choice <= len(answer.candidates):
             raise PlanError(f"--choice {choice}: the plan has {len(answer.candidates)} files")
-        _write(Path(write), run_file(answer.candidates[choice - 1], outline.label), overwrite)
+        _write(output_of(write), run_file(answer.candidates[choice - 1], outline.label), overwrite)
     reader = shell or _shell_of(asked)
     commands = (
         commands_for(c, asked, outline.label, _MEMORY, outline.name, reader)

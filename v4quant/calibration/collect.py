@@ -40,7 +40,7 @@ from v4quant_calibration.statistics.collect import Calibration, OpenRoom, calibr
 from v4quant_calibration.statistics.provenance import Provenance
 from v4quant_calibration.statistics.stats import write_stats
 from v4quant_formats.checkpoint import Checkpoint
-from v4quant_formats.folder_lock import locked_folder
+from v4quant_formats.folder_lock import lock_beside, locked_folder
 from v4quant_formats.model_config import ModelConfig
 from v4quant_formats.system import return_freed_memory
 from v4quant_kernels.cast import can_cast
@@ -242,8 +242,8 @@ def _calibrate_checked(work: _Work) -> Calibration:
                     refuse_others(target.folder)
             for place in dict.fromkeys([work.out, *(t.folder for t in work.targets)]):
                 taken = f"{place}: another v4quant process is calibrating to it; give another --out"
-                lock = f"{place.name}.lock"
-                stack.enter_context(locked_folder(place.parent, taken, lock, stays=False))
+                lock = lock_beside(place)
+                stack.enter_context(locked_folder(lock.parent, taken, lock.name, stays=False))
         work.team.barrier()
         return _calibrate_locked(work)
 

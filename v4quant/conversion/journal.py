@@ -38,6 +38,7 @@ from v4quant_formats.system import LockHeld, hold_lock, open_own, sync_folder, w
 SOURCE_FOLDER = "source"
 """The own folder in which a conversion keeps source shards from the hub."""
 MAX_JOURNAL_BYTES = 2**30
+_NAME = re.compile(r"journal-\d{1,6}\.jsonl")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
@@ -60,7 +61,8 @@ class FinishedShard:
 
 def journal_files(out: Path) -> list[Path]:
     """The journals of an unfinished conversion, one per rank that ever worked on it."""
-    return sorted((out / FOLDER).glob("journal-*.jsonl"))
+    found = (out / FOLDER).glob("journal-*.jsonl")
+    return sorted(path for path in found if _NAME.fullmatch(path.name))
 
 
 def remove_work(out: Path) -> None:
@@ -249,11 +251,13 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         text = read_small(path, MAX_JOURNAL_BYTES)
     except FormatError as error:
         raise OutputError(str(error)) from None
-    lines = []
+    lines: list[dict[str, Any]] = []
     for raw in text.split(b"\n")[:-1]:  # what follows the last newline was cut short
         try:
             line = json.loads(raw)
         except (ValueError, RecursionError):
+            if not lines and any(raw):  # no process of ours writes such a line
+                lines.append({})
             break
         lines.append(line if isinstance(line, dict) else {})
     return lines

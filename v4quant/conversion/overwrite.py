@@ -12,15 +12,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from v4quant.conversion.journal import journal_files, refuse_writers
-from v4quant.own_folders import FOLDER
+from v4quant.own_folders import FOLDER, RECORD_NAME, is_own_folder
 from v4quant_calibration.solve.solution import SOLUTION_NAME, is_own_solution, is_solution_file
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.errors import FormatError, OutputError
+from v4quant_formats.file_hash import hash_file
+from v4quant_formats.folder_lock import LOCK_NAME, lock_beside
 from v4quant_formats.manifest import MANIFEST_NAME, ONNX_MANIFEST, read_manifest
 from v4quant_formats.shards import all_leftovers, output_error, write_file_atomically
 from v4quant_formats.small_files import read_small
@@ -31,6 +35,11 @@ _LISTS = (MANIFEST_NAME, ONNX_MANIFEST)
 _LAST = (*_LISTS, SOLUTION_NAME)
 _MAX_JOURNAL = 2**30
 _REQUEST = "request"
+_WORK = re.compile(
+    rf"({LOCK_NAME}(-\d+)?(\.holder)?|journal-\d+\.jsonl|{RECORD_NAME}|{_REQUEST})"
+    r"(\.[0-9a-f]{8}\.part)?"
+)
+_SMALL = 2**26
 
 
 @contextmanager
@@ -87,15 +96,19 @@ def refuse_others(out: Path, reads: Iterable[Path | None] = ()) -> None:
         return
     if not out.is_dir():
         raise OutputError(f"{out}: is not a folder; --overwrite replaces folders here")
+    if out.resolve() in (here := Path.cwd().resolve(), *here.parents):
+        raise OutputError(f"{out}: --overwrite does not replace the folder you are in; leave it")
     for path in reads:
         if path is not None and path.exists() and path.resolve().is_relative_to(out.resolve()):
             raise OutputError(f"{out}: holds {path}, which is read; choose another folder")
     what_we_made(out)
-    refuse_writers(out, out.with_name(f"{out.name}.lock"))  # of a calibration, that lies beside
+    refuse_writers(out, lock_beside(out))  # of a calibration
 
 
 def exchange(out: Path) -> None:
     """Put the new result, which is whole, in the place of `out`, and remove that."""
+    # A way there that leads through the folder itself ends when that gives up its name.
+    out = Path(os.path.realpath(out.parent), out.name)
     new, old = new_place(out), out.with_name(out.name + _OLD)
     _forget_request(new)
     if not out.exists() and not out.is_symlink():
@@ -145,11 +158,8 @@ def what_we_made(out: Path) -> list[str]:
     torn = set(all_leftovers(out)) if solved or journal_files(out) else set()
     for path in sorted(p for p in out.rglob("*") if p.is_symlink() or not p.is_dir()):
         name = path.relative_to(out).as_posix()
-        ours = name.startswith(f"{FOLDER}/") or name in listed
-        ours |= solved and is_solution_file(name)
-        ours |= path in torn
-        size = listed.get(name)
-        if not ours or path.is_symlink() or (size is not None and path.stat().st_size != size):
+        ours = _is_work(out, name) or (solved and is_solution_file(name)) or path in torn
+        if path.is_symlink() or not (ours or (name in listed and _is_as_made(path, listed[name]))):
             raise OutputError(
                 f"{out}: --overwrite replaces only what v4quant made, and '{name}' is not that or "
                 "was changed since; move it away or choose another folder"
@@ -158,9 +168,29 @@ def what_we_made(out: Path) -> list[str]:
     return made
 
 
-def _listed(out: Path) -> dict[str, int | None]:
-    """Files by name with their bytes, None where any number of bytes is right."""
-    found: dict[str, int | None] = {}
+def _is_work(out: Path, name: str) -> bool:
+    """Whether a file is what unfinished work keeps in a folder."""
+    inside = PurePosixPath(name).parts
+    if inside[0] != FOLDER:
+        return False
+    return is_own_folder(out, inside[1]) if len(inside) > 2 else bool(_WORK.fullmatch(inside[1]))
+
+
+def _is_as_made(path: Path, told: tuple[int, str] | None) -> bool:
+    """Whether a file still has the bytes, and if it is small the digest, that a manifest told.
+
+    None: anything will do. A shard of another digest is told by `verify`; to read a whole model
+    before it is replaced would take as long as to make it.
+    """
+    if told is None:
+        return True
+    size, digest = told
+    return path.stat().st_size == size and (size > _SMALL or hash_file(path) == digest)
+
+
+def _listed(out: Path) -> dict[str, tuple[int, str] | None]:
+    """Files by name with their bytes and digest, None where all are right."""
+    found: dict[str, tuple[int, str] | None] = {}
     if journals := journal_files(out):
         for journal in journals:
             for line in read_small(journal, _MAX_JOURNAL).split(b"\n"):
@@ -171,7 +201,8 @@ def _listed(out: Path) -> dict[str, int | None]:
     for name in _LISTS:
         if (out / name).is_file():
             with suppress(FormatError):
-                found |= {file["name"]: file["bytes"] for file in read_manifest(out, name)["files"]}
+                files = read_manifest(out, name)["files"]
+                found |= {file["name"]: (file["bytes"], file["sha256"]) for file in files}
                 found[name] = None
     return found
 

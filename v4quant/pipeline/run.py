@@ -14,6 +14,7 @@ from v4quant.api.arguments import (
     PathLike,
     Size,
     forward_options,
+    output_of,
     path_of,
     size_of,
     source_of,
@@ -93,7 +94,7 @@ def run(
     """
     started = time.monotonic()
     pipeline = load_pipeline(recipe, model)
-    folder = Path(out) if out is not None else Path(f"v4quant-{Path(recipe).stem}")
+    folder = output_of(out) if out is not None else Path(f"v4quant-{Path(recipe).stem}")
     limits = Resources(size_of(max_memory), None, find_device(device), folder)
     job = Job(folder, limits, default_progress(progress), watcher or SilentWatcher(), overwrite)
     disk, where = size_of(disk_cap), source_of(pipeline.source)

@@ -41,7 +41,10 @@ UNFINISHED = ".unfinished"
 """What the name of a folder for kept layers ends in."""
 _STATE = "state.json"
 _TENSORS = "tensors.safetensors"
-_OURS = re.compile(r"(\d+\..+\.(rows|safetensors)|state\.json)(\..*)?")
+_OURS = re.compile(
+    r"(\d+\.(\d+|tap\..+|shared\..+|tensors)\.(rows|safetensors)|state\.json)"
+    r"(\.[0-9a-f]{8}\.part)?"
+)
 _NOTHING = "none"  # a file holds at least one tensor
 _MAX_STATE_BYTES = 2**26
 _WORK_PER_COPY = 20
@@ -172,7 +175,7 @@ class KeptStore:
         write_file_atomically(self._folder / _STATE, json.dumps(state).encode())
         self._copied = done
         for path in self._folder.iterdir():
-            if path.name.endswith((".rows", _TENSORS)) and not path.name.startswith(f"{done}."):
+            if _OURS.fullmatch(path.name) and not path.name.startswith((f"{done}.", _STATE)):
                 path.unlink(missing_ok=True)
 
     def _file(self, done: int, name: str, shape: StreamShape) -> FileStreams:

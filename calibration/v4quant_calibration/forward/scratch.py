@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from v4quant_calibration.model.streams import Streams, StreamShape
 from v4quant_formats.errors import FormatError, OutputError
-from v4quant_formats.folder_lock import locked_folder
+from v4quant_formats.folder_lock import LOCK_NAME, locked_folder
 from v4quant_formats.shards import output_error, write_file_atomically
 from v4quant_formats.small_files import read_small
 from v4quant_formats.system import (
@@ -38,6 +38,10 @@ from v4quant_formats.system import (
 
 PREFIX = "v4quant-evaluate-"
 _STATE = "state.json"
+_OURS = re.compile(
+    r"(\d+\.[01]|draft\.(trunk\.)?\d+|tap\..+|local|shared\..+)\.rows"
+    rf"|state\.json(\.[0-9a-f]{{8}}\.part)?|{LOCK_NAME}(\.holder)?"
+)
 _MAX_STATE_BYTES = 2**26
 
 
@@ -170,9 +174,12 @@ class Scratch:
         write_file_atomically(self.folder / _STATE, json.dumps(state).encode())
 
     def remove(self) -> None:
-        """Delete the folder: the run is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the folder, unless somebody else's files are in it: the run is complete."""
         with contextlib.suppress(OSError):
+            ours = [path for path in self.folder.iterdir() if _OURS.fullmatch(path.name)]
+            for path in sorted(ours, key=lambda path: path.name == LOCK_NAME):
+                path.unlink()
+            self.folder.rmdir()
             sync_folder(self.folder.parent)
 
     def _earlier(self) -> tuple[int, dict[str, Any]]:

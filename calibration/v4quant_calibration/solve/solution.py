@@ -250,7 +250,7 @@ def clear_solution(folder: Path) -> None:
     """Remove a solution's files, whatever it is of; its header last."""
     if is_own_solution(folder):
         names = sorted(folder.iterdir(), key=lambda path: path.name == SOLUTION_NAME)
-        torn = set(all_leftovers(folder))
+        torn = set(all_leftovers(folder, is_solution_file))
         for path in names:
             if is_solution_file(path.name) or path in torn:
                 path.unlink(missing_ok=True)
@@ -273,7 +273,7 @@ def begin_solution(folder: Path, header: Mapping[str, Any]) -> None:
                 f"{path}: was begun for another checkpoint, corpus or setting; choose a new "
                 "folder, or replace it with --overwrite"
             )
-        for left in all_leftovers(folder):
+        for left in all_leftovers(folder, is_solution_file):
             left.unlink(missing_ok=True)
         return
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from v4quant_calibration.solve.solution import add_matrix, stage_file, stage_specs
+from v4quant_calibration.solve.solution import add_matrix, is_solution_file, stage_file, stage_specs
 from v4quant_calibration.solve.team import Team
 from v4quant_formats.shards import ShardWriter, plan_shard
 from v4quant_kernels.qtensor import QTensor
@@ -19,7 +19,8 @@ _PART = ".rank"
 def remove_parts(folder: Path) -> None:
     """Forget what ranks of an earlier run had not joined."""
     for path in folder.glob(f"*{_PART}[0-9]*"):
-        path.unlink()
+        if is_solution_file(path.name):
+            path.unlink()
 
 
 class StageWriter:

@@ -159,9 +159,13 @@ def test_nothing_of_others_is_removed(tmp_path: Path) -> None:
     begun(folder, "ab", 1, 0.0)
     (folder / "thesis.txt").write_text("mine")
     (folder / "9.x").mkdir()
+    mine = {"thesis.txt", "9.x", "my.rows", "3.my.rows", "my.tensors.safetensors", "state.json.bak"}
+    for name in mine - {"9.x"}:
+        (folder / name).write_text("mine")
+    begun(folder, "ab", 3, 0.0)
     with KeptStore(MemoryStore(), folder, "ab") as store:
         store.forget()
-    assert {p.name for p in folder.iterdir()} == {"thesis.txt", "9.x"}
+    assert {p.name for p in folder.iterdir()} == mine
     other.symlink_to(folder)
     with KeptStore(MemoryStore(), other, "ab"):
         pass

@@ -108,6 +108,10 @@ def test_a_scratch_folder_remembers_only_what_is_whole(tmp_path: Path) -> None:
     (state.parent / "0.1.rows").write_bytes(b"short")
     with Scratch(tmp_path, "ab" * 32) as lost:
         assert lost.finished == 0
+        (state.parent / "my.rows").write_text("mine")
+        lost.remove()
+        assert [path.name for path in state.parent.iterdir()] == ["my.rows"]
+        (state.parent / "my.rows").unlink()
         lost.remove()
     assert not state.parent.exists()
 

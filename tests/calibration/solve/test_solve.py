@@ -23,11 +23,12 @@ from v4quant_calibration.solve.solution import (
     SOLUTION_NAME,
     Solution,
     SolutionError,
+    begin_solution,
     load_solution,
     stage_file,
 )
 from v4quant_calibration.solve.solve import SolveTarget, solve, solve_several
-from v4quant_calibration.solve.stage_writer import StageWriter
+from v4quant_calibration.solve.stage_writer import StageWriter, remove_parts
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import FormatError
 from v4quant_formats.model_config import load_model_config
@@ -105,6 +106,18 @@ def test_resumes_where_it_stopped(
     assert stage_file(folder, STAGES[0]).stat().st_mtime_ns == kept
     for file in solved.iterdir():
         assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_only_our_own_parts_are_removed(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / SOLUTION_NAME).write_text('{"version": 1}')
+    for name in ("notes.rank1.txt", "film.0123abcd.part"):
+        (tmp_path / name).write_text("mine")
+    for name in ("layers.0.safetensors.rank1", "layers.0.safetensors.0123abcd.part"):
+        (tmp_path / name).write_text("left by a killed process")
+    begin_solution(tmp_path, {"version": 1})
+    remove_parts(tmp_path)
+    left = {"notes.rank1.txt", "film.0123abcd.part", SOLUTION_NAME}
+    assert {path.name for path in tmp_path.iterdir()} == left
 
 
 def test_batches_do_not_change_the_codes(

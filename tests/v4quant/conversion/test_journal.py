@@ -191,6 +191,18 @@ def test_a_damaged_line_is_an_error(line: object, out: Path) -> None:
         journal_of(out)
 
 
+def test_other_files_of_such_names_are_not_removed(out: Path) -> None:
+    inside = out / FOLDER
+    for name in ("journal-mine.jsonl", "journal-0.jsonl.bak"):
+        (inside / name).write_text("mine\n")
+    Journal(out, "p", {}, "r").remove()
+    assert sorted(p.name for p in inside.iterdir()) == ["journal-0.jsonl.bak", "journal-mine.jsonl"]
+    (inside / "journal-2024.jsonl").write_text("Dear diary\n")
+    with pytest.raises(OutputError, match="another source"):
+        Journal(out, "p", {}, "r")
+    assert (inside / "journal-2024.jsonl").read_text() == "Dear diary\n"
+
+
 def test_lock(tmp_path: Path) -> None:
     with (
         locked_output(tmp_path),

@@ -168,6 +168,17 @@ def _changed(out: Path) -> None:
     (out / "config.json").write_text("{}")
 
 
+def _edited(out: Path) -> None:
+    """As many bytes as before."""
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(config.replace("1", "2", 1))
+
+
+def _among_the_work(out: Path) -> None:
+    (out / ".v4quant").mkdir()
+    (out / ".v4quant" / "notes.txt").write_text("mine")
+
+
 def _linked(out: Path) -> None:
     (out / "config.json").unlink()
     (out / "config.json").symlink_to(TINY / "config.json")
@@ -177,7 +188,9 @@ def _not_ours(out: Path) -> None:
     (out / "v4quant.json").unlink()
 
 
-@pytest.mark.parametrize("spoil", [_foreign, _changed, _linked, _not_ours])
+@pytest.mark.parametrize(
+    "spoil", [_foreign, _changed, _edited, _among_the_work, _linked, _not_ours]
+)
 def test_nothing_else_is_replaced(
     spoil: Callable[[Path], None], made: tuple[Path, Path], tmp_path: Path
 ) -> None:
