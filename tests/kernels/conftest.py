@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+from tests.kernels.interpreted_memory import strict_memory
 
 
 @pytest.fixture
@@ -22,3 +27,13 @@ def device(gpu: Any) -> str:
     from v4quant_kernels.gpu.interpreter import interpreting
 
     return "cpu" if interpreting() else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Interpreted kernels are held to the tensors of their launch."""
+    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    with strict_memory(monkeypatch):
+        yield
