@@ -12,7 +12,7 @@ import json
 import secrets
 import shutil
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from v4quant_formats.errors import FormatError, OutputError
 from v4quant_formats.shards import output_error, remove_leftovers, write_file_atomically
@@ -50,6 +50,19 @@ class SameFolder:
             raise OutputError(
                 f"{self._path}: another folder has taken its place while the command ran; nothing "
                 "more was written there; put it back, or choose another, and run the command again"
+            )
+
+
+def refuse_links(folder: Path, name: str) -> None:
+    """Raise OutputError when a file's way from `folder` on leads through a symbolic link.
+
+    name: relative, with /. Such folders are ours, and no command makes links in them.
+    """
+    for above in PurePosixPath(name).parents:
+        if above.name and (folder / above).is_symlink():
+            raise OutputError(
+                f"{folder / above}: is a symbolic link; nothing was written through it; remove it "
+                "and run the same command again"
             )
 
 

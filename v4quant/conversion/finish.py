@@ -7,6 +7,7 @@ that a folder without it is never taken for a checkpoint.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from collections import Counter
 from collections.abc import Iterable
@@ -21,12 +22,13 @@ from v4quant.conversion.plan import Plan
 from v4quant.conversion.records import TensorRecord
 from v4quant.conversion.size_by_role import byte_classes
 from v4quant.own_commit import source_commit
+from v4quant.own_folders import refuse_links
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.adapter import Adapter
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.deepseek_v4 import detect_release
-from v4quant_formats.errors import SourceChanged, UnknownTokenizer
+from v4quant_formats.errors import OutputError, SourceChanged, UnknownTokenizer
 from v4quant_formats.file_hash import file_pieces, hash_file
 from v4quant_formats.manifest import MANIFEST_NAME, MANIFEST_VERSION, index_json, sealed, to_json
 from v4quant_formats.shards import WrittenFile, write_file_atomically, write_pieces_atomically
@@ -52,7 +54,7 @@ def travelling_sidecars(plan: Plan, stats: Evidence | None) -> list[WrittenFile]
             if plan.recipe.layout.index:
                 raise
             continue
-        found.append(WrittenFile(name, len(data), hashlib.sha256(data).hexdigest()))
+        found.append(WrittenFile(name, len(data), _sha256(data)))
     if (file := _statistics(stats)) is not None:
         found.append(WrittenFile(STATISTICS_NAME, file.stat().st_size, hash_file(file)))
     return found
@@ -73,8 +75,15 @@ def finish_folder(
 ) -> dict[str, Any]:
     """Write sidecars, config, manifest and, last, the index, if any; the manifest.
 
-    Raises SourceChanged when a sidecar is no longer what it was when the work began.
+    Raises SourceChanged when a sidecar is no longer what it was when the work began, OutputError
+    when somebody has put other files in their places.
     """
+    config, index = to_json(plan.output_config()), index_of(plan)
+    named = {s.name: s.sha256 for s in sidecars} | {"config.json": _sha256(config)}
+    if index:
+        named[plan.recipe.layout.index] = _sha256(index)
+    for name, digest in named.items():
+        _refuse_anothers(out, name, digest)
     files = [s.file for s in shards]
     folder, given = plan.checkpoint.path, _statistics(stats)
     for sidecar in sidecars:
@@ -91,16 +100,31 @@ def finish_folder(
                 "now"
             )
         files.append(sidecar)
-    files.append(write_file_atomically(out / "config.json", to_json(plan.output_config())))
-    index = index_of(plan)
+    files.append(write_file_atomically(out / "config.json", config))
     if index:
-        name = plan.recipe.layout.index
-        files.append(WrittenFile(name, len(index), hashlib.sha256(index).hexdigest()))
+        files.append(WrittenFile(plan.recipe.layout.index, len(index), _sha256(index)))
     manifest = _manifest(plan, files, [r for s in shards for r in s.records], stats)
     write_file_atomically(out / MANIFEST_NAME, to_json(manifest))
     if index:
         write_file_atomically(out / plan.recipe.layout.index, index)
     return manifest
+
+
+def _refuse_anothers(out: Path, name: str, digest: str) -> None:
+    """Raise OutputError for a file that no run of this conversion left in its last steps."""
+    refuse_links(out, name)
+    path = out / name
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_file() or hash_file(path) != digest:
+        raise OutputError(
+            f"{path}: was put there by somebody else while the conversion ran, or between its "
+            "runs; move it away, and the same command goes on"
+        )
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def index_of(plan: Plan) -> bytes:

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,9 +35,10 @@ from v4quant.conversion.size_by_role import warn_of_growth
 from v4quant.conversion.units import ShardPlan
 from v4quant.conversion.words import warn_of_lost_words
 from v4quant_calibration.solve.solution import Evidence
-from v4quant_formats.errors import OutputError
+from v4quant_formats.errors import FormatError, OutputError
 from v4quant_formats.manifest import MANIFEST_NAME
 from v4quant_formats.shards import WrittenFile, remove_leftovers
+from v4quant_formats.small_files import read_begin
 from v4quant_formats.system import peak_rss_bytes
 from v4quant_kernels.progress import Progress, SilentProgress
 
@@ -182,11 +183,28 @@ def _begin(
 
 def _clear(job: _Job) -> None:
     """Remove what was renamed but not journaled when a run was killed: it is made again. Hand over
-    what was finished but not delivered."""
+    what was finished but not delivered. Raises OutputError for somebody else's file."""
+    journal, out = job.journal, job.request.out
+    assert journal is not None
     for shard in job.todo:
-        (job.request.out / shard.file).unlink(missing_ok=True)
-    assert job.journal is not None
-    _deliver_again(job.request.out, job.journal, job.request.delivery)
+        path = out / shard.file
+        if os.path.lexists(path):
+            if shard.file not in journal.named and not _is_begun(path, shard):
+                raise OutputError(
+                    f"{path}: is not what this conversion writes there; move it away, and the same "
+                    "command goes on"
+                )
+            path.unlink()
+    _deliver_again(out, journal, job.request.delivery)
+
+
+def _is_begun(path: Path, shard: ShardPlan) -> bool:
+    """Whether a file begins as the shard does, as far as it goes, or was lost to a power cut."""
+    header = shard.file_plan().header
+    with suppress(FormatError):
+        begin = read_begin(path, len(header))
+        return header.startswith(begin) or not any(begin)
+    return False
 
 
 def _finish(job: _Job, ranks: Ranks) -> Sequence[TensorRecord]:

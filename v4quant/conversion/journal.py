@@ -104,6 +104,7 @@ class Journal:
         self._writing = threading.Lock()
         self.finished: dict[str, FinishedShard] = {}
         self.unchecked: dict[str, FinishedShard] = {}
+        self.named: set[str] = set()  # by any line, whether or not that counts
         self.refresh()
         if not _read_lines(self._path):
             self._append({"plan": plan_digest, "stem": stem}, fresh=True)
@@ -131,6 +132,7 @@ class Journal:
                 checked |= {name} if mine else set()
                 continue
             shard = self._shard(path, line)
+            self.named.add(shard.file.name)
             here = self._is_here(shard.file)
             if self._elsewhere(shard.file) or (here and mine):
                 self.finished[shard.file.name] = shard

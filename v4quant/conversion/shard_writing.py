@@ -13,6 +13,7 @@ memory and the number of open shards are what bounds this, as for one conversion
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,7 @@ from v4quant.conversion.unit import convert_unit
 from v4quant.conversion.units import ShardPlan, Unit
 from v4quant.own_folders import SameFolder
 from v4quant_calibration.solve.solution import Evidence
+from v4quant_formats.errors import OutputError
 from v4quant_formats.shards import ShardWriter, temporary_path
 from v4quant_kernels.progress import Progress
 
@@ -152,6 +154,12 @@ def _begins(plan: Plan) -> dict[str, int]:
 
 def _close_shard(writer: ShardWriter, records: list[TensorRecord], one: Writing) -> None:
     """Flush, rename, journal, hand over: in this order, beside the next shard's conversion."""
+    if os.path.lexists(writer.path):  # what a killed run left there went before the work began
+        writer.abort()
+        raise OutputError(
+            f"{writer.path}: was put there by somebody else while the conversion ran; move it "
+            "away, and the same command goes on"
+        )
     written = writer.close()
     one.journal.add(FinishedShard(written, tuple(records)))
     one.delivery.take(written)

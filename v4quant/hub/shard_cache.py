@@ -27,7 +27,7 @@ from v4quant.hub.errors import HubError
 from v4quant.hub.remote import Remote
 from v4quant.hub.slices import RemoteSlices
 from v4quant.hub.stopping import Stop, join_all
-from v4quant.own_folders import SameFolder
+from v4quant.own_folders import SameFolder, refuse_links
 from v4quant_formats.shard_files import read_whole
 from v4quant_formats.system import bytes_at, forget_cached, open_for_reading
 from v4quant_kernels.errors import V4QuantError
@@ -91,6 +91,7 @@ class ShardCache:
         `close`, for a later run. lock: closed by `close`. Raises DiskCapError.
         """
         self._remote, self._folder, self._cached = remote, folder, dict(cached)
+        refuse_links(folder.parent, f"{folder.name}/shard")
         self._home = SameFolder(folder)
         self._names = set(shards)
         sizes = {n: remote.files[n].size for n in sorted(self._names)}

@@ -26,6 +26,7 @@ from v4quant.hub.gguf_source import open_cached_gguf, open_remote_gguf, pick_ggu
 from v4quant.hub.refs import SCHEME, HubRef, HubReferenceError, parse_hub
 from v4quant.hub.remote import Remote, open_remote, require
 from v4quant.hub.shard_cache import ShardCache, remove_shards
+from v4quant.own_folders import refuse_links
 from v4quant.temporary_folders import TemporaryFolder
 from v4quant_formats.checkpoint import (
     INDEX_NAME,
@@ -145,6 +146,7 @@ def _open_in(
 
 def _fetch_small(remote: Remote, names: Sequence[str], skeleton: Path) -> None:
     for name in names:
+        refuse_links(skeleton, name)
         cached = _cached(remote, name)
         if cached is not None:
             write_file_atomically(skeleton / name, cached.read_bytes())

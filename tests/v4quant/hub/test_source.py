@@ -198,6 +198,28 @@ def test_a_download_is_never_written_through_a_link(
     assert victim.read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize("name", ["encoding", "shards"])
+def test_a_fetched_folder_swapped_for_a_link(
+    name: str, plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Between two runs in one scratch folder."""
+    plain_hub.add_repo(REF.repo, model_files)
+    with open_hub(REF, tmp_path / "s") as remote:
+        remote.shards.acquire([remote.spec("embed.weight").file])
+    users = tmp_path / "users"
+    users.mkdir()
+    (users / "chat.py").write_text("mine")
+    fetched = shelf(tmp_path / "s").parent / name
+    fetched.rename(tmp_path / "ours")
+    fetched.symlink_to(users)
+    with (
+        pytest.raises(OutputError, match=rf"{name}: is a symbolic link"),
+        open_hub(REF, tmp_path / "s") as remote,
+    ):
+        remote.shards.acquire([remote.spec("embed.weight").file])
+    assert [path.read_text() for path in users.iterdir()] == ["mine"]
+
+
 def test_what_is_left_of_one_repository_is_never_taken_for_another(
     plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path
 ) -> None:
