@@ -7,9 +7,9 @@ others. So the first large product runs a few small ones, a tenth of a second in
 Nothing runs when this module is imported.
 
 The library for float32 decides the order of sums, hence last digits. What was found is therefore
-kept in the user's cache folder, for this torch, processor and number of threads, and a run that is
-resumed gives the digits that the whole run would have given. V4QUANT_FLOAT32=default or =onednn
-decides instead.
+kept in the user's cache folder, for this torch, processor and number of threads, and what keeps
+libraries from instructions the processor has; a run that is resumed gives the digits that the whole
+run would have given. V4QUANT_FLOAT32=default or =onednn decides instead.
 """
 
 from __future__ import annotations
@@ -36,12 +36,15 @@ from v4quant_kernels.user_cache import cache_folder
 
 Library = Literal["default", "onednn"]
 VARIABLE = "V4QUANT_FLOAT32"
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
+"""What keeps oneDNN and MKL from instructions the processor has."""
 FEW, MANY = 8, 128
 """Rows of the products that are tried; from the middle on a product counts as one of many rows."""
+_MIDDLE = (FEW + MANY) // 2
 
 _LARGE = 1 << 24
 """Multiplications and rows of a matrix from which the library is worth asking about."""
-_LEAST_ROWS = 8
+_LEAST_ROWS = 4
 _K, _COLUMNS = 4096, 1024
 _TRIES = 5
 _WORTH = 0.95  # of the time of the default: a smaller gain may be chance
@@ -61,21 +64,22 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         or a.shape[-2] < _LEAST_ROWS
         or a.shape[-2] * b.shape[-2] * b.shape[-1] < _LARGE
         or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
-        or float32_library() == "default"
+        or float32_library(a.shape[-2] >= _MIDDLE) == "default"
     ):
         return a @ b
     return onednn_product(a, b)
 
 
 @cache
-def float32_library() -> Library:
-    """Who takes large float32 products: what the user says, what was found before, or a probe."""
+def float32_library(many: bool) -> Library:
+    """Who takes large float32 products of many or few rows: what the user says, what was found
+    before, or a probe."""
     said = os.environ.get(VARIABLE)
     if said in {"default", "onednn"}:
         return said if said == "default" or available() else "default"  # type: ignore[return-value]
     if not available():
         return "default"
-    return _kept(_probe_library)
+    return _kept(many)
 
 
 def available() -> bool:
@@ -84,16 +88,20 @@ def available() -> bool:
     return bool(found) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def decided() -> Library | None:
+def decided() -> str | None:
     """Who takes large float32 products in this process, None if none has been asked for."""
-    return float32_library() if float32_library.cache_info().currsize else None
+    if not float32_library.cache_info().currsize:
+        return None
+    few, many = float32_library(False), float32_library(True)
+    return few if few == many else f"{few}, from {_MIDDLE} rows on {many}"
 
 
-def _probe_library() -> Library:
+def _probe_library(many: bool) -> Library:
     """oneDNN, if it multiplies float32 as it is and takes clearly less time."""
     b = torch.full((_COLUMNS, _K), 1 + 2.0**-10)
     exact = bool((onednn_product(torch.ones(MANY, _K), b.T) == _K * (1 + 2.0**-10)).all())
-    faster = exact and _is_faster(_float32_by(onednn_product), _float32_by(torch.matmul), MANY)
+    rows = MANY if many else FEW
+    faster = exact and _is_faster(_float32_by(onednn_product), _float32_by(torch.matmul), rows)
     return "onednn" if faster else "default"
 
 
@@ -102,17 +110,18 @@ def _float32_by(multiply: Callable[[Tensor, Tensor], Tensor]) -> Callable[[int],
     return lambda rows: multiply(torch.ones(rows, _K), b.T)
 
 
-def _kept(probe: Callable[[], Library]) -> Library:
+def _kept(many: bool) -> Library:
     """What the cache folder says for this machine; else what the probe finds, written there."""
     file = cache_folder() / "float32.json"
-    key = f"{torch.__version__} {_processor()} {torch.get_num_threads()} threads"
+    words = torch.__version__, _processor(), *_limits(), torch.get_num_threads(), "threads"
+    key = " ".join(map(str, (*words, "many rows" if many else "few rows")))
     known: dict[str, Library] = {}
     with suppress(OSError, ValueError, RecursionError):
         stored = json.loads(_head(file)) if file.is_file() else {}
         if isinstance(stored, dict):
             known = {k: v for k, v in stored.items() if v in ("default", "onednn")}
     if key not in known:
-        known[key] = probe()
+        known[key] = _probe_library(many)
         with suppress(OSError):
             _write(file, json.dumps(known, indent=1))
     return known[key]
@@ -131,13 +140,19 @@ def _write(file: Path, text: str) -> None:
     Path(name).replace(file)
 
 
+def _limits() -> list[str]:
+    """What torch takes of the processor, and what keeps its libraries from more."""
+    said = (f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ)
+    return [str(torch.backends.cpu.get_cpu_capability()), *said]
+
+
 def _processor() -> str:
     """The processor's name, as far as the system tells."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return platform.machine()
 
 
 @cache
@@ -167,7 +182,7 @@ def fastest_way(x: Tensor, weight: QTensor) -> Way:
     """How a CPU takes `exact_product` of x and weight soonest: by "units" or in "f32"."""
     if not takes_bf16():
         return "f32"
-    many = x.shape[0] >= (FEW + MANY) // 2
+    many = x.shape[0] >= _MIDDLE
     return "units" if _units_pay(weight.scheme.element == "int", many) else "f32"
 
 

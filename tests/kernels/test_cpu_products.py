@@ -72,17 +72,55 @@ def test_both_libraries_sum_in_float32(
 
 
 @needs_onednn
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize(("seconds", "expected"), [((0.5, 1.0), "onednn"), ((1.0, 1.0), "default")])
 def test_the_faster_library_is_taken_and_remembered(
-    seconds: tuple[float, float], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    seconds: tuple[float, float],
+    expected: str,
+    many: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     taken = clock(monkeypatch, *seconds)
-    assert cpu_products.float32_library() == expected and taken
+    assert cpu_products.float32_library(many) == expected
+    assert set(taken) == {cpu_products.MANY if many else cpu_products.FEW}
     (kept,) = json.loads((tmp_path / "v4quant" / "float32.json").read_text()).values()
     assert kept == expected
     cpu_products.float32_library.cache_clear()
     again = clock(monkeypatch, *seconds[::-1])
-    assert cpu_products.float32_library() == expected and not again
+    assert cpu_products.float32_library(many) == expected and not again
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", cpu_products.LIMITS)
+def test_other_instructions_are_tried_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found with all of the processor's is no answer for fewer."""
+    monkeypatch.delenv(name, raising=False)
+    clock(monkeypatch, 0.5, 1.0)
+    assert cpu_products.float32_library(True) == "onednn"
+    monkeypatch.setenv(name, "less")
+    cpu_products.float32_library.cache_clear()
+    clock(monkeypatch, 1.0, 0.5)
+    assert cpu_products.float32_library(True) == "default"
+
+
+@needs_onednn
+def test_few_rows_and_many_may_differ(
+    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    assert cpu_products.decided() is None
+    monkeypatch.setattr(
+        cpu_products, "_probe_library", lambda many: "default" if many else "onednn"
+    )
+    asked: list[int] = []
+    monkeypatch.setattr(
+        cpu_products, "onednn_product", lambda a, b: asked.append(len(a)) or onednn_product(a, b)
+    )
+    a, b = (torch.randn(shape, generator=generator) for shape in ((128, 2048), (2048, 2048)))
+    for rows in (1, 3, 4, 67, 68, 128):
+        assert_sums_are_float32(dispatch.float32_product(a[:rows], b.T), a[:rows], b.T)
+    assert asked == [4, 67]
+    assert cpu_products.decided() == "onednn, from 68 rows on default"
 
 
 @needs_onednn
@@ -93,7 +131,7 @@ def test_a_library_that_rounds_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> 
         return rounded(a) @ rounded(b)
 
     monkeypatch.setattr(cpu_products, "onednn_product", rounding)
-    assert cpu_products.float32_library() == "default"
+    assert cpu_products.float32_library(True) == "default"
 
 
 @needs_onednn
@@ -107,7 +145,7 @@ def test_what_is_kept_may_be_anything(
     file.parent.mkdir()
     file.write_text(content)
     clock(monkeypatch, 0.1, 1.0)
-    assert cpu_products.float32_library() == "onednn"
+    assert cpu_products.float32_library(True) == "onednn"
     assert "onednn" in json.loads(file.read_text()).values()
 
 
@@ -117,7 +155,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 ) -> None:
     (tmp_path / "v4quant").write_text("a file where the folder should be")
     clock(monkeypatch, 0.1, 1.0)
-    assert cpu_products.float32_library() == "onednn"
+    assert cpu_products.float32_library(True) == "onednn"
 
 
 def test_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +163,9 @@ def test_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     for said in ("default", "onednn"):
         monkeypatch.setenv(cpu_products.VARIABLE, said)
         cpu_products.float32_library.cache_clear()
-        assert cpu_products.float32_library() == (said if cpu_products.available() else "default")
+        assert cpu_products.float32_library(True) == (
+            said if cpu_products.available() else "default"
+        )
     assert not taken
 
 
@@ -141,7 +181,7 @@ def test_large_products_go_to_the_library_and_small_ones_do_not(
     a, b = (torch.randn(shape, generator=generator) for shape in ((64, 512), (512, 1024)))
     assert_sums_are_float32(dispatch.float32_product(a, b), a, b)
     assert asked == [a.shape]
-    for left, right in ((a[:4], b), (a[:, :8], b[:8]), (a.double(), b.double()), (a[0], b)):
+    for left, right in ((a[:3], b), (a[:, :8], b[:8]), (a.double(), b.double()), (a[0], b)):
         assert torch.equal(dispatch.float32_product(left, right), left @ right)
     grown = b.clone().requires_grad_()
     dispatch.float32_product(a, grown).sum().backward()  # type: ignore[no-untyped-call]
