@@ -111,6 +111,8 @@ def gemm_job(scheme: str, activations: str, size: int, arch: int, epilogue: str)
         "EPILOGUE": epilogue,
     }
     types = {"out_ptr": "*bf16" if epilogue == "swiglu" else "*fp32"}
+    # Where inputs have no scales, something else is pointed at.
+    types["x_scale_ptr"] = "*fp32" if matrix.operand == "bf16" else "*u8"
     if matrix.operand != "bf16":
         types["x_ptr"] = "*u8"
     is_native = matrix.operand.startswith("native")
@@ -151,11 +153,13 @@ SAMPLE = {
 """Both GEMM kernels where they exist, both ends of the batch, every word and scale code once."""
 
 
-def sampled_gemms() -> Iterator[Job]:
+def sampled_gemms(both_ends: bool = False) -> Iterator[Job]:
+    """both_ends: large tiles also end in sums, as those of the down projection do."""
     for arch, names in SAMPLE.items():
         for name in names:
             scheme, activations, size, epilogue = name.split()
-            yield gemm_job(scheme, activations, int(size), arch, epilogue)
+            for end in {epilogue, "sums"} if both_ends else {epilogue}:
+                yield gemm_job(scheme, activations, int(size), arch, end)
 
 
 def small_kernels(archs: tuple[int, ...]) -> Iterator[Job]:
@@ -168,11 +172,15 @@ def small_kernels(archs: tuple[int, ...]) -> Iterator[Job]:
         combine = {"MAPPED": True, "TOP_K": 6, "SPLIT": 4, "BLOCK": 512}
         yield Job("combine_kernel", "", arch, combine, {})
         for as_bytes in (True, False):
-            types = {"codes_ptr": "*u8" if as_bytes else "*bf16"}
+            pointer, form = "*u8" if as_bytes else "*bf16", f"bytes {as_bytes}"
             constants = {"AS_BYTES": as_bytes, "BR": 16, "BLOCK": 128}
-            yield Job("quantize_kernel", f"bytes {as_bytes}", arch, constants, types)
-        constants = {"MAPPED": True, "SPLIT": 2, "ROUND": True, "AS_BYTES": True, "BLOCK": 128}
-        yield Job("activate_kernel", "", arch, constants, {"h_ptr": "*u8"})
+            types = {"codes_ptr": pointer, "scale_ptr": pointer}
+            yield Job("quantize_kernel", form, arch, constants, types)
+            constants = {"MAPPED": True, "SPLIT": 2, "AS_BYTES": as_bytes, "BLOCK": 128}
+            types = {"h_ptr": pointer, "scale_ptr": pointer}
+            for rounding in {True, as_bytes}:
+                options = constants | {"ROUND": rounding}
+                yield Job("activate_kernel", f"{form} {rounding}", arch, options, types)
 
 
 def score_job(arch: int, shared: bool, operand: str, ragged: bool = False) -> Job:
@@ -189,6 +197,8 @@ def score_job(arch: int, shared: bool, operand: str, ragged: bool = False) -> Jo
     scores = tile.keys * tile.step * 64
     if shared:
         types["k_ptr"] = types["q_ptr"]
+        if operand == "native":
+            types["k_factor_ptr"] = "*i32"  # there are none
         constants["BQ"] = tile.tokens
         return Job("shared_kernel", f"{operand} prefill", arch, constants, types, scores)
     constants |= {"TILES": tile.tiles, "RAGGED": ragged}
@@ -206,7 +216,7 @@ def indexer_jobs(full: bool) -> Iterator[Job]:
             types = {"scale_ptr": "*i32", "out_ptr": "*i32" if arch > 80 else "*bf16"}
             yield Job("expand_kernel", "", arch, expand, {**types, "factor_ptr": "*fp32"})
             selection = {"CAP": 4096, "HIDDEN": topk.HIDDEN_KEY, "BLOCK": 2048}
-            yield Job("collect_kernel", "", arch, selection, {})
+            yield Job("collect_kernel", "", arch, selection, {"words_ptr": "*i64"})
 
 
 def feedback_jobs(archs: tuple[int, ...]) -> Iterator[Job]:
@@ -240,7 +250,7 @@ def launch_of(job: Job) -> Launch:
 def special_jobs() -> list[Job]:
     """Every kernel once in every form it has, with as few constants as that takes."""
     found = {(j.kernel, j.variant): j for j in jobs(True) if "gemm" not in j.kernel}
-    found |= {(j.kernel, j.variant): j for j in sampled_gemms()}
+    found |= {(j.kernel, j.variant): j for j in sampled_gemms(both_ends=True)}
     return list(found.values())
 
 

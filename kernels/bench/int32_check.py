@@ -81,11 +81,11 @@ def gemms_at_pro(
     if c["BM"] == SIZES[0]:  # taken while experts get no more on average
         slots = min(slots, SIZES[0] * EXPERTS)
     tiles = (slots + EXPERTS * (c["BM"] - 1)) // c["BM"]
-    shapes = [(hidden, 2 * width, width)]  # K, rows, channels
+    shapes = [(hidden, 2 * width, width, TOP_K)]  # K, rows, channels, slots that share an input
     if c["EPILOGUE"] == "sums":
-        shapes.append((width, hidden, hidden))
-    for k, rows, channels in shapes:
-        constants = c | {"K": k, "ROWS": rows, "N": channels}
+        shapes.append((width, hidden, hidden, 1))
+    for k, rows, channels, sharing in shapes:
+        constants = c | {"K": k, "ROWS": rows, "N": channels, "SLOTS_PER_ROW": sharing}
         grid = up(rows, c["BN"]), tiles, c["SPLIT"]
         yield replace(job, constants=constants), routed | {"num_slots": slots}, grid
 

@@ -80,10 +80,14 @@ def first_form(launch: Launch, arch: int) -> str:
 
     Raises what Triton raises for a kernel that does not compile.
     """
+    return lowered(launch.source(), launch.options, arch)
+
+
+def lowered(source: ASTSource, chosen: Mapping[str, Any], arch: int) -> str:
+    """TTIR of a source under launch options. Raises what Triton raises."""
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
-    options = backend.parse_options(launch.options)
-    source = launch.source()
+    options = backend.parse_options(dict(chosen))
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
