@@ -153,10 +153,21 @@ def test_eight_bit_tensor_cores(
     prepared = prepare_experts(to_device(experts, device), operand)
     assert prepared.down.operand == operand and prepared.gate_up.operand == operand
     arguments = inputs(experts, 6, 2, generator)
-    for tile in (gpu.Tile(16, 128, swap=True), gpu.Tile(32, 128)):
+    small = gpu.Tile(16, 128, swap=True)
+    for tile, split in (
+        (small, None),
+        (gpu.Tile(32, 128), None),
+        (small, 3),
+    ):  # some get no columns
         with poisoned_allocations(monkeypatch):
             out = gpu.moe(
-                *(t.to(device) for t in arguments), prepared, LIMIT, None, "e4m3", tile=tile
+                *(t.to(device) for t in arguments),
+                prepared,
+                LIMIT,
+                None,
+                "e4m3",
+                tile=tile,
+                split=split,
             )
         fp8_sums = operand == "fp8" and device == "cuda"
         assert_within(out, *moe64(*arguments, experts, LIMIT, "e4m3", fp8_sums=fp8_sums))
