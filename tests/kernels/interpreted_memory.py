@@ -17,7 +17,9 @@ import pytest
 from torch import Tensor
 
 Words = np.ndarray[Any, np.dtype[np.uint64]]
-GARBAGE = 0x7F
+
+WILD, FAR = 0xFF, 0x7F
+"""Bytes of garbage: NaN in all floats, E4M3 and E8M0 included; a large number of wider integers."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def strict_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if other is None:
             element = pointers.get_element_ty()
             dtype = load(self, pointers, none_of(mask), None, *rest).data.dtype
-            filled = np.full((*pointers.data.shape, dtype.itemsize), GARBAGE, np.uint8)
+            byte = WILD if dtype.itemsize == 1 or element.is_floating() else FAR
+            filled = np.full((*pointers.data.shape, dtype.itemsize), byte, np.uint8)
             other = TensorHandle(filled.view(dtype)[..., 0], element)
         return load(self, pointers, mask, other, *rest)
 
