@@ -38,7 +38,7 @@ from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_kernels.errors import V4QuantError
 
 DEFAULT_SOURCE = Path(__file__).parents[1] / "tests" / "data" / "tiny-a"
-SCHEMES = ("int4-g32", "int8-g128", "fp8", "mxfp4", "nvfp4")
+SCHEMES = ("int4-g32", "int8-g128", "fp8", "mxfp4", "nvfp4", "q8_0")
 
 
 def one_round(source: Path, work: Path, seed: int) -> str:

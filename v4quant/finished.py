@@ -28,7 +28,9 @@ from v4quant_kernels.user_cache import cache_folder
 
 _LOGGER = logging.getLogger(__name__)
 _PREFIX = "finished-"
+_HEX = "[0-9a-f]"
 _MAX_BYTES = 2**26
+_MOST_HASHED = 2**34
 KEPT = 64
 """Records in the cache folder; a large evaluation's has some 100 KB."""
 
@@ -72,7 +74,7 @@ class Request:
         with suppress(OSError, OutputError):
             folder.mkdir(parents=True, exist_ok=True)
             write_file_atomically(self._place, json.dumps(record).encode())
-            records = [f for f in folder.glob(f"{_PREFIX}*.json") if f.is_file()]
+            records = [f for f in folder.glob(f"{_PREFIX}{_HEX * 32}.json") if f.is_file()]
             for old in sorted(records, key=lambda f: f.stat().st_mtime)[:-KEPT]:
                 old.unlink()
 
@@ -98,7 +100,11 @@ def request_of(
 
 
 def _hash(file: Path | None) -> str:
+    """A file's digest; of one that would take minutes to read, what changes when it is written."""
     with suppress(OSError):
         if file is not None and file.is_file():
+            found = file.stat()
+            if found.st_size > _MOST_HASHED:
+                return f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_ctime_ns}"
             return hash_file(file)
     return "absent"

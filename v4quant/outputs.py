@@ -16,6 +16,7 @@ from pathlib import Path
 from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import OutputError
 from v4quant_formats.sidecars import ALLOWED_FILES
+from v4quant_formats.system import real_path
 
 _CONFIG = "config.json"
 _PARTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin")
@@ -42,25 +43,20 @@ def refuse_inputs(
     for out in (path for path in outputs if path is not None):
         if (found := read.get(_identity(out))) is not None:
             raise OutputError(f"{out}: would replace {found}, which is read; choose another name")
-        within = inside.get(_identity(_real(out).parent))
+        within = inside.get(_identity(real_path(out).parent))
         if within is not None and _is_part(out.name):
             raise OutputError(
                 f"{out}: would become part of {within}, which is read; choose another name"
             )
     whole = {identity: path for identity, path in inside.items() if (path / _CONFIG).is_file()}
     for folder in folders:
-        real = _real(folder)
+        real = real_path(folder)
         for above in (real, *real.parents):
             if (found := whole.get(_identity(above))) is not None:
                 raise OutputError(
                     f"{folder}: lies in {found}, which is read and stays as it is; choose a folder "
                     "outside it"
                 )
-
-
-def _real(path: Path) -> Path:
-    """Where a path leads, whether or not something is there yet."""
-    return Path(os.path.realpath(path))
 
 
 def _is_part(name: str) -> bool:

@@ -36,6 +36,7 @@ from v4quant_formats.shard_files import (
     ShardFiles,
 )
 from v4quant_formats.spec import TensorSpec, torch_dtype
+from v4quant_formats.system import real_path
 from v4quant_kernels.late import torch
 
 if TYPE_CHECKING:
@@ -324,7 +325,7 @@ def _check_file_name(folder: Path, name: str) -> None:
 
 def check_link(folder: Path, name: str) -> None:
     """Refuse a file whose link leaves the folder. Raises UnsafePath."""
-    target = (folder / name).resolve()
+    target = real_path(folder / name)
     if not target.is_relative_to(link_root(folder)):
         raise UnsafePath(f"{folder / name}: is a link that leaves the folder ({target})")
 
@@ -334,7 +335,7 @@ def link_root(folder: Path) -> Path:
 
     The hub cache keeps snapshots/<revision>/<file> as links to ../../blobs/<digest>.
     """
-    real = folder.resolve()
+    real = real_path(folder)
     return real.parent.parent if real.parent.name == "snapshots" else real
 
 

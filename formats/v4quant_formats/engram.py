@@ -25,12 +25,14 @@ from typing import Any
 import numpy as np
 
 from v4quant_formats.config_fields import ConfigError
+from v4quant_formats.errors import is_library_failure
 
 _SEED = 10007
 _INT64_MAX = 2**63 - 1
 # Bases that tell primes from composites for every number below 3.3e24 (Sorenson and Webster).
 _WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
 _SPACE = "\ue000"
+_LONGEST_TOKEN = 2**14  # characters; V4.1's have at most 256
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,11 @@ def read_token_map(
             "beside the shards"
         )
     try:
-        loaded = Tokenizer.from_str(data.decode())
-    except Exception as error:  # noqa: BLE001 - the library raises Exception itself
+        found = token_map(Tokenizer.from_str(data.decode()), vocab_size)
+    except BaseException as error:
+        if not is_library_failure(error):
+            raise
         raise ConfigError(f"{tokenizer}: cannot be read as a tokenizer ({error})") from None
-    found = token_map(loaded, vocab_size)
     size = max(found) + 1
     if size != compressed_size:
         raise ConfigError(
@@ -144,6 +147,8 @@ def token_map(tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
     found = []
     for token in range(vocab_size):
         text = tokenizer.decode([token], skip_special_tokens=False)
+        if len(text) > _LONGEST_TOKEN:
+            raise ValueError(f"token {token} has {len(text):,} characters")
         if "\ufffd" in text:  # no text of its own: a piece of a character
             key = tokenizer.id_to_token(token)
         else:

@@ -95,3 +95,9 @@ class UnsupportedPair(V4QuantError):
 
 class OutputError(V4QuantError):
     """The output folder cannot take the checkpoint (not empty, not writable, full, locked)."""
+
+
+def is_library_failure(error: BaseException) -> bool:
+    """Whether a library gave up: by an exception, or by a panic of its Rust code, which is none,
+    and whose class is private."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

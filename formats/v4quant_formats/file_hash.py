@@ -28,6 +28,7 @@ from v4quant_formats.system import (
     finish_writing,
     forget_cached,
     open_for_reading,
+    open_regular,
     read_at,
 )
 
@@ -134,7 +135,7 @@ def hash_file(path: Path) -> str:
 
 def file_pieces(path: Path) -> Iterator[bytes]:
     """The bytes of a file from its front, at most 1 MiB at a time. Raises OSError."""
-    with path.open("rb") as opened:
+    with open_regular(path) as opened:
         while piece := opened.read(_BUFFER):
             yield piece
 

@@ -13,6 +13,7 @@ from v4quant_formats.json_limits import (
     has_too_many_values,
     is_too_deep,
 )
+from v4quant_formats.system import open_regular
 
 MAX_CONFIG_BYTES = 16 * 2**20
 
@@ -23,7 +24,7 @@ def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any
         # A size proves nothing for a device or a pipe, so what is read is bounded too.
         if path.exists() and not path.is_file():
             raise ConfigError(f"{path}: is not a regular file")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = b"" if path.stat().st_size > limit else file.read(limit + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: file is missing; download it beside the shards") from None

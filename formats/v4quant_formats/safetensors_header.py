@@ -33,7 +33,7 @@ from v4quant_formats.errors import (
 )
 from v4quant_formats.json_limits import MAX_JSON_VALUES, has_too_many_values
 from v4quant_formats.spec import DTYPE_BITS, TensorSpec
-from v4quant_formats.system import bytes_at
+from v4quant_formats.system import bytes_at, open_regular
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
@@ -59,7 +59,7 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     try:
         if path.exists() and not path.is_file():
             raise FormatError(f"{path}: is not a regular file; a shard must be one")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             handle = file.fileno()
             return parse_header(
                 path, os.fstat(handle).st_size, lambda start, count: bytes_at(handle, count, start)

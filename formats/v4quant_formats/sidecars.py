@@ -14,6 +14,7 @@ from pathlib import Path
 from v4quant_formats.checkpoint import Checkpoint, link_root
 from v4quant_formats.engram import read_token_map
 from v4quant_formats.small_files import read_small
+from v4quant_formats.system import real_path
 
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -130,4 +131,4 @@ def token_map_of(checkpoint: Checkpoint, vocab_size: int, compressed_size: int) 
 def _is_sidecar(folder: Path, path: Path) -> bool:
     if not path.is_file() or path.stat().st_size > MAX_SIDECAR_BYTES:
         return False
-    return path.resolve().is_relative_to(link_root(folder))
+    return real_path(path).is_relative_to(link_root(folder))

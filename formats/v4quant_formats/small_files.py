@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 from v4quant_formats.errors import FormatError
-from v4quant_formats.system import open_at_once
+from v4quant_formats.system import open_regular
 
 
 class UnreadableFile(FormatError):
@@ -20,21 +23,37 @@ def read_small(path: Path, limit: int) -> bytes:
     Devices, pipes and folders are refused without waiting for them, and a file that grows while it
     is read is read to the limit and refused.
     """
-    data = read_begin(path, limit + 1)
-    if len(data) > limit:
-        raise UnreadableFile(f"{path}: has more than {limit:,} bytes; no such file needs that")
-    return data
+    with _opened(path) as file:
+        if os.fstat(file.fileno()).st_size <= limit:
+            data = _read(path, file, limit + 1)
+            if len(data) <= limit:
+                return data
+    raise UnreadableFile(f"{path}: has more than {limit:,} bytes; no such file needs that")
 
 
 def read_begin(path: Path, count: int) -> bytes:
-    """At most `count` bytes of a regular file. Raises UnreadableFile, as above."""
+    """At most `count` bytes of a regular file. Raises UnreadableFile."""
+    with _opened(path) as file:
+        return _read(path, file, count)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
     try:
-        handle = open_at_once(path)
-        with os.fdopen(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise UnreadableFile(f"{path}: is not a regular file; copy it to one and name that")
-            return file.read(count)
+        with open_regular(path) as file:
+            yield file
     except OSError as error:
-        raise UnreadableFile(f"{path}: cannot be read ({error.strerror or error})") from None
+        if error.errno == errno.EINVAL:
+            why = "is not a regular file; copy it to one and name that"
+        else:
+            why = f"cannot be read ({error.strerror or error})"
+        raise UnreadableFile(f"{path}: {why}") from None
     except ValueError:
         raise UnreadableFile(f"{str(path)!r}: is not a file name") from None
+
+
+def _read(path: Path, file: BufferedReader, count: int) -> bytes:
+    data: bytes | None = file.read(count)
+    if data is None:  # a file of the system that waits for something
+        raise UnreadableFile(f"{path}: has nothing to read; copy it to a file and name that")
+    return data

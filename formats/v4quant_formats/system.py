@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,29 @@ class LockHeld(Exception):
 
 
 def open_for_reading(path: Path) -> int:
-    """A handle on an existing file. Raises OSError."""
-    return os.open(path, os.O_RDONLY | _BINARY)
+    """A handle on an existing file. Raises OSError, also for what is no regular file: a device has
+    no end, and a pipe is waited for until somebody writes to it."""
+    handle = os.open(path, os.O_RDONLY | _BINARY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return handle
 
 
-def open_at_once(path: Path) -> int:
-    """A handle to read from, without waiting where `path` is a pipe nobody writes to.
+def open_regular(path: Path) -> BufferedReader:
+    """A regular file, to read from. Raises OSError as `open_for_reading` does."""
+    return os.fdopen(open_for_reading(path), "rb")
 
-    Raises OSError.
-    """
-    return os.open(path, os.O_RDONLY | _BINARY | getattr(os, "O_NONBLOCK", 0))
+
+def require_regular(path: Path) -> None:
+    """For libraries that open files themselves, and would wait for a pipe. Raises OSError."""
+    os.close(open_for_reading(path))
+
+
+def real_path(path: Path) -> Path:
+    """Where a path leads, whether or not anything is there; links in a circle lead nowhere, without
+    an error of another kind."""
+    return Path(os.path.realpath(path))
 
 
 def create_new(path: Path, mode: int = 0o644) -> int:

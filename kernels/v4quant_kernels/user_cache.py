@@ -12,4 +12,9 @@ def cache_folder() -> Path:
     Everything in it can be found anew: deleting the folder costs time and nothing else.
     """
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "v4quant"
+    if home:
+        return Path(home) / "v4quant"
+    try:
+        return Path.home() / ".cache" / "v4quant"
+    except RuntimeError:  # an unknown user: nothing can be kept, as in a folder that is read-only
+        return Path(os.devnull) / "v4quant"

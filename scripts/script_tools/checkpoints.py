@@ -150,8 +150,19 @@ def _adapter(folder: Path) -> Path:
     return folder
 
 
+def _v41(source: Path, folder: Path) -> None:
+    """V4.1, with tokenizer and Engram tables; what only a small model says is as in the release."""
+    shutil.copytree(source.parent / "v41-tiny", folder)
+    config = json.loads((folder / "config.json").read_text())
+    text = config["text_config"]
+    text["swiglu_limit"] = 10.0
+    text["rope_scaling"]["original_max_position_embeddings"] = 65536
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 CHECKPOINT_SEEDS: tuple[CheckpointSeed, ...] = (
     CheckpointSeed("release", _copied),
+    CheckpointSeed("V4.1", _v41),
     CheckpointSeed("release with adapter", _copied, _adapter),
     *(
         CheckpointSeed(f"{scheme} ({layout})", partial(_quant, scheme, layout))

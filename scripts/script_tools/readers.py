@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from script_tools.seeds import TEXT, Reader, written
 from script_tools.tool_readers import TOOL_READERS
+from script_tools.work_readers import WORK_READERS
 from v4quant.api.publishing import plan_push
 from v4quant.conversion.journal import FinishedShard, Journal, ShardFacts
 from v4quant.conversion.records import TensorRecord
@@ -187,6 +188,7 @@ READERS: tuple[Reader, ...] = (
     Reader("report", written("evaluation.json", json.dumps(EVALUATION)), _read_report),
     Reader("logits", _logits, _read_logits),
     *TOOL_READERS,
+    *WORK_READERS,
 )  # fmt: skip
 
 

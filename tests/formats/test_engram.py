@@ -62,6 +62,13 @@ def test_a_tokenizer_of_another_compressed_size_is_refused(tmp_path: Path) -> No
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read as a tokenizer"):
         read_token_map(*_file(tmp_path / "tokenizer.json"), 512, 342)
+    # A panic of the library's Rust code, and a decoder that makes a token a novel.
+    table = json.loads((ORACLE / "tokenizer.json").read_text())
+    long = {"type": "Replace", "pattern": {"Regex": "^"}, "content": "x" * 10**5}
+    for decoder in (long, {"type": "Sequence", "decoders": [long, long]}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**table, "decoder": decoder}))
+        with pytest.raises(ConfigError, match="cannot be read as a tokenizer"):
+            read_token_map(*_file(tmp_path / "tokenizer.json"), 512, 342)
     with pytest.raises(ConfigError, match="missing, but Engram"):
         read_token_map(*_file(tmp_path / "other.json"), 512, 342)
 

@@ -35,6 +35,7 @@ _KIND = "v4quant allocation"
 _MAX_BYTES = 2**26
 _SECONDS_BETWEEN = 1.0
 _CACHED = "allocate-"
+_HEX = "[0-9a-f]"
 KEPT = 32
 """Files of findings in the cache: for Flash one has some 100 KB."""
 
@@ -88,7 +89,7 @@ class Findings:
             with suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
                 self._write(self._cached)
-                files = (f for f in folder.glob(f"{_CACHED}*.json") if f.is_file())
+                files = (f for f in folder.glob(f"{_CACHED}{_HEX * 32}.json") if f.is_file())
                 for old in sorted(files, key=lambda f: f.stat().st_mtime)[:-KEPT]:
                     old.unlink()
         if self._file is not None:

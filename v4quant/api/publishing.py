@@ -32,6 +32,7 @@ from v4quant_formats.manifest import read_manifest
 from v4quant_formats.opening import open_checkpoint
 from v4quant_formats.sidecars import MAX_SIDECAR_BYTES
 from v4quant_formats.small_files import read_small
+from v4quant_formats.system import real_path
 from v4quant_kernels.progress import Progress
 
 _MAX_EVALUATION_BYTES = 2**26
@@ -172,7 +173,7 @@ def _with_figures(
 
 
 def _evaluation(out: Path, file: Path | None) -> Figures | None:
-    path = file or out.resolve().parent / "evaluation.json"
+    path = file or real_path(out).parent / "evaluation.json"
     if file is None and not path.is_file():
         return None
     try:

@@ -82,8 +82,10 @@ def moe(
 
     if tune is not None:
         dispatch.require_triton()
+        from v4quant.bench.kernels.tune import stored_tiles
         from v4quant.bench.kernels.tune_moe import tune_moe
 
+        stored_tiles(tune)
         what = shapes or ("flash",), schemes or ("mxfp4",), modes or ("bf16", "e4m3")
         _use(tune_moe(*what, _output.TerminalProgress(), device), tune)
     result = bench_moe(
@@ -133,8 +135,10 @@ def indexer(
 
     if tune is not None:
         dispatch.require_triton()
+        from v4quant.bench.kernels.tune import stored_tiles
         from v4quant.bench.kernels.tune_indexer import tune_indexer
 
+        stored_tiles(tune)
         _use(tune_indexer(_output.TerminalProgress(), device), tune)
     result = bench_indexer(
         contexts or CONTEXTS,

@@ -33,6 +33,7 @@ from v4quant_formats.file_hash import file_pieces, hash_file
 from v4quant_formats.manifest import MANIFEST_NAME, MANIFEST_VERSION, index_json, sealed, to_json
 from v4quant_formats.shards import WrittenFile, write_file_atomically, write_pieces_atomically
 from v4quant_formats.sidecars import small_file, tokenizer_digest, travelling
+from v4quant_formats.system import real_path
 
 STATISTICS_NAME = "v4quant-statistics.v4q"
 MOST_STATISTICS_BYTES = 10**9  # Flash's are 0.6 GB as stored
@@ -210,6 +211,6 @@ def _expert_kinds(records: list[TensorRecord]) -> dict[str, int]:
 def _source_name(checkpoint: Checkpoint) -> dict[str, str]:
     origin = checkpoint.origin
     if origin is None:
-        return {"name": checkpoint.path.resolve().name}
+        return {"name": real_path(checkpoint.path).name}
     told = {"repo": origin.repo, "revision": origin.revision, "license": origin.license}
     return {"name": origin.repo.partition("/")[2], **{k: v for k, v in told.items() if v}}

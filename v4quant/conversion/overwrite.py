@@ -28,7 +28,7 @@ from v4quant_formats.folder_lock import LOCK_NAME, lock_beside
 from v4quant_formats.manifest import MANIFEST_NAME, ONNX_MANIFEST, read_manifest
 from v4quant_formats.shards import all_leftovers, output_error, write_file_atomically
 from v4quant_formats.small_files import read_small
-from v4quant_formats.system import sync_folder
+from v4quant_formats.system import real_path, sync_folder
 
 _NEW, _OLD = ".v4quant-new", ".v4quant-old"
 _LISTS = (MANIFEST_NAME, ONNX_MANIFEST)
@@ -96,10 +96,10 @@ def refuse_others(out: Path, reads: Iterable[Path | None] = ()) -> None:
         return
     if not out.is_dir():
         raise OutputError(f"{out}: is not a folder; --overwrite replaces folders here")
-    if out.resolve() in (here := Path.cwd().resolve(), *here.parents):
+    if real_path(out) in (here := real_path(Path.cwd()), *here.parents):
         raise OutputError(f"{out}: --overwrite does not replace the folder you are in; leave it")
     for path in reads:
-        if path is not None and path.exists() and path.resolve().is_relative_to(out.resolve()):
+        if path is not None and path.exists() and real_path(path).is_relative_to(real_path(out)):
             raise OutputError(f"{out}: holds {path}, which is read; choose another folder")
     what_we_made(out)
     refuse_writers(out, lock_beside(out))  # of a calibration

@@ -17,7 +17,6 @@ where it then only begins the text.
 from __future__ import annotations
 
 import os
-import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from torch import Tensor
 from v4quant_calibration.corpus.corpus import Corpus, CorpusPart
 from v4quant_calibration.evaluation.token_scores import BEST, Softmax, compared
 from v4quant_formats.errors import FormatError
-from v4quant_formats.system import bytes_at, open_at_once
+from v4quant_formats.system import bytes_at, open_for_reading, open_regular
 from v4quant_kernels.errors import V4QuantError
 
 MAGIC = b"_logits_"
@@ -52,7 +51,7 @@ class KldError(V4QuantError):
 def is_kld(path: Path) -> bool:
     """Whether a file begins as such a base file does. False for what cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return path.is_file() and file.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
@@ -115,12 +114,10 @@ class KldFile:
         """Open the file and check its size. Raises KldError and FormatError."""
         self.path = path
         try:
-            self._file = open_at_once(path)
+            self._file = open_for_reading(path)
         except OSError as error:
             raise KldError(f"{path}: cannot be read ({error.strerror or error})") from None
         try:
-            if not stat.S_ISREG(os.fstat(self._file).st_mode):
-                raise KldError(f"{path}: is not a regular file; copy it to one and name that")
             self.shape = self._read_shape()
         except BaseException:
             os.close(self._file)

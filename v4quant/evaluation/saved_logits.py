@@ -31,7 +31,7 @@ from v4quant_formats.errors import FormatError
 from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shards import ShardWriter, plan_shard
 from v4quant_formats.spec import TensorSpec, torch_dtype
-from v4quant_formats.system import bytes_at, open_for_reading
+from v4quant_formats.system import bytes_at, open_for_reading, open_regular
 from v4quant_kernels.errors import V4QuantError
 
 _FACTS = "v4quant"
@@ -231,7 +231,7 @@ class SavedLogits:
         spec = self._specs.get(_FACTS)
         if spec is None or spec.dtype != "U8" or spec.nbytes > _MOST_FACTS:
             return None
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             file.seek(spec.offset)
             data = file.read(spec.nbytes)
         try:

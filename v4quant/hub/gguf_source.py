@@ -21,6 +21,7 @@ from v4quant_formats.gguf.checkpoint import assemble_gguf, open_gguf_files
 from v4quant_formats.gguf.header import GgufHeader, parse_gguf_header
 from v4quant_formats.gguf.quants import SUFFIX, choose, files_below
 from v4quant_formats.shard_files import FileState, Origin, ShardFiles
+from v4quant_formats.system import open_regular
 
 _AHEAD = 2**20  # a vocabulary and its merges take 5 MB; a later part's header a few kilobytes
 
@@ -73,7 +74,7 @@ def open_remote_gguf(
 def _bytes(remote: Remote, cached: Mapping[str, Path], name: str, start: int, count: int) -> bytes:
     if name not in cached:
         return remote.read(name, start, count)
-    with cached[name].open("rb") as file:
+    with open_regular(cached[name]) as file:
         file.seek(start)
         return file.read(count)
 

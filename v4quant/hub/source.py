@@ -49,6 +49,7 @@ from v4quant_formats.shards import write_file_atomically
 from v4quant_formats.sidecars import ALLOWED_FILES, ALLOWED_FOLDERS, MAX_SIDECAR_BYTES
 from v4quant_formats.small_files import read_small
 from v4quant_formats.spec import TensorSpec
+from v4quant_formats.system import open_regular, real_path
 
 PIN_NAME = "pin.json"
 SHARDS = "shards"
@@ -223,7 +224,7 @@ class _Headers:
 
     def _bytes(self, name: str, start: int, count: int) -> bytes:
         if name in self._cached:
-            with self._cached[name].open("rb") as file:
+            with open_regular(self._cached[name]) as file:
                 file.seek(start)
                 return file.read(count)
         return self._remote.read(name, start, count)
@@ -280,7 +281,7 @@ def _cached(remote: Remote, name: str) -> Path | None:
     for _ in PurePosixPath(place).parts:
         snapshot = snapshot.parent
     whole = path.is_file() and path.stat().st_size == remote.files[name].size
-    return path if whole and path.resolve().is_relative_to(link_root(snapshot)) else None
+    return path if whole and real_path(path).is_relative_to(link_root(snapshot)) else None
 
 
 def _from_cache(ref: HubRef) -> Checkpoint:

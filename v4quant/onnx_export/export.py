@@ -47,7 +47,7 @@ from v4quant_formats.shards import (
     remove_leftovers,
     write_file_atomically,
 )
-from v4quant_formats.system import peak_rss_bytes
+from v4quant_formats.system import peak_rss_bytes, real_path
 from v4quant_kernels.progress import Progress, SilentProgress
 
 _LAYER_FACTS = "v4quant.layer"
@@ -281,7 +281,7 @@ def _manifest(
         "manifest_version": 1,
         "tool": {"v4quant": __version__, "torch": torch.__version__},
         "source": {
-            "name": plan.checkpoint.path.resolve().name,
+            "name": real_path(plan.checkpoint.path).name,
             "digest": plan.checkpoint.digest(),
         },
         "scheme": plan.scheme,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -55,9 +54,11 @@ from v4quant.source import Source, open_source
 from v4quant_calibration.solve.solution import Evidence, Solution
 from v4quant_calibration.statistics.coverage import coverage
 from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.json_object import read_json_object
 from v4quant_formats.manifest import MANIFEST_NAME
 from v4quant_kernels.progress import Progress
 
+_MAX_EVALUATION_BYTES = 2**26
 _REPORTS = ("report.html", "report.md")
 _SOURCE, _CANDIDATE = "source", "candidate"
 
@@ -228,7 +229,7 @@ def _evaluate_all(
         key = key_of(step, source, *digests)
         if done.has(key, file):
             job.watcher.note(f"{file} is of these checkpoints, corpus and settings: reused")
-            result = evaluation_from_dict(json.loads(file.read_bytes()))
+            result = evaluation_from_dict(read_json_object(file, _MAX_EVALUATION_BYTES))
         else:
             figures = evaluate_checkpoint(
                 candidates[0], source, corpus_of(step, source, job.limits.max_memory),

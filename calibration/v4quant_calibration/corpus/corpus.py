@@ -44,6 +44,7 @@ from v4quant_calibration.corpus.text_files import (
 )
 from v4quant_calibration.corpus.tokenizer import TextTokenizer
 from v4quant_formats.errors import FormatError
+from v4quant_formats.system import require_regular
 
 DEFAULT_SEQ_LEN = 512
 _ALL = 2**60
@@ -185,6 +186,7 @@ def _read_documents(file: Path, encode: TextTokenizer, request: CorpusRequest) -
     try:
         if file.stat().st_size > MAX_CORPUS_BYTES:
             raise CorpusError(f"{file}: larger than {MAX_CORPUS_BYTES >> 30} GiB; split it")
+        require_regular(file)
         if file.suffix == ".npy":
             return _rows(file, _load_npy(file))
         if file.suffix == ".safetensors":
@@ -221,8 +223,6 @@ def _encoded(text: str, encode: TextTokenizer) -> Tensor:
 
 def _load_npy(file: Path) -> Tensor:
     """The array of a .npy file, as a tensor. Raises CorpusError."""
-    if not file.is_file():
-        raise CorpusError(f"{file}: is not a regular file")
     try:
         return torch.from_numpy(np.load(file, allow_pickle=False))
     except Exception as error:  # noqa: BLE001  (a header is parsed as Python, whose errors it raises)

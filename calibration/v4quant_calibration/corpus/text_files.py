@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import io
 import json
 import zlib
 from collections.abc import Iterator
@@ -143,13 +144,13 @@ def _bytes(file: Path) -> bytes:
         raise CorpusError(str(error)) from None
     suffix = file.suffix.lower()
     if suffix == ".gz":
-        return _inflate(file)
+        return _inflate(file, data)
     return _unzstd(file, data) if suffix == ".zst" else data
 
 
-def _inflate(file: Path) -> bytes:
+def _inflate(file: Path, data: bytes) -> bytes:
     try:
-        with gzip.open(file, "rb") as opened:
+        with gzip.open(io.BytesIO(data), "rb") as opened:
             data = opened.read(MAX_CORPUS_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise CorpusError(f"{file}: cannot be decompressed ({error})") from None

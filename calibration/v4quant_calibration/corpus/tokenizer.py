@@ -23,6 +23,7 @@ from v4quant_calibration.corpus.tokenizer_growth import (
     growth,
 )
 from v4quant_formats.checkpoint import Checkpoint
+from v4quant_formats.errors import is_library_failure
 from v4quant_formats.sidecars import MAX_SIDECAR_BYTES, TOKENIZER, place_of, small_file
 from v4quant_kernels.errors import V4QuantError
 
@@ -105,9 +106,6 @@ class TextTokenizer:
         try:
             yield
         except BaseException as error:
-            # A panic (of a regular expression, say) is not an Exception, and its class is private.
-            if isinstance(error, TokenizerError):
+            if isinstance(error, TokenizerError) or not is_library_failure(error):
                 raise
-            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise TokenizerError(f"{self._path}: is not a usable tokenizer ({error})") from None
-            raise
+            raise TokenizerError(f"{self._path}: is not a usable tokenizer ({error})") from None

@@ -36,6 +36,7 @@ from v4quant_formats.errors import FormatError, OutputError
 from v4quant_formats.folder_lock import locked_folder
 from v4quant_formats.shards import write_file_atomically, write_tensors
 from v4quant_formats.small_files import read_small
+from v4quant_formats.system import require_regular
 
 UNFINISHED = ".unfinished"
 """What the name of a folder for kept layers ends in."""
@@ -151,6 +152,7 @@ class KeptStore:
             right = right and type(finished) is int and finished > 0
             for name, size in files.items():
                 right &= (self._folder / f"{finished}.{name}").stat().st_size == size
+            require_regular(self._folder / f"{finished}.{_TENSORS}")
             tensors = load_file(self._folder / f"{finished}.{_TENSORS}")
         except (
             FormatError, OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError,

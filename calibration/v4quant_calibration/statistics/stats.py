@@ -26,6 +26,7 @@ from v4quant_calibration.statistics.provenance import Provenance, provenance_fro
 from v4quant_calibration.statistics.table_use import RowUse, merged_use
 from v4quant_formats.deepseek_v4 import parse_name
 from v4quant_formats.shards import output_error, write_tensors
+from v4quant_formats.system import require_regular
 from v4quant_kernels.errors import V4QuantError
 
 STATS_VERSION = 2
@@ -161,6 +162,7 @@ def write_stats(path: Path, stats: Stats) -> None:
 def is_stats(path: Path) -> bool:
     """Whether a file is one that `write_stats` wrote, in this version or another."""
     try:
+        require_regular(path)
         with safe_open(path, framework="pt") as file:
             return isinstance(json.loads((file.metadata() or {})["v4quant_stats"]), dict)
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
@@ -170,6 +172,7 @@ def is_stats(path: Path) -> bool:
 def load_stats(path: Path, source_digest: str) -> Stats:
     """Read a statistics file made for the checkpoint with `source_digest`. Raises StatsError."""
     try:
+        require_regular(path)
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("v4quant_stats", "null"))
             if not isinstance(header, dict) or header.get("version") != STATS_VERSION:

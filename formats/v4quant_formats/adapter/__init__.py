@@ -31,6 +31,7 @@ from v4quant_formats.naming import official_name, translate
 from v4quant_formats.safetensors_header import read_header
 from v4quant_formats.shard_files import LocalShards, Origin, file_state
 from v4quant_formats.spec import TensorSpec
+from v4quant_formats.system import open_regular, real_path
 from v4quant_formats.weights import PLAIN_SCHEMES, find_weight
 from v4quant_kernels.late import torch
 
@@ -67,7 +68,7 @@ class Adapter:
         """Its repository's name, or its folder's."""
         if self.origin is not None:
             return self.origin.repo.rpartition("/")[2]
-        return self.path.resolve().name
+        return real_path(self.path).name
 
     def __contains__(self, module: object) -> bool:
         return module in self.products
@@ -210,6 +211,6 @@ def _module(where: Path, name: str, is_embedding: bool) -> str:
 
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256((folder / CONFIG_NAME).read_bytes())
-    with (folder / WEIGHTS_NAME).open("rb") as file:
+    with open_regular(folder / WEIGHTS_NAME) as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

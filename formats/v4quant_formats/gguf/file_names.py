@@ -14,6 +14,7 @@ from pathlib import Path
 from v4quant_formats.checkpoint import Checkpoint, link_root
 from v4quant_formats.gguf.carried import trunk_header
 from v4quant_formats.gguf.quants import without_label
+from v4quant_formats.system import real_path
 
 UNNAMED = ("DeepSeek-V4", "DeepSeek-V4.1")
 """What `general.name` says where only the family was known, as in files v4quant made."""
@@ -62,8 +63,8 @@ def _raw_name(checkpoint: Checkpoint) -> str:
 def _folder_name(folder: Path) -> str:
     """A folder's name; that of its repository for a snapshot in the hub's cache."""
     root = link_root(folder)
-    cached = root.name.startswith("models--") and root != folder.resolve()
-    return root.name.rpartition("--")[2] if cached else folder.resolve().name
+    cached = root.name.startswith("models--") and root != real_path(folder)
+    return root.name.rpartition("--")[2] if cached else real_path(folder).name
 
 
 def clean_name(text: str) -> str:

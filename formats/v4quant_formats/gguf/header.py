@@ -34,6 +34,7 @@ from v4quant_formats.errors import (
     WrongMetadata,
 )
 from v4quant_formats.safetensors_header import foreign_kind
+from v4quant_formats.system import open_regular
 from v4quant_kernels.ggml_types import BY_ID
 
 MAGIC = b"GGUF"
@@ -89,7 +90,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     try:
         if path.exists() and not path.is_file():
             raise FormatError(f"{path}: is not a regular file")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return parse_gguf_header(path, file, os.fstat(file.fileno()).st_size)
     except FileNotFoundError:
         raise MissingShard(f"{path}: file is missing") from None

@@ -24,6 +24,7 @@ from v4quant_formats.gguf.header import MAGIC, GgufHeader, GgufTensor, read_gguf
 from v4quant_formats.gguf.imatrix_dat import looks_like_dat, read_dat
 from v4quant_formats.shards import ShardWriter
 from v4quant_formats.spec import TensorSpec
+from v4quant_formats.system import open_regular
 from v4quant_kernels.late import torch
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def is_own_imatrix(path: Path) -> bool:
 def looks_like_imatrix(path: Path) -> bool:
     """Whether a file begins as GGUF files do, or as importance matrices of the older form."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(len(MAGIC)) == MAGIC or looks_like_dat(path)
     except OSError:
         return False
@@ -148,7 +149,7 @@ def _inputs(path: Path, sums: GgufTensor, counts: GgufTensor) -> Inputs:
 def _read(path: Path, tensor: GgufTensor) -> Tensor:
     if tensor.dtype != "F32":
         raise WrongMetadata(f"{path}: '{tensor.name}' is {tensor.dtype}, expected F32")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(tensor.offset)
         data = bytearray(file.read(tensor.nbytes))
     return _checked(path, tensor.name, torch.frombuffer(data, dtype=torch.float32)).view(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from v4quant_formats.errors import FormatError
+from v4quant_formats.system import open_regular
 from v4quant_kernels.late import torch
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _INT = struct.Struct("<i")
 def looks_like_dat(path: Path) -> bool:
     """Whether a file begins with a plausible number of entries and a tensor's name."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return 0 < _integer(file) <= _MOST_ENTRIES and _name(file).endswith(".weight")
     except (OSError, ValueError):
         return False
@@ -41,7 +42,7 @@ def read_dat(path: Path) -> Iterator[tuple[str, Tensor, int]]:
     """
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for _ in range(_integer(file)):
                 name, calls, count = _name(file), _integer(file), _integer(file)
                 if calls < 0 or not 0 < count <= (size - file.tell()) // 4:

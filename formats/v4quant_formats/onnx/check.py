@@ -21,6 +21,7 @@ from typing import Any
 from v4quant_formats.checkpoint import link_root
 from v4quant_formats.errors import FormatError
 from v4quant_formats.onnx.graph import MICROSOFT, OPSET, require_onnx
+from v4quant_formats.system import open_regular, real_path
 
 MAX_GRAPH_BYTES = 256 * 2**20
 MAX_ELEMENTS = 2**48
@@ -81,7 +82,7 @@ def read_model(path: Path) -> Any:
     try:
         if not path.is_file():
             raise OnnxError(f"{path}: is not a file")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(MAX_GRAPH_BYTES + 1)
     except OSError as error:
         raise OnnxError(f"{path}: cannot be read ({error.strerror})") from None
@@ -122,7 +123,7 @@ def check_onnx_folder(folder: Path) -> OnnxReport:
     graphs: list[OnnxGraph] = []
     problems: list[OnnxProblem] = []
     for path in paths:
-        if not path.resolve().is_relative_to(link_root(folder)):
+        if not real_path(path).is_relative_to(link_root(folder)):
             problems.append(OnnxProblem(path.name, "file", "is a link that leaves the folder"))
             continue
         try:
@@ -243,7 +244,7 @@ def _inside(folder: Path, location: str) -> Path | None:
     if not plain or any(c in location for c in "/\\:\0"):
         return None
     target = folder / location
-    return target if target.resolve().is_relative_to(link_root(folder)) else None
+    return target if real_path(target).is_relative_to(link_root(folder)) else None
 
 
 def _number(text: str) -> int | None:

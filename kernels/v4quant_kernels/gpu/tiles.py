@@ -18,7 +18,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from v4quant_kernels.runtime import RuntimeMatrix
 from v4quant_kernels.words import STEP
 
 TILES_VARIABLE = "V4QUANT_TILES"
+_MAX_BYTES = 2**24
 SIZES = (16, 64, 128)
 """Slots of a tile; the smallest that holds an expert's average number of slots is taken."""
 
@@ -206,13 +207,15 @@ def index_tile(arch: int, shared: bool) -> IndexTile:
 @cache
 def _tuned_table(path: str) -> dict[str, Any]:
     try:
-        stored = json.loads(Path(path).read_bytes())
+        stored = json.loads(_head(Path(path)))
         table = {
             k: (IndexTile if k.startswith(_INDEX) else Tile)(**v)
             for k, v in stored["tiles"].items()
         }
         made_for = stored["device"], stored["triton"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if any(type(n) not in (int, bool) for tile in table.values() for n in astuple(tile)):
+            raise ValueError("a tile is made of integers")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         warnings.warn(f"{TILES_VARIABLE}: cannot read '{path}' ({error}); ignored", stacklevel=2)
         return {}
     here = (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"), triton_version()
@@ -220,6 +223,13 @@ def _tuned_table(path: str) -> dict[str, Any]:
         warnings.warn(f"'{path}' was tuned for {made_for}, this is {here}; ignored", stacklevel=2)
         return {}
     return table
+
+
+def _head(path: Path) -> bytes:
+    if not path.is_file():  # a device has no end, and a pipe may have no beginning
+        raise OSError("is not a regular file")
+    with path.open("rb") as file:
+        return file.read(_MAX_BYTES)
 
 
 def forget_tuned() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,14 @@ def test_a_tuned_table(
     monkeypatch.setenv(tiles.TILES_VARIABLE, str(good))
     assert tiles.choose_tile(90, matrix, 1) == tiles.Tile(16, 32)
     assert tiles.choose_tile(90, matrix, 40) == tiles.static_tile(90, matrix, 64)
-    for path, message in ((foreign, "was tuned for"), (broken, "cannot read")):
+    odd, pipe = tmp_path / "odd", tmp_path / "pipe"
+    odd.write_text(json.dumps(content | {"tiles": {"t16 16 sums": {"rows": "16", "columns": 1}}}))
+    os.mkfifo(pipe)
+    cases = (
+        (foreign, "was tuned for"), (broken, "cannot read"), (odd, "made of integers"),
+        (pipe, "not a regular file"), (Path("/dev/zero"), "not a regular file"),
+    )  # fmt: skip
+    for path, message in cases:
         monkeypatch.setenv(tiles.TILES_VARIABLE, str(path))
         with pytest.warns(UserWarning, match=message):
             assert tiles.choose_tile(90, matrix, 1) == static

@@ -20,11 +20,14 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from v4quant.bench.kernels.device import Machine
+from v4quant_formats.errors import OutputError
+from v4quant_formats.small_files import read_begin
 from v4quant_kernels.errors import V4QuantError
 from v4quant_kernels.progress import Progress
 
 Row = TypeVar("Row")
 _LONGEST = 300
+_BEGIN = b'{"bench": "'  # of every row
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,13 @@ class Cells:
         minutes: float | None = None,
     ) -> None:
         """append: a file that gets a line of JSON for each row; its folder is made, so that what
-        cannot be written fails before anything is measured. minutes: from now on."""
+        cannot be written fails before anything is measured. minutes: from now on. Raises
+        OutputError for a file that is there and holds anything else."""
         if append is not None:
             append.parent.mkdir(parents=True, exist_ok=True)
             append.touch()
+            if not _BEGIN.startswith(read_begin(append, len(_BEGIN))):
+                raise OutputError(f"{append}: holds no rows of `bench`; give --append another name")
         self.machine, self.missing = machine, list[Missing]()
         self._bench, self._progress, self._append = bench, progress, append
         self._end = None if minutes is None else time.monotonic() + 60 * minutes

@@ -14,19 +14,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from v4quant.bench.kernels.device import time_calls
+from v4quant_formats.errors import FormatError, OutputError
+from v4quant_formats.shards import write_file_atomically
+from v4quant_formats.small_files import read_small
 from v4quant_kernels.gpu import tiles
 from v4quant_kernels.gpu.tiles import IndexTile, Tile
 
 T = TypeVar("T", Tile, IndexTile)
 
 _GAIN = 0.99  # less than a hundredth is noise
+_MAX_BYTES = 2**24
 _ROUNDS = 3
 
 
@@ -108,11 +113,23 @@ def seconds_with(
 
 
 def write_tiles(tuned: Tuned, path: Path) -> None:
-    """Write, or add to, the file that V4QUANT_TILES names."""
-    content = {"device": tuned.device, "triton": tuned.triton, "tiles": {}}
-    if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if (stored.get("device"), stored.get("triton")) == (tuned.device, tuned.triton):
-            content["tiles"] = stored["tiles"]
-    content["tiles"] |= {f.key: asdict(f.tile) for f in tuned.findings}  # type: ignore[operator]
-    path.write_bytes((json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+    """Write, or add to, the file that V4QUANT_TILES names. Raises OutputError."""
+    made_for = {"device": tuned.device, "triton": tuned.triton}
+    stored, known = stored_tiles(path), dict[str, Any]()
+    if {key: stored.get(key) for key in made_for} == made_for:
+        known = stored["tiles"]
+    content = made_for | {"tiles": known | {f.key: asdict(f.tile) for f in tuned.findings}}
+    write_file_atomically(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+
+
+def stored_tiles(path: Path) -> dict[str, Any]:
+    """What `write_tiles` left there; nothing without a file. Raises OutputError for another one, to
+    be called before anything is measured."""
+    if not path.exists() and not path.is_symlink():
+        return {}
+    with suppress(FormatError, ValueError, RecursionError):
+        stored = json.loads(read_small(path, _MAX_BYTES))
+        right = isinstance(stored, dict) and stored.keys() == {"device", "triton", "tiles"}
+        if right and isinstance(stored["tiles"], dict):
+            return dict(stored)
+    raise OutputError(f"{path}: exists, and is no table of tiles; give --tune another name")

@@ -17,6 +17,7 @@ from v4quant.bench.kernels import indexer, moe
 from v4quant.bench.kernels.cells import Cells, told
 from v4quant.bench.kernels.device import Machine
 from v4quant.bench.kernels.session import STEPS, Step, run_session
+from v4quant_formats.errors import OutputError
 from v4quant_kernels import dispatch
 from v4quant_kernels.progress import SilentProgress
 
@@ -50,6 +51,19 @@ def test_a_failing_cell_is_named_and_the_next_one_runs(tmp_path: Path) -> None:
     assert lines[3]["missing"]["reason"] == "not here"
     assert all(line["machine"]["name"] == "a processor" for line in lines)
     assert [m.cell for m in cells.missing] == ["second", "fourth"]
+
+
+@pytest.mark.parametrize("content", [b"notes", b"\0" * 40, b'{"model": 1}\n', b" " * 2**20])
+def test_rows_are_not_written_behind_other_things(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(OutputError, match="holds no rows"):
+        Cells("moe", HERE, SilentProgress(), file)
+    assert file.read_bytes() == content
+    file.write_bytes(b"")
+    Cells("moe", HERE, SilentProgress(), file).skip("one", "x")
+    Cells("moe", HERE, SilentProgress(), file).skip("two", "x")
+    assert len(file.read_bytes().splitlines()) == 2
 
 
 def test_nothing_begins_when_the_time_is_up() -> None:

@@ -20,6 +20,7 @@ from v4quant.bench.kernels import tune, tune_indexer, tune_moe
 from v4quant.bench.kernels.cases import random_inputs, random_weights
 from v4quant.bench.kernels.device import Timing
 from v4quant.cli import cli
+from v4quant_formats.errors import OutputError
 from v4quant_kernels import dispatch
 from v4quant_kernels.gpu import tiles
 from v4quant_kernels.gpu.tiles import Tile
@@ -104,6 +105,16 @@ def test_the_file_is_read_back_and_added_to(
     assert tiles.choose_tile(90, prepared.down, 40) == second
     tune.write_tiles(tune.Tuned("another", "9.9", ()), path)
     assert json.loads(path.read_text())["tiles"] == {}, "tiles of another device are not kept"
+    for other in (
+        "my notes",
+        '{"device": "x"}',
+        '{"device": 1, "triton": 2, "tiles": 3}',
+        "[" * 9999,
+    ):
+        path.write_text(other)
+        with pytest.raises(OutputError, match="no table of tiles"):
+            tune.write_tiles(tune.Tuned("another", "9.9", ()), path)
+        assert path.read_text() == other
 
 
 @pytest.mark.parametrize("which", [["moe", "--shape", "tiny"], ["indexer"]])
