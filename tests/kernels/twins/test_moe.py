@@ -246,10 +246,10 @@ def test_expert_parallel_ranks_add_up(
     whole = stack_experts(experts)  # type: ignore[arg-type]
     x, ids, routing = inputs(whole, 6, 2, generator)
     ids[0] = torch.tensor([0, 3])
-    ids[1, 1] = 99
+    ids[1, 1], ids[2] = 99, 4
     for mine in ([0, 2], [3, 1]):
         rank = stack_experts([experts[i] for i in mine])  # type: ignore[misc]
-        expert_map = torch.full((4,), -1)
+        expert_map = torch.tensor([2, -1, -1, 2])  # 2: none of two
         expert_map[mine] = torch.arange(2)
         out = dispatch.moe(
             x.to(device),
@@ -313,6 +313,18 @@ def test_nan_stays_with_its_token(
     )
     assert torch.equal(out.isnan().all(1).cpu(), torch.arange(5) == 2)
     assert not out[[0, 1, 3, 4]].isnan().any()
+
+
+def test_a_gate_that_is_no_number_stays_visible(gpu: Any, device: str) -> None:
+    """As a NaN of the up projection does: minimum and maximum alone would hide both."""
+    from v4quant_kernels.gpu.activation import activate
+    from v4quant_kernels.gpu.routing import Routed
+
+    sums = torch.ones(1, 1, 16, device=device)  # eight gates, then as many of up
+    sums[..., [3, 8 + 5]] = torch.nan
+    who = Routed(torch.zeros(1, dtype=torch.int64, device=device), None, 1)
+    h = activate(sums, torch.ones(1, 1, device=device), who, 8, LIMIT, "none")
+    assert h[0].isnan().nonzero().flatten().tolist() == [3, 5]
 
 
 def test_same_input_same_bits(gpu: Any, device: str, generator: torch.Generator) -> None:
