@@ -74,12 +74,12 @@ class Seen:
 
     def __init__(self) -> None:
         self.foreseen = foreseen()
-        self.records: dict[tuple[str, int, str], dict[str, Any]] = {}
+        self.records: dict[tuple[str, str], dict[str, Any]] = {}
 
     def __call__(self, *, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         """Triton's hook before a compilation; True: there is no need for it."""
         function, arch = fn.jit_function, triton.runtime.driver.active.arch
-        this = function.__name__, arch, key
+        this = function.__name__, key  # the first form is that of all architectures
         if this in self.records:
             return True
         options = {k: compile[k] for k in ("num_warps", "num_stages")}
