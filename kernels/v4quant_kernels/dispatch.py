@@ -101,7 +101,7 @@ def _kernels(module: str) -> Any:
             raise
         raise BackendUnavailable(
             "Triton is not installed, so its kernels cannot run; install the package 'triton' "
-            "(Linux), or use backend='torch'"
+            "(Linux), or do without them: leave out --kernels, in Python pass backend='torch'"
         ) from error
 
 

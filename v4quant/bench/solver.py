@@ -23,7 +23,7 @@ import torch
 
 from v4quant.bench.choices import PROPAGATED, SOLVER_WIDTHS, Width
 from v4quant.bench.convert import BenchError
-from v4quant.devices import device_bytes
+from v4quant.devices import device_bytes, find_device
 from v4quant_calibration.rounding.descent import DEFAULT_SWEEPS
 from v4quant_calibration.rounding.second_moments import correction, damped, gram_sum
 from v4quant_calibration.rounding.solvers import SOLVERS, solve_batch
@@ -58,7 +58,11 @@ class SolverTiming:
 def bench_solvers(
     width: str, scheme: str, solvers: Sequence[str], rows: int, device: str, progress: Progress
 ) -> list[SolverTiming]:
-    """Time solvers on one expert, each in a new process. Raises BenchError when one dies."""
+    """Time solvers on one expert, each in a new process.
+
+    Raises BenchError when one dies, DeviceError for a device that is not there.
+    """
+    find_device(device)
     found = []
     progress.start("Bench", len(solvers), "solver")
     for solver in solvers:
@@ -79,6 +83,7 @@ def time_solver(width: str, scheme: str, solver: str, rows: int, device: str) ->
     """Time one solver on one expert, in this process."""
     size, chosen = SOLVER_WIDTHS[width], get_scheme(scheme)
     batch = _batch(size, torch.device(device)) if solver not in SOLVERS else 1
+    timed = _timed_on_gpu if device == "cuda" else _timed
     generator = torch.Generator().manual_seed(0)
 
     def matrix(height: int, columns: int) -> QTensor:
@@ -96,21 +101,21 @@ def time_solver(width: str, scheme: str, solver: str, rows: int, device: str) ->
         if solver in SOLVERS:
             importance = x.square().mean(0).cpu()
             plain = SOLVERS[solver]
-            spent, _ = _timed(lambda: [plain(q, chosen, importance) for q in pair])  # noqa: B023
+            spent, _ = timed(lambda: [plain(q, chosen, importance) for q in pair])  # noqa: B023
             seconds += spent
             continue
-        spent, gram = _timed(lambda: damped(gram_sum(x, x) / rows))  # noqa: B023
+        spent, gram = timed(lambda: damped(gram_sum(x, x) / rows))  # noqa: B023
         moments += spent
         fix = None
         if solver == PROPAGATED:
             lost = x * 0.1 + torch.randn(rows, columns, generator=generator).to(device) * 0.01
-            spent, fix = _timed(lambda: correction(lost, x, gram).unsqueeze(0))  # noqa: B023
+            spent, fix = timed(lambda: correction(lost, x, gram).unsqueeze(0))  # noqa: B023
             seconds += spent
             fix = fix.repeat(batch, 1, 1)
         sweeps = 0 if solver == "gptq" else DEFAULT_SWEEPS
         grams = gram.float().repeat(batch, 1, 1)
         work = partial(solve_batch, [pair] * batch, grams, fix, chosen, sweeps)
-        spent, _ = _timed(work)
+        spent, _ = timed(work)
         seconds += spent / batch
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_rss_bytes()
     layer = (seconds + moments) * size.experts / 3600
@@ -126,13 +131,16 @@ def _batch(size: Width, device: torch.device) -> int:
 
 
 def _timed(work: Callable[[], T]) -> tuple[float, T]:
-    """Seconds and result of some work."""
-    clock = time.process_time
-    if torch.cuda.is_available():
-        clock = time.monotonic
-        torch.cuda.synchronize()
-    started = clock()
+    """Processor seconds and result of some work."""
+    started = time.process_time()
     result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return clock() - started, result
+    return time.process_time() - started, result
+
+
+def _timed_on_gpu(work: Callable[[], T]) -> tuple[float, T]:
+    """Seconds and result of some work on the current GPU."""
+    torch.cuda.synchronize()
+    started = time.monotonic()
+    result = work()
+    torch.cuda.synchronize()
+    return time.monotonic() - started, result

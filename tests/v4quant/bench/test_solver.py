@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.pretend_device import PretendDevice
 from v4quant.bench import solver as bench_solver
-from v4quant.bench.choices import BENCHED
+from v4quant.bench.choices import BENCHED, PROPAGATED
 from v4quant.bench.choices import SOLVER_WIDTHS as WIDTHS
 from v4quant.bench.solver import bench_solvers, time_solver
+from v4quant.devices import DeviceError
+from v4quant_kernels import dispatch
 from v4quant_kernels.progress import SilentProgress
 
 
@@ -37,3 +40,21 @@ def test_a_gpu_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_of_its_own() -> None:
     (found,) = bench_solvers("tiny", "int4-g128", ["rtn"], 16, "cpu", SilentProgress())
     assert found.peak_bytes > 50e6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(DeviceError, match="no CUDA device here"):
+        bench_solvers("tiny", "int4-g32", ["gptq"], 8, "cuda", SilentProgress())
+
+
+def test_all_of_it_is_solved_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one that is only pretended; what it multiplies is there."""
+    monkeypatch.setattr(bench_solver, "device_bytes", lambda device: 2**34)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1)
+    monkeypatch.setattr(dispatch, "uses_triton", lambda tensor, backend: False)
+    with PretendDevice() as pretended:
+        timing = time_solver("tiny", "int4-g32", PROPAGATED, 64, "cuda")
+    assert pretended.products[0] > 10 and pretended.products[1] == 0
+    assert timing.batch == 16 and timing.peak_bytes == 1
