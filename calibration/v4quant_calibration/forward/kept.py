@@ -14,7 +14,6 @@ has no room, the run goes on without.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 import shutil
@@ -30,24 +29,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from v4quant_calibration.forward.scratch import FileStreams
+from v4quant_calibration.forward.state_file import STATE_NAME, RunState, read_state, write_state
 from v4quant_calibration.forward.stream import StreamStore
 from v4quant_calibration.model.streams import PIECE, Streams, StreamShape, spans
-from v4quant_formats.errors import FormatError, OutputError
+from v4quant_formats.errors import OutputError
 from v4quant_formats.folder_lock import locked_folder
-from v4quant_formats.shards import write_file_atomically, write_tensors
-from v4quant_formats.small_files import read_small
+from v4quant_formats.shards import write_tensors
 from v4quant_formats.system import require_regular
 
 UNFINISHED = ".unfinished"
 """What the name of a folder for kept layers ends in."""
-_STATE = "state.json"
 _TENSORS = "tensors.safetensors"
 _OURS = re.compile(
     r"(\d+\.(\d+|tap\..+|shared\..+|tensors)\.(rows|safetensors)|state\.json)"
     r"(\.[0-9a-f]{8}\.part)?"
 )
 _NOTHING = "none"  # a file holds at least one tensor
-_MAX_STATE_BYTES = 2**26
 _WORK_PER_COPY = 20
 _BYTES_PER_SECOND = 0.5e9  # of a copy, until one was timed
 _ROOM = 2  # times a copy, the old one being there until the new one is whole
@@ -145,24 +142,20 @@ class KeptStore:
 
     def _find_earlier(self) -> None:
         """Take an earlier process's copy, if it is of this run and whole."""
-        try:
-            state = json.loads(read_small(self._folder / _STATE, _MAX_STATE_BYTES))
-            finished, notes, files = state["finished"], state["notes"], state["files"]
-            right = state["key"] == self._key and isinstance(notes, dict)
-            right = right and type(finished) is int and finished > 0
-            for name, size in files.items():
-                right &= (self._folder / f"{finished}.{name}").stat().st_size == size
-            require_regular(self._folder / f"{finished}.{_TENSORS}")
-            tensors = load_file(self._folder / f"{finished}.{_TENSORS}")
-        except (
-            FormatError, OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError,
-            RecursionError,
-        ):  # fmt: skip
+        state = read_state(self._folder, self._key)
+        if state is None:
             return
-        if right:
-            self.finished, self.notes, self._copied = finished, notes, finished
-            self._found = {n.removesuffix(".rows"): s for n, s in files.items()}
-            self._tensors = {k: v for k, v in tensors.items() if k != _NOTHING}
+        done, tensors = state.finished, self._folder / f"{state.finished}.{_TENSORS}"
+        try:
+            sizes = {n: (self._folder / f"{done}.{n}").stat().st_size for n in state.files}
+            require_regular(tensors)
+            found = load_file(tensors)
+        except (OSError, SafetensorError):
+            return
+        if sizes == dict(state.files):
+            self.finished, self.notes, self._copied = done, state.notes, done
+            self._found = {n.removesuffix(".rows"): s for n, s in sizes.items()}
+            self._tensors = {k: v for k, v in found.items() if k != _NOTHING}
 
     def _copy_all(self, done: int) -> None:
         """A copy of everything behind `done` layers, which replaces the last one."""
@@ -173,11 +166,10 @@ class KeptStore:
                 file.flush()
             sizes[f"{name}.rows"] = streams.shape.nbytes
         _write_tensors(self._folder / f"{done}.{_TENSORS}", self._get())
-        state = {"key": self._key, "finished": done, "files": sizes, "notes": self.notes}
-        write_file_atomically(self._folder / _STATE, json.dumps(state).encode())
+        write_state(self._folder, RunState(self._key, done, sizes, self.notes))
         self._copied = done
         for path in self._folder.iterdir():
-            if _OURS.fullmatch(path.name) and not path.name.startswith((f"{done}.", _STATE)):
+            if _OURS.fullmatch(path.name) and not path.name.startswith((f"{done}.", STATE_NAME)):
                 path.unlink(missing_ok=True)
 
     def _file(self, done: int, name: str, shape: StreamShape) -> FileStreams:

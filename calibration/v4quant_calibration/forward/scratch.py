@@ -13,7 +13,6 @@ Rows are read and written by position, not mapped, so that they count as nobody'
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -23,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from v4quant_calibration.forward.state_file import RunState, read_state, write_state
 from v4quant_calibration.model.streams import Streams, StreamShape
-from v4quant_formats.errors import FormatError, OutputError
+from v4quant_formats.errors import OutputError
 from v4quant_formats.folder_lock import LOCK_NAME, locked_folder
-from v4quant_formats.shards import output_error, write_file_atomically
-from v4quant_formats.small_files import read_small
+from v4quant_formats.shards import output_error
 from v4quant_formats.system import (
     open_own,
     read_at,
@@ -37,12 +36,10 @@ from v4quant_formats.system import (
 )
 
 PREFIX = "v4quant-evaluate-"
-_STATE = "state.json"
 _OURS = re.compile(
     r"(\d+\.[01]|draft\.(trunk\.)?\d+|tap\..+|local|shared\..+)\.rows"
     rf"|state\.json(\.[0-9a-f]{{8}}\.part)?|{LOCK_NAME}(\.holder)?"
 )
-_MAX_STATE_BYTES = 2**26
 
 
 class FileStreams(Streams):
@@ -170,8 +167,7 @@ class Scratch:
                 file.flush()
         self.finished = done
         sizes = {name: file.shape.nbytes for name, file in self._files.items()}
-        state = {"key": self._key, "finished": done, "files": sizes, "notes": self.notes}
-        write_file_atomically(self.folder / _STATE, json.dumps(state).encode())
+        write_state(self.folder, RunState(self._key, done, sizes, self.notes))
 
     def remove(self) -> None:
         """Delete the folder, unless somebody else's files are in it: the run is complete."""
@@ -184,24 +180,17 @@ class Scratch:
 
     def _earlier(self) -> tuple[int, dict[str, Any]]:
         """Finished layers and notes of an earlier process; nothing if any of it is not in order."""
-        try:
-            state = json.loads(read_small(self.folder / _STATE, _MAX_STATE_BYTES))
-            finished, notes, files = state["finished"], state["notes"], state["files"]
-            right = state["key"] == self._key and isinstance(notes, dict) and finished > 0
-            for name, size in files.items():
-                if _is_needed(name, finished):
-                    right &= (self.folder / f"{name}.rows").stat().st_size == size
-        except (
-            FormatError,
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ):
+        state = read_state(self.folder, self._key)
+        if state is None:
             return 0, {}
-        return (finished, notes) if right else (0, {})
+        try:
+            for name, size in state.files.items():
+                rows = self.folder / f"{name}.rows"
+                if _is_needed(name, state.finished) and rows.stat().st_size != size:
+                    return 0, {}
+        except OSError:
+            return 0, {}
+        return state.finished, state.notes
 
 
 def _is_needed(name: str, finished: int) -> bool:

@@ -139,7 +139,7 @@ def test_a_copy_that_was_torn_leaves_the_last_one(
     with KeptStore(MemoryStore(), folder, "ab") as store:
         streams = store.open("0.2", SHAPE)
         streams.write(0, torch.full((74, 4, 6), 9.0))
-        monkeypatch.setattr(kept, "write_file_atomically", fail)
+        monkeypatch.setattr(kept, "write_state", fail)
         store.commit(3)  # told as a warning
         store.commit(4)
     monkeypatch.undo()

@@ -100,7 +100,9 @@ def test_a_scratch_folder_remembers_only_what_is_whole(tmp_path: Path) -> None:
     with Scratch(tmp_path, "ab" * 12 + "cd" * 20) as other:  # the same folder, another run
         assert other.finished == 0
     whole = state.read_bytes()
-    for damaged in (b"", b"[]", b'{"key": 3}', whole[:-9], whole.replace(b"{", b"[", 2)):
+    edited = whole.replace(b"1.25", b"1.26")
+    assert edited != whole
+    for damaged in (b"", b"[]", b'{"key": 3}', whole[:-9], whole.replace(b"{", b"[", 2), edited):
         state.write_bytes(damaged)
         with Scratch(tmp_path, "ab" * 32) as lost:
             assert (lost.finished, lost.notes) == (0, {})
