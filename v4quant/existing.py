@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -84,6 +85,7 @@ def refuse_existing(files: Iterable[NewFile], overwrite: bool) -> None:
     for file in files:
         _remove_unnamed(file)
         if not (file.path.exists() or file.path.is_symlink()):
+            _refuse_unwritable(file.path)
             continue
         if file.path.is_dir():
             raise OutputError(f"{file.path}: is a folder; name a file for {file.what}")
@@ -97,6 +99,20 @@ def refuse_existing(files: Iterable[NewFile], overwrite: bool) -> None:
                 f"{file.path}: exists already ({file.what}); choose another name, or replace it "
                 "with --overwrite"
             )
+        _refuse_unwritable(file.path)
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Raise OutputError where no file can be made: hours of work would be lost."""
+    above = path.absolute().parent
+    while not os.path.lexists(above):
+        above = above.parent
+    if not above.is_dir():
+        raise OutputError(f"{path}: cannot be written: {above} is not a folder")
+    if not os.access(above, os.W_OK):
+        raise OutputError(
+            f"{path}: cannot be written: {above} is read-only for you; choose another folder"
+        )
 
 
 def _remove_unnamed(file: NewFile) -> None:

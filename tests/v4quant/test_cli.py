@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -654,6 +656,43 @@ def test_quiet_verbose_and_log(v4quant: Command, tmp_path: Path) -> None:
     assert "Traceback" in v4quant("inspect", tmp_path / "none", "--verbose").err
     both = v4quant("inspect", TINY, "--quiet", "--verbose")
     assert both.code == 2 and "contradict" in both.err
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed(closed: str, tmp_path: Path) -> None:
+    """Files that are opened must not get their numbers, for libraries print there."""
+    code = (
+        "import os\n"
+        "from v4quant_formats import shards\n"
+        "real = shards.ShardWriter.add_piece\n"
+        "def add(*given):\n"
+        "    os.write(1, b'printed'), os.write(2, b'printed')\n"
+        "    return real(*given)\n"
+        "shards.ShardWriter.add_piece = add\n"
+        "from v4quant.__main__ import main\n"
+        "main()\n"
+    )
+    words = [sys.executable, "-c", code, "quantize", str(TINY), str(tmp_path / "out")]
+    line = f"{shlex.join([*words, '--scheme', 'mxfp4'])} {closed}"
+    assert subprocess.run(["sh", "-c", line], check=False, stdout=subprocess.PIPE).returncode == 0
+    convert(TINY, tmp_path / "same", "mxfp4")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "same")
+
+
+def test_a_log_on_a_full_disk(v4quant: Command, tmp_path: Path) -> None:
+    log = tmp_path / "v4quant.log"
+    assert v4quant("inspect", TINY, "--log-file", log).code == 0
+    size = log.stat().st_size
+    was = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, was[1]))
+    try:
+        done = v4quant("inspect", TINY, "--log-file", log)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, was)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert done.code == 0 and "v4quant.log: cannot be written any more (File too" in done.err
+    assert log.stat().st_size == size
 
 
 def test_a_log_never_replaces_another_file(v4quant: Command, tmp_path: Path) -> None:

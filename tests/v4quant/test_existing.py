@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +133,23 @@ def test_other_things_of_that_name(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(OutputError, match="is a folder"):
         refuse_existing([file], overwrite=True)
+
+
+def test_places_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told before hours of work; root may write to any folder, but to no read-only file system."""
+    (tmp_path / "file").touch()
+    below = NewFile(tmp_path / "file" / "x" / "a", "a recipe", is_signed)
+    with pytest.raises(OutputError, match="file is not a folder"):
+        refuse_existing([below], overwrite=False)
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: Path(p) != tmp_path and real(p, mode))
+    for name in ("a", "new/folder/a"):
+        with pytest.raises(
+            OutputError, match=rf"{name}: cannot be written: {tmp_path} is read-only"
+        ):
+            refuse_existing([NewFile(tmp_path / name, "a recipe", is_signed)], overwrite=False)
 
 
 @pytest.mark.parametrize("suffix", [".toml", ".md", ".html", ".htm", ""])

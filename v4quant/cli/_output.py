@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -101,10 +102,11 @@ def detail(text: str) -> None:
 def last_words(text: str, kind: str, code: int) -> None:
     """Why a command ends: on stderr however quiet, and as the JSON value where that was asked."""
     _log(text)
-    click.echo(printable(text), err=True)
-    if manner.json:
-        message = text.removeprefix("Error: ")
-        emit({"error": {"kind": kind, "message": message, "exit_code": code}})
+    with suppress(OSError):  # perhaps the very reason: nobody can be told
+        click.echo(printable(text), err=True)
+        if manner.json:
+            message = text.removeprefix("Error: ")
+            emit({"error": {"kind": kind, "message": message, "exit_code": code}})
 
 
 class _Warnings(logging.Handler):
@@ -125,10 +127,17 @@ def tell_warnings() -> None:
 
 
 def _log(text: str) -> None:
-    if manner.log is not None:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+    if manner.log is None:
+        return
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    try:
         manner.log.write(f"{now} {printable(text.strip())}\n")
         manner.log.flush()
+    except OSError as error:  # the work goes on without it
+        log, manner.log = manner.log, None
+        with suppress(OSError):
+            log.close()
+        note(f"Warning: {log.name}: cannot be written any more ({error.strerror or error})")
 
 
 def heading(text: str) -> None:

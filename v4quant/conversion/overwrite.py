@@ -98,6 +98,11 @@ def refuse_others(out: Path, reads: Iterable[Path | None] = ()) -> None:
         raise OutputError(f"{out}: is not a folder; --overwrite replaces folders here")
     if real_path(out) in (here := real_path(Path.cwd()), *here.parents):
         raise OutputError(f"{out}: --overwrite does not replace the folder you are in; leave it")
+    if os.path.ismount(out):
+        raise OutputError(
+            f"{out}: is where a file system is mounted, so no other folder can take its place; "
+            "choose a folder in it"
+        )
     for path in reads:
         if path is not None and path.exists() and real_path(path).is_relative_to(real_path(out)):
             raise OutputError(f"{out}: holds {path}, which is read; choose another folder")

@@ -30,7 +30,9 @@ from v4quant.publishing.serving import accepted_engines
 from v4quant.source import Source, open_source
 from v4quant.temporary_folders import TemporaryFolder
 from v4quant_formats.checkpoint import INDEX_NAME, Checkpoint
+from v4quant_formats.errors import OutputError
 from v4quant_formats.manifest import MANIFEST_NAME, read_manifest
+from v4quant_formats.system import real_path
 
 _AT_ONCE = 3  # shards a side: one worked on, one arriving or leaving, one waiting
 _AHEAD = 50 * 10**9  # of whole GGUF files, two more would be a disk of their own
@@ -82,6 +84,11 @@ def find_folders(
     if scratch is None:
         check_folder(out)
         scratch = own_folder(out, SOURCE_FOLDER)
+    elif real_path(scratch).is_relative_to(real_path(out)):
+        raise OutputError(
+            f"--scratch {scratch} lies in {out}, where only the result may be; name a folder "
+            "outside it, or leave --scratch out"
+        )
     return WorkFolders(out, _rank_folder(scratch, rank), None)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import v4quant
 from tests.support.conversion import convert, folder_bytes
+from tests.support.fake_hub import FakeHub
 from tests.v4quant.conversion.test_job import stop_after
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.errors import OutputError
@@ -83,6 +85,18 @@ def test_shards_of_the_same_names(
     (out / last).write_bytes(left)
     convert(model_folder, out, "int4-g64")
     assert folder_bytes(out) == expected
+
+
+@pytest.mark.parametrize("inside", [".", "in", "../out/in"])
+def test_no_scratch_in_the_output_folder(
+    inside: str, plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The output would be nobody's folder to finish in."""
+    plain_hub.add_repo("maker/V4-Tiny", model_files)
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match=r"--scratch .* lies in .*out, where only"):
+        v4quant.quantize("hf://maker/V4-Tiny", out, scheme="mxfp4", scratch=out / inside)
+    assert not out.exists()
 
 
 def test_a_link_that_comes_while_it_runs(model_folder: Path, tmp_path: Path) -> None:
