@@ -50,11 +50,12 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 
 def test_all_of_it_is_solved_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one that is only pretended; what it multiplies is there."""
-    monkeypatch.setattr(bench_solver, "device_bytes", lambda device: 2**34)
+    monkeypatch.setattr(bench_solver, "_batch", lambda size, device: 2)
+    monkeypatch.setattr(bench_solver, "DEFAULT_SWEEPS", 1)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1)
     monkeypatch.setattr(dispatch, "uses_triton", lambda tensor, backend: False)
     with PretendDevice() as pretended:
         timing = time_solver("tiny", "int4-g32", PROPAGATED, 64, "cuda")
     assert pretended.products[0] > 10 and pretended.products[1] == 0
-    assert timing.batch == 16 and timing.peak_bytes == 1
+    assert timing.batch == 2 and timing.peak_bytes == 1
