@@ -35,6 +35,10 @@ Products = Literal["auto", "f32", "bf16"]
 """What the torch twins multiply; "auto": BF16 where a probe found it faster, else float32."""
 
 
+LEAST_ARCHITECTURE = 80
+"""The first whose tensor cores take bfloat16; "auto" takes torch on older ones."""
+
+
 class BackendUnavailable(V4QuantError):
     """The chosen implementation cannot run here."""
 
@@ -47,7 +51,12 @@ def uses_triton(tensor: Tensor, backend: Backend) -> bool:
     if backend == "torch":
         return False
     if backend == "auto":
-        return tensor.is_cuda
+        return tensor.is_cuda and architecture(tensor) >= LEAST_ARCHITECTURE
+    if tensor.is_cuda and (arch := architecture(tensor)) < LEAST_ARCHITECTURE:
+        raise BackendUnavailable(
+            f"Triton kernels multiply bfloat16, which this GPU (sm_{arch}) does not; they run on "
+            f"sm_{LEAST_ARCHITECTURE} and later; use backend='torch'"
+        )
     if not tensor.is_cuda and not _kernels("interpreter").interpreting():
         raise BackendUnavailable(
             f"Triton kernels cannot run on {tensor.device.type} tensors in this process; "

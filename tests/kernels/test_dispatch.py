@@ -6,6 +6,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from tests.support.pretend_device import DEVICE, PretendDevice
+from v4quant_kernels import dispatch
+
 SCRIPT = """
 import sys
 import torch
@@ -51,3 +57,14 @@ def test_without_triton() -> None:
 
 def test_without_the_interpreter() -> None:
     run("present")
+
+
+def test_gpus_without_bfloat16_take_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with PretendDevice():
+        there = torch.ones(1, device=DEVICE)
+        assert not dispatch.uses_triton(there, "auto")
+        with pytest.raises(dispatch.BackendUnavailable, match=r"sm_75.*sm_80 and later"):
+            dispatch.uses_triton(there, "triton")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        assert dispatch.uses_triton(there, "auto") and dispatch.uses_triton(there, "triton")

@@ -109,8 +109,8 @@ def index_keys(
 
 def uses_kernel(x: Tensor, config: ModelConfig, options: ForwardOptions) -> bool:
     """Whether the kernel that rotates and takes FP4 vectors does the work: for V4, on CUDA."""
-    triton = dispatch.uses_triton(x, "auto")
-    return options.rounds_index and triton and roundings(config).rotates_index
+    fits = options.rounds_index and roundings(config).rotates_index
+    return fits and dispatch.uses_triton(x, "auto")
 
 
 def choose_entries(

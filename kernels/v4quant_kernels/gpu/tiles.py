@@ -98,13 +98,21 @@ def choose_split(tiles: int, matrix: RuntimeMatrix, tile: Tile) -> int:
     return wanted
 
 
+def family(arch: int) -> int:
+    """The architecture whose tiles serve this one: 100 for sm_103, 120 for sm_121."""
+    if arch >= 100:
+        return 120 if arch >= 120 else 100
+    return 80 if arch == 87 else arch
+
+
 def static_tile(arch: int, matrix: RuntimeMatrix, size: int, fused: bool = False) -> Tile:
     """The built-in choice for a tile of `size` slots."""
+    arch = family(arch)
     if matrix.operand in {"native", "native8"}:
         return _native(arch, size, fused)
     if matrix.operand == "fp8":
         return _fp8(arch, size, matrix.scale_code == "e8m0")
-    if size == 128 and 100 <= arch < 120 and not _sums_stay():
+    if size == 128 and arch == 100 and not _sums_stay():
         size = 64
     if matrix.scale_code == "bf16":
         return _group_sums(arch, size, matrix.scheme.group_size)
@@ -161,7 +169,7 @@ def _fp8(arch: int, size: int, sums: bool) -> Tile:
 
 def _native(arch: int, size: int, fused: bool) -> Tile:
     """Block-scaled tensor cores."""
-    if arch >= 120:
+    if arch == 120:
         return Tile(size, 128, 8 if size > 16 else 4, 2)
     return Tile(size, 128, 4 if fused or size < 128 else 8, 3, swap=size < 128)
 
@@ -199,8 +207,9 @@ def choose_index_tile(arch: int, operand: str, shared: bool) -> IndexTile:
 
 def index_tile(arch: int, shared: bool) -> IndexTile:
     """The static choice: fewest instructions per score that compile without spilling."""
+    arch = family(arch)
     if shared:
-        return IndexTile(step=2 if arch == 90 or arch >= 120 else 1)
+        return IndexTile(step=2 if arch in {90, 120} else 1)
     return IndexTile(keys=64 if arch in {89, 90} else 128, stages=2)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.kernels.kernel_tools import random_experts
+from v4quant_kernels import dispatch
 from v4quant_kernels.runtime import RuntimeMatrix, prepare_experts
 
 
@@ -41,6 +42,25 @@ def test_older_tritons_have_room_for_smaller_tiles_on_sm_100(
 ) -> None:
     monkeypatch.setattr(tiles, "triton_version", lambda: "3.6.0")
     assert [tiles.choose_tile(a, matrix, 4000).rows for a in (90, 100, 120)] == [128, 64, 128]
+
+
+@pytest.mark.parametrize(("arch", "like"), [(87, 80), (103, 100), (110, 100), (121, 120)])
+def test_relatives_take_the_tiles_of_what_was_compiled(
+    arch: int, like: int, tiles: Any, generator: torch.Generator
+) -> None:
+    """A DGX Spark (sm_121) has the shared memory of sm_120, not of sm_100."""
+    for scheme in ("mxfp4", "int4-g32", "fp8", "bf16"):
+        experts = random_experts(scheme, 1, 128, 128, generator)
+        for activations in ("bf16", "e4m3"):
+            assert dispatch.operand_for(arch, activations) == dispatch.operand_for(
+                like, activations
+            )
+            prepared = prepare_experts(experts, dispatch.operand_for(arch, activations)).gate_up
+            for size in tiles.SIZES:
+                own, known = (tiles.static_tile(a, prepared, size) for a in (arch, like))
+                assert own == known
+    for shared in (False, True):
+        assert tiles.index_tile(arch, shared) == tiles.index_tile(like, shared)
 
 
 def test_few_tiles_are_shared(tiles: Any, generator: torch.Generator) -> None:
