@@ -32,7 +32,8 @@ class TemporaryFolder:
     def __init__(self, inside: Path | None = None) -> None:
         """Remove what killed processes left, and make a new one, in TMPDIR where nothing else is
         said. Raises OutputError."""
-        inside = inside or Path(tempfile.gettempdir())
+        # Absolute, for it is removed at the end, wherever the process is then.
+        inside = (inside or Path(tempfile.gettempdir())).absolute()
         remove_abandoned(inside)
         try:
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=inside))

@@ -45,6 +45,22 @@ def test_what_a_killed_process_left_goes(named: bool, place: Path) -> None:
     assert not list(inside.iterdir())
 
 
+def test_a_folder_given_by_a_relative_name_goes_from_anywhere(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a folder of that name elsewhere does not."""
+    for name in ("a/work", "b/work"):
+        (place / name).mkdir(parents=True)
+    monkeypatch.chdir(place / "a")
+    made = TemporaryFolder(Path("work"))
+    assert made.path.is_absolute()
+    other = place / "b" / "work" / made.path.name
+    other.mkdir()
+    monkeypatch.chdir(place / "b")
+    made.remove()
+    assert not list((place / "a" / "work").iterdir()) and other.is_dir()
+
+
 def test_folders_in_use_and_those_of_others_stay(place: Path, tmp_path: Path) -> None:
     with TemporaryFolder() as mine:
         (mine / "a").write_bytes(b"1")

@@ -88,6 +88,30 @@ def test_uploads_confirmed_elsewhere(two_hosts: FakeHub, tmp_path: Path) -> None
     assert hosts_with_token(two_hosts) == {two_hosts.url.removeprefix("http://")}
 
 
+@pytest.mark.parametrize("status", [302, 307, 308])
+@pytest.mark.parametrize("route", ["info", "tree", "whoami", "preupload", "lfs_batch", "commit"])
+def test_answers_that_are_elsewhere(
+    route: str, status: int, two_hosts: FakeHub, tmp_path: Path
+) -> None:
+    """Whatever the hub says about where to ask, the token stays with it."""
+    assert two_hosts.cdn is not None
+
+    def elsewhere(handler: Any) -> None:
+        if handler.headers["Host"].startswith("localhost"):
+            handler._send(404, b"", {})
+        else:
+            handler._send(status, b"", {"Location": f"{two_hosts.cdn}{handler.path}"})
+
+    two_hosts.answers[route] = elsewhere
+    with suppress(HubError):
+        open_remote(REF)
+    with suppress(HubError):
+        push(f"{USER}/new", [a_shard(tmp_path, 1000)])
+    asked = {s.host for s in two_hosts.log if s.route == route}
+    assert two_hosts.url.removeprefix("http://") in asked
+    assert hosts_with_token(two_hosts) == {two_hosts.url.removeprefix("http://")}
+
+
 def test_a_listing_without_end(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(v4quant.hub.remote, "_MAX_PAGES", 30)
     hub.answers["tree"] = lambda handler: handler._json(

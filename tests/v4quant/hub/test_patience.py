@@ -19,6 +19,8 @@ from v4quant.hub.client import persistently
 from v4quant.hub.errors import HubError, PassingFailure
 from v4quant.hub.failures import passing
 from v4quant.hub.patience import Patience, patience_seconds
+from v4quant.hub.refs import HubRef
+from v4quant.hub.remote import open_remote
 from v4quant.publishing.publisher import RepoFile, push
 
 
@@ -197,6 +199,22 @@ def test_each_try_is_ours_and_shown(
     assert not plain_hub.pending_faults()
     # Only the part that failed was sent again.
     assert plain_hub.count("lfs_batch") == {"lfs_batch": 4, "lfs_verify": 2}.get(route, 1)
+
+
+def test_a_limit_is_waited_for(
+    plain_hub: FakeHub, model_files: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    plain_hub.add_repo("maker/V4-Tiny", model_files)
+
+    def limited(handler: Any) -> None:
+        del plain_hub.answers["tree"]
+        handler._send(429, b"", {"RateLimit": '"api";r=0;t=7', "RateLimit-Policy": '"api";q=5;w=9'})
+
+    plain_hub.answers["tree"] = limited
+    with caplog.at_level(logging.WARNING, "v4quant"):
+        assert open_remote(HubRef("maker/V4-Tiny")).files
+    assert "HTTP 429; retrying in 7.0 s" in caplog.text
+    assert plain_hub.count("tree") == 2
 
 
 def test_the_hub_is_asked_as_often_as_it_is_said(
