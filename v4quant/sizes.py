@@ -21,9 +21,9 @@ def parse_size(text: str) -> int:
 
     Raises SizeError.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if match is None:
-        raise SizeError(f"'{text}' is not a size; write it like 6GB, 6GiB or 1500MB")
+        raise SizeError(f"'{text[:40]}' is not a size; write it like 6GB, 6GiB or 1500MB")
     unit = match[2].upper()
     if text.strip() == match[1] and 0 < float(match[1]) < _SURELY_BYTES:
         raise SizeError(f"'{text}' has no unit; write it like {match[1]}GB, or {match[1]}MB")

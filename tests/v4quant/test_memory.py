@@ -27,7 +27,21 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GB", "-1GB", "1e9", "six", "6 G B", "6PB", "6GBs", "1.2.3", "nan"]
+    "text",
+    [
+        "",
+        "GB",
+        "-1GB",
+        "1e9",
+        "six",
+        "6 G B",
+        "6PB",
+        "6GBs",
+        "1.2.3",
+        "nan",
+        "9" * 400 + "GB",
+        "9" * 5000,
+    ],
 )
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(SizeError, match="write it like 6GB"):

@@ -204,7 +204,7 @@ def parse_cards(text: str) -> Machine:
     match = re.fullmatch(r"\s*(\d{1,4})\s*x\s*(.+?)\s*", text.lower())
     if match is None or not 1 <= int(match[1]) <= MOST_CARDS:
         raise MachineError(f"'{text}' names no cards; write it like 2x24GB or 2x3090")
-    if match[2].isdecimal() and int(match[2]) in _BY_SIZE:
+    if re.fullmatch(r"\d{1,6}", match[2]) and int(match[2]) in _BY_SIZE:
         raise MachineError(f"'{text}' has no unit; write {match[1]}x{match[2]}GB")
     size = re.fullmatch(r"\d+(\.\d+)?\s*[mgt]i?b?", match[2])
     if size is None:
@@ -227,7 +227,7 @@ def parse_cards(text: str) -> Machine:
 
 def boxed_size(text: str) -> int:
     """Bytes of a size as sold: `128GB` is 128 GiB, `98304MiB` what it says. Raises MachineError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([mgt])i?b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*([mgt])i?b?\s*", text.lower())
     if match is None:
         unit = f"has no unit; write {text.strip()}GB" if text.strip().isdecimal() else ""
         raise MachineError(f"'{text}' {unit or 'is not a size of memory; write it like 128GB'}")

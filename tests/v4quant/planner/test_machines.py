@@ -57,6 +57,14 @@ def test_what_are_no_cards_is_refused(text: str) -> None:
         parse_cards(text)
 
 
+def test_numbers_without_end_are_none() -> None:
+    for text in (f"2x{'9' * 5000}", f"2x{'9' * 400}GB", f"{'9' * 5000}x3090"):
+        with pytest.raises(MachineError):
+            parse_cards(text)
+    with pytest.raises(MachineError, match="is not a size of memory"):
+        boxed_size("9" * 400 + "GB")
+
+
 def test_unified_memory_takes_no_further_memory() -> None:
     with pytest.raises(MachineError, match="share one memory"):
         with_memory(parse_machine("m4-max-128"), "64GB", None)
