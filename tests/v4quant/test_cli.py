@@ -146,6 +146,8 @@ def test_version(v4quant: Command) -> None:
         (["calibrate", TINY, "--out", "s", "--min-tokens", "0"], "--min-tokens"),
         (["evaluate", TINY, "--activations", "some"], "--activations"),
         (["evaluate", TINY, "--tokens", "1.5"], "--tokens"),
+        (["plan", "flash", "--ram-bandwidth", "nan"], "nan is not a finite number"),
+        (["bench", "gpu", "--append", "x", "--minutes", "inf"], "inf is not a finite number"),
         (["run"], "Missing argument 'RECIPE'"),
     ],
 )

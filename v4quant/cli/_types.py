@@ -5,6 +5,7 @@ They stay texts here; the library says what they mean. What they add is shell co
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,19 @@ class Choice(click.Choice):  # type: ignore[type-arg]  # generic since click 8.2
             return super().convert(value, param, ctx)
         except click.BadParameter:
             self.fail(not_one_of(str(value), map(str, self.choices)), param, ctx)
+
+
+class FiniteRange(click.FloatRange):
+    """Click's own lets what is no number, and infinity, through."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number. Fails for nan and inf."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 SOURCE = TextType("source", (TINY_V4, "hf://"), "dir")

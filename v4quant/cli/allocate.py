@@ -12,7 +12,7 @@ import v4quant
 from v4quant.builtin import MIXED_CALIBRATION
 from v4quant.cli import _output
 from v4quant.cli._options import overwrite_option, row_options
-from v4quant.cli._types import SOURCE, Choice
+from v4quant.cli._types import SOURCE, Choice, FiniteRange
 from v4quant.shell import command_line
 from v4quant.targets import ALL, AUTO
 from v4quant_formats.engines.vllm_memory import UTILIZATION, Serving
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
               help="vLLM's --max-num-batched-tokens, for --fits (default: its own for such cards); "
               "fewer leave more room.")  # fmt: skip
 @click.option("--gpu-memory-utilization", "utilization", default=UTILIZATION, show_default=True,
-              type=click.FloatRange(0, 1, min_open=True),
+              type=FiniteRange(0, 1, min_open=True),
               help="The share of a card that vLLM may take, for --fits.")  # fmt: skip
 @click.option("--expert-parallel", is_flag=True, help="For --fits: vLLM keeps experts whole and "
               "shares them out, so that no scale group is cut.")  # fmt: skip

@@ -14,7 +14,7 @@ import click
 from v4quant.bench.choices import BENCHED, SOLVER_WIDTHS, WIDTHS
 from v4quant.bench.threads import SETTINGS, Run, ThreadTiming, bench_threads
 from v4quant.cli import _output
-from v4quant.cli._types import Choice
+from v4quant.cli._types import Choice, FiniteRange
 from v4quant.cli.bench_kernels import gpu, indexer, moe
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def solver(
               help="Tokens of the pass.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True,
               help="Runs of each setting, quiet and busy.")  # fmt: skip
-@click.option("--limit", type=click.FloatRange(1), default=120, show_default=True,
+@click.option("--limit", type=FiniteRange(1), default=120, show_default=True,
               help="Seconds after which a run is stopped.")  # fmt: skip
 @click.option("--setting", "settings", type=Choice(list(SETTINGS)), multiple=True,
               help="Only this (repeatable).")  # fmt: skip

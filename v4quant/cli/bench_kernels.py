@@ -11,7 +11,7 @@ import click
 
 from v4quant.bench.choices import CONTEXTS, INDEX_CASES, SHAPES, TOKENS, Compare
 from v4quant.cli import _exit, _output
-from v4quant.cli._types import Choice
+from v4quant.cli._types import Choice, FiniteRange
 
 if TYPE_CHECKING:
     from v4quant.bench.kernels.device import Machine
@@ -43,7 +43,7 @@ _TUNE = click.option(
     help="First search for faster tiles, write them here and use them.",
 )
 _MINUTES = click.option(
-    "--minutes", type=click.FloatRange(min=0), help="Start nothing new after this many minutes."
+    "--minutes", type=FiniteRange(min=0), help="Start nothing new after this many minutes."
 )
 
 
@@ -154,7 +154,7 @@ def indexer(
 
 
 @click.command(epilog="Example: v4quant bench gpu --append kernels/bench/baselines.jsonl")
-@click.option("--minutes", type=click.FloatRange(min=0.5), default=9.0, show_default=True,
+@click.option("--minutes", type=FiniteRange(min=0.5), default=9.0, show_default=True,
               help="How long the GPU is available.")  # fmt: skip
 @click.option("--append", type=click.Path(path_type=Path, dir_okay=False), required=True,
               help="Append every row to this JSON-lines file as soon as it exists.")  # fmt: skip

@@ -9,7 +9,7 @@ import click
 import v4quant
 from v4quant.cli import _output
 from v4quant.cli._options import overwrite_option
-from v4quant.cli._types import SOURCE, Choice
+from v4quant.cli._types import SOURCE, Choice, FiniteRange
 from v4quant.planner.choices import DEFAULT_EFFORT, EFFORTS, ENGINE_NAMES, Effort, EngineName
 from v4quant.shell import SHELLS, Shell, command_line
 from v4quant_formats.engines.engine import GPUS
@@ -22,7 +22,7 @@ from v4quant_formats.engines.engine import GPUS
 @click.option("--cards", help="The same by number and size or name: 2x24GB, 4x3090; none for a "
               "processor alone. Sizes as sold.")  # fmt: skip
 @click.option("--ram", help="System memory, as sold, like 128GB.")
-@click.option("--ram-bandwidth", type=click.FloatRange(1), help="Its bandwidth in GB/s (default: "
+@click.option("--ram-bandwidth", type=FiniteRange(1), help="Its bandwidth in GB/s (default: "
               "60 for a desktop, 300 for a server).")  # fmt: skip
 @click.option("--gpu", type=Choice(list(GPUS)), help="Generation of the cards, where their "
               "size says too little.")  # fmt: skip
