@@ -214,7 +214,8 @@ def indexer_jobs(full: bool) -> Iterator[Job]:
             expand = {"REAL": 64, "HEADS": 64, "WORDS": 16, "SCALES": 1, "WEIGHTED": True,
                       "FP8": arch > 80, "BLOCK": 32, "COMPUTE": tl.bfloat16}  # fmt: skip
             types = {"scale_ptr": "*i32", "out_ptr": "*i32" if arch > 80 else "*bf16"}
-            yield Job("expand_kernel", "", arch, expand, {**types, "factor_ptr": "*fp32"})
+            form = "fp8" if arch > 80 else "bf16"
+            yield Job("expand_kernel", form, arch, expand, {**types, "factor_ptr": "*fp32"})
             selection = {"CAP": 4096, "HIDDEN": topk.HIDDEN_KEY, "BLOCK": 2048}
             yield Job("collect_kernel", "", arch, selection, {"words_ptr": "*i64"})
 

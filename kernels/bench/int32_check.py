@@ -7,8 +7,8 @@ The sizes: 384 experts of 7168 x 3072, eight choices for each of 131,072 tokens,
 262,144 keys (a million tokens of context) for 4,096 tokens, and one key for 131,072 tokens. The
 proof is `int32_offsets.py`'s, on the numbers of `intervals.py`. It sees no relation between
 numbers, so the counts of a histogram, which add up to what was counted, are each as large as that.
-Hence it holds at twice these sizes for every kernel but `place_kernel`, and for `collect_kernel` at
-any number of tokens, but not for more keys.
+Hence it holds at four times these sizes for every kernel but `place_kernel`, and for
+`collect_kernel` with more tokens, but not with more keys.
 """
 
 from __future__ import annotations
