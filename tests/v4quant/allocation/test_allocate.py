@@ -401,14 +401,17 @@ def test_findings_of_a_finished_recipe_serve_the_next(
 
 
 def test_the_newest_findings_stay(tmp_path: Path) -> None:
+    """And what a user keeps there under a name like ours."""
+    (tmp_path / "allocate-budget.json").write_text("{}")
+    os.utime(tmp_path / "allocate-budget.json", (0, 0))
     for number in range(KEPT + 2):
-        known = Findings(tmp_path / "r.toml", f"{number}", tmp_path)
+        known = Findings(tmp_path / "r.toml", f"{number:032x}", tmp_path)
         known.add("KL of a", float(number))
         known.finish()
-        os.utime(tmp_path / f"allocate-{number}.json", (number, number))
-    assert "KL of a" not in Findings(None, "0", tmp_path)
-    assert Findings(None, f"{KEPT + 1}", tmp_path).number("KL of a") == KEPT + 1
-    assert len(list(tmp_path.iterdir())) == KEPT
+        os.utime(tmp_path / f"allocate-{number:032x}.json", (number, number))
+    assert "KL of a" not in Findings(None, f"{0:032x}", tmp_path)
+    assert Findings(None, f"{KEPT + 1:032x}", tmp_path).number("KL of a") == KEPT + 1
+    assert len(list(tmp_path.iterdir())) == KEPT + 1
 
 
 def test_bits_budget() -> None:
