@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -104,20 +104,28 @@ def _to_nvfp4(q: QTensor, scheme: Scheme, top: int | None) -> CastResult:
     if top is None:
         top = top_exponent(q)
     exponent = max(top - _NVFP4_TOP, _SMALLEST_F32_EXPONENT)
-    # All depends on a scale's byte alone, so it is worked out for the 256 bytes.
-    wanted = torch.arange(256) - e8m0.BIAS - exponent
-    # Zero groups may lie above the window; their scale does not matter.
-    stored = wanted.clamp(_NVFP4_BOTTOM, _NVFP4_TOP)
-    rows = (stored - wanted).clamp_(0, _DEEPEST).to(torch.uint8)
+    rows, scales = _nvfp4_tables(exponent)
     byte = q.scale.view(torch.uint8)
     lowest = int(byte.min()) if byte.numel() else 255
     codes, altered = q.codes, 0
     if rows[lowest]:
         codes, altered = _recode(q.codes, _pick(rows, byte), "e2m1")
-    scales = e8m0.power_of_two(stored).to(torch.float8_e4m3fn).view(torch.uint8)
-    scale = _pick(scales.short() * 257, byte).view(torch.float8_e4m3fn)
+    scale = _pick(scales, byte).view(torch.float8_e4m3fn)
     global_scale = torch.tensor(2.0**exponent, dtype=torch.float32, device=q.codes.device)
     return CastResult(QTensor(scheme, q.shape, codes, scale, global_scale), altered)
+
+
+@lru_cache(64)
+def _nvfp4_tables(exponent: int) -> tuple[Tensor, Tensor]:
+    """What becomes of each of the 256 bytes of a scale, where the second-level scale is 2^exponent:
+    uint8 [256] binary places its codes move, int16 [256] its FP8 scale, twice.
+    """
+    wanted = torch.arange(256) - e8m0.BIAS - exponent
+    # Zero groups may lie above the window; their scale does not matter.
+    stored = wanted.clamp(_NVFP4_BOTTOM, _NVFP4_TOP)
+    rows = (stored - wanted).clamp_(0, _DEEPEST).to(torch.uint8)
+    scales = e8m0.power_of_two(stored).to(torch.float8_e4m3fn).view(torch.uint8)
+    return rows, scales.short() * 257
 
 
 def _pick(table: Tensor, index: Tensor) -> Tensor:

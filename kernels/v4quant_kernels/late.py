@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 else:
 
     class _Late(ModuleType):
+        _module: ModuleType | None = None
+
         def __getattr__(self, name: str) -> Any:
-            return getattr(import_module(self.__name__), name)
+            module = self._module
+            if module is None:
+                module = self._module = import_module(self.__name__)
+            return getattr(module, name)
 
     torch = _Late("torch")

@@ -238,6 +238,4 @@ def input_amax(plan: Plan, stored: StoredWeight, stats: Evidence | None) -> floa
     config = plan.config
     if stored.module.endswith(".w2"):
         return config.routed_scaling_factor * config.swiglu_limit**2
-    stage = stored.module.split(".ffn.", maxsplit=1)[0]
-    norm = plan.checkpoint.read(f"{stage}.ffn_norm.weight").float().abs().max()
-    return float(norm) * math.sqrt(config.hidden_size)
+    return plan.largest_norm(_stage(stored)) * math.sqrt(config.hidden_size)

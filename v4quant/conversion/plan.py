@@ -91,6 +91,17 @@ class Plan:
             parts.append(tokenizer_digest(self.checkpoint))
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
+    def largest_norm(self, stage: str) -> float:
+        """The largest magnitude in the norm before a stage's experts; all of them ask for it."""
+        if stage not in self._norms:
+            norm = self.checkpoint.read(f"{stage}.ffn_norm.weight")
+            self._norms[stage] = float(norm.float().abs().max())
+        return self._norms[stage]
+
+    @cached_property
+    def _norms(self) -> dict[str, float]:
+        return {}
+
     def output_config(self) -> dict[str, Any]:
         """The output's config.json."""
         layout, raw = self.recipe.layout, self.checkpoint.config
