@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from v4quant_formats.block_reader import memory_for
 from v4quant_formats.errors import (
     DuplicateTensor,
     InvalidIndex,
@@ -226,7 +227,7 @@ class Checkpoint:
         return rows[start - first * row :][:count].clone()
 
     def _read_bytes(self, spec: TensorSpec, offset: int, count: int) -> Tensor:
-        data = torch.empty(count, dtype=torch.uint8)
+        data = memory_for(count, offset)
         if count:
             buffer: Any = data.numpy()
             self.shards.read_into(spec.file, memoryview(buffer), offset, spec.name)

@@ -1,8 +1,9 @@
 """IncrementalHash: the SHA-256 of a file while it is written, and a light hand on the page cache.
 
-A thread reads the file from the front, as far as it is complete, and hashes what it reads, so that
-the hash is ready shortly after the last byte. What it has hashed it sends to the disk at once, and
-what lies further behind it takes out of the page cache. Thus the disk works from the first second,
+A thread goes through the file from the front, as far as it is complete, so that the hash is ready
+shortly after the last byte. It takes the bytes from the writer's memory while they are there, else
+from the file. What it has read from the page cache it sends to the disk at once, and what lies
+further behind it takes out of the cache. Thus the disk works from the first second,
 the last flush finds little to do, and a shard of gigabytes lives in the same few megabytes of
 memory: pages just used are much cheaper than ones the system must find, clear or (in a virtual
 machine) ask its host for, and nobody else's cached files are pushed out. A small file, and the end
@@ -19,9 +20,11 @@ import hashlib
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from v4quant_formats.block_writer import BLOCK, BlockWriter
 from v4quant_formats.system import (
     available_memory_bytes,
     begin_writing,
@@ -36,19 +39,28 @@ _BUFFER = 2**20
 _STEP = 8 * 2**20  # bytes hashed, then sent to the disk, at a time
 _CACHED = 64 * 2**20  # bytes that stay in the page cache behind the hash
 _AHEAD = 64 * 2**20  # bytes that writers may always be ahead, beside the largest tensor,
+_ALONE = 0.8  # of its time a thread works that has a core of its own
 _AHEAD_SHARE = 8  # and one part of the memory nobody uses, where that is more
 
 
 class IncrementalHash(threading.Thread):
     """Hashes a file from the front while it is written, never beyond what `allow` said."""
 
-    def __init__(self, handle: int, size: int, largest: int, cached: bool = False) -> None:
+    def __init__(
+        self,
+        handle: int,
+        size: int,
+        largest: int,
+        cached: bool = False,
+        writer: BlockWriter | None = None,
+    ) -> None:
         """`handle` stays the caller's; `largest`: the longest stretch that completes at once.
 
-        cached: leave the file in the page cache, for somebody who reads it soon.
+        cached: leave the file in the page cache, for somebody who reads it soon. writer: whoever
+        may have the bytes in memory.
         """
         super().__init__(name="hash", daemon=True)
-        self._handle, self._size = handle, size
+        self._handle, self._size, self._writer = handle, size, writer
         spare = min(size, available_memory_bytes() // _AHEAD_SHARE)
         self._ahead, self._cached = max(_AHEAD + largest, spare), cached
         self._allowed, self._done, self._stopped = 0, 0, False
@@ -97,7 +109,7 @@ class IncrementalHash(threading.Thread):
                     if self._stopped:
                         return
                     end = min(self._allowed, self._done - self._done % _STEP + _STEP)
-                _hash_range(self._sha, self._handle, self._done, end, buffer)
+                self._take(end, buffer)
                 if end % _STEP == 0:
                     self._send(end - _STEP)
                 with self._changed:
@@ -107,6 +119,31 @@ class IncrementalHash(threading.Thread):
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
+        finally:
+            if self._writer is not None:
+                self._writer.passed(self._done, comes=False)
+
+    def _take(self, end: int, buffer: mmap.mmap) -> None:
+        """Hash up to `end`."""
+        if self._writer is None:
+            _hash_range(self._sha, self._handle, self._done, end, buffer)
+            return
+        place = self._done
+        while place < end:
+            began, worked = time.perf_counter(), time.thread_time()
+            stop = min(end, place - place % BLOCK + BLOCK)
+            there = self._writer.memory(place)
+            if there is None:
+                _hash_range(self._sha, self._handle, place, stop, buffer)
+            else:
+                self._sha.update(there[: stop - place])
+            # Writers may wait for a hash that waits for a core itself: that leaves it theirs. One
+            # that is slow on a core of its own holds nobody up.
+            share = (time.thread_time() - worked) / (time.perf_counter() - began)
+            with self._changed:
+                more = not self._stopped and self._allowed > stop
+            self._writer.passed(stop, comes=more and share < _ALONE)
+            place = stop
 
     @property
     def _ended(self) -> bool:

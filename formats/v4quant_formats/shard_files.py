@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -74,8 +74,11 @@ class ShardFiles(Protocol):
     def slices(self, file: str, offsets: Sequence[int], count: int) -> list[bytes]:
         """Up to `count` bytes at each offset (fewer at the file's end)."""
 
-    def expect(self, files: Sequence[str]) -> None:
-        """These shards will be acquired, in this order; a later call replaces the list."""
+    def expect(self, files: Sequence[str], once: bool) -> None:
+        """These shards will be acquired, in this order; a later call replaces the list.
+
+        once: hardly any of their bytes will be read twice.
+        """
 
     def acquire(self, files: Sequence[str]) -> None:
         """Return when all of these can be read at once; they stay until released."""
@@ -106,7 +109,7 @@ class HeadersOnly:
         """There is nothing to read."""
         raise AssertionError(f"{file}: only headers are known")
 
-    def expect(self, files: Sequence[str]) -> None:
+    def expect(self, files: Sequence[str], once: bool) -> None:
         """Nothing to prepare."""
 
     def acquire(self, files: Sequence[str]) -> None:
@@ -145,7 +148,7 @@ class LocalShards:
         handle = self._handle(file)
         return [bytes_at(handle, count, offset) for offset in offsets]
 
-    def expect(self, files: Sequence[str]) -> None:
+    def expect(self, files: Sequence[str], once: bool) -> None:
         """Nothing to prepare."""
 
     def acquire(self, files: Sequence[str]) -> None:
@@ -183,12 +186,19 @@ class LocalShards:
         return handle
 
 
-def read_whole(handle: int, view: memoryview, offset: int, path: str, what: str) -> None:
+def read_whole(
+    handle: int,
+    view: memoryview,
+    offset: int,
+    path: str,
+    what: str,
+    read: Callable[[int, memoryview, int], int] = read_at,
+) -> None:
     """Fill `view` from an open file. Raises FormatError or SourceChanged with both names."""
     done = 0
     while done < len(view):
         try:
-            got = read_at(handle, view[done:], offset + done)
+            got = read(handle, view[done:], offset + done)
         except OSError as error:
             raise FormatError(f"{path}: reading '{what}' failed ({error.strerror})") from None
         if got == 0:

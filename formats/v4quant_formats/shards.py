@@ -24,11 +24,12 @@ import re
 import secrets
 import struct
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from v4quant_formats.block_writer import BlockWriter
 from v4quant_formats.errors import OutputError
 from v4quant_formats.file_hash import IncrementalHash
 from v4quant_formats.spec import DTYPE_BITS, TensorSpec, stored_dtype, torch_dtype
@@ -160,18 +161,19 @@ class ShardWriter:
         self._missing = {s.name: s.nbytes for s in plan.specs}
         self._complete = 0  # tensors complete from the front
         self._lock = threading.Lock()
-        # Writers of one file wait for each other in the system anyway, which is busy meanwhile.
-        self._writing = threading.Lock()
         self._temporary = temporary_path(path)
         try:
             self._handle, self._is_named = _create(self._temporary, nameless)
         except OSError as error:
             raise output_error(self._temporary, error) from None
         largest = max((s.nbytes for s in plan.specs), default=0)
-        self._hash = IncrementalHash(self._handle, self.nbytes, largest, cached)
+        self._blocks = BlockWriter(
+            self._handle, path.parent, self.nbytes, gaps=_gaps(plan), is_read=True
+        )
+        self._hash = IncrementalHash(self._handle, self.nbytes, largest, cached, self._blocks)
         try:
             os.ftruncate(self._handle, plan.nbytes)
-            write_at(self._handle, plan.header, 0)
+            self._blocks.write(plan.header, 0)
         except BaseException as error:
             self.abort()
             if isinstance(error, OSError):
@@ -192,8 +194,7 @@ class ShardWriter:
         assert tensor.dtype == torch_dtype(spec.dtype), (spec, tensor.dtype)
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         try:
-            with self._writing:
-                _write_placed(self._handle, data.numpy(), spec, first_byte)
+            _write_placed(self._blocks, data.numpy(), spec, first_byte)
         except OSError as error:
             raise output_error(self._temporary, error) from None
         with self._lock:
@@ -215,6 +216,7 @@ class ShardWriter:
         missing = [name for name, count in self._missing.items() if count]
         assert not missing, f"planned but never written: {missing[:3]}"
         try:
+            self._blocks.flush()
             os.fsync(self._handle)
             digest = self._hash.digest()
             if not self._is_named:
@@ -232,6 +234,7 @@ class ShardWriter:
     def abort(self) -> None:
         """Give up: close and remove the temporary file."""
         self._hash.stop()
+        self._blocks.stop()
         os.close(self._handle)
         self._temporary.unlink(missing_ok=True)
 
@@ -327,14 +330,26 @@ def output_error(path: Path, error: OSError) -> OutputError:
     return OutputError(f"{path}: cannot be written: {why}")
 
 
-def _write_placed(handle: int, data: Any, spec: TensorSpec, first_byte: int) -> None:
+def _write_placed(blocks: BlockWriter, data: Any, spec: TensorSpec, first_byte: int) -> None:
     """Write bytes from `first_byte` of a tensor on, row by row where its rows lie apart."""
     if not spec.stride:
-        write_at(handle, data, spec.offset + first_byte)
+        blocks.write(data, spec.offset + first_byte)
         return
     done = 0
     while done < len(data):
         row, within = divmod(first_byte + done, spec.row_bytes)
         count = min(spec.row_bytes - within, len(data) - done)
-        write_at(handle, data[done : done + count], spec.offset + row * spec.stride + within)
+        blocks.write(data[done : done + count], spec.offset + row * spec.stride + within)
         done += count
+
+
+def _gaps(plan: FilePlan) -> Iterator[tuple[int, int]]:
+    """What no tensor of a file covers. Rows that lie apart have other tensors' between them."""
+    end = len(plan.header)
+    for spec in plan.specs:
+        if end < spec.offset:
+            yield end, spec.offset
+        last = (spec.shape[0] - 1) * spec.stride + spec.row_bytes if spec.stride else spec.nbytes
+        end = max(end, spec.offset + last)
+    if end < plan.nbytes:
+        yield end, plan.nbytes

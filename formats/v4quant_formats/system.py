@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from io import BufferedReader
@@ -120,6 +121,35 @@ def take_place(path: Path, name: Path) -> None:
         return
 
 
+def open_uncached(handle: int) -> int | None:
+    """Another handle on an open file, whose reads and writes pass the page cache by.
+
+    They need memory, places and lengths that are multiples of 4096. None where the system, or the
+    file system, has no such thing.
+    """
+    kind = getattr(os, "O_DIRECT", 0)
+    if not kind:
+        return None
+    try:
+        return os.open(_HANDLES / str(handle), os.O_RDWR | kind)
+    except OSError:
+        return None
+
+
+def large_pages(size: int) -> mmap.mmap:
+    """Memory that begins on a page, of as few and large pages as the system gives.
+
+    For a transfer past the page cache the system must hold every one of them.
+    """
+    if sys.platform == "linux":  # what other systems share among processes is theirs alone, too
+        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError, AttributeError):  # a kernel, or a Python, without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return memory
+    else:  # noqa: RET505  (a type check for Linux does not read this branch)
+        return mmap.mmap(-1, size)
+
+
 def open_own(path: Path, mode: int = 0o600) -> int:
     """A handle, to read and write, on a file that an earlier run may have left, or a new one.
 
@@ -140,6 +170,10 @@ if sys.platform != "win32" and hasattr(os, "preadv") and hasattr(os, "pwrite"):
         """Read at most `view` from `offset` on; bytes read, 0 at the end. Raises OSError."""
         return os.preadv(handle, [view], offset)
 
+    def read_parts_at(handle: int, parts: Sequence[memoryview], offset: int) -> int:
+        """Fill one part after the other from `offset` on; bytes read in all. Raises OSError."""
+        return os.preadv(handle, parts, offset)
+
     def write_some_at(handle: int, view: memoryview, offset: int) -> int:
         """Write at most `view` at `offset`; bytes written. Raises OSError."""
         return os.pwrite(handle, view, offset)
@@ -155,6 +189,16 @@ else:
             data = os.read(handle, len(view))
         view[: len(data)] = data
         return len(data)
+
+    def read_parts_at(handle: int, parts: Sequence[memoryview], offset: int) -> int:
+        """Fill one part after the other from `offset` on; bytes read in all. Raises OSError."""
+        done = 0
+        for part in parts:
+            count = read_at(handle, part, offset + done)
+            done += count
+            if count < len(part):
+                break
+        return done
 
     def write_some_at(handle: int, view: memoryview, offset: int) -> int:
         """Write at most `view` at `offset`; bytes written. Raises OSError."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.page_cache import pass_page_cache_by
 from v4quant_formats.errors import OutputError
 from v4quant_formats.file_hash import hash_file
 from v4quant_formats.safetensors_header import read_header
@@ -82,7 +83,15 @@ def test_every_tensor_is_aligned(tmp_path: Path, generator: torch.Generator) -> 
     assert sorted(s.name for s in ordered) == sorted(names)
 
 
-def test_pieces_from_threads(tmp_path: Path, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("past_the_page_cache", [False, True])
+def test_pieces_from_threads(
+    tmp_path: Path,
+    generator: torch.Generator,
+    past_the_page_cache: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if past_the_page_cache:
+        pass_page_cache_by(monkeypatch, tmp_path)
     big = torch.randint(256, (1000, 64), generator=generator, dtype=torch.uint8)
     path = tmp_path / "m.safetensors"
     writer = ShardWriter(path, plan_shard([TensorSpec("big", "U8", (1000, 64))]))
@@ -94,7 +103,7 @@ def test_pieces_from_threads(tmp_path: Path, generator: torch.Generator) -> None
         thread.start()
     for thread in threads:
         thread.join()
-    writer.close()
+    assert writer.close().sha256 == hash_file(path)
     assert torch.equal(load_file(path)["big"], big)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from v4quant.conversion.units import ShardPlan, Unit
 from v4quant_formats.shard_files import ShardFiles
 
+_OFTEN = 1.5  # readings of a tensor, on average, from which on the page cache pays
+
 
 class SharedSource:
     """Counts who still needs a shard, and a tensor, of the source. For one thread."""
@@ -26,7 +28,8 @@ class SharedSource:
 
     def expect(self) -> None:
         """Say in which order shards will be needed first."""
-        self._files.expect(list(self._shards))
+        readings, tensors = sum(self._tensors.values()), len(self._tensors)
+        self._files.expect(list(self._shards), once=readings < _OFTEN * tensors)
 
     def acquire(self, shard: ShardPlan) -> None:
         """Wait until what a shard of the output is made of can be read."""

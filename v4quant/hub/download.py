@@ -18,6 +18,7 @@ from typing import BinaryIO
 from v4quant.hub.errors import HubError
 from v4quant.hub.remote import Remote, RemoteFile
 from v4quant.hub.stopping import is_stopped
+from v4quant_formats.block_writer import BlockWriter
 from v4quant_formats.errors import OutputError, SourceChanged
 from v4quant_formats.shards import output_error, require_same
 from v4quant_formats.system import begin_writing, finish_writing, open_own, take_place
@@ -125,16 +126,19 @@ def _fetch(
         out.seek(0)
         _hash_rest(out, digest, file.name, stopped)
         advance(at)
-        sent = at
-        for piece in remote.stream(file.name, at, file.size, stopped):
-            if stopped():
-                raise HubError(f"{remote}: {file.name}: stopped")
-            out.write(piece)
-            digest.update(piece)
-            advance(len(piece))
-            at += len(piece)
-            sent = _send_to_disk(out.fileno(), sent, at)
-        out.flush()
+        blocks = BlockWriter(out.fileno(), part.parent, file.size, begin=at)
+        try:
+            sent = at
+            for piece in remote.stream(file.name, at, file.size, stopped, blocks.room):
+                if stopped():
+                    raise HubError(f"{remote}: {file.name}: stopped")
+                digest.update(piece)
+                blocks.write(piece, at)
+                advance(len(piece))
+                at += len(piece)
+                sent = _send_to_disk(out.fileno(), sent, at)
+        finally:
+            blocks.flush()
         os.fsync(out.fileno())
         require_same(part, os.fstat(out.fileno()))
     return digest.matches()

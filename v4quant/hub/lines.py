@@ -15,7 +15,7 @@ import mmap
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -181,10 +181,13 @@ def _given_up(how: str, timeout: float | None) -> Iterator[None]:
     refuse_stopped()
 
 
-def read_body(response: httpx2.Response) -> Iterator[bytes | memoryview]:
+def read_body(
+    response: httpx2.Response, room: Callable[[], memoryview | None] = lambda: None
+) -> Iterator[bytes | memoryview]:
     """An answer's body as it was sent, in pieces that are valid until the next one is asked for.
 
-    Ends early where the connection does. Raises httpx2.TransportError.
+    room: memory that whoever asks has for the next bytes; they may be put into it. Ends early where
+    the connection does. Raises httpx2.TransportError.
     """
     pieces = response.iter_raw()
     line = response.extensions.get("network_stream")
@@ -206,11 +209,14 @@ def read_body(response: httpx2.Response) -> Iterator[bytes | memoryview]:
     yield first
     left = int(told) - len(first)
     timeout = response.request.extensions.get("timeout", {}).get("read")
-    buffer = memoryview(mmap.mmap(-1, _BUFFER))
+    own: memoryview | None = None
     while left:
+        if not (buffer := room()):
+            buffer = own = own or memoryview(mmap.mmap(-1, _BUFFER))
+        buffer = buffer[: min(left, _BUFFER)]
         began, filled = time.monotonic(), 0
-        while filled < min(left, _BUFFER):
-            count = line.read_into(buffer[filled : min(left, _BUFFER)], timeout)
+        while filled < len(buffer):
+            count = line.read_into(buffer[filled:], timeout)
             filled += count
             if not count or time.monotonic() - began > _LONGEST_PIECE:
                 break

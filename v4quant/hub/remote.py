@@ -122,11 +122,17 @@ class Remote:
         return bytes(data)
 
     def stream(
-        self, name: str, start: int, stop: int, stopped: Callable[[], bool] = is_stopped
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        stopped: Callable[[], bool] = is_stopped,
+        room: Callable[[], memoryview | None] = lambda: None,
     ) -> Iterator[bytes | memoryview]:
         """Bytes `start:stop` of a file in pieces, whatever breaks on the way.
 
-        A piece is valid until the next one is asked for. Raises HubError.
+        A piece is valid until the next one is asked for. room: memory for the next bytes, which may
+        be put into it; it is asked again when they have been taken. Raises HubError.
         """
         import httpx2
 
@@ -135,7 +141,7 @@ class Remote:
         while at < stop:
             if stopped():
                 raise HubError(f"{self}: reading {name}: stopped")
-            pieces = self._request(name, at, stop)
+            pieces = self._request(name, at, stop, room)
             try:
                 while True:
                     with patience.governs():
@@ -154,7 +160,9 @@ class Remote:
             if at < stop:
                 patience.wait(failure)
 
-    def _request(self, name: str, start: int, stop: int) -> Iterator[bytes | memoryview]:
+    def _request(
+        self, name: str, start: int, stop: int, room: Callable[[], memoryview | None]
+    ) -> Iterator[bytes | memoryview]:
         """One request, redirects followed; may yield less than asked, never more."""
         from huggingface_hub import constants, get_session
         from huggingface_hub.utils import build_hf_headers
@@ -175,7 +183,7 @@ class Remote:
                     continue
                 self._check(name, url != home, response)
                 self._locations[name] = url
-                yield from self._body(name, response, start, stop)
+                yield from self._body(name, response, start, stop, room)
                 return
         raise HubError(f"{self}: {name}: more than {_MAX_REDIRECTS} redirects")
 
@@ -202,7 +210,12 @@ class Remote:
         raise refusal(f"{self}: reading {name}", response.status_code, "")
 
     def _body(
-        self, name: str, response: Any, start: int, stop: int
+        self,
+        name: str,
+        response: Any,
+        start: int,
+        stop: int,
+        room: Callable[[], memoryview | None],
     ) -> Iterator[bytes | memoryview]:
         skip = start if response.status_code == 200 else 0  # a server that knows no ranges
         if response.status_code == 206:
@@ -217,7 +230,7 @@ class Remote:
                     f"{self.files[name].size:,}"
                 )
         left = stop - start
-        for chunk in read_body(response):
+        for chunk in read_body(response, room):
             if not left:  # ending here only when there is more keeps the connection for the next
                 return
             piece = chunk[skip:] if skip else chunk

@@ -19,17 +19,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from v4quant.hub.download import download, part_path
 from v4quant.hub.errors import HubError
+from v4quant.hub.fetched_shard import FetchedShard, open_cached, open_fetched
 from v4quant.hub.remote import Remote
 from v4quant.hub.slices import RemoteSlices
 from v4quant.hub.stopping import Stop, join_all
 from v4quant.own_folders import SameFolder, refuse_links
-from v4quant_formats.shard_files import read_whole
-from v4quant_formats.system import bytes_at, forget_cached, open_for_reading
 from v4quant_kernels.errors import V4QuantError
 
 DOWNLOADS = 2  # at a time
@@ -42,17 +40,6 @@ _NAME = re.compile(r"[0-9a-f]{16}-[^/]+\.(safetensors|gguf)(\.part)?")
 
 class DiskCapError(V4QuantError):
     """The cap on disk space is too small for this source or this conversion."""
-
-
-@dataclass
-class _Shard:
-    """A shard on this disk."""
-
-    handle: int
-    path: Path | None  # None: the hub cache's own, not ours to delete
-    size: int
-    readers: int = 0
-    used: int = 0
 
 
 def remove_shards(folder: Path) -> None:
@@ -107,7 +94,7 @@ class ShardCache:
             )
         self.advance, self._keep, self._lock = advance, keep, lock
         self.stays = False  # what was fetched, although released: for a run of several passes
-        self._here: dict[str, _Shard] = {}
+        self._here: dict[str, FetchedShard] = {}
         self._queue: deque[str] = deque()
         self._wanted: list[str] = []
         self._pinned: set[str] = set()
@@ -117,7 +104,7 @@ class ShardCache:
         self._reserved, self._clock = 0, 0
         self._threads: list[threading.Thread] = []
         self._error: BaseException | None = None
-        self._first_comes = False
+        self._first_comes, self._once = False, False
         self._stop = Stop()
         self._changed = threading.Condition()
         while sum(self._left.values()) > self.cap:
@@ -149,7 +136,7 @@ class ShardCache:
             view[:] = self._remote.read(file, offset, len(view))
             return
         try:
-            read_whole(shard.handle, view, offset, f"{self._remote}: {file}", what)
+            shard.read_into(view, offset, f"{self._remote}: {file}", what, self._once)
         finally:
             with self._changed:
                 shard.readers -= 1
@@ -165,16 +152,19 @@ class ShardCache:
                 shard.readers += 1
         if shard is not None:
             try:
-                return [bytes_at(shard.handle, count, offset) for offset in offsets]
+                return [shard.slice(offset, count) for offset in offsets]
             finally:
                 with self._changed:
                     shard.readers -= 1
         return self._slices.read(file, offsets, count)
 
-    def expect(self, files: Sequence[str]) -> None:
-        """Begin to fetch these, in this order; everything else in the cache makes room."""
+    def expect(self, files: Sequence[str], once: bool) -> None:
+        """Begin to fetch these, in this order; everything else in the cache makes room.
+
+        once: what is read again would be better off in the page cache.
+        """
         with self._changed:
-            self._queue = deque(files)
+            self._queue, self._once = deque(files), once
             self._first_comes = not self._here
             self._sweep(set(files))
             self._start()
@@ -200,8 +190,8 @@ class ShardCache:
         """
         with self._changed:
             shard = self._here.get(file)
-            if shard is not None and shard.path is not None:
-                forget_cached(shard.handle, offset, count)
+            if shard is not None:
+                shard.forget(offset, count)
 
     def release(self, file: str) -> None:
         """Delete a shard unless all stay; expected ones take its place."""
@@ -225,7 +215,7 @@ class ShardCache:
         with self._changed:
             for file in list(self._here):
                 if self._keep:
-                    os.close(self._here.pop(file).handle)
+                    self._here.pop(file).close()
                 else:
                     self._drop(file)
             self._pinned.clear()
@@ -245,7 +235,7 @@ class ShardCache:
         self._ranged[file] = self._ranged.get(file, 0) + count
         return self._ranged[file] <= self._remote.files[file].size // RANGE_SHARE
 
-    def _wait_for(self, file: str) -> _Shard:
+    def _wait_for(self, file: str) -> FetchedShard:
         if file in self._cached and file not in self._here:
             self._open_cached(file)
         while file not in self._here:
@@ -262,10 +252,9 @@ class ShardCache:
     def _open_cached(self, file: str) -> None:
         path = self._cached[file]
         try:
-            handle = open_for_reading(path)
+            self._here[file] = open_cached(path)
         except OSError as error:
             raise HubError(f"{path}: cannot be read ({error.strerror})") from None
-        self._here[file] = _Shard(handle, None, 0)
 
     def _start(self) -> None:
         self._changed.notify_all()
@@ -297,7 +286,7 @@ class ShardCache:
                 self._home.require()
                 with stop.governs():
                     download(self._remote, self._remote.files[file], path, ended, self.advance)
-                handle = open_for_reading(path)
+                shard = open_fetched(path, size)
             except BaseException as error:  # noqa: BLE001  (handed to whoever waits)
                 with self._changed:
                     self._fetching.discard(file)
@@ -307,12 +296,13 @@ class ShardCache:
                 return
             with self._changed:
                 if stop():  # closed meanwhile
-                    os.close(handle)
+                    shard.close()
                     return
                 self._fetching.discard(file)
                 self._first_comes = False
                 self._clock += 1
-                self._here[file] = _Shard(handle, path, size, used=self._clock)
+                shard.used = self._clock
+                self._here[file] = shard
                 self._changed.notify_all()
 
     def _next(self) -> str | None:
@@ -368,7 +358,7 @@ class ShardCache:
 
     def _drop(self, file: str) -> None:
         shard = self._here.pop(file)
-        os.close(shard.handle)
+        shard.close()
         if shard.path is not None:
             shard.path.unlink(missing_ok=True)
             self._reserved -= shard.size

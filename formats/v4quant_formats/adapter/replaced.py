@@ -53,9 +53,9 @@ class ExtendedShards:
         added = iter(self.added.slices(self.file, beyond, count))
         return [next(added if o >= end else own) for o in offsets]
 
-    def expect(self, files: Sequence[str]) -> None:
+    def expect(self, files: Sequence[str], once: bool) -> None:
         """These shards will be acquired, in this order."""
-        self.base.expect(files)
+        self.base.expect(files, once)
 
     def acquire(self, files: Sequence[str]) -> None:
         """Return when all of these can be read at once."""

@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import constants
 
 from tests.support.fake_hub import TOKEN, FakeHub
+from tests.support.page_cache import pass_page_cache_by
 from v4quant.cli import cli
 from v4quant.hub import client, lines
 from v4quant.hub.download import part_path
@@ -140,12 +141,16 @@ def shelf(scratch: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("past_the_page_cache", [False, True])
 def test_a_broken_download_goes_on_where_it_broke(
     plain_hub: FakeHub,
     model_files: dict[str, bytes],
     tmp_path: Path,
+    past_the_page_cache: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if past_the_page_cache:
+        pass_page_cache_by(monkeypatch, tmp_path)
     plain_hub.add_repo(REF.repo, model_files)
     direct: list[int] = []
     read_into = lines._Line.read_into
@@ -270,7 +275,7 @@ def test_leftovers_of_later_shards_neither_break_the_cap_nor_block(
 
     plain_hub.on_request = measure
     with open_hub(REF, tmp_path, cap) as remote:
-        remote.shards.expect(files)
+        remote.shards.expect(files, once=True)
         for file in files:
             remote.shards.acquire([file])
             measure("", "")
@@ -458,7 +463,7 @@ def test_the_shard_that_work_waits_for_is_fetched_alone(
                 whole[name] = bool(list(tmp_path.rglob(f"*-{names[0]}")))
 
         plain_hub.on_request = seen
-        checkpoint.shards.expect(names[:3])
+        checkpoint.shards.expect(names[:3], once=True)
         checkpoint.shards.acquire(names[:3])
     assert whole == {names[0]: False, names[1]: True, names[2]: True}
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.conversion import convert, folder_bytes
 from tests.support.fake_hub import TOKEN, USER, FakeHub
+from tests.support.page_cache import pass_page_cache_by
 from v4quant import builtin
 from v4quant.cli import cli
 from v4quant.hub.errors import HubAccessError, HubError
@@ -205,9 +206,10 @@ def test_only_what_was_published_leaves_a_users_folder(
 
 def test_thirty_faults_lose_nothing(
     plain_hub: FakeHub, model_files: dict[str, bytes], tmp_path: Path, expected: dict[str, bytes],
-    watch: list[int],
+    watch: list[int], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Faults on every route, an expired token, runs that die: byte-identical at the end."""
+    pass_page_cache_by(monkeypatch, tmp_path)
     seed = random.SystemRandom().randrange(2**32)
     print("seed", seed)
     rng = random.Random(seed)
