@@ -18,13 +18,14 @@ import errno
 import mmap
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from v4quant_formats.block_reader import PAGE, address
-from v4quant_formats.disk_speed import open_past_cache
+from v4quant_formats.disk_speed import open_past_cache, took
 from v4quant_formats.system import large_pages, write_at, write_some_at
 
 BLOCK = 2**21
@@ -72,6 +73,7 @@ class BlockWriter:
         is_read: somebody takes the bytes in order, with `memory` and `passed`.
         """
         self._handle, self._size, self._begin, self._is_read = handle, size, begin, is_read
+        self._folder, self._bytes, self._seconds = folder, 0, 0.0
         self._direct = open_past_cache(handle, folder, size - begin)
         self._blocks: dict[int, _Block] = {}
         self._cached: set[int] = set()  # blocks that go through the page cache
@@ -242,7 +244,10 @@ class BlockWriter:
         at, end = block.start, block.stop - block.stop % PAGE
         while self._direct is not None and not at % PAGE and at < end:
             try:
+                began, start = time.perf_counter(), at
                 at += write_some_at(self._direct, block.view(at, end), at)
+                self._bytes += at - start
+                self._seconds += time.perf_counter() - began
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
@@ -258,6 +263,7 @@ class BlockWriter:
             self._changed.notify_all()
         self._thread.join()
         if self._direct is not None:
+            took(self._folder, self._bytes, self._seconds)
             os.close(self._direct)
             self._direct = None
 

@@ -11,11 +11,14 @@ import mmap
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from v4quant_formats.system import create_nameless, open_uncached, read_at, write_some_at
 
 SMALL = 2**26  # a file below this size goes through the page cache
+SLOW = 100e6  # bytes a second on average at which a disk turned out not to be fast at all
+_ENOUGH = 2**28  # bytes after which that is known
 FAST = 600e6  # bytes a second: above a disk on SATA, below one on PCIe
 _PIECE, _PIECES = 2**22, 8
 
@@ -40,6 +43,16 @@ def reads_back_fast(folder: Path) -> bool:
         return _answers[device]
     except OSError:
         return False
+
+
+def took(folder: Path, count: int, seconds: float) -> None:
+    """How long the disk of a folder took to write bytes past the page cache.
+
+    Some disks are fast until their own cache is full; those are not used so any longer.
+    """
+    if count >= _ENOUGH and count < SLOW * seconds:
+        with suppress(OSError):
+            _answers[folder.stat().st_dev] = False
 
 
 _answers: dict[int, bool] = {}

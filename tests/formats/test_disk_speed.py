@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from v4quant_formats import disk_speed
-from v4quant_formats.disk_speed import FAST, SMALL, open_past_cache, reads_back_fast
+from v4quant_formats.disk_speed import FAST, SLOW, SMALL, open_past_cache, reads_back_fast
 from v4quant_formats.system import open_uncached
 
 
@@ -55,3 +55,15 @@ def test_the_disk_itself_is_asked(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_gone_is_no_fast_disk(tmp_path: Path) -> None:
     assert not reads_back_fast(tmp_path / "absent")
+
+
+def test_a_disk_that_turns_out_slow_keeps_the_page_cache_from_then_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_speed, "_speeds", lambda folder: (2 * FAST, 2 * FAST))
+    assert reads_back_fast(tmp_path)
+    disk_speed.took(tmp_path, 2**28, 2**28 / SLOW * 0.9)
+    disk_speed.took(tmp_path, 2**20, 60.0)  # too little to judge by
+    assert reads_back_fast(tmp_path)
+    disk_speed.took(tmp_path, 2**28, 2**28 / SLOW * 1.1)
+    assert not reads_back_fast(tmp_path)
