@@ -1,4 +1,4 @@
-"""Sizes as people write them: `6GB`, `1500M`."""
+"""Sizes as people write them, `6GB`, `1500M`, and as they read them, `20.7 MB`."""
 
 from __future__ import annotations
 
@@ -29,3 +29,12 @@ def parse_size(text: str) -> int:
         raise SizeError(f"'{text}' has no unit; write it like {match[1]}GB, or {match[1]}MB")
     base = 1024 ** ("KMGT".index(unit) + 1) if match[3] and unit else _UNITS[unit]
     return int(float(match[1]) * base)
+
+
+def human_bytes(count: float) -> str:
+    """`20.7 MB`: powers of 1000, as disks and hubs count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

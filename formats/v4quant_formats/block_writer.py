@@ -29,7 +29,7 @@ from v4quant_formats.disk_speed import open_past_cache, took
 from v4quant_formats.system import large_pages, write_at, write_some_at
 
 BLOCK = 2**21
-BLOCKS = 24  # of one file in memory at a time
+BLOCKS = 12  # of one file in memory at a time
 
 
 class _Block:

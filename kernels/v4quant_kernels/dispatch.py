@@ -1,9 +1,10 @@
 """Which implementation runs: the only module that looks at a device.
 
 Every function here exists twice with one signature: in `ref` (torch, any device) and in `gpu`
-(Triton). "auto" takes Triton for CUDA tensors and torch for everything else; the choice follows the
-tensors, and nothing is asked of a driver when this module is imported. Triton itself is imported
-only when a kernel is called for, so the package works without it (macOS, Windows).
+(Triton). "auto" takes Triton, where it is installed, for CUDA tensors and torch for everything
+else; the choice follows the tensors, and nothing is asked of a driver when this module is imported.
+Triton itself is imported only when a kernel is called for, so the package works without it (macOS,
+Windows).
 
 "triton" on CPU tensors means Triton's interpreter, which must have been chosen when the process
 started (`selfcheck.run_isolated` starts such a process).
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -51,7 +53,7 @@ def uses_triton(tensor: Tensor, backend: Backend) -> bool:
     if backend == "torch":
         return False
     if backend == "auto":
-        return tensor.is_cuda and architecture(tensor) >= LEAST_ARCHITECTURE
+        return tensor.is_cuda and has_triton() and architecture(tensor) >= LEAST_ARCHITECTURE
     if tensor.is_cuda and (arch := architecture(tensor)) < LEAST_ARCHITECTURE:
         raise BackendUnavailable(
             f"Triton kernels multiply bfloat16, which this GPU (sm_{arch}) does not; they run on "
@@ -91,6 +93,7 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+@cache
 def has_triton() -> bool:
     """Whether Triton is installed."""
     return find_spec("triton") is not None
@@ -275,7 +278,7 @@ def _feedback(name: str, values: Tensor, *rest: Any) -> Any:
     if uses_loops(values):
         loops = importlib.import_module("v4quant_kernels.native.feedback")
         return getattr(loops, name)(values, *rest)
-    if uses_triton(values, "auto") and has_triton():
+    if uses_triton(values, "auto"):
         kernels = _kernels("feedback")
         if kernels.takes(values):
             with _on_device_of(values):

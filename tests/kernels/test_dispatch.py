@@ -68,3 +68,5 @@ def test_gpus_without_bfloat16_take_torch(monkeypatch: pytest.MonkeyPatch) -> No
             dispatch.uses_triton(there, "triton")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
         assert dispatch.uses_triton(there, "auto") and dispatch.uses_triton(there, "triton")
+        monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+        assert not dispatch.uses_triton(there, "auto"), "torch runs where Triton is not installed"

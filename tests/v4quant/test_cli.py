@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from tests.support.conversion import TINY, convert, folder_bytes
 from tests.support.shard_bytes import EditableCheckpoint
 from v4quant.cli import _output, cli, main
+from v4quant.sizes import human_bytes
 from v4quant_formats.checkpoint import INDEX_NAME
 from v4quant_formats.shards import TEMPORARY_SUFFIX
 
@@ -717,7 +718,7 @@ def test_tables_and_sizes() -> None:
     rows = [("a", "1", "x"), ("bcd", "22", "yy")]
     assert _output.table(rows) == "a     1  x\nbcd  22  yy"
     assert _output.table(rows, ("n", "m", "k")).splitlines()[:2] == ["n     m  k", "---  --  --"]
-    sizes = [_output.human_bytes(n) for n in (0, 999, 1000, 20_717_676, 160e9, 1.6e12)]
+    sizes = [human_bytes(n) for n in (0, 999, 1000, 20_717_676, 160e9, 1.6e12)]
     assert sizes == ["0 B", "999 B", "1.0 kB", "20.7 MB", "160.0 GB", "1.60 TB"]
 
 

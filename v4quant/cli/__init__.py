@@ -27,6 +27,7 @@ from v4quant.cli._folders import explained, require_working_folder
 from v4quant.cli._interrupted import stopped
 from v4quant.cli._termination import end, is_watched, watch_signals
 from v4quant.hub.stopping import end_network
+from v4quant.sizes import human_bytes
 from v4quant_formats.system import peak_rss_bytes
 from v4quant_kernels.errors import V4QuantError
 
@@ -196,7 +197,7 @@ def _tell_costs(began: float) -> None:
     busy = time.process_time()
     _output.detail(
         f"took {time.monotonic() - began:.1f} s, {busy:.1f} CPU-seconds, at most "
-        f"{_output.human_bytes(peak_rss_bytes())} of memory"
+        f"{human_bytes(peak_rss_bytes())} of memory"
     )
     _output.reset()
 

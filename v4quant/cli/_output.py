@@ -25,6 +25,7 @@ from typing import Any, TextIO
 
 import click
 
+from v4quant.sizes import human_bytes
 from v4quant.visible import printable
 
 LINE_SECONDS = 60.0
@@ -167,15 +168,6 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
         if header and number == 0:
             lines.append("  ".join("-" * w for w in widths))
     return "\n".join(lines)
-
-
-def human_bytes(count: float) -> str:
-    """`20.7 MB`: powers of 1000, as disks and hubs count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 class TerminalProgress:

@@ -16,6 +16,7 @@ from v4quant.bench.threads import SETTINGS, Run, ThreadTiming, bench_threads
 from v4quant.cli import _output
 from v4quant.cli._types import Choice, FiniteRange
 from v4quant.cli.bench_kernels import gpu, indexer, moe
+from v4quant.sizes import human_bytes
 
 if TYPE_CHECKING:
     from v4quant.bench.convert import ConvertBench
@@ -86,7 +87,7 @@ def _as_text(result: ConvertBench) -> str:
             f"{t.bytes_in_per_second / 1e6:.0f}",
             f"{t.ratio_in:.2f}",
             f"{t.ratio_moved:.2f}",
-            _output.human_bytes(t.peak_rss_bytes),
+            human_bytes(t.peak_rss_bytes),
             f"{t.release_minutes:.0f}",
         )
         for t in result.timings
@@ -94,7 +95,7 @@ def _as_text(result: ConvertBench) -> str:
     header = ("scheme", "s", "MB/s in", "of copy, in", "of copy, moved", "peak memory",
               f"{result.width} min")  # fmt: skip
     copy = (
-        f"copy of {_output.human_bytes(result.bytes)} ({result.experts or 'all'} experts): "
+        f"copy of {human_bytes(result.bytes)} ({result.experts or 'all'} experts): "
         f"{result.copy_seconds:.1f} s ({result.fastest_copy:.1f} to {result.slowest_copy:.1f}), "
         f"{result.copy_bytes_per_second / 1e6:.0f} MB/s; "
         f"{result.workers} workers, {result.rounds} rounds"
@@ -148,7 +149,7 @@ def solver(
             str(t.batch),
             f"{t.seconds:.2f}",
             f"{t.moments_seconds:.2f}",
-            _output.human_bytes(t.peak_bytes),
+            human_bytes(t.peak_bytes),
             f"{t.layer_hours:.2f}",
             f"{t.model_hours:.1f}",
         )

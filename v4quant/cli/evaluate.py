@@ -12,6 +12,7 @@ from v4quant.builtin import MIXED_HELDOUT
 from v4quant.cli import _exit, _output
 from v4quant.cli._options import corpus_options, overwrite_option, products_option, threads_option
 from v4quant.cli._types import ADAPTER, SOURCE
+from v4quant.sizes import human_bytes
 from v4quant_calibration.defaults import MOST_FLOORS
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def candidate_rows(found: Evaluation) -> tuple[list[tuple[str, ...]], tuple[str,
         (
             Path(one.candidate.path).name,
             one.candidate.scheme,
-            _output.human_bytes(one.candidate.bytes),
+            human_bytes(one.candidate.bytes),
             f"{one.distance.kl_mean:.3e}",
             f"{one.distance.perplexity_ratio:.5f}",
             f"{100 * one.distance.top1_agreement:.2f} %",

@@ -11,6 +11,7 @@ import v4quant
 from v4quant.cli import _output
 from v4quant.cli._options import overwrite_option
 from v4quant.cli._types import SOURCE
+from v4quant.sizes import human_bytes
 from v4quant_formats.onnx.kernels import KERNELS
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _show(planned: PlannedExport, as_json: bool) -> None:
     if as_json:
         _output.emit(planned)
         return
-    sizes = map(_output.human_bytes, (planned.bytes_in, planned.bytes_out))
+    sizes = map(human_bytes, (planned.bytes_in, planned.bytes_out))
     rows = [
         ("output", planned.output),
         ("scheme", f"{planned.scheme} by {planned.kernel}"),
@@ -95,11 +96,11 @@ def _summary(result: OnnxResult) -> str:
         ("output", result.output),
         ("scheme", f"{result.scheme} by {result.kernel}"),
         ("layers", ", ".join(result.layers)),
-        ("bytes", f"{_output.human_bytes(result.bytes_in)} -> "
-                  f"{_output.human_bytes(result.bytes_out)}"),
+        ("bytes", f"{human_bytes(result.bytes_in)} -> "
+                  f"{human_bytes(result.bytes_out)}"),
         ("experts", f"{result.exact_modules} matrices exact, {result.lossy_modules} lossy"),
         ("took", f"{result.seconds:.1f} s, peak memory "
-                 f"{_output.human_bytes(result.peak_rss_bytes)}"),
+                 f"{human_bytes(result.peak_rss_bytes)}"),
     ]  # fmt: skip
     if result.lossy_modules:
         loss = f"relative RMS {result.mean_relative_rms:.4f}, worst {result.worst_relative_rms:.4f}"

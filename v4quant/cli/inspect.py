@@ -10,6 +10,7 @@ import click
 import v4quant
 from v4quant.cli import _exit, _output
 from v4quant.cli._types import SOURCE
+from v4quant.sizes import human_bytes
 
 if TYPE_CHECKING:
     from v4quant import Inspection
@@ -50,7 +51,7 @@ def _as_text(found: Inspection) -> str:
         ("checkpoint", found.path),
         ("release", found.release),
         ("size", f"{found.files} files, {found.tensors:,} tensors, "
-                 f"{_output.human_bytes(found.nbytes)} ({found.nbytes:,} bytes)"),
+                 f"{human_bytes(found.nbytes)} ({found.nbytes:,} bytes)"),
         ("layers", f"{kinds}; the first {found.hash_layers} hash-routed"),
         ("experts", f"{found.experts} routed, {found.experts_per_token} per token"),
         ("draft stages", draft),
@@ -98,7 +99,7 @@ def _class_table(classes: list[ByteClass], total: int) -> str:
         formats = ", ".join(kind for kind, _ in entry.formats.most_common(4))
         share = f"{100 * entry.nbytes / total:.2f} %" if total else "-"
         rows.append(
-            (entry.role, f"{entry.tensors:,}", _output.human_bytes(entry.nbytes), share,
+            (entry.role, f"{entry.tensors:,}", human_bytes(entry.nbytes), share,
              f"{entry.bits_per_weight:.3f}", formats)
         )  # fmt: skip
     return _output.table(rows, ("class", "tensors", "bytes", "share", "bits/weight", "stored as"))

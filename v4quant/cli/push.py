@@ -11,6 +11,7 @@ import v4quant
 from v4quant.cli import _output
 from v4quant.cli._types import SOURCE
 from v4quant.hub.refs import SCHEME
+from v4quant.sizes import human_bytes
 
 if TYPE_CHECKING:
     from v4quant import PlannedPush
@@ -71,8 +72,8 @@ def push(
         return
     rows = [
         ("repository", f"{SCHEME}{result.repo} ({'private' if result.private else 'public'})"),
-        ("files", f"{result.files}, {_output.human_bytes(result.nbytes)}; digests compared"),
-        ("sent", f"{_output.human_bytes(result.sent_bytes)} in {result.commits} commits"),
+        ("files", f"{result.files}, {human_bytes(result.nbytes)}; digests compared"),
+        ("sent", f"{human_bytes(result.sent_bytes)} in {result.commits} commits"),
     ]
     _output.data(_output.table(rows))
 
@@ -81,11 +82,11 @@ def _show(planned: PlannedPush, as_json: bool) -> None:
     if as_json:
         _output.emit(planned.as_dict())
         return
-    rows = [(p.name, _output.human_bytes(p.size), p.sha256[:12]) for p in planned.files]
+    rows = [(p.name, human_bytes(p.size), p.sha256[:12]) for p in planned.files]
     _output.data(_output.table(rows, ("file", "bytes", "sha256")))
     _output.data("")
-    steps = [(c.title, str(len(c.files)), _output.human_bytes(c.nbytes)) for c in planned.commits]
+    steps = [(c.title, str(len(c.files)), human_bytes(c.nbytes)) for c in planned.commits]
     _output.data(_output.table(steps, ("commit", "files", "bytes")))
-    total = _output.human_bytes(sum(p.size for p in planned.files))
+    total = human_bytes(sum(p.size for p in planned.files))
     _output.data(f"\n{total} to {SCHEME}{planned.repo}; what is there already is not sent again.")
     _output.data(f"\n{planned.card}")

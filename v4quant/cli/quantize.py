@@ -13,6 +13,7 @@ import v4quant
 from v4quant.cli import _output
 from v4quant.cli._options import overwrite_option
 from v4quant.cli._types import ADAPTER, FORMAT, OUT, SCHEME, SOURCE, Choice
+from v4quant.sizes import human_bytes
 from v4quant_calibration.defaults import SOLVER_NAMES
 from v4quant_formats.layouts.choices import ENGINE_CHOICES, LAYOUT_NAMES, WRITABLE
 
@@ -173,8 +174,8 @@ def _show(planned: PlannedConversion, as_json: bool) -> None:
         return
     shown = {
         **asdict(planned),
-        "bytes_in": _output.human_bytes(planned.bytes_in),
-        "bytes_out": _output.human_bytes(planned.bytes_out),
+        "bytes_in": human_bytes(planned.bytes_in),
+        "bytes_out": human_bytes(planned.bytes_out),
     }
     _output.data(_output.table([(k.replace("_", " "), str(v)) for k, v in shown.items()]))
 
@@ -184,12 +185,12 @@ def summary(result: JobResult) -> str:
     rows = [
         ("output", result.output),
         ("scheme", f"{result.scheme} ({result.format})"),
-        ("bytes", f"{_output.human_bytes(result.bytes_in)} -> "
-                  f"{_output.human_bytes(result.bytes_out)}"),
+        ("bytes", f"{human_bytes(result.bytes_in)} -> "
+                  f"{human_bytes(result.bytes_out)}"),
         ("modules", f"{result.copied_tensors} copied, {result.exact_tensors} re-encoded exactly, "
                     f"{result.lossy_tensors} lossy, {result.dropped_tensors} tensors dropped"),
         ("took", f"{result.seconds:.1f} s, peak memory "
-                 f"{_output.human_bytes(result.peak_rss_bytes)}"),
+                 f"{human_bytes(result.peak_rss_bytes)}"),
     ]  # fmt: skip
     if result.lossy_tensors:
         loss = f"relative RMS {result.mean_relative_rms:.4f}, worst {result.worst_relative_rms:.4f}"

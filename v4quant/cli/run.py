@@ -15,6 +15,7 @@ from v4quant.cli.calibrate import coverage_text
 from v4quant.cli.evaluate import finding_lines
 from v4quant.cli.quantize import summary
 from v4quant.planner.choices import EFFORTS, Effort
+from v4quant.sizes import human_bytes
 
 if TYPE_CHECKING:
     from v4quant import Evaluation, JobResult, RunResult
@@ -115,7 +116,7 @@ def _ladder_table(done: RunResult) -> str:
         if part is not None and part.distance is not None and part.verdict is not None:
             kl, grade = f"{part.distance.kl_mean:.2e}", part.verdict.grade
             top1 = f"{100 * part.distance.top1_agreement:.2f} %"
-        size = _output.human_bytes(one.conversion.bytes_out)
+        size = human_bytes(one.conversion.bytes_out)
         rows.append((one.name, size, kl, top1, grade, one.checkpoint))
     return _output.table(rows, ("name", "size", "mean KL", "top-1", "verdict", "where"))
 
@@ -140,7 +141,7 @@ def _quality_rows(
 def _closing_table(done: RunResult) -> str:
     job, found = done.conversion, done.evaluation
     rows = [("", "before", "after")]
-    rows.append(("size", _output.human_bytes(job.bytes_in), _output.human_bytes(job.bytes_out)))
+    rows.append(("size", human_bytes(job.bytes_in), human_bytes(job.bytes_out)))
     if found is not None and (found.distance and found.floor and found.reference):
         rows += _quality_rows(found, found.reference, found.distance, found.floor)
     lines = [_output.table(rows[1:], rows[0]), ""]

@@ -9,6 +9,7 @@ import click
 import v4quant
 from v4quant.cli import _exit, _output
 from v4quant.cli._types import ADAPTER, SOURCE, Choice
+from v4quant.sizes import human_bytes
 from v4quant_formats.engines import ENGINES, GPUS
 
 if TYPE_CHECKING:
@@ -124,13 +125,13 @@ def _show_preflight(found: Preflight) -> None:
             ("splits over", " or ".join(map(str, found.splits)) + " GPUs" if found.splits else "-"),
             (
                 f"memory of one of {memory.tp}",
-                f"{_output.human_bytes(memory.weights)} weights, "
-                f"{_output.human_bytes(memory.kv_cache)} KV cache of {memory.context:,} tokens, "
+                f"{human_bytes(memory.weights)} weights, "
+                f"{human_bytes(memory.kv_cache)} KV cache of {memory.context:,} tokens, "
                 "and a few GB the engine needs itself",
             ),
         ]
         if memory.tables:
-            size = _output.human_bytes(memory.tables)
+            size = human_bytes(memory.tables)
             rows.append(("host memory or disk", f"{size} of Engram tables, read by rows"))
         _output.data(_output.table(rows))
     title = ENGINES[found.engine].title

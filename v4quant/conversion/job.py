@@ -34,6 +34,7 @@ from v4quant.conversion.shard_writing import Writing, write_shards
 from v4quant.conversion.size_by_role import warn_of_growth
 from v4quant.conversion.units import ShardPlan
 from v4quant.conversion.words import warn_of_lost_words
+from v4quant.sizes import human_bytes
 from v4quant_calibration.solve.solution import Evidence
 from v4quant_formats.errors import FormatError, OutputError
 from v4quant_formats.manifest import MANIFEST_NAME
@@ -273,7 +274,7 @@ def _check_space(jobs: Sequence[_Job]) -> None:
         free = shutil.disk_usage(out).free
         if needs[disk] > free:
             raise OutputError(
-                f"{out}: needs {needs[disk] / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free "
+                f"{out}: needs {human_bytes(needs[disk])}, but only {human_bytes(free)} are free "
                 "on this disk; free space or choose another folder"
             )
 

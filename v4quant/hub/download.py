@@ -18,6 +18,7 @@ from typing import BinaryIO
 from v4quant.hub.errors import HubError
 from v4quant.hub.remote import Remote, RemoteFile
 from v4quant.hub.stopping import is_stopped
+from v4quant.sizes import human_bytes
 from v4quant_formats.block_writer import BlockWriter
 from v4quant_formats.errors import OutputError, SourceChanged
 from v4quant_formats.shards import output_error, require_same
@@ -120,8 +121,8 @@ def _fetch(
         free = shutil.disk_usage(part.parent).free
         if file.size - at > free:
             raise OutputError(
-                f"{part}: {file.name} needs {(file.size - at) / 1e9:.1f} GB more, but only "
-                f"{free / 1e9:.1f} GB are free on this disk; free space or lower --disk-cap"
+                f"{part}: {file.name} needs {human_bytes(file.size - at)} more, but only "
+                f"{human_bytes(free)} are free on this disk; free space or lower --disk-cap"
             )
         out.seek(0)
         _hash_rest(out, digest, file.name, stopped)

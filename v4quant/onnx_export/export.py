@@ -28,6 +28,7 @@ from v4quant.conversion.records import TensorRecord
 from v4quant.onnx_export.convert import write_dense, write_expert
 from v4quant.onnx_export.plan import INDEXER, MANIFEST, LayerPlan, OnnxPlan
 from v4quant.own_folders import FOLDER
+from v4quant.sizes import human_bytes
 from v4quant_calibration.statistics.stats import Stats
 from v4quant_formats.errors import OutputError
 from v4quant_formats.file_hash import hash_file
@@ -152,7 +153,7 @@ def _check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out).free
     if needed > free:
         raise OutputError(
-            f"{out}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on this "
+            f"{out}: needs {human_bytes(needed)}, but only {human_bytes(free)} are free on this "
             "disk; free space, export fewer layers or choose another folder"
         )
 

@@ -21,6 +21,7 @@ from v4quant.planner.effort import (
 )
 from v4quant.planner.footprint import Outline, footprint, outline_checkpoint
 from v4quant.planner.loss import known_loss
+from v4quant.sizes import human_bytes
 from v4quant.source import open_source
 from v4quant_kernels.scheme import get_scheme
 
@@ -68,8 +69,8 @@ def plan_run(
     steps.append(_source_reads(pipeline))
     if is_hub(pipeline.source):
         steps.append(
-            f"fetch the source once, where the disk of --out has {_size(outline.nbytes)} for it "
-            "beside the results; else for every step"
+            f"fetch the source once, where the disk of --out has {human_bytes(outline.nbytes)} for "
+            "it beside the results; else for every step"
         )
     facts = []
     for rung in pipeline.rungs:
@@ -146,7 +147,7 @@ def expected_costs(pipeline: Pipeline, outline: Outline, cores: int) -> list[str
         hours = _cost(outline, rung, pipeline.calibrate, nbytes, cores)
         larger = " (larger than the source)" if nbytes > outline.nbytes else ""
         lines.append(
-            f"{rung.name}: {_size(nbytes)}{larger}, about {hours_text(hours)} on {cores} "
+            f"{rung.name}: {human_bytes(nbytes)}{larger}, about {hours_text(hours)} on {cores} "
             f"cores by solver {rung.recipe.solver}"
             f"{_otherwise(outline, rung, pipeline.calibrate, nbytes, cores)}"
         )
@@ -180,10 +181,6 @@ def _cost(outline: Outline, rung: Rung, step: CorpusStep | None, nbytes: int, co
     if step is None or not step.tokens:
         return cost.hours
     return hours_with_text(outline, cost, step.tokens)
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 10**9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _text(step: CorpusStep) -> str:

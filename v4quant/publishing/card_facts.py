@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from v4quant.recipe import recipe_from_table
+from v4quant.sizes import human_bytes
 from v4quant.visible import visible
 from v4quant_formats.layouts.layout import Layout
 from v4quant_kernels.errors import V4QuantError
@@ -54,9 +55,4 @@ def size_text(count: Any) -> str:
     """Bytes for people; empty for what is no number of them."""
     if not isinstance(count, int) or isinstance(count, bool):
         return ""
-    size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{count:,} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} TB"
+    return human_bytes(count)

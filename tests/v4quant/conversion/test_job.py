@@ -502,7 +502,7 @@ def test_too_little_space_is_known_at_once(
         free = 1_000_000
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
-    with pytest.raises(OutputError, match=r"needs 0\.0 GB, but only 0\.0 GB are free"):
+    with pytest.raises(OutputError, match=r"needs \d\.\d MB, but only 1\.0 MB are free"):
         convert(many_shards, tmp_path / "out", "int4-g64")
     assert not list((tmp_path / "out").glob("*.safetensors*"))
 

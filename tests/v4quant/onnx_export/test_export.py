@@ -202,7 +202,7 @@ def test_nan_is_refused(name: str, tmp_path: Path) -> None:
 def test_full_disk_is_seen_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(v4quant.onnx_export.export.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OutputError, match="GB are free"):
+    with pytest.raises(OutputError, match=r"only 1\.0 kB are free"):
         export(TINY, tmp_path / "out", "mxfp4", "0")
 
 
