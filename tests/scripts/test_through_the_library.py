@@ -26,6 +26,7 @@ EXCEPTIONS = {
     ("script_tools/curve.py", "v4quant.evaluation"): "draws with the report's plots",
     ("script_tools/readers.py", "*"): "the fuzzer's readers are the single readers of small files",
     ("script_tools/tool_readers.py", "*"): "those of other tools' files",
+    ("script_tools/work_readers.py", "*"): "those of the records that commands keep",
 }
 
 

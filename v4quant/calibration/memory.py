@@ -34,6 +34,8 @@ from v4quant_formats.shards import output_error
 # Streams of a solving run without a cap stay in memory up to so many bytes.
 _MOST_STREAMS = 4 * 2**30
 _F64 = 8
+# What this command takes that `evaluate`, whose estimate it builds on, does not: measured.
+_OWN_BYTES = 12 * 2**20
 
 
 class KeptRounds:
@@ -148,7 +150,7 @@ def _work(config: ModelConfig, windows: Sequence[Tensor], models: int, held: int
     """A pass without scores. Router scores of a layer are kept, and copied piece by piece."""
     lengths = tuple(len(ids) for ids in windows)
     scores = 6 * config.n_routed_experts * sum(lengths)
-    return Work(models, 0, lengths, False, models, scored=False, held=held + scores)
+    return Work(models, 0, lengths, False, models, scored=False, held=held + scores + _OWN_BYTES)
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def test_peak_stays_below_the_cap(tmp_path: Path) -> None:
     base = [sys.executable, "-m", "v4quant", "calibrate", str(folder), "--json"]
     base += ["--corpus", str(tmp_path / "ids.npy"), "--out"]
     free, result = peak_of([*base, str(tmp_path / "free")], tmp_path)
-    capped, again = peak_of([*base, str(tmp_path / "capped"), "--max-memory", "480MB"], tmp_path)
+    capped, again = peak_of([*base, str(tmp_path / "capped"), "--max-memory", "500MB"], tmp_path)
     print(f"peak {free / 1e6:.0f} MB without a cap, {capped / 1e6:.0f} MB with one")
-    assert capped < 480e6 < free
+    assert capped < 500e6 < free
     assert result["layers"] == again["layers"]
