@@ -229,9 +229,10 @@ class BlockWriter:
                 block, self._busy = self._full.popleft(), True
             try:
                 self._put(block)
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001  (writers wait for this thread: they are told)
+                told = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
                 with self._changed:
-                    self._error = self._error or error
+                    self._error = self._error or told
                     self._full.clear()
             with self._changed:
                 self._busy, block.is_on_disk = False, True

@@ -131,14 +131,19 @@ def test_a_writer_from_front_to_back_fills_the_room_it_is_given(
 
 
 @pytest.mark.usefixtures("direct")
-def test_a_full_disk_is_told(file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), OverflowError("odd")])
+def test_whatever_fails_is_told(
+    error: Exception, file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what nobody expects: writers wait for the thread, so it must not die in silence."""
 
-    monkeypatch.setattr(block_writer, "write_some_at", full)
-    monkeypatch.setattr(block_writer, "write_at", full)
+    def failing(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(block_writer, "write_some_at", failing)
+    monkeypatch.setattr(block_writer, "write_at", failing)
     writer = BlockWriter(file, tmp_path, 40 * BLOCK)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises((OSError, OverflowError), match=r"No space left|odd"):
         for i in range(40):
             writer.write(bytes(BLOCK), i * BLOCK)
     writer.stop()
