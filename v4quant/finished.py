@@ -24,11 +24,10 @@ from v4quant_formats.errors import FormatError, OutputError
 from v4quant_formats.file_hash import hash_file
 from v4quant_formats.shards import write_file_atomically
 from v4quant_formats.small_files import read_small
-from v4quant_kernels.user_cache import cache_folder
+from v4quant_kernels.user_cache import cache_folder, keep_newest, record_name
 
 _LOGGER = logging.getLogger(__name__)
 _PREFIX = "finished-"
-_HEX = "[0-9a-f]"
 _MAX_BYTES = 2**26
 _MOST_HASHED = 2**34
 KEPT = 64
@@ -74,15 +73,13 @@ class Request:
         with suppress(OSError, OutputError):
             folder.mkdir(parents=True, exist_ok=True)
             write_file_atomically(self._place, json.dumps(record).encode())
-            records = [f for f in folder.glob(f"{_PREFIX}{_HEX * 32}.json") if f.is_file()]
-            for old in sorted(records, key=lambda f: f.stat().st_mtime)[:-KEPT]:
-                old.unlink()
+            keep_newest(folder, _PREFIX, KEPT)
 
     @property
     def _place(self) -> Path:
         where = "\0".join(str(path.absolute()) for path in self.writes)
         name = hashlib.sha256(f"{self.key}\0{where}".encode()).hexdigest()
-        return cache_folder() / f"{_PREFIX}{name[:32]}.json"
+        return cache_folder() / record_name(_PREFIX, name)
 
     def _files(self) -> list[str]:
         return [_hash(path) for path in self.writes]

@@ -30,12 +30,12 @@ from v4quant_formats.checkpoint import Checkpoint
 from v4quant_formats.errors import FormatError, OutputError
 from v4quant_formats.shards import write_file_atomically
 from v4quant_formats.small_files import read_small
+from v4quant_kernels.user_cache import keep_newest, record_name
 
 _KIND = "v4quant allocation"
 _MAX_BYTES = 2**26
 _SECONDS_BETWEEN = 1.0
 _CACHED = "allocate-"
-_HEX = "[0-9a-f]"
 KEPT = 32
 """Files of findings in the cache: for Flash one has some 100 KB."""
 
@@ -49,7 +49,7 @@ class Findings:
         """out: the recipe that is being made. key: digest of what decides the findings. finished:
         folder for those of finished recipes."""
         self._file = None if out is None else out.with_name(f"{out.name}{UNFINISHED}.json")
-        self._cached = None if finished is None else finished / f"{_CACHED}{key[:32]}.json"
+        self._cached = None if finished is None else finished / record_name(_CACHED, key)
         self._key, self._found, self._written = key, dict[str, Any](), 0.0
         if self._cached is not None:
             self._found |= self._read(self._cached) or {}
@@ -89,9 +89,7 @@ class Findings:
             with suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
                 self._write(self._cached)
-                files = (f for f in folder.glob(f"{_CACHED}{_HEX * 32}.json") if f.is_file())
-                for old in sorted(files, key=lambda f: f.stat().st_mtime)[:-KEPT]:
-                    old.unlink()
+                keep_newest(folder, _CACHED, KEPT)
         if self._file is not None:
             with suppress(OSError):
                 self._file.unlink()

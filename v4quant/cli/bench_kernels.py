@@ -78,14 +78,11 @@ def moe(
     Names what cannot be measured and continues with the rest.
     """
     from v4quant.bench.kernels.moe import bench_moe  # torch, which --help can wait for
-    from v4quant_kernels import dispatch
 
     if tune is not None:
-        dispatch.require_triton()
-        from v4quant.bench.kernels.tune import stored_tiles
+        _require_tunable(tune)
         from v4quant.bench.kernels.tune_moe import tune_moe
 
-        stored_tiles(tune)
         what = shapes or ("flash",), schemes or ("mxfp4",), modes or ("bf16", "e4m3")
         _use(tune_moe(*what, _output.TerminalProgress(), device), tune)
     result = bench_moe(
@@ -131,14 +128,11 @@ def indexer(
     Names what cannot be measured and continues with the rest.
     """
     from v4quant.bench.kernels.indexer import bench_indexer  # torch, which --help can wait for
-    from v4quant_kernels import dispatch
 
     if tune is not None:
-        dispatch.require_triton()
-        from v4quant.bench.kernels.tune import stored_tiles
+        _require_tunable(tune)
         from v4quant.bench.kernels.tune_indexer import tune_indexer
 
-        stored_tiles(tune)
         _use(tune_indexer(_output.TerminalProgress(), device), tune)
     result = bench_indexer(
         contexts or CONTEXTS,
@@ -175,6 +169,16 @@ def gpu(ctx: click.Context, minutes: float, append: Path) -> None:
     _output.data(f"rows in {append}")
     if any(r.outcome != "done" for r in results):
         ctx.exit(_exit.FAILED)
+
+
+def _require_tunable(path: Path) -> None:
+    """Raise, before anything is measured, where tiles cannot be found or written."""
+    from v4quant_kernels import dispatch  # torch, which --help can wait for
+
+    dispatch.require_triton()  # without which the next import fails
+    from v4quant.bench.kernels.tune import stored_tiles
+
+    stored_tiles(path)
 
 
 def _use(tuned: Tuned, path: Path) -> None:
